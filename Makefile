@@ -1,0 +1,38 @@
+# Everything runs from a fresh clone: targets install what they need into .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+DEMO := --image_size 64
+
+.PHONY: install demo test test-slow style check bench tensorboard
+
+install: .venv/installed
+
+.venv/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+demo: install  ## embedded pictures -> cache -> image VAE-GAN -> metrics and a contact sheet
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
+
+test: install  ## everything but the slow chains
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install  ## whole chains and long comparisons
+	$(BIN)/python -m pytest -m slow
+
+style: install  ## format and fix
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: install  ## lint and types, changes nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+
+bench: install  ## side by side with peers; see benchmarks/README.md
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/python benchmarks/image_vae.py
+
+tensorboard: install  ## pictures, losses and metrics of all runs
+	$(BIN)/tensorboard --logdir runs
