@@ -1,0 +1,130 @@
+"""One process or many: launch settings for plain python, torchrun and deepspeed, and small collectives."""
+
+import json
+import logging
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+
+def world_size() -> int:
+    """Number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 for the one that writes."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def launched_rank() -> int:
+    """The rank that the launcher announced, known before the process group exists."""
+    return int(os.environ.get("RANK", 0))
+
+
+def barrier() -> None:
+    """Wait for all processes."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def mean_across_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """The mean of a tensor over all processes, in place."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= world_size()
+    return tensor
+
+
+def any_across_ranks(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process."""
+    if world_size() == 1:
+        return flag
+    tensor = torch.tensor(float(flag), device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return bool(tensor.item())
+
+
+def broadcast_tensors(tensors: list[torch.Tensor]) -> None:
+    """Overwrite the tensors with those of rank 0, in place."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor.data, 0)
+
+
+def from_main(value: Any) -> Any:
+    """The value (any picklable object) as rank 0 has it."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def read_deepspeed_config(file: str, bf16: bool) -> dict:
+    """The DeepSpeed configuration with the autocast section that `--bf16` means.
+
+    Raises:
+        ValueError: the file declares what the command line owns (optimizer, scheduler, precision), or asks for int8
+            communication where no GPU is.
+    """
+    with open(file) as stream:
+        config = json.load(stream)
+    for section in ("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"):
+        if section in config:
+            raise ValueError(f"{file} declares {section!r}, which the stage's own flags set; remove it from the file")
+    zero = config.get("zero_optimization", {})
+    int8_keys = [key for key in INT8_KEYS if zero.get(key)]
+    if int8_keys and not torch.cuda.is_available():
+        raise ValueError(
+            f"{file} asks for int8 collectives ({', '.join(int8_keys)}), which DeepSpeed implements for CUDA only, "
+            "and this machine has no GPU; use ds_config_zero-3.json for the same sharding without int8"
+        )
+    if int8_keys and zero.get("stage") != 3:
+        raise ValueError(
+            f"{file}: {', '.join(int8_keys)} take effect at stage 3 only, not at stage={zero.get('stage')}"
+        )
+    if bf16:
+        config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    return config
+
+
+INT8_KEYS = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+
+
+def launch_settings(use_deepspeed: bool, deepspeed_config: str, bf16: bool) -> dict:
+    """TrainingArguments' keywords that make any launcher work on CPU (gloo) and CUDA (nccl).
+
+    On a machine without a GPU, accelerate derives a world size of 1 for DeepSpeed; a process state made beforehand
+    with the gloo backend avoids that, and leaving out the compiled shared-memory op avoids a compiler and its lock
+    files.
+    """
+    has_gpu = torch.cuda.is_available()
+    if not use_deepspeed:
+        distributed = "LOCAL_RANK" in os.environ and not has_gpu
+        return {"bf16": bf16, "use_cpu": not has_gpu, **({"ddp_backend": "gloo"} if distributed else {})}
+
+    config = read_deepspeed_config(deepspeed_config, bf16)
+    if "LOCAL_RANK" not in os.environ:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = str(free.getsockname()[1])
+        single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update(single)
+    settings = {"deepspeed": config}
+    if not has_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+        from accelerate import PartialState
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        PartialState(backend="gloo")
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+        settings.update(use_cpu=True, accelerator_config={"use_configured_state": True})
+    return settings

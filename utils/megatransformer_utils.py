@@ -1,0 +1,229 @@
+"""Command-line flags that every training stage shares, and their translation into transformers'
+`TrainingArguments`."""
+
+import argparse
+import dataclasses
+import json
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from utils.configuration import declared_fields, option, suggest, type_name, validate_fields
+from utils.distributed import launch_settings
+
+
+@dataclasses.dataclass
+class StageArguments:
+    """Flags common to all training stages; a stage's own arguments are a subclass with further `option()` fields."""
+
+    # What is trained, on what, and where it goes.
+    config: str = option("tiny", "preset name of the model")
+    override: list[str] = option([], "fields of the model's configuration, key=value")
+    run_name: str = option("default", "name of the run; its folder is OUTPUT_DIR/<model type>/RUN_NAME")
+    output_dir: str = option("runs", "folder of all runs")
+    cached_dataset: str = option("", "preprocessed dataset; default: cached_datasets/<stage>")
+    resume_from_checkpoint: str = option(
+        "", "checkpoint or run folder to go on from, or 'latest' of this run", bare="latest"
+    )
+    init_from: str = option("", "checkpoint or run folder whose weights a new run starts from")
+    dry_run: bool = option(False, "print configuration, parameter and data counts and a memory estimate, then exit")
+
+    # Length and batches.
+    num_train_epochs: float = option(100.0, "passes over the training set; ignored where max_steps is given", gt=0)
+    max_steps: int = option(-1, "optimizer steps; -1: as many as num_train_epochs makes", ge=-1)
+    batch_size: int = option(16, "samples per process and micro-batch", gt=0)
+    eval_batch_size: int = option(16, "samples per process in evaluation", gt=0)
+    gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", gt=0)
+    num_workers: int = option(0, "data loading processes per rank; 0: in the training process", ge=0)
+    seed: int = option(42, "seed of weights, data order and noise", ge=0)
+
+    # Optimizer.
+    learning_rate: float = option(1e-4, "peak learning rate of AdamW", gt=0)
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices and kernels", ge=0)
+    adam_beta1: float = option(0.9, "AdamW's first moment decay", ge=0, lt=1)
+    adam_beta2: float = option(0.99, "AdamW's second moment decay", ge=0, lt=1)
+    max_grad_norm: float = option(1.0, "gradient norm clip; 0: none", ge=0)
+    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option("cosine", "schedule")
+    warmup_ratio: float = option(0.02, "share of the steps with linear warm-up", ge=0, lt=1)
+    trainer: Literal["default", "grokfast_ema", "grokfast_ma"] = option("default", "gradient filter")
+    grokfast_alpha: float = option(0.98, "decay of the GrokFast EMA filter", ge=0, lt=1)
+    grokfast_lambda: float = option(2.0, "amplification of the slow gradient by GrokFast", ge=0)
+    grokfast_window: int = option(100, "steps in the GrokFast MA window", gt=0)
+    max_skipped_steps: int = option(10, "non-finite optimizer steps in a row that end the run", gt=0)
+
+    # Averaged weights.
+    use_ema: bool = option(True, "keep an exponential moving average of the weights; evaluation and saving use it")
+    ema_decay: float = option(0.999, "decay of the weight EMA after its warm-up", ge=0, lt=1)
+
+    # Speed and memory.
+    bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
+    use_gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass to save memory")
+    compile_model: bool = option(False, "torch.compile the model")
+    use_deepspeed: bool = option(False, "train with the DeepSpeed engine")
+    deepspeed_config: str = option("ds_config_zero-2.json", "DeepSpeed configuration file, with --use_deepspeed")
+
+    # Logs and checkpoints.
+    logging_steps: int = option(10, "steps between log lines", gt=0)
+    eval_steps: int = option(500, "steps between evaluations", gt=0)
+    save_steps: int = option(500, "steps between checkpoints", gt=0)
+    save_total_limit: int = option(3, "complete checkpoints to keep", gt=0)
+
+    def validate_length(self):
+        if self.max_steps == 0:
+            raise ValueError("--max_steps=0 trains nothing; give a positive number, or -1 to use --num_train_epochs")
+
+    def validate_files(self):
+        if self.use_deepspeed and not Path(self.deepspeed_config).is_file():
+            raise ValueError(f"--deepspeed_config={self.deepspeed_config!r} does not exist")
+
+
+class StrictParser(argparse.ArgumentParser):
+    """An ArgumentParser whose complaint about an unknown flag suggests the closest known one."""
+
+    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            flags = [text for action in self._actions for text in action.option_strings]
+            self.error(f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], flags)}")
+        return parsed
+
+
+def parse_arguments(arguments_class: type, argv: list[str] | None, description: str) -> Any:
+    """Parse the command line into a dataclass of `option()` fields.
+
+    Booleans become `--flag` and `--no_flag`, lists take several values. Prefixes of flags are allowed.
+    `--local_rank`, which launchers append, is accepted. Flags given explicitly are listed in the attribute `given`.
+
+    Raises:
+        SystemExit: with status 2 and a message naming flag, value and rule, for any wrong input.
+    """
+    formatter = argparse.ArgumentDefaultsHelpFormatter
+    parser = StrictParser(description=description, formatter_class=formatter, argument_default=argparse.SUPPRESS)
+    defaults = arguments_class()
+    for field in declared_fields(arguments_class):
+        add_flag(parser, field, getattr(defaults, field.name))
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    values = vars(parser.parse_args(argv))
+    values.pop("local_rank", None)
+    parsed = arguments_class(**values)
+    parsed.given = sorted(values)
+    try:
+        validate_fields(parsed, "--{}")
+        check_effect(parsed)
+    except ValueError as error:
+        parser.error(str(error))
+    return parsed
+
+
+def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, default: Any) -> None:
+    """Add the flag of one declared field."""
+    kinds = [part for part in typing.get_args(field.type) if part is not types.NoneType]
+    optional = typing.get_origin(field.type) in (types.UnionType, typing.Union)
+    kind = kinds[0] if optional else field.type
+    meaning = field.metadata["meaning"].replace("%", "%%")
+    text = f"{meaning} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+    if kind is bool:
+        parser.add_argument(f"--{field.name}", action="store_true", help=text)
+        parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
+    elif typing.get_origin(kind) is Literal:
+        parser.add_argument(f"--{field.name}", help=f"{text}; {type_name(kind)}")
+    elif typing.get_origin(kind) is list:
+        item = typing.get_args(kind)[0]
+        item = str if typing.get_origin(item) is Literal else item
+        parser.add_argument(f"--{field.name}", nargs="*", type=item, help=text)
+    else:
+        bare = field.metadata["bare"]
+        parser.add_argument(
+            f"--{field.name}", type=kind, help=text, **({} if bare is None else {"nargs": "?", "const": bare})
+        )
+
+
+NEEDS = {
+    "deepspeed_config": ("use_deepspeed", True),
+    "ema_decay": ("use_ema", True),
+    "grokfast_alpha": ("trainer", "grokfast_ema"),
+    "grokfast_window": ("trainer", "grokfast_ma"),
+}
+
+
+def check_effect(arguments: Any) -> None:
+    """Refuse flags that were given but cannot take effect beside the others.
+
+    A dataclass may add rows of its own in a class attribute `needs`, `{flag: (other flag, value it must have)}`; the
+    value may also be a tuple of possible values, or a callable.
+    """
+    for name, (other, wanted) in {**NEEDS, **getattr(arguments, "needs", {})}.items():
+        if name not in arguments.given or not hasattr(arguments, other):
+            continue
+        value = getattr(arguments, other)
+        holds = (
+            wanted(value) if callable(wanted) else value in wanted if isinstance(wanted, tuple) else value == wanted
+        )
+        if not holds:
+            raise ValueError(f"--{name} has no effect with {other}={value!r}")
+
+
+def parse_overrides(pairs: list[str], config_fields: dict[str, Any]) -> dict[str, Any]:
+    """`["n_layers=2", "use_x=true"]` as a dict; values are read as JSON where they are JSON, else as strings.
+
+    Raises:
+        ValueError: a pair without `=`, or a name that is not among `config_fields` (a suggestion is added).
+    """
+    overrides = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--override {pair!r} must read key=value")
+        if name not in config_fields:
+            raise ValueError(f"--override: the configuration has no field {name!r}{suggest(name, config_fields)}")
+        try:
+            overrides[name] = json.loads(text)
+        except json.JSONDecodeError:
+            overrides[name] = text
+    return overrides
+
+
+def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments:
+    """The stage's flags as transformers' TrainingArguments, for CPU or GPU and any launcher.
+
+    `--bf16` is autocast over fp32 weights in every engine: transformers' own flag without DeepSpeed, the
+    `torch_autocast` section with it (transformers' flag would make DeepSpeed keep and save bfloat16 weights).
+    """
+    launch = launch_settings(args.use_deepspeed, args.deepspeed_config, args.bf16)
+    return TrainingArguments(
+        output_dir=str(run_dir),
+        run_name=args.run_name,
+        num_train_epochs=args.num_train_epochs,
+        max_steps=args.max_steps,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=args.eval_batch_size,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        dataloader_num_workers=args.num_workers,
+        dataloader_persistent_workers=args.num_workers > 0,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        seed=args.seed,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        adam_beta1=args.adam_beta1,
+        adam_beta2=args.adam_beta2,
+        max_grad_norm=args.max_grad_norm,
+        lr_scheduler_type=args.lr_scheduler_type,
+        warmup_steps=args.warmup_ratio,
+        gradient_checkpointing=args.use_gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        torch_compile=args.compile_model,
+        logging_steps=args.logging_steps,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=args.eval_steps,
+        save_strategy="steps",
+        save_steps=args.save_steps,
+        save_total_limit=None,  # Complete checkpoints are counted by our own rotation.
+        remove_unused_columns=False,
+        report_to="none",
+        **launch,
+    )
