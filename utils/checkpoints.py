@@ -1,0 +1,163 @@
+"""Checkpoints that are either complete or never picked up, and how the next stage finds and loads them.
+
+A folder `checkpoint-STEP` counts as a checkpoint once `COMPLETE.json`, written last, lists its files with their
+sizes. A run that is killed while it writes leaves a folder without it, which resuming and loading pass over.
+"""
+
+import json
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load_file
+
+logger = logging.getLogger(__name__)
+
+COMPLETE = "COMPLETE.json"
+STAGE = "stage.json"
+EMA = "ema.safetensors"
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file under a temporary name, flush it to the disk, then rename it."""
+    temporary = file.with_name(file.name + ".tmp")
+    with open(temporary, "w") as stream:
+        json.dump(content, stream, indent=2, sort_keys=True)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(temporary, file)
+
+
+def mark_complete(folder: Path) -> None:
+    """Flush all files of a checkpoint to the disk, then list them with their sizes in COMPLETE.json."""
+    sizes = {}
+    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+        sizes[str(file.relative_to(folder))] = file.stat().st_size
+    write_json(folder / COMPLETE, {"files": sizes})
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether COMPLETE.json is there and every file it lists has the listed size."""
+    try:
+        sizes = json.loads((folder / COMPLETE).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return False
+    files = {name: folder / name for name in sizes}
+    return all(file.is_file() and file.stat().st_size == sizes[name] for name, file in files.items())
+
+
+def step_of(folder: Path) -> int:
+    """The optimizer step in a checkpoint folder's name, -1 for other names."""
+    prefix, _, digits = folder.name.partition("-")
+    return int(digits) if prefix == "checkpoint" and digits.isdigit() else -1
+
+
+def checkpoints_in(run_dir: Path) -> list[Path]:
+    """All checkpoint folders of a run, complete or not, by step."""
+    return sorted((path for path in run_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
+
+
+def newest_complete(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run; incomplete ones are named in a warning."""
+    for folder in reversed(checkpoints_in(run_dir)):
+        if is_complete(folder):
+            return folder
+        logger.warning("passing over %s: it was not written to its end", folder)
+    return None
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The checkpoint folder meant by a run folder (its newest complete checkpoint) or a checkpoint folder.
+
+    Raises:
+        FileNotFoundError: nothing there, or nothing complete.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no checkpoint at {folder}: the folder does not exist")
+    if step_of(folder) >= 0:
+        if not is_complete(folder):
+            raise FileNotFoundError(
+                f"{folder} was not written to its end ({COMPLETE} is missing or does not fit); use an older one"
+            )
+        return folder
+    newest = newest_complete(folder)
+    if newest is None:
+        raise FileNotFoundError(
+            f"no complete checkpoint under {folder}; train that stage first, or name a checkpoint-STEP folder"
+        )
+    return newest
+
+
+def read_stage(path: str | Path) -> dict:
+    """The record `stage.json` of a checkpoint: stage, preset, arguments, commit, package versions, data, processes."""
+    folder = resolve_checkpoint(path)
+    if not (folder / STAGE).is_file():
+        raise FileNotFoundError(f"{folder} has no {STAGE}: it was not written by a stage of this repository")
+    return json.loads((folder / STAGE).read_text())
+
+
+def load_model(model_class: type, path: str | Path, weights: Literal["ema", "raw"] = "ema"):
+    """A stage's model from a checkpoint or run folder, in fp32 and eval mode; averaged weights where they were
+    kept."""
+    folder = resolve_checkpoint(path)
+    model = model_class.from_pretrained(folder, dtype=torch.float32)
+    if weights == "ema" and (folder / EMA).is_file():
+        model.load_state_dict(load_file(folder / EMA))
+    return model.eval()
+
+
+def rotate(run_dir: Path, limit: int) -> None:
+    """Delete the oldest complete checkpoints beyond `limit`, and incomplete folders older than the newest complete
+    one."""
+    folders = checkpoints_in(run_dir)
+    complete = [folder for folder in folders if is_complete(folder)]
+    stale = [
+        folder for folder in folders if folder not in complete and complete and step_of(folder) < step_of(complete[-1])
+    ]
+    for folder in complete[:-limit] + stale:
+        logger.info("deleting %s (--save_total_limit %d)", folder, limit)
+        # Without its mark the folder is no checkpoint, even if the deletion is cut short.
+        (folder / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def check_resumable(folder: Path, zero_stage: int, n_ranks: int) -> None:
+    """Refuse a resume that the engine would fail or get wrong.
+
+    Raises:
+        ValueError: the checkpoint was written by another engine, or by another number of processes under ZeRO; the
+            message names both and what to do.
+    """
+    record = read_stage(folder)
+    written_zero, written_ranks = record["zero_stage"], record["n_ranks"]
+    if written_zero != zero_stage:
+        names = [
+            "without DeepSpeed" if stage < 0 else f"under ZeRO stage {stage}" for stage in (written_zero, zero_stage)
+        ]
+        raise ValueError(
+            f"{folder} was written {names[0]}, this run trains {names[1]}: optimizer states differ. Resume with the "
+            f"same engine, or start a new run from its weights with --init_from {folder}"
+        )
+    if zero_stage > 0 and written_ranks != n_ranks:
+        raise ValueError(
+            f"{folder} holds optimizer shards of {written_ranks} processes, this run has {n_ranks}. Resume with "
+            f"{written_ranks} processes, or start a new run from its weights with --init_from {folder}"
+        )
+
+
+def provenance() -> dict:
+    """Commit of the code and versions of the packages that shape a run."""
+    root = Path(__file__).resolve().parent.parent
+    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
+    packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")}
+    return {"git_commit": git.stdout.strip() or None, "packages": {"python": platform.python_version(), **packages}}
