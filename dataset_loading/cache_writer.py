@@ -1,0 +1,118 @@
+"""The writing side of a preprocessed folder: whole files only, a journal to go on from, the manifest last."""
+
+import contextlib
+import io
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataset_loading.cached import JOURNAL, MANIFEST, read_manifest
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a sample's file, which is either whole or absent; equal tensors give equal bytes."""
+    buffer = io.BytesIO()
+    torch.save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, buffer)
+    replace_file(path, buffer.getvalue())
+
+
+def replace_file(path: Path, content: bytes, *, sync: bool = False) -> None:
+    """Write a file under a temporary name, optionally flush it to the disk, and rename it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:  # A full disk gives no name.
+        error.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_entries(folder: Path, header: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Entries by (split, key) that earlier runs with the same settings left in the folder.
+
+    Raises:
+        ValueError: the folder was made with other settings (the message names both fingerprints, the differing
+            settings and what to do), holds something else, or has a damaged manifest.
+    """
+    manifest_file, journal_file = folder / MANIFEST, folder / JOURNAL
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file")
+    if folder.exists() and not manifest_file.exists() and not journal_file.exists() and any(folder.iterdir()):
+        raise ValueError(f"--output_dir {folder} is not empty and no preprocessed folder; choose another one")
+    known = {}
+    if manifest_file.exists():
+        manifest = read_manifest(folder, None)
+        check_same(folder, manifest, header)
+        known = {(split, entry["key"]): entry for split, entries in manifest["entries"].items() for entry in entries}
+    for value in read_journal(journal_file) if journal_file.exists() else ():
+        if isinstance(value, dict):
+            check_same(folder, value, header)
+        else:
+            split, entry = value
+            known[split, entry["key"]] = entry
+    return known
+
+
+def read_journal(file: Path) -> Iterator[Any]:
+    """The lines of a journal: headers (dicts) and entries ([split, entry]); a line cut off by a kill is left out."""
+    for line in file.read_text(encoding="utf-8").split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+def check_same(folder: Path, found: dict[str, Any], header: dict[str, Any]) -> None:
+    """Raises: ValueError: the folder's fingerprint is another one."""
+    if found["fingerprint"] == header["fingerprint"]:
+        return
+    pairs = {}
+    for name in ("schema", "stage", *found["settings"].keys() | header["settings"].keys()):
+        old, new = ({**side, **side["settings"]}.get(name) for side in (found, header))
+        if old != new:
+            pairs[name] = f"{name}={old!r} there, {new!r} now"
+    raise ValueError(
+        f"{folder} has fingerprint {found['fingerprint']}, this run has {header['fingerprint']}: "
+        f"{'; '.join(pairs[name] for name in sorted(pairs))}. Choose another --output_dir, or delete the folder first"
+    )
+
+
+def open_journal(folder: Path, header: dict[str, Any]) -> io.TextIOWrapper:
+    """Make the folder ready for writing and open its journal for appending, with the header of this run."""
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True, exist_ok=True)
+        for leftover in (folder / split).glob(".*.tmp"):
+            leftover.unlink()
+    journal = open(folder / JOURNAL, "a", encoding="utf-8")  # noqa: SIM115
+    journal.write(f"\n{json.dumps(header)}\n")
+    journal.flush()
+    return journal
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest, one line per sample, and remove the journal."""
+    fields = []
+    for name, value in manifest.items():
+        if name == "entries":
+            rows = {split: ",\n".join(map(dump, entries)) for split, entries in value.items()}
+            text = "{" + ",\n".join(f'"{split}": [\n{lines}\n]' for split, lines in rows.items()) + "}"
+        else:
+            text = dump(value)
+        fields.append(f'"{name}": {text}')
+    content = ("{" + ",\n".join(fields) + "}\n").encode("utf-8", "backslashreplace")
+    replace_file(folder / MANIFEST, content, sync=True)
+    (folder / JOURNAL).unlink()
+
+
+def dump(value: Any) -> str:
+    """JSON on one line, legible in every language."""
+    return json.dumps(value, ensure_ascii=False)

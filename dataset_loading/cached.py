@@ -1,0 +1,136 @@
+"""Preprocessed samples on disk: one file of tensors per sample, and a manifest that describes them all.
+
+    <folder>/manifest.json           schema, stage, settings, fingerprint, command, totals, broken files, entries
+    <folder>/train/<key>.pt          one dict of tensors
+    <folder>/validation/<key>.pt
+    <folder>/progress.jsonl          only while preprocessing has not finished: its settings and the entries so far
+
+`cache_writer.py` writes such a folder; the manifest comes last, so a folder with a manifest is complete.
+"""
+
+import json
+import os
+import pickle
+import shlex
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+JOURNAL = "progress.jsonl"
+MMAP_BYTES = 4 << 20  # Reading is faster than mapping below this size.
+
+
+class CachedDataset(Dataset):
+    """The samples of one split of a preprocessed folder; an item is the sample's dict of tensors and its `index`.
+
+    Args:
+        folder: the preprocessed folder.
+        split: `"train"` or `"validation"`.
+    Attributes:
+        manifest: the manifest as a dict.
+        fingerprint: identifies the settings and the source that shaped the tensors.
+        entries: one dict per sample in the order of the items: `key`, `source`, `copy`, `caption`, `length`, ...
+    Raises:
+        FileNotFoundError: the folder is missing, empty, incomplete, lacks the split, or lacks files.
+        ValueError: the folder is of another stage or of another version of the layout.
+    """
+
+    stage: str | None = None  # The only stage whose folders are accepted; None accepts all.
+
+    def __init__(self, folder: str | Path, split: str):
+        self.folder, self.split = Path(folder), split
+        self.manifest = read_manifest(self.folder, self.stage)
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.entries: list[dict[str, Any]] = self.manifest["entries"].get(split, [])
+        if not self.entries:
+            counts = {name: len(entries) for name, entries in self.manifest["entries"].items()}
+            raise FileNotFoundError(
+                f"{self.folder} has no samples in split {split!r} (it has {counts}); a validation split comes from "
+                f"--validation_fraction or --validation_dataset: {self.command()}"
+            )
+        present = {file.name for file in os.scandir(self.folder / split)} if (self.folder / split).is_dir() else set()
+        missing = [entry["key"] for entry in self.entries if f"{entry['key']}.pt" not in present]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.folder / split} lacks {len(missing)} of {len(self.entries)} files, the first is "
+                f"{missing[0]}.pt; this adds them: {self.command()}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Raises: ValueError: the file cannot be read; the message names it and the command that writes it again."""
+        path = self.folder / self.split / f"{self.entries[index]['key']}.pt"
+        try:
+            mmap = os.path.getsize(path) >= MMAP_BYTES
+            sample = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{path} is damaged ({error}); delete it and run: {self.command()}") from error
+        return {**sample, "index": torch.tensor(index % len(self.entries))}
+
+    def expect(self, **settings: Any) -> Self:
+        """Check settings that shaped the tensors, such as `image_size=64`, against those that a model needs.
+
+        Returns: this data set.
+        Raises: ValueError: a setting differs; the message shows both values and the command that makes what is needed.
+        """
+        for name, wanted in settings.items():
+            assert name in self.manifest["settings"], f"{name} is not among {sorted(self.manifest['settings'])}"
+            found = self.manifest["settings"][name]
+            if found != wanted:
+                output_dir = f"{str(self.folder).rstrip('/')}_{name}_{wanted}"
+                raise ValueError(
+                    f"{self.folder} was made with {name}={found!r}, but {name}={wanted!r} is needed; "
+                    f"this makes it: {self.command(**{name: wanted}, output_dir=output_dir)}"
+                )
+        return self
+
+    def command(self, **changes: Any) -> str:
+        """The command that made the folder, with some flags replaced."""
+        words = list(self.manifest["command"])
+        for name, value in changes.items():
+            flag = f"--{name}"
+            if flag in words:
+                start = words.index(flag)
+                stop = next((n for n in range(start + 1, len(words)) if words[n].startswith("--")), len(words))
+                del words[start:stop]
+            words += [flag, str(value)]
+        return shlex.join(["python", *words])
+
+
+def read_manifest(folder: Path, stage: str | None) -> dict[str, Any]:
+    """The manifest of a complete preprocessed folder.
+
+    Raises:
+        FileNotFoundError: there is no complete folder; the message says what is there and which command to run.
+        ValueError: the manifest cannot be read, or is of another schema or stage.
+    """
+    script = f"preprocess_{stage or '<stage>'}_dataset.py"
+    make = f"make it with: python {script} --dataset_name <hub name or folder> --output_dir {folder}"
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; {make}")
+    if not (folder / MANIFEST).exists():
+        if (folder / JOURNAL).exists():
+            raise FileNotFoundError(
+                f"{folder} is incomplete, its preprocessing was interrupted; run {script} again to finish"
+            )
+        state = "is not a preprocessed folder (no manifest.json)" if any(folder.iterdir()) else "is empty"
+        raise FileNotFoundError(f"{folder} {state}; {make}")
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        schema, found_stage = manifest["schema"], manifest["stage"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder / MANIFEST} is damaged ({error!r}); delete the folder and {make}") from error
+    if schema != SCHEMA:
+        raise ValueError(
+            f"{folder} has schema version {schema}, this code reads {SCHEMA}; delete the folder and {make}"
+        )
+    if stage is not None and found_stage != stage:
+        raise ValueError(f"{folder} was made for stage {found_stage!r}, not for {stage!r}; {make}")
+    return manifest

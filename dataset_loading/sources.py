@@ -1,0 +1,285 @@
+"""Raw data sets: hub names and local folders, listed but not decoded, so that a broken file stops nothing.
+
+Local layouts:
+
+    folder/[train|validation|test/]**/*.png          files, with their parent folder as `label`
+    folder/[train|validation|test/]metadata.csv      columns file_name, text, ...; also metadata.jsonl and .parquet
+    folder/metadata.csv                              beside split folders: file_name begins with the split's folder
+    folder/train.jsonl, folder/test.jsonl            one index per split; also .csv
+    index.jsonl                                      an index alone
+
+Everything else (hub names, parquet files, archives, `save_to_disk` folders) goes through the `datasets` package. Local
+layouts do not, because its `imagefolder` leaves files out where a few names happen to contain "train" or "test",
+turns the captions "None" and "null" into nothing, finds nothing in folders with brackets in their names, and its
+`audiofolder` needs FFmpeg even for listing.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+import logging
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+logger = logging.getLogger(__name__)
+
+# Names by which folders and index files of a split are known.
+SPLIT_NAMES = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
+}
+INDEX_SUFFIXES = (".csv", ".jsonl", ".parquet")
+SPLIT_INDEX_SUFFIXES = (".csv", ".jsonl")  # A file train.parquet holds the samples themselves.
+
+
+@dataclasses.dataclass
+class Source:
+    """One split of a data set.
+
+    Attributes:
+        identity: where it comes from: resolved folder or hub name, and split.
+        licence: the first line of its licence, `""` where unknown.
+        media: column with the file of a row.
+        columns: names of all columns.
+        rows: a sequence of dicts, the media column being `{"path": str | None, "bytes": bytes | None}`.
+        root: folder that names are relative to; None for hub data sets.
+        labels: names of the classes in columns that hold class numbers.
+    """
+
+    identity: str
+    licence: str
+    media: str
+    columns: list[str]
+    rows: Any
+    root: Path | None = None
+    labels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields (name, row). Rows of the same file have the same name; names do not depend on the machine."""
+        for index, row in enumerate(self.rows):
+            path = row[self.media]["path"] if row[self.media] else None
+            if path and self.root:
+                relative = Path(os.path.relpath(path, self.root)).as_posix()
+                name = relative.encode("utf-8", "backslashreplace").decode()
+            elif path and not os.path.isabs(path) and "://" not in path:
+                name = path
+            else:
+                name = f"{index:08d}"
+            named = {column: names[row[column]] for column, names in self.labels.items() if row[column] is not None}
+            yield name, {**row, **named}
+
+
+def open_source(
+    name: str, split: str, kind: str, *, suffixes: Collection[str], media: str = "", config: str = ""
+) -> Source:
+    """Open one split of a hub data set or of a local folder or index file.
+
+    Args:
+        name: hub name, folder, or index file (.csv, .jsonl).
+        split: `""` takes the only split there is.
+        kind: `"image"` or `"audio"`; name of the column with the files in local layouts.
+        suffixes: endings of the files of that kind, with the dot, in lower case.
+        media: column with the files of a hub data set; `""` takes the only one of that kind.
+        config: configuration of a hub data set.
+    Raises:
+        FileNotFoundError: nothing is there, or it holds no files of that kind.
+        ValueError: the split or the column does not exist, or an index cannot be read; the message lists what exists.
+    """
+    path = Path(os.path.normpath(Path(name).expanduser()))
+    if path.exists():
+        splits = find_splits(path, suffixes)
+        if splits:
+            return open_local(path, splits, split, kind, suffixes)
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in INDEX_SUFFIXES:
+        raise FileNotFoundError(f"{name} does not exist")
+    return open_with_datasets(name, split, kind, media, config)
+
+
+def find_splits(path: Path, suffixes: Collection[str]) -> dict[str, Path]:
+    """Splits of a local layout with the folder or index file of each; empty where the layout is none of ours.
+
+    Raises: ValueError: there are files of that kind beside the splits' folders.
+    """
+    if path.is_file():
+        return {"train": path} if path.suffix in SPLIT_INDEX_SUFFIXES else {}
+    splits, others = {}, []
+    for child in sorted(path.iterdir()):
+        is_index = child.suffix in SPLIT_INDEX_SUFFIXES and child.is_file()
+        split = SPLIT_NAMES.get((child.stem if is_index else child.name).lower())
+        if split and (child.is_dir() or is_index):
+            splits.setdefault(split, child)
+        elif child.is_dir() and not child.name.startswith(".") and next(walk(child, suffixes), None):
+            others.append(child.name)
+    if any(root.is_dir() for root in splits.values()) and others:
+        raise ValueError(
+            f"{path} holds folders of splits ({', '.join(splits)}) and others with files ({', '.join(others)}); "
+            f"name the split's folder itself, such as {path / 'train'}, or rename class folders called like a split"
+        )
+    found = splits or {"train": path}
+    has_files = any(root.is_file() or next(walk(root, suffixes), None) for root in found.values())
+    return found if has_files or find_index(path) else {}
+
+
+def walk(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
+    """Files with one of the endings under a folder, sorted, without hidden ones; links are followed."""
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        for name in sorted(files):
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
+                yield Path(parent, name)
+
+
+def find_index(folder: Path) -> Path | None:
+    """The metadata file of a folder."""
+    return next((file for suffix in INDEX_SUFFIXES if (file := folder / f"metadata{suffix}").is_file()), None)
+
+
+def open_local(path: Path, splits: dict[str, Path], split: str, kind: str, suffixes: Collection[str]) -> Source:
+    """Open one split of a local layout."""
+    split = choose_split(str(path), split, list(splits))
+    root, shared_index = splits[split], find_index(path) if path.is_dir() else None
+    if root.is_file():
+        rows, root = read_index(root, kind), root.parent
+    elif root != path and shared_index:
+        rows = [row for row in read_index(shared_index, kind) if Path(row[kind]["path"]).is_relative_to(root)]
+    else:
+        rows = read_folder(root, kind, suffixes)
+    if not rows:
+        raise FileNotFoundError(f"no {kind} files under {root}; known endings: {' '.join(sorted(suffixes))}")
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    return Source(f"{path.resolve()}:{split}", read_licence(path), kind, columns, rows, root)
+
+
+def choose_split(name: str, split: str, known: list[str]) -> str:
+    """The wanted split, or the only one where none is named.
+
+    Raises: ValueError: the split does not exist, or none is named and there are several.
+    """
+    if split in known:
+        return split
+    if not split and len(known) == 1:
+        return known[0]
+    wanted = f"has no split {split!r}" if split else "has several splits, and none is named"
+    raise ValueError(f"{name} {wanted}; there is: {', '.join(known)}")
+
+
+def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> list[dict[str, Any]]:
+    """Rows of a folder's metadata files, or of its files where there is no metadata."""
+    files = list(walk(folder, suffixes))
+    indices: dict[Path, Path] = {}
+    for file in walk(folder, INDEX_SUFFIXES):
+        if file.stem == "metadata":
+            indices.setdefault(file.parent, file)
+    if indices:
+        rows = [row for index in indices.values() for row in read_index(index, kind)]
+        listed = {row[kind]["path"] for row in rows}
+        unlisted = [file for file in files if os.path.normpath(file) not in listed]
+        if unlisted:
+            logger.warning(
+                "%d files under %s are left out, no metadata names them: %s", len(unlisted), folder, unlisted[0]
+            )
+        return rows
+    rows = []
+    for file in files:
+        label = {"label": file.parent.name} if file.parent != folder else {}
+        rows.append({kind: {"path": os.path.normpath(file), "bytes": None}, **label})
+    return rows
+
+
+def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
+    """Rows of a metadata file; paths are relative to its folder.
+
+    Raises: ValueError: a line cannot be read, or names no file.
+    """
+    rows = []
+    for number, row in enumerate(read_records(index), start=1):
+        column = "file_name" if "file_name" in row else kind
+        if not isinstance(row.get(column), str) or not row[column]:
+            raise ValueError(f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, row))}")
+        path = os.path.normpath(index.parent / row.pop(column))
+        rows.append({kind: {"path": path, "bytes": None}, **row})
+    return rows
+
+
+def read_records(index: Path) -> list[dict[str, Any]]:
+    """The rows of a .csv, .jsonl or .parquet file as dicts."""
+    if index.suffix == ".parquet":
+        from pyarrow import parquet
+
+        return parquet.read_table(index).to_pylist()
+    try:
+        text = index.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{index} is not UTF-8: {error}") from error
+    if index.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    records = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{index}: line {number} is not JSON: {error}") from error
+    return records
+
+
+def read_licence(folder: Path) -> str:
+    """First line of a LICENSE or LICENCE file beside the data."""
+    files = sorted(folder.glob("LICEN[CS]E*")) if folder.is_dir() else []
+    return files[0].read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0] if files else ""
+
+
+def open_with_datasets(name: str, split: str, kind: str, media: str, config: str) -> Source:
+    """Open a hub data set, or a folder of parquet files or archives, with the `datasets` package."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    feature = {"image": datasets.Image, "audio": datasets.Audio}[kind]
+    try:
+        if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name, config or None)
+    except (OSError, ValueError, DatasetsError) as error:
+        place = f"no {kind} files under {name}" if Path(name).exists() else f"{name!r} is no local folder"
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(f"{place}, and the datasets package cannot load it: {reason}") from error
+    splits = {str(loaded.split or "train"): loaded} if isinstance(loaded, datasets.Dataset) else loaded
+    split = choose_split(name, split, [str(known) for known in splits])
+    rows = splits[split]
+    candidates = [column for column, type_of in rows.features.items() if isinstance(type_of, feature)]
+    if media and media not in rows.column_names:
+        raise ValueError(f"--media_column={media!r} is no column of {name}; there is: {', '.join(rows.column_names)}")
+    if not media and len(candidates) != 1:
+        found = f"{len(candidates)} {kind} columns among {', '.join(rows.column_names)}"
+        raise ValueError(f"{name} has {found}; name the one to use with --media_column")
+    media = media or candidates[0]
+    types = rows.features.items()
+    labels = {column: type_of.names for column, type_of in types if isinstance(type_of, datasets.ClassLabel)}
+    rows = rows.cast_column(media, feature(decode=False))
+    identity = f"{Path(name).resolve() if Path(name).exists() else name}{f'/{config}' if config else ''}:{split}"
+    return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, labels)
+
+
+def read_media(media: dict[str, Any] | None) -> io.BytesIO:
+    """The bytes of a row's file, from memory, from disk, from within an archive, or from the hub.
+
+    Raises: OSError: the file cannot be read, or the row has none.
+    """
+    if media is None:
+        raise FileNotFoundError("the row has no file")
+    if media["bytes"] is not None:
+        return io.BytesIO(media["bytes"])
+    if "://" in media["path"]:
+        filesystem, inner = fsspec.url_to_fs(media["path"])
+        return io.BytesIO(filesystem.cat_file(inner))
+    return io.BytesIO(Path(media["path"]).read_bytes())

@@ -1,0 +1,99 @@
+"""Turn pictures into square uint8 tensors; the next stage is pretrain_image_vae.py.
+
+    python preprocess_image_vae_dataset.py --dataset_name my_pictures --image_size 128
+    python preprocess_image_vae_dataset.py --dataset_name my_pictures --output_dir cached_datasets/augmented \
+        --num_augmented_copies 2 --random_resized_crop --horizontal_flip --color_jitter --rotation
+
+A file holds {"image": (3, S, S) uint8}; the manifest holds the captions. Augmentations given without a value take a
+usual one.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from PIL import Image, ImageColor
+
+from dataset_loading.image import (
+    IMAGE_SUFFIXES,
+    Augmentation,
+    ResizeMode,
+    TooSmallError,
+    decode_image,
+    fit_image,
+    to_tensor,
+)
+from utils.configuration import option
+from utils.preprocess import Example, Preprocess, PreprocessArguments, SkipSampleError
+
+AUGMENTATIONS = [field.name for field in dataclasses.fields(Augmentation)]
+
+
+@dataclasses.dataclass
+class ImageVAEPreprocessArguments(PreprocessArguments):
+    """Flags of this stage."""
+
+    image_size: int = option(128, "side S of the pictures in pixels", gt=0)
+    resize_mode: ResizeMode = option("crop", "how other proportions become square")
+    background_color: str = option("white", "behind transparent pixels, beside padded pictures; name or #rrggbb")
+    min_image_size: int = option(16, "pictures with a shorter side are left out, in pixels", gt=0)
+
+    # Changes of the augmented copies.
+    random_resized_crop: float = option(1.0, "smallest share of the area a crop keeps; 1: off", gt=0, le=1, bare=0.5)
+    horizontal_flip: float = option(0.0, "probability of a flip", ge=0, le=1, bare=0.5)
+    color_jitter: float = option(0.0, "largest change of brightness, contrast, saturation", ge=0, lt=1, bare=0.2)
+    rotation: float = option(0.0, "largest rotation in degrees", ge=0, le=45, bare=10.0)
+
+    def validate_background(self):
+        try:
+            ImageColor.getrgb(self.background_color)
+        except ValueError as error:
+            raise ValueError(f"--background_color={self.background_color!r}: {error}") from error
+
+    def validate_augmentation(self):
+        used = [name for name in AUGMENTATIONS if getattr(self, name) != getattr(type(self), name)]
+        if used and not self.num_augmented_copies:
+            raise ValueError(f"--{used[0]} has no effect without --num_augmented_copies")
+        if self.num_augmented_copies and not used:
+            raise ValueError(
+                f"--num_augmented_copies needs one of --{', --'.join(AUGMENTATIONS)}, or copies are equal"
+            )
+
+
+class ImageVAEPreprocess(Preprocess):
+    name = "image_vae"
+    arguments_class = ImageVAEPreprocessArguments
+    media = "image"
+    suffixes = IMAGE_SUFFIXES
+
+    def __init__(self, args: ImageVAEPreprocessArguments):
+        super().__init__(args)
+        self.augmentation = Augmentation(**{name: getattr(args, name) for name in AUGMENTATIONS})
+
+    def settings(self) -> dict[str, Any]:
+        names = ("image_size", "resize_mode", "background_color", "min_image_size", *AUGMENTATIONS)
+        return {name: getattr(self.args, name) for name in names}
+
+    def decode(self, media: dict[str, Any] | None) -> Image.Image:
+        args = self.args
+        enough = round(3 * args.image_size / args.random_resized_crop**0.5)  # Three pixels for one, as in `resample`.
+        try:
+            return decode_image(media, args.background_color, enough=enough, min_side=args.min_image_size)
+        except TooSmallError as error:
+            raise SkipSampleError(str(error)) from error
+
+    def encode(self, example: Example, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        args, image = self.args, example.data
+        if example.copy:
+            image = self.augmentation.change_geometry(image, generator)
+        image = fit_image(image, args.image_size, args.resize_mode, args.background_color)
+        if example.copy:
+            image = self.augmentation.change_pixels(image, generator)
+        return {"image": to_tensor(image)}
+
+    def measure(self, tensors: dict[str, torch.Tensor]) -> dict[str, int | float]:
+        return {"length": tensors["image"].shape[-1], "pixels": tensors["image"][0].numel()}
+
+
+if __name__ == "__main__":
+    ImageVAEPreprocess.main()

@@ -1,0 +1,141 @@
+import json
+import zipfile
+
+import datasets
+import pytest
+from PIL import Image
+
+from dataset_loading.image import IMAGE_SUFFIXES
+from dataset_loading.sources import open_source, read_media
+
+
+def open_images(name, split="train", **options):
+    return open_source(str(name), split, "image", suffixes=IMAGE_SUFFIXES, **options)
+
+
+def names_and(column, source):
+    return [(name, row.get(column)) for name, row in source]
+
+
+def test_plain_folder_lists_every_picture_and_labels_by_parent(tmp_path, picture):
+    for name in ("b.PNG", "cats/freight-train.png", "cats/test 1.png", "dogs/ä.png", ".hidden/x.png"):
+        picture(name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    assert names_and("label", open_images(tmp_path)) == [
+        ("b.PNG", None),
+        ("cats/freight-train.png", "cats"),
+        ("cats/test 1.png", "cats"),
+        ("dogs/ä.png", "dogs"),
+    ]
+
+
+def test_metadata_csv_per_split_keeps_awkward_captions(tmp_path, picture):
+    for name in ("train/a.png", "train/b.png", "val/c.png"):
+        picture(name)
+    (tmp_path / "train/metadata.csv").write_text('\ufefffile_name,text\na.png,None\nb.png,"red, or ""null"""\n')
+    (tmp_path / "val/metadata.csv").write_text("file_name,text\nc.png,\n")
+    assert names_and("text", open_images(tmp_path)) == [("a.png", "None"), ("b.png", 'red, or "null"')]
+    assert names_and("text", open_images(tmp_path, "validation")) == [("c.png", "")]
+
+
+def test_metadata_above_the_splits_is_divided(tmp_path, picture):
+    for name in ("train/a.png", "test/b.png"):
+        picture(name)
+    (tmp_path / "metadata.csv").write_text("file_name,text\ntrain/a.png,first\ntest/b.png,second\n")
+    assert names_and("text", open_images(tmp_path, "test")) == [("b.png", "second")]
+
+
+def test_jsonl_alone_keeps_line_separators_inside_strings(tmp_path, picture):
+    picture("pictures/a.png")
+    line = json.dumps({"file_name": "pictures/a.png", "text": "one\u2028two"}, ensure_ascii=False)
+    (tmp_path / "list.jsonl").write_text(line + "\n\n", encoding="utf-8")
+    source = open_images(tmp_path / "list.jsonl")
+    assert names_and("text", source) == [("pictures/a.png", "one\u2028two")]
+    assert Image.open(read_media(source.rows[0]["image"])).size == (24, 24)
+
+
+def test_one_jsonl_per_split(tmp_path, picture):
+    picture("pictures/a.png")
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"image": "pictures/a.png", "text": split}) + "\n")
+    assert names_and("text", open_images(tmp_path, "test")) == [("pictures/a.png", "test")]
+
+
+def test_nested_metadata_parquet_and_unlisted_files(tmp_path, picture, caplog):
+    picture("part1/a.png"), picture("part1/forgotten.png")
+    datasets.Dataset.from_dict({"file_name": ["a.png"], "text": ["A"]}).to_parquet(tmp_path / "part1/metadata.parquet")
+    assert names_and("text", open_images(tmp_path)) == [("part1/a.png", "A")]
+    assert "1 files" in caplog.text and "forgotten.png" in caplog.text
+
+
+def test_missing_listed_file_does_not_stop_the_listing(tmp_path, picture):
+    picture("a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\na.png,A\ngone.png,B\n")
+    (_, _), (_, gone) = open_images(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        read_media(gone["image"])
+
+
+def test_parquet_and_saved_data_sets_give_bytes_and_class_names(tmp_path, picture):
+    features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])})
+    file = {"path": "a.png", "bytes": picture("raw/a.png", "blue").read_bytes()}
+    data = datasets.Dataset.from_dict({"img": [file, file], "kind": [1, 0]}, features=features)
+    (tmp_path / "parquet").mkdir()
+    data.to_parquet(tmp_path / "parquet/train-00000-of-00001.parquet")
+    datasets.DatasetDict({"test": data}).save_to_disk(tmp_path / "saved")
+    source = open_images(tmp_path / "parquet")
+    assert source.media == "img" and names_and("kind", source) == [("a.png", "dog"), ("a.png", "cat")]
+    assert Image.open(read_media(source.rows[0]["img"])).getpixel((0, 0)) == (0, 0, 255)
+    assert len(open_images(tmp_path / "saved", "test", media="img")) == 2
+
+
+def test_zip_archive_is_read(tmp_path, picture):
+    file = picture("raw/a.png")
+    (tmp_path / "set").mkdir()
+    with zipfile.ZipFile(tmp_path / "set/pictures.zip", "w") as archive:
+        archive.write(file, "a.png")
+    ((_, row),) = open_images(tmp_path / "set")
+    assert Image.open(read_media(row["image"])).size == (24, 24)
+
+
+def test_licence_is_the_first_line(tmp_path, picture):
+    picture("a.png")
+    (tmp_path / "LICENSE.txt").write_text("CC0, example.org\nmore")
+    assert open_images(tmp_path).licence == "CC0, example.org"
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "error", "message"),
+    [
+        ([], "train", FileNotFoundError, "no image files under"),
+        (["train/a.png", "test/b.png"], "dev", ValueError, "has no split 'dev'; there is: test, train"),
+        (["train/a.png", "test/b.png"], "", ValueError, "has several splits"),
+        (["train/a.png", "cars/b.png"], "train", ValueError, r"others with files \(cars\)"),
+    ],
+)
+def test_wrong_folders_say_what_is_there(tmp_path, picture, files, split, error, message):
+    for name in files:
+        picture(name)
+    with pytest.raises(error, match=message):
+        open_images(tmp_path, split)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("metadata.csv", "path,text\na.png,A\n", "row 1 has no 'file_name'; its columns: path, text"),
+        ("metadata.csv", "file_name,text\na.png,A\n,B\n", "row 2 has no 'file_name'"),
+        ("metadata.jsonl", '{"file_name": "a.png"}\n{"file', "line 2 is not JSON"),
+    ],
+)
+def test_damaged_index_is_named_with_its_line(tmp_path, picture, file, text, message):
+    picture("a.png")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=f"{file}: {message}"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "data/sets/mine", "list.jsonl"])
+def test_missing_paths_do_not_ask_the_hub(name):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        open_images(name)

@@ -1,0 +1,473 @@
+"""The preprocessing driver: a stage says how one raw file becomes tensors, `Preprocess` does the rest.
+
+It reads the source, splits off validation samples by a hash of the raw file's name, runs worker processes, writes one
+file per sample, goes on where an interrupted run stopped, and writes the manifest last. The tensors depend on the
+seed, the sample and the copy only, never on the number of workers.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
+from multiprocessing import parent_process
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from dataset_loading.cache_writer import open_journal, read_entries, save_tensors, write_manifest
+from dataset_loading.cached import MANIFEST, SCHEMA
+from dataset_loading.sources import Source, open_source
+from utils.configuration import declared_fields, option
+from utils.megatransformer_utils import parse_arguments
+
+logger = logging.getLogger(__name__)
+
+CHUNK = 8  # Tasks that a worker gets at once.
+PACKAGES = ("torch", "numpy", "pillow", "datasets")
+
+
+@dataclasses.dataclass
+class PreprocessArguments:
+    """Flags common to all preprocessing; a stage's own arguments are a subclass with further `option()` fields."""
+
+    # What is read.
+    dataset_name: str = option("", "raw data: hub name, folder, or index file (.csv, .jsonl)")
+    dataset_config: str = option("", "configuration of a hub data set")
+    dataset_split: str = option("train", "split that is read")
+    media_column: str = option("", "column with the files of a hub data set; default: the only one of its kind")
+    caption_column: str = option("text", "column with the captions; without a column 'text' captions are empty")
+    limit: int = option(-1, "raw samples that are read, from the first; -1: all", ge=-1)
+
+    # Which part validates.
+    validation_fraction: float = option(0.05, "share for validation, by a hash of the raw file's name", ge=0, lt=1)
+    validation_dataset: str = option("", "hub name or folder of a validation set of its own")
+    validation_split: str = option("", "split of the validation set; default: its only one")
+
+    # How it is written.
+    output_dir: str = option("", "folder that is written; default: cached_datasets/<stage>")
+    num_augmented_copies: int = option(0, "randomly changed copies of a training sample, beside the plain one", ge=0)
+    seed: int = option(42, "seed of the random changes", ge=0)
+    num_workers: int = option(-1, "worker processes; 0: none, the main process works; -1: one per CPU", ge=-1)
+    max_broken_fraction: float = option(0.01, "share of raw files that may be broken", ge=0, le=1)
+
+    needs = {"validation_fraction": ("validation_dataset", ""), "validation_split": ("validation_dataset", bool)}
+
+    def validate_source(self):
+        if not self.dataset_name:
+            raise ValueError("--dataset_name is missing: give a hub name, a folder, or an index file (.csv, .jsonl)")
+        if self.limit == 0:
+            raise ValueError("--limit=0 reads nothing; give a positive number, or -1 for all")
+
+
+@dataclasses.dataclass
+class Example:
+    """One copy of a raw sample: copy 0 is the plain one, the others are to be changed at random."""
+
+    name: str
+    copy: int
+    data: Any
+    caption: str
+
+
+@dataclasses.dataclass
+class Raw:
+    """A raw sample as listed: `media` is `{"path": ..., "bytes": ...}`, see `dataset_loading.sources`."""
+
+    media: dict[str, Any] | None
+    caption: str
+
+
+@dataclasses.dataclass
+class Task:
+    """A raw sample with the copies still to be written, `{copy: key}`, and the entries of those that are there."""
+
+    number: int
+    split: str
+    name: str
+    raw: Raw
+    missing: dict[int, str]
+    entries: list[dict[str, Any]]
+
+
+@dataclasses.dataclass
+class Outcome:
+    """What became of a task: entries of all its copies, or the reason why there are none."""
+
+    number: int
+    split: str
+    name: str
+    entries: list[dict[str, Any]]
+    n_written: int = 0
+    broken: str = ""
+    skipped: str = ""
+
+
+class SkipSampleError(ValueError):
+    """Raised by `decode` or `encode` to leave out a sound sample; it is reported but does not count as broken."""
+
+
+class Preprocess:
+    """Preprocessing of one stage. Subclasses state the class attributes, `settings`, `decode` and `encode`."""
+
+    name: ClassVar[str]
+    arguments_class: ClassVar[type[PreprocessArguments]] = PreprocessArguments
+    media: ClassVar[str]  # "image" or "audio"
+    suffixes: ClassVar[Collection[str]]
+
+    def __init__(self, args: Any):
+        self.args = args
+        self.folder = Path(args.output_dir or f"cached_datasets/{self.name}")
+
+    # ---- What a stage says.
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that shape the tensors, as JSON values. Two runs may share a folder only if they agree."""
+        raise NotImplementedError
+
+    def decode(self, media: dict[str, Any] | None) -> Any:
+        """Read one raw file; called once for all copies. What it raises is reported and the sample left out."""
+        raise NotImplementedError
+
+    def encode(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
+        """The tensors of one copy. All randomness comes from the generator."""
+        raise NotImplementedError
+
+    def examples(self, source: Source) -> Iterator[tuple[str, Raw]]:
+        """Yields (name, raw sample). Samples of the same name never fall on both sides of the validation split."""
+        for name, row in source:
+            yield name, Raw(row[source.media], caption_of(row.get(self.args.caption_column)))
+
+    def measure(self, tensors: dict[str, Tensor]) -> dict[str, int | float]:
+        """`length` of a sample, and further sizes to be totalled in the manifest, such as seconds."""
+        return {"length": next(iter(tensors.values())).shape[-1]}
+
+    # ---- What all stages do.
+
+    @classmethod
+    def main(cls, argv: list[str] | None = None) -> dict[str, Any]:
+        """Parse, preprocess, report; returns the manifest."""
+        args = parse_arguments(cls.arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            return cls(args).run()
+        except KeyboardInterrupt:
+            logger.warning("stopped; what is written stays, the same command goes on from there")
+            raise SystemExit(130) from None
+        except (ValueError, OSError) as error:
+            if os.environ.get("MEGATRANSFORMER_TRACEBACK"):
+                raise
+            logger.error("%s", error)
+            raise SystemExit(2) from error
+
+    def run(self) -> dict[str, Any]:
+        """Write what is missing, then the manifest, which is returned.
+
+        Raises:
+            FileNotFoundError: the source is missing or empty.
+            ValueError: a folder made with other settings, too many broken files, or no sample at all.
+            OSError: a file cannot be written.
+        """
+        started = time.perf_counter()
+        sources = self.open_sources()
+        header = self.header(sources)
+        known = read_entries(self.folder, header)
+        total = sum(self.count(source) for source in sources.values())
+        outcomes, problems = [], []
+        with open_journal(self.folder, header) as journal, ProgressReport(self.name, total) as report:
+            for outcome in self.work(self.plan(sources, known)):
+                outcomes.append(outcome)
+                if outcome.broken:
+                    problems.append(outcome)
+                    self.check_broken(problems, total)
+                for entry in outcome.entries if outcome.n_written else ():
+                    journal.write(json.dumps([outcome.split, entry]) + "\n")
+                journal.flush()
+                report.advance()
+        manifest = {**header, **summary(sorted(outcomes, key=lambda outcome: outcome.number))}
+        if not manifest["entries"]["train"]:
+            raise ValueError(f"no training samples among {total} raw ones; {describe_problems(outcomes)}")
+        write_manifest(self.folder, manifest)
+        seconds, n_written = time.perf_counter() - started, sum(outcome.n_written for outcome in outcomes)
+        logger.info(
+            "%s: %d samples written in %.1f s, %s", self.folder, n_written, seconds, json.dumps(manifest["totals"])
+        )
+        if not manifest["entries"]["validation"] and self.args.validation_fraction:
+            logger.warning("no raw file fell into the validation share; a larger --validation_fraction gives some")
+        for kind in ("broken", "skipped"):
+            if manifest[kind]:
+                logger.warning("%d raw files %s, see %s", len(manifest[kind]), kind, self.folder / MANIFEST)
+        return manifest
+
+    def open_sources(self) -> dict[str, Source]:
+        """The training source and, where it has a source of its own, the validation source."""
+        args = self.args
+        options = {"suffixes": self.suffixes, "media": args.media_column, "config": args.dataset_config}
+        sources = {"train": open_source(args.dataset_name, args.dataset_split, self.media, **options)}
+        if args.validation_dataset:
+            sources["validation"] = open_source(args.validation_dataset, args.validation_split, self.media, **options)
+            if sources["validation"].identity == sources["train"].identity:
+                raise ValueError(
+                    f"training and validation would both read {sources['train'].identity}; see --validation_split"
+                )
+        for source in sources.values():
+            column = args.caption_column
+            if column not in source.columns and column != PreprocessArguments.caption_column:
+                known = ", ".join(source.columns)
+                raise ValueError(f"--caption_column={column!r} is no column of {source.identity}; there is: {known}")
+            if column not in source.columns:
+                logger.info("%s has no column %r: captions are empty", source.identity, column)
+        return sources
+
+    def header(self, sources: dict[str, Source]) -> dict[str, Any]:
+        """What the manifest says before the samples."""
+        own = sources.get("validation")
+        validation = own.identity if own else f"{self.args.validation_fraction} of the source"
+        settings = {
+            **self.settings(),
+            "seed": self.args.seed,
+            "source": sources["train"].identity,
+            "validation": validation,
+        }
+        settings = json.loads(json.dumps(settings))
+        text = json.dumps({"schema": SCHEMA, "stage": self.name, **settings}, sort_keys=True)
+        return {
+            "schema": SCHEMA,
+            "stage": self.name,
+            "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "settings": settings,
+            "licence": sources["train"].licence,
+            "arguments": {field.name: getattr(self.args, field.name) for field in declared_fields(self.args)},
+            "command": command_words(f"preprocess_{self.name}_dataset.py", self.args),
+            "packages": {name: version(name) for name in PACKAGES},
+        }
+
+    def count(self, source: Source) -> int:
+        """Raw samples that are read from a source."""
+        return len(source) if self.args.limit < 0 else min(len(source), self.args.limit)
+
+    def plan(self, sources: dict[str, Source], known: dict[tuple[str, str], dict[str, Any]]) -> Iterator[Task]:
+        """The tasks in the order of the sources; those with nothing missing carry no raw file.
+
+        Args: known: entries of earlier runs by split and key.
+        """
+        number, limit = itertools.count(), None if self.args.limit < 0 else self.args.limit
+        for source_split, source in sources.items():
+            seen: Counter[str] = Counter()
+            for name, raw in itertools.islice(self.examples(source), limit):
+                split = source_split
+                if len(sources) == 1 and is_validation(name, self.args.validation_fraction):
+                    split = "validation"
+                n_copies = self.args.num_augmented_copies if split == "train" else 0
+                keys = {copy: sample_key(name, seen[name], copy) for copy in range(1 + n_copies)}
+                seen[name] += 1
+                there = [key for key in keys.values() if (split, key) in known and self.path(split, key).exists()]
+                entries = [{**known[split, key], "caption": raw.caption} for key in there]
+                missing = {copy: key for copy, key in keys.items() if key not in there}
+                yield Task(next(number), split, name, raw if missing else Raw(None, ""), missing, entries)
+
+    def path(self, split: str, key: str) -> Path:
+        """The file of a sample."""
+        return self.folder / split / f"{key}.pt"
+
+    def process(self, task: Task) -> Outcome:
+        """Decode one raw file, encode and write its missing copies.
+
+        Raises: OSError: a file cannot be written. A raw file that cannot be read or encoded is an outcome instead.
+        """
+        outcome = Outcome(task.number, task.split, task.name, list(task.entries))
+        if not task.missing:
+            return outcome
+        samples = {}
+        try:
+            data = self.decode(task.raw.media)
+            for copy, key in task.missing.items():
+                generator = torch.Generator().manual_seed(seed_of(self.args.seed, key))
+                samples[copy] = self.encode(Example(task.name, copy, data, task.raw.caption), generator)
+        except SkipSampleError as reason:
+            return dataclasses.replace(outcome, entries=[], skipped=str(reason))
+        except Exception as error:  # Anything may be wrong with a raw file; the manifest reports it.
+            return dataclasses.replace(outcome, entries=[], broken=f"{type(error).__name__}: {error}")
+        for copy, tensors in samples.items():
+            key = task.missing[copy]
+            save_tensors(self.path(task.split, key), tensors)
+            entry = {"key": key, "source": task.name, "copy": copy, "caption": task.raw.caption}
+            outcome.entries.append({**entry, **self.measure(tensors)})
+        outcome.entries.sort(key=lambda entry: entry["copy"])
+        outcome.n_written = len(samples)
+        return outcome
+
+    def work(self, tasks: Iterator[Task]) -> Iterator[Outcome]:
+        """Process tasks in this process or in several; outcomes come in any order.
+
+        Raises: ChildProcessError: a worker died.
+        """
+        n_workers = usable_cpus() if self.args.num_workers < 0 else self.args.num_workers
+        if n_workers == 0:
+            yield from map(self.process, tasks)
+            return
+        pool = ProcessPoolExecutor(n_workers, initializer=start_worker)
+        pending: set[Future] = set()
+        try:
+            while chunk := list(itertools.islice(tasks, CHUNK)):
+                pending.add(pool.submit(process_chunk, self, chunk))
+                if len(pending) > 2 * n_workers:
+                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                    yield from itertools.chain.from_iterable(future.result() for future in finished)
+            while pending:
+                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+                yield from itertools.chain.from_iterable(future.result() for future in finished)
+        except BrokenProcessPool as error:
+            raise ChildProcessError(
+                "a worker process died, perhaps for lack of memory; run the same command with fewer --num_workers"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def check_broken(self, problems: list[Outcome], total: int) -> None:
+        """Raises: ValueError: more raw files are broken than allowed."""
+        if len(problems) > self.args.max_broken_fraction * total:
+            raise ValueError(
+                f"{len(problems)} of {total} raw files are broken, more than --max_broken_fraction="
+                f"{self.args.max_broken_fraction}: {describe_problems(problems)}. Repair or remove them, or allow more"
+            )
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def start_worker() -> None:
+    """A worker has one thread, leaves Ctrl-C to the main process, and ends when that dies."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    parent = parent_process()
+    assert parent is not None, "start_worker runs in a worker process"
+
+    def end_with_parent():
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def process_chunk(preprocess: Preprocess, tasks: list[Task]) -> list[Outcome]:
+    """Several tasks in one worker."""
+    return [preprocess.process(task) for task in tasks]
+
+
+class ProgressReport:
+    """A progress bar on a terminal, a log line every half minute elsewhere."""
+
+    def __init__(self, name: str, total: int):
+        console = Console(stderr=True)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        # Without a refreshing thread, so that worker processes can be forked safely.
+        self.bar = Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal)
+        self.task = self.bar.add_task(name, total=total)
+        self.name, self.total, self.done = name, total, 0
+        self.started = self.shown = time.monotonic()
+        self.interval = 0.2 if console.is_terminal else 30.0
+
+    def __enter__(self) -> "ProgressReport":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.show()
+        self.bar.stop()
+
+    def advance(self) -> None:
+        """Count one more."""
+        self.done += 1
+        if time.monotonic() > self.shown + self.interval:
+            self.show()
+            if self.bar.disable:
+                logger.info("%s: %d of %d raw samples", self.name, self.done, self.total)
+
+    def show(self) -> None:
+        """Redraw the bar."""
+        self.shown = time.monotonic()
+        speed = f"{self.name} {self.done / max(self.shown - self.started, 1e-3):.0f}/s"
+        self.bar.update(self.task, completed=self.done, description=speed, refresh=True)
+
+
+def caption_of(value: Any) -> str:
+    """A caption as text; the first of several; nothing is `""`."""
+    if isinstance(value, list | tuple):
+        value = value[0] if value else None
+    return "" if value is None else str(value)
+
+
+def sample_key(name: str, occurrence: int, copy: int) -> str:
+    """A file name, safe on every file system and unique for (name, occurrence, copy); begins with what is legible."""
+    stem = re.sub(r"[^A-Za-z0-9_]+", "_", os.path.splitext(name)[0]).strip("_")[-60:] or "sample"
+    digest = hashlib.sha256(f"{name}\n{occurrence}".encode()).hexdigest()[:12]
+    return f"{stem}-{digest}" + (f"-copy{copy}" if copy else "")
+
+
+def is_validation(name: str, fraction: float) -> bool:
+    """Whether a raw file's name falls into the validation share; independent of seed, order and other files."""
+    digest = hashlib.sha256(f"validation {name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def seed_of(seed: int, key: str) -> int:
+    """The seed of one copy of one sample."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:8], "big") >> 1
+
+
+def summary(outcomes: list[Outcome]) -> dict[str, Any]:
+    """What the manifest says about the samples."""
+    splits = ("train", "validation")
+    entries = {split: [entry for one in outcomes if one.split == split for entry in one.entries] for split in splits}
+    totals: dict[str, Any] = {}
+    for split in splits:
+        totals[split] = {"samples": len(entries[split])}
+        for name in entries[split][0] if entries[split] else ():
+            if name not in ("key", "source", "copy", "caption", "length"):
+                totals[split][name] = sum(entry[name] for entry in entries[split])
+    left_out = {
+        kind: [{"source": one.name, "reason": getattr(one, kind)} for one in outcomes if getattr(one, kind)]
+        for kind in ("broken", "skipped")
+    }
+    return {"totals": totals, **left_out, "entries": entries}
+
+
+def describe_problems(outcomes: Iterable[Outcome]) -> str:
+    """The first few raw files that gave no sample, with the reasons."""
+    found = [f"{one.name} ({one.broken or one.skipped})" for one in outcomes if one.broken or one.skipped]
+    return "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+
+
+def command_words(script: str, args: Any) -> list[str]:
+    """The command line that gives these arguments: flags that differ from their defaults."""
+    words = [script]
+    for field in declared_fields(args):
+        value, default = getattr(args, field.name), getattr(type(args)(), field.name)
+        if value == default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{field.name}" if value else f"--no_{field.name}")
+        else:
+            words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
