@@ -1,0 +1,174 @@
+"""Losses: tensors in, scalars or named weighted terms out.  B batch, C channels, Y X rows and columns.
+
+Every loss is computed in fp32 and is a mean over the batch, so that equal micro-batches or ranks average exactly.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from utils.configuration import suggest
+
+AdversarialKind = Literal["hinge", "non_saturating"]
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL(N(mean, exp(logvar)) || N(0, 1)) in nats per sample, summed over all latents.
+
+    The one reduction used everywhere: a trainer adds `kl_weight * kl_divergence(mean, logvar).mean() / (C * Y * X)`,
+    nats per input value. Reconstruction losses are means over input values, so at every resolution the sum is an ELBO
+    up to scale.
+    Args:
+        mean, logvar: (B, ...).
+    Returns:
+        (B,) fp32.
+    """
+    mean, logvar = mean.float(), logvar.float()
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
+
+
+def gradient_loss(reconstruction: Tensor, target: Tensor, n_scales: int = 3) -> Tensor:
+    """Mean absolute difference of neighbouring-pixel differences, averaged over scales 1, 1/2, 1/4, ...
+
+    Args:
+        reconstruction, target: (B, C, Y, X); the smaller side at least 2**n_scales pixels.
+    Raises:
+        ValueError: the picture is too small for the number of scales.
+    """
+    error = reconstruction.float() - target.float()
+    if min(error.shape[-2:]) < 2**n_scales:
+        raise ValueError(f"a picture of {error.shape[-2]}x{error.shape[-1]} pixels is too small for {n_scales} scales")
+    total = error.new_zeros(())
+    for scale in range(n_scales):
+        if scale > 0:
+            error = F.avg_pool2d(error, 2)
+        total = total + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    return total / n_scales
+
+
+class ReconstructionLoss(nn.Module):
+    """Weighted distances between a reconstruction and its target, by name.
+
+    Args:
+        l1_weight: weight of the mean absolute error.
+        gradient_weight: weight of `gradient_loss`.
+        perceptual_weight: weight of the perceptual distance.
+        perceptual: (reconstruction, target) -> (B,), needed exactly where perceptual_weight is positive.
+    Raises:
+        ValueError: a negative weight, all weights zero, or a weight and a perceptual distance that do not go together.
+    """
+
+    def __init__(
+        self,
+        l1_weight: float = 1.0,
+        gradient_weight: float = 0.0,
+        perceptual_weight: float = 0.0,
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+    ):
+        super().__init__()
+        weights = {"l1": l1_weight, "gradient": gradient_weight, "perceptual": perceptual_weight}
+        for name, weight in weights.items():
+            if weight < 0:
+                raise ValueError(f"{name}_weight={weight} must be >= 0")
+        if not any(weights.values()):
+            raise ValueError(
+                "l1_weight, gradient_weight and perceptual_weight are all 0: nothing would be reconstructed"
+            )
+        if perceptual_weight > 0 and perceptual is None:
+            raise ValueError(
+                f"perceptual_weight={perceptual_weight} needs a perceptual distance; see build_perceptual"
+            )
+        if perceptual_weight == 0 and perceptual is not None:
+            raise ValueError("a perceptual distance is given but perceptual_weight=0 leaves it without effect")
+        self.weights = {name: weight for name, weight in weights.items() if weight > 0}
+        self.perceptual = perceptual
+
+    def forward(self, reconstruction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Args: reconstruction, target: (B, C, Y, X) in [-1, 1].
+        Returns: weighted fp32 scalars "l1", "gradient", "perceptual"; those with weight 0 are left out."""
+        terms = {}
+        if "l1" in self.weights:
+            terms["l1"] = F.l1_loss(reconstruction.float(), target.float())
+        if "gradient" in self.weights:
+            terms["gradient"] = gradient_loss(reconstruction, target)
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(reconstruction, target).float().mean()
+        return {name: self.weights[name] * term for name, term in terms.items()}
+
+
+def check_adversarial_kind(kind: str) -> None:
+    """ValueError for a kind other than "hinge" and "non_saturating"."""
+    known = ("hinge", "non_saturating")
+    if kind not in known:
+        raise ValueError(f"adversarial loss {kind!r} is not known{suggest(kind, known)}")
+
+
+def discriminator_loss(kind: AdversarialKind, real_logits: list[Tensor], fake_logits: list[Tensor]) -> Tensor:
+    """What the discriminator minimises, averaged over sub-discriminators.
+
+    hinge (arXiv 1705.02894):            mean max(0, 1 - real) + mean max(0, 1 + fake)
+    non_saturating (arXiv 1406.2661):    mean softplus(-real) + mean softplus(fake)
+    Args:
+        real_logits, fake_logits: one tensor of any shape per sub-discriminator.
+    """
+    check_adversarial_kind(kind)
+    losses = []
+    for real, fake in zip(real_logits, fake_logits, strict=True):
+        real, fake = real.float(), fake.float()
+        if kind == "hinge":
+            losses.append(F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+        else:
+            losses.append(F.softplus(-real).mean() + F.softplus(fake).mean())
+    return torch.stack(losses).mean()
+
+
+def generator_loss(kind: AdversarialKind, fake_logits: list[Tensor]) -> Tensor:
+    """What the generator minimises, averaged over sub-discriminators: -mean(fake), or mean softplus(-fake)."""
+    check_adversarial_kind(kind)
+    if kind == "hinge":
+        return torch.stack([-fake.float().mean() for fake in fake_logits]).mean()
+    return torch.stack([F.softplus(-fake.float()).mean() for fake in fake_logits]).mean()
+
+
+def feature_matching_loss(real_features: list[Tensor], fake_features: list[Tensor]) -> Tensor:
+    """Mean absolute difference of a discriminator's feature maps, averaged over maps; no gradient to the real ones."""
+    distances = [
+        F.l1_loss(fake.float(), real.detach().float()) for real, fake in zip(real_features, fake_features, strict=True)
+    ]
+    return torch.stack(distances).mean()
+
+
+def r1_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
+    """Squared gradient of the logits with respect to real pictures (arXiv 1801.04406), without the factor gamma / 2.
+
+    A map of n logits counts as the sum of its logits over sqrt(n): for patches that look at different pixels this is
+    the mean squared gradient per logit, whatever the size of the picture. Sub-discriminators are averaged.
+    Args:
+        discriminator: image -> (list of logits, list of features); runs in fp32 also under autocast.
+        real: (B, C, Y, X).
+    Returns:
+        fp32 scalar with a graph into the discriminator's parameters.
+    """
+    with torch.autocast(real.device.type, enabled=False):
+        real = real.detach().float().requires_grad_()
+        all_logits, _ = discriminator(real)
+        output = torch.stack([logits.sum() / logits[0].numel() ** 0.5 for logits in all_logits]).sum()
+        (gradient,) = torch.autograd.grad(output, real, create_graph=True)
+    return gradient.square().flatten(1).sum(dim=1).mean() / len(all_logits)
+
+
+def lecam_penalty(
+    real_logits: list[Tensor], fake_logits: list[Tensor], ema_real: Tensor | float, ema_fake: Tensor | float
+) -> Tensor:
+    """LeCam regularisation of the discriminator (arXiv 2104.03310, equation 5), averaged over sub-discriminators.
+
+    mean (real - ema_fake)^2 + mean (fake - ema_real)^2; the averages are of mean logits over past updates.
+    """
+    losses = [
+        (real.float() - ema_fake).square().mean() + (fake.float() - ema_real).square().mean()
+        for real, fake in zip(real_logits, fake_logits, strict=True)
+    ]
+    return torch.stack(losses).mean()

@@ -1,0 +1,246 @@
+"""Image VAE.  B batch, Y X rows and columns, D width of a stage, P patch side, Z latent channels.
+
+Architecture "residual", built for few operations at full resolution:
+- the stem is a pixel-unshuffle: the first convolution runs on (Y/P, X/P), the last picture is a pixel-shuffle;
+- stages change resolution by space-to-channel with a shortcut that has no parameters (DC-AE, arXiv 2410.10733,
+  section 3): averaged groups of channels on the way down, repeated channels on the way up;
+- residual blocks start as the identity, so that the network starts as its shortcuts.
+Architecture "ldm" (`ldm_vae.py`) is the one of latent diffusion and loads diffusers' AutoencoderKL weights.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from model.image.ldm_vae import LDMDecoder, LDMEncoder, config_from_diffusers, rename_diffusers_weights
+from model.presets import IMAGE_VAE
+from model.vae import VAE, ZeroConv2d
+from utils.configuration import StrictConfig, from_preset, option
+
+
+class ImageVAEConfig(StrictConfig):
+    """Configuration of `ImageVAE`. Lists run from the finest stage to the coarsest, for encoder and decoder alike."""
+
+    model_type = "image_vae"
+
+    architecture: Literal["residual", "ldm"] = option(
+        "residual", "network; ldm loads diffusers' AutoencoderKL weights"
+    )
+    image_size: int = option(
+        256, "side of the training pictures in pixels; any multiple of the compression works", gt=0
+    )
+    latent_channels: int = option(16, "latent channels Z", gt=0)
+    patch_size: int = option(2, "side P of the stem's pixel-unshuffle in pixels; 1 for ldm", gt=0)
+
+    encoder_widths: list[int] = option([64, 128, 256], "channels of the encoder's stages", gt=0)
+    decoder_widths: list[int] = option([64, 128, 256], "channels of the decoder's stages", gt=0)
+    n_encoder_blocks: list[int] = option([1, 2, 2], "residual blocks of the encoder's stages", ge=0)
+    n_decoder_blocks: list[int] = option([1, 2, 3], "residual blocks of the decoder's stages", ge=0)
+    n_norm_groups: int = option(32, "groups of each GroupNorm", gt=0)
+    use_quant_conv: bool = option(False, "ldm only: 1x1 convolutions on both sides of the latents")
+
+    @property
+    def compression(self) -> int:
+        """Picture side over latent side: the stem's patch and a factor 2 between stages."""
+        return self.patch_size * 2 ** (len(self.encoder_widths) - 1)
+
+    def validate_stages(self):
+        for name in ("decoder_widths", "n_encoder_blocks", "n_decoder_blocks"):
+            if len(getattr(self, name)) != len(self.encoder_widths):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} must have as many entries as encoder_widths={self.encoder_widths}"
+                )
+        for name in ("encoder_widths", "decoder_widths"):
+            for width in getattr(self, name):
+                if width % self.n_norm_groups:
+                    raise ValueError(
+                        f"n_norm_groups={self.n_norm_groups} must divide every entry of {name}={getattr(self, name)}"
+                    )
+
+    def validate_architecture(self):
+        if self.architecture == "ldm":
+            if self.patch_size != 1:
+                raise ValueError(f"patch_size={self.patch_size} must be 1 for architecture='ldm'")
+            return
+        if self.use_quant_conv:
+            raise ValueError("use_quant_conv=True has no effect in architecture='residual'; it belongs to 'ldm'")
+        for name in ("encoder_widths", "decoder_widths"):
+            widths = getattr(self, name)
+            for fine, coarse in zip(widths, widths[1:]):
+                if 4 * fine % coarse:
+                    raise ValueError(
+                        f"{name}={widths}: {coarse} must divide 4 * {fine}, so that the shortcut between the stages "
+                        "averages or repeats whole channels"
+                    )
+
+    def validate_image_size(self):
+        if self.image_size % self.compression:
+            raise ValueError(f"image_size={self.image_size} must be divisible by the compression {self.compression}")
+
+
+class ResidualBlock(GradientCheckpointingLayer):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), both convolutions 3x3, the second one starting at zero."""
+
+    def __init__(self, width: int, n_norm_groups: int):
+        super().__init__()
+        self.norm1 = nn.GroupNorm(n_norm_groups, width)
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.norm2 = nn.GroupNorm(n_norm_groups, width)
+        self.conv2 = ZeroConv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, Y, X) -> the same shape."""
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h)))
+
+
+class Downsample(GradientCheckpointingLayer):
+    """Half the resolution: space-to-channel, then a 1x1 convolution, beside the mean of groups of channels."""
+
+    def __init__(self, width: int, out_width: int):
+        super().__init__()
+        self.out_width = out_width
+        self.conv = nn.Conv2d(4 * width, out_width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, Y, X) -> (B, out_width, Y/2, X/2)."""
+        x = F.pixel_unshuffle(x, 2)
+        return self.conv(x) + x.unflatten(1, (self.out_width, -1)).mean(dim=2)
+
+
+class Upsample(GradientCheckpointingLayer):
+    """Twice the resolution: a 1x1 convolution beside repeated channels, then channel-to-space."""
+
+    def __init__(self, width: int, out_width: int):
+        super().__init__()
+        self.n_repeats = 4 * out_width // width
+        self.conv = nn.Conv2d(width, 4 * out_width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, Y, X) -> (B, out_width, 2Y, 2X)."""
+        return F.pixel_shuffle(self.conv(x) + x.repeat_interleave(self.n_repeats, dim=1), 2)
+
+
+class ResidualEncoder(nn.Module):
+    """(B, 3, Y, X) -> posterior parameters (B, 2Z, y, x)."""
+
+    def __init__(self, config: ImageVAEConfig):
+        super().__init__()
+        widths = config.encoder_widths
+        self.patch_size = config.patch_size
+        self.stem = nn.Conv2d(3 * config.patch_size**2, widths[0], 3, padding=1)
+        blocks: list[nn.Module] = []
+        for i, (width, n_blocks) in enumerate(zip(widths, config.n_encoder_blocks)):
+            if i > 0:
+                blocks.append(Downsample(widths[i - 1], width))
+            blocks += [ResidualBlock(width, config.n_norm_groups) for _ in range(n_blocks)]
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.GroupNorm(config.n_norm_groups, widths[-1])
+        self.head = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        x = image.contiguous(memory_format=torch.channels_last)
+        x = self.stem(F.pixel_unshuffle(x, self.patch_size))
+        for block in self.blocks:
+            x = block(x)
+        # The posterior is computed in fp32: under bf16 autocast its rounding would exceed small deviations.
+        with torch.autocast(x.device.type, enabled=False):
+            return self.head(F.silu(self.norm(x.float())))
+
+
+class ResidualDecoder(nn.Module):
+    """(B, Z, y, x) -> (B, 3, Y, X)."""
+
+    def __init__(self, config: ImageVAEConfig):
+        super().__init__()
+        widths = config.decoder_widths
+        self.patch_size = config.patch_size
+        self.stem = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        blocks: list[nn.Module] = []
+        for i in reversed(range(len(widths))):
+            blocks += [ResidualBlock(widths[i], config.n_norm_groups) for _ in range(config.n_decoder_blocks[i])]
+            if i > 0:
+                blocks.append(Upsample(widths[i], widths[i - 1]))
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.GroupNorm(config.n_norm_groups, widths[0])
+        self.head = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.stem(latents.contiguous(memory_format=torch.channels_last))
+        for block in self.blocks:
+            x = block(x)
+        return F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.patch_size)
+
+
+ARCHITECTURES: dict[str, tuple[Callable[[ImageVAEConfig], nn.Module], Callable[[ImageVAEConfig], nn.Module]]] = {
+    "residual": (ResidualEncoder, ResidualDecoder),
+    "ldm": (LDMEncoder, LDMDecoder),
+}
+
+
+class ImageVAE(VAE):
+    """Image VAE of either architecture; pictures are (B, 3, Y, X) fp32 in [-1, 1]."""
+
+    config_class = ImageVAEConfig
+    config: ImageVAEConfig
+
+    def __init__(self, config: ImageVAEConfig):
+        super().__init__(config)
+        build_encoder, build_decoder = ARCHITECTURES[config.architecture]
+        self.encoder = build_encoder(config)
+        self.decoder = build_decoder(config)
+        self.post_init()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "ImageVAE":
+        """A model with fresh weights of a size in `presets.IMAGE_VAE`; ValueError for an unknown name or field."""
+        return cls(from_preset(ImageVAEConfig, IMAGE_VAE, name, **overrides))
+
+    @classmethod
+    def from_diffusers(cls, folder: str | Path) -> "ImageVAE":
+        """Read a folder written by diffusers' `AutoencoderKL.save_pretrained` as architecture "ldm".
+
+        The scaling and shift factor of diffusers become the latent statistics.
+        Raises:
+            FileNotFoundError: config.json or diffusion_pytorch_model.safetensors is missing.
+            ValueError: the configuration asks for something the architecture does not have.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(
+                    f"{folder / name} is missing; expected a folder saved by diffusers' AutoencoderKL"
+                )
+        fields, mean, std = config_from_diffusers(json.loads((folder / "config.json").read_text()))
+        model = cls(ImageVAEConfig(**fields))
+        model.load_diffusers_weights(load_file(folder / "diffusion_pytorch_model.safetensors"))
+        Z = model.config.latent_channels
+        model.set_latent_statistics(torch.as_tensor(mean).expand(Z), torch.as_tensor(std).expand(Z))
+        return model
+
+    def load_diffusers_weights(self, state_dict: dict[str, Tensor]) -> None:
+        """Copy the weights of diffusers' AutoencoderKL into this model of architecture "ldm".
+
+        Args:
+            state_dict: as `AutoencoderKL.state_dict()`; older names of the attention's layers are understood.
+        Raises:
+            ValueError: other architecture, or weights whose names or shapes differ from this model's.
+        """
+        if self.config.architecture != "ldm":
+            raise ValueError(f"architecture={self.config.architecture!r} cannot take diffusers' weights; use 'ldm'")
+        weights = rename_diffusers_weights(state_dict)
+        own = {name: value for name, value in self.state_dict().items() if not name.startswith("latent_")}
+        if set(weights) != set(own):
+            missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+            raise ValueError(f"weights do not fit this model: missing {missing[:5]}, not known {extra[:5]}")
+        for name, value in weights.items():
+            if value.shape != own[name].shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, this model needs {tuple(own[name].shape)}")
+        self.load_state_dict(weights, strict=False)

@@ -1,0 +1,158 @@
+"""Variational autoencoder: what every VAE of this repository shares.  B batch, C channels, Y X rows and columns,
+Z latent channels, y x latent rows and columns (Y and X divided by the compression).
+
+The posterior is a diagonal Gaussian, N(mean, exp(logvar)), kept in fp32 under autocast. The model draws nothing: the
+noise of the reparametrisation is an argument, so a step is a function of its inputs. Latents are standardised with
+per-channel statistics that are measured once on the training set and stored with the weights.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, initialization
+from transformers.utils import ModelOutput
+
+LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion, arXiv 2112.10752
+
+
+class ZeroConv2d(nn.Conv2d):
+    """A convolution that starts at zero: the last one of a residual branch, which starts as the identity."""
+
+
+@dataclass
+class VAEOutput(ModelOutput):
+    """What `VAE.forward` returns.
+
+    Args:
+        reconstruction: (B, C, Y, X) fp32, nominally in [-1, 1], not clamped.
+        mean: posterior mean, (B, Z, y, x) fp32.
+        logvar: logarithm of the posterior variance, (B, Z, y, x) fp32 in [-30, 20].
+    """
+
+    reconstruction: Tensor | None = None
+    mean: Tensor | None = None
+    logvar: Tensor | None = None
+
+
+class VAE(PreTrainedModel):
+    """Abstract VAE: a subclass builds `self.encoder` (image -> (B, 2Z, y, x)) and `self.decoder` (latents -> image).
+
+    The configuration needs `latent_channels`, `compression` and `image_size`.
+    """
+
+    main_input_name = "image"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+
+    encoder: nn.Module
+    decoder: nn.Module
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
+        self.register_buffer("latent_std", torch.ones(config.latent_channels))
+
+    def forward(self, image: Tensor, noise: Tensor | None = None) -> VAEOutput:
+        """Encode, add `noise` in units of the posterior's standard deviation, decode.
+
+        Args:
+            image: (B, C, Y, X) in [-1, 1]; Y and X divisible by the compression.
+            noise: (B, Z, y, x) standard normal, or None to decode the posterior mean.
+        """
+        mean, logvar = self.encode(image)
+        latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        return VAEOutput(reconstruction=self.decode(latents), mean=mean, logvar=logvar)
+
+    def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        """The posterior of a picture.
+
+        Args:
+            image: (B, C, Y, X) in [-1, 1].
+        Returns:
+            mean and logvar, each (B, Z, y, x) fp32.
+        Raises:
+            ValueError: Y or X is not divisible by the compression.
+        """
+        Y, X = image.shape[-2:]
+        if Y % self.config.compression or X % self.config.compression:
+            raise ValueError(
+                f"a picture of {Y}x{X} pixels cannot be encoded: both sides must be divisible by the "
+                f"compression {self.config.compression}; crop, pad or resize it"
+            )
+        mean, logvar = self.encoder(image).float().chunk(2, dim=1)
+        return mean, logvar.clamp(*LOGVAR_RANGE)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The picture of a latent.
+
+        Args:
+            latents: (B, Z, y, x), in the units of `encode` (not standardised).
+        Returns:
+            (B, C, Y, X) fp32, nominally in [-1, 1].
+        Raises:
+            ValueError: the number of channels is not Z.
+        """
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(
+                f"latents of shape {tuple(latents.shape)} cannot be decoded: "
+                f"expected (B, {self.config.latent_channels}, y, x) for latent_channels={self.config.latent_channels}"
+            )
+        return self.decoder(latents).float()
+
+    def normalize_latents(self, latents: Tensor) -> Tensor:
+        """(B, Z, y, x) as encoded -> zero mean and unit deviation per channel over the training set."""
+        return (latents - self.latent_mean.view(-1, 1, 1)) / self.latent_std.view(-1, 1, 1)
+
+    def denormalize_latents(self, latents: Tensor) -> Tensor:
+        """The inverse of `normalize_latents`: (B, Z, y, x) standardised -> as `decode` takes it."""
+        return latents * self.latent_std.view(-1, 1, 1) + self.latent_mean.view(-1, 1, 1)
+
+    def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
+        """Store the per-channel statistics of the latents.
+
+        Args:
+            mean, std: (Z,), std positive.
+        Raises:
+            ValueError: wrong shape, a non-finite value, or a standard deviation that is not positive.
+        """
+        for name, value in (("mean", mean), ("std", std)):
+            if tuple(value.shape) != (self.config.latent_channels,):
+                raise ValueError(
+                    f"latent {name} has shape {tuple(value.shape)}, expected ({self.config.latent_channels},)"
+                )
+            if not torch.isfinite(value).all():
+                raise ValueError(f"latent {name} is not finite: {value.tolist()}")
+        if (std <= 0).any():
+            raise ValueError(f"latent std must be positive, got {std.tolist()}")
+        self.latent_mean.copy_(mean)
+        self.latent_std.copy_(std)
+
+    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
+        """(Z, y, x) of a square picture with `image_size` pixels a side; ValueError where it is not divisible."""
+        if image_size % self.config.compression:
+            raise ValueError(f"image_size={image_size} is not divisible by the compression {self.config.compression}")
+        side = image_size // self.config.compression
+        return self.config.latent_channels, side, side
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called once per module by `post_init`, and for what a checkpoint lacks.
+
+        ZeroConv2d                weight, bias 0
+        other Conv2d, Linear      weight uniform in +-1/sqrt(fan in) (PyTorch's own), bias 0
+        GroupNorm                 weight 1, bias 0
+        latent statistics         mean 0, std 1
+        """
+        if isinstance(module, ZeroConv2d):
+            initialization.zeros_(module.weight)
+            initialization.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            initialization.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                initialization.zeros_(module.bias)
+        elif isinstance(module, nn.GroupNorm):
+            initialization.ones_(module.weight)
+            initialization.zeros_(module.bias)
+        elif isinstance(module, VAE):
+            initialization.zeros_(module.latent_mean)
+            initialization.ones_(module.latent_std)
