@@ -131,14 +131,20 @@ def rotate(run_dir: Path, limit: int) -> None:
         shutil.rmtree(folder)
 
 
-def check_resumable(folder: Path, zero_stage: int, n_ranks: int) -> None:
+def check_resumable(folder: Path, zero_stage: int, n_ranks: int, fingerprint: str) -> None:
     """Refuse a resume that the engine would fail or get wrong.
 
     Raises:
-        ValueError: the checkpoint was written by another engine, or by another number of processes under ZeRO; the
-            message names both and what to do.
+        ValueError: the checkpoint was trained on other data, by another engine, or by another number of processes
+            under ZeRO; the message names both and what to do.
     """
     record = read_stage(folder)
+    if record["data"]["fingerprint"] != fingerprint:
+        raise ValueError(
+            f"{folder} was trained on other data ({record['data']['folder']}, fingerprint "
+            f"{record['data']['fingerprint']}; this cache has {fingerprint}). Give the same --cached_dataset, or "
+            f"start a new run from its weights with --init_from {folder}"
+        )
     written_zero, written_ranks = record["zero_stage"], record["n_ranks"]
     if written_zero != zero_stage:
         names = [

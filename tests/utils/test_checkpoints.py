@@ -12,6 +12,8 @@ from utils.checkpoints import (
     rotate,
 )
 
+DATA = {"folder": "cache", "fingerprint": "a"}
+
 
 def checkpoint(run, step, complete=True, **record):
     folder = run / f"checkpoint-{step}"
@@ -51,12 +53,12 @@ def test_rotation_counts_complete_ones_only(tmp_path):
 
 @pytest.mark.parametrize("zero, ranks, message", [(2, 1, "2 processes, this run has 1"), (-1, 2, "without DeepSpeed")])
 def test_resume_that_would_fail_is_refused(tmp_path, zero, ranks, message):
-    folder = checkpoint(tmp_path, 5, zero_stage=2, n_ranks=2)
+    folder = checkpoint(tmp_path, 5, zero_stage=2, n_ranks=2, data=DATA)
     with pytest.raises(ValueError, match=message):
-        check_resumable(folder, zero, ranks)
-    check_resumable(folder, 2, 2)
+        check_resumable(folder, zero, ranks, "a")
+    check_resumable(folder, 2, 2, "a")
 
 
 def test_other_number_of_ranks_is_fine_without_sharding(tmp_path):
-    check_resumable(checkpoint(tmp_path, 5, zero_stage=-1, n_ranks=2), -1, 1)
-    check_resumable(checkpoint(tmp_path, 6, zero_stage=0, n_ranks=2), 0, 1)
+    check_resumable(checkpoint(tmp_path, 5, zero_stage=-1, n_ranks=2, data=DATA), -1, 1, "a")
+    check_resumable(checkpoint(tmp_path, 6, zero_stage=0, n_ranks=2, data=DATA), 0, 1, "a")

@@ -1,0 +1,84 @@
+"""Two processes equal one: DDP and every ZeRO stage, with the adversary, accumulation, filters and autocast."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import SMALL_RUN, Run, largest_difference
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+pytestmark = pytest.mark.launch
+
+
+def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str) -> Run:
+    """Run the stage on two processes; `launcher` is torchrun, or a DeepSpeed configuration."""
+    words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", "two", *flags]
+    program = ["pretrain_image_vae.py", *SMALL_RUN, "--max_steps", str(steps), *words]
+    if launcher == "torchrun":
+        command = [BIN / "torchrun", "--nproc_per_node=2", "--master_port=0", *program]
+    else:
+        port = str(20000 + os.getpid() % 20000)
+        head = [BIN / "deepspeed", "--num_gpus=2", "--master_port", port]
+        command = [*head, *program, "--use_deepspeed", "--deepspeed_config", launcher]
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return Run(output_dir / "image_vae" / "two", steps)
+
+
+def assert_same(one: Run, two: Run, tolerance: float = 1e-5) -> None:
+    assert two.losses == pytest.approx(one.losses, rel=tolerance)
+    for name in ("model", "ema"):
+        first, second = one.weights(name), two.weights(name)
+        # A bias that a norm cancels has a gradient of rounding errors, which Adam scales up: compare the function.
+        kernels = [key for key in first if first[key].ndim == 4]
+        assert largest_difference({key: first[key] for key in kernels}, {key: second[key] for key in kernels}) <= 1e-5
+    assert largest_difference(one.adversary["discriminator"], two.adversary["discriminator"]) <= 1e-5
+    assert one.adversary["updates"] == two.adversary["updates"]
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    ["torchrun", "ds_config.json", "ds_config_zero-1.json", "ds_config_zero-2.json", "ds_config_zero-3.json"],
+)
+def test_two_processes_equal_one(launcher, train, picture_cache, tmp_path):
+    one = train("one", 10, "--batch_size", "8")
+    assert_same(one, launch(launcher, picture_cache, tmp_path, 10, "--batch_size", "4"))
+
+
+def test_accumulation_under_zero_3(train, picture_cache, tmp_path):
+    one = train("one", 10, "--batch_size", "8")
+    flags = ["--batch_size", "1", "--gradient_accumulation_steps", "4", "--use_gradient_checkpointing"]
+    assert_same(one, launch("ds_config_zero-3.json", picture_cache, tmp_path, 10, *flags))
+
+
+@pytest.mark.parametrize("flags", ["--trainer grokfast_ema", "--trainer grokfast_ma --grokfast_window 4"])
+def test_gradient_filters_under_zero_2(flags, train, picture_cache, tmp_path):
+    one = train("one", 20, "--batch_size", "8", *flags.split())
+    assert_same(one, launch("ds_config_zero-2.json", picture_cache, tmp_path, 20, "--batch_size", "4", *flags.split()))
+
+
+def test_bf16_keeps_fp32_weights(train, picture_cache, tmp_path):
+    one = train("one", 10, "--batch_size", "8", "--bf16")
+    two = launch("ds_config_zero-2.json", picture_cache, tmp_path, 10, "--batch_size", "4", "--bf16")
+    assert two.losses == pytest.approx(one.losses, rel=2e-3)
+    assert all(value.dtype == torch.float32 for value in [*two.weights().values(), *two.weights("ema").values()])
+
+
+def test_resume_under_zero_2_is_exact(picture_cache, tmp_path):
+    flags = ["--batch_size", "4", "--save_steps", "4"]
+    straight = launch("ds_config_zero-2.json", picture_cache, tmp_path / "a", 8, *flags)
+    # The schedule is that of the whole run: stop it half way by its signal-free twin, a copy of its first checkpoint.
+    half = tmp_path / "b" / "image_vae" / "two"
+    half.mkdir(parents=True)
+    (straight.folder.parent / "checkpoint-4").rename(half / "checkpoint-4")
+    resumed = launch("ds_config_zero-2.json", picture_cache, tmp_path / "b", 8, *flags, "--resume_from_checkpoint")
+    for name in ("model", "ema"):
+        assert largest_difference(straight.weights(name), resumed.weights(name)) == 0
+    assert largest_difference(straight.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
+    assert straight.losses[4:] == resumed.losses[4:]

@@ -1,0 +1,206 @@
+"""The image VAE stage in one process: exactness under accumulation, checkpointing, resume; clear refusals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain_image_vae import ImageVAEStage
+from tests.conftest import SMALL_RUN, largest_difference
+from utils.checkpoints import checkpoints_in, is_complete, newest_complete
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_record_and_files_of_a_checkpoint(train, picture_cache):
+    run = train("record", 4)
+    record = json.loads((run.folder / "stage.json").read_text())
+    assert record["stage"] == "image_vae" and record["preset"] == "tiny" and record["zero_stage"] == -1
+    assert record["data"]["fingerprint"] == json.loads((picture_cache / "manifest.json").read_text())["fingerprint"]
+    assert is_complete(run.folder)
+    weights = run.weights()
+    assert weights.keys() == run.weights("ema").keys()
+    assert not torch.equal(weights["latent_std"], torch.ones_like(weights["latent_std"]))
+    assert (run.folder.parent / "tensorboard").is_dir()
+
+
+def test_accumulation_equals_one_batch(train):
+    whole = train("whole", 10, "--batch_size", "8")
+    parts = train("parts", 10, "--batch_size", "2", "--gradient_accumulation_steps", "4")
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert largest_difference(whole.adversary["discriminator"], parts.adversary["discriminator"]) <= 1e-5
+    assert whole.adversary["updates"] == 8
+
+
+def test_gradient_checkpointing_changes_nothing(train):
+    plain = train("plain", 4, "--batch_size", "8")
+    recomputed = train("recomputed", 4, "--batch_size", "8", "--use_gradient_checkpointing")
+    assert recomputed.losses == pytest.approx(plain.losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("filter_name", ["grokfast_ema", "grokfast_ma"])
+def test_gradient_filters_act(train, filter_name):
+    window = ["--grokfast_window", "2"] if filter_name == "grokfast_ma" else []
+    plain = train("plain", 4, "--batch_size", "8")
+    filtered = train("filtered", 4, "--batch_size", "8", "--trainer", filter_name, *window)
+    assert filtered.losses[0] == plain.losses[0]
+    assert largest_difference(plain.weights(), filtered.weights()) > 1e-5
+
+
+def run_script(script: str, *words: str, **kwargs) -> subprocess.Popen:
+    """A python process with this repository on its path; `argv` holds the words."""
+    head = f"import sys; argv = sys.argv[1:]\n{script}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", head, *words]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, **kwargs)
+
+
+KILLED_WHILE_SAVING = """
+import os, signal
+from pretrain_image_vae import ImageVAEStage
+from utils.training_utils import ImageVAEGANTrainer
+
+class Dies(ImageVAEGANTrainer):
+    def save_extras(self, folder):
+        if self.state.global_step == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().save_extras(folder)
+
+class DyingStage(ImageVAEStage):
+    trainer_class = Dies
+
+DyingStage.main(argv)
+"""
+
+
+def test_killed_and_resumed_equals_straight_through(train, picture_cache, tmp_path):
+    flags = ["--batch_size", "8", "--save_steps", "2", "--save_total_limit", "9", "--trainer", "grokfast_ema"]
+    straight = train("straight", 10, *flags)
+    words = ["--cached_dataset", str(picture_cache), "--output_dir", str(tmp_path), "--run_name", "killed"]
+    process = run_script(KILLED_WHILE_SAVING, *SMALL_RUN, *words, "--max_steps", "10", *flags)
+    process.communicate(timeout=120)
+    assert process.returncode == -signal.SIGKILL
+    folders = [folder.name for folder in checkpoints_in(tmp_path / "image_vae" / "killed")]
+    assert folders == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    assert newest_complete(tmp_path / "image_vae" / "killed").name == "checkpoint-4"
+
+    resumed = train("killed", 10, *flags, "--resume_from_checkpoint")
+    for name in ("model", "ema"):
+        assert largest_difference(straight.weights(name), resumed.weights(name)) == 0
+    for file in ("optimizer.pt", "scheduler.pt", "stage_state.pt"):
+        first, second = (torch.load(run.folder / file, weights_only=True) for run in (straight, resumed))
+        assert equal(first, second), file
+    first, second = (torch.load(run.folder / "rng_state.pth", weights_only=False) for run in (straight, resumed))
+    assert torch.equal(first["cpu"], second["cpu"])
+    assert straight.losses[4:] == resumed.losses[4:]
+
+
+def equal(first, second) -> bool:
+    """Bit for bit equality of nested dicts, lists and tensors."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second
+
+
+def test_sigterm_saves_and_stops(picture_cache, tmp_path):
+    words = ["--cached_dataset", str(picture_cache), "--output_dir", str(tmp_path), "--run_name", "stopped"]
+    script = "from pretrain_image_vae import ImageVAEStage; ImageVAEStage.main(argv)"
+    process = run_script(script, *SMALL_RUN, *words, "--max_steps", "100000", "--batch_size", "8", "--save_steps", "3")
+    run_dir = tmp_path / "image_vae" / "stopped"
+    deadline = time.monotonic() + 100
+    while not checkpoints_in(run_dir) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=100)
+    assert process.returncode == 0, log[-2000:]
+    assert "signal received: saving at step" in log
+    last = checkpoints_in(run_dir)[-1]
+    assert is_complete(last) and json.loads((last / "trainer_state.json").read_text())["global_step"] < 100000
+
+
+FULL_DISK = """
+import resource, signal
+from pretrain_image_vae import ImageVAEStage
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, 2_000_000))  # Files can grow no further, as on a full disk.
+ImageVAEStage.main(argv)
+"""
+
+
+def test_full_disk_keeps_earlier_checkpoints(train, picture_cache, tmp_path):
+    earlier = train("full", 2, "--batch_size", "8")
+    words = ["--cached_dataset", str(picture_cache), "--output_dir", str(tmp_path), "--run_name", "full"]
+    flags = ["--max_steps", "4", "--batch_size", "8", "--resume_from_checkpoint"]
+    process = run_script(FULL_DISK, *SMALL_RUN, *words, *flags)
+    _, log = process.communicate(timeout=120)
+    assert process.returncode == 2, log[-2000:]
+    assert "could not write" in log and "earlier checkpoints are kept" in log
+    assert checkpoints_in(earlier.folder.parent) == [earlier.folder] and is_complete(earlier.folder)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--config tiyn", "unknown preset 'tiyn'; did you mean 'tiny'"),
+        ("--override image_sise=32", "no field 'image_sise'; did you mean 'image_size'"),
+        ("--override image_size=64", "image_size=32"),
+        ("--cached_dataset nowhere", "preprocess_image_vae_dataset.py"),
+        ("--batch_size 500", "make no optimizer step of 500"),
+        ("--init_from nowhere", "no checkpoint at nowhere"),
+        ("--resume_from_checkpoint nowhere", "no checkpoint at nowhere"),
+        ("--use_deepspeed --deepspeed_config ds_config_int8.json", "implements for CUDA only"),
+    ],
+)
+def test_bad_input_is_a_clear_error(words, message, picture_cache, tmp_path, caplog, monkeypatch):
+    if "int8" in words and torch.cuda.is_available():
+        pytest.skip("int8 collectives run where a GPU is")
+    common = ["--cached_dataset", str(picture_cache), "--output_dir", str(tmp_path), "--max_steps", "2"]
+    with pytest.raises(SystemExit) as stop:
+        ImageVAEStage.main([*SMALL_RUN, *common, *words.split()])
+    assert stop.value.code == 2
+    assert message in caplog.text
+
+
+def test_a_run_is_not_overwritten(train):
+    train("once", 2)
+    with pytest.raises(ValueError, match="already holds checkpoint-2; pass --resume_from_checkpoint"):
+        train("once", 4)
+
+
+def test_changed_data_are_refused_on_resume(train, picture_cache, tmp_path):
+    run = train("data", 2)
+    record = json.loads((run.folder / "stage.json").read_text())
+    record["data"]["fingerprint"] = "other"
+    (run.folder / "stage.json").write_text(json.dumps(record))
+    complete = json.loads((run.folder / "COMPLETE.json").read_text())
+    complete["files"]["stage.json"] = (run.folder / "stage.json").stat().st_size
+    (run.folder / "COMPLETE.json").write_text(json.dumps(complete))
+    with pytest.raises(ValueError, match="was trained on other data"):
+        train("data", 4, "--resume_from_checkpoint")
+
+
+def test_init_from_takes_the_averaged_weights(train):
+    first = train("first", 2)
+    second = train("second", 1, "--init_from", str(first.folder), "--learning_rate", "1e-12")
+    assert largest_difference(first.weights("ema"), {**second.weights()}) < 1e-2
+    changed = {name: value for name, value in second.weights().items() if not name.startswith("latent_")}
+    assert largest_difference({name: first.weights("ema")[name] for name in changed}, changed) < 1e-8
+
+
+def test_dry_run_prints_and_trains_nothing(picture_cache, tmp_path, capsys):
+    words = ["--cached_dataset", str(picture_cache), "--output_dir", str(tmp_path), "--dry_run", "--max_steps", "7"]
+    assert ImageVAEStage.main([*SMALL_RUN, *words]) == {}
+    shown = capsys.readouterr().out
+    for part in ("latent_channels", "parameters: ", "samples: train", "optimizer steps: 7", "GiB"):
+        assert part in shown
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from tests.conftest import largest_difference
+from utils.training_utils import EpochSampler
+
+
+def test_sampler_deals_whole_steps():
+    sampler = EpochSampler(10, 4, seed=1)
+    sampler.set_epoch(0)
+    first = list(sampler)
+    assert len(first) == len(sampler) == 8 and len(set(first)) == 8
+    assert first == list(sampler)
+    sampler.set_epoch(1)
+    assert first != list(sampler)
+    with pytest.raises(ValueError, match="3 training samples make no optimizer step of 4"):
+        EpochSampler(3, 4, seed=1)
+
+
+class OneGraph:
+    """The generator's gradient the slow way: one graph through the discriminator, no leaf."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def gradients(self, inputs):
+        trainer = self.trainer
+        model, adversary, step = trainer.model, trainer.adversary, trainer.state.global_step
+        generated, real, output = trainer.generate(model, inputs)
+        terms = {**trainer.criterion(generated, real), **trainer.other_terms(output, real)}
+        logits, _ = adversary.discriminator(generated)
+        fake = -torch.stack([each.mean() for each in logits]).mean()
+        loss = sum(terms.values()) + adversary.generator_weight(step) * adversary.adaptive_factor() * fake
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters)]).double()
+
+
+def test_split_graph_equals_one_graph(train, monkeypatch):
+    from utils.training_utils import GANTrainer
+
+    seen = []
+    original = GANTrainer.stage_step
+
+    def compare(self, model, inputs):
+        slow = OneGraph(self).gradients(inputs) if self.state.global_step == 5 else None
+        assert all(p.grad is None for p in self.model.parameters())
+        loss = original(self, model, inputs)
+        if slow is not None:
+            fast = torch.cat([p.grad.flatten() for p in self.model.parameters()]).double()
+            seen.append((torch.cosine_similarity(slow, fast, dim=0).item(), (slow.norm() / fast.norm()).item()))
+            assert self.adversary.generator_weight(5) > 0 and self.adversary.adaptive_factor() > 0
+            assert all(p.grad is None for p in self.adversary.discriminator.parameters())
+        return loss
+
+    monkeypatch.setattr(GANTrainer, "stage_step", compare)
+    train("compare", 6, "--no_use_spectral_norm", "--diff_augment", "--perceptual_weight", "0.5", "--gan_weight", "5")
+    ((cosine, ratio),) = seen
+    assert cosine == pytest.approx(1.0, abs=1e-6) and ratio == pytest.approx(1.0, abs=1e-5)
+
+
+def test_silent_before_its_start(train):
+    with_adversary = train("with", 3, "--gan_start_step", "3")
+    without = train("without", 3, "--gan_weight", "0")
+    assert with_adversary.losses == without.losses
+    assert largest_difference(with_adversary.weights(), without.weights()) == 0
+    assert with_adversary.adversary["updates"] == 0
+
+
+def test_non_finite_steps_are_skipped_and_counted(train, monkeypatch):
+    from dataset_loading.image import ImageDataset
+
+    original = ImageDataset.__getitem__
+
+    def broken(self, index):
+        sample = original(self, index)
+        if index == 7 and self.split == "train":
+            sample["image"][:] = float("inf")
+        return sample
+
+    monkeypatch.setattr(ImageDataset, "__getitem__", broken)
+    run = train("broken", 8, "--batch_size", "8", "--latent_statistics_samples", "4")
+    assert all(torch.isfinite(value).all() for value in run.weights().values())
+    assert sum(not torch.isfinite(torch.tensor(loss)) for loss in run.losses) == 1

@@ -1,0 +1,442 @@
+"""Trainers: transformers' `Trainer` plus what every stage needs (exact data order, optimizer hooks, complete
+checkpoints, evaluation on averaged weights, named loss terms), the GAN engine, and one class per kind of stage."""
+
+import logging
+import math
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Sampler
+from transformers import Trainer
+
+from model.criteria import kl_divergence
+from utils.adversary import Adversary
+from utils.checkpoints import EMA, STAGE, is_complete, mark_complete, rotate, write_json
+from utils.distributed import any_across_ranks, barrier, mean_across_ranks, rank, world_size
+from utils.ema import WeightEMA
+from utils.grokfast import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook
+from utils.randomness import sample_normal, sample_uniform
+
+logger = logging.getLogger(__name__)
+
+
+class EpochSampler(Sampler[int]):
+    """A permutation of the training set per (seed, epoch), cut to whole optimizer steps.
+
+    All processes draw the same permutation; accelerate deals its batches out in turn, so that a step sees the same
+    samples on one process or on many, with or without gradient accumulation.
+    """
+
+    def __init__(self, n_samples: int, samples_per_step: int, seed: int):
+        if n_samples < samples_per_step:
+            raise ValueError(
+                f"{n_samples} training samples make no optimizer step of {samples_per_step} (batch_size x "
+                "accumulation x processes); lower --batch_size or --gradient_accumulation_steps, or add data"
+            )
+        self.n_samples, self.seed, self.epoch = n_samples, seed, 0
+        self.length = n_samples - n_samples % samples_per_step
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose permutation the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        return iter(torch.randperm(self.n_samples, generator=generator)[: self.length].tolist())
+
+
+class StageTrainer(Trainer):
+    """The Trainer of a stage.
+
+    Args:
+        stage_arguments: the stage's flags.
+        stage_record: content of `stage.json` in every checkpoint.
+        kwargs: as for `transformers.Trainer`.
+    """
+
+    def __init__(self, *, stage_arguments, stage_record: dict | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.stage_arguments = stage_arguments
+        self.stage_record = stage_record or {}
+        self.guard = NonFiniteGuard(stage_arguments.max_skipped_steps, any_across_ranks)
+        self.ema = WeightEMA(stage_arguments.ema_decay) if stage_arguments.use_ema else None
+        self.ema_model = None
+        self.terms: dict[str, Tensor] = {}
+        self.term_counts: dict[str, int] = {}
+        self.last_log = (0, time.perf_counter())
+
+    # ---- Data order.
+
+    def _get_train_sampler(self, train_dataset=None) -> Sampler:
+        dataset = train_dataset if train_dataset is not None else self.train_dataset
+        accumulated = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return EpochSampler(len(dataset), accumulated, self.args.seed)
+
+    def sample_noise(self, inputs: dict, stream: str, shape) -> Tensor:
+        """Standard normal noise (B, *shape) that belongs to this step's samples, on the training device."""
+        noise = sample_normal(self.args.seed, self.state.global_step, inputs["index"], stream, shape)
+        return noise.to(self.args.device)
+
+    def sample_uniforms(self, inputs: dict, stream: str, shape) -> Tensor:
+        """Uniform numbers in [0, 1), (B, *shape), that belong to this step's samples, on the training device."""
+        numbers = sample_uniform(self.args.seed, self.state.global_step, inputs["index"], stream, shape)
+        return numbers.to(self.args.device)
+
+    # ---- Optimizer.
+
+    def gradient_filters(self) -> list[OptimizerHook]:
+        """Filters between clipping and the optimizer's step, in order."""
+        return []
+
+    def optimizer_hooks(self) -> list[OptimizerHook]:
+        """All hooks of the optimizer: the guard, the filters, the weight average."""
+        return [self.guard, *self.gradient_filters(), *([self.ema] if self.ema else [])]
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            self.hooks = self.optimizer_hooks()
+            for hook in self.hooks:
+                hook.attach(self.optimizer)
+        return self.optimizer
+
+    def check_hooks_fired(self) -> None:
+        """Refuse to go on where an engine has swapped the optimizer and dropped the hooks without a word."""
+        silent = [type(hook).__name__ for hook in self.hooks if hook.fired == 0]
+        if silent:
+            raise RuntimeError(
+                f"{', '.join(silent)} did not run in the first optimizer step: the engine uses another optimizer. "
+                'With CPU offload set "zero_force_ds_cpu_optimizer": false in the DeepSpeed configuration'
+            )
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if self.state.global_step == getattr(self, "first_step", self.state.global_step) + 1:
+            self.check_hooks_fired()
+        self.first_step = getattr(self, "first_step", self.state.global_step)
+        return self.stage_step(model, inputs)
+
+    def stage_step(self, model, inputs: dict) -> Tensor:
+        """Forward and backward of one micro-batch; returns the detached loss, divided by the micro-batches of a
+        step."""
+        return super().training_step(model, inputs)
+
+    # ---- Logs.
+
+    def record(self, terms: dict[str, Tensor]) -> None:
+        """Add detached numbers of one micro-batch to those that the next log line averages."""
+        for name, value in terms.items():
+            value = torch.as_tensor(value, dtype=torch.float32, device=self.args.device).detach()
+            self.terms[name] = self.terms.get(name, 0.0) + value
+            self.term_counts[name] = self.term_counts.get(name, 0) + 1
+
+    def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs) -> None:
+        total = self._total_loss_scalar
+        super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
+        # The Trainer resets its sum by subtraction, which a skipped non-finite step would turn into nan for good.
+        if self._globalstep_last_logged == self.state.global_step:
+            tr_loss.nan_to_num_(0.0, 0.0, 0.0)
+            self._total_loss_scalar = self._total_loss_scalar if math.isfinite(self._total_loss_scalar) else total
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self.terms:
+            names = sorted(self.terms)
+            means = mean_across_ranks(torch.stack([self.terms[name] / self.term_counts[name] for name in names]))
+            logs.update(zip(names, means.tolist(), strict=True))
+            self.terms, self.term_counts = {}, {}
+            step, moment = self.last_log
+            self.last_log = (self.state.global_step, time.perf_counter())
+            per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+            logs["samples_per_second"] = per_step * (self.last_log[0] - step) / (self.last_log[1] - moment)
+            logs["memory_gib"] = peak_memory_gib()
+            if self.guard.skipped:
+                logs["skipped_steps"] = self.guard.skipped
+        super().log(logs, *args, **kwargs)
+
+    # ---- Evaluation.
+
+    def evaluation_model(self):
+        """A model in eval mode to evaluate, sample and measure with: a plain copy with the averaged weights, or the
+        trained model itself where no average is kept. Every process must call it."""
+        averaged = self.averaged_weights()
+        if averaged is None:
+            return (self.model_wrapped if self.is_deepspeed_enabled else self.model).eval()
+        if self.ema_model is None:
+            with torch.random.fork_rng():  # Fresh weights, overwritten at once, must not move the run's generator.
+                self.ema_model = type(self.model)(self.model.config).requires_grad_(False)
+        self.ema_model.load_state_dict(averaged)
+        return self.ema_model.to(self.args.device).eval()
+
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """The averaged weights as a state dict; None where none are kept yet. Every process must call it."""
+        if self.ema is None or self.ema.optimizer is None:
+            return None
+        return self.ema.state_dict_of(self.model, self.model_wrapped if self.is_deepspeed_enabled else None)
+
+    def evaluation_terms(self, model, inputs: dict) -> dict[str, Tensor]:
+        """Metrics per sample of one validation batch, name -> (B,); `loss` must be among them."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Means of `evaluation_terms` over the validation set, each sample counted once whatever the number of
+        processes."""
+        self._memory_tracker.start()
+        model = self.evaluation_model()
+        gathered: dict[str, list[Tensor]] = {}
+        for inputs in self.get_eval_dataloader(eval_dataset):
+            terms = self.evaluation_terms(model, self._prepare_inputs(inputs))
+            for name, values in self.accelerator.gather_for_metrics(terms).items():
+                gathered.setdefault(name, []).append(values.float().cpu())
+        metrics = {f"{metric_key_prefix}_{name}": torch.cat(values).mean().item() for name, values in gathered.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def final_metrics(self) -> dict[str, float]:
+        """The last step's evaluation, made now unless the schedule of evaluations has."""
+        for line in self.state.log_history:
+            if line["step"] == self.state.global_step and "eval_loss" in line:
+                return {name: value for name, value in line.items() if name.startswith("eval_")}
+        return self.evaluate()
+
+    # ---- Checkpoints.
+
+    def before_saving(self) -> None:
+        """Called on every process before a checkpoint is written."""
+
+    def extra_state(self) -> dict | None:
+        """State of the stage beyond model, optimizer and schedule, equal on all processes; saved as
+        `stage_state.pt`."""
+        return None
+
+    def load_extra_state(self, state: dict) -> None:
+        """Take over what `extra_state` gave."""
+
+    def _save_checkpoint(self, model, trial) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if is_complete(folder):
+            return
+        if rank() == 0 and folder.exists():
+            shutil.rmtree(folder)
+        barrier()
+        self.before_saving()
+        try:
+            super()._save_checkpoint(model, trial)
+            self.save_extras(folder)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(
+                f"could not write {folder}: {error}. The half-written folder is removed and earlier checkpoints are "
+                "kept; free disk space and go on with --resume_from_checkpoint latest"
+            ) from error
+        barrier()
+        if rank() == 0:
+            mark_complete(folder)
+            rotate(Path(self.args.output_dir), self.stage_arguments.save_total_limit)
+        barrier()
+
+    def save_extras(self, folder: Path) -> None:
+        """Averaged weights, the stage's own state and its record."""
+        averaged = self.averaged_weights()
+        state = self.extra_state()
+        if rank() == 0:
+            if averaged is not None:
+                save_file(
+                    {name: value.cpu().contiguous() for name, value in averaged.items()},
+                    folder / EMA,
+                    {"format": "pt"},
+                )
+            if state is not None:
+                torch.save(state, folder / "stage_state.pt")
+            write_json(folder / STAGE, self.stage_record)
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        file = Path(checkpoint) / "stage_state.pt" if checkpoint else None
+        if file is not None and file.is_file():
+            self.load_extra_state(torch.load(file, map_location=self.args.device, weights_only=True))
+
+
+class GrokfastEMATrainer(StageTrainer):
+    """Mixed in before a stage's trainer: GrokFast with an exponential moving average (arXiv 2405.20233, Algorithm
+    1)."""
+
+    def gradient_filters(self):
+        return [GradientEMA(self.stage_arguments.grokfast_alpha, self.stage_arguments.grokfast_lambda)]
+
+
+class GrokFastMATrainer(StageTrainer):
+    """Mixed in before a stage's trainer: GrokFast with a moving average over a window (arXiv 2405.20233, Algorithm
+    2)."""
+
+    def gradient_filters(self):
+        return [GradientMA(self.stage_arguments.grokfast_window, self.stage_arguments.grokfast_lambda)]
+
+
+class GANTrainer(StageTrainer):
+    """Trains a generator through one engine against an adversary beside it, with a split graph.
+
+    Every loss on the generated sample is taken on a detached leaf, and its gradient g there. The engine then sees
+    exactly one forward and one backward, of `(generated * g).sum() + other terms`, which gives the generator the
+    same gradient.
+
+    Subclasses say what is generated: `generate`, `reconstruction_terms`, `other_terms`.
+    """
+
+    def __init__(self, *, criterion, adversary: Adversary | None = None, **kwargs):
+        super().__init__(**kwargs)
+        self.criterion = criterion.to(self.args.device)
+        self.adversary = adversary
+
+    def generate(self, model, inputs: dict):
+        """Run the model once; returns (generated sample with graph, real sample, model output)."""
+        raise NotImplementedError
+
+    def other_terms(self, output, real: Tensor) -> dict[str, Tensor]:
+        """Weighted loss terms that do not depend on the generated sample."""
+        return {}
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        if self.adversary is not None and self.adversary.scheduler is None:
+            self.adversary.prepare(self.args.device, self.args.lr_scheduler_type, num_training_steps)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def stage_step(self, model, inputs):
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        share = 1.0 / self.current_gradient_accumulation_steps
+        generated, real, output = self.generate(model, inputs)
+        leaf = generated.detach().float().requires_grad_()
+
+        # Reconstruction, and its gradient at the leaf.
+        with torch.autocast(leaf.device.type, torch.bfloat16, enabled=self.stage_arguments.bf16):
+            terms = self.criterion(leaf, real)
+        (gradient,) = torch.autograd.grad(sum(terms.values()), leaf)
+
+        # Adversary: its own backward, and the generator's gradient at the leaf.
+        step = self.state.global_step
+        if self.adversary is not None and self.adversary.active(step):
+            gradient = gradient + self.play(inputs, real, leaf, gradient, share, step, terms)
+
+        # One backward through the generator.
+        others = self.other_terms(output, real)
+        terms = {name: term.detach() for name, term in {**terms, **others}.items()}
+        surrogate = (generated.float() * gradient).sum() + sum(others.values())
+        engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(surrogate * share, **engine)
+        if self.adversary is not None and self.adversary.pending and self.accelerator.sync_gradients:
+            self.adversary.update()
+            self.record({"discriminator_grad_norm": self.adversary.gradient_norm})
+        self.record(terms)
+        return sum(terms.values()) * share
+
+    def play(self, inputs, real, leaf, gradient, share, step, terms) -> Tensor:
+        """The adversary's part of a micro-batch; returns the weighted adversarial gradient at the leaf."""
+        uniforms = self.sample_uniforms(inputs, "augment", (8,)) if self.adversary.augment is not None else None
+        weight = self.adversary.generator_weight(step)
+        factor = self.adversary.adaptive_factor()
+        played = self.adversary.play(real, leaf, gradient, uniforms, share, weight)
+        self.record({**played.logs, "gan_weight": weight, "gan_adaptive_factor": factor})
+        if played.gradient is None or weight == 0:
+            return torch.zeros_like(leaf)
+        for name in ("generator", "feature_matching"):
+            if name in played.logs:
+                terms[f"weighted_{name}"] = weight * factor * played.logs[name]
+        return weight * factor * played.gradient
+
+    def extra_state(self):
+        return {"adversary": self.adversary.state_dict()} if self.adversary is not None else None
+
+    def load_extra_state(self, state):
+        self.adversary.load_state_dict(state["adversary"])
+
+
+class ImageVAEGANTrainer(GANTrainer):
+    """Trains a VAE on pictures: reconstruction and perceptual terms, KL, and an adversary.
+
+    The KL term is `kl_weight` x (nats per sample, summed over the latent) / (number of input values C Y X): nats per
+    input value, beside reconstruction terms that are means over input values.
+    """
+
+    def generate(self, model, inputs):
+        image = inputs["image"]
+        noise = self.sample_noise(inputs, "posterior", self.model.latent_shape(image.shape[-1]))
+        output = model(image=image, noise=noise)
+        return output.reconstruction, image, output
+
+    def other_terms(self, output, real):
+        kl = kl_divergence(output.mean, output.logvar).mean() / real[0].numel()
+        return {"kl": self.stage_arguments.kl_weight * kl}
+
+    def averaged_weights(self) -> dict[str, Tensor] | None:
+        """The averaged weights as a state dict; None where none are kept yet. Every process must call it."""
+        if self.ema is None or self.ema.optimizer is None:
+            return None
+        return self.ema.state_dict_of(self.model, self.model_wrapped if self.is_deepspeed_enabled else None)
+
+    def evaluation_terms(self, model, inputs):
+        image = inputs["image"]
+        output = model(image=image)
+        reconstruction = output.reconstruction.float().clamp(-1, 1)
+        mse = (reconstruction - image).square().flatten(1).mean(1)
+        terms = {
+            "l1": (reconstruction - image).abs().flatten(1).mean(1),
+            "psnr": 10 * torch.log10(4.0 / mse.clamp_min(1e-10)),
+            "kl": kl_divergence(output.mean, output.logvar) / image[0].numel(),
+        }
+        if self.criterion.perceptual is not None:
+            terms["perceptual"] = self.criterion.perceptual(reconstruction, image)
+        return {**terms, "loss": terms["l1"] + self.stage_arguments.kl_weight * terms["kl"]}
+
+    @torch.no_grad()
+    def before_saving(self):
+        """Measure the latents' mean and standard deviation per channel on the training set, for the next stage."""
+        model = self.evaluation_model()
+        n_samples = min(self.stage_arguments.latent_statistics_samples, len(self.train_dataset))
+        moments = torch.zeros(3, self.model.config.latent_channels, dtype=torch.float64, device=self.args.device)
+        batch_size = self.args.per_device_eval_batch_size
+        for start in range(0, n_samples, batch_size * world_size()):
+            # Every process runs the same number of forwards; beyond the end it counts nothing.
+            first = start + rank() * batch_size
+            indices = range(first, min(first + batch_size, n_samples))
+            samples = [self.train_dataset[i] for i in indices] or [self.train_dataset[0]]
+            inputs = self._prepare_inputs(self.data_collator(samples))
+            output = model(image=inputs["image"])
+            mean, variance = output.mean.double(), output.logvar.double().exp()
+            if len(indices):
+                moments += torch.stack(
+                    [part.mean((2, 3)).sum(0) for part in (mean, mean.square() + variance, mean * 0 + 1)]
+                )
+        total = mean_across_ranks(moments)
+        mean = total[0] / total[2]
+        std = (total[1] / total[2] - mean.square()).clamp_min(1e-12).sqrt()
+        self.model.set_latent_statistics(mean.float(), std.float())
+
+
+def peak_memory_gib() -> float:
+    """Peak memory in GiB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def trainer_class_for(name: str, base: type) -> type:
+    """The stage's trainer, with the GrokFast filter that `--trainer` names mixed in."""
+    mixins = {"default": None, "grokfast_ema": GrokfastEMATrainer, "grokfast_ma": GrokFastMATrainer}
+    mixin = mixins[name]
+    return base if mixin is None else type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
+
+
+def expected_steps(n_samples: int, samples_per_step: int, epochs: float, max_steps: int) -> int:
+    """Optimizer steps of a run, as the Trainer counts them."""
+    per_epoch = n_samples // samples_per_step
+    return max_steps if max_steps > 0 else math.ceil(epochs * per_epoch)
