@@ -1,0 +1,110 @@
+"""README, CLAUDE.md and docs name only what exists: files, flags, classes; and their commands parse."""
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from preprocess_image_vae_dataset import ImageVAEPreprocess
+from pretrain_image_vae import ImageVAEStage
+from utils.configuration import declared_fields
+from utils.megatransformer_utils import parse_arguments
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / "README.md", ROOT / "CLAUDE.md", *sorted((ROOT / "docs").glob("*.md"))]
+SCRIPTS = {
+    "pretrain_image_vae.py": ImageVAEStage.arguments_class,
+    "preprocess_image_vae_dataset.py": ImageVAEPreprocess.arguments_class,
+}
+# Made by running the commands, or given by the reader.
+MADE = ("runs/", "cached_datasets/", "data/", "my_", "inference/generated", "checkpoint-", ".venv", "/")
+
+
+def quoted(text: str) -> set[str]:
+    """Everything in single backquotes outside code blocks."""
+    return set(re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S)))
+
+
+def commands(text: str) -> list[str]:
+    """Shell lines of the code blocks, continuations joined."""
+    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
+
+
+def known_flags() -> set[str]:
+    """Every flag of every script: declared options, and strings handed to add_argument."""
+    flags = {f"--{field.name}" for arguments in SCRIPTS.values() for field in declared_fields(arguments)}
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("inference/*.py"), *ROOT.glob("benchmarks/*.py")]:
+        flags |= set(re.findall(r'"(--[a-z_0-9]+)"', path.read_text()))
+        flags |= {f"--{name}" for name in re.findall(r"^    (\w+): .*= option\(", path.read_text(), flags=re.M)}
+    for path in ROOT.glob("dataset_loading/*.py"):
+        flags |= set(re.findall(r'"(--[a-z_0-9]+)"', path.read_text()))
+        flags |= {f"--{name}" for name in re.findall(r"^    (\w+): .*= option\(", path.read_text(), flags=re.M)}
+    return (
+        flags | {f"--no_{flag[2:]}" for flag in flags} | {"--num_gpus", "--nproc_per_node", "--help", "--local_rank"}
+    )
+
+
+def known_classes() -> set[str]:
+    """Names of all classes and functions of the repository."""
+    names = set()
+    for folder in ("", "model", "model/image", "utils", "dataset_loading", "inference", "benchmarks", "tests"):
+        for path in (ROOT / folder).glob("*.py"):
+            tree = ast.walk(ast.parse(path.read_text()))
+            names |= {node.name for node in tree if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    return names
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_files_exist(document):
+    names = {
+        name for name in quoted(document.read_text()) if re.fullmatch(r"[\w./-]+\.(py|json|md|sh|txt|toml)", name)
+    }
+    produced = {"manifest.json", "stage.json", "metrics.json", "COMPLETE.json", "config.json", "metadata.csv"}
+    missing = [name for name in names - produced if not name.startswith(MADE) and not list(ROOT.rglob(name))]
+    assert not missing, f"{document.name} names files that do not exist: {sorted(missing)}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_flags_exist(document):
+    text = document.read_text()
+    flags = {word for name in quoted(text) for word in re.findall(r"(?<![\w-])--[a-z_0-9]+", name)}
+    assert flags <= known_flags(), f"{document.name} names flags that do not exist: {sorted(flags - known_flags())}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_named_classes_exist(document):
+    foreign = {"Trainer", "TrainingArguments", "PreTrainedModel", "PreTrainedConfig", "AutoencoderKL", "AdamW"}
+    names = {name for name in quoted(document.read_text()) if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name)}
+    missing = names - known_classes() - foreign
+    assert not missing, f"{document.name} names classes that do not exist: {sorted(missing)}"
+
+
+def stage_commands() -> list[tuple[str, list[str]]]:
+    found = []
+    for document in DOCUMENTS:
+        for line in commands(document.read_text()):
+            words = shlex.split(line)
+            for position, word in enumerate(words):
+                if word in SCRIPTS:
+                    found.append((word, words[position + 1 :]))
+    return found
+
+
+def test_documented_commands_parse(capsys):
+    assert stage_commands(), "no command of a stage is documented"
+    for script, words in stage_commands():
+        try:
+            parse_arguments(SCRIPTS[script], words, script)
+        except SystemExit:
+            pytest.fail(f"{script} {' '.join(words)}: {capsys.readouterr().err}")
+
+
+def test_named_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    for document in DOCUMENTS:
+        named = set(re.findall(r"(?:^|`)make ([a-z-]+)", document.read_text(), flags=re.M))
+        assert named <= targets, f"{document.name}: {named - targets}"
