@@ -1,4 +1,4 @@
-"""Turn pictures into square uint8 tensors; the next stage is pretrain_image_vae.py.
+r"""Turn pictures into square uint8 tensors; the next stage is pretrain_image_vae.py.
 
     python preprocess_image_vae_dataset.py --dataset_name my_pictures --image_size 128
     python preprocess_image_vae_dataset.py --dataset_name my_pictures --output_dir cached_datasets/augmented \

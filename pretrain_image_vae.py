@@ -1,4 +1,4 @@
-"""Image VAE-GAN: pictures to latents and back.
+r"""Image VAE-GAN: pictures to latents and back.
 
 Before: preprocess_image_vae_dataset.py. After: preprocess_image_diffusion_dataset.py reads the checkpoint by its path.
 

@@ -46,7 +46,8 @@ class PictureFolder(Dataset):
         for key, row in self.source:
             self.media.append(row[self.source.media])
             self.entries.append({"key": key, "caption": str(row.get("text") or row.get("label") or "")})
-        self.image_size, self.resize_mode, self.background_color = image_size, resize_mode, background_color
+        self.image_size, self.background_color = image_size, background_color
+        self.resize_mode: ResizeMode = resize_mode
 
     def __len__(self) -> int:
         return len(self.entries)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from inference.reconstruct_image import ReconstructionArguments
 from preprocess_image_vae_dataset import ImageVAEPreprocess
 from pretrain_image_vae import ImageVAEStage
 from utils.configuration import declared_fields
+from utils.evaluators import EvaluationArguments
 from utils.megatransformer_utils import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,6 +19,8 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CLAUDE.md", *sorted((ROOT / "docs").glo
 SCRIPTS = {
     "pretrain_image_vae.py": ImageVAEStage.arguments_class,
     "preprocess_image_vae_dataset.py": ImageVAEPreprocess.arguments_class,
+    "evaluate.py": EvaluationArguments,
+    "inference/reconstruct_image.py": ReconstructionArguments,
 }
 # Made by running the commands, or given by the reader.
 MADE = ("runs/", "cached_datasets/", "data/", "my_", "inference/generated", "checkpoint-", ".venv", "/")

@@ -20,7 +20,7 @@ def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str
     words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", "two", *flags]
     program = ["pretrain_image_vae.py", *SMALL_RUN, "--max_steps", str(steps), *words]
     if launcher == "torchrun":
-        command = [BIN / "torchrun", "--nproc_per_node=2", "--master_port=0", *program]
+        command = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", *program]
     else:
         port = str(20000 + os.getpid() % 20000)
         head = [BIN / "deepspeed", "--num_gpus=2", "--master_port", port]

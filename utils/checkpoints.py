@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
+from transformers.utils.logging import disable_progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ def write_json(file: Path, content: Any) -> None:
 def mark_complete(folder: Path) -> None:
     """Flush all files of a checkpoint to the disk, then list them with their sizes in COMPLETE.json."""
     sizes = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
@@ -110,6 +111,7 @@ def load_model(model_class: type, path: str | Path, weights: Literal["ema", "raw
     """A stage's model from a checkpoint or run folder, in fp32 and eval mode; averaged weights where they were
     kept."""
     folder = resolve_checkpoint(path)
+    disable_progress_bar()
     model = model_class.from_pretrained(folder, dtype=torch.float32)
     if weights == "ema" and (folder / EMA).is_file():
         model.load_state_dict(load_file(folder / EMA))

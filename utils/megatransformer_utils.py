@@ -2,10 +2,14 @@
 `TrainingArguments`."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import logging
+import os
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +85,21 @@ class StageArguments:
             raise ValueError(f"--deepspeed_config={self.deepspeed_config!r} does not exist")
 
 
+@contextlib.contextmanager
+def explained_errors(logger: logging.Logger) -> Iterator[None]:
+    """Around a command: errors that a user can cause end it with their message and exit status 2.
+
+    The environment variable MEGATRANSFORMER_TRACEBACK=1 shows the traceback instead.
+    """
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if os.environ.get("MEGATRANSFORMER_TRACEBACK"):
+            raise
+        logger.error("%s", error)
+        raise SystemExit(2) from error
+
+
 class StrictParser(argparse.ArgumentParser):
     """An ArgumentParser whose complaint about an unknown flag suggests the closest known one."""
 
@@ -101,8 +120,13 @@ def parse_arguments(arguments_class: type, argv: list[str] | None, description: 
     Raises:
         SystemExit: with status 2 and a message naming flag, value and rule, for any wrong input.
     """
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = StrictParser(description=description, formatter_class=formatter, argument_default=argparse.SUPPRESS)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = StrictParser(
+        usage="%(prog)s [flags]",
+        description=description,
+        formatter_class=formatter,
+        argument_default=argparse.SUPPRESS,
+    )
     defaults = arguments_class()
     for field in declared_fields(arguments_class):
         add_flag(parser, field, getattr(defaults, field.name))
@@ -125,7 +149,8 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, default:
     optional = typing.get_origin(field.type) in (types.UnionType, typing.Union)
     kind = kinds[0] if optional else field.type
     meaning = field.metadata["meaning"].replace("%", "%%")
-    text = f"{meaning} (default: {' '.join(map(str, default)) if isinstance(default, list) else default})"
+    shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
+    text = f"{meaning} (default: {shown})" if shown else meaning
     if kind is bool:
         parser.add_argument(f"--{field.name}", action="store_true", help=text)
         parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS)

@@ -34,7 +34,7 @@ from dataset_loading.cache_writer import open_journal, read_entries, save_tensor
 from dataset_loading.cached import MANIFEST, SCHEMA
 from dataset_loading.sources import Source, open_source
 from utils.configuration import declared_fields, option
-from utils.megatransformer_utils import parse_arguments
+from utils.megatransformer_utils import explained_errors, parse_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -166,15 +166,11 @@ class Preprocess:
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            return cls(args).run()
+            with explained_errors(logger):
+                return cls(args).run()
         except KeyboardInterrupt:
             logger.warning("stopped; what is written stays, the same command goes on from there")
             raise SystemExit(130) from None
-        except (ValueError, OSError) as error:
-            if os.environ.get("MEGATRANSFORMER_TRACEBACK"):
-                raise
-            logger.error("%s", error)
-            raise SystemExit(2) from error
 
     def run(self) -> dict[str, Any]:
         """Write what is missing, then the manifest, which is returned.

@@ -29,7 +29,13 @@ from utils.checkpoints import (
 )
 from utils.configuration import StrictConfig, declared_fields, from_preset
 from utils.distributed import from_main, launched_rank, rank, world_size
-from utils.megatransformer_utils import StageArguments, parse_arguments, parse_overrides, training_arguments
+from utils.megatransformer_utils import (
+    StageArguments,
+    explained_errors,
+    parse_arguments,
+    parse_overrides,
+    training_arguments,
+)
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
 logger = logging.getLogger(__name__)
@@ -74,11 +80,8 @@ class Stage:
         args = parse_arguments(cls.arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
         set_up_logging()
         stage = cls(args)
-        try:
+        with explained_errors(logger):
             return stage.run()
-        except (ValueError, FileNotFoundError, OSError) as error:
-            logger.error("%s", error)
-            raise SystemExit(2) from error
 
     def run(self) -> dict[str, float]:
         """The order of every stage."""
@@ -201,4 +204,5 @@ def set_up_logging() -> None:
     level = logging.INFO if launched_rank() == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
     transformers.utils.logging.set_verbosity_warning()
+    transformers.utils.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -155,7 +155,8 @@ class StageTrainer(Trainer):
             step, moment = self.last_log
             self.last_log = (self.state.global_step, time.perf_counter())
             per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-            logs["samples_per_second"] = per_step * (self.last_log[0] - step) / (self.last_log[1] - moment)
+            if self.last_log[0] > step:  # Time in evaluation and saving does not count.
+                logs["samples_per_second"] = per_step * (self.last_log[0] - step) / (self.last_log[1] - moment)
             logs["memory_gib"] = peak_memory_gib()
             if self.guard.skipped:
                 logs["skipped_steps"] = self.guard.skipped
@@ -168,12 +169,15 @@ class StageTrainer(Trainer):
         trained model itself where no average is kept. Every process must call it."""
         averaged = self.averaged_weights()
         if averaged is None:
-            return (self.model_wrapped if self.is_deepspeed_enabled else self.model).eval()
+            model = self.model_wrapped if self.is_deepspeed_enabled else self.model
+            model.eval()
+            return model
         if self.ema_model is None:
             with torch.random.fork_rng():  # Fresh weights, overwritten at once, must not move the run's generator.
                 self.ema_model = type(self.model)(self.model.config).requires_grad_(False)
+            self.ema_model.to(self.args.device).eval()
         self.ema_model.load_state_dict(averaged)
-        return self.ema_model.to(self.args.device).eval()
+        return self.ema_model
 
     def averaged_weights(self) -> dict[str, Tensor] | None:
         """The averaged weights as a state dict; None where none are kept yet. Every process must call it."""
@@ -199,6 +203,7 @@ class StageTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_{name}": torch.cat(values).mean().item() for name, values in gathered.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.last_log = (self.state.global_step, time.perf_counter())
         return metrics
 
     def final_metrics(self) -> dict[str, float]:
@@ -243,6 +248,7 @@ class StageTrainer(Trainer):
             mark_complete(folder)
             rotate(Path(self.args.output_dir), self.stage_arguments.save_total_limit)
         barrier()
+        self.last_log = (self.state.global_step, time.perf_counter())
 
     def save_extras(self, folder: Path) -> None:
         """Averaged weights, the stage's own state and its record."""
@@ -335,8 +341,8 @@ class GANTrainer(StageTrainer):
         self.accelerator.backward(surrogate * share, **engine)
         if self.adversary is not None and self.adversary.pending and self.accelerator.sync_gradients:
             self.adversary.update()
-            self.record({"discriminator_grad_norm": self.adversary.gradient_norm})
-        self.record(terms)
+            self.record({"gan/discriminator_grad_norm": self.adversary.gradient_norm})
+        self.record({f"loss/{name}": term for name, term in terms.items()})
         return sum(terms.values()) * share
 
     def play(self, inputs, real, leaf, gradient, share, step, terms) -> Tensor:
@@ -345,7 +351,8 @@ class GANTrainer(StageTrainer):
         weight = self.adversary.generator_weight(step)
         factor = self.adversary.adaptive_factor()
         played = self.adversary.play(real, leaf, gradient, uniforms, share, weight)
-        self.record({**played.logs, "gan_weight": weight, "gan_adaptive_factor": factor})
+        logs = {**played.logs, "weight": weight, "adaptive_factor": factor}
+        self.record({f"gan/{name}": value for name, value in logs.items()})
         if played.gradient is None or weight == 0:
             return torch.zeros_like(leaf)
         for name in ("generator", "feature_matching"):

@@ -1,0 +1,100 @@
+"""Metrics of a stage's checkpoint on held-out data: a table, metrics.json, TensorBoard, a contact sheet.
+
+    python evaluate.py --checkpoint runs/image_vae/demo --contact_sheet 16
+    python evaluate.py --checkpoint runs/image_vae/demo --dataset my_pictures --max_samples 500 --output_dir out
+
+The stage is read from the checkpoint. Results go to the run's folder, or to --output_dir.
+"""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch.utils.tensorboard import SummaryWriter
+
+from utils.checkpoints import provenance, read_stage, resolve_checkpoint, write_json
+from utils.evaluators import Evaluation, EvaluationArguments, Evaluator
+from utils.image_vae_evaluator import ImageVAEEvaluator
+from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.pictures import save_picture, spread
+
+logger = logging.getLogger("evaluate")
+
+EVALUATORS: dict[str, type[Evaluator]] = {"image_vae": ImageVAEEvaluator}
+
+
+def build_evaluator(args: EvaluationArguments) -> Evaluator:
+    """The evaluator of the stage that wrote the checkpoint."""
+    checkpoint = resolve_checkpoint(args.checkpoint)
+    stage = read_stage(checkpoint)["stage"]
+    if stage not in EVALUATORS:
+        raise ValueError(f"{checkpoint} is of stage {stage!r}, which has no evaluator; known: {', '.join(EVALUATORS)}")
+    return EVALUATORS[stage](args, checkpoint)
+
+
+def evaluate(args: EvaluationArguments) -> dict:
+    """Measure, write, print; returns the content of metrics.json."""
+    start = time.perf_counter()
+    evaluator = build_evaluator(args)
+    dataset = evaluator.build_dataset()
+    indices = spread(len(dataset), args.max_samples or len(dataset))
+    data = evaluator.describe_data(dataset, len(indices))
+    with torch.inference_mode():
+        evaluation = evaluator.measure(dataset, indices)
+    report = {
+        "stage": evaluator.record["stage"],
+        "checkpoint": str(evaluator.checkpoint),
+        "step": evaluator.step,
+        "weights": evaluator.weights,
+        "precision": "bf16 autocast" if args.bf16 else "fp32",
+        "data": data,
+        **evaluation.metrics,
+        "definitions": evaluator.definitions,
+        "device": torch.cuda.get_device_name() if evaluator.device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "trained_at_commit": evaluator.record["git_commit"],
+        **provenance(),
+        "seconds": time.perf_counter() - start,
+    }
+    files = write(args, evaluator, evaluation, report)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=120)
+    console.print(
+        f"\n[bold]{evaluator.checkpoint}[/bold], {evaluator.weights} weights, on {data['folder']} {data['split']}"
+    )
+    for table in evaluation.tables:
+        console.print(table)
+    for file in files:
+        console.print(f"wrote {file}", soft_wrap=True)
+    return report
+
+
+def write(args: EvaluationArguments, evaluator: Evaluator, evaluation: Evaluation, report: dict) -> list[Path]:
+    """metrics.json, pictures and TensorBoard scalars; returns the paths."""
+    run_dir = evaluator.checkpoint.parent
+    output_dir = Path(args.output_dir or run_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "metrics.json", report)
+    for name, picture in evaluation.pictures.items():
+        save_picture(picture, output_dir / name)
+    log_dir = run_dir / "tensorboard"
+    group = f"evaluation_{Path(report['data']['folder']).name}_{report['data']['split'] or 'all'}_{report['weights']}"
+    with SummaryWriter(str(log_dir)) as writer:
+        for name, value in evaluation.scalars.items():
+            writer.add_scalar(f"{group}/{name}", value, evaluator.step)
+    return [output_dir / "metrics.json", *(output_dir / name for name in evaluation.pictures), log_dir]
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """The command line."""
+    args = parse_arguments(EvaluationArguments, argv, __doc__ or "")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    with explained_errors(logger):
+        return evaluate(args)
+
+
+if __name__ == "__main__":
+    main()

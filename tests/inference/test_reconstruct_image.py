@@ -1,0 +1,84 @@
+"""Pictures of any kind and size through a small VAE."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset_loading.image import to_float
+from inference.reconstruct_image import ReconstructionArguments, reconstruct
+from model.image.vae import ImageVAE
+from tests.image_vae_checkpoint import save_checkpoint
+from utils.checkpoints import load_model
+from utils.megatransformer_utils import parse_arguments
+from utils.pictures import to_picture
+
+
+@pytest.fixture(scope="module")
+def checkpoint(picture_cache, tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("runs") / "image_vae" / "small", picture_cache)
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    """run(*words): reconstruct into `tmp_path / "out"` and return the sizes of the pictures there by name."""
+
+    def call(*words):
+        words = ["--checkpoint", str(checkpoint.parent), "--output_dir", str(tmp_path / "out"), *words]
+        reconstruct(parse_arguments(ReconstructionArguments, [str(word) for word in words], ""))
+        return {file.name: Image.open(file).size for file in (tmp_path / "out").iterdir()}
+
+    return call
+
+
+def test_sizes_are_kept_and_nothing_is_left_over(run, tmp_path, capsys):
+    Image.new("RGB", (37, 21), "red").save(tmp_path / "odd.png")
+    sizes = run("--input", tmp_path / "odd.png", "--image_size", 0)
+    assert sizes.keys() == {"odd_reconstruction.png", "sheet.png"} and sizes["odd_reconstruction.png"] == (37, 21)
+    assert "odd_reconstruction.png  37x21 pixels, PSNR " in capsys.readouterr().out
+
+
+def test_the_default_size_is_the_models(run, tmp_path):
+    Image.new("RGB", (80, 160), "red").save(tmp_path / "tall.png")
+    assert run("--input", tmp_path / "tall.png")["tall_reconstruction.png"] == (32, 64)
+    assert run("--input", tmp_path / "tall.png", "--image_size", 50)["tall_reconstruction.png"] == (50, 100)
+
+
+def test_orientation_transparency_palettes_and_folders(run, tmp_path):
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # Turned by 90 degrees.
+    Image.new("RGB", (40, 20), "red").save(folder / "turned.jpg", exif=exif)
+    Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(folder / "clear.png")
+    Image.new("P", (16, 16)).save(folder / "deep" / "palette.gif")
+    sizes = run("--input", folder, "--image_size", 0, "--background_color", "blue")
+    assert sizes["turned_reconstruction.png"] == (20, 40) and "deep__palette_reconstruction.png" in sizes
+    sheet = np.asarray(Image.open(tmp_path / "out" / "sheet.png"))
+    assert (sheet == (0, 0, 255)).all(2).any()  # The background behind the transparent picture.
+
+
+def test_the_result_is_the_models_where_nothing_is_padded(run, tmp_path, checkpoint):
+    Image.linear_gradient("L").resize((64, 32)).convert("RGB").save(tmp_path / "a.png")
+    run("--input", tmp_path / "a.png", "--image_size", 0)
+    pixels = torch.from_numpy(np.array(Image.open(tmp_path / "a.png"))).permute(2, 0, 1)
+    with torch.no_grad():
+        expected = load_model(ImageVAE, checkpoint)(image=to_float(pixels)[None]).reconstruction[0]
+    found = np.asarray(Image.open(tmp_path / "out" / "a_reconstruction.png")).astype(int)
+    # The last bit of a convolution depends on the memory layout, so that a value in between may round either way.
+    assert np.abs(found - np.asarray(to_picture(expected))).max() <= 1
+
+
+def test_damaged_files_are_left_out(run, tmp_path, caplog):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"\x89PNG broken")
+    assert "a_reconstruction.png" in run("--input", tmp_path / "a.png", tmp_path / "b.png")
+    assert "b.png is left out" in caplog.text
+    with pytest.raises(ValueError, match="none of 1 files"):
+        run("--input", tmp_path / "b.png")
+
+
+def test_flags_that_are_needed(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(ReconstructionArguments, ["--checkpoint", "runs/x"], "")
+    assert "--checkpoint and --input are needed" in capsys.readouterr().err

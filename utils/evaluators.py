@@ -1,0 +1,154 @@
+"""What the evaluation of every stage shares: flags, loading, and the form of the result.
+
+A stage's evaluator is a subclass of `Evaluator` in a module of its own, registered in `evaluate.py`.
+"""
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from PIL.Image import Image
+from rich.console import RenderableType
+
+from utils.checkpoints import EMA, load_model, read_stage, step_of
+from utils.configuration import option
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class EvaluationArguments:
+    """Flags of `evaluate.py`."""
+
+    # What is evaluated, on what.
+    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
+    weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
+    cached_dataset: str = option("", "preprocessed data set; default: the one that the run trained on")
+    dataset: str = option("", "instead: a folder of pictures, index file or hub name, resized while it is read")
+    split: str = option("", "default: validation; with --dataset: its only split")
+    resize_mode: Literal["crop", "pad", "squash"] = option(
+        "crop", "how other proportions become square, with --dataset"
+    )
+    max_samples: int = option(0, "samples, spread evenly over the split; 0: all", ge=0)
+
+    # How, and where it goes.
+    batch_size: int = option(32, "samples per forward pass", gt=0)
+    num_workers: int = option(0, "data loading processes; 0: the main process loads", ge=0)
+    bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
+    references: list[Literal["jpeg", "thumbnail"]] = option(
+        ["jpeg", "thumbnail"],
+        "rows to compare with: JPEG at quality 10; a bicubic picture of the latent's rows and columns",
+    )
+    contact_sheet: int = option(0, "pictures drawn with their reconstructions to contact_sheet.png; 0: none", ge=0)
+    output_dir: str = option("", "folder of metrics.json and pictures; default: the run's folder")
+
+    given: ClassVar[list[str]]  # names of the flags that were given, set by `parse_arguments`
+    needs = {"resize_mode": ("dataset", bool), "cached_dataset": ("dataset", "")}
+
+    def validate_checkpoint(self):
+        if not self.checkpoint:
+            raise ValueError("--checkpoint is missing: give a run folder such as runs/image_vae/<run>")
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What an evaluator found.
+
+    Attributes:
+        metrics: content of metrics.json beyond what all stages have; JSON values.
+        scalars: what goes to TensorBoard, by name.
+        tables: what is printed.
+        pictures: what is drawn, by file name.
+    """
+
+    metrics: dict[str, Any]
+    scalars: dict[str, float]
+    tables: Sequence[RenderableType]
+    pictures: dict[str, Image]
+
+
+class Evaluator:
+    """Evaluates one checkpoint. Subclasses state `model_class`, `definitions`, `build_dataset` and `measure`.
+
+    Args:
+        args: the flags.
+        checkpoint: a complete checkpoint folder.
+    Raises:
+        ValueError: `--weights ema` was given and the checkpoint has no averaged weights.
+    """
+
+    model_class: ClassVar[type]
+    definitions: ClassVar[dict[str, str]]  # name of a metric -> how it is defined
+
+    def __init__(self, args: EvaluationArguments, checkpoint: Path):
+        self.args, self.checkpoint = args, checkpoint
+        self.record = read_stage(checkpoint)
+        self.step = step_of(checkpoint)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        averaged = (checkpoint / EMA).is_file()
+        if not averaged and args.weights == "ema" and "weights" in args.given:
+            raise ValueError(f"{checkpoint} has no averaged weights ({EMA}); use --weights raw")
+        self.weights: Literal["ema", "raw"] = args.weights if averaged else "raw"
+        self.model = load_model(self.model_class, checkpoint, self.weights).requires_grad_(False).to(self.device)
+
+    def build_dataset(self) -> Any:
+        """The samples, with `entries` (a dict with `key` and `caption` per sample) and `fingerprint`."""
+        raise NotImplementedError
+
+    def measure(self, dataset: Any, indices: list[int]) -> Evaluation:
+        """Evaluate the samples with these indices."""
+        raise NotImplementedError
+
+    def cache(self) -> tuple[str, str]:
+        """Folder and split of the preprocessed data set."""
+        return self.args.cached_dataset or self.record["data"]["folder"], self.args.split or "validation"
+
+    def describe_data(self, dataset: Any, n_samples: int) -> dict[str, Any]:
+        """Which samples were evaluated, for metrics.json; warns where the run's own data set has changed since."""
+        folder, split = (self.args.dataset, self.args.split) if self.args.dataset else self.cache()
+        trained_on = self.record["data"]
+        is_same = dataset.fingerprint == trained_on["fingerprint"]
+        if folder == trained_on["folder"] and not is_same:
+            logger.warning(
+                "%s was made anew since the run trained on it (fingerprint %s, now %s): it may hold training samples",
+                folder,
+                trained_on["fingerprint"],
+                dataset.fingerprint,
+            )
+        return {
+            "folder": str(folder),
+            "split": split,
+            "fingerprint": dataset.fingerprint,
+            "is_the_runs_own": is_same,
+            "n_samples": n_samples,
+        }
+
+
+class Stopwatch:
+    """Time of calls on batches; the first call is a warm-up that does not count where others follow."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.calls: list[tuple[int, float]] = []
+
+    def time(self, function: Callable, batch: torch.Tensor) -> Any:
+        """Call the function on the batch."""
+        start = self.now()
+        result = function(batch)
+        self.calls.append((len(batch), self.now() - start))
+        return result
+
+    def now(self) -> float:
+        """Seconds, once the device has done its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def per_second(self) -> float:
+        """Samples per second."""
+        calls = self.calls[1:] or self.calls
+        return sum(count for count, _ in calls) / sum(seconds for _, seconds in calls)
