@@ -33,8 +33,11 @@ class StopOnSignal(TrainerCallback):
         self.signalled = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.remember)
+        self.previous = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def remember(self, number, frame):
         """Signal handler; a second signal ends the process at once."""
