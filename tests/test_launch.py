@@ -43,12 +43,21 @@ def assert_same(one: Run, two: Run, tolerance: float = 1e-5) -> None:
 
 
 @pytest.mark.parametrize(
-    "launcher",
-    ["torchrun", "ds_config.json", "ds_config_zero-1.json", "ds_config_zero-2.json", "ds_config_zero-3.json"],
+    "launcher", ["ds_config.json", "ds_config_zero-1.json", "ds_config_zero-2.json", "ds_config_zero-3.json"]
 )
-def test_two_processes_equal_one(launcher, train, picture_cache, tmp_path):
+def test_two_deepspeed_processes_equal_one(launcher, train, picture_cache, tmp_path):
     one = train("one", 10, "--batch_size", "8")
     assert_same(one, launch(launcher, picture_cache, tmp_path, 10, "--batch_size", "4"))
+
+
+def test_two_ddp_processes_equal_one_and_resume_on_one(train, picture_cache, tmp_path):
+    one = train("one", 10, "--batch_size", "8")
+    two = launch("torchrun", picture_cache, tmp_path, 10, "--batch_size", "4", "--save_steps", "4")
+    assert_same(one, two)
+    resumed_dir = tmp_path / "image_vae" / "resumed"
+    resumed_dir.mkdir()
+    (two.folder.parent / "checkpoint-4").rename(resumed_dir / "checkpoint-4")
+    assert_same(one, train("resumed", 10, "--batch_size", "8", "--resume_from_checkpoint"))
 
 
 def test_accumulation_under_zero_3(train, picture_cache, tmp_path):

@@ -57,4 +57,6 @@ class WeightEMA(OptimizerHook):
             return self.optimizer.state[parameter]["weight_ema"]
         from deepspeed.utils import safe_get_full_optimizer_state
 
-        return safe_get_full_optimizer_state(parameter, "weight_ema")
+        average = safe_get_full_optimizer_state(parameter, "weight_ema")
+        assert average is not None, "the engine lost the weight average of a parameter"
+        return average

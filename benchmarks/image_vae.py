@@ -1,0 +1,215 @@
+"""Image VAE beside diffusers' AutoencoderKL, in one process, interleaved, in CPU seconds.
+
+    python benchmarks/image_vae.py                                   # speed at two sizes, fp32 and bf16 autocast
+    python benchmarks/image_vae.py --quality 120 --cached_dataset cached_datasets/openmoji_64
+    python benchmarks/image_vae.py --gan                             # cost of the adaptive weight
+
+Both sides have the same number of parameters within 2 %, the same f8 compression and the same latent channels.
+"""
+
+import dataclasses
+import logging
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset_loading.collators import collate_stack
+from dataset_loading.image import ImageDataset
+from model.criteria import kl_divergence
+from model.image.discriminators import build_discriminator
+from model.image.vae import ImageVAE
+from pretrain_image_vae import ImageVAEArguments
+from utils.adversary import Adversary
+from utils.configuration import option
+from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.metrics import psnr
+from utils.training_utils import EpochSampler
+
+# Blocks of diffusers' AutoencoderKL, 2 layers each, and our preset of the same size.
+PAIRS = {"5M": ((32, 64, 128, 128), "small"), "21M": ((64, 128, 256, 256), "medium")}
+LATENT_CHANNELS = 16
+
+
+@dataclasses.dataclass
+class BenchmarkArguments:
+    """Flags of the comparison."""
+
+    repeats: int = option(7, "interleaved repeats of each side", gt=0)
+    threads: int = option(1, "threads of torch", gt=0)
+    quality: float = option(0.0, "CPU seconds of training per side, then held-out PSNR; 0: speed only", ge=0)
+    cached_dataset: str = option("cached_datasets/openmoji_64", "pictures for --quality")
+    size: str = option("5M", "pair that --quality trains, 5M or 21M")
+    batch_size: int = option(8, "pictures per step", gt=0)
+    learning_rates: list[float] = option(
+        [5e-4, 2e-3], "peak learning rates tried for each side; the better counts", gt=0
+    )
+    gan: bool = option(False, "measure a GAN step with and without the adaptive weight instead")
+
+
+def build_pair(name: str) -> tuple[nn.Module, nn.Module]:
+    """(ours, theirs) of one size."""
+    from diffusers import AutoencoderKL
+
+    widths, preset = PAIRS[name]
+    theirs = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=widths,
+        layers_per_block=2,
+        latent_channels=LATENT_CHANNELS,
+    )
+    return ImageVAE.from_preset(preset, image_size=64), theirs
+
+
+def forward(model: nn.Module, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(reconstruction, mean, logvar) of either side."""
+    if isinstance(model, ImageVAE):
+        output = model(image=image, noise=noise)
+        return output.reconstruction, output.mean, output.logvar
+    posterior = model.encode(image).latent_dist
+    reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
+    return reconstruction.float(), posterior.mean.float(), posterior.logvar.float()
+
+
+def loss_of(model: nn.Module, image: Tensor, noise: Tensor, bf16: bool) -> Tensor:
+    """L1 + 1e-3 nats per input value."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        reconstruction, mean, logvar = forward(model, image, noise)
+    kl = kl_divergence(mean, logvar).mean() / image[0].numel()
+    return (reconstruction - image).abs().mean() + 1e-3 * kl
+
+
+def cpu_seconds(run: Callable[[], None]) -> float:
+    """CPU seconds of one call, over all threads."""
+    start = time.process_time()
+    run()
+    return time.process_time() - start
+
+
+def interleave(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Run the sides in turn after one warm-up each; seconds of every repeat."""
+    for run in sides.values():
+        run()
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, run in sides.items():
+            times[name].append(cpu_seconds(run))
+    return times
+
+
+def report(title: str, times: dict[str, list[float]]) -> None:
+    """Minimum and median of two sides, and the ratio of medians."""
+    (ours, first), (theirs, second) = times.items()
+    ratio = statistics.median(first) / statistics.median(second)
+    for name, values in times.items():
+        print(f"{title:28} {name:10} min {min(values):7.3f}  median {statistics.median(values):7.3f} CPU s")
+    print(f"{title:28} {ours} / {theirs} = {ratio:.3f}", flush=True)
+
+
+def speed(args: BenchmarkArguments) -> None:
+    """Forward and backward at 64 x 64, batch 8."""
+    for name in PAIRS:
+        ours, theirs = build_pair(name)
+        sizes = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
+        print(f"{name}: parameters ours {sizes[0]:,}, diffusers {sizes[1]:,} ({sizes[0] / sizes[1]:.3f})")
+        image, noise = torch.randn(8, 3, 64, 64).clamp(-1, 1), torch.randn(8, LATENT_CHANNELS, 8, 8)
+        for bf16 in (False, True):
+
+            def step(model: nn.Module, bf16: bool = bf16, image: Tensor = image, noise: Tensor = noise) -> None:
+                model.zero_grad()
+                loss_of(model, image, noise, bf16).backward()
+
+            sides = {"ours": lambda m=ours: step(m), "diffusers": lambda m=theirs: step(m)}
+            report(f"{name} {'bf16' if bf16 else 'fp32'} forward+backward", interleave(sides, args.repeats))
+
+
+def train(
+    model: nn.Module, args: BenchmarkArguments, learning_rate: float, train_set, held_out: Tensor
+) -> tuple[float, int]:
+    """Held-out PSNR after `quality` CPU seconds of training, and the steps made; the data's time does not count."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    sampler, epoch, used, step = EpochSampler(len(train_set), args.batch_size, seed=0), 0, 0.0, 0
+    while used < args.quality:
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        for start in range(0, len(order), args.batch_size):
+            image = collate_stack([train_set[i] for i in order[start : start + args.batch_size]])["image"]
+            noise = torch.randn(len(image), LATENT_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(step))
+            done = used / args.quality
+            rate = learning_rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+
+            def update(image: Tensor = image, noise: Tensor = noise) -> None:
+                optimizer.zero_grad()
+                loss_of(model, image, noise, False).backward()
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                optimizer.step()
+
+            used += cpu_seconds(update)
+            step += 1
+            if used >= args.quality:
+                break
+        epoch += 1
+    with torch.inference_mode():
+        values = [
+            psnr(forward(model.eval(), image, torch.zeros(len(image), LATENT_CHANNELS, 8, 8))[0].clamp(-1, 1), image)
+            for image in held_out.split(46)
+        ]
+    return torch.cat(values).mean().item(), step
+
+
+def quality(args: BenchmarkArguments) -> None:
+    """Held-out PSNR of both sides after the same CPU time, each at its better learning rate."""
+    train_set, validation = (ImageDataset(args.cached_dataset, split) for split in ("train", "validation"))
+    held_out = collate_stack([validation[i] for i in range(len(validation))])["image"]
+    for rate in args.learning_rates:
+        torch.manual_seed(0)
+        for name, model in zip(("ours", "diffusers"), build_pair(args.size)):
+            value, steps = train(model, args, rate, train_set, held_out)
+            print(
+                f"{args.size} {name:10} lr {rate:g}: {value:.2f} dB held out after {args.quality:g} CPU s, {steps} steps",
+                flush=True,
+            )
+
+
+def gan(args: BenchmarkArguments) -> None:
+    """One adversarial micro-batch through VAE and discriminator, with and without the adaptive weight."""
+    model = ImageVAE.from_preset("small", image_size=64)
+    image, noise = torch.randn(8, 3, 64, 64).clamp(-1, 1), torch.randn(8, LATENT_CHANNELS, 8, 8)
+
+    def side(adaptive: bool) -> Callable[[], None]:
+        values = {"gan_start_step": 0, "gan_warmup_steps": 0, "gan_ramp_steps": 1, "use_adaptive_gan_weight": adaptive}
+        adversary = Adversary(build_discriminator("patch", 32, 3, False), ImageVAEArguments(**values))
+        adversary.prepare(torch.device("cpu"), "constant", 100)
+
+        def run() -> None:
+            model.zero_grad()
+            output = model(image=image, noise=noise)
+            leaf = output.reconstruction.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad((leaf - image).abs().mean(), leaf)
+            played = adversary.play(image, leaf, gradient, None, 1.0, 0.1)
+            (output.reconstruction * (gradient + adversary.adaptive_factor() * 0.1 * played.gradient)).sum().backward()
+            adversary.update()
+
+        return run
+
+    report("GAN step", interleave({"adaptive": side(True), "constant": side(False)}, args.repeats))
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments(BenchmarkArguments, None, __doc__ or "")
+    torch.set_num_threads(arguments.threads)
+    print(f"torch {torch.__version__}, {arguments.threads} thread(s), {torch.backends.cpu.get_cpu_capability()}")
+    with explained_errors(logging.getLogger("benchmark")):
+        gan(arguments) if arguments.gan else quality(arguments) if arguments.quality else speed(arguments)
