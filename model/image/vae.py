@@ -1,14 +1,18 @@
 """Image VAE.  B batch, Y X rows and columns, D width of a stage, P patch side, Z latent channels.
 
 Architecture "residual", built for few operations at full resolution:
+- a linear path beside the network: every f x f patch of the picture (f the compression) is projected on its Z lowest
+  cosine patterns, the best fixed code of smooth patches, and back. It starts there and is trained. The network's own
+  output starts at zero, so that training starts from a working codec and learns what the linear code misses;
 - the stem is a pixel-unshuffle: the first convolution runs on (Y/P, X/P), the last picture is a pixel-shuffle;
 - stages change resolution by space-to-channel with a shortcut that has no parameters (DC-AE, arXiv 2410.10733,
   section 3): averaged groups of channels on the way down, repeated channels on the way up;
-- residual blocks start as the identity, so that the network starts as its shortcuts.
+- residual blocks have one 3x3 and one 1x1 convolution and start as the identity.
 Architecture "ldm" (`ldm_vae.py`) is the one of latent diffusion and loads diffusers' AutoencoderKL weights.
 """
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from transformers import initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.image.ldm_vae import LDMDecoder, LDMEncoder, config_from_diffusers, rename_diffusers_weights
@@ -37,13 +42,13 @@ class ImageVAEConfig(StrictConfig):
         256, "side of the training pictures in pixels; any multiple of the compression works", gt=0
     )
     latent_channels: int = option(16, "latent channels Z", gt=0)
-    patch_size: int = option(2, "side P of the stem's pixel-unshuffle in pixels; 1 for ldm", gt=0)
+    patch_size: int = option(4, "side P of the stem's pixel-unshuffle in pixels; 1 for ldm", gt=0)
 
-    encoder_widths: list[int] = option([64, 128, 256], "channels of the encoder's stages", gt=0)
-    decoder_widths: list[int] = option([64, 128, 256], "channels of the decoder's stages", gt=0)
-    n_encoder_blocks: list[int] = option([1, 2, 2], "residual blocks of the encoder's stages", ge=0)
-    n_decoder_blocks: list[int] = option([1, 2, 3], "residual blocks of the decoder's stages", ge=0)
-    n_norm_groups: int = option(32, "groups of each GroupNorm", gt=0)
+    encoder_widths: list[int] = option([64, 128], "channels of the encoder's stages", gt=0)
+    decoder_widths: list[int] = option([64, 128], "channels of the decoder's stages", gt=0)
+    n_encoder_blocks: list[int] = option([1, 1], "residual blocks of the encoder's stages", ge=0)
+    n_decoder_blocks: list[int] = option([1, 2], "residual blocks of the decoder's stages", ge=0)
+    n_norm_groups: int = option(32, "ldm: groups of each GroupNorm", gt=0)
     use_quant_conv: bool = option(False, "ldm only: 1x1 convolutions on both sides of the latents")
 
     @property
@@ -57,18 +62,23 @@ class ImageVAEConfig(StrictConfig):
                 raise ValueError(
                     f"{name}={getattr(self, name)} must have as many entries as encoder_widths={self.encoder_widths}"
                 )
-        for name in ("encoder_widths", "decoder_widths"):
-            for width in getattr(self, name):
-                if width % self.n_norm_groups:
-                    raise ValueError(
-                        f"n_norm_groups={self.n_norm_groups} must divide every entry of {name}={getattr(self, name)}"
-                    )
 
     def validate_architecture(self):
         if self.architecture == "ldm":
             if self.patch_size != 1:
                 raise ValueError(f"patch_size={self.patch_size} must be 1 for architecture='ldm'")
+            for width in {*self.encoder_widths, *self.decoder_widths}:
+                if width % self.n_norm_groups:
+                    raise ValueError(
+                        f"n_norm_groups={self.n_norm_groups} must divide every width, which {width} among "
+                        f"encoder_widths and decoder_widths is not"
+                    )
             return
+        if self.latent_channels > 3 * self.compression**2:
+            raise ValueError(
+                f"latent_channels={self.latent_channels} exceed the {3 * self.compression**2} values of a patch of "
+                f"{self.compression}x{self.compression} pixels"
+            )
         if self.use_quant_conv:
             raise ValueError("use_quant_conv=True has no effect in architecture='residual'; it belongs to 'ldm'")
         for name in ("encoder_widths", "decoder_widths"):
@@ -85,20 +95,85 @@ class ImageVAEConfig(StrictConfig):
             raise ValueError(f"image_size={self.image_size} must be divisible by the compression {self.compression}")
 
 
-class ResidualBlock(GradientCheckpointingLayer):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), both convolutions 3x3, the second one starting at zero."""
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each position, (B, D, Y, X) -> the same shape; free with channels last."""
 
-    def __init__(self, width: int, n_norm_groups: int):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ResidualBlock(GradientCheckpointingLayer):
+    """x + conv1x1(silu(conv3x3(norm(x)))), the last convolution starting at zero."""
+
+    def __init__(self, width: int):
         super().__init__()
-        self.norm1 = nn.GroupNorm(n_norm_groups, width)
-        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
-        self.norm2 = nn.GroupNorm(n_norm_groups, width)
-        self.conv2 = ZeroConv2d(width, width, 3, padding=1)
+        self.norm = ChannelNorm(width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.out = ZeroConv2d(width, width, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, Y, X) -> the same shape."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        return x + self.conv2(F.silu(self.norm2(h)))
+        return x + self.out(F.silu(self.conv(self.norm(x))))
+
+
+class PatchCode(nn.Conv2d):
+    """The linear path of one direction: f x f patches -> Z latents, or back. Starts as a truncated cosine transform.
+
+    Args:
+        patch_size: f, in pixels.
+        latent_channels: Z.
+        inverse: latents to pixels.
+    """
+
+    SCALE = 4.0  # Pixels per latent unit: brings latents of natural patches near unit size.
+
+    def __init__(self, patch_size: int, latent_channels: int, inverse: bool):
+        n_values = 3 * patch_size**2
+        super().__init__(*((latent_channels, n_values) if inverse else (n_values, latent_channels)), 1)
+        self.patch_size, self.latent_channels, self.inverse = patch_size, latent_channels, inverse
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, 3, Y, X) -> (B, Z, y, x), or back."""
+        # In fp32 also under autocast: bf16 would round whole steps of brightness away.
+        with torch.autocast(x.device.type, enabled=False):
+            if self.inverse:
+                return F.pixel_shuffle(super().forward(x.float()), self.patch_size)
+            return super().forward(F.pixel_unshuffle(x.float(), self.patch_size))
+
+    def initial_weight(self) -> Tensor:
+        """The weight it starts with: orthonormal patterns over SCALE, or their transpose times SCALE."""
+        patterns = cosine_patterns(self.patch_size, self.latent_channels)
+        weight = patterns.T * self.SCALE if self.inverse else patterns / self.SCALE
+        return weight[:, :, None, None]
+
+
+def cosine_patterns(patch_size: int, n_patterns: int) -> Tensor:
+    """The lowest of the orthonormal two-dimensional cosine patterns (DCT-II) of brightness and two colour differences.
+
+    Patterns are ordered by frequency, where colour counts 2.2 and 2.8 times as high as brightness.
+    Returns: (n_patterns, 3 * patch_size**2), in the channel order of `pixel_unshuffle`.
+    """
+    position = torch.arange(patch_size, dtype=torch.float64) + 0.5
+    waves = torch.stack([torch.cos(math.pi * k * position / patch_size) for k in range(patch_size)])
+    waves = waves / waves.norm(dim=1, keepdim=True)
+    colors = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-0.5, 1.0, -0.5]], dtype=torch.float64)
+    colors = colors / colors.norm(dim=1, keepdim=True)
+    order = sorted(
+        ((math.hypot(u, v) + 0.5) * (1.0, 2.2, 2.8)[color], color, u, v)
+        for color in range(3)
+        for u in range(patch_size)
+        for v in range(patch_size)
+    )
+    patterns = [
+        torch.einsum("c,y,x->cyx", colors[c], waves[u], waves[v]).flatten() for _, c, u, v in order[:n_patterns]
+    ]
+    return torch.stack(patterns).float()
+
+
+class PosteriorHead(ZeroConv2d):
+    """1x1 convolution to mean and logvar of the posterior; starts at mean 0 and logvar -5."""
+
+    LOGVAR = -5.0
 
 
 class Downsample(GradientCheckpointingLayer):
@@ -135,24 +210,26 @@ class ResidualEncoder(nn.Module):
         super().__init__()
         widths = config.encoder_widths
         self.patch_size = config.patch_size
-        self.stem = nn.Conv2d(3 * config.patch_size**2, widths[0], 3, padding=1)
+        self.code = PatchCode(config.compression, config.latent_channels, inverse=False)
+        self.stem = nn.Conv2d(3 * config.patch_size**2, widths[0], 1)
         blocks: list[nn.Module] = []
         for i, (width, n_blocks) in enumerate(zip(widths, config.n_encoder_blocks)):
             if i > 0:
                 blocks.append(Downsample(widths[i - 1], width))
-            blocks += [ResidualBlock(width, config.n_norm_groups) for _ in range(n_blocks)]
+            blocks += [ResidualBlock(width) for _ in range(n_blocks)]
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.GroupNorm(config.n_norm_groups, widths[-1])
-        self.head = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
+        self.norm = ChannelNorm(widths[-1])
+        self.head = PosteriorHead(widths[-1], 2 * config.latent_channels, 1)
 
     def forward(self, image: Tensor) -> Tensor:
-        x = image.contiguous(memory_format=torch.channels_last)
-        x = self.stem(F.pixel_unshuffle(x, self.patch_size))
+        image = image.contiguous(memory_format=torch.channels_last)
+        x = self.stem(F.pixel_unshuffle(image, self.patch_size))
         for block in self.blocks:
             x = block(x)
         # The posterior is computed in fp32: under bf16 autocast its rounding would exceed small deviations.
         with torch.autocast(x.device.type, enabled=False):
-            return self.head(F.silu(self.norm(x.float())))
+            mean, logvar = self.head(F.silu(self.norm(x.float()))).chunk(2, dim=1)
+        return torch.cat([mean + self.code(image), logvar], dim=1)
 
 
 class ResidualDecoder(nn.Module):
@@ -162,21 +239,23 @@ class ResidualDecoder(nn.Module):
         super().__init__()
         widths = config.decoder_widths
         self.patch_size = config.patch_size
-        self.stem = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
+        self.code = PatchCode(config.compression, config.latent_channels, inverse=True)
+        self.stem = nn.Conv2d(config.latent_channels, widths[-1], 1)
         blocks: list[nn.Module] = []
         for i in reversed(range(len(widths))):
-            blocks += [ResidualBlock(widths[i], config.n_norm_groups) for _ in range(config.n_decoder_blocks[i])]
+            blocks += [ResidualBlock(widths[i]) for _ in range(config.n_decoder_blocks[i])]
             if i > 0:
                 blocks.append(Upsample(widths[i], widths[i - 1]))
         self.blocks = nn.ModuleList(blocks)
-        self.norm = nn.GroupNorm(config.n_norm_groups, widths[0])
-        self.head = nn.Conv2d(widths[0], 3 * config.patch_size**2, 3, padding=1)
+        self.norm = ChannelNorm(widths[0])
+        self.head = ZeroConv2d(widths[0], 3 * config.patch_size**2, 1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        x = self.stem(latents.contiguous(memory_format=torch.channels_last))
+        latents = latents.contiguous(memory_format=torch.channels_last)
+        x = self.stem(latents)
         for block in self.blocks:
             x = block(x)
-        return F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.patch_size)
+        return F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.patch_size) + self.code(latents)
 
 
 ARCHITECTURES: dict[str, tuple[Callable[[ImageVAEConfig], nn.Module], Callable[[ImageVAEConfig], nn.Module]]] = {
@@ -197,6 +276,24 @@ class ImageVAE(VAE):
         self.encoder = build_encoder(config)
         self.decoder = build_decoder(config)
         self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """As `VAE._init_weights`, and:
+
+        PatchCode                 truncated cosine transform, bias 0
+        PosteriorHead             weight 0, bias 0 for the mean, -5 for logvar
+        ChannelNorm               weight 1, bias 0
+        """
+        super()._init_weights(module)
+        if isinstance(module, PatchCode):
+            initialization.copy_(module.weight, module.initial_weight())
+        elif isinstance(module, PosteriorHead):
+            bias = torch.zeros(module.out_channels)
+            bias[module.out_channels // 2 :] = module.LOGVAR
+            initialization.copy_(module.bias, bias)
+        elif isinstance(module, ChannelNorm):
+            initialization.ones_(module.weight)
+            initialization.zeros_(module.bias)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "ImageVAE":
