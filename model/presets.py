@@ -13,7 +13,7 @@ IMAGE_VAE = {                                                                   
     "small-f16":  dict(image_size=256, latent_channels=32, patch_size=4, encoder_widths=[128, 256, 256],  decoder_widths=[128, 256, 256],  n_encoder_blocks=[1, 1, 2], n_decoder_blocks=[2, 2, 3]),                    #  6.62 M  f16
     "medium":     dict(image_size=256, latent_channels=16, patch_size=4, encoder_widths=[256, 512],       decoder_widths=[256, 512],       n_encoder_blocks=[2, 2],    n_decoder_blocks=[4, 4]),                       # 20.79 M  f8
     "large":      dict(image_size=256, latent_channels=16, patch_size=4, encoder_widths=[512, 1024],      decoder_widths=[512, 1024],      n_encoder_blocks=[2, 2],    n_decoder_blocks=[4, 4]),                       # 82.99 M  f8
-    "ldm":        dict(architecture="ldm", image_size=256, latent_channels=4, patch_size=1, encoder_widths=[128, 256, 512, 512], decoder_widths=[128, 256, 512, 512], n_encoder_blocks=[2] * 4, n_decoder_blocks=[3] * 4),  # 83.65 M  f8
+    "ldm":        dict(architecture="ldm", image_size=256, latent_channels=4, patch_size=1, encoder_widths=[128, 256, 512, 512], decoder_widths=[128, 256, 512, 512], n_encoder_blocks=[2] * 4, n_decoder_blocks=[3] * 4, use_quant_conv=True),  # 83.65 M  f8
 }
 # fmt: on
 IMAGE_VAE_PARAMETERS = {
@@ -25,5 +25,5 @@ IMAGE_VAE_PARAMETERS = {
     "small-f16": 6_620_688,
     "medium": 20_787_232,
     "large": 82_986_784,
-    "ldm": 83_653_771,
+    "ldm": 83_653_863,
 }

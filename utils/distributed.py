@@ -33,6 +33,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def end_processes() -> None:
+    """Leave the process group in order; a process that exits with it may be aborted by its threads."""
+    if dist.is_available() and dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
 def mean_across_ranks(tensor: torch.Tensor) -> torch.Tensor:
     """The mean of a tensor over all processes, in place."""
     if world_size() > 1:
@@ -105,6 +112,8 @@ def launch_settings(use_deepspeed: bool, deepspeed_config: str, bf16: bool) -> d
     files.
     """
     has_gpu = torch.cuda.is_available()
+    if not has_gpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Else importing DeepSpeed warns that it finds no GPU.
     if not use_deepspeed:
         distributed = "LOCAL_RANK" in os.environ and not has_gpu
         return {"bf16": bf16, "use_cpu": not has_gpu, **({"ddp_backend": "gloo"} if distributed else {})}
@@ -118,7 +127,6 @@ def launch_settings(use_deepspeed: bool, deepspeed_config: str, bf16: bool) -> d
         os.environ.update(single)
     settings = {"deepspeed": config}
     if not has_gpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         import deepspeed
         from accelerate import PartialState
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterator
@@ -249,6 +250,8 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         save_steps=args.save_steps,
         save_total_limit=None,  # Complete checkpoints are counted by our own rotation.
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
+        disable_tqdm=not sys.stderr.isatty(),
         report_to="none",
         **launch,
     )

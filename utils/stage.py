@@ -28,7 +28,7 @@ from utils.checkpoints import (
     resolve_checkpoint,
 )
 from utils.configuration import StrictConfig, declared_fields, from_preset
-from utils.distributed import from_main, launched_rank, rank, world_size
+from utils.distributed import end_processes, from_main, launched_rank, rank, world_size
 from utils.megatransformer_utils import (
     StageArguments,
     explained_errors,
@@ -103,6 +103,8 @@ class Stage:
         trainer._save_checkpoint(trainer.model_wrapped, None)
         metrics = trainer.final_metrics()
         logger.info("%s", {name: round(value, 4) for name, value in metrics.items()})
+        trainer.close()
+        end_processes()
         return metrics
 
     def build_config(self) -> StrictConfig:
@@ -158,6 +160,7 @@ class Stage:
             stage_record=self.record(datasets["train"], zero_stage_of(training)),
             **self.build_trainer_parts(model),
         )
+        trainer.writer = writer
         for callback in callbacks:
             callback.trainer = trainer
         return trainer

@@ -70,9 +70,15 @@ class StageTrainer(Trainer):
         self.guard = NonFiniteGuard(stage_arguments.max_skipped_steps, any_across_ranks)
         self.ema = WeightEMA(stage_arguments.ema_decay) if stage_arguments.use_ema else None
         self.ema_model = None
+        self.writer = None  # TensorBoard's, on rank 0.
         self.terms: dict[str, Tensor] = {}
         self.term_counts: dict[str, int] = {}
         self.last_log = (0, time.perf_counter())
+
+    def close(self) -> None:
+        """Flush and close the TensorBoard writer, whose thread must not outlive the run."""
+        if self.writer is not None:
+            self.writer.close()
 
     # ---- Data order.
 

@@ -48,7 +48,7 @@ class ImageVAEConfig(StrictConfig):
     decoder_widths: list[int] = option([64, 128], "channels of the decoder's stages", gt=0)
     n_encoder_blocks: list[int] = option([1, 1], "residual blocks of the encoder's stages", ge=0)
     n_decoder_blocks: list[int] = option([1, 2], "residual blocks of the decoder's stages", ge=0)
-    n_norm_groups: int = option(32, "ldm: groups of each GroupNorm", gt=0)
+    n_norm_groups: int = option(32, "ldm only: groups of each GroupNorm", gt=0)
     use_quant_conv: bool = option(False, "ldm only: 1x1 convolutions on both sides of the latents")
 
     @property
@@ -70,14 +70,18 @@ class ImageVAEConfig(StrictConfig):
             for width in {*self.encoder_widths, *self.decoder_widths}:
                 if width % self.n_norm_groups:
                     raise ValueError(
-                        f"n_norm_groups={self.n_norm_groups} must divide every width, which {width} among "
-                        f"encoder_widths and decoder_widths is not"
+                        f"n_norm_groups={self.n_norm_groups} must divide every width in encoder_widths and "
+                        f"decoder_widths, but {width} is not divisible"
                     )
             return
         if self.latent_channels > 3 * self.compression**2:
             raise ValueError(
                 f"latent_channels={self.latent_channels} exceed the {3 * self.compression**2} values of a patch of "
                 f"{self.compression}x{self.compression} pixels"
+            )
+        if self.n_norm_groups != 32:
+            raise ValueError(
+                f"n_norm_groups={self.n_norm_groups} has no effect in architecture='residual'; it belongs to 'ldm'"
             )
         if self.use_quant_conv:
             raise ValueError("use_quant_conv=True has no effect in architecture='residual'; it belongs to 'ldm'")

@@ -162,6 +162,20 @@ def test_gradient_reaches_every_weight():
     assert silent <= {"encoder.middle.1.key.bias", "decoder.middle.1.key.bias"}
 
 
+def test_checkpointing_and_compilation_change_nothing():
+    model, image = tiny_model().train(), torch.rand(2, 3, 16, 16) * 2 - 1
+    expected = model(image).reconstruction
+    expected.mean().backward()
+    plain = [p.grad.clone() for p in model.parameters()]
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(image).reconstruction, expected)
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model(image).reconstruction.mean().backward()
+    for first, p in zip(plain, model.parameters(), strict=True):
+        assert torch.equal(first, p.grad)
+
+
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS_FILE])
 def test_missing_file_is_named(folder, name):
     (folder / name).unlink()

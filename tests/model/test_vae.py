@@ -74,6 +74,14 @@ def test_zero_initialised_layers_stay_zero():
     assert not block.out.weight.any() and not vae.decoder.head.weight.any() and not vae.encoder.head.weight.any()
 
 
+def test_gradient_checkpointing_runs_blocks_twice(model):
+    calls = []
+    model.encoder.blocks[0].conv.register_forward_hook(lambda *_: calls.append(1))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()(image=pictures()).reconstruction.mean().backward()
+    assert len(calls) == 2
+
+
 def test_gradient_checkpointing_changes_nothing(model):
     def gradients():
         model.zero_grad()
@@ -144,6 +152,8 @@ def test_wrong_sizes_are_refused(model):
         ({"image_size": 20}, "image_size=20 must be divisible by the compression 8"),
         ({"encoder_widths": [8, 24]}, "24 must divide 4 \\* 8"),
         ({"latent_channels": 193}, "latent_channels=193 exceed the 192 values"),
+        ({"n_norm_groups": 8}, "n_norm_groups=8 has no effect in architecture='residual'"),
+        ({"use_quant_conv": True}, "use_quant_conv=True has no effect in architecture='residual'"),
         ({"architecture": "ldm"}, "patch_size=4 must be 1 for architecture='ldm'"),
         ({"architecture": "ldm", "patch_size": 1}, "n_norm_groups=32 must divide every width"),
         ({"architecture": "resnet"}, "architecture='resnet' must be one of"),
