@@ -44,6 +44,17 @@ def test_gradient_checkpointing_changes_nothing(train):
     assert recomputed.losses == pytest.approx(plain.losses, rel=1e-6)
 
 
+def test_compiled_model_trains_the_same_or_is_refused(train):
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--compile_model needs a GPU"):
+            train("compiled", 4, "--compile_model")
+        return
+    plain = train("plain", 4, "--batch_size", "8")
+    compiled = train("compiled", 4, "--batch_size", "8", "--compile_model")
+    assert compiled.losses == pytest.approx(plain.losses, rel=1e-3)
+    assert compiled.weights().keys() == plain.weights().keys()
+
+
 @pytest.mark.parametrize("filter_name", ["grokfast_ema", "grokfast_ma"])
 def test_gradient_filters_act(train, filter_name):
     window = ["--grokfast_window", "2"] if filter_name == "grokfast_ma" else []

@@ -91,6 +91,10 @@ class Stage:
             self.describe(config, datasets)
             return {}
         self.check_run_folder()
+        if self.args.compile_model and not torch.cuda.is_available():
+            raise ValueError(
+                "--compile_model needs a GPU: the CPU kernels that torch 2.11 compiles here write out of bounds"
+            )
         training = training_arguments(self.args, self.run_dir)
         set_seed(self.args.seed)
         model = self.build_model(config)
