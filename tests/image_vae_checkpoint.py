@@ -14,9 +14,13 @@ def save_checkpoint(run_dir: Path, cache: Path, step: int = 4, with_average: boo
     """Write `checkpoint-STEP` as a run on the cache does; raw weights give a black picture, averaged ones do not."""
     torch.manual_seed(0)
     model = ImageVAE.from_preset("tiny", image_size=32)
+    for parameter in model.parameters():  # Away from the working codec that it starts as.
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
     averaged = {name: value.clone() for name, value in model.state_dict().items()}
     folder = run_dir / f"checkpoint-{step}"
-    torch.nn.init.zeros_(model.decoder.head.weight)
+    for layer in (model.decoder.head, model.decoder.code):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.zeros_(layer.bias)
     torch.nn.init.constant_(model.decoder.head.bias, -1.0)
     model.save_pretrained(folder)
     if with_average:
