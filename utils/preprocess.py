@@ -164,7 +164,8 @@ class Preprocess:
         """Parse, preprocess, report; returns the manifest."""
         args = parse_arguments(cls.arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        for number in (signal.SIGINT, signal.SIGTERM):  # A background shell has its children ignore SIGINT.
+            signal.signal(number, signal.default_int_handler)
         try:
             with explained_errors(logger):
                 return cls(args).run()
