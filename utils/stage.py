@@ -107,7 +107,8 @@ class Stage:
         trainer._save_checkpoint(trainer.model_wrapped, None)
         metrics = trainer.final_metrics()
         logger.info("%s", {name: round(value, 4) for name, value in metrics.items()})
-        trainer.close()
+        if self.writer is not None:
+            self.writer.close()  # Its thread must not outlive the run.
         end_processes()
         return metrics
 
@@ -148,11 +149,11 @@ class Stage:
 
     def build_trainer(self, model, datasets, training) -> StageTrainer:
         """The trainer with its parts, callbacks and the record that goes into every checkpoint."""
-        writer = SummaryWriter(str(self.run_dir / "tensorboard")) if rank() == 0 else None
-        callbacks = [StopOnSignal(), *self.build_callbacks(writer)]
-        if writer is not None:
-            callbacks.append(ScalarLogs(writer))
-            writer.add_text("configuration", f"```\n{model.config.describe()}\n```")
+        self.writer = SummaryWriter(str(self.run_dir / "tensorboard")) if rank() == 0 else None
+        callbacks = [StopOnSignal(), *self.build_callbacks(self.writer)]
+        if self.writer is not None:
+            callbacks.append(ScalarLogs(self.writer))
+            self.writer.add_text("configuration", f"```\n{model.config.describe()}\n```")
         trainer = trainer_class_for(self.args.trainer, self.trainer_class)(
             model=model,
             args=training,
@@ -164,7 +165,6 @@ class Stage:
             stage_record=self.record(datasets["train"], zero_stage_of(training)),
             **self.build_trainer_parts(model),
         )
-        trainer.writer = writer
         for callback in callbacks:
             callback.trainer = trainer
         return trainer

@@ -70,15 +70,10 @@ class StageTrainer(Trainer):
         self.guard = NonFiniteGuard(stage_arguments.max_skipped_steps, any_across_ranks)
         self.ema = WeightEMA(stage_arguments.ema_decay) if stage_arguments.use_ema else None
         self.ema_model = None
-        self.writer = None  # TensorBoard's, on rank 0.
+        self.ema_model_step = -1  # The step whose averaged weights `ema_model` holds.
         self.terms: dict[str, Tensor] = {}
         self.term_counts: dict[str, int] = {}
         self.last_log = (0, time.perf_counter())
-
-    def close(self) -> None:
-        """Flush and close the TensorBoard writer, whose thread must not outlive the run."""
-        if self.writer is not None:
-            self.writer.close()
 
     # ---- Data order.
 
@@ -125,9 +120,6 @@ class StageTrainer(Trainer):
             )
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        if self.state.global_step == getattr(self, "first_step", self.state.global_step) + 1:
-            self.check_hooks_fired()
-        self.first_step = getattr(self, "first_step", self.state.global_step)
         return self.stage_step(model, inputs)
 
     def stage_step(self, model, inputs: dict) -> Tensor:
@@ -145,6 +137,7 @@ class StageTrainer(Trainer):
             self.term_counts[name] = self.term_counts.get(name, 0) + 1
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs) -> None:
+        self.check_hooks_fired()
         total = self._total_loss_scalar
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
         # The Trainer resets its sum by subtraction, which a skipped non-finite step would turn into nan for good.
@@ -173,6 +166,8 @@ class StageTrainer(Trainer):
     def evaluation_model(self):
         """A model in eval mode to evaluate, sample and measure with: a plain copy with the averaged weights, or the
         trained model itself where no average is kept. Every process must call it."""
+        if self.ema_model is not None and self.ema_model_step == self.state.global_step:
+            return self.ema_model
         averaged = self.averaged_weights()
         if averaged is None:
             model = self.model_wrapped if self.is_deepspeed_enabled else self.model
@@ -183,6 +178,7 @@ class StageTrainer(Trainer):
                 self.ema_model = type(self.model)(self.model.config).requires_grad_(False)
             self.ema_model.to(self.args.device).eval()
         self.ema_model.load_state_dict(averaged)
+        self.ema_model_step = self.state.global_step
         return self.ema_model
 
     def averaged_weights(self) -> dict[str, Tensor] | None:
@@ -243,15 +239,16 @@ class StageTrainer(Trainer):
         try:
             super()._save_checkpoint(model, trial)
             self.save_extras(folder)
+            barrier()
+            if rank() == 0:
+                mark_complete(folder)
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
                 f"could not write {folder}: {error}. The half-written folder is removed and earlier checkpoints are "
                 "kept; free disk space and go on with --resume_from_checkpoint latest"
             ) from error
-        barrier()
         if rank() == 0:
-            mark_complete(folder)
             rotate(Path(self.args.output_dir), self.stage_arguments.save_total_limit)
         barrier()
         self.last_log = (self.state.global_step, time.perf_counter())
@@ -301,7 +298,7 @@ class GANTrainer(StageTrainer):
     exactly one forward and one backward, of `(generated * g).sum() + other terms`, which gives the generator the
     same gradient.
 
-    Subclasses say what is generated: `generate`, `reconstruction_terms`, `other_terms`.
+    Subclasses say what is generated: `generate`, and which terms do not depend on it: `other_terms`.
     """
 
     def __init__(self, *, criterion, adversary: Adversary | None = None, **kwargs):
