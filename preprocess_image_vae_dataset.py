@@ -12,43 +12,27 @@ import dataclasses
 from typing import Any
 
 import torch
-from PIL import Image, ImageColor
+from PIL import Image
 
-from dataset_loading.image import (
-    IMAGE_SUFFIXES,
-    Augmentation,
-    ResizeMode,
-    TooSmallError,
-    decode_image,
-    fit_image,
-    to_tensor,
-)
+from dataset_loading.image import IMAGE_SUFFIXES, Augmentation, fit_image, to_tensor
 from utils.configuration import option
-from utils.preprocess import Example, Preprocess, PreprocessArguments, SkipSampleError
+from utils.picture_preprocess import PICTURE_SETTINGS, PictureArguments, decode_picture
+from utils.preprocess import Example, Preprocess
 
 AUGMENTATIONS = [field.name for field in dataclasses.fields(Augmentation)]
 
 
 @dataclasses.dataclass
-class ImageVAEPreprocessArguments(PreprocessArguments):
+class ImageVAEPreprocessArguments(PictureArguments):
     """Flags of this stage."""
 
     image_size: int = option(128, "side S of the pictures in pixels", gt=0)
-    resize_mode: ResizeMode = option("crop", "how other proportions become square")
-    background_color: str = option("white", "behind transparent pixels, beside padded pictures; name or #rrggbb")
-    min_image_size: int = option(16, "pictures with a shorter side are left out, in pixels", gt=0)
 
     # Changes of the augmented copies.
     random_resized_crop: float = option(1.0, "smallest share of the area a crop keeps; 1: off", gt=0, le=1, bare=0.5)
     horizontal_flip: float = option(0.0, "probability of a flip", ge=0, le=1, bare=0.5)
     color_jitter: float = option(0.0, "largest change of brightness, contrast, saturation", ge=0, lt=1, bare=0.2)
     rotation: float = option(0.0, "largest rotation in degrees", ge=0, le=45, bare=10.0)
-
-    def validate_background(self):
-        try:
-            ImageColor.getrgb(self.background_color)
-        except ValueError as error:
-            raise ValueError(f"--background_color={self.background_color!r}: {error}") from error
 
     def validate_augmentation(self):
         used = [name for name in AUGMENTATIONS if getattr(self, name) != getattr(type(self), name)]
@@ -71,16 +55,12 @@ class ImageVAEPreprocess(Preprocess):
         self.augmentation = Augmentation(**{name: getattr(args, name) for name in AUGMENTATIONS})
 
     def settings(self) -> dict[str, Any]:
-        names = ("image_size", "resize_mode", "background_color", "min_image_size", *AUGMENTATIONS)
+        names = ("image_size", *PICTURE_SETTINGS, *AUGMENTATIONS)
         return {name: getattr(self.args, name) for name in names}
 
     def decode(self, media: dict[str, Any] | None) -> Image.Image:
-        args = self.args
-        enough = round(3 * args.image_size / args.random_resized_crop**0.5)  # Three pixels for one, as in `resample`.
-        try:
-            return decode_image(media, args.background_color, enough=enough, min_side=args.min_image_size)
-        except TooSmallError as error:
-            raise SkipSampleError(str(error)) from error
+        enough = round(3 * self.args.image_size / self.args.random_resized_crop**0.5)  # 3 for 1, as in `resample`.
+        return decode_picture(media, self.args, enough)
 
     def encode(self, example: Example, generator: torch.Generator) -> dict[str, torch.Tensor]:
         args, image = self.args, example.data

@@ -84,12 +84,15 @@ class CachedDataset(Dataset):
             assert name in self.manifest["settings"], f"{name} is not among {sorted(self.manifest['settings'])}"
             found = self.manifest["settings"][name]
             if found != wanted:
-                output_dir = f"{str(self.folder).rstrip('/')}_{name}_{wanted}"
                 raise ValueError(
                     f"{self.folder} was made with {name}={found!r}, but {name}={wanted!r} is needed; "
-                    f"this makes it: {self.command(**{name: wanted}, output_dir=output_dir)}"
+                    f"this makes it: {self.command(**self.remedy(name, wanted))}"
                 )
         return self
+
+    def remedy(self, name: str, wanted: Any) -> dict[str, Any]:
+        """The flags of the command that makes a folder with another value of a setting."""
+        return {name: wanted, "output_dir": f"{str(self.folder).rstrip('/')}_{name}_{wanted}"}
 
     def command(self, **changes: Any) -> str:
         """The command that made the folder, with some flags replaced."""
@@ -100,7 +103,7 @@ class CachedDataset(Dataset):
                 start = words.index(flag)
                 stop = next((n for n in range(start + 1, len(words)) if words[n].startswith("--")), len(words))
                 del words[start:stop]
-            words += [flag, str(value)]
+            words += [f"--no_{name}" if value is False else flag] if isinstance(value, bool) else [flag, str(value)]
         return shlex.join(["python", *words])
 
 

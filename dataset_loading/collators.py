@@ -5,6 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from model.text.tokenizer import pad_tokens
+
+TOKEN_MULTIPLE = 8  # Captions are padded to a multiple of so many tokens.
+
 
 def collate_stack(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Stack samples with the same keys and shapes along a new first axis.
@@ -12,15 +16,44 @@ def collate_stack(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     Raises:
         ValueError: keys or shapes differ between samples; the message names the key and the shapes.
     """
-    keys = samples[0].keys()
-    for sample in samples:
-        if sample.keys() != keys:
-            raise ValueError(f"samples of one batch have different keys: {sorted(keys)} and {sorted(sample)}")
+    check_keys(samples)
     batch = {}
-    for key in keys:
+    for key in samples[0]:
         tensors = [sample[key] for sample in samples]
         shapes = {tuple(tensor.shape) for tensor in tensors}
         if len(shapes) > 1:
             raise ValueError(f"{key!r} has different shapes within one batch: {sorted(shapes)}")
         batch[key] = torch.stack(tensors)
     return batch
+
+
+def collate_captioned(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Stack samples with captions of different lengths, which are padded.  B batch, T text tokens, E width.
+
+    Args:
+        samples: `tokens` (T,), optionally `text_states` (T', E), and tensors that `collate_stack` takes.
+    Returns:
+        the stacked tensors; `tokens` (B, T) int64, or `text_states` (B, T, E) with zeros behind where there are any;
+        and `mask` (B, T) bool, True where the one that is there has a token. T is a multiple of 8.
+    Raises:
+        ValueError: keys or shapes differ between samples, or a caption has no token.
+    """
+    check_keys(samples)
+    text = ("tokens", "text_states")
+    stacked = collate_stack([{name: sample[name] for name in sample if name not in text} for sample in samples])
+    if "text_states" not in samples[0]:
+        tokens, mask = pad_tokens([sample["tokens"] for sample in samples], TOKEN_MULTIPLE)
+        return {**stacked, "tokens": tokens, "mask": mask}
+    positions, mask = pad_tokens([torch.ones(len(sample["text_states"])) for sample in samples], TOKEN_MULTIPLE)
+    states = samples[0]["text_states"].new_zeros(*positions.shape, samples[0]["text_states"].shape[1])
+    for row, sample in zip(states, samples):
+        row[: len(sample["text_states"])] = sample["text_states"]
+    return {**stacked, "text_states": states, "mask": mask}
+
+
+def check_keys(samples: Sequence[dict[str, Tensor]]) -> None:
+    """Raises: ValueError: keys differ between samples."""
+    keys = samples[0].keys()
+    for sample in samples:
+        if sample.keys() != keys:
+            raise ValueError(f"samples of one batch have different keys: {sorted(keys)} and {sorted(sample)}")

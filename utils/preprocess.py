@@ -14,14 +14,10 @@ import os
 import re
 import signal
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
-from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,10 +31,10 @@ from dataset_loading.cached import MANIFEST, SCHEMA
 from dataset_loading.sources import Source, open_source
 from utils.configuration import declared_fields, option
 from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.preprocess_workers import map_in_workers
 
 logger = logging.getLogger(__name__)
 
-CHUNK = 8  # Tasks that a worker gets at once.
 PACKAGES = ("torch", "numpy", "pillow", "datasets")
 
 
@@ -77,12 +73,16 @@ class PreprocessArguments:
 
 @dataclasses.dataclass
 class Example:
-    """One copy of a raw sample: copy 0 is the plain one, the others are to be changed at random."""
+    """One copy of a raw sample: copy 0 is the plain one, the others are to be changed at random.
+
+    `data` is what `decode` returns, then the tensors that `encode` returns.
+    """
 
     name: str
     copy: int
     data: Any
     caption: str
+    key: str
 
 
 @dataclasses.dataclass
@@ -118,6 +118,14 @@ class Outcome:
     skipped: str = ""
 
 
+@dataclasses.dataclass
+class Prepared:
+    """A decoded and encoded task: the outcome so far, and the copies still to be written."""
+
+    outcome: Outcome
+    examples: list[Example]
+
+
 class SkipSampleError(ValueError):
     """Raised by `decode` or `encode` to leave out a sound sample; it is reported but does not count as broken."""
 
@@ -139,6 +147,10 @@ class Preprocess:
     def settings(self) -> dict[str, Any]:
         """The arguments that shape the tensors, as JSON values. Two runs may share a folder only if they agree."""
         raise NotImplementedError
+
+    def information(self) -> dict[str, Any]:
+        """Settings that the manifest shows but that do not shape the tensors, such as the path of a model."""
+        return {}
 
     def decode(self, media: dict[str, Any] | None) -> Any:
         """Read one raw file; called once for all copies. What it raises is reported and the sample left out."""
@@ -248,7 +260,7 @@ class Preprocess:
             "schema": SCHEMA,
             "stage": self.name,
             "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
-            "settings": settings,
+            "settings": {**settings, **self.information()},
             "licence": sources["train"].licence,
             "arguments": {field.name: getattr(self.args, field.name) for field in declared_fields(self.args)},
             "command": command_words(f"preprocess_{self.name}_dataset.py", self.args),
@@ -283,59 +295,50 @@ class Preprocess:
         """The file of a sample."""
         return self.folder / split / f"{key}.pt"
 
-    def process(self, task: Task) -> Outcome:
-        """Decode one raw file, encode and write its missing copies.
-
-        Raises: OSError: a file cannot be written. A raw file that cannot be read or encoded is an outcome instead.
-        """
+    def prepare(self, task: Task) -> Prepared:
+        """Decode one raw file and encode its missing copies; a file that cannot be is an outcome without entries."""
         outcome = Outcome(task.number, task.split, task.name, list(task.entries))
         if not task.missing:
-            return outcome
-        samples = {}
+            return Prepared(outcome, [])
+        examples = []
         try:
             data = self.decode(task.raw.media)
             for copy, key in task.missing.items():
                 generator = torch.Generator().manual_seed(seed_of(self.args.seed, key))
-                samples[copy] = self.encode(Example(task.name, copy, data, task.raw.caption), generator)
+                example = Example(task.name, copy, data, task.raw.caption, key)
+                examples.append(dataclasses.replace(example, data=self.encode(example, generator)))
         except SkipSampleError as reason:
-            return dataclasses.replace(outcome, entries=[], skipped=str(reason))
+            return Prepared(dataclasses.replace(outcome, entries=[], skipped=str(reason)), [])
         except Exception as error:  # Anything may be wrong with a raw file; the manifest reports it.
-            return dataclasses.replace(outcome, entries=[], broken=f"{type(error).__name__}: {error}")
-        for copy, tensors in samples.items():
-            key = task.missing[copy]
-            save_tensors(self.path(task.split, key), tensors)
-            entry = {"key": key, "source": task.name, "copy": copy, "caption": task.raw.caption}
-            outcome.entries.append({**entry, **self.measure(tensors)})
+            return Prepared(dataclasses.replace(outcome, entries=[], broken=f"{type(error).__name__}: {error}"), [])
+        return Prepared(outcome, examples)
+
+    def write(self, outcome: Outcome, examples: list[Example]) -> Outcome:
+        """Write the encoded copies of one raw file. Raises: OSError: a file cannot be written."""
+        for example in examples:
+            save_tensors(self.path(outcome.split, example.key), example.data)
+            entry = {
+                "key": example.key,
+                "source": example.name,
+                "copy": example.copy,
+                "caption": example.caption,
+            }
+            outcome.entries.append({**entry, **self.measure(example.data)})
         outcome.entries.sort(key=lambda entry: entry["copy"])
-        outcome.n_written = len(samples)
+        outcome.n_written = len(examples)
         return outcome
+
+    def process(self, task: Task) -> Outcome:
+        """All that is to be done for one raw file. Raises: OSError: a file cannot be written."""
+        prepared = self.prepare(task)
+        return self.write(prepared.outcome, prepared.examples)
 
     def work(self, tasks: Iterator[Task]) -> Iterator[Outcome]:
         """Process tasks in this process or in several; outcomes come in any order.
 
         Raises: ChildProcessError: a worker died.
         """
-        n_workers = usable_cpus() if self.args.num_workers < 0 else self.args.num_workers
-        if n_workers == 0:
-            yield from map(self.process, tasks)
-            return
-        pool = ProcessPoolExecutor(n_workers, initializer=start_worker)
-        pending: set[Future] = set()
-        try:
-            while chunk := list(itertools.islice(tasks, CHUNK)):
-                pending.add(pool.submit(process_chunk, self, chunk))
-                if len(pending) > 2 * n_workers:
-                    finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                    yield from itertools.chain.from_iterable(future.result() for future in finished)
-            while pending:
-                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                yield from itertools.chain.from_iterable(future.result() for future in finished)
-        except BrokenProcessPool as error:
-            raise ChildProcessError(
-                "a worker process died, perhaps for lack of memory; run the same command with fewer --num_workers"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+        return map_in_workers(self.process, tasks, self.args.num_workers)
 
     def check_broken(self, problems: list[Outcome], total: int) -> None:
         """Raises: ValueError: more raw files are broken than allowed."""
@@ -344,32 +347,6 @@ class Preprocess:
                 f"{len(problems)} of {total} raw files are broken, more than --max_broken_fraction="
                 f"{self.args.max_broken_fraction}: {describe_problems(problems)}. Repair or remove them, or allow more"
             )
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def start_worker() -> None:
-    """A worker has one thread, leaves Ctrl-C to the main process, and ends when that dies."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    parent = parent_process()
-    assert parent is not None, "start_worker runs in a worker process"
-
-    def end_with_parent():
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def process_chunk(preprocess: Preprocess, tasks: list[Task]) -> list[Outcome]:
-    """Several tasks in one worker."""
-    return [preprocess.process(task) for task in tasks]
 
 
 class ProgressReport:

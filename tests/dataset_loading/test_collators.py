@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dataset_loading.collators import collate_stack
+from dataset_loading.collators import collate_captioned, collate_stack
 
 
 def test_samples_are_stacked_along_a_new_axis():
@@ -18,3 +18,42 @@ def test_different_shapes_are_named():
 def test_different_keys_are_named():
     with pytest.raises(ValueError, match=r"\['image'\] and \['image', 'text'\]"):
         collate_stack([{"image": torch.zeros(1)}, {"image": torch.zeros(1), "text": torch.zeros(1)}])
+
+
+def captioned(lengths, **extra):
+    rows = [{"mean": torch.full((2, 4, 4), float(n)), "index": torch.tensor(n)} for n in range(len(lengths))]
+    tokens = [torch.arange(1, length + 1) for length in lengths]
+    return [
+        {**row, "tokens": one, **{name: value[n] for name, value in extra.items()}}
+        for n, (row, one) in enumerate(zip(rows, tokens))
+    ]
+
+
+@pytest.mark.parametrize(("lengths", "width"), [((1, 3, 7), 8), ((8, 2), 8), ((9, 1), 16)])
+def test_captions_are_padded_to_a_multiple_of_eight(lengths, width):
+    batch = collate_captioned(captioned(lengths))
+    assert batch.keys() == {"mean", "index", "tokens", "mask"}
+    assert batch["tokens"].shape == (len(lengths), width) and batch["tokens"].dtype == torch.int64
+    assert batch["mask"].dtype == torch.bool and batch["mask"].sum(1).tolist() == list(lengths)
+    for b, length in enumerate(lengths):
+        assert batch["tokens"][b].tolist() == [*range(1, length + 1), *[0] * (width - length)]
+        assert batch["mask"][b, :length].all()
+    assert batch["mean"][:, 0, 0, 0].tolist() == batch["index"].tolist() == list(range(len(lengths)))
+
+
+def test_frozen_states_take_the_place_of_tokens():
+    states = [torch.randn(length, 6).bfloat16() for length in (2, 11)]
+    batch = collate_captioned(captioned((5, 6), text_states=states))
+    assert batch.keys() == {"mean", "index", "text_states", "mask"}
+    assert batch["text_states"].shape == (2, 16, 6) and batch["text_states"].dtype == torch.bfloat16
+    for b, one in enumerate(states):
+        assert torch.equal(batch["text_states"][b, : len(one)], one)
+        assert not batch["text_states"][b, len(one) :].any()
+        assert batch["mask"][b].tolist() == [n < len(one) for n in range(16)]
+
+
+def test_captions_of_different_folders_do_not_mix():
+    with pytest.raises(ValueError, match="different keys"):
+        collate_captioned([*captioned((2,)), *captioned((2,), text_states=[torch.ones(1, 4)])])
+    with pytest.raises(ValueError, match="without tokens"):
+        collate_captioned(captioned((2, 0)))

@@ -1,0 +1,48 @@
+"""The data set of preprocessed latents and captions.  Z latent channels, y x latent rows and columns, T text tokens,
+E width of frozen text embeddings."""
+
+from typing import Any, Self
+
+from torch import Tensor
+
+from dataset_loading.cached import CachedDataset
+
+
+class ImageLatentDataset(CachedDataset):
+    """Preprocessed latents: items with
+
+    mean, std: mean and deviation of the posterior, (Z, y, x) float32, standardised with the VAE's latent statistics.
+    flipped_mean, flipped_std: those of the mirrored picture, where the folder was made with --horizontal_flip.
+    tokens: the caption, (T,) int64, see `model.text.tokenizer`.
+    text_states: the caption's frozen embeddings, (T', E) bfloat16, where it was made with --text_encoder.
+    index: the place in `entries`.
+    """
+
+    stage = "image_diffusion"
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = super().__getitem__(index)
+        latents = {name: sample[name].float() for name in sample if name.endswith(("mean", "std"))}
+        return {**sample, **latents, "tokens": sample["tokens"].long()}
+
+    def expect(self, *, vae_checkpoint: str = "", **settings: Any) -> Self:
+        """As `CachedDataset.expect`; `vae_checkpoint` is not compared, but named in the command that is shown."""
+        self.vae_checkpoint = vae_checkpoint
+        return super().expect(**settings)
+
+    def remedy(self, name: str, wanted: Any) -> dict[str, Any]:
+        """The flags that change a setting: those that name another model where the setting is the model's own."""
+        settings, flags = self.manifest["settings"], super().remedy(name, wanted)
+        output_dir = flags["output_dir"]
+        if name == "latent_shape" and settings[name][0] == wanted[0]:
+            return super().remedy("image_size", settings["image_size"] // settings[name][1] * wanted[1])
+        if name == "latent_shape":
+            vae, output_dir = f"<a VAE with latent_channels={wanted[0]}>", f"{self.folder}_z{wanted[0]}"
+            return {"vae_checkpoint": self.vae_checkpoint or vae, "output_dir": output_dir}
+        if name == "vae_fingerprint":
+            vae = f"<the VAE with fingerprint {wanted}>"
+            return {"vae_checkpoint": self.vae_checkpoint or vae, "output_dir": output_dir}
+        if name in ("text_encoder_fingerprint", "text_embedding_width"):
+            encoder = f"<an encoder with {name}={wanted}>" if wanted else ""
+            return {"text_encoder": encoder, "output_dir": output_dir}
+        return flags

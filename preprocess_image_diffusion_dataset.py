@@ -1,0 +1,119 @@
+r"""Turn captioned pictures into a VAE's latents and token ids; the next stage is pretrain_image_diffusion.py.
+
+    python preprocess_image_diffusion_dataset.py --dataset_name my_pictures --vae_checkpoint runs/image_vae/demo
+    python preprocess_image_diffusion_dataset.py --dataset_name my_pictures --vae_checkpoint runs/image_vae/demo \
+        --image_size 128 --horizontal_flip --text_encoder google/t5-v1_1-base
+
+A file holds {"mean": (Z, y, x) float16, "std": (Z, y, x) float16, "tokens": (T,) int16}: mean and deviation of the
+latents' posterior, standardised with the VAE's latent statistics, and the caption's bytes (model/text/tokenizer.py).
+With --horizontal_flip also "flipped_mean" and "flipped_std", those of the mirrored picture; with --text_encoder also
+"text_states": (T', E) bfloat16, the last hidden states of the caption's own tokens.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from PIL import Image
+
+from dataset_loading.image import IMAGE_SUFFIXES, fit_image, to_float, to_tensor
+from model.text.feature_extractors import FrozenTextEncoder
+from model.text.tokenizer import encode_caption
+from utils.batched_preprocess import BatchedPreprocess, BatchedPreprocessArguments
+from utils.checkpoints import resolve_checkpoint
+from utils.configuration import option
+from utils.frozen_text import caption_states, text_encoder_fingerprint
+from utils.picture_preprocess import PICTURE_SETTINGS, PictureArguments, decode_picture
+from utils.preprocess import Example, PreprocessArguments
+from utils.vae_loading import load_vae, standardized_posterior, vae_fingerprint
+
+LATENT_SETTINGS = ("horizontal_flip", "max_tokens", "bf16")
+
+
+@dataclasses.dataclass
+class ImageDiffusionPreprocessArguments(PictureArguments, BatchedPreprocessArguments):
+    """Flags of this stage."""
+
+    vae_checkpoint: str = option("", "run or checkpoint folder of the VAE; its averaged weights are used")
+    vae_config: str = option("", "preset that the VAE must have been trained with; default: any")
+    image_size: int = option(0, "side of the pictures in pixels, divisible by the compression; 0: the VAE's", ge=0)
+    horizontal_flip: bool = option(False, "also store the latents of the mirrored picture")
+    max_tokens: int = option(
+        128, "longest caption in tokens (bytes, or those of --text_encoder); the rest is cut", gt=0
+    )
+    text_encoder: str = option("", "frozen text encoder whose hidden states are stored too: local folder or hub name")
+
+    needs = {**PreprocessArguments.needs, "seed": ("num_augmented_copies", bool)}
+
+    def validate_vae(self):
+        if not self.vae_checkpoint:
+            raise ValueError("--vae_checkpoint is missing: give a run of pretrain_image_vae.py, runs/image_vae/NAME")
+
+    def validate_copies(self):
+        if self.num_augmented_copies:
+            raise ValueError("--num_augmented_copies has no effect on latents; --horizontal_flip stores mirrored ones")
+
+
+class ImageDiffusionPreprocess(BatchedPreprocess):
+    name = "image_diffusion"
+    arguments_class = ImageDiffusionPreprocessArguments
+    media = "image"
+    suffixes = IMAGE_SUFFIXES
+    models = ("vae", "text_encoder")
+
+    def __init__(self, args: ImageDiffusionPreprocessArguments):
+        super().__init__(args)
+        checkpoint = resolve_checkpoint(args.vae_checkpoint)
+        self.vae, self.vae_fingerprint = load_vae(checkpoint, args.vae_config), vae_fingerprint(checkpoint)
+        self.text_encoder = FrozenTextEncoder(args.text_encoder) if args.text_encoder else None
+        self.image_size = args.image_size or self.vae.config.image_size
+        self.latent_shape = self.vae.latent_shape(self.image_size)
+
+    def settings(self) -> dict[str, Any]:
+        text = self.text_encoder
+        return {
+            **{name: getattr(self.args, name) for name in (*PICTURE_SETTINGS, *LATENT_SETTINGS)},
+            "image_size": self.image_size,
+            "latent_shape": list(self.latent_shape),
+            "vae_fingerprint": self.vae_fingerprint,
+            "text_encoder_fingerprint": text_encoder_fingerprint(text) if text else "",
+            "text_embedding_width": text.width if text else 0,
+        }
+
+    def information(self) -> dict[str, Any]:
+        return {"vae_checkpoint": self.args.vae_checkpoint, "text_encoder": self.args.text_encoder}
+
+    def decode(self, media: dict[str, Any] | None) -> Image.Image:
+        return decode_picture(media, self.args, enough=3 * self.image_size)  # Three pixels for one, as in `resample`.
+
+    def encode(self, example: Example, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        picture = fit_image(example.data, self.image_size, self.args.resize_mode, self.args.background_color)
+        tokens = encode_caption(example.caption, self.args.max_tokens)
+        return {"image": to_tensor(picture), "tokens": torch.tensor(tokens, dtype=torch.int16)}
+
+    @torch.inference_mode()
+    def encode_batch(self, examples: list[Example]) -> list[dict[str, torch.Tensor]]:
+        vae = self.vae.to("cuda" if torch.cuda.is_available() else "cpu")
+        # Always a full batch: kernels choose by its size how they round.
+        images = torch.zeros(self.args.batch_size, 3, self.image_size, self.image_size, dtype=torch.uint8)
+        images[: len(examples)] = torch.stack([example.data["image"] for example in examples])
+        images = to_float(images.to(vae.device))
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=self.args.bf16):
+            columns: dict[str, Any] = dict(zip(("mean", "std"), standardized_posterior(vae, images)))
+            if self.args.horizontal_flip:
+                columns |= zip(("flipped_mean", "flipped_std"), standardized_posterior(vae, images.flip(-1)))
+            columns = {name: column.half().cpu() for name, column in columns.items()}
+            columns["tokens"] = [example.data["tokens"] for example in examples]
+            if self.text_encoder:
+                self.text_encoder.model.to(vae.device)
+                texts = [example.caption for example in examples]
+                columns["text_states"] = caption_states(self.text_encoder, texts, self.args.max_tokens)
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+
+    def measure(self, tensors: dict[str, torch.Tensor]) -> dict[str, int | float]:
+        n_tokens = len(tensors["tokens"])
+        return {"length": n_tokens, "tokens": n_tokens}
+
+
+if __name__ == "__main__":
+    ImageDiffusionPreprocess.main()
