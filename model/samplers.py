@@ -1,0 +1,240 @@
+"""Samplers of diffusion models: functions of (denoiser, x, process, times) from noise to data.  B batch.
+
+A denoiser gives the expected data x0 for x_t (B, ...) at times t (B,). Every step from t to s moves along
+x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) x0, which divides by sigma alone: a start in pure
+noise (alpha = 0) is legal, and the last step, to t = 0, returns the last estimate of x0 itself.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.diffusion_process import DiffusionProcess
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+Generators = Sequence[torch.Generator]
+
+
+def normal_noise(shape: Sequence[int], generators: Generators, device: torch.device | str | None = None) -> Tensor:
+    """Unit noise (B, *shape) fp32, row b from generators[b] alone, drawn on the generator's device."""
+    rows = [torch.randn(*shape, generator=generator, device=generator.device) for generator in generators]
+    return torch.stack(rows).to(device)
+
+
+def initial_noise(
+    shape: Sequence[int],
+    generators: Generators,
+    process: DiffusionProcess,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """What sampling starts from, (B, *shape) fp32: unit noise times sigma(1), row b from generators[b] alone."""
+    sigma = process.alpha_sigma(torch.ones(1, dtype=torch.float64))[1].item()
+    return sigma * normal_noise(shape, generators, device)
+
+
+class _Steps:
+    """The numbers of a sampling run as Python floats, and times (n + 1, B) as the denoiser takes them."""
+
+    def __init__(self, x: Tensor, process: DiffusionProcess, times: Tensor):
+        if times.dim() != 1 or len(times) < 2 or bool((times[1:] >= times[:-1]).any()) or times[-1] != 0:
+            raise ValueError("times must fall strictly and end at 0; use DiffusionProcess.sampling_times")
+        alpha, sigma = process.alpha_sigma(times.double().cpu())
+        self.alpha, self.sigma = alpha.tolist(), sigma.tolist()
+        self.times = times.to(x.device, x.dtype)[:, None].expand(-1, len(x))
+        self.n_steps = len(times) - 1
+
+    def log_ratio(self, i: int) -> float:
+        """ln(alpha / sigma) at times[i], with the infinities of pure noise and of data."""
+        if self.alpha[i] == 0:
+            return -math.inf
+        return math.inf if self.sigma[i] == 0 else math.log(self.alpha[i] / self.sigma[i])
+
+    def coefficients(self, i: int) -> tuple[float, float]:
+        """Factors of x_t and x0 in the step from times[i] to times[i + 1]."""
+        ratio = self.sigma[i + 1] / self.sigma[i]
+        return ratio, self.alpha[i + 1] - self.alpha[i] * ratio
+
+
+def ddim(
+    denoiser: Denoiser,
+    x: Tensor,
+    process: DiffusionProcess,
+    times: Tensor,
+    generators: Generators | None = None,
+    *,
+    eta: float = 0.0,
+) -> Tensor:
+    """DDIM (arXiv 2010.02502, eq. 12): x0 (B, ...) from x (B, ...) at times[0].
+
+    Args: eta: noise put back, 0 none (the probability-flow ODE), 1 the ancestral step of DDPM; needs `generators`.
+    """
+    if eta > 0 and generators is None:
+        raise ValueError(f"a stochastic sampler (eta={eta}) needs generators, one torch.Generator per sample")
+    if generators is not None and len(generators) != len(x):
+        raise ValueError(f"generators has {len(generators)} entries for {len(x)} samples; give one per sample")
+    steps = _Steps(x, process, times)
+    for i in range(steps.n_steps):
+        alpha, alpha_next, sigma, sigma_next = *steps.alpha[i : i + 2], *steps.sigma[i : i + 2]
+        # Standard deviation of x_s given x_t and x0: sigma_s / sigma_t times that of x_t given x_s.
+        std = eta * sigma_next / sigma * math.sqrt(max(sigma**2 - (alpha * sigma_next / alpha_next) ** 2, 0.0))
+        ratio = math.sqrt(max(sigma_next**2 - std**2, 0.0)) / sigma
+        x0 = denoiser(x, steps.times[i])
+        x = ratio * x + (alpha_next - alpha * ratio) * x0
+        if std > 0 and generators is not None:
+            x = x + std * normal_noise(x.shape[1:], generators, x.device)
+    return x
+
+
+def ddpm(
+    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, times: Tensor, generators: Generators | None = None
+) -> Tensor:
+    """Ancestral sampling (arXiv 2006.11239, eq. 7, the smaller variance): x0 (B, ...) from x (B, ...) at times[0]."""
+    return ddim(denoiser, x, process, times, generators, eta=1.0)
+
+
+def euler(
+    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, times: Tensor, generators: Generators | None = None
+) -> Tensor:
+    """Euler's method on the probability-flow ODE: x0 (B, ...) from x (B, ...) at times[0]."""
+    steps = _Steps(x, process, times)
+    for i in range(steps.n_steps):
+        of_x, of_x0 = steps.coefficients(i)
+        x = of_x * x + of_x0 * denoiser(x, steps.times[i])
+    return x
+
+
+def heun(
+    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, times: Tensor, generators: Generators | None = None
+) -> Tensor:
+    """Heun's method on the probability-flow ODE, two evaluations per step but one in the last.
+
+    The ODE is solved for y = x / (alpha + sigma) over tau = sigma / (alpha + sigma): rectified flow, whatever the
+    schedule. Its slope (y - x0) / tau is finite also at pure noise, and at 10 steps the error is half of that in
+    x / alpha over sigma / alpha (arXiv 2206.00364, alg. 1).
+    """
+    steps = _Steps(x, process, times)
+    scale = [a + s for a, s in zip(steps.alpha, steps.sigma)]
+    tau = [s / c for s, c in zip(steps.sigma, scale)]
+    y = x / scale[0]
+    for i in range(steps.n_steps):
+        x0 = denoiser(x, steps.times[i])
+        if i == steps.n_steps - 1:
+            return x0
+        slope = (y - x0) / tau[i]
+        step = tau[i + 1] - tau[i]
+        guess = y + step * slope
+        x0 = denoiser(scale[i + 1] * guess, steps.times[i + 1])
+        y = y + 0.5 * step * (slope + (guess - x0) / tau[i + 1])
+        x = scale[i + 1] * y
+    return x
+
+
+def dpmpp_2m(
+    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, times: Tensor, generators: Generators | None = None
+) -> Tensor:
+    """DPM-Solver++(2M) (arXiv 2211.01095, alg. 2): x0 (B, ...) from x (B, ...) at times[0]."""
+    steps = _Steps(x, process, times)
+    log_ratio = [steps.log_ratio(i) for i in range(steps.n_steps + 1)]
+    last = x
+    for i in range(steps.n_steps):
+        of_x, of_x0 = steps.coefficients(i)
+        x0 = estimate = denoiser(x, steps.times[i])
+        step, last_step = log_ratio[i + 1] - log_ratio[i], log_ratio[i] - log_ratio[max(i - 1, 0)]
+        if 0 < last_step < math.inf and step < math.inf:
+            estimate = torch.lerp(last, x0, 1 + step / (2 * last_step))
+        x, last = of_x * x + of_x0 * estimate, x0
+    return x
+
+
+SAMPLERS: dict[str, Callable[..., Tensor]] = {
+    "ddpm": ddpm,
+    "ddim": ddim,
+    "dpmpp_2m": dpmpp_2m,
+    "euler": euler,
+    "heun": heun,
+}
+
+
+def n_evaluations(name: str, n_steps: int) -> int:
+    """How often sampler `name` calls its denoiser in n_steps steps."""
+    return 2 * n_steps - 1 if name == "heun" else n_steps
+
+
+def sample(
+    name: str,
+    denoiser: Denoiser,
+    x: Tensor,
+    process: DiffusionProcess,
+    times: Tensor,
+    generators: Generators | None = None,
+) -> Tensor:
+    """x0 (B, ...) by the sampler `name` from x (B, ...), see `initial_noise`, at times[0].
+
+    Args:
+        times: (n_steps + 1,), falling strictly to 0, as `process.sampling_times` gives them.
+        generators: one per sample, for the stochastic samplers.
+    Raises: ValueError for an unknown name, and for ddpm without generators.
+    """
+    if name not in SAMPLERS:
+        raise ValueError(f"sampler={name!r} is unknown; choose from {', '.join(SAMPLERS)}")
+    return SAMPLERS[name](denoiser, x, process, times, generators)
+
+
+def rescale_guidance(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
+    """`guided` (B, ...) brought towards the standard deviation of `conditional`, by the share `rescale` in [0, 1].
+
+    arXiv 2305.08891, section 3.4, eq. 15 and 16; one standard deviation per sample.
+    """
+    dims = tuple(range(1, guided.dim()))
+    factor = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
+    return guided * (rescale * factor + (1 - rescale))
+
+
+def guided_denoiser(
+    process: DiffusionProcess,
+    network: Callable[[Tensor, Tensor, Any], Tensor],
+    condition: Any,
+    null_condition: Any,
+    scale: float,
+    *,
+    interval: tuple[float, float] = (0.0, 1.0),
+    rescale: float = 0.0,
+) -> Denoiser:
+    """A denoiser with classifier-free guidance: x0(null) + scale (x0(condition) - x0(null)).
+
+    Args:
+        network: (network input (B, ...), network time (B,), condition of B rows) -> prediction (B, ...).
+        condition, null_condition: of B rows each; `condition.cat(null_condition)` is one of 2 B rows, for the one
+            batched forward. null_condition may be None where scale is 1.
+        interval: times [low, high] in which guidance acts (arXiv 2404.07724); elsewhere, and with scale 1 everywhere,
+            the network runs on the condition alone.
+        rescale: share in [0, 1] of arXiv 2305.08891, section 3.4, applied to x0 whatever the network predicts.
+    """
+    low, high = interval
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"guidance interval=({low}, {high}) must satisfy 0 <= low < high <= 1")
+    if not 0 <= rescale <= 1:
+        raise ValueError(f"guidance rescale={rescale} must be in [0, 1]")
+    both = None if scale == 1 else condition.cat(null_condition)
+
+    def predict(x: Tensor, t: Tensor, rows: Any) -> Tensor:
+        return process.to_x0(network(process.network_input(x, t), process.network_time(t), rows), x, t)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        if both is None:
+            return predict(x, t, condition)
+        if (low, high) == (0.0, 1.0):
+            weight: Tensor | float = scale
+        else:
+            inside = (t >= low) & (t <= high)
+            if not inside.any():
+                return predict(x, t, condition)
+            weight = torch.where(inside, scale, 1.0).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        conditional, null = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
+        guided = null + weight * (conditional - null)
+        return rescale_guidance(guided, conditional, rescale) if rescale > 0 else guided
+
+    return denoise
