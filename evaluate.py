@@ -2,30 +2,43 @@
 
     python evaluate.py --checkpoint runs/image_vae/demo --contact_sheet 16
     python evaluate.py --checkpoint runs/image_vae/demo --dataset my_pictures --max_samples 500 --output_dir out
+    python evaluate.py --checkpoint runs/image_diffusion/demo --contact_sheet 16 --n_steps 20 --guidance_scale 3
+    python evaluate.py --checkpoint runs/image_diffusion/demo --curve --curve_steps 5 10 20 --curve_scales 1 3 5
 
-The stage is read from the checkpoint. Results go to the run's folder, or to --output_dir.
+The stage is read from the checkpoint; flags of another stage are refused. Results go to the run's folder, or to
+--output_dir.
 """
 
+import dataclasses
 import logging
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from utils.checkpoints import provenance, read_stage, resolve_checkpoint, write_json
-from utils.evaluators import Evaluation, EvaluationArguments, Evaluator
-from utils.image_vae_evaluator import ImageVAEEvaluator
+from utils.evaluators import Evaluation, Evaluator
+from utils.image_diffusion_evaluator import ImageDiffusionEvaluationArguments, ImageDiffusionEvaluator
+from utils.image_vae_evaluator import ImageVAEEvaluationArguments, ImageVAEEvaluator
 from utils.megatransformer_utils import explained_errors, parse_arguments
 from utils.pictures import save_picture, spread
 
 logger = logging.getLogger("evaluate")
 
-EVALUATORS: dict[str, type[Evaluator]] = {"image_vae": ImageVAEEvaluator}
+EVALUATORS: dict[str, type[Evaluator]] = {"image_vae": ImageVAEEvaluator, "image_diffusion": ImageDiffusionEvaluator}
 
 
-def build_evaluator(args: EvaluationArguments) -> Evaluator:
+@dataclasses.dataclass
+class EvaluateArguments(ImageVAEEvaluationArguments, ImageDiffusionEvaluationArguments):
+    """The flags of all stages."""
+
+    needs = {**ImageVAEEvaluationArguments.needs, **ImageDiffusionEvaluationArguments.needs}
+
+
+def build_evaluator(args: EvaluateArguments) -> Evaluator:
     """The evaluator of the stage that wrote the checkpoint."""
     checkpoint = resolve_checkpoint(args.checkpoint)
     stage = read_stage(checkpoint)["stage"]
@@ -34,7 +47,7 @@ def build_evaluator(args: EvaluationArguments) -> Evaluator:
     return EVALUATORS[stage](args, checkpoint)
 
 
-def evaluate(args: EvaluationArguments) -> dict:
+def evaluate(args: EvaluateArguments) -> dict:
     """Measure, write, print; returns the content of metrics.json."""
     start = time.perf_counter()
     evaluator = build_evaluator(args)
@@ -72,7 +85,7 @@ def evaluate(args: EvaluationArguments) -> dict:
     return report
 
 
-def write(args: EvaluationArguments, evaluator: Evaluator, evaluation: Evaluation, report: dict) -> list[Path]:
+def write(args: EvaluateArguments, evaluator: Evaluator, evaluation: Evaluation, report: dict) -> list[Path]:
     """metrics.json, pictures and TensorBoard scalars; returns the paths."""
     run_dir = evaluator.checkpoint.parent
     output_dir = Path(args.output_dir or run_dir)
@@ -85,12 +98,17 @@ def write(args: EvaluationArguments, evaluator: Evaluator, evaluation: Evaluatio
     with SummaryWriter(str(log_dir)) as writer:
         for name, value in evaluation.scalars.items():
             writer.add_scalar(f"{group}/{name}", value, evaluator.step)
+        for name, curve in evaluation.curves.items():
+            for position, value in curve.items():
+                writer.add_scalar(f"{group}/{name}", value, position)
+        for name, picture in evaluation.pictures.items():
+            writer.add_image(f"{group}/{Path(name).stem}", np.asarray(picture), evaluator.step, dataformats="HWC")
     return [output_dir / "metrics.json", *(output_dir / name for name in evaluation.pictures), log_dir]
 
 
 def main(argv: list[str] | None = None) -> dict:
     """The command line."""
-    args = parse_arguments(EvaluationArguments, argv, __doc__ or "")
+    args = parse_arguments(EvaluateArguments, argv, __doc__ or "")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     with explained_errors(logger):
         return evaluate(args)

@@ -10,9 +10,7 @@ Both sides have the same number of parameters within 2 %, the same f8 compressio
 import dataclasses
 import logging
 import math
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,16 +19,17 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.timing import cpu_seconds, interleave, report
 from dataset_loading.collators import collate_stack
 from dataset_loading.image import ImageDataset
 from model.criteria import kl_divergence
 from model.image.discriminators import build_discriminator
 from model.image.vae import ImageVAE
-from pretrain_image_vae import ImageVAEArguments
 from utils.adversary import Adversary
 from utils.configuration import option
 from utils.megatransformer_utils import explained_errors, parse_arguments
 from utils.metrics import psnr
+from utils.picture_vae_stage import PictureVAEArguments
 from utils.training_utils import EpochSampler
 
 # Blocks of diffusers' AutoencoderKL, 2 layers each, and our preset of the same size.
@@ -87,33 +86,6 @@ def loss_of(model: nn.Module, image: Tensor, noise: Tensor, bf16: bool) -> Tenso
         reconstruction, mean, logvar = forward(model, image, noise)
     kl = kl_divergence(mean, logvar).mean() / image[0].numel()
     return (reconstruction - image).abs().mean() + 1e-3 * kl
-
-
-def cpu_seconds(run: Callable[[], None]) -> float:
-    """CPU seconds of one call, over all threads."""
-    start = time.process_time()
-    run()
-    return time.process_time() - start
-
-
-def interleave(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
-    """Run the sides in turn after one warm-up each; seconds of every repeat."""
-    for run in sides.values():
-        run()
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, run in sides.items():
-            times[name].append(cpu_seconds(run))
-    return times
-
-
-def report(title: str, times: dict[str, list[float]]) -> None:
-    """Minimum and median of two sides, and the ratio of medians."""
-    (ours, first), (theirs, second) = times.items()
-    ratio = statistics.median(first) / statistics.median(second)
-    for name, values in times.items():
-        print(f"{title:28} {name:10} min {min(values):7.3f}  median {statistics.median(values):7.3f} CPU s")
-    print(f"{title:28} {ours} / {theirs} = {ratio:.3f}", flush=True)
 
 
 def speed(args: BenchmarkArguments) -> None:
@@ -190,7 +162,7 @@ def gan(args: BenchmarkArguments) -> None:
 
     def side(adaptive: bool) -> Callable[[], None]:
         values = {"gan_start_step": 0, "gan_warmup_steps": 0, "gan_ramp_steps": 1, "use_adaptive_gan_weight": adaptive}
-        adversary = Adversary(build_discriminator("patch", 32, 3, False), ImageVAEArguments(**values))
+        adversary = Adversary(build_discriminator("patch", 32, 3, False), PictureVAEArguments(**values))
         adversary.prepare(torch.device("cpu"), "constant", 100)
 
         def run() -> None:

@@ -29,25 +29,31 @@ IMAGE_VAE_PARAMETERS = {
 }
 
 # fmt: off
-RECURRENT_VAE = {                                                                                                                                                     # parameters
-    "tiny":       dict(image_size=64,  latent_channels=16, patch_size=4, encoder_widths=[64, 128],        n_encoder_blocks=[1, 1],    decoder_width=64,  n_decoder_blocks=2),  #  0.00 M  f8
+RECURRENT_VAE = {                                                                                                                             # parameters
+    "tiny":       dict(image_size=64,  latent_channels=16, patch_size=4, encoder_widths=[64, 128],        n_encoder_blocks=[1, 1], canvas_patch_size=2, decoder_width=32,  n_decoder_blocks=1),  #  0.29 M  f8
+    "tiny-f4":    dict(image_size=64,  latent_channels=8,  patch_size=2, encoder_widths=[64, 128],        n_encoder_blocks=[1, 1], canvas_patch_size=2, decoder_width=32,  n_decoder_blocks=1),  #  0.26 M  f4
+    "small":      dict(image_size=256, latent_channels=16, patch_size=4, encoder_widths=[128, 256],       n_encoder_blocks=[2, 2], canvas_patch_size=2, decoder_width=96,  n_decoder_blocks=2),  #  2.05 M  f8
+    "medium":     dict(image_size=256, latent_channels=16, patch_size=4, encoder_widths=[256, 512],       n_encoder_blocks=[2, 2], canvas_patch_size=2, decoder_width=192, n_decoder_blocks=3),  #  8.41 M  f8
 }
 # fmt: on
 RECURRENT_VAE_PARAMETERS = {
-    "tiny": 0,
+    "tiny": 285_900,
+    "tiny-f4": 258_588,
+    "small": 2_054_924,
+    "medium": 8_414_220,
 }
 
 # fmt: off
 IMAGE_DIFFUSION = {                                                                                                                                                                                                  # parameters
-    "tiny":       dict(latent_channels=16, latent_size=8,  widths=[128, 256],       n_blocks=[1, 2],    use_attention=[False, True],       conditioning_width=256, text_width=128, max_tokens=96),                     #   4.44 M
+    "tiny":       dict(latent_channels=16, latent_size=8,  widths=[96, 192],        n_blocks=[2, 2],    use_attention=[False, True],       conditioning_width=256, text_width=128, max_tokens=96),                     #   3.38 M
     "small":      dict(latent_channels=4,  latent_size=16, widths=[128, 256, 512],  n_blocks=[2, 2, 2], use_attention=[False, True, True], conditioning_width=384, text_width=256, max_tokens=128),                    #  20.90 M
-    "medium":     dict(latent_channels=16, latent_size=32, widths=[256, 512, 1024], n_blocks=[2, 3, 4], use_attention=[False, True, True], conditioning_width=512, head_width=64, text_width=512, max_tokens=256, n_text_layers=4, text_head_width=64, n_gram_buckets=4096),  # 139.18 M
+    "medium":     dict(latent_channels=16, latent_size=32, widths=[256, 512, 1024], n_blocks=[2, 3, 4], use_attention=[False, True, True], conditioning_width=512, head_width=64, text_width=512, max_tokens=256, n_text_layers=4, text_head_width=64, n_gram_buckets=4096),  # 139.17 M
     "ldm":        dict(architecture="ldm", schedule="scaled_linear", prediction="epsilon", latent_channels=4, latent_size=64, widths=[320, 640, 1280, 1280], n_blocks=[2] * 4, use_attention=[True] * 3 + [False], n_heads=8, text_encoder="frozen", text_width=768, text_embedding_width=768),  # 859.52 M
 }
 # fmt: on
 IMAGE_DIFFUSION_PARAMETERS = {
-    "tiny": 4_443_424,
-    "small": 20_899_464,
-    "medium": 139_178_272,
+    "tiny": 3_381_808,
+    "small": 20_897_924,
+    "medium": 139_170_064,
     "ldm": 859_521_732,
 }

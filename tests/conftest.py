@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,7 +13,9 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
+from latent_cache import make_latents, save_vae, write_captioned_pictures
 from preprocess_image_vae_dataset import ImageVAEPreprocess
+from pretrain_image_diffusion import ImageDiffusionStage
 from pretrain_image_vae import ImageVAEStage
 
 torch.set_num_threads(1)
@@ -23,6 +26,12 @@ SMALL_RUN = """
     --perceptual_weight 0 --discriminator_channels 8 --gan_start_step 2 --gan_warmup_steps 2 --gan_ramp_steps 4
     --r1_weight 1 --r1_every 2 --lecam_weight 0.01 --diff_augment color --use_spectral_norm
     --latent_statistics_samples 16""".split()  # noqa: SIM905
+
+# Latents of 16 x 4 x 4 and a UNet that trains in seconds.
+SMALL_DIFFUSION = """
+    --config tiny --override widths=[32,64] n_blocks=[1,1] conditioning_width=64 text_width=32 n_text_layers=1
+    --learning_rate 1e-3 --logging_steps 1 --eval_steps 1000 --save_steps 1000 --n_steps 2 --n_prompts 2
+    --n_time_buckets 2 --eval_pictures 0""".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="session")
@@ -68,20 +77,44 @@ class Run:
         return torch.load(self.folder / "stage_state.pt", weights_only=True)["adversary"]
 
 
+@pytest.fixture(scope="session")
+def latent_cache(picture_cache, tmp_path_factory) -> Path:
+    """Latents and captions of 72 coloured squares, by an untrained VAE that lies beside them."""
+    folder = tmp_path_factory.mktemp("latents")
+    raw = write_captioned_pictures(folder / "raw", 72)
+    make_latents(raw, save_vae(folder / "vae", picture_cache), folder / "image_diffusion", "--horizontal_flip")
+    return folder / "image_diffusion"
+
+
+def run_stage(
+    stage: type, common: list[str], cache: Path, output_dir: Path, name: str, steps: int, *flags: str
+) -> Run:
+    """Run a stage in this process; errors come as they are."""
+    words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", name]
+    try:
+        stage.main([*common, *words, "--max_steps", str(steps), *flags])
+    except SystemExit as end:
+        raise end.__cause__ or end from None
+    return Run(output_dir / stage.name / name, steps)
+
+
 @pytest.fixture
-def train(picture_cache, tmp_path):
-    """Runs the image VAE stage in this process: train("name", steps, *flags) -> Run."""
-
-    def run(name: str, steps: int, *flags: str) -> Run:
-        words = ["--cached_dataset", str(picture_cache), "--output_dir", str(tmp_path), "--run_name", name]
-        try:
-            ImageVAEStage.main([*SMALL_RUN, *words, "--max_steps", str(steps), *flags])
-        except SystemExit as end:
-            raise end.__cause__ or end from None
-        return Run(tmp_path / "image_vae" / name, steps)
-
-    yield run
+def fresh_logging():
+    """Takes away what a stage's command line adds to the logging of this process."""
+    yield
     logging.getLogger().handlers.clear()
+
+
+@pytest.fixture
+def train(picture_cache, tmp_path, fresh_logging):
+    """Runs the image VAE stage in this process: train("name", steps, *flags) -> Run."""
+    return partial(run_stage, ImageVAEStage, SMALL_RUN, picture_cache, tmp_path)
+
+
+@pytest.fixture
+def train_diffusion(latent_cache, tmp_path, fresh_logging):
+    """Runs the text-to-image stage in this process, as `train` does the image VAE."""
+    return partial(run_stage, ImageDiffusionStage, SMALL_DIFFUSION, latent_cache, tmp_path)
 
 
 def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:

@@ -8,17 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import SMALL_RUN, Run, largest_difference
+from tests.conftest import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.launch
 
 
-def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str) -> Run:
+COMMON = {"image_vae": SMALL_RUN, "image_diffusion": SMALL_DIFFUSION}
+
+
+def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str, stage: str = "image_vae") -> Run:
     """Run the stage on two processes; `launcher` is torchrun, or a DeepSpeed configuration."""
     words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", "two", *flags]
-    program = ["pretrain_image_vae.py", *SMALL_RUN, "--max_steps", str(steps), *words]
+    program = [f"pretrain_{stage}.py", *COMMON[stage], "--max_steps", str(steps), *words]
     if launcher == "torchrun":
         command = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", *program]
     else:
@@ -28,7 +31,7 @@ def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return Run(output_dir / "image_vae" / "two", steps)
+    return Run(output_dir / stage / "two", steps)
 
 
 def assert_same(one: Run, two: Run, tolerance: float = 1e-5) -> None:
@@ -80,14 +83,39 @@ def test_bf16_keeps_fp32_weights(train, picture_cache, tmp_path):
 
 
 def test_resume_under_zero_2_is_exact(picture_cache, tmp_path):
-    flags = ["--batch_size", "4", "--save_steps", "4"]
-    straight = launch("ds_config_zero-2.json", picture_cache, tmp_path / "a", 8, *flags)
-    # The schedule is that of the whole run: stop it half way by its signal-free twin, a copy of its first checkpoint.
-    half = tmp_path / "b" / "image_vae" / "two"
-    half.mkdir(parents=True)
-    (straight.folder.parent / "checkpoint-4").rename(half / "checkpoint-4")
-    resumed = launch("ds_config_zero-2.json", picture_cache, tmp_path / "b", 8, *flags, "--resume_from_checkpoint")
+    straight, resumed = launch_and_resume("image_vae", picture_cache, tmp_path, ["--batch_size", "4"])
     for name in ("model", "ema"):
         assert largest_difference(straight.weights(name), resumed.weights(name)) == 0
     assert largest_difference(straight.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
     assert straight.losses[4:] == resumed.losses[4:]
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "ds_config_zero-3.json"])
+def test_diffusion_on_two_processes_equals_one(launcher, train_diffusion, latent_cache, tmp_path):
+    one = train_diffusion("one", 8, "--batch_size", "8")
+    two = launch(launcher, latent_cache, tmp_path, 8, "--batch_size", "4", stage="image_diffusion")
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    for name in ("model", "ema"):
+        assert largest_difference(one.weights(name), two.weights(name)) <= 1e-4
+
+
+def test_diffusion_under_zero_2_equals_one_process_and_resumes_exactly(train_diffusion, latent_cache, tmp_path):
+    one = train_diffusion("one", 8, "--batch_size", "8")
+    flags = ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--use_gradient_checkpointing"]
+    straight, resumed = launch_and_resume("image_diffusion", latent_cache, tmp_path, flags)
+    assert straight.losses == pytest.approx(one.losses, rel=1e-5)
+    for name in ("model", "ema"):
+        assert largest_difference(one.weights(name), straight.weights(name)) <= 1e-4
+        assert largest_difference(straight.weights(name), resumed.weights(name)) == 0
+    assert straight.losses[4:] == resumed.losses[4:]
+
+
+def launch_and_resume(stage: str, cache: Path, output_dir: Path, flags: list[str]) -> tuple[Run, Run]:
+    """8 steps under ZeRO-2 on two processes, and the last 4 of them again from a copy of the checkpoint between."""
+    flags = [*flags, "--save_steps", "4"]
+    straight = launch("ds_config_zero-2.json", cache, output_dir / "a", 8, *flags, stage=stage)
+    half = output_dir / "b" / stage / "two"
+    half.mkdir(parents=True)
+    (straight.folder.parent / "checkpoint-4").rename(half / "checkpoint-4")
+    flags.append("--resume_from_checkpoint")
+    return straight, launch("ds_config_zero-2.json", cache, output_dir / "b", 8, *flags, stage=stage)

@@ -15,14 +15,14 @@ from PIL.Image import Image
 from rich.console import RenderableType
 
 from utils.checkpoints import EMA, load_model, read_stage, step_of
-from utils.configuration import option
+from utils.configuration import declared_fields, option
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
 class EvaluationArguments:
-    """Flags of `evaluate.py`."""
+    """Flags of `evaluate.py` for every stage; a stage's own are a subclass, which its evaluator names."""
 
     # What is evaluated, on what.
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
@@ -39,11 +39,9 @@ class EvaluationArguments:
     batch_size: int = option(32, "samples per forward pass", gt=0)
     num_workers: int = option(0, "data loading processes; 0: the main process loads", ge=0)
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
-    references: list[Literal["jpeg", "thumbnail"]] = option(
-        ["jpeg", "thumbnail"],
-        "rows to compare with: JPEG at quality 10; a bicubic picture of the latent's rows and columns",
+    contact_sheet: int = option(
+        0, "pictures drawn beside what the model makes of them, to contact_sheet.png; 0: none", ge=0
     )
-    contact_sheet: int = option(0, "pictures drawn with their reconstructions to contact_sheet.png; 0: none", ge=0)
     output_dir: str = option("", "folder of metrics.json and pictures; default: the run's folder")
 
     given: ClassVar[list[str]]  # names of the flags that were given, set by `parse_arguments`
@@ -63,37 +61,49 @@ class Evaluation:
         scalars: what goes to TensorBoard, by name.
         tables: what is printed.
         pictures: what is drawn, by file name.
+        curves: further scalars by name, over another axis than the training step.
     """
 
     metrics: dict[str, Any]
     scalars: dict[str, float]
     tables: Sequence[RenderableType]
     pictures: dict[str, Image]
+    curves: dict[str, dict[int, float]] = dataclasses.field(default_factory=dict)
 
 
 class Evaluator:
-    """Evaluates one checkpoint. Subclasses state `model_class`, `definitions`, `build_dataset` and `measure`.
+    """Evaluates one checkpoint. Subclasses state the class attributes, `build_dataset` and `measure`.
 
     Args:
         args: the flags.
         checkpoint: a complete checkpoint folder.
     Raises:
-        ValueError: `--weights ema` was given and the checkpoint has no averaged weights.
+        ValueError: a flag was given that this stage does not have; or `--weights ema` was given and the checkpoint has
+            no averaged weights.
     """
 
+    arguments_class: ClassVar[type[EvaluationArguments]]  # other flags are refused
     model_class: ClassVar[type]
     definitions: ClassVar[dict[str, str]]  # name of a metric -> how it is defined
 
-    def __init__(self, args: EvaluationArguments, checkpoint: Path):
+    def __init__(self, args: Any, checkpoint: Path):
         self.args, self.checkpoint = args, checkpoint
         self.record = read_stage(checkpoint)
+        known = {field.name for field in declared_fields(self.arguments_class)}
+        foreign = ", ".join(f"--{name}" for name in args.given if name not in known)
+        if foreign:
+            raise ValueError(f"{foreign}: no effect on {checkpoint}, which is of stage {self.record['stage']!r}")
         self.step = step_of(checkpoint)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         averaged = (checkpoint / EMA).is_file()
         if not averaged and args.weights == "ema" and "weights" in args.given:
             raise ValueError(f"{checkpoint} has no averaged weights ({EMA}); use --weights raw")
         self.weights: Literal["ema", "raw"] = args.weights if averaged else "raw"
-        self.model = load_model(self.model_class, checkpoint, self.weights).requires_grad_(False).to(self.device)
+        self.model = self.load_model()
+
+    def load_model(self) -> Any:
+        """The model on the device, in eval mode."""
+        return load_model(self.model_class, self.checkpoint, self.weights).requires_grad_(False).to(self.device)
 
     def build_dataset(self) -> Any:
         """The samples, with `entries` (a dict with `key` and `caption` per sample) and `fingerprint`."""

@@ -3,11 +3,12 @@
 B batch, Y X rows and columns, Z latent channels, y x latent rows and columns.
 """
 
+import dataclasses
 import io
 import logging
 import math
 import statistics
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from dataset_loading.image import ImageDataset, to_float, to_uint8
 from dataset_loading.picture_folder import PictureFolder
 from model.image.feature_extractors import PerceptualDistance
 from model.image.vae import ImageVAE
-from utils.evaluators import Evaluation, Evaluator, Stopwatch
+from utils.configuration import option
+from utils.evaluators import Evaluation, EvaluationArguments, Evaluator, Stopwatch
 from utils.metrics import FeatureMoments, KernelDistance, LatentHealth, SharedFeatures, frechet_distance, psnr, ssim
 from utils.pictures import Group, draw_sheet, spread, to_picture
 
@@ -33,9 +35,20 @@ N_FEATURES = 1280
 JPEG_QUALITY = 10
 
 
+@dataclasses.dataclass
+class ImageVAEEvaluationArguments(EvaluationArguments):
+    """Flags of the evaluation of image VAEs."""
+
+    references: list[Literal["jpeg", "thumbnail"]] = option(
+        ["jpeg", "thumbnail"],
+        "rows to compare with: JPEG at quality 10; a bicubic picture of the latent's rows and columns",
+    )
+
+
 class ImageVAEEvaluator(Evaluator):
     """Posterior means are decoded: nothing is random."""
 
+    arguments_class = ImageVAEEvaluationArguments
     model_class = ImageVAE
     definitions: ClassVar[dict[str, str]] = {
         "psnr_db": "mean over pictures of 10 log10(2^2 / mean squared error), RGB clamped to [-1, 1]",

@@ -72,6 +72,10 @@ class Stage:
         """Callbacks of the stage's own; `writer` is None except on rank 0."""
         return []
 
+    def extra_record(self) -> dict[str, Any]:
+        """Content of `stage.json` beyond what all stages have."""
+        return {}
+
     # ---- What all stages do.
 
     @classmethod
@@ -178,6 +182,7 @@ class Stage:
             "data": {"folder": str(self.cache_dir), "fingerprint": dataset.fingerprint},
             "zero_stage": zero_stage,
             "n_ranks": world_size(),
+            **self.extra_record(),
             **provenance(),
         }
 

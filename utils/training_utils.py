@@ -202,11 +202,17 @@ class StageTrainer(Trainer):
             terms = self.evaluation_terms(model, self._prepare_inputs(inputs))
             for name, values in self.accelerator.gather_for_metrics(terms).items():
                 gathered.setdefault(name, []).append(values.float().cpu())
-        metrics = {f"{metric_key_prefix}_{name}": torch.cat(values).mean().item() for name, values in gathered.items()}
+        means = {name: torch.cat(values).mean().item() for name, values in gathered.items()}
+        means |= self.evaluation_extras(model)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.last_log = (self.state.global_step, time.perf_counter())
         return metrics
+
+    def evaluation_extras(self, model) -> dict[str, float]:
+        """Metrics of an evaluation that are no means over samples; every process calls it with the same model."""
+        return {}
 
     def final_metrics(self) -> dict[str, float]:
         """The last step's evaluation, made now unless the schedule of evaluations has."""
@@ -386,12 +392,6 @@ class ImageVAEGANTrainer(GANTrainer):
     def other_terms(self, output, real):
         kl = kl_divergence(output.mean, output.logvar).mean() / real[0].numel()
         return {"kl": self.stage_arguments.kl_weight * kl}
-
-    def averaged_weights(self) -> dict[str, Tensor] | None:
-        """The averaged weights as a state dict; None where none are kept yet. Every process must call it."""
-        if self.ema is None or self.ema.optimizer is None:
-            return None
-        return self.ema.state_dict_of(self.model, self.model_wrapped if self.is_deepspeed_enabled else None)
 
     def evaluation_terms(self, model, inputs):
         image = inputs["image"]

@@ -4,23 +4,32 @@ from pathlib import Path
 import pytest
 import torch
 
+from model import presets
+from model.image.diffusion import ImageDiffusion
+from model.image.ldm_unet import rename_diffusers_weights as rename_diffusers_unet_weights
 from model.image.ldm_vae import rename_diffusers_weights
 from model.image.vae import ImageVAE
-from model.presets import IMAGE_VAE, IMAGE_VAE_PARAMETERS
 
-SOURCE = Path(__file__).resolve().parent.parent.parent / "model" / "presets.py"
+SOURCE = Path(presets.__file__).read_text()
+MODELS = {"IMAGE_VAE": ImageVAE, "IMAGE_DIFFUSION": ImageDiffusion}
 
 
-@pytest.mark.parametrize("name", IMAGE_VAE)
-def test_parameters_are_as_stated(name):
+@pytest.mark.parametrize("table, name", [(table, name) for table in MODELS for name in getattr(presets, table)])
+def test_parameters_are_as_stated(table, name):
     with torch.device("meta"):
-        model = ImageVAE.from_preset(name)
+        model = MODELS[table].from_preset(name)
     n_parameters = sum(p.numel() for p in model.parameters())
-    assert n_parameters == IMAGE_VAE_PARAMETERS[name]
-    row = next(line for line in SOURCE.read_text().splitlines() if line.strip().startswith(f'"{name}": '))
-    millions, compression = re.search(r"# +([\d.]+) M  f(\d+)", row).groups()
+    assert n_parameters == getattr(presets, f"{table}_PARAMETERS")[name]
+    rows = SOURCE[SOURCE.index(f"\n{table} = {{") :].splitlines()
+    row = next(line for line in rows if line.strip().startswith(f'"{name}": '))
+    millions, compression = re.search(r"# +([\d.]+) M(?:  f(\d+))?$", row).groups()
     assert float(millions) == pytest.approx(n_parameters / 1e6, abs=0.006)
-    assert int(compression) == model.config.compression
+    assert table != "IMAGE_VAE" or int(compression) == model.config.compression
+
+
+@pytest.mark.parametrize("table", MODELS)
+def test_every_row_has_its_parameters(table):
+    assert set(getattr(presets, table)) == set(getattr(presets, f"{table}_PARAMETERS"))
 
 
 def test_ldm_preset_has_the_layout_of_stable_diffusion():
@@ -36,4 +45,14 @@ def test_ldm_preset_has_the_layout_of_stable_diffusion():
         ours = ImageVAE.from_preset("ldm")
     weights = rename_diffusers_weights(theirs.state_dict())
     own = {name: value.shape for name, value in ours.state_dict().items() if not name.startswith("latent_")}
+    assert {name: value.shape for name, value in weights.items()} == own
+
+
+def test_ldm_diffusion_preset_has_the_layout_of_stable_diffusion():
+    diffusers = pytest.importorskip("diffusers")
+    with torch.device("meta"):
+        theirs = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+        ours = ImageDiffusion.from_preset("ldm").network
+    weights = rename_diffusers_unet_weights(theirs.state_dict())
+    own = {name: value.shape for name, value in ours.state_dict().items()}
     assert {name: value.shape for name, value in weights.items()} == own

@@ -5,14 +5,14 @@ import torch
 
 from model.criteria import discriminator_loss, feature_matching_loss, generator_loss, r1_penalty
 from model.image.discriminators import build_discriminator
-from pretrain_image_vae import ImageVAEArguments
 from utils.adversary import Adversary
+from utils.picture_vae_stage import PictureVAEArguments
 
 
 def make(**changes):
     values = {"gan_start_step": 0, "gan_warmup_steps": 0, "gan_ramp_steps": 0, "max_grad_norm": 0.0, **changes}
     torch.manual_seed(0)
-    adversary = Adversary(build_discriminator("patch", 8, 2, False), ImageVAEArguments(**values))
+    adversary = Adversary(build_discriminator("patch", 8, 2, False), PictureVAEArguments(**values))
     adversary.prepare(torch.device("cpu"), "constant", 100)
     return adversary
 

@@ -1,0 +1,160 @@
+"""Image diffusion beside diffusers' UNet2DConditionModel, in one process, interleaved, in CPU seconds.
+
+    python benchmarks/diffusion.py                  # training step, memory, and 20 steps of sampling
+
+Both sides have 18 million parameters, latents of 4x16x16, and captions as 32 embeddings of width 256. Memory is the
+peak of a process of its own that makes two training steps.
+"""
+
+import dataclasses
+import importlib
+import logging
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.timing import interleave, report
+from model.diffusion_process import DiffusionProcess
+from model.image.diffusion import ImageDiffusion
+from model.samplers import guided_denoiser, initial_noise, sample
+from utils.configuration import option
+from utils.megatransformer_utils import explained_errors, parse_arguments
+
+LATENT_SHAPE = (4, 16, 16)
+N_TOKENS, TEXT_WIDTH = 32, 256
+OURS, THEIRS = "ours", "diffusers"
+
+
+@dataclasses.dataclass
+class BenchmarkArguments:
+    """Flags of the comparison."""
+
+    repeats: int = option(5, "interleaved repeats of each side", gt=0)
+    batch_size: int = option(16, "latents per training step", gt=0)
+    n_steps: int = option(20, "steps of sampling; 0 to leave it out", ge=0)
+    memory_of: Literal["", "ours", "diffusers"] = option("", "only the peak memory of two training steps of one side")
+    threads: int = option(1, "CPU threads", gt=0)
+
+
+def build(name: str) -> nn.Module:
+    """One side; parameters 18.2 M ours, 18.15 M theirs."""
+    if name == OURS:
+        return ImageDiffusion.from_preset("small", text_encoder="frozen", text_embedding_width=TEXT_WIDTH)
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=16,
+        block_out_channels=(64, 128, 256),
+        layers_per_block=2,
+        cross_attention_dim=TEXT_WIDTH,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
+def predict(model: nn.Module, latents: Tensor, time: Tensor, states: Tensor, mask: Tensor) -> Tensor:
+    """The prediction of either side for times (B,) in [0, 1]."""
+    if isinstance(model, ImageDiffusion):
+        return model(latents, time, text_states=states, mask=mask).prediction
+    return model(latents, 1000 * time, states, encoder_attention_mask=mask).sample
+
+
+def training_step(model: nn.Module, batch_size: int, bf16: bool = False) -> Callable[[], None]:
+    """Forward and backward of a velocity loss on fixed numbers."""
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = (torch.randn(batch_size, *LATENT_SHAPE, generator=generator) for _ in range(2))
+    time, states = torch.rand(batch_size, generator=generator), torch.randn(batch_size, N_TOKENS, TEXT_WIDTH)
+    mask = torch.arange(N_TOKENS) < torch.randint(8, N_TOKENS + 1, (batch_size, 1), generator=generator)
+    process = DiffusionProcess()
+    latents, target = process.add_noise(x0, noise, time), process.target(x0, noise, time)
+
+    def run() -> None:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            prediction = predict(model, latents, time, states, mask)
+        (prediction.float() - target).square().mean().backward()
+
+    return run
+
+
+def speed(args: BenchmarkArguments) -> None:
+    """Training steps of both sides in fp32 and under bf16 autocast."""
+    models = {name: build(name) for name in (OURS, THEIRS)}
+    for name, model in models.items():
+        print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters")
+    for bf16 in (False, True):
+        sides = {name: training_step(model, args.batch_size, bf16) for name, model in models.items()}
+        report(f"{'bf16' if bf16 else 'fp32'} forward+backward", interleave(sides, args.repeats))
+
+
+def memory(args: BenchmarkArguments) -> None:
+    """Peak resident memory of two training steps, each side in its own process: all of it, and above the imports."""
+    peaks = {}
+    for name in (OURS, THEIRS):
+        command = [sys.executable, __file__, "--memory_of", name, "--batch_size", str(args.batch_size)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        imported, peak = (float(word) for word in done.stdout.split()[-2:])
+        peaks[name] = peak, peak - imported
+        print(f"{'memory':28} {name:10} peak {peak:.0f} MB, {peak - imported:.0f} MB above the imports")
+    total, own = (ours / theirs for ours, theirs in zip(*peaks.values()))
+    print(f"{'memory':28} {OURS} / {THEIRS} = {total:.3f}, above the imports {own:.3f}", flush=True)
+
+
+def peak_memory() -> float:
+    """Peak of this process in MB; not from getrusage, whose peak begins with that of the parent process."""
+    return int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
+
+
+def memory_of(name: str, batch_size: int) -> None:
+    """Print the peak of this process in MB after the imports and after two training steps of one side."""
+    if name == THEIRS:
+        importlib.import_module("diffusers.models.unets.unet_2d_condition")
+    imported = peak_memory()
+    run = training_step(build(name), batch_size)
+    run()
+    run()
+    print(imported, peak_memory())
+
+
+def sampling(args: BenchmarkArguments) -> None:
+    """Euler steps of a batch of 4, with guidance 3 and without."""
+    model, process = build(OURS).eval(), DiffusionProcess()
+    condition = model.encode_text(text_states=torch.randn(4, N_TOKENS, TEXT_WIDTH))
+    times = process.sampling_times(args.n_steps)
+    noise = initial_noise(LATENT_SHAPE, [torch.Generator().manual_seed(seed) for seed in range(4)], process)
+
+    def side(scale: float) -> Callable[[], None]:
+        denoiser = guided_denoiser(process, model.network, condition, model.null_condition(4), scale)
+
+        def run() -> None:
+            sample("euler", denoiser, noise, process, times)
+
+        return run
+
+    with torch.no_grad():
+        times_of = interleave({"guided": side(3.0), "unguided": side(1.0)}, args.repeats)
+    report(f"{args.n_steps} steps of 4", times_of)
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments(BenchmarkArguments, None, __doc__ or "")
+    torch.set_num_threads(arguments.threads)
+    with explained_errors(logging.getLogger("benchmark")):
+        if arguments.memory_of:
+            memory_of(arguments.memory_of, arguments.batch_size)
+        else:
+            print(
+                f"torch {torch.__version__}, {arguments.threads} thread(s), {torch.backends.cpu.get_cpu_capability()}"
+            )
+            speed(arguments)
+            memory(arguments)
+            if arguments.n_steps:
+                sampling(arguments)

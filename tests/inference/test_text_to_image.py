@@ -1,0 +1,96 @@
+"""Prompts to pictures with a small untrained model: files, settings, and the same picture for the same seed."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inference.text_to_image import TextToImageArguments, draw
+from tests.image_diffusion_checkpoint import save_diffusion_checkpoint
+from utils.megatransformer_utils import parse_arguments
+
+
+@pytest.fixture(scope="module")
+def checkpoint(latent_cache, tmp_path_factory):
+    return save_diffusion_checkpoint(tmp_path_factory.mktemp("runs") / "image_diffusion" / "small", latent_cache)
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    """run(name, *words): draw into `tmp_path / name`; returns the settings and the pictures by file name."""
+
+    def call(name, *words):
+        folder = tmp_path / name
+        words = ["--checkpoint", checkpoint, "--output_dir", folder, "--n_steps", "3", *words]
+        draw(parse_arguments(TextToImageArguments, [str(word) for word in words], ""))
+        pictures = {file.name: np.asarray(Image.open(file)).astype(int) for file in folder.glob("*.png")}
+        return json.loads((folder / "settings.json").read_text()), pictures
+
+    return call
+
+
+def test_files_and_settings(run, checkpoint, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("zwölf Bären\n\n  a red disc\n", encoding="utf-8")
+    words = ["--prompts", "A key!", "--prompt_file", tmp_path / "prompts.txt", "--seeds", 7, 8]
+    settings, pictures = run("out", *words, "--sampler", "euler")
+    names = [
+        f"{stem}_seed{seed}.png" for stem in ("000_a_key_", "001_zw_lf_b_ren", "002_a_red_disc") for seed in (7, 8)
+    ]
+    assert pictures.keys() == {*names, "sheet.png"}
+    assert [picture["file"] for picture in settings["pictures"]] == names
+    assert settings["pictures"][2]["prompt"] == "zwölf Bären" and settings["pictures"][2]["seed"] == 7
+    assert settings["sampler"] == "euler" and settings["n_steps"] == 3 and settings["seeds"] == [7, 8]
+    assert settings["checkpoint"] == str(checkpoint) and settings["weights"] == "ema" and "git_commit" in settings
+    assert all(pictures[name].shape == (32, 32, 3) for name in names)
+    assert all(name in capsys.readouterr().out for name in ["sheet.png"])
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
+def test_the_same_seed_gives_the_same_picture_in_every_batch(run, sampler):
+    words = ["--prompts", "a red disc", "a very long caption " * 4, "", "--n_pictures", 2, "--sampler", sampler]
+    alone, together = run("alone", *words, "--batch_size", 1)[1], run("together", *words, "--batch_size", 5)[1]
+    assert alone.keys() == together.keys() and len(alone) == 7
+    for name in alone.keys() - {"sheet.png"}:
+        # Sums in a larger batch are taken in another order: a value between two levels may round either way.
+        assert np.abs(alone[name] - together[name]).max() <= 1
+    assert len({picture.tobytes() for name, picture in alone.items() if name != "sheet.png"}) == 6
+
+
+def test_seeds_prompts_and_weights_matter(run):
+    words = ["--prompts", "a red disc", "--seeds", 3]
+    ((name, first),) = ((name, picture) for name, picture in run("a", *words)[1].items() if name != "sheet.png")
+    among_others = run("b", "--prompts", "a red disc", "a key", "--seeds", 5, 3)[1]
+    assert np.abs(among_others[name] - first).max() <= 1
+    assert np.abs(among_others["000_a_red_disc_seed5.png"] - first).max() > 1
+    assert (run("c", *words, "--weights", "raw")[1][name] != first).any()
+    assert (run("d", *words, "--guidance_scale", 6)[1][name] != first).any()
+
+
+def test_absent_averaged_weights_are_recorded(latent_cache, tmp_path):
+    folder = save_diffusion_checkpoint(tmp_path / "run", latent_cache, with_average=False)
+    words = ["--checkpoint", folder, "--prompts", "a", "--n_steps", 1, "--output_dir", tmp_path]
+    draw(parse_arguments(TextToImageArguments, [str(word) for word in words], ""))
+    assert json.loads((tmp_path / "settings.json").read_text())["weights"] == "raw"
+
+
+def test_flags_that_are_needed_or_have_no_effect(capsys):
+    for words, message in (
+        (["--checkpoint", "runs/x"], "--prompts or --prompt_file are needed"),
+        (
+            ["--checkpoint", "runs/x", "--prompts", "a", "--seeds", "1", "--n_pictures", "2"],
+            "--n_pictures has no effect",
+        ),
+    ):
+        with pytest.raises(SystemExit):
+            parse_arguments(TextToImageArguments, words, "")
+        assert message in capsys.readouterr().err
+
+
+def test_another_stage_and_an_empty_file_are_refused(run, checkpoint, latent_cache, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="has no line with text"):
+        run("out", "--prompt_file", tmp_path / "empty.txt")
+    vae = next((latent_cache.parent / "vae").glob("checkpoint-*"))
+    with pytest.raises(ValueError, match="text to image needs image_diffusion"):
+        run("out", "--prompts", "a", "--checkpoint", vae)

@@ -1,0 +1,207 @@
+"""Captions to pictures: text encoder and UNet, sampler, VAE decoder.
+
+B batch, Z latent channels, y x latent rows and columns, S side of a picture, T text tokens.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback
+
+from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
+from model.samplers import SAMPLERS, guided_denoiser, initial_noise, sample
+from model.text.feature_extractors import FrozenTextEncoder
+from model.text.tokenizer import encode_caption, pad_tokens
+from model.vae import VAE
+from utils.checkpoints import load_model, read_stage
+from utils.configuration import option
+from utils.pictures import Group, draw_sheet, to_picture
+from utils.vae_loading import load_vae, vae_fingerprint
+
+
+@dataclasses.dataclass
+class SamplingArguments:
+    """Flags of everything that draws pictures."""
+
+    sampler: Literal["dpmpp_2m", "ddim", "ddpm", "euler", "heun"] = option("dpmpp_2m", "sampler")
+    n_steps: int = option(20, "sampling steps", gt=0)
+    guidance_scale: float = option(3.0, "classifier-free guidance; 1: none", ge=0)
+    guidance_interval: list[float] = option([0.0, 1.0], "times between which guidance acts; 0: data, 1: noise")
+    guidance_rescale: float = option(
+        0.0, "share of the guided deviation that is scaled back (arXiv 2305.08891)", ge=0, le=1
+    )
+
+    def validate_sampling(self):
+        bounds = self.guidance_interval
+        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
+            raise ValueError(f"--guidance_interval={bounds} must be two times with 0 <= first <= second <= 1")
+        if self.guidance_scale == 1 and self.guidance_rescale:
+            raise ValueError(f"--guidance_rescale={self.guidance_rescale} has no effect with --guidance_scale 1")
+
+    def settings(self) -> dict[str, Any]:
+        """The sampling flags by name, for reports."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingArguments)}
+
+
+class TextToImage:
+    """A diffusion model and the VAE of its latents, ready to draw.
+
+    Args:
+        model, vae: on one device, in eval mode.
+        text_encoder: the frozen encoder of the captions where the model was trained on one.
+    """
+
+    def __init__(self, model: ImageDiffusion, vae: VAE, text_encoder: FrozenTextEncoder | None = None):
+        self.model, self.vae, self.text_encoder = model, vae, text_encoder
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        vae_checkpoint: str = "",
+        weights: Literal["ema", "raw"] = "ema",
+        device: torch.device | str = "cpu",
+    ) -> Self:
+        """From a run or checkpoint folder of the diffusion stage.
+
+        Args:
+            vae_checkpoint: where the VAE lies now; by default where it lay in training.
+        Raises:
+            FileNotFoundError: a checkpoint is missing.
+            ValueError: the checkpoint is of another stage, or the VAE is not the one of its latents.
+        """
+        record = read_stage(checkpoint)
+        if record["stage"] != "image_diffusion":
+            raise ValueError(f"{checkpoint} is of stage {record['stage']!r}; text to image needs image_diffusion")
+        path = vae_checkpoint or record["latents"]["vae_checkpoint"]
+        check_vae(path, record["latents"]["vae_fingerprint"], f"the latents that {checkpoint} was trained on")
+        model = load_model(ImageDiffusion, checkpoint, weights).requires_grad_(False).to(device)
+        name = record["latents"]["text_encoder"]
+        return cls(model, load_vae(path).requires_grad_(False).to(device), FrozenTextEncoder(name) if name else None)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are."""
+        return self.model.device
+
+    def text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The model's text inputs for captions: tokens or frozen states, and their mask."""
+        if self.text_encoder is not None:
+            states, mask = self.text_encoder(list(prompts), self.model.config.max_tokens)
+            return {"text_states": states.to(self.device), "mask": mask.to(self.device)}
+        ids = [encode_caption(prompt, self.model.config.max_tokens) for prompt in prompts]
+        tokens, mask = pad_tokens(ids)
+        return {"tokens": tokens.to(self.device), "mask": mask.to(self.device)}
+
+    @torch.no_grad()
+    def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments) -> Tensor:
+        """Sample latents, one per prompt and seed.
+
+        The random numbers of a picture depend on its seed alone, whatever else is in the batch and on which device.
+        Returns: (B, Z, y, x) standardised, fp32.
+        """
+        assert settings.sampler in SAMPLERS and len(prompts) == len(seeds)
+        process = self.model.process
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = initial_noise(self.model.latent_shape(), generators, process).to(self.device)
+        condition = self.model.encode_text(**self.text(prompts))
+        low, high = settings.guidance_interval
+        denoiser = guided_denoiser(
+            process,
+            self.model.network,
+            condition,
+            self.model.null_condition(len(seeds)),
+            settings.guidance_scale,
+            interval=(low, high),
+            rescale=settings.guidance_rescale,
+        )
+        times = process.sampling_times(settings.n_steps).to(self.device)
+        return sample(settings.sampler, denoiser, noise, process, times, generators)
+
+    @torch.no_grad()
+    def pictures(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments) -> Tensor:
+        """Sample and decode pictures, one per prompt and seed.
+
+        Returns: (B, 3, S, S) in [-1, 1], fp32.
+        """
+        latents = self.latents(prompts, seeds, settings)
+        return self.vae.decode(self.vae.denormalize_latents(latents)).clamp(-1, 1)
+
+
+def check_vae(path: str | Path, wanted: str, what: str) -> None:
+    """ValueError where the VAE at `path` is not the one with the fingerprint `wanted`, which made `what`."""
+    found = vae_fingerprint(path)
+    if found != wanted:
+        raise ValueError(
+            f"the VAE at {path} has fingerprint {found}, but {what} come from the VAE {wanted}; give that one with "
+            "--vae_checkpoint, or make latents of this one with preprocess_image_diffusion_dataset.py"
+        )
+
+
+def fit_to_latents(config: ImageDiffusionConfig, latents: dict, overrides: Sequence[str], folder: Path):
+    """The configuration with the fields that cached latents determine.
+
+    Args:
+        latents: settings of the cache's manifest.
+        overrides: the `key=value` that the user gave.
+        folder: of the cache.
+    Returns: a new `ImageDiffusionConfig`.
+    Raises: ValueError: an override contradicts the latents.
+    """
+    channels, side, _ = latents["latent_shape"]
+    found = {"latent_channels": channels, "latent_size": side, "max_tokens": latents["max_tokens"]}
+    if latents["text_encoder"]:
+        found |= {"text_encoder": "frozen", "text_embedding_width": latents["text_embedding_width"]}
+    for pair in overrides:
+        name = pair.partition("=")[0]
+        if name in found and getattr(config, name) != found[name]:
+            raise ValueError(f"--override {pair} does not fit the latents in {folder}: they need {name}={found[name]}")
+    return config.replace(**found)
+
+
+class PromptGrids(TrainerCallback):
+    """Before the first step and after each evaluation: pictures of the same prompts at several guidance scales, from
+    the same seeds, one row per prompt and one column per scale.
+
+    Args:
+        writer: None except on rank 0.
+        vae, text_encoder: see `TextToImage`.
+        prompts: captions.
+        args: sampling flags, and `grid_scales`.
+    """
+
+    trainer: Any
+
+    def __init__(self, writer: SummaryWriter | None, vae: VAE, text_encoder, prompts: Sequence[str], args: Any):
+        self.writer, self.vae, self.text_encoder = writer, vae, text_encoder
+        self.prompts, self.args = prompts, args
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.show(args.device, state.global_step)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.show(args.device, state.global_step)
+
+    def show(self, device: torch.device, step: int) -> None:
+        """Draw; where no average is kept every process does, since the weights may be sharded."""
+        model = self.trainer.evaluation_model()
+        if self.writer is None and self.trainer.ema is not None:
+            return
+        painter = TextToImage(model, self.vae.to(device), self.text_encoder)
+        seeds = list(range(len(self.prompts)))
+        columns = [
+            painter.pictures(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
+            for scale in self.args.grid_scales
+        ]
+        if self.writer is None:
+            return
+        groups = [Group([to_picture(one) for one in row], prompt) for prompt, *row in zip(self.prompts, *columns)]
+        sheet = draw_sheet(groups, [f"guidance {scale:g}" for scale in self.args.grid_scales], n_across=2)
+        self.writer.add_image("pictures/prompts", np.asarray(sheet), step, dataformats="HWC")
+        self.writer.flush()
