@@ -23,6 +23,7 @@ SCHEMA = 1
 MANIFEST = "manifest.json"
 JOURNAL = "progress.jsonl"
 MMAP_BYTES = 4 << 20  # Reading is faster than mapping below this size.
+KEPT_BYTES = 256 << 20  # A split whose files are smaller than this altogether stays in memory once it is read.
 
 
 class CachedDataset(Dataset):
@@ -53,7 +54,8 @@ class CachedDataset(Dataset):
                 f"{self.folder} has no samples in split {split!r} (it has {counts}); a validation split comes from "
                 f"--validation_fraction or --validation_dataset: {self.command()}"
             )
-        present = {file.name for file in os.scandir(self.folder / split)} if (self.folder / split).is_dir() else set()
+        files = os.scandir(self.folder / split) if (self.folder / split).is_dir() else ()
+        present = {file.name: file.stat().st_size for file in files}
         missing = [entry["key"] for entry in self.entries if f"{entry['key']}.pt" not in present]
         if missing:
             raise FileNotFoundError(
@@ -61,18 +63,26 @@ class CachedDataset(Dataset):
                 f"{missing[0]}.pt; this adds them: {self.command()}"
             )
 
+        self.kept: dict[int, dict[str, Tensor]] | None = {} if sum(present.values()) < KEPT_BYTES else None
+
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Raises: ValueError: the file cannot be read; the message names it and the command that writes it again."""
+        index = range(len(self.entries))[index]
+        if self.kept is not None and index in self.kept:
+            return dict(self.kept[index])
         path = self.folder / self.split / f"{self.entries[index]['key']}.pt"
         try:
             mmap = os.path.getsize(path) >= MMAP_BYTES
             sample = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and run: {self.command()}") from error
-        return {**sample, "index": torch.tensor(index % len(self.entries))}
+        sample = {**sample, "index": torch.tensor(index)}
+        if self.kept is not None:
+            self.kept[index] = sample
+        return dict(sample)
 
     def expect(self, **settings: Any) -> Self:
         """Check settings that shaped the tensors, such as `image_size=64`, against those that a model needs.

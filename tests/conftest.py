@@ -10,10 +10,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from latent_cache import make_latents, save_vae, write_captioned_pictures
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from latent_cache import make_latents, save_vae, write_captioned_pictures
 from preprocess_image_vae_dataset import ImageVAEPreprocess
 from pretrain_image_diffusion import ImageDiffusionStage
 from pretrain_image_vae import ImageVAEStage

@@ -60,6 +60,13 @@ def test_training_learns_and_evaluations_compare(train_diffusion):
     assert sum(buckets) / 2 == pytest.approx(values[1], rel=1e-5)
 
 
+def test_bf16_reaches_the_loss_of_fp32_with_fp32_weights(train_diffusion):
+    flags = ["--batch_size", "8", "--ema_decay", "0.9"]
+    runs = [train_diffusion("fp32", 40, *flags), train_diffusion("bf16", 40, *flags, "--bf16")]
+    assert sum(runs[1].losses[-10:]) == pytest.approx(sum(runs[0].losses[-10:]), rel=0.01)
+    assert all(value.dtype == torch.float32 for value in runs[1].weights().values())
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -105,7 +112,7 @@ def test_another_vae_is_refused(train_diffusion, picture_cache, tmp_path):
 
 
 def test_an_override_that_contradicts_the_latents_is_refused(train_diffusion):
-    with pytest.raises(ValueError, match="latent_channels=8 does not fit .* latent_channels=16"):
+    with pytest.raises(ValueError, match=r"latent_channels=8 does not fit .* latent_channels=16"):
         train_diffusion("override", 2, "--override", "latent_channels=8")
 
 

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from evaluate import EvaluateArguments
 from inference.reconstruct_image import ReconstructionArguments
+from inference.text_to_image import TextToImageArguments
+from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
 from preprocess_image_vae_dataset import ImageVAEPreprocess
+from pretrain_image_diffusion import ImageDiffusionStage
 from pretrain_image_vae import ImageVAEStage
+from pretrain_recurrent_vae import RecurrentVAEStage
 from utils.configuration import declared_fields
-from utils.evaluators import EvaluationArguments
 from utils.megatransformer_utils import parse_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,7 +23,11 @@ DOCUMENTS = [ROOT / "README.md", ROOT / "CLAUDE.md", *sorted((ROOT / "docs").glo
 SCRIPTS = {
     "pretrain_image_vae.py": ImageVAEStage.arguments_class,
     "preprocess_image_vae_dataset.py": ImageVAEPreprocess.arguments_class,
-    "evaluate.py": EvaluationArguments,
+    "preprocess_image_diffusion_dataset.py": ImageDiffusionPreprocess.arguments_class,
+    "pretrain_image_diffusion.py": ImageDiffusionStage.arguments_class,
+    "pretrain_recurrent_vae.py": RecurrentVAEStage.arguments_class,
+    "evaluate.py": EvaluateArguments,
+    "inference/text_to_image.py": TextToImageArguments,
     "inference/reconstruct_image.py": ReconstructionArguments,
 }
 # Made by running the commands, or given by the reader.
@@ -32,8 +40,8 @@ def quoted(text: str) -> set[str]:
 
 
 def commands(text: str) -> list[str]:
-    """Shell lines of the code blocks, continuations joined."""
-    blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S)
+    """Shell lines of the code blocks, or of a whole script, continuations joined."""
+    blocks = [text] if text.startswith("#!") else re.findall(r"```(?:bash|sh)\n(.*?)```", text, flags=re.S)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [line.split("  #")[0].strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
@@ -55,7 +63,17 @@ def known_flags() -> set[str]:
 def known_classes() -> set[str]:
     """Names of all classes and functions of the repository."""
     names = set()
-    for folder in ("", "model", "model/image", "utils", "dataset_loading", "inference", "benchmarks", "tests"):
+    for folder in (
+        "",
+        "model",
+        "model/image",
+        "model/text",
+        "utils",
+        "dataset_loading",
+        "inference",
+        "benchmarks",
+        "tests",
+    ):
         for path in (ROOT / folder).glob("*.py"):
             tree = ast.walk(ast.parse(path.read_text()))
             names |= {node.name for node in tree if isinstance(node, ast.ClassDef | ast.FunctionDef)}
@@ -81,7 +99,15 @@ def test_named_flags_exist(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_named_classes_exist(document):
-    foreign = {"Trainer", "TrainingArguments", "PreTrainedModel", "PreTrainedConfig", "AutoencoderKL", "AdamW"}
+    foreign = {
+        "Trainer",
+        "UNet2DConditionModel",
+        "TrainingArguments",
+        "PreTrainedModel",
+        "PreTrainedConfig",
+        "AutoencoderKL",
+        "AdamW",
+    }
     names = {name for name in quoted(document.read_text()) if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name)}
     missing = names - known_classes() - foreign
     assert not missing, f"{document.name} names classes that do not exist: {sorted(missing)}"
@@ -89,7 +115,7 @@ def test_named_classes_exist(document):
 
 def stage_commands() -> list[tuple[str, list[str]]]:
     found = []
-    for document in DOCUMENTS:
+    for document in [*DOCUMENTS, *sorted((ROOT / "recipes").glob("*.sh"))]:
         for line in commands(document.read_text()):
             words = shlex.split(line)
             for position, word in enumerate(words):

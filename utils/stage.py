@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -218,3 +219,5 @@ def set_up_logging() -> None:
     transformers.utils.logging.set_verbosity_warning()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Kernels of 1x1 have two layouts that are the same memory; DDP sees a difference and copies them, which is right.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

@@ -39,10 +39,11 @@ class SamplingArguments:
 
     def validate_sampling(self):
         bounds = self.guidance_interval
-        if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
-            raise ValueError(f"--guidance_interval={bounds} must be two times with 0 <= first <= second <= 1")
-        if self.guidance_scale == 1 and self.guidance_rescale:
-            raise ValueError(f"--guidance_rescale={self.guidance_rescale} has no effect with --guidance_scale 1")
+        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
+            raise ValueError(f"--guidance_interval={bounds} must be two times with 0 <= first < second <= 1")
+        for name, neutral in (("guidance_rescale", 0), ("guidance_interval", [0, 1])):
+            if self.guidance_scale == 1 and getattr(self, name) != neutral:
+                raise ValueError(f"--{name} has no effect with --guidance_scale 1")
 
     def settings(self) -> dict[str, Any]:
         """The sampling flags by name, for reports."""
