@@ -5,23 +5,23 @@
 #   DATASET=my_pictures GPUS=2 bash recipes/image.sh
 #   DATASET=Norod78/cartoon-blip-captions bash recipes/image.sh
 #
-# Any data set with a picture column and a caption column will do; small ones show that the chain runs, and give pictures
-# of their own kind only. Costs below are estimates from parameter and step counts at 40 % of an H100's bf16 rate; they have
-# not been measured. A CPU run with measured costs is recipes/demo.sh.
+# Any data set with a picture column and a caption column will do; small ones show that the chain runs, and give
+# pictures of their own kind only. Costs below are estimates from parameter and step counts, they have not been
+# measured; a run with measured costs is recipes/demo.sh. A second call goes on where the first one stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATASET=${DATASET:-lambdalabs/naruto-blip-captions}
 CAPTIONS=${CAPTIONS:-text}
 GPUS=${GPUS:-8}
 RUN=${RUN:-hub}
-launch() { deepspeed --num_gpus="$GPUS" "$1" --use_deepspeed --bf16 --run_name "$RUN" "${@:2}" --resume_from_checkpoint latest; }
 
 # 1. Pictures to tensors: minutes on the CPU.
 python preprocess_image_vae_dataset.py --dataset_name "$DATASET" --image_size 256 --output_dir "cached_datasets/$RUN" \
     --num_augmented_copies 1 --horizontal_flip
 
 # 2. VAE-GAN of 21 M parameters, f8 with 16 channels, 20,000 steps of 16 pictures per GPU: about 1 hour on 8 GPUs.
-launch pretrain_image_vae.py --config medium --cached_dataset "cached_datasets/$RUN" --deepspeed_config ds_config_zero-1.json \
+deepspeed --num_gpus="$GPUS" pretrain_image_vae.py --use_deepspeed --deepspeed_config ds_config_zero-1.json --bf16 \
+    --config medium --run_name "$RUN" --cached_dataset "cached_datasets/$RUN" --resume_from_checkpoint latest \
     --batch_size 16 --learning_rate 2e-4 --max_steps 20000 --gan_start_step 10000 --gan_ramp_steps 1000 \
     --diff_augment color translation --lecam_weight 0.001 --eval_steps 2000 --save_steps 2000
 python evaluate.py --checkpoint "runs/image_vae/$RUN" --contact_sheet 32
@@ -31,8 +31,9 @@ python preprocess_image_diffusion_dataset.py --dataset_name "$DATASET" --caption
     --vae_checkpoint "runs/image_vae/$RUN" --output_dir "cached_datasets/${RUN}_latents"
 
 # 4. UNet of 140 M parameters, 50,000 steps of 32 latents per GPU: about 3 hours on 8 GPUs.
-launch pretrain_image_diffusion.py --config medium --cached_dataset "cached_datasets/${RUN}_latents" \
-    --vae_checkpoint "runs/image_vae/$RUN" --vae_config medium --deepspeed_config ds_config_zero-2.json \
+deepspeed --num_gpus="$GPUS" pretrain_image_diffusion.py --use_deepspeed --deepspeed_config ds_config_zero-2.json --bf16 \
+    --config medium --run_name "$RUN" --cached_dataset "cached_datasets/${RUN}_latents" --resume_from_checkpoint latest \
+    --vae_checkpoint "runs/image_vae/$RUN" --vae_config medium \
     --batch_size 32 --learning_rate 2e-4 --max_steps 50000 --ema_decay 0.9999 --eval_steps 2500 --save_steps 2500
 
 # 5. Metrics, curves over steps and guidance, pictures.

@@ -2,29 +2,37 @@
 Z latent channels, D width of the decoder, K decoder steps, C = 3 P^2 values of a patch of the canvas.
 
 The decoder is one small network applied K times with the same weights. Each step sees the latents, its own state and
-the picture of the step before (the canvas), and predicts an update of the picture:
+the picture of the step before (the canvas), and corrects the picture:
 
-    state_k, update_k = step(k, state_{k-1}, canvas_{k-1}, latents);   canvas_k = canvas_{k-1} + update_k
+    missing_k = latents - code(canvas_{k-1})
+    s, c      = step(k, state_{k-1}, canvas_{k-1}, latents, missing_k)
+    state_k, correction_k = (1 - a_k) (state_{k-1}, correction_{k-1}) + a_k (s, c),   a_k = min(1, 3 / k)
+    canvas_k  = base + correction_k
 
-- canvas_0 is the linear path of the image VAE, state_0 is zero, and the update starts at zero: an untrained model is the
-  cosine code at every depth;
-- the canvas stays unfolded to patches, (B, C, Y/P, X/P), the layout of the network: no step shuffles pixels;
-- the step number enters as powers k^-c = exp(-c log k): smooth in log k, and nearly constant at depths beyond those
-  that were trained, where the step is one fixed map that training has drawn towards its fixed point;
+- the base is the linear path of the image VAE, state and correction start at zero, and so does the last layer of the
+  step: an untrained model is the cosine code at every depth. A correction is made anew at each step and not summed
+  up: errors do not pile up;
+- from step 4 on a step goes only part of the way (the averaged iteration of Krasnoselskii and Mann): doubling the
+  depth adds as much as two full steps, so that the picture stays good far beyond the depths that were trained;
+- `missing` is what a linear code of the canvas lacks of the latents: each step sees how its last picture is wrong;
+- the canvas stays unfolded to patches with channels last, (B, Y/P, X/P, .): no step shuffles pixels, and all layers
+  but the 3x3 convolution are linear layers on the last axis;
+- the step number enters as powers k^-c = exp(-c log k): smooth in log k, and nearly constant at large k;
 - in training all steps but the last few run without a graph, so that memory does not grow with the depth (truncated
-  backpropagation, as in arXiv 2502.05171); the linear path and the latents enter at every step, so that every parameter
-  has a gradient whatever the depth.
+  backpropagation, as in arXiv 2502.05171); the base and the latents enter at every step, so that every parameter has a
+  gradient whatever the depth.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from model.image.vae import ChannelNorm, PatchCode, PosteriorHead, ResidualBlock, ResidualEncoder
+from model.image.vae import ChannelNorm, PatchCode, PosteriorHead, ResidualBlock, ResidualEncoder, cosine_patterns
 from model.presets import RECURRENT_VAE
 from model.vae import LOGVAR_RANGE, VAE, VAEOutput, ZeroConv2d
 from utils.configuration import StrictConfig, from_preset, option
@@ -47,9 +55,9 @@ class RecurrentVAEConfig(StrictConfig):
         0, "corrections of the posterior by what its reconstruction misses; 0: the encoder alone", ge=0
     )
 
-    canvas_patch_size: int = option(4, "side P of a patch of the decoder's canvas, in pixels", gt=0)
-    decoder_width: int = option(64, "channels D of the decoder's state", gt=0)
-    n_decoder_blocks: int = option(2, "residual blocks of the decoder's step", gt=0)
+    canvas_patch_size: int = option(2, "side P of a patch of the decoder's canvas, in pixels", gt=0)
+    decoder_width: int = option(32, "channels D of the decoder's state", gt=0)
+    n_decoder_blocks: int = option(1, "residual blocks of the decoder's step", gt=0)
     n_steps: int = option(8, "decoder steps K where no number is given", gt=0)
 
     @property
@@ -71,6 +79,10 @@ class RecurrentVAEConfig(StrictConfig):
                 )
 
     def validate_sizes(self):
+        if self.compression % self.canvas_patch_size:
+            raise ValueError(
+                f"canvas_patch_size={self.canvas_patch_size} must divide the compression {self.compression}"
+            )
         if self.latent_channels > 3 * self.compression**2:
             raise ValueError(
                 f"latent_channels={self.latent_channels} must be <= {3 * self.compression**2}, the values of a patch "
@@ -91,21 +103,59 @@ class RecurrentVAEOutput(VAEOutput):
     intermediates: Tensor | None = None
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero."""
+
+
+class CanvasCode(nn.Linear):
+    """Linear code of the canvas, f x f pixels -> Z values; starts as the cosine code that latents start as.
+
+    Args:
+        compression: f, in pixels.
+        patch_size: P; the input holds the f/P x f/P patches of a block, row by row, C values each.
+        latent_channels: Z.
+    """
+
+    def __init__(self, compression: int, patch_size: int, latent_channels: int):
+        super().__init__(3 * compression**2, latent_channels)
+        self.compression, self.patch_size = compression, patch_size
+
+    def initial_weight(self) -> Tensor:
+        """The weight it starts with: orthonormal patterns over `PatchCode.SCALE`."""
+        P, n = self.patch_size, self.compression // self.patch_size
+        patterns = cosine_patterns(self.compression, self.out_features).view(-1, 3, n, P, n, P)
+        return patterns.permute(0, 2, 4, 1, 3, 5).flatten(1) / PatchCode.SCALE
+
+
 class StepEmbedding(nn.Module):
     """Scale and shift of the state at step k, from k^-c for six rates c between 1/4 and 8; start at 0."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.hidden = nn.Conv2d(6, width, 1)
-        self.out = ZeroConv2d(width, 2 * width, 1)
+        self.hidden = nn.Linear(6, width)
+        self.out = ZeroLinear(width, 2 * width)
 
     def forward(self, log_step: Tensor) -> tuple[Tensor, Tensor]:
-        """() fp32, log k -> scale and shift, each (1, D, 1, 1)."""
+        """() fp32, log k -> scale and shift, each (D,) fp32."""
         with torch.autocast(log_step.device.type, enabled=False):
             rates = 2.0 ** torch.arange(-2, 4, device=log_step.device)
-            features = torch.exp(-rates * log_step).view(1, -1, 1, 1)
-            scale, shift = self.out(F.silu(self.hidden(features))).chunk(2, dim=1)
+            scale, shift = self.out(F.silu(self.hidden(torch.exp(-rates * log_step)))).chunk(2)
         return scale, shift
+
+
+class StepBlock(GradientCheckpointingLayer):
+    """x + linear(silu(conv3x3(norm(x)))), the linear layer starting at zero, on (B, Y/P, X/P, D)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+        self.out = ZeroLinear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, Y/P, X/P, D) -> the same shape."""
+        hidden = self.conv(self.norm(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + self.out(F.silu(hidden))
 
 
 class DecoderStep(nn.Module):
@@ -113,108 +163,107 @@ class DecoderStep(nn.Module):
 
     def __init__(self, config: RecurrentVAEConfig):
         super().__init__()
-        width, n_values = config.decoder_width, 3 * config.canvas_patch_size**2
+        P, width = config.canvas_patch_size, config.decoder_width
+        self.upscale = config.compression // P
         self.embedding = StepEmbedding(width)
-        self.norm_in = ChannelNorm(width)
-        self.canvas_in = nn.Conv2d(n_values, width, 1)
-        import os
-        self.miss = bool(int(os.environ.get("MISS", "0")))
-        if self.miss:
-            self.code = PatchCode(config.compression, config.latent_channels, inverse=False)
-            self.missing_in = nn.Conv2d(config.latent_channels, width * (config.compression // config.canvas_patch_size) ** 2, 1)
-            self.P, self.U = config.canvas_patch_size, config.compression // config.canvas_patch_size
-        self.blocks = nn.ModuleList([ResidualBlock(width) for _ in range(config.n_decoder_blocks)])
-        self.norm_out = ChannelNorm(width)
-        self.head = ZeroConv2d(width, n_values, 1)
+        self.code = CanvasCode(config.compression, P, config.latent_channels)
+        self.latents_in = nn.Linear(2 * config.latent_channels, width * self.upscale**2)
+        self.canvas_in = nn.Linear(3 * P**2, width)
+        self.blocks = nn.ModuleList([StepBlock(width) for _ in range(config.n_decoder_blocks)])
+        self.norm_out = nn.LayerNorm(width)
+        self.head = ZeroLinear(width, 3 * P**2)
 
-    def forward(self, log_step: Tensor, state: Tensor, canvas: Tensor, latents: Tensor, raw=None) -> tuple[Tensor, Tensor]:
-        """State and update of step k.
+    def forward(self, log_step: Tensor, state: Tensor, canvas: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """State and correction of step k.
 
         Args:
             log_step: (), log k.
-            state: (B, D, Y/P, X/P).
-            canvas: (B, C, Y/P, X/P), the picture so far.
-            latents: (B, D, Y/P, X/P), as `RecurrentDecoder.latents_in` embeds them.
+            state: (B, Y/P, X/P, D).
+            canvas: (B, Y/P, X/P, C) fp32, the picture of the step before.
+            latents: (B, y, x, Z) fp32.
         Returns:
-            new state, and the update of the canvas in fp32.
+            new state; the picture minus that of the linear path, (B, Y/P, X/P, C) fp32.
         """
+        # What the code of the canvas lacks of the latents; in fp32, for bf16 would round small differences away.
+        with torch.autocast(canvas.device.type, enabled=False):
+            missing = latents - self.code(pack(canvas, self.upscale))
         scale, shift = self.embedding(log_step)
-        x = self.norm_in(state) * (1 + scale) + shift + latents + self.canvas_in(canvas)
-        if self.miss:
-            missing = raw - self.code(F.pixel_shuffle(canvas, self.P))
-            x = x + F.pixel_shuffle(self.missing_in(missing), self.U)
+        x = F.layer_norm(state.float(), state.shape[-1:], 1 + scale, shift)
+        x = x + unpack(self.latents_in(torch.cat([latents, missing], dim=-1)), self.upscale) + self.canvas_in(canvas)
         for block in self.blocks:
             x = block(x)
         return x, self.head(F.silu(self.norm_out(x))).float()
 
 
+def pack(x: Tensor, n: int) -> Tensor:
+    """Blocks of n x n positions as channels: (B, n Y, n X, D) -> (B, Y, X, n n D), a block's rows first."""
+    return x.unflatten(2, (-1, n)).unflatten(1, (-1, n)).transpose(2, 3).flatten(3)
+
+
+def unpack(x: Tensor, n: int) -> Tensor:
+    """The inverse of `pack`: (B, Y, X, n n D) -> (B, n Y, n X, D)."""
+    return x.unflatten(3, (n, n, -1)).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
 @dataclass
 class DecoderState:
-    """Where a decoding stands: what does not change (base, latents), what does (state, change); all (B, ., Y/P, X/P).
+    """Where a decoding stands.
 
     Args:
-        base: the linear path's picture, C channels, fp32.
-        latents: embedded latents, D channels.
-        state: D channels.
-        change: sum of the updates so far, C channels, fp32.
+        latents: (B, y, x, Z) fp32; does not change.
+        base: the linear path's picture, (B, Y/P, X/P, C) fp32; does not change.
+        state: (B, Y/P, X/P, D).
+        correction: the picture minus the base, (B, Y/P, X/P, C) fp32.
     """
 
-    base: Tensor
     latents: Tensor
+    base: Tensor
     state: Tensor
-    change: Tensor
+    correction: Tensor
 
     def select(self, rows: Tensor) -> "DecoderState":
-        """The samples with these indices."""
-        return DecoderState(self.base[rows], self.latents[rows], self.state[rows], self.change[rows])
+        """The samples with these indices, or where this mask holds."""
+        return DecoderState(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 class RecurrentDecoder(nn.Module):
     """Latents (B, Z, y, x) -> pictures (B, 3, Y, X), step by step."""
 
+    FULL_STEPS = 3  # Step k moves state and picture by the share min(1, FULL_STEPS / k) of what the network proposes.
+
     def __init__(self, config: RecurrentVAEConfig):
         super().__init__()
         self.patch_size = config.canvas_patch_size
-        self.upscale = config.compression // config.canvas_patch_size
         self.width = config.decoder_width
         self.code = PatchCode(config.compression, config.latent_channels, inverse=True)
-        self.latents_in = nn.Conv2d(config.latent_channels, config.decoder_width * self.upscale**2, 1)
         self.step = DecoderStep(config)
 
     def begin(self, latents: Tensor) -> DecoderState:
         """The state before the first step."""
-        latents = latents.contiguous(memory_format=torch.channels_last)
-        self.raw = latents
-        base = F.pixel_unshuffle(self.code(latents), self.patch_size)
-        base = base.contiguous(memory_format=torch.channels_last)
-        embedded = F.pixel_shuffle(self.latents_in(latents), self.upscale)
-        embedded = embedded.contiguous(memory_format=torch.channels_last)
-        return DecoderState(base, embedded, torch.zeros_like(embedded), torch.zeros_like(base))
+        base = F.pixel_unshuffle(self.code(latents), self.patch_size).permute(0, 2, 3, 1).contiguous()
+        latents = latents.float().permute(0, 2, 3, 1).contiguous()
+        state = base.new_zeros((*base.shape[:3], self.width))
+        return DecoderState(latents, base, state, torch.zeros_like(base))
 
+    # What counts the steps is not traced: `torch.compile` makes one graph of `DecoderStep`, whatever their number.
+    @torch.compiler.disable(recursive=False)
     def advance(self, now: DecoderState, k: int) -> tuple[DecoderState, Tensor]:
-        """Step k, counted from 1; the state after it and the update of the canvas."""
+        """Step k, counted from 1; the state after it and the update of the canvas, (B, Y/P, X/P, C)."""
         log_step = torch.full((), float(k), device=now.base.device).log()
-        state, update = self.step(log_step, now.state, now.base + now.change, now.latents, self.raw)
-        import os
-        mode = os.environ.get("MODE", "add")
-        if mode == "recycle":
-            update = update - now.change
-        elif mode == "average":
-            update = (update - now.change) / k
-        elif mode == "decay":
-            update = update / k**0.5
-        elif mode == "half":
-            update = (update - now.change) * (1.0 if k == 1 else 0.5)
-        return DecoderState(now.base, now.latents, state, now.change + update), update
+        state, correction = self.step(log_step, now.state, now.base + now.correction, now.latents)
+        share = min(1.0, self.FULL_STEPS / k)
+        update = share * (correction - now.correction)
+        state = now.state + share * (state - now.state)
+        return DecoderState(now.latents, now.base, state, now.correction + update), update
 
     def picture(self, now: DecoderState) -> Tensor:
         """(B, 3, Y, X) fp32."""
-        return F.pixel_shuffle(now.base + now.change, self.patch_size)
+        return F.pixel_shuffle((now.base + now.correction).permute(0, 3, 1, 2), self.patch_size)
 
-    # The loops are not traced: `torch.compile` makes one graph of a step, whatever the number of steps.
     @torch.compiler.disable(recursive=False)
-    def forward(self, latents: Tensor, n_steps: int, n_backprop_steps: int) -> list[Tensor]:
-        """Pictures of the last `n_backprop_steps` steps, which alone have a graph, the deepest last."""
+    def forward(self, latents: Tensor, n_steps: int, n_backprop_steps: int) -> tuple[Tensor, Tensor]:
+        """The last picture (B, 3, Y, X), and those of the steps before it (N, B, 3, Y, X), both of the last
+        `n_backprop_steps` steps alone, which alone have a graph."""
         now = self.begin(latents)
         n_prefix = max(0, n_steps - n_backprop_steps)
         with torch.no_grad():
@@ -226,7 +275,8 @@ class RecurrentDecoder(nn.Module):
         for k in range(n_prefix + 1, n_steps + 1):
             now, _ = self.advance(now, k)
             pictures.append(self.picture(now))
-        return pictures
+        *before, last = pictures
+        return last, torch.stack(before) if before else last.new_zeros((0, *last.shape))
 
     @torch.compiler.disable(recursive=False)
     def pictures_at(self, latents: Tensor, steps: list[int]) -> list[Tensor]:
@@ -324,9 +374,8 @@ class RecurrentVAE(VAE):
         check_steps(n_steps=n_steps, n_backprop_steps=n_backprop_steps)
         mean, logvar = self.encode(image)
         latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
-        *before, last = self.decoder(latents, n_steps, n_backprop_steps)
-        intermediates = torch.stack(before) if before else last.new_zeros((0, *last.shape))
-        return RecurrentVAEOutput(reconstruction=last, mean=mean, logvar=logvar, intermediates=intermediates)
+        reconstruction, intermediates = self.decoder(latents, n_steps, n_backprop_steps)
+        return RecurrentVAEOutput(reconstruction=reconstruction, mean=mean, logvar=logvar, intermediates=intermediates)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """The posterior of a picture, corrected `n_posterior_refinements` times; as `VAE.encode`."""
@@ -384,13 +433,20 @@ class RecurrentVAE(VAE):
             )
 
     def _init_weights(self, module: nn.Module) -> None:
-        """As `VAE._init_weights`, and the image VAE's linear path, posterior head and norms as there.
+        """As `VAE._init_weights`, and:
 
-        ZeroConv2d of step embedding, update and correction: 0, so that a new model is the cosine code at every depth.
+        ZeroLinear                weight 0, bias 0
+        PatchCode, CanvasCode     truncated cosine transform, bias 0
+        PosteriorHead             weight 0, bias 0 for the mean, -5 for logvar
+        LayerNorm, ChannelNorm    weight 1, bias 0
         """
         super()._init_weights(module)
         match module:
-            case ChannelNorm():
+            case ZeroLinear():
+                initialization.zeros_(module.weight)
+            case CanvasCode():
+                initialization.copy_(module.weight, module.initial_weight())
+            case nn.LayerNorm():  # ChannelNorm too.
                 initialization.ones_(module.weight)
                 initialization.zeros_(module.bias)
             case PatchCode():
