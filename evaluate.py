@@ -14,7 +14,6 @@ import logging
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
@@ -25,10 +24,15 @@ from utils.image_diffusion_evaluator import ImageDiffusionEvaluationArguments, I
 from utils.image_vae_evaluator import ImageVAEEvaluationArguments, ImageVAEEvaluator
 from utils.megatransformer_utils import explained_errors, parse_arguments
 from utils.pictures import save_picture, spread
+from utils.recurrent_vae_evaluator import RecurrentVAEEvaluator
 
 logger = logging.getLogger("evaluate")
 
-EVALUATORS: dict[str, type[Evaluator]] = {"image_vae": ImageVAEEvaluator, "image_diffusion": ImageDiffusionEvaluator}
+EVALUATORS: dict[str, type[Evaluator]] = {
+    "image_vae": ImageVAEEvaluator,
+    "recurrent_vae": RecurrentVAEEvaluator,
+    "image_diffusion": ImageDiffusionEvaluator,
+}
 
 
 @dataclasses.dataclass
@@ -96,13 +100,7 @@ def write(args: EvaluateArguments, evaluator: Evaluator, evaluation: Evaluation,
     log_dir = run_dir / "tensorboard"
     group = f"evaluation_{Path(report['data']['folder']).name}_{report['data']['split'] or 'all'}_{report['weights']}"
     with SummaryWriter(str(log_dir)) as writer:
-        for name, value in evaluation.scalars.items():
-            writer.add_scalar(f"{group}/{name}", value, evaluator.step)
-        for name, curve in evaluation.curves.items():
-            for position, value in curve.items():
-                writer.add_scalar(f"{group}/{name}", value, position)
-        for name, picture in evaluation.pictures.items():
-            writer.add_image(f"{group}/{Path(name).stem}", np.asarray(picture), evaluator.step, dataformats="HWC")
+        evaluation.log(writer, group, evaluator.step)
     return [output_dir / "metrics.json", *(output_dir / name for name in evaluation.pictures), log_dir]
 
 

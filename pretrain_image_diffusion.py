@@ -43,6 +43,9 @@ class ImageDiffusionArguments(SamplingArguments, StageArguments):
     time_std: float = option(1.0, "deviation of the logit-normal times", gt=0)
     loss_weighting: Literal["none", "min_snr"] = option("none", "weight of the loss over times")
     min_snr_gamma: float = option(5.0, "largest signal-to-noise ratio that weighs in min_snr (arXiv 2303.09556)", gt=0)
+    channel_weight_power: float = option(
+        0.0, "weight of a latent channel in the loss: this power of its deviation in the VAE; 0: all alike", ge=0
+    )
 
     # What is looked at during training.
     n_time_buckets: int = option(5, "parts of [0, 1] whose validation loss is shown", gt=0)
@@ -83,10 +86,14 @@ class ImageDiffusionStage(Stage):
         return ImageLatentDataset(self.cache_dir, split)
 
     def build_trainer_parts(self, model):
-        if not self.args.eval_pictures:
-            return {}
-        parts = (self.vae, self.text_encoder(), self.cache_dir, self.args.eval_pictures, self.args)
-        return {"measure_samples": SampleMetrics(*parts)}
+        parts = {}
+        if self.args.channel_weight_power:
+            weights = self.vae.latent_std**self.args.channel_weight_power
+            parts["channel_weights"] = weights / weights.mean()
+        if self.args.eval_pictures:
+            drawing = (self.vae, self.text_encoder(), self.cache_dir, self.args.eval_pictures, self.args)
+            parts["measure_samples"] = SampleMetrics(*drawing)
+        return parts
 
     def build_callbacks(self, writer):
         prompts = self.args.prompts

@@ -99,7 +99,7 @@ def saved_bytes(model: RecurrentVAE, image: Tensor, n_steps: int) -> int:
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(image=image, n_steps=n_steps, n_backprop_steps=5)
+        output = model(image=image, n_steps=n_steps, n_backprop_steps=4)
     assert output.reconstruction.requires_grad
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 

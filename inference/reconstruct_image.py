@@ -1,4 +1,4 @@
-"""Reconstruct pictures with an image VAE: a PNG for each, and a sheet of input | reconstruction | difference.
+"""Reconstruct pictures with a VAE of any stage: a PNG for each, and a sheet of input | reconstruction | difference.
 
     python inference/reconstruct_image.py --checkpoint runs/image_vae/demo --input photo.jpg drawings/
 
@@ -17,12 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset_loading.image import decode_image, to_float, to_tensor
 from dataset_loading.picture_folder import find_pictures
-from model.image.vae import ImageVAE
-from utils.checkpoints import load_model
 from utils.configuration import option
 from utils.megatransformer_utils import explained_errors, parse_arguments
 from utils.metrics import psnr
 from utils.pictures import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_picture, triple
+from utils.vae_loading import load_vae
 
 logger = logging.getLogger("reconstruct_image")
 MAX_ROWS = 32  # on the sheet
@@ -45,7 +44,7 @@ class ReconstructionArguments:
 def reconstruct(args: ReconstructionArguments) -> None:
     """Reconstruct all pictures; damaged ones are named and left out."""
     files = find_pictures(args.input)
-    model = load_model(ImageVAE, args.checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_vae(args.checkpoint, needs_statistics=False).to("cuda" if torch.cuda.is_available() else "cpu")
     length = model.config.image_size if args.image_size < 0 else args.image_size
     groups = []
     for name, file in files.items():

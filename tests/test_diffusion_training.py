@@ -83,6 +83,17 @@ def test_every_objective_trains_and_samples(flags, train_diffusion):
     assert all(loss == loss and loss < 10 for loss in run.losses)
 
 
+def test_channel_weights_weigh_the_loss_of_each_channel(train_diffusion, latent_cache):
+    plain = train_diffusion("plain", 1, "--batch_size", "8")
+    weighted = train_diffusion("weighted", 1, "--batch_size", "8", "--channel_weight_power", "1")
+    assert weighted.losses[0] != pytest.approx(plain.losses[0], rel=1e-4)
+    # The network starts at zero, so that the loss is the mean square of its target in either weighting.
+    history = [
+        json.loads((run.folder / "trainer_state.json").read_text())["log_history"][0] for run in (plain, weighted)
+    ]
+    assert history[0]["loss/mse"] == history[1]["loss/mse"] == pytest.approx(plain.losses[0], rel=1e-5)
+
+
 def test_half_of_the_mirrored_latents_are_used(train_diffusion, latent_cache):
     """The trainer's draw is the plain or the mirrored posterior, both often, and depends on step and sample alone."""
     from utils.diffusion_trainer import DiffusionTrainer

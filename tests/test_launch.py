@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference
+from pretrain_recurrent_vae import RecurrentVAEStage
+from tests.conftest import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference, run_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.launch
 
 
-COMMON = {"image_vae": SMALL_RUN, "image_diffusion": SMALL_DIFFUSION}
+COMMON = {"image_vae": SMALL_RUN, "recurrent_vae": SMALL_RUN, "image_diffusion": SMALL_DIFFUSION}
 
 
 def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str, stage: str = "image_vae") -> Run:
@@ -107,6 +108,18 @@ def test_diffusion_under_zero_2_equals_one_process_and_resumes_exactly(train_dif
     for name in ("model", "ema"):
         assert largest_difference(one.weights(name), straight.weights(name)) <= 1e-4
         assert largest_difference(straight.weights(name), resumed.weights(name)) == 0
+    assert straight.losses[4:] == resumed.losses[4:]
+
+
+def test_recurrent_vae_under_zero_2_equals_one_process_and_resumes_exactly(picture_cache, tmp_path, fresh_logging):
+    steps = ["--mean_decoder_steps", "3", "--max_decoder_steps", "4", "--n_backprop_steps", "2"]
+    one = run_stage(RecurrentVAEStage, SMALL_RUN, picture_cache, tmp_path, "one", 8, "--batch_size", "8", *steps)
+    straight, resumed = launch_and_resume("recurrent_vae", picture_cache, tmp_path, ["--batch_size", "4", *steps])
+    # Rounding grows along the decoder's steps.
+    assert straight.losses == pytest.approx(one.losses, rel=1e-4)
+    for name in ("model", "ema"):
+        assert largest_difference(straight.weights(name), resumed.weights(name)) == 0
+    assert largest_difference(straight.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
     assert straight.losses[4:] == resumed.losses[4:]
 
 

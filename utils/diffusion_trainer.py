@@ -19,11 +19,19 @@ class DiffusionTrainer(StageTrainer):
     Times, noise, the choice of mirrored latents and dropped captions belong to (seed, step, sample).
 
     Args:
+        channel_weights: weight of each latent channel in the training loss, (Z,), mean 1; None for 1 each.
         measure_samples: metrics by name of what a model generates, called at each evaluation; None for none.
     """
 
-    def __init__(self, *, measure_samples: Callable[..., dict[str, float]] | None = None, **kwargs):
+    def __init__(
+        self,
+        *,
+        channel_weights: Tensor | None = None,
+        measure_samples: Callable[..., dict[str, float]] | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
+        self.channel_weights = None if channel_weights is None else channel_weights.to(self.args.device)
         self.measure_samples = measure_samples
 
     def draw_latents(self, inputs: dict) -> Tensor:
@@ -42,22 +50,25 @@ class DiffusionTrainer(StageTrainer):
         time = process.training_times(uniforms, args.time_sampling, args.time_mean, args.time_std)
         drop = self.sample_uniforms(inputs, "drop", ()) < args.caption_dropout
         noise = self.sample_noise(inputs, "noise", latents.shape[1:])
-        error = self.squared_error(model, inputs, latents, noise, time, drop)
+        errors = self.squared_errors(model, inputs, latents, noise, time, drop)
+        self.record({"loss/mse": errors.mean()})
+        if self.channel_weights is not None:
+            errors = errors * self.channel_weights
+        error = errors.mean(1)
         loss = (process.loss_weight(time, args.loss_weighting, args.min_snr_gamma) * error).mean()
-        self.record({"loss/mse": error.mean()})
         return loss
 
-    def squared_error(self, model, inputs, latents, noise, time, drop=None) -> Tensor:
-        """Mean squared error of the prediction per sample, (B,) fp32."""
+    def squared_errors(self, model, inputs, latents, noise, time, drop=None) -> Tensor:
+        """Mean squared error of the prediction per sample and channel, (B, Z) fp32."""
         process = self.model.process
         text = {name: inputs[name] for name in TEXT_INPUTS if name in inputs}
         output = model(latents=process.add_noise(latents, noise, time), time=time, drop=drop, **text)
         target = process.target(latents, noise, time)
-        return (output.prediction.float() - target).square().flatten(1).mean(1)
+        return (output.prediction.float() - target).square().flatten(2).mean(2)
 
     def evaluation_terms(self, model, inputs):
         """The error at one time in each of K equal parts of [0, 1]; time and noise belong to the sample alone, so that
-        evaluations compare. `loss` is the mean over the parts."""
+        evaluations compare. Channels and times weigh alike; `loss` is the mean over the parts."""
         n_buckets, index, latents = self.stage_arguments.n_time_buckets, inputs["index"], inputs["mean"]
         terms: dict[str, Tensor] = {}
         for bucket in range(n_buckets):
@@ -66,7 +77,7 @@ class DiffusionTrainer(StageTrainer):
             noise = sample_normal(self.args.seed, 0, index, stream, latents.shape[1:]).to(device)
             time = (bucket + within) / n_buckets
             name = f"loss_t{bucket / n_buckets:.2f}-{(bucket + 1) / n_buckets:.2f}"
-            terms[name] = self.squared_error(model, inputs, latents, noise, time)
+            terms[name] = self.squared_errors(model, inputs, latents, noise, time).mean(1)
         return {**terms, "loss": torch.stack(list(terms.values())).mean(0)}
 
     def evaluation_extras(self, model):

@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from rich.console import RenderableType
+from torch.utils.tensorboard import SummaryWriter
 
 from utils.checkpoints import EMA, load_model, read_stage, step_of
 from utils.configuration import declared_fields, option
@@ -69,6 +71,16 @@ class Evaluation:
     tables: Sequence[RenderableType]
     pictures: dict[str, Image]
     curves: dict[str, dict[int, float]] = dataclasses.field(default_factory=dict)
+
+    def log(self, writer: SummaryWriter, group: str, step: int) -> None:
+        """Write scalars, curves and pictures to TensorBoard."""
+        for name, value in self.scalars.items():
+            writer.add_scalar(f"{group}/{name}", value, step)
+        for name, curve in self.curves.items():
+            for position, value in curve.items():
+                writer.add_scalar(f"{group}/{name}", value, position)
+        for name, picture in self.pictures.items():
+            writer.add_image(f"{group}/{Path(name).stem}", np.asarray(picture), step, dataformats="HWC")
 
 
 class Evaluator:

@@ -417,7 +417,10 @@ class ImageVAEGANTrainer(GANTrainer):
         for start in range(0, n_samples, batch_size * world_size()):
             # Every process runs the same number of forwards; beyond the end it counts nothing.
             first = start + rank() * batch_size
-            indices = range(first, min(first + batch_size, n_samples))
+            # Spread over the whole set, whose order often goes by kind.
+            indices = [
+                i * len(self.train_dataset) // n_samples for i in range(first, min(first + batch_size, n_samples))
+            ]
             samples = [self.train_dataset[i] for i in indices] or [self.train_dataset[0]]
             inputs = self._prepare_inputs(self.data_collator(samples))
             output = model(image=inputs["image"])

@@ -15,11 +15,12 @@ from utils.checkpoints import EMA, load_model, read_stage, resolve_checkpoint
 VAE_CLASSES: dict[str, type[VAE]] = {"image_vae": ImageVAE, "recurrent_vae": RecurrentVAE}
 
 
-def load_vae(path: str | Path, preset: str = "") -> VAE:
+def load_vae(path: str | Path, preset: str = "", *, needs_statistics: bool = True) -> VAE:
     """The VAE of a checkpoint or run folder with averaged weights, in fp32 and eval mode, on the CPU.
 
     Args:
         preset: the size that the checkpoint must have been trained with; "" accepts any.
+        needs_statistics: refuse a VAE whose latents were not measured, as everything that works on latents must.
     Raises:
         FileNotFoundError: no complete checkpoint.
         ValueError: a checkpoint of a stage that trains no VAE, of another preset, or whose latents were not measured.
@@ -32,7 +33,7 @@ def load_vae(path: str | Path, preset: str = "") -> VAE:
     if preset and preset != record["preset"]:
         raise ValueError(f"{folder} was trained with preset {record['preset']!r}, not {preset!r}")
     vae = load_model(VAE_CLASSES[record["stage"]], folder)
-    if not vae.latent_mean.any() and (vae.latent_std == 1).all():
+    if needs_statistics and not vae.latent_mean.any() and (vae.latent_std == 1).all():
         raise ValueError(
             f"{folder} has no latent statistics (mean 0 and deviation 1 in every channel): they are measured while a "
             f"VAE trains; use a later checkpoint, or train it with pretrain_{record['stage']}.py"

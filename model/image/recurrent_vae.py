@@ -6,14 +6,16 @@ the picture of the step before (the canvas), and corrects the picture:
 
     missing_k = latents - code(canvas_{k-1})
     s, c      = step(k, state_{k-1}, canvas_{k-1}, latents, missing_k)
-    state_k, correction_k = (1 - a_k) (state_{k-1}, correction_{k-1}) + a_k (s, c),   a_k = min(1, 3 / k)
+    state_k, correction_k = (1 - a_k) (state_{k-1}, correction_{k-1}) + a_k (s, c),   a_k = min(1, 3.5 / k)
     canvas_k  = base + correction_k
 
 - the base is the linear path of the image VAE, state and correction start at zero, and so does the last layer of the
   step: an untrained model is the cosine code at every depth. A correction is made anew at each step and not summed
   up: errors do not pile up;
 - from step 4 on a step goes only part of the way (the averaged iteration of Krasnoselskii and Mann): doubling the
-  depth adds as much as two full steps, so that the picture stays good far beyond the depths that were trained;
+  depth adds as much as 2.4 full steps, so that the picture stays good far beyond the depths that were trained.
+  Training itself takes full steps, a_k = 1: a run that averaged there too, with other settings changed, was worse
+  (`docs/experiments.md`);
 - `missing` is what a linear code of the canvas lacks of the latents: each step sees how its last picture is wrong;
 - the canvas stays unfolded to patches with channels last, (B, Y/P, X/P, .): no step shuffles pixels, and all layers
   but the 3x3 convolution are linear layers on the last axis;
@@ -229,7 +231,8 @@ class DecoderState:
 class RecurrentDecoder(nn.Module):
     """Latents (B, Z, y, x) -> pictures (B, 3, Y, X), step by step."""
 
-    FULL_STEPS = 3  # Step k moves state and picture by the share min(1, FULL_STEPS / k) of what the network proposes.
+    # Outside training step k moves state and picture by the share min(1, FULL_STEPS / k) of what the network proposes.
+    FULL_STEPS = 3.5
 
     def __init__(self, config: RecurrentVAEConfig):
         super().__init__()
@@ -251,7 +254,7 @@ class RecurrentDecoder(nn.Module):
         """Step k, counted from 1; the state after it and the update of the canvas, (B, Y/P, X/P, C)."""
         log_step = torch.full((), float(k), device=now.base.device).log()
         state, correction = self.step(log_step, now.state, now.base + now.correction, now.latents)
-        share = min(1.0, self.FULL_STEPS / k)
+        share = 1.0 if self.training else min(1.0, self.FULL_STEPS / k)
         update = share * (correction - now.correction)
         state = now.state + share * (state - now.state)
         return DecoderState(now.latents, now.base, state, now.correction + update), update

@@ -91,7 +91,7 @@ def test_decoding_is_the_recurrence_written_out(model):
         for block in step.blocks:
             hidden = block.conv(block.norm(proposed).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
             proposed = proposed + block.out(silu(hidden))
-        share = (1, 1, 1, 3 / 4, 3 / 5)[k - 1]
+        share = (1, 1, 1, 3.5 / 4, 3.5 / 5)[k - 1]
         state = (1 - share) * state + share * proposed
         corrected = step.head(silu(step.norm_out(proposed))).permute(0, 3, 1, 2)
         correction = (1 - share) * correction + share * corrected
@@ -121,6 +121,18 @@ def test_forward_decodes_a_sample_of_the_posterior(model):
     torch.testing.assert_close(output.reconstruction, last)
     torch.testing.assert_close(output.intermediates, before[None])
     assert not len(model(image=pictures(), n_steps=1).intermediates)
+
+
+def test_training_takes_full_steps(model):
+    """Averaging starts at step 4, and outside training."""
+    for n_steps, same in ((3, True), (4, False)):
+        averaged = model.eval()(image=pictures(), n_steps=n_steps).reconstruction
+        full = model.train()(image=pictures(), n_steps=n_steps).reconstruction
+        assert torch.allclose(averaged, full, atol=1e-6) == same
+    now = model.decoder.begin(noise())
+    after, update = model.decoder.advance(now, 9)
+    proposed = model.decoder.step(torch.tensor(9.0).log(), now.state, now.base, now.latents)
+    torch.testing.assert_close((after.state, update), proposed)
 
 
 def test_step_numbers_matter_less_and_less(model):
