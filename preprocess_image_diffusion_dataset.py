@@ -60,6 +60,7 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
     media = "image"
     suffixes = IMAGE_SUFFIXES
     models = ("vae", "text_encoder")
+    encodes_captions = True
 
     def __init__(self, args: ImageDiffusionPreprocessArguments):
         super().__init__(args)

@@ -15,14 +15,13 @@ from dataset_loading.collators import collate_captioned
 from dataset_loading.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.presets import IMAGE_DIFFUSION
-from model.text.feature_extractors import FrozenTextEncoder
 from utils.configuration import option
 from utils.diffusion_trainer import DiffusionTrainer
 from utils.megatransformer_utils import StageArguments
 from utils.pictures import spread
 from utils.sample_metrics import SampleMetrics
 from utils.stage import Stage
-from utils.text_to_image import PromptGrids, SamplingArguments, check_vae, fit_to_latents
+from utils.text_to_image import PromptGrids, SamplingArguments, check_vae, fit_to_latents, load_text_encoder
 from utils.vae_loading import load_vae
 
 
@@ -48,13 +47,14 @@ class ImageDiffusionArguments(SamplingArguments, StageArguments):
     )
 
     # What is looked at during training.
-    n_time_buckets: int = option(5, "parts of [0, 1] whose validation loss is shown", gt=0)
+    n_time_buckets: int = option(5, "parts of [0, 1] whose validation loss is shown", gt=0, le=100)
     prompts: list[str] = option([], "captions of the picture grids; default: validation captions")
     n_prompts: int = option(8, "validation captions of the picture grids; 0: no grids", ge=0)
     eval_pictures: int = option(64, "validation captions drawn for the metrics of each evaluation; 0: none", ge=0)
     grid_scales: list[float] = option([1.0, 3.0], "guidance scales of the picture grids", ge=0)
 
     needs = {
+        "n_prompts": ("prompts", []),
         "time_mean": ("time_sampling", "logit_normal"),
         "time_std": ("time_sampling", "logit_normal"),
         "min_snr_gamma": ("loss_weighting", "min_snr"),
@@ -80,6 +80,7 @@ class ImageDiffusionStage(Stage):
         path, latents = self.latents["vae_checkpoint"], self.latents
         check_vae(path, latents["vae_fingerprint"], f"the latents in {self.cache_dir}")
         self.vae = load_vae(path, self.args.vae_config).requires_grad_(False)
+        self.text_encoder = load_text_encoder(latents)
         return fit_to_latents(super().build_config(), latents, self.args.override, self.cache_dir)
 
     def build_dataset(self, split, config):
@@ -91,7 +92,7 @@ class ImageDiffusionStage(Stage):
             weights = self.vae.latent_std**self.args.channel_weight_power
             parts["channel_weights"] = weights / weights.mean()
         if self.args.eval_pictures:
-            drawing = (self.vae, self.text_encoder(), self.cache_dir, self.args.eval_pictures, self.args)
+            drawing = (self.vae, self.text_encoder, self.cache_dir, self.args.eval_pictures, self.args)
             parts["measure_samples"] = SampleMetrics(*drawing)
         return parts
 
@@ -100,12 +101,7 @@ class ImageDiffusionStage(Stage):
         if not prompts:
             captions = [entry["caption"] for entry in ImageLatentDataset(self.cache_dir, "validation").entries]
             prompts = [captions[index] for index in spread(len(captions), self.args.n_prompts)]
-        return [PromptGrids(writer, self.vae, self.text_encoder(), prompts, self.args)] if prompts else []
-
-    def text_encoder(self):
-        """The frozen encoder of the captions, where the latents were made with one."""
-        name = self.latents["text_encoder"]
-        return FrozenTextEncoder(name) if name else None
+        return [PromptGrids(writer, self.vae, self.text_encoder, prompts, self.args)] if prompts else []
 
     def extra_record(self):
         return {"latents": self.latents}

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset_loading.collators import collate_captioned
 from dataset_loading.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
-from utils.checkpoints import checkpoints_in, load_model, step_of
+from utils.checkpoints import checkpoints_in, is_complete, load_model, step_of
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIFORM = ["--time_sampling", "uniform"]
@@ -50,13 +50,15 @@ def run(*words: str) -> None:
 
 def train_and_measure(args: argparse.Namespace, objective: str, seed: int) -> dict[float, dict]:
     """Metrics by guidance scale of one run."""
-    name = f"{objective.replace(', ', '_').replace(' ', '_')}_{args.max_steps}_{seed}"
+    cache = ImageLatentDataset(args.cached_dataset, "train").fingerprint
+    name = f"{objective.replace(', ', '_').replace(' ', '_')}_{args.config}_{cache}_{args.max_steps}_{seed}"
     run_dir = Path(args.output_dir) / "image_diffusion" / name
     every = str(args.max_steps // N_TENTHS)
-    if not (run_dir / f"checkpoint-{args.max_steps}").is_dir():
+    if not is_complete(run_dir / f"checkpoint-{args.max_steps}"):
         flags = ["--config", args.config, "--run_name", name, "--output_dir", args.output_dir, "--seed", str(seed)]
         flags += ["--cached_dataset", args.cached_dataset, "--max_steps", str(args.max_steps), "--eval_pictures", "0"]
-        flags += ["--batch_size", "32", "--learning_rate", "2e-3", "--n_prompts", "0", "--save_steps", every]
+        flags += ["--batch_size", "32", "--learning_rate", "4e-3", "--channel_weight_power", "1", "--n_prompts", "0"]
+        flags += ["--save_steps", every]
         flags += ["--eval_steps", str(args.max_steps), "--save_total_limit", str(N_TENTHS), "--resume_from_checkpoint"]
         run("pretrain_image_diffusion.py", *flags, *OBJECTIVES[objective])
     found = {}
@@ -64,6 +66,7 @@ def train_and_measure(args: argparse.Namespace, objective: str, seed: int) -> di
         out = run_dir / f"guidance_{scale:g}"
         if not (out / "metrics.json").is_file():
             flags = ["--checkpoint", str(run_dir), "--guidance_scale", str(scale), "--n_steps", "20"]
+            flags += ["--training_samples", "1000"]
             run("evaluate.py", *flags, "--output_dir", str(out))
         found[scale] = json.loads((out / "metrics.json").read_text())["scores"]
     found["average_over_raw"] = average_over_raw(run_dir, args.cached_dataset)
@@ -126,6 +129,8 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, one thread each")
     parser.add_argument("--output_dir", default="runs/benchmark")
     args = parser.parse_args()
+    if args.max_steps < N_TENTHS or args.max_steps % N_TENTHS:
+        parser.error(f"--max_steps={args.max_steps} must be a multiple of {N_TENTHS}")
     pairs = [(objective, seed) for seed in args.seeds for objective in OBJECTIVES]
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(lambda pair: train_and_measure(args, *pair), pairs))

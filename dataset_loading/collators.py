@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.text.tokenizer import pad_tokens
-
-TOKEN_MULTIPLE = 8  # Captions are padded to a multiple of so many tokens.
+from model.text.tokenizer import TOKENS_MULTIPLE, pad_tokens
 
 
 def collate_stack(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -42,9 +40,9 @@ def collate_captioned(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]
     text = ("tokens", "text_states")
     stacked = collate_stack([{name: sample[name] for name in sample if name not in text} for sample in samples])
     if "text_states" not in samples[0]:
-        tokens, mask = pad_tokens([sample["tokens"] for sample in samples], TOKEN_MULTIPLE)
+        tokens, mask = pad_tokens([sample["tokens"] for sample in samples], TOKENS_MULTIPLE)
         return {**stacked, "tokens": tokens, "mask": mask}
-    positions, mask = pad_tokens([torch.ones(len(sample["text_states"])) for sample in samples], TOKEN_MULTIPLE)
+    positions, mask = pad_tokens([torch.ones(len(sample["text_states"])) for sample in samples], TOKENS_MULTIPLE)
     states = samples[0]["text_states"].new_zeros(*positions.shape, samples[0]["text_states"].shape[1])
     for row, sample in zip(states, samples):
         row[: len(sample["text_states"])] = sample["text_states"]

@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.checkpoints import EMA, provenance, resolve_checkpoint, write_json
+from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.configuration import option
 from utils.megatransformer_utils import explained_errors, parse_arguments
 from utils.pictures import Group, draw_sheet, save_picture, to_picture
@@ -53,8 +53,9 @@ def draw(args: TextToImageArguments) -> None:
         raise ValueError(f"--prompt_file {args.prompt_file} has no line with text")
     seeds, folder = args.seeds or list(range(args.n_pictures)), Path(args.output_dir)
     checkpoint = resolve_checkpoint(args.checkpoint)
+    weights = chosen_weights(checkpoint, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    painter = TextToImage.load(checkpoint, args.vae_checkpoint, args.weights, device)
+    painter = TextToImage.load(checkpoint, args.vae_checkpoint, weights, device)
     tasks, drawn, files = [(*each, seed) for each in enumerate(prompts) for seed in seeds], [], []
     for start in range(0, len(tasks), args.batch_size):
         batch = tasks[start : start + args.batch_size]
@@ -68,7 +69,6 @@ def draw(args: TextToImageArguments) -> None:
     rows = [drawn[start : start + len(seeds)] for start in range(0, len(drawn), len(seeds))]
     labels = [f"seed {seed}" for seed in seeds]
     save_picture(draw_sheet([Group(*row) for row in zip(rows, prompts)], labels), folder / "sheet.png")
-    weights = args.weights if (checkpoint / EMA).is_file() else "raw"
     used = {"checkpoint": str(checkpoint), "weights": weights, "seeds": seeds, "device": device, "pictures": files}
     write_json(folder / "settings.json", {**dataclasses.asdict(args), **used, **provenance()})
     print(folder / "sheet.png")

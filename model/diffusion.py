@@ -10,7 +10,8 @@ Notable:
 - the coarsest level has no skip connections; finer ones have one per block, through a 1x1 convolution;
 - captions are bytes. Hashed n-grams of bytes (arXiv 2412.09871, section 3.2.1) tell the small text transformer which
   word it is in.
-Time embedding, scales and shifts, norm statistics and the last layer are fp32 also under autocast.
+Time embedding, scales and shifts, and the last layer are kept out of autocast: fp32 (on CUDA convolutions then follow
+`torch.backends.cudnn.allow_tf32`). Norm statistics are fp32 inside the kernels.
 """
 
 import math
@@ -355,7 +356,7 @@ class ByteTextEncoder(nn.Module):
             )
         # Padding keeps its content out of the hashes even where the caller put something there.
         tokens = tokens.masked_fill(~mask, PADDING)
-        x = self.bytes(tokens) + self.positions.weight[:T]
+        x = self.bytes(tokens) + self.positions(torch.arange(T, device=tokens.device))
         if self.n_grams is not None:
             x = x + self.n_grams(n_gram_buckets(tokens, self.n_gram_sizes, self.n_gram_buckets)).sum(dim=2)
         for layer in self.layers:

@@ -118,6 +118,17 @@ def load_model(model_class: type, path: str | Path, weights: Literal["ema", "raw
     return model.eval()
 
 
+def chosen_weights(checkpoint: Path, args: Any) -> Literal["ema", "raw"]:
+    """Which weights of a checkpoint folder the flag `--weights` means; averaged ones only where they were kept.
+
+    Raises: ValueError: `--weights ema` was given and there are none.
+    """
+    averaged = (checkpoint / EMA).is_file()
+    if not averaged and args.weights == "ema" and "weights" in args.given:
+        raise ValueError(f"{checkpoint} has no averaged weights ({EMA}); use --weights raw")
+    return args.weights if averaged else "raw"
+
+
 def rotate(run_dir: Path, limit: int) -> None:
     """Delete the oldest complete checkpoints beyond `limit`, and incomplete folders older than the newest complete
     one."""

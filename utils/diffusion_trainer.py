@@ -72,9 +72,9 @@ class DiffusionTrainer(StageTrainer):
         n_buckets, index, latents = self.stage_arguments.n_time_buckets, inputs["index"], inputs["mean"]
         terms: dict[str, Tensor] = {}
         for bucket in range(n_buckets):
-            stream, device = f"evaluation {bucket}", latents.device
-            within = sample_uniform(self.args.seed, 0, index, stream, ()).to(device)
-            noise = sample_normal(self.args.seed, 0, index, stream, latents.shape[1:]).to(device)
+            within = sample_uniform(self.args.seed, 0, index, f"evaluation time {bucket}", ())
+            noise = sample_normal(self.args.seed, 0, index, f"evaluation noise {bucket}", latents.shape[1:])
+            within, noise = within.to(latents.device), noise.to(latents.device)
             time = (bucket + within) / n_buckets
             name = f"loss_t{bucket / n_buckets:.2f}-{(bucket + 1) / n_buckets:.2f}"
             terms[name] = self.squared_errors(model, inputs, latents, noise, time).mean(1)
@@ -84,5 +84,5 @@ class DiffusionTrainer(StageTrainer):
         if self.measure_samples is None:
             return {}
         # A plain copy with averaged weights is sampled by one process, weights that may be sharded by all.
-        found = self.measure_samples(model) if self.ema is None or rank() == 0 else {}
-        return from_main(found)
+        takes_part = model is not self.ema_model or rank() == 0
+        return from_main(self.measure_samples(self.accelerator.unwrap_model(model)) if takes_part else {})

@@ -16,7 +16,7 @@ from PIL.Image import Image
 from rich.console import RenderableType
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.checkpoints import EMA, load_model, read_stage, step_of
+from utils.checkpoints import chosen_weights, load_model, read_stage, step_of
 from utils.configuration import declared_fields, option
 
 logger = logging.getLogger(__name__)
@@ -107,10 +107,7 @@ class Evaluator:
             raise ValueError(f"{foreign}: no effect on {checkpoint}, which is of stage {self.record['stage']!r}")
         self.step = step_of(checkpoint)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        averaged = (checkpoint / EMA).is_file()
-        if not averaged and args.weights == "ema" and "weights" in args.given:
-            raise ValueError(f"{checkpoint} has no averaged weights ({EMA}); use --weights raw")
-        self.weights: Literal["ema", "raw"] = args.weights if averaged else "raw"
+        self.weights = chosen_weights(checkpoint, args)
         self.model = self.load_model()
 
     def load_model(self) -> Any:

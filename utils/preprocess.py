@@ -137,6 +137,7 @@ class Preprocess:
     arguments_class: ClassVar[type[PreprocessArguments]] = PreprocessArguments
     media: ClassVar[str]  # "image" or "audio"
     suffixes: ClassVar[Collection[str]]
+    encodes_captions: ClassVar[bool] = False  # Whether the tensors depend on the caption.
 
     def __init__(self, args: Any):
         self.args = args
@@ -286,10 +287,16 @@ class Preprocess:
                 n_copies = self.args.num_augmented_copies if split == "train" else 0
                 keys = {copy: sample_key(name, seen[name], copy) for copy in range(1 + n_copies)}
                 seen[name] += 1
-                there = [key for key in keys.values() if (split, key) in known and self.path(split, key).exists()]
+                there = [key for key in keys.values() if self.is_there(known.get((split, key)), split, raw.caption)]
                 entries = [{**known[split, key], "caption": raw.caption} for key in there]
                 missing = {copy: key for copy, key in keys.items() if key not in there}
                 yield Task(next(number), split, name, raw if missing else Raw(None, ""), missing, entries)
+
+    def is_there(self, entry: dict[str, Any] | None, split: str, caption: str) -> bool:
+        """Whether an earlier run wrote a sample that still holds."""
+        if entry is None or (self.encodes_captions and entry["caption"] != caption):
+            return False
+        return self.path(split, entry["key"]).exists()
 
     def path(self, split: str, key: str) -> Path:
         """The file of a sample."""

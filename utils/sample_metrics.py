@@ -1,6 +1,6 @@
 """Metrics of generated pictures while a diffusion model trains."""
 
-import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,8 @@ from utils.image_diffusion_evaluator import generation_metrics, train_probe
 from utils.pictures import spread
 from utils.text_agreement import TextProbe, UnusableCaptionsError
 from utils.text_to_image import TextToImage
+
+logger = logging.getLogger(__name__)
 
 
 class SampleMetrics:
@@ -37,7 +39,15 @@ class SampleMetrics:
         painter = TextToImage(model, self.vae.to(model.device), self.text_encoder)
         if not self.has_probe:
             self.has_probe = True
-            with contextlib.suppress(UnusableCaptionsError):
+            try:
                 self.probe = train_probe(painter, self.training)
+            except UnusableCaptionsError as error:
+                logger.warning("agreement with the captions is not measured: %s", error)
         batch_size = self.args.eval_batch_size
-        return generation_metrics(painter, self.held_out, self.indices, self.args, self.probe, batch_size=batch_size)
+        try:
+            return generation_metrics(
+                painter, self.held_out, self.indices, self.args, self.probe, batch_size=batch_size
+            )
+        except ValueError as error:  # A run may recover from what a look at it finds.
+            logger.warning("no metrics of generated pictures: %s", error)
+            return {}

@@ -84,9 +84,8 @@ class Stage:
         """Parse, check, build, train or resume, save, evaluate; returns the last evaluation's metrics."""
         args = parse_arguments(cls.arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
         set_up_logging()
-        stage = cls(args)
         with explained_errors(logger):
-            return stage.run()
+            return cls(args).run()
 
     def run(self) -> dict[str, float]:
         """The order of every stage."""

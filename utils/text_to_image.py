@@ -4,6 +4,7 @@ B batch, Z latent channels, y x latent rows and columns, S side of a picture, T 
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,19 +18,25 @@ from transformers import TrainerCallback
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.samplers import SAMPLERS, guided_denoiser, initial_noise, sample
 from model.text.feature_extractors import FrozenTextEncoder
-from model.text.tokenizer import encode_caption, pad_tokens
+from model.text.tokenizer import TOKENS_MULTIPLE, encode_caption, pad_tokens
 from model.vae import VAE
 from utils.checkpoints import load_model, read_stage
 from utils.configuration import option
+from utils.frozen_text import text_encoder_fingerprint
 from utils.pictures import Group, draw_sheet, to_picture
 from utils.vae_loading import load_vae, vae_fingerprint
+
+logger = logging.getLogger(__name__)
+BYTES_ONLY = ("n_text_layers", "text_head_width", "n_gram_sizes", "n_gram_buckets")
 
 
 @dataclasses.dataclass
 class SamplingArguments:
     """Flags of everything that draws pictures."""
 
-    sampler: Literal["dpmpp_2m", "ddim", "ddpm", "euler", "heun"] = option("dpmpp_2m", "sampler")
+    sampler: Literal["dpmpp_2m", "ddim", "ddpm", "euler", "heun"] = option(
+        "dpmpp_2m", "sampler; euler and ddim take the same steps"
+    )
     n_steps: int = option(20, "sampling steps", gt=0)
     guidance_scale: float = option(3.0, "classifier-free guidance; 1: none", ge=0)
     guidance_interval: list[float] = option([0.0, 1.0], "times between which guidance acts; 0: data, 1: noise")
@@ -83,8 +90,10 @@ class TextToImage:
         path = vae_checkpoint or record["latents"]["vae_checkpoint"]
         check_vae(path, record["latents"]["vae_fingerprint"], f"the latents that {checkpoint} was trained on")
         model = load_model(ImageDiffusion, checkpoint, weights).requires_grad_(False).to(device)
-        name = record["latents"]["text_encoder"]
-        return cls(model, load_vae(path).requires_grad_(False).to(device), FrozenTextEncoder(name) if name else None)
+        text_encoder = load_text_encoder(record["latents"])
+        if text_encoder is not None:
+            text_encoder.model.to(device)
+        return cls(model, load_vae(path).requires_grad_(False).to(device), text_encoder)
 
     @property
     def device(self) -> torch.device:
@@ -130,9 +139,17 @@ class TextToImage:
         """Sample and decode pictures, one per prompt and seed.
 
         Returns: (B, 3, S, S) in [-1, 1], fp32.
+        Raises: ValueError: a picture is not finite.
         """
         latents = self.latents(prompts, seeds, settings)
-        return self.vae.decode(self.vae.denormalize_latents(latents)).clamp(-1, 1)
+        pictures = self.vae.decode(self.vae.denormalize_latents(latents))
+        finite = pictures.isfinite().flatten(1).all(1).tolist()
+        if not all(finite):
+            raise ValueError(
+                f"the picture of {prompts[finite.index(False)]!r} is not finite ({settings.sampler}, "
+                f"{settings.n_steps} steps, guidance {settings.guidance_scale:g}): the weights are broken"
+            )
+        return pictures.clamp(-1, 1)
 
 
 def check_vae(path: str | Path, wanted: str, what: str) -> None:
@@ -143,6 +160,24 @@ def check_vae(path: str | Path, wanted: str, what: str) -> None:
             f"the VAE at {path} has fingerprint {found}, but {what} come from the VAE {wanted}; give that one with "
             "--vae_checkpoint, or make latents of this one with preprocess_image_diffusion_dataset.py"
         )
+
+
+def load_text_encoder(latents: dict) -> FrozenTextEncoder | None:
+    """The frozen text encoder of cached latents, None where captions are bytes.
+
+    Args: latents: settings of the cache's manifest.
+    Raises: ValueError: the encoder of that name has other weights or another vocabulary by now.
+    """
+    if not latents["text_encoder"]:
+        return None
+    encoder = FrozenTextEncoder(latents["text_encoder"])
+    found, wanted = text_encoder_fingerprint(encoder), latents["text_encoder_fingerprint"]
+    if found != wanted:
+        raise ValueError(
+            f"the text encoder {encoder.name} has fingerprint {found}, but the captions were encoded by {wanted}; "
+            "put that one back, or make the latents anew"
+        )
+    return encoder
 
 
 def fit_to_latents(config: ImageDiffusionConfig, latents: dict, overrides: Sequence[str], folder: Path):
@@ -156,13 +191,21 @@ def fit_to_latents(config: ImageDiffusionConfig, latents: dict, overrides: Seque
     Raises: ValueError: an override contradicts the latents.
     """
     channels, side, _ = latents["latent_shape"]
-    found = {"latent_channels": channels, "latent_size": side, "max_tokens": latents["max_tokens"]}
+    n_tokens = -(-latents["max_tokens"] // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
+    found = {"latent_channels": channels, "latent_size": side, "max_tokens": n_tokens}
     if latents["text_encoder"]:
         found |= {"text_encoder": "frozen", "text_embedding_width": latents["text_embedding_width"]}
+    elif config.text_encoder == "frozen":
+        raise ValueError(
+            f"text_encoder='frozen' takes the states of a text encoder, which {folder} lacks; make latents with "
+            "preprocess_image_diffusion_dataset.py --text_encoder, or give --override text_encoder=bytes"
+        )
     for pair in overrides:
         name = pair.partition("=")[0]
         if name in found and getattr(config, name) != found[name]:
             raise ValueError(f"--override {pair} does not fit the latents in {folder}: they need {name}={found[name]}")
+        if name in BYTES_ONLY and latents["text_encoder"]:
+            raise ValueError(f"--override {pair} has no effect: the captions in {folder} are encoded already")
     return config.replace(**found)
 
 
@@ -190,16 +233,20 @@ class PromptGrids(TrainerCallback):
         self.show(args.device, state.global_step)
 
     def show(self, device: torch.device, step: int) -> None:
-        """Draw; where no average is kept every process does, since the weights may be sharded."""
+        """Draw; where there is no average yet every process does, since the weights may be sharded."""
         model = self.trainer.evaluation_model()
-        if self.writer is None and self.trainer.ema is not None:
+        if self.writer is None and model is self.trainer.ema_model:
             return
-        painter = TextToImage(model, self.vae.to(device), self.text_encoder)
+        painter = TextToImage(self.trainer.accelerator.unwrap_model(model), self.vae.to(device), self.text_encoder)
         seeds = list(range(len(self.prompts)))
-        columns = [
-            painter.pictures(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
-            for scale in self.args.grid_scales
-        ]
+        try:
+            columns = [
+                painter.pictures(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
+                for scale in self.args.grid_scales
+            ]
+        except ValueError as error:  # A run may recover from what a look at it finds.
+            logger.warning("no grid of prompts at step %d: %s", step, error)
+            return
         if self.writer is None:
             return
         groups = [Group([to_picture(one) for one in row], prompt) for prompt, *row in zip(self.prompts, *columns)]

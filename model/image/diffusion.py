@@ -30,9 +30,8 @@ from model.diffusion import (
 from model.diffusion_process import DiffusionProcess
 from model.image.ldm_unet import LDMUNet, config_from_diffusers, rename_diffusers_weights
 from model.presets import IMAGE_DIFFUSION
+from model.text.tokenizer import TOKENS_MULTIPLE
 from utils.configuration import StrictConfig, from_preset, option
-
-TOKENS_MULTIPLE = 8  # captions of a batch are padded to a multiple of it
 
 
 class ImageDiffusionConfig(StrictConfig):
@@ -262,6 +261,11 @@ class ImageDiffusion(PreTrainedModel):
             raise ValueError(
                 f"text_states of width {text_states.shape[-1]} do not fit "
                 f"text_embedding_width={self.config.text_embedding_width}"
+            )
+        if text.shape[1] > self.config.max_tokens:
+            raise ValueError(
+                f"captions of {text.shape[1]} tokens exceed max_tokens={self.config.max_tokens} of this model; "
+                "cut them there"
             )
         if mask is None:
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)

@@ -13,6 +13,7 @@ PADDING = 0
 BEGIN_OF_TEXT = 1
 FIRST_BYTE = 2
 VOCABULARY = FIRST_BYTE + 256
+TOKENS_MULTIPLE = 8  # Captions of a batch are padded to a multiple of so many tokens.
 
 
 def encode_caption(text: str, max_tokens: int) -> list[int]:
@@ -43,7 +44,7 @@ def decode_caption(ids: Sequence[int]) -> str:
     return bytes(token - FIRST_BYTE for token in ids if token >= FIRST_BYTE).decode(errors="replace")
 
 
-def pad_tokens(captions: Sequence[Tensor | Sequence[int]], multiple: int = 8) -> tuple[Tensor, Tensor]:
+def pad_tokens(captions: Sequence[Tensor | Sequence[int]], multiple: int = TOKENS_MULTIPLE) -> tuple[Tensor, Tensor]:
     """Captions of a batch on the right padded to the longest one, rounded up to a multiple.
 
     Args:
