@@ -406,9 +406,8 @@ class NullCondition(nn.Module):
 
 
 def pool(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean over the tokens, (B, T, E) and mask (B, T) -> (B, E) fp32."""
-    weight = mask[:, :, None].float()
-    return (states.float() * weight).sum(dim=1) / weight.sum(dim=1)
+    """Maximum over the tokens, which no caption's length dilutes: (B, T, E) and mask (B, T) -> (B, E) fp32."""
+    return states.float().masked_fill(~mask[:, :, None], -torch.inf).amax(dim=1)
 
 
 def init_diffusion_weights(module: nn.Module) -> None:

@@ -29,7 +29,7 @@ SMALL_RUN = """
 
 # Latents of 16 x 4 x 4 and a UNet that trains in seconds.
 SMALL_DIFFUSION = """
-    --config tiny --override widths=[32,64] n_blocks=[1,1] conditioning_width=64 text_width=32 n_text_layers=1
+    --config tiny --override widths=[32,64] n_blocks=[1,1] conditioning_width=64 text_width=32
     --learning_rate 1e-3 --logging_steps 1 --eval_steps 1000 --save_steps 1000 --n_steps 2 --n_prompts 2
     --n_time_buckets 2 --eval_pictures 0""".split()  # noqa: SIM905
 

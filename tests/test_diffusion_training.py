@@ -135,9 +135,16 @@ def test_an_override_that_contradicts_the_latents_is_refused(train_diffusion):
         (["--guidance_interval", "0.9", "0.1"], "guidance_interval"),
         (["--sampler", "dpmpp"], "sampler"),
         (["--caption_droput", "0.2"], "did you mean"),
+        (["--n_prompts", "4", "--prompts", "a"], "--n_prompts has no effect"),
     ],
 )
 def test_wrong_flags_say_what_to_do(flags, message, capsys):
     with pytest.raises(SystemExit):
         ImageDiffusionStage.main(["--run_name", "x", *flags])
     assert message in capsys.readouterr().err
+
+
+def test_a_missing_cache_is_a_message(tmp_path, caplog, fresh_logging):
+    with pytest.raises(SystemExit) as end:
+        ImageDiffusionStage.main(["--run_name", "x", "--cached_dataset", str(tmp_path / "nowhere")])
+    assert end.value.code == 2 and "nowhere does not exist; make it with" in caplog.text

@@ -197,3 +197,22 @@ def test_unfit_checkpoints_and_sizes_are_refused(raw, vae, picture_cache, tmp_pa
             make_latents(raw, checkpoint, tmp_path / "out", *flags)
         assert caught.value.code == 2 and message in caplog.text
     assert not (tmp_path / "out").exists()
+
+
+def test_a_changed_caption_is_encoded_again(raw, vae, tmp_path):
+    pictures = tmp_path / "pictures"
+    shutil.copytree(raw, pictures)
+    make_latents(pictures, vae, tmp_path / "out")
+    table = pictures / "metadata.csv"
+    table.write_text(table.read_text().replace("000.png,a red disc", "000.png,a blue disc"))
+    before = contents(tmp_path / "out")
+    manifest = make_latents(pictures, vae, tmp_path / "out")
+    entry, sample = samples(tmp_path / "out")["000.png"]
+    assert entry["caption"] == decode_caption(sample["tokens"].tolist()) == "a blue disc"
+    after = contents(tmp_path / "out")
+    assert [name for name in before if before[name] != after[name]] == [
+        f"{split}/{one['key']}.pt"
+        for split, part in manifest["entries"].items()
+        for one in part
+        if one["source"] == "000.png"
+    ]

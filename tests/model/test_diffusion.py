@@ -223,9 +223,9 @@ def test_too_long_captions_are_refused(encoder):
         encoder(torch.ones(1, 56, dtype=torch.int64), torch.ones(1, 56, dtype=torch.bool))
 
 
-def test_pool_is_the_mean_of_the_tokens():
+def test_pool_is_the_maximum_over_the_tokens():
     text = condition()
-    torch.testing.assert_close(pool(text.states, text.mask)[1], text.states[1, :3].mean(dim=0))
+    torch.testing.assert_close(pool(text.states, text.mask)[1], text.states[1, :3].max(dim=0).values)
 
 
 def test_null_replaces_the_dropped_rows_only():

@@ -1,5 +1,6 @@
 """Captions to pictures: the right VAE, the right text encoder, guidance that is what it says."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -80,6 +81,11 @@ def test_the_configuration_is_fitted_to_the_latents(tmp_path):
     fitted = fit_to_latents(config, latents, [], tmp_path)
     assert (fitted.latent_channels, fitted.latent_size, fitted.max_tokens) == (8, 16, 64)
     assert (fitted.text_encoder, fitted.text_embedding_width) == ("frozen", 12)
+    with pytest.raises(ValueError, match="n_text_layers=3 has no effect"):
+        fit_to_latents(config, latents, ["n_text_layers=3"], tmp_path)
+    with pytest.raises(ValueError, match="text_encoder='frozen' takes the states"):
+        fit_to_latents(fitted, {**latents, "text_encoder": ""}, [], tmp_path)
+    assert fit_to_latents(config, {**latents, "max_tokens": 77}, [], tmp_path).max_tokens == 80
     with pytest.raises(ValueError, match=r"--override latent_size=4 does not fit .* latent_size=16"):
         fit_to_latents(config.replace(latent_size=4), latents, ["latent_size=4"], tmp_path)
 
@@ -96,6 +102,17 @@ def test_a_model_on_frozen_text_trains_and_draws(latent_cache, picture_cache, tm
     first, second = (painter.latents([prompt], [0], settings()) for prompt in ("a red disc", "a very long caption"))
     assert first.shape == (1, 16, 4, 4) and torch.isfinite(first).all() and torch.isfinite(second).all()
     assert painter.text(["a red disc"])["text_states"].shape == (1, 5, 16)
+    shutil.rmtree(encoder)
+    save_text_encoder(encoder, seed=1)
+    with pytest.raises(ValueError, match=r"text encoder .* has fingerprint \w+, but the captions were encoded by \w+"):
+        TextToImage.load(run.folder)
+
+
+def test_pictures_that_are_not_finite_are_an_error(painter):
+    broken = copy.deepcopy(painter)
+    torch.nn.init.constant_(broken.vae.decoder.head.bias, torch.inf)
+    with pytest.raises(ValueError, match="the picture of 'a red disc' is not finite"):
+        broken.pictures(["a red disc"], [0], settings())
 
 
 @pytest.mark.parametrize(
