@@ -1,7 +1,6 @@
 # Everything runs from a fresh clone: targets install what they need into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-DEMO := --image_size 64
 
 .PHONY: install demo test test-slow style check bench tensorboard
 
@@ -12,7 +11,7 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-demo: install  ## embedded pictures -> cache -> image VAE-GAN -> metrics and a contact sheet
+demo: install  ## embedded captioned scenes -> VAE-GAN -> text to image -> metrics and contact sheets
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
 
 test: install  ## everything but the slow chains
@@ -33,6 +32,7 @@ check: install  ## lint and types, changes nothing
 bench: install  ## side by side with peers; see benchmarks/README.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python benchmarks/image_vae.py
+	$(BIN)/python benchmarks/diffusion.py
 
 tensorboard: install  ## pictures, losses and metrics of all runs
 	$(BIN)/tensorboard --logdir runs
