@@ -103,7 +103,7 @@ def shown(values: list[float]) -> str:
 
 def report(results: dict[tuple[str, int], dict]) -> None:
     """Print the tables."""
-    table = Table(title="held-out captions, 20 steps: mean [lowest, highest] over seeds", box=SIMPLE_HEAD)
+    table = Table(title="held-out captions, 20 steps: mean and range over seeds", box=SIMPLE_HEAD)
     for column in ("objective", "guidance", "Frechet", "KID", "agreement", "shuffled captions"):
         table.add_column(column)
     for objective in OBJECTIVES:
