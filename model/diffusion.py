@@ -210,6 +210,13 @@ class UNetLevel(nn.Module):
         return outputs
 
 
+def coordinates(x: Tensor) -> Tensor:
+    """Row and column of every position of (B, C, Y, X) as two channels (B, 2, Y, X), from -1 to 1 between the edges of
+    the outermost positions (CoordConv, arXiv 1807.03247): a caption's left and right need a place to refer to."""
+    axes = [(2 * torch.arange(n, device=x.device, dtype=x.dtype) + 1) / n - 1 for n in x.shape[-2:]]
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(x), -1, -1, -1)
+
+
 class UNet(nn.Module):
     """Down to the coarsest level and up again, conditioned on time and text.
 
@@ -251,7 +258,7 @@ class UNet(nn.Module):
         finer = range(len(widths) - 1)
         self.time = TimeEmbedding(widths[0], conditioning_width)
         self.text = nn.Linear(text_width, conditioning_width)
-        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(in_channels + 2, widths[0], 3, padding=1)
         self.down = nn.ModuleList(level(i, use_skips=False) for i in finer)
         self.downsamples = nn.ModuleList(Downsample(widths[i], widths[i + 1]) for i in finer)
         self.middle = level(len(widths) - 1, use_skips=False)
@@ -270,7 +277,7 @@ class UNet(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             conditioning = F.silu(self.time(time) + self.text(text.pooled.float()))
         # Down.
-        h, skips = self.stem(x), []
+        h, skips = self.stem(torch.cat([x, coordinates(x)], dim=1)), []
         for level, downsample in zip(self.down, self.downsamples):
             skips.append(level(h, conditioning, text, []))
             h = downsample(skips[-1][-1])

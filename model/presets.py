@@ -45,15 +45,15 @@ RECURRENT_VAE_PARAMETERS = {
 
 # fmt: off
 IMAGE_DIFFUSION = {                                                                                                                                                                                                  # parameters
-    "tiny":       dict(latent_channels=16, latent_size=8,  widths=[96, 192],        n_blocks=[2, 2],    use_attention=[False, True],       conditioning_width=256, text_width=128, max_tokens=96, n_text_layers=1),             #   3.18 M
+    "tiny":       dict(latent_channels=16, latent_size=8,  widths=[96, 192],        n_blocks=[2, 2],    use_attention=[False, True],       conditioning_width=256, text_width=128, max_tokens=96, n_text_layers=1),             #   3.19 M
     "small":      dict(latent_channels=4,  latent_size=16, widths=[128, 256, 512],  n_blocks=[2, 2, 2], use_attention=[False, True, True], conditioning_width=384, text_width=256, max_tokens=128),                    #  20.90 M
     "medium":     dict(latent_channels=16, latent_size=32, widths=[256, 512, 1024], n_blocks=[2, 3, 4], use_attention=[False, True, True], conditioning_width=512, head_width=64, text_width=512, max_tokens=256, n_text_layers=4, text_head_width=64, n_gram_buckets=4096),  # 139.17 M
     "ldm":        dict(architecture="ldm", schedule="scaled_linear", prediction="epsilon", latent_channels=4, latent_size=64, widths=[320, 640, 1280, 1280], n_blocks=[2] * 4, use_attention=[True] * 3 + [False], n_heads=8, text_encoder="frozen", text_width=768, text_embedding_width=768),  # 859.52 M
 }
 # fmt: on
 IMAGE_DIFFUSION_PARAMETERS = {
-    "tiny": 3_183_472,
-    "small": 20_897_924,
-    "medium": 139_170_064,
+    "tiny": 3_185_200,
+    "small": 20_900_228,
+    "medium": 139_174_672,
     "ldm": 859_521_732,
 }

@@ -15,6 +15,7 @@ from model.diffusion import (
     TextCondition,
     TimeEmbedding,
     UNet,
+    coordinates,
     init_diffusion_weights,
     n_gram_buckets,
     pool,
@@ -221,6 +222,12 @@ def test_byte_encoder_reads_order_and_letters(encoder):
 def test_too_long_captions_are_refused(encoder):
     with pytest.raises(ValueError, match="captions of 56 tokens exceed max_tokens=48"):
         encoder(torch.ones(1, 56, dtype=torch.int64), torch.ones(1, 56, dtype=torch.bool))
+
+
+def test_coordinates_name_row_and_column():
+    rows, columns = coordinates(torch.zeros(2, 3, 4, 2))[1]
+    assert rows[:, 0].tolist() == [-0.75, -0.25, 0.25, 0.75] and torch.equal(rows[:, 0], rows[:, 1])
+    assert columns[0].tolist() == [-0.5, 0.5] and torch.equal(columns[0], columns[3])
 
 
 def test_pool_is_the_maximum_over_the_tokens():
