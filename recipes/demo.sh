@@ -24,8 +24,8 @@ python preprocess_image_diffusion_dataset.py --dataset_name data/scenes/train --
     --vae_checkpoint "$vae" --output_dir cached_datasets/scenes_latents
 torchrun --standalone --nproc_per_node=2 pretrain_image_diffusion.py --config tiny --run_name demo \
     --cached_dataset cached_datasets/scenes_latents --vae_checkpoint "$vae" --batch_size 16 --learning_rate 4e-3 \
-    --channel_weight_power 1 --max_steps 2400 --warmup_ratio 0.01 --eval_pictures 0 --logging_steps 100 --eval_steps 800 \
-    --save_steps 800 --resume_from_checkpoint latest
+    --channel_weight_power 1 --time_mean 0.8 --time_std 1.2 --max_steps 2400 --warmup_ratio 0.01 --eval_pictures 0 \
+    --logging_steps 100 --eval_steps 800 --save_steps 800 --resume_from_checkpoint latest
 python evaluate.py --checkpoint "$diffusion" --contact_sheet 16
 python inference/text_to_image.py --checkpoint "$diffusion" --n_pictures 4 \
     --prompts "a large frog on red" "a small house at the right on red" "a large umbrella on gray"
