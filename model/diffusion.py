@@ -25,15 +25,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.image.vae import Downsample, Upsample
 from model.text.tokenizer import PADDING, VOCABULARY
-from model.vae import ZeroConv2d
+from model.vae import ZeroConv2d, ZeroLinear, init_layer
 
 MAX_PERIOD = 10_000.0  # slowest wave of the time embedding, in units of the network's time
 HASH_MODULUS = 2**31 - 1
 HASH_BASE = 1_000_003
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero: the last one of a residual branch, or one that makes scales and shifts."""
 
 
 @dataclass
@@ -420,24 +416,12 @@ def pool(states: Tensor, mask: Tensor) -> Tensor:
 def init_diffusion_weights(module: nn.Module) -> None:
     """What `_init_weights` of every diffusion model does with one module.
 
-    ZeroConv2d, ZeroLinear    weight, bias 0
-    other Conv2d, Linear      weight uniform in +-1/sqrt(fan in) (PyTorch's own), bias 0
-    LayerNorm, GroupNorm      weight 1, bias 0
-    Embedding                 normal, deviation 0.02
-    NullCondition             normal, deviation 1, as normalised states have
+    usual layers      see `init_layer`
+    Embedding         normal, deviation 0.02
+    NullCondition     normal, deviation 1, as normalised states have
     """
-    if isinstance(module, ZeroConv2d | ZeroLinear):
-        initialization.zeros_(module.weight)
-        initialization.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d | nn.Linear):
-        initialization.kaiming_uniform_(module.weight, a=5**0.5)
-        if module.bias is not None:
-            initialization.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
-        initialization.ones_(module.weight)
-        if module.bias is not None:
-            initialization.zeros_(module.bias)
-    elif isinstance(module, nn.Embedding):
+    init_layer(module)
+    if isinstance(module, nn.Embedding):
         initialization.normal_(module.weight, std=0.02)
     elif isinstance(module, NullCondition):
         initialization.normal_(module.state)

@@ -20,6 +20,30 @@ class ZeroConv2d(nn.Conv2d):
     """A convolution that starts at zero: the last one of a residual branch, which starts as the identity."""
 
 
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: the last one of a residual branch, or one that makes scales and shifts."""
+
+
+def init_layer(module: nn.Module) -> None:
+    """What `_init_weights` of every model does with one layer of a usual kind.
+
+    ZeroConv2d, ZeroLinear    weight, bias 0
+    other Conv2d, Linear      weight uniform in +-1/sqrt(fan in) (PyTorch's own), bias 0
+    LayerNorm, GroupNorm      weight 1, bias 0
+    """
+    if isinstance(module, ZeroConv2d | ZeroLinear):
+        initialization.zeros_(module.weight)
+        initialization.zeros_(module.bias)
+    elif isinstance(module, nn.Conv2d | nn.Linear):
+        initialization.kaiming_uniform_(module.weight, a=5**0.5)
+        if module.bias is not None:
+            initialization.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        initialization.ones_(module.weight)
+        if module.bias is not None:
+            initialization.zeros_(module.bias)
+
+
 @dataclass
 class VAEOutput(ModelOutput):
     """What `VAE.forward` returns.
@@ -138,21 +162,10 @@ class VAE(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Called once per module by `post_init`, and for what a checkpoint lacks.
 
-        ZeroConv2d                weight, bias 0
-        other Conv2d, Linear      weight uniform in +-1/sqrt(fan in) (PyTorch's own), bias 0
-        GroupNorm                 weight 1, bias 0
+        usual layers              see `init_layer`
         latent statistics         mean 0, std 1
         """
-        if isinstance(module, ZeroConv2d):
-            initialization.zeros_(module.weight)
-            initialization.zeros_(module.bias)
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            initialization.kaiming_uniform_(module.weight, a=5**0.5)
-            if module.bias is not None:
-                initialization.zeros_(module.bias)
-        elif isinstance(module, nn.GroupNorm):
-            initialization.ones_(module.weight)
-            initialization.zeros_(module.bias)
-        elif isinstance(module, VAE):
+        init_layer(module)
+        if isinstance(module, VAE):
             initialization.zeros_(module.latent_mean)
             initialization.ones_(module.latent_std)

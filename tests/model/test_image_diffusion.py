@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-from model.diffusion import ZeroLinear
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.text.tokenizer import encode_caption, pad_tokens
-from model.vae import ZeroConv2d
+from model.vae import ZeroConv2d, ZeroLinear
 
 TINY = {
     "latent_channels": 4,
