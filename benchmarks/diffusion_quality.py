@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 UNIFORM = ["--time_sampling", "uniform"]
 OBJECTIVES = {
     "rectified flow": [],
+    "rectified flow, times towards noise": ["--time_mean", "0.8", "--time_std", "1.2"],
     "DDPM, epsilon": ["--override", "schedule=linear", "prediction=epsilon", *UNIFORM],
     "v, min-SNR": ["--override", "schedule=cosine", "prediction=v", *UNIFORM, "--loss_weighting", "min_snr"],
 }
