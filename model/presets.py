@@ -57,3 +57,35 @@ IMAGE_DIFFUSION_PARAMETERS = {
     "medium": 139_174_672,
     "ldm": 859_521_732,
 }
+
+# fmt: off
+AUDIO_VAE = {                                                                                                               # parameters
+    "tiny":       dict(width=256, n_encoder_blocks=2, n_decoder_blocks=3),                                                  #  1.43 M  f2
+    "tiny-2d":    dict(architecture="conv2d", latent_channels=8, patch_frames=4, width=128, n_encoder_blocks=2, n_decoder_blocks=3),  #  0.38 M  f4
+    "small":      dict(width=384, n_encoder_blocks=3, n_decoder_blocks=5),                                                  #  4.91 M  f2
+    "base":       dict(width=512, n_encoder_blocks=4, n_decoder_blocks=6),                                                  # 10.76 M  f2
+}
+# fmt: on
+AUDIO_VAE_PARAMETERS = {
+    "tiny": 1_432_956,
+    "tiny-2d": 375_512,
+    "small": 4_913_532,
+    "base": 10_756_732,
+}
+
+# fmt: off
+VOCODER = {                                                               # parameters
+    "tiny":       dict(width=96,  n_layers=4),                            #  0.43 M
+    "small":      dict(width=256, n_layers=8),                            #  3.72 M
+    "base":       dict(width=512, n_layers=8),                            # 13.73 M
+    "hifigan_v1": dict(architecture="hifigan", hifigan_width=512),        # 13.93 M
+    "hifigan_v2": dict(architecture="hifigan", hifigan_width=128),        #  0.93 M
+}
+# fmt: on
+VOCODER_PARAMETERS = {
+    "tiny": 431_811,
+    "small": 3_720_195,
+    "base": 13_730_307,
+    "hifigan_v1": 13_926_017,
+    "hifigan_v2": 925_985,
+}

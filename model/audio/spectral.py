@@ -108,15 +108,16 @@ def check_same_mel(first: MelSettings, first_name: str, second: MelSettings, sec
 
 def mel_filters(settings: MelSettings) -> Tensor:
     """Slaney's triangular filters on magnitudes, (M, K) fp32, equal to `librosa.filters.mel`."""
-    return melscale_fbanks(
-        settings.n_fft // 2 + 1,
-        f_min=settings.f_min,
-        f_max=settings.f_max,
-        n_mels=settings.n_mels,
-        sample_rate=settings.sample_rate,
-        norm="slaney",
-        mel_scale="slaney",
-    ).T.contiguous()
+    with torch.device("cpu"):  # Models are built on the meta device to be counted and loaded.
+        return melscale_fbanks(
+            settings.n_fft // 2 + 1,
+            f_min=settings.f_min,
+            f_max=settings.f_max,
+            n_mels=settings.n_mels,
+            sample_rate=settings.sample_rate,
+            norm="slaney",
+            mel_scale="slaney",
+        ).T.contiguous()
 
 
 def reflect_pad(waveform: Tensor, n_fft: int, hop_length: int) -> Tensor:
@@ -127,8 +128,8 @@ def reflect_pad(waveform: Tensor, n_fft: int, hop_length: int) -> Tensor:
     pad = (n_fft - hop_length) // 2
     if waveform.shape[-1] <= pad:
         raise ValueError(
-            f"a waveform of {waveform.shape[-1]} samples is too short for frames of {n_fft} samples: it needs at least "
-            f"{pad + 1}"
+            f"a waveform of {waveform.shape[-1]} samples is too short for frames of {n_fft} samples: it needs at "
+            f"least {pad + 1}"
         )
     return F.pad(waveform, (pad, pad), mode="reflect")
 

@@ -6,6 +6,7 @@ import librosa
 import numpy as np
 import pytest
 import torch
+
 from model.audio.spectral import (
     MEL_PRESETS,
     LogMel,
@@ -104,7 +105,7 @@ def test_impossible_settings_are_refused(change, message):
 
 
 def test_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match="no mel preset '16'.*16k"):
+    with pytest.raises(ValueError, match=r"no mel preset '16'.*16k"):
         mel_preset("16")
 
 

@@ -1,0 +1,75 @@
+"""Log-mel to waveform without training: the baseline that every table of the audio line shows.  B batch, M mel bins,
+F frames, K frequency bins, S samples."""
+
+import torch
+from torch import Tensor
+
+from model.audio.spectral import MelSettings, Spectrogram, mel_filters
+
+
+def mel_to_magnitude(mel: Tensor, filters: Tensor, n_iterations: int, start: Tensor) -> Tensor:
+    """Magnitudes whose mel is near a given one, by multiplicative updates of the Euclidean distance, which keep them
+    positive (Lee and Seung, 2000, eq. 4).
+
+    Args:
+        mel: log-mel, (B, M, F).
+        filters: (M, K).
+        n_iterations: updates.
+        start: positive magnitudes, (B, K, F).
+    Returns: (B, K, F).
+    """
+    target = filters.T @ mel.exp()
+    magnitude = start
+    for _ in range(n_iterations):
+        magnitude = magnitude * target / (filters.T @ (filters @ magnitude)).clamp_min(1e-10)
+    return magnitude
+
+
+def starting_magnitude(mel: Tensor, inverse: Tensor, spread: Tensor) -> Tensor:
+    """Positive magnitudes to start from: the least-squares inverse, nowhere under a fifth of the smooth envelope.
+
+    Args:
+        mel: log-mel, (B, M, F).
+        inverse: pseudo-inverse of the filters, (K, M).
+        spread: bins as weighted means of the filters over them, (K, M).
+    Returns: (B, K, F).
+    """
+    amplitude = mel.exp()
+    return torch.maximum(inverse @ amplitude, 0.2 * (spread @ amplitude)).clamp_min(1e-6)
+
+
+def inversion_matrices(settings: MelSettings) -> tuple[Tensor, Tensor, Tensor]:
+    """Filters (M, K), their pseudo-inverse (K, M), and the smooth envelope's weights (K, M)."""
+    filters = mel_filters(settings)
+    weights = filters / filters.sum(0, keepdim=True).clamp_min(1e-8)
+    return filters, torch.linalg.pinv(filters), (weights / filters.sum(1, keepdim=True).clamp_min(1e-8)).T.contiguous()
+
+
+@torch.no_grad()
+def griffin_lim(
+    mel: Tensor,
+    settings: MelSettings,
+    n_iterations: int = 60,
+    momentum: float = 0.99,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fast Griffin-Lim (Perraudin et al. 2013) from random phases, on magnitudes by 50 multiplicative updates.
+
+    Args:
+        mel: log-mel, (B, M, F).
+        generator: of the random phases, on the CPU; None seeds one with 0.
+    Returns: (B, F * hop_length) fp32.
+    """
+    filters, inverse, spread = (each.to(mel.device) for each in inversion_matrices(settings))
+    magnitude = mel_to_magnitude(mel, filters, 50, starting_magnitude(mel, inverse, spread))
+    transform = Spectrogram(settings.n_fft, settings.hop_length).to(mel.device)
+    generator = generator or torch.Generator().manual_seed(0)
+    phase = 2 * torch.pi * torch.rand(magnitude.shape, generator=generator)
+    spectrum = torch.polar(magnitude, phase.to(mel.device))
+    previous = torch.zeros_like(spectrum)
+    for _ in range(n_iterations):
+        consistent = transform(transform.inverse(spectrum))
+        direction = consistent - momentum / (1 + momentum) * previous
+        spectrum = magnitude * direction / direction.abs().clamp_min(1e-16)
+        previous = consistent
+    return transform.inverse(spectrum)

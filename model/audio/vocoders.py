@@ -1,0 +1,365 @@
+"""Vocoder: log-mel to waveform.  B batch, M mel bins, F frames, D width, K frequency bins, S samples, N n_fft.
+
+Architecture "istft" starts from what signal processing knows and learns the rest:
+- magnitude: bins whose mel is the given one (multiplicative updates of the filters' inverse);
+- phase: the fundamental frequency of each frame, read off the magnitudes' autocorrelation and summed up over time,
+  gives every bin the phase of its nearest harmonic. A network of convolutions could not: on a steady tone all its
+  inputs are equal, so that it could only repeat itself every hop;
+- a ConvNeXt backbone at frame rate (as in Vocos, arXiv 2306.00814) reads the log-mel and corrects each bin's
+  log-magnitude, the depth of the harmonics' comb, and the phase. Its last layer starts at zero: the untrained model is
+  already about as good as 60 iterations of Griffin-Lim;
+- a few Griffin-Lim projections, through which it is trained, make neighbouring frames agree.
+Architecture "hifigan" (`hifigan.py`) is the generator of HiFi-GAN, which upsamples step by step.
+"""
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, initialization
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from model.audio.configuration import MEL_FIELDS, AudioConfig
+from model.audio.griffin_lim import inversion_matrices, mel_to_magnitude, starting_magnitude
+from model.audio.hifigan import HiFiGANGenerator
+from model.audio.spectral import istft, stft
+from model.presets import VOCODER
+from model.vae import ZeroLinear, init_layer
+from utils.configuration import declared_fields, from_preset, option
+
+
+class VocoderConfig(AudioConfig):
+    """Configuration of `Vocoder`."""
+
+    model_type = "vocoder"
+
+    architecture: Literal["istft", "hifigan"] = option("istft", "network")
+
+    # Architecture istft.
+    width: int = option(256, "channels D of the backbone", gt=0)
+    n_layers: int = option(8, "ConvNeXt blocks", gt=0)
+    expansion: int = option(3, "hidden over outer channels of a block", gt=0)
+    kernel_size: int = option(7, "frames that a block's depthwise convolution sees, odd", gt=0)
+    n_magnitude_updates: int = option(4, "multiplicative updates of the magnitude prior", ge=0)
+    n_projections: int = option(2, "Griffin-Lim projections after the network", ge=0)
+    f0_min: float = option(65.0, "lowest fundamental frequency of the phase prior in Hz", gt=0)
+    f0_max: float = option(500.0, "highest fundamental frequency of the phase prior in Hz", gt=0)
+
+    # Architecture hifigan.
+    hifigan_width: int = option(512, "channels at frame rate, halved at each upsampling", gt=0)
+    hifigan_factors: list[int] = option([8, 8, 2, 2], "upsampling factors; their product is hop_length", gt=0)
+    hifigan_kernel_sizes: list[int] = option([3, 7, 11], "samples that the residual stacks' kernels see, odd", gt=0)
+    hifigan_activation: Literal["leaky_relu", "snake"] = option("leaky_relu", "activation")
+
+    def validate_architecture(self):
+        own = [field for field in declared_fields(self) if field.name not in ("architecture", *MEL_FIELDS)]
+        for field in own:
+            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            is_used = field.name.startswith("hifigan_") == (self.architecture == "hifigan")
+            if not is_used and getattr(self, field.name) != default:
+                raise ValueError(
+                    f"{field.name}={getattr(self, field.name)} has no effect in architecture={self.architecture!r}"
+                )
+
+    def validate_hifigan(self):
+        if self.architecture != "hifigan":
+            return
+        if math.prod(self.hifigan_factors) != self.hop_length:
+            raise ValueError(
+                f"the product of hifigan_factors={self.hifigan_factors} must be hop_length={self.hop_length}"
+            )
+        if self.hifigan_width % 2 ** len(self.hifigan_factors):
+            raise ValueError(
+                f"hifigan_width={self.hifigan_width} must be divisible by 2 for each of "
+                f"hifigan_factors={self.hifigan_factors}"
+            )
+        for size in self.hifigan_kernel_sizes:
+            if size % 2 == 0:
+                raise ValueError(f"hifigan_kernel_sizes={self.hifigan_kernel_sizes} must be odd")
+
+    def validate_kernel_size(self):
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd")
+
+    def validate_f0(self):
+        lowest = 2 * self.sample_rate / self.n_fft
+        if not lowest <= self.f0_min < self.f0_max <= self.sample_rate / 8:
+            raise ValueError(
+                f"f0_min={self.f0_min} and f0_max={self.f0_max} must satisfy {lowest:g} (two periods in a frame) <= "
+                f"f0_min < f0_max <= {self.sample_rate / 8:g} (an eighth of the sample rate)"
+            )
+
+
+class FourierTransform(nn.Module):
+    """The transform in real numbers: real and imaginary parts instead of complex values.
+
+    Args:
+        n_fft: samples of a frame N.
+        hop_length: samples between frames.
+    """
+
+    def __init__(self, n_fft: int, hop_length: int):
+        super().__init__()
+        self.hop_length = hop_length
+        self.register_buffer("window", torch.hann_window(n_fft))
+
+    def forward(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S) -> real and imaginary part, each (B, K, F)."""
+        spectrum = stft(waveform, self.window, self.hop_length)
+        return spectrum.real, spectrum.imag
+
+    def inverse(self, real: Tensor, imaginary: Tensor) -> Tensor:
+        """Two of (B, K, F) -> (B, F * hop_length)."""
+        return istft(torch.complex(real, imaginary), self.window, self.hop_length)
+
+    def autocorrelation(self, magnitude: Tensor) -> Tensor:
+        """(B, K, F) -> (B, F, K): the inverse transform of even spectra, lags 0 to N / 2."""
+        return torch.fft.irfft(magnitude.transpose(1, 2))[..., : magnitude.shape[1]]
+
+
+class HarmonicPrior(nn.Module):
+    """What a log-mel says about the spectrum without training: magnitude, fundamental frequency, voicing, phase.
+
+    Args:
+        config: see `VocoderConfig`.
+    """
+
+    def __init__(self, config: VocoderConfig):
+        super().__init__()
+        self.config = config
+        filters, inverse, spread = inversion_matrices(config.mel)
+        frequency = torch.arange(config.n_fft // 2 + 1) / config.n_fft
+        self.register_buffer("filters", filters)
+        self.register_buffer("inverse", inverse)
+        self.register_buffer("spread", spread)
+        self.register_buffer("frequency", frequency)  # Of the bins, in cycles per sample.
+        # Below 4 kHz harmonics tell the pitch; fricatives above only disturb.
+        self.register_buffer("is_low", (frequency * config.sample_rate < 4000).float())
+
+    def magnitude(self, mel: Tensor) -> Tensor:
+        """(B, M, F) -> (B, K, F)."""
+        start = starting_magnitude(mel, self.inverse, self.spread)
+        return mel_to_magnitude(mel, self.filters, self.config.n_magnitude_updates, start)
+
+    def pitch(self, magnitude: Tensor, transform: FourierTransform) -> tuple[Tensor, Tensor]:
+        """Fundamental frequency in cycles per sample, and the autocorrelation there (about 0 unvoiced, 1 voiced).
+
+        The highest value of the autocorrelation between the shortest and the longest period, placed by the parabola
+        through it and its neighbours.
+        Args: magnitude: (B, K, F).
+        Returns: two of (B, F).
+        """
+        correlation = transform.autocorrelation(magnitude * self.is_low[:, None])
+        shortest = int(self.config.sample_rate / self.config.f0_max)
+        longest = int(self.config.sample_rate / self.config.f0_min)
+        peak, lag = correlation[..., shortest : longest + 1].max(-1)
+        lag = (lag + shortest).clamp(1, correlation.shape[-1] - 2)
+        left, middle, right = (correlation.gather(-1, lag[..., None] + i)[..., 0] for i in (-1, 0, 1))
+        curvature = (left - 2 * middle + right).clamp_max(-1e-8)
+        offset = (0.5 * (left - right) / curvature).clamp(-0.5, 0.5)
+        return 1 / (lag + offset), peak / correlation[..., 0].clamp_min(1e-8)
+
+    def cycles(self, f0: Tensor) -> Tensor:
+        """Cycles of the fundamental since the first frame, modulo 1, by the trapezoidal rule: (B, F) -> (B, F)."""
+        steps = 0.5 * (f0[:, 1:] + f0[:, :-1]).double() * self.config.hop_length
+        return F.pad(steps, (1, 0)).cumsum(-1).remainder(1).float()
+
+    def harmonics(self, f0: Tensor, cycles: Tensor) -> tuple[Tensor, Tensor]:
+        """Each bin's place between harmonics, and its phase: that of the nearest harmonic.
+
+        Args:
+            f0: cycles per sample, (B, F).
+            cycles: of the fundamental, modulo 1, (B, F).
+        Returns:
+            comb: 1 on a harmonic, -1 half-way between two, (B, K, F).
+            phase: at the frame's centre, in [0, 2 pi), (B, K, F).
+        """
+        position = self.frequency[:, None] / f0[:, None]
+        phase = 2 * torch.pi * (position.round() * cycles[:, None]).remainder(1)
+        return torch.cos(2 * torch.pi * position), phase
+
+
+class ConvNeXtBlock(GradientCheckpointingLayer):
+    """x + scale * linear(gelu(linear(norm(depthwise(x))))), arXiv 2201.03545, along time."""
+
+    def __init__(self, config: VocoderConfig):
+        super().__init__()
+        D, hidden = config.width, config.expansion * config.width
+        self.depthwise = nn.Conv1d(D, D, config.kernel_size, padding=config.kernel_size // 2, groups=D)
+        self.norm = nn.LayerNorm(D)
+        self.widen = nn.Linear(D, hidden)
+        self.narrow = nn.Linear(hidden, D)
+        self.scale = LayerScale(D, 1 / config.n_layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, F, D) -> (B, F, D)."""
+        y = self.norm(self.depthwise(x.transpose(1, 2)).transpose(1, 2))
+        return x + self.scale(self.narrow(F.gelu(self.widen(y))))
+
+
+class LayerScale(nn.Module):
+    """A learned factor per channel, arXiv 2103.17239.
+
+    Args:
+        width: channels D.
+        start: value at the start.
+    """
+
+    def __init__(self, width: int, start: float):
+        super().__init__()
+        self.start = start
+        self.weight = nn.Parameter(torch.full((width,), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D)."""
+        return x * self.weight
+
+
+class HarmonicGenerator(nn.Module):
+    """Architecture "istft": prior, backbone, inverse transform, projections.
+
+    Args:
+        config: see `VocoderConfig`.
+    """
+
+    def __init__(self, config: VocoderConfig):
+        super().__init__()
+        self.config = config
+        D, n_bins = config.width, config.n_fft // 2 + 1
+        self.prior = HarmonicPrior(config)
+        self.transform = FourierTransform(config.n_fft, config.hop_length)
+        self.stem = nn.Conv1d(config.n_mels + 2, D, config.kernel_size, padding=config.kernel_size // 2)
+        self.stem_norm = nn.LayerNorm(D)
+        self.blocks = nn.ModuleList(ConvNeXtBlock(config) for _ in range(config.n_layers))
+        self.norm = nn.LayerNorm(D)
+        self.head = ZeroLinear(D, 3 * n_bins)
+        # Phases are meant at a frame's centre, half a frame after the transform's origin: every other sign flips.
+        self.register_buffer("signs", 1.0 - 2.0 * (torch.arange(n_bins) % 2))
+
+    def forward(self, mel: Tensor, cycles: Tensor | None = None) -> Tensor:
+        """(B, M, F) -> (B, F * hop_length). `cycles` of the fundamental, (B, F), where a longer mel gave them."""
+        with torch.no_grad(), torch.autocast(mel.device.type, enabled=False):
+            mel = mel.float()
+            magnitude = self.prior.magnitude(mel)
+            f0, voicing = self.prior.pitch(magnitude, self.transform)
+            comb, phase = self.prior.harmonics(f0, self.prior.cycles(f0) if cycles is None else cycles)
+            pitch = torch.log2(f0 * self.config.sample_rate / 128)
+            features = torch.cat([mel / 4 + 1, pitch[:, None], voicing[:, None]], dim=1)
+
+        x = self.stem_norm(self.stem(features).transpose(1, 2))
+        for block in self.blocks:
+            x = block(x)
+        gain, depth, shift = self.head(self.norm(x)).float().transpose(1, 2).chunk(3, dim=1)
+
+        with torch.autocast(mel.device.type, enabled=False):
+            magnitude = magnitude * torch.exp((gain + depth * comb).clamp(-8, 4))
+            phase = phase + shift
+            signed = magnitude * self.signs[:, None]
+            waveform = self.transform.inverse(signed * torch.cos(phase), signed * torch.sin(phase))
+            for _ in range(self.config.n_projections):
+                real, imaginary = self.transform(waveform)
+                ratio = magnitude * torch.rsqrt(real.square() + imaginary.square() + 1e-8)
+                waveform = self.transform.inverse(ratio * real, ratio * imaginary)
+        return waveform
+
+    def chunk_arguments(self, mel: Tensor, chunk_frames: int) -> dict[str, Tensor]:
+        """What the pieces of a long mel take from the whole: the cycles of the fundamental, (B, F)."""
+        pieces = [
+            self.prior.pitch(self.prior.magnitude(piece.float()), self.transform)[0]
+            for piece in mel.split(chunk_frames, -1)
+        ]
+        return {"cycles": self.prior.cycles(torch.cat(pieces, dim=-1))}
+
+    @property
+    def context_frames(self) -> int:
+        """Frames on either side that a frame's samples depend on, given the cycles."""
+        side = self.config.kernel_size // 2 * (1 + self.config.n_layers)
+        overlap = self.config.n_fft // self.config.hop_length
+        return side + overlap * (1 + 2 * self.config.n_projections)
+
+
+GENERATORS = {"istft": HarmonicGenerator, "hifigan": HiFiGANGenerator}
+
+
+class Vocoder(PreTrainedModel):
+    """Log-mel to waveform.
+
+    Args:
+        config: see `VocoderConfig`.
+    """
+
+    config_class = VocoderConfig
+    main_input_name = "mel"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: VocoderConfig):
+        super().__init__(config)
+        self.generator = GENERATORS[config.architecture](config)
+        self.post_init()
+
+    @classmethod
+    def from_preset(cls, preset: str, **overrides: Any) -> "Vocoder":
+        """A new model from a row of `model.presets.VOCODER`; unknown names are refused with a suggestion."""
+        return cls(from_preset(VocoderConfig, VOCODER, preset, **overrides))
+
+    def forward(self, mel: Tensor) -> Tensor:
+        """Args: mel: log-mel of `config.mel`, (B, M, F).
+        Returns: waveform, nominally in [-1, 1], not clamped, (B, F * hop_length) fp32.
+        Raises: ValueError: the mel has another number of bins, or too few frames.
+        """
+        self.check(mel)
+        return self.generator(mel)
+
+    def check(self, mel: Tensor) -> None:
+        """Raises: ValueError: the mel cannot be vocoded."""
+        if mel.ndim != 3 or mel.shape[1] != self.config.n_mels:
+            raise ValueError(
+                f"a mel of shape {tuple(mel.shape)} cannot be vocoded: expected (B, {self.config.n_mels}, F) for "
+                f"n_mels={self.config.n_mels}"
+            )
+        if mel.shape[-1] * self.config.hop_length < self.config.mel.min_samples:
+            raise ValueError(
+                f"a mel of {mel.shape[-1]} frames is too short: its waveform needs at least "
+                f"{self.config.mel.min_samples} samples"
+            )
+
+    def vocode_chunked(self, mel: Tensor, chunk_frames: int = 2000) -> Tensor:
+        """As `forward`, piece by piece in bounded memory; equal to it but for rounding.
+
+        Args:
+            mel: (B, M, F), any F that `forward` takes.
+            chunk_frames: frames per piece, without the context that pieces share.
+        """
+        self.check(mel)
+        if chunk_frames < 1:
+            raise ValueError(f"chunk_frames={chunk_frames} must be > 0")
+        n_frames, context = mel.shape[-1], self.generator.context_frames
+        hop = self.config.hop_length
+        pieces = []
+        whole = self.generator.chunk_arguments(mel, chunk_frames)
+        for start in range(0, n_frames, chunk_frames):
+            first, last = max(0, start - context), min(n_frames, start + chunk_frames + context)
+            extra = {name: value[..., first:last] for name, value in whole.items()}
+            waveform = self.generator(mel[..., first:last], **extra)
+            skipped = (start - first) * hop
+            pieces.append(waveform[:, skipped : skipped + min(chunk_frames, n_frames - start) * hop])
+        return torch.cat(pieces, dim=-1)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called once per module by `post_init`, and for what a checkpoint lacks.
+
+        usual layers   see `init_layer`
+        Conv1d         as Conv2d there
+        LayerScale     1 / number of blocks
+        """
+        init_layer(module)
+        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
+            initialization.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                initialization.zeros_(module.bias)
+        elif isinstance(module, LayerScale):
+            initialization.constant_(module.weight, module.start)
