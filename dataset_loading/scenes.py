@@ -9,6 +9,7 @@ panda on red", "a small panda at the left on red". One ground of each object is 
 
 import hashlib
 import io
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,15 @@ import numpy as np
 import resvg_py
 from PIL import Image, ImageColor
 
-from dataset_loading.embedded import SVG_FOLDER, build_once, run_command, write_splits
+from dataset_loading.embedded import (
+    IMAGE_SIZE,
+    PACKAGE,
+    SVG_FOLDER,
+    build_once,
+    licence_text,
+    run_command,
+    write_splits,
+)
 
 # fmt: off
 OBJECTS = {
@@ -52,16 +61,23 @@ def build_scenes(folder: str | Path, image_size: int = 128) -> dict[str, int]:
     """
 
     def write(temporary: Path) -> dict[str, int]:
-        rows: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
-        for thing in OBJECTS:
-            for ground in GROUNDS:
-                split = "test" if is_held_out(thing, ground) else "train"
-                for number, place in enumerate(PLACES):
-                    names = [f"{thing.replace(' ', '-')}_{ground}_{number}_{i}.png" for i in range(N_DRAWINGS)]
-                    rows[split] += [(name, place.format(thing, ground)) for name in names]
+        rows: dict[str, list[tuple[str, ...]]] = {"train": [], "test": []}
+        for split, name, text in list_scenes():
+            rows[split].append((f"{name}.png", text))
         return write_splits(temporary, rows, partial(draw_scene, image_size=image_size))
 
-    return build_once(Path(folder), {"image_size": image_size, "scenes": 2}, write)
+    wanted = {"package": PACKAGE, "image_size": image_size, "scenes": 2}
+    return build_once(Path(folder), wanted, licence_text(image_size), write)
+
+
+def list_scenes() -> Iterator[tuple[str, str, str]]:
+    """Yields (split, name, caption) of all scenes; the name ends with the number of the drawing."""
+    for thing in OBJECTS:
+        for ground in GROUNDS:
+            split = "test" if is_held_out(thing, ground) else "train"
+            for number, place in enumerate(PLACES):
+                for drawing in range(N_DRAWINGS):
+                    yield split, f"{thing.replace(' ', '-')}_{ground}_{number}_{drawing}", place.format(thing, ground)
 
 
 def is_held_out(thing: str, ground: str) -> bool:
@@ -91,7 +107,7 @@ def draw_scene(target: Path, image_size: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    run_command(argv, __doc__ or "", build_scenes, {})
+    run_command(argv, __doc__ or "", build_scenes, {"image_size": IMAGE_SIZE})
 
 
 if __name__ == "__main__":

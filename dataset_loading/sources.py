@@ -7,6 +7,7 @@ Local layouts:
     folder/metadata.csv                              beside split folders: file_name begins with the split's folder
     folder/train.jsonl, folder/test.jsonl            one index per split; also .csv
     index.jsonl                                      an index alone
+    folder/metadata.csv with folder/wavs/            LJSpeech: lines `id|text|normalised text` without a header
 
 Everything else (hub names, parquet files, archives, `save_to_disk` folders) goes through the `datasets` package. Local
 layouts do not, because its `imagefolder` leaves files out where a few names happen to contain "train" or "test",
@@ -201,7 +202,7 @@ def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
     Raises: ValueError: a line cannot be read, or names no file.
     """
     rows = []
-    for number, row in enumerate(read_records(index), start=1):
+    for number, row in enumerate(read_ljspeech(index) or read_records(index), start=1):
         column = "file_name" if "file_name" in row else kind
         if not isinstance(row.get(column), str) or not row[column]:
             raise ValueError(f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, row))}")
@@ -216,10 +217,7 @@ def read_records(index: Path) -> list[dict[str, Any]]:
         from pyarrow import parquet
 
         return parquet.read_table(index).to_pylist()
-    try:
-        text = index.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{index} is not UTF-8: {error}") from error
+    text = read_text(index)
     if index.suffix == ".csv":
         return list(csv.DictReader(io.StringIO(text)))
     records = []
@@ -232,9 +230,39 @@ def read_records(index: Path) -> list[dict[str, Any]]:
     return records
 
 
+def read_text(index: Path) -> str:
+    """A UTF-8 file, with or without a byte order mark. Raises: ValueError: it is not UTF-8."""
+    try:
+        return index.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{index} is not UTF-8: {error}") from error
+
+
+def read_ljspeech(index: Path) -> list[dict[str, Any]]:
+    """The rows of an LJSpeech metadata.csv beside its folder wavs/, none for any other index.
+
+    Returns: `file_name`, `text` (the normalised text where there is one), `original_text`. Quotes mean nothing there.
+    Raises: ValueError: a line has no text.
+    """
+    if index.name != "metadata.csv" or not (index.parent / "wavs").is_dir():
+        return []
+    lines = [line for line in read_text(index).split("\n") if line.strip()]
+    if not lines or "|" not in lines[0] or "file_name" in lines[0]:
+        return []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        name, *texts = line.rstrip("\r").split("|")
+        if not texts:
+            raise ValueError(f"{index}: line {number} must read id|text or id|text|normalised text: {line[:60]!r}")
+        file_name = f"wavs/{name}" if Path(name).suffix == ".wav" else f"wavs/{name}.wav"
+        rows.append({"file_name": file_name, "text": texts[-1] or texts[0], "original_text": texts[0]})
+    return rows
+
+
 def read_licence(folder: Path) -> str:
-    """First line of a LICENSE or LICENCE file beside the data."""
-    files = sorted(folder.glob("LICEN[CS]E*")) if folder.is_dir() else []
+    """First line of a LICENSE or LICENCE file beside the data, or beside the folder of a split."""
+    folders = [folder, folder.parent] if folder.name.lower() in SPLIT_NAMES else [folder]
+    files = [file for one in folders if one.is_dir() for file in sorted(one.glob("LICEN[CS]E*"))]
     return files[0].read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0] if files else ""
 
 

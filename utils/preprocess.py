@@ -75,7 +75,8 @@ class PreprocessArguments:
 class Example:
     """One copy of a raw sample: copy 0 is the plain one, the others are to be changed at random.
 
-    `data` is what `decode` returns, then the tensors that `encode` returns.
+    `data` is what `decode` returns, then the tensors that `encode` returns. A copy that `encode_parts` cuts becomes
+    several examples, its `n_parts` parts.
     """
 
     name: str
@@ -83,14 +84,21 @@ class Example:
     data: Any
     caption: str
     key: str
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    part: int = 0
+    n_parts: int = 1
 
 
 @dataclasses.dataclass
 class Raw:
-    """A raw sample as listed: `media` is `{"path": ..., "bytes": ...}`, see `dataset_loading.sources`."""
+    """A raw sample as listed: `media` is `{"path": ..., "bytes": ...}`, see `dataset_loading.sources`.
+
+    `notes` go into the manifest beside the caption, such as the speaker.
+    """
 
     media: dict[str, Any] | None
     caption: str
+    notes: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -137,6 +145,8 @@ class Preprocess:
     arguments_class: ClassVar[type[PreprocessArguments]] = PreprocessArguments
     media: ClassVar[str]  # "image" or "audio"
     suffixes: ClassVar[Collection[str]]
+    caption_columns: ClassVar[tuple[str, ...]] = ("text",)  # Tried in turn where --caption_column is not given.
+    packages: ClassVar[tuple[str, ...]] = PACKAGES  # Their versions are noted in the manifest.
     encodes_captions: ClassVar[bool] = False  # Whether the tensors depend on the caption.
 
     def __init__(self, args: Any):
@@ -161,10 +171,15 @@ class Preprocess:
         """The tensors of one copy. All randomness comes from the generator."""
         raise NotImplementedError
 
+    def encode_parts(self, example: Example, generator: torch.Generator) -> list[dict[str, Tensor]]:
+        """The tensors of all samples that one copy becomes: one here, or parts in their order."""
+        return [self.encode(example, generator)]
+
     def examples(self, source: Source) -> Iterator[tuple[str, Raw]]:
         """Yields (name, raw sample). Samples of the same name never fall on both sides of the validation split."""
+        column = self.find_column(source, "caption_column", self.caption_columns)
         for name, row in source:
-            yield name, Raw(row[source.media], caption_of(row.get(self.args.caption_column)))
+            yield name, Raw(row[source.media], caption_of(row.get(column)))
 
     def measure(self, tensors: dict[str, Tensor]) -> dict[str, int | float]:
         """`length` of a sample, and further sizes to be totalled in the manifest, such as seconds."""
@@ -237,13 +252,23 @@ class Preprocess:
                     f"training and validation would both read {sources['train'].identity}; see --validation_split"
                 )
         for source in sources.values():
-            column = args.caption_column
-            if column not in source.columns and column != PreprocessArguments.caption_column:
-                known = ", ".join(source.columns)
-                raise ValueError(f"--caption_column={column!r} is no column of {source.identity}; there is: {known}")
-            if column not in source.columns:
-                logger.info("%s has no column %r: captions are empty", source.identity, column)
+            if not self.find_column(source, "caption_column", self.caption_columns):
+                names = " or ".join(map(repr, self.caption_columns))
+                logger.info("%s has no column %s: captions are empty", source.identity, names)
         return sources
+
+    def find_column(self, source: Source, flag: str, usual: tuple[str, ...]) -> str:
+        """The column that a flag names, or the first usual one, or `""`.
+
+        Raises: ValueError: the source does not have the column that was asked for.
+        """
+        wanted = getattr(self.args, flag)
+        if wanted in source.columns:
+            return wanted
+        if wanted != getattr(type(self.args), flag):
+            known = ", ".join(source.columns)
+            raise ValueError(f"--{flag}={wanted!r} is no column of {source.identity}; there is: {known}")
+        return next((column for column in usual if column in source.columns), "")
 
     def header(self, sources: dict[str, Source]) -> dict[str, Any]:
         """What the manifest says before the samples."""
@@ -265,7 +290,7 @@ class Preprocess:
             "licence": sources["train"].licence,
             "arguments": {field.name: getattr(self.args, field.name) for field in declared_fields(self.args)},
             "command": command_words(f"preprocess_{self.name}_dataset.py", self.args),
-            "packages": {name: version(name) for name in PACKAGES},
+            "packages": {name: version(name) for name in self.packages},
         }
 
     def count(self, source: Source) -> int:
@@ -287,10 +312,19 @@ class Preprocess:
                 n_copies = self.args.num_augmented_copies if split == "train" else 0
                 keys = {copy: sample_key(name, seen[name], copy) for copy in range(1 + n_copies)}
                 seen[name] += 1
-                there = [key for key in keys.values() if self.is_there(known.get((split, key)), split, raw.caption)]
-                entries = [{**known[split, key], "caption": raw.caption} for key in there]
-                missing = {copy: key for copy, key in keys.items() if key not in there}
+                there = {copy: self.find_entries(known, split, key, raw) for copy, key in keys.items()}
+                entries = [{**entry, **notes_of(raw, len(parts))} for parts in there.values() for entry in parts]
+                missing = {copy: key for copy, key in keys.items() if not there[copy]}
                 yield Task(next(number), split, name, raw if missing else Raw(None, ""), missing, entries)
+
+    def find_entries(
+        self, known: dict[tuple[str, str], dict[str, Any]], split: str, key: str, raw: Raw
+    ) -> list[dict[str, Any]]:
+        """The entries of all parts of a copy that an earlier run wrote; none where one is missing."""
+        n_parts = known.get((split, key), {}).get("parts", 1)
+        entries = [known.get((split, part_key(key, part))) for part in range(n_parts)]
+        there = all(self.is_there(entry, split, raw.caption) for entry in entries)
+        return [entry for entry in entries if entry] if there else []
 
     def is_there(self, entry: dict[str, Any] | None, split: str, caption: str) -> bool:
         """Whether an earlier run wrote a sample that still holds."""
@@ -312,8 +346,11 @@ class Preprocess:
             data = self.decode(task.raw.media)
             for copy, key in task.missing.items():
                 generator = torch.Generator().manual_seed(seed_of(self.args.seed, key))
-                example = Example(task.name, copy, data, task.raw.caption, key)
-                examples.append(dataclasses.replace(example, data=self.encode(example, generator)))
+                example = Example(task.name, copy, data, task.raw.caption, key, notes=task.raw.notes)
+                parts = self.encode_parts(example, generator)
+                for part, data_of_part in enumerate(parts):
+                    changes = {"key": part_key(key, part), "part": part, "n_parts": len(parts)}
+                    examples.append(dataclasses.replace(example, data=data_of_part, **changes))
         except SkipSampleError as reason:
             return Prepared(dataclasses.replace(outcome, entries=[], skipped=str(reason)), [])
         except Exception as error:  # Anything may be wrong with a raw file; the manifest reports it.
@@ -324,14 +361,12 @@ class Preprocess:
         """Write the encoded copies of one raw file. Raises: OSError: a file cannot be written."""
         for example in examples:
             save_tensors(self.path(outcome.split, example.key), example.data)
-            entry = {
-                "key": example.key,
-                "source": example.name,
-                "copy": example.copy,
-                "caption": example.caption,
-            }
-            outcome.entries.append({**entry, **self.measure(example.data)})
-        outcome.entries.sort(key=lambda entry: entry["copy"])
+            entry = {"key": example.key, "source": example.name, "copy": example.copy}
+            entry |= {**notes_of(example, example.n_parts), **self.measure(example.data)}
+            outcome.entries.append(
+                entry | ({"part": example.part, "parts": example.n_parts} if example.n_parts > 1 else {})
+            )
+        outcome.entries.sort(key=lambda entry: (entry["copy"], entry.get("part", 0)))
         outcome.n_written = len(examples)
         return outcome
 
@@ -406,6 +441,16 @@ def sample_key(name: str, occurrence: int, copy: int) -> str:
     return f"{stem}-{digest}" + (f"-copy{copy}" if copy else "")
 
 
+def part_key(key: str, part: int) -> str:
+    """The key of a part of a copy; that of the first is the copy's own."""
+    return f"{key}-part{part}" if part else key
+
+
+def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, str]:
+    """What the manifest says of a sample's meaning. A caption is of the whole; nobody knows which part holds what."""
+    return {"caption": sample.caption if n_parts == 1 else "", **sample.notes}
+
+
 def is_validation(name: str, fraction: float) -> bool:
     """Whether a raw file's name falls into the validation share; independent of seed, order and other files."""
     digest = hashlib.sha256(f"validation {name}".encode()).digest()
@@ -424,9 +469,9 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
     totals: dict[str, Any] = {}
     for split in splits:
         totals[split] = {"samples": len(entries[split])}
-        for name in entries[split][0] if entries[split] else ():
-            if name not in ("key", "source", "copy", "caption", "length"):
-                totals[split][name] = sum(entry[name] for entry in entries[split])
+        for name, value in entries[split][0].items() if entries[split] else ():
+            if name not in ("copy", "length", "part", "parts") and isinstance(value, int | float):
+                totals[split][name] = round(sum(entry[name] for entry in entries[split]), 3)
     left_out = {
         kind: [{"source": one.name, "reason": getattr(one, kind)} for one in outcomes if getattr(one, kind)]
         for kind in ("broken", "skipped")

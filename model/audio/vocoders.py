@@ -44,7 +44,7 @@ class VocoderConfig(AudioConfig):
     expansion: int = option(3, "hidden over outer channels of a block", gt=0)
     kernel_size: int = option(7, "frames that a block's depthwise convolution sees, odd", gt=0)
     n_magnitude_updates: int = option(4, "multiplicative updates of the magnitude prior", ge=0)
-    n_projections: int = option(2, "Griffin-Lim projections after the network", ge=0)
+    n_projections: int = option(4, "Griffin-Lim projections after the network", ge=0)
     f0_min: float = option(65.0, "lowest fundamental frequency of the phase prior in Hz", gt=0)
     f0_max: float = option(500.0, "highest fundamental frequency of the phase prior in Hz", gt=0)
 

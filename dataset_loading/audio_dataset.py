@@ -1,0 +1,77 @@
+"""The data sets of preprocessed sound.  M mel bins, F mel frames, S samples."""
+
+from pathlib import Path
+from typing import Self
+
+from torch import Tensor
+
+from dataset_loading.cached import MANIFEST, CachedDataset
+from model.audio.spectral import MEL_PRESETS, MelSettings, check_same_mel
+
+
+class AudioDataset(CachedDataset):
+    """Preprocessed sound: items with
+
+    mel: natural-log mel, (M, F) float32, see `model.audio.spectral`.
+    waveform: (S,) float32 in [-1, 1], S = F * hop_length, where the folder has it.
+    index: the place in `entries`.
+
+    Attributes:
+        mel: the definition of the log-mels.
+        speakers: sorted names of the speakers in both splits; empty where they are not known.
+
+    Entries hold `key`, `source`, `copy`, `caption` (the transcript), `speaker`, `length` (frames F), `seconds`.
+    """
+
+    def __init__(self, folder: str | Path, split: str):
+        super().__init__(folder, split)
+        if "mel" not in self.manifest["settings"]:
+            raise ValueError(
+                f"{self.folder} was made for stage {self.manifest['stage']!r} and holds no log-mels; make them with: "
+                f"python preprocess_{self.stage or 'audio_vae'}_dataset.py --dataset_name <hub name or folder>"
+            )
+        self.mel = MelSettings(**self.manifest["settings"]["mel"])
+        entries = [entry for entries in self.manifest["entries"].values() for entry in entries]
+        self.speakers = sorted({entry["speaker"] for entry in entries} - {""})
+
+    def expect_mel(self, mel: MelSettings, name: str, fix: str = "") -> Self:
+        """Check the definition of the log-mels against the one that a model needs.
+
+        Args:
+            name: what needs it, for the message.
+            fix: what else could be done, a sentence.
+        Returns: this data set.
+        Raises: ValueError: they differ; the message shows both and the command that makes what is needed.
+        """
+        remedy = f"this makes it: {self.command(**self.mel_flags(mel))}"
+        check_same_mel(self.mel, str(self.folder), mel, name, f"{remedy}\n{fix}" if fix else remedy)
+        return self
+
+    def mel_flags(self, wanted: MelSettings) -> dict[str, object]:
+        """The flags of the command that makes a folder with other log-mels."""
+        fields, folder = wanted.as_dict(), str(self.folder).rstrip("/")
+        preset = next((name for name, settings in MEL_PRESETS.items() if settings == wanted), None)
+        if preset and not any(f"--{field}" in self.manifest["command"] for field in fields):
+            return {"mel": preset, "output_dir": f"{folder}_{preset}"}
+        found = self.mel.as_dict()
+        changes = {field: value for field, value in fields.items() if value != found[field]}
+        suffix = "_".join(f"{field}_{value}" for field, value in changes.items())
+        return {**changes, "output_dir": f"{folder}_{suffix}"}
+
+
+class VocoderDataset(AudioDataset):
+    """Log-mels and their waveforms."""
+
+    stage = "audio_vocoder"
+
+
+class AudioVAEDataset(AudioDataset):
+    """Log-mels alone; a folder made for vocoders serves as well."""
+
+    def __init__(self, folder: str | Path, split: str):
+        self.stage = None if (Path(folder) / MANIFEST).exists() else "audio_vae"  # For the message.
+        super().__init__(folder, split)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = super().__getitem__(index)
+        return {name: tensor for name, tensor in sample.items() if name != "waveform"}
