@@ -4,6 +4,7 @@
     python evaluate.py --checkpoint runs/image_vae/demo --dataset my_pictures --max_samples 500 --output_dir out
     python evaluate.py --checkpoint runs/image_diffusion/demo --contact_sheet 16 --n_steps 20 --guidance_scale 3
     python evaluate.py --checkpoint runs/image_diffusion/demo --curve --curve_steps 5 10 20 --curve_scales 1 3 5
+    python evaluate.py --checkpoint runs/audio_vae/demo --contact_sheet 8 --vocoder_checkpoint runs/vocoder/demo
 
 The stage is read from the checkpoint; flags of another stage are refused. Results go to the run's folder, or to
 --output_dir.
@@ -18,13 +19,15 @@ import torch
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
+from utils.audio_vae_evaluator import AudioVAEEvaluationArguments, AudioVAEEvaluator
 from utils.checkpoints import provenance, read_stage, resolve_checkpoint, write_json
 from utils.evaluators import Evaluation, Evaluator
 from utils.image_diffusion_evaluator import ImageDiffusionEvaluationArguments, ImageDiffusionEvaluator
 from utils.image_vae_evaluator import ImageVAEEvaluationArguments, ImageVAEEvaluator
 from utils.megatransformer_utils import explained_errors, parse_arguments
-from utils.pictures import save_picture, spread
+from utils.pictures import spread
 from utils.recurrent_vae_evaluator import RecurrentVAEEvaluator
+from utils.vocoder_evaluator import VocoderEvaluator
 
 logger = logging.getLogger("evaluate")
 
@@ -32,11 +35,13 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     "image_vae": ImageVAEEvaluator,
     "recurrent_vae": RecurrentVAEEvaluator,
     "image_diffusion": ImageDiffusionEvaluator,
+    "vocoder": VocoderEvaluator,
+    "audio_vae": AudioVAEEvaluator,
 }
 
 
 @dataclasses.dataclass
-class EvaluateArguments(ImageVAEEvaluationArguments, ImageDiffusionEvaluationArguments):
+class EvaluateArguments(ImageVAEEvaluationArguments, ImageDiffusionEvaluationArguments, AudioVAEEvaluationArguments):
     """The flags of all stages."""
 
     needs = {**ImageVAEEvaluationArguments.needs, **ImageDiffusionEvaluationArguments.needs}
@@ -79,9 +84,8 @@ def evaluate(args: EvaluateArguments) -> dict:
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=120)
-    console.print(
-        f"\n[bold]{evaluator.checkpoint}[/bold], {evaluator.weights} weights, on {data['folder']} {data['split']}"
-    )
+    on = f"on {data['folder']} {data['split']}"
+    console.print(f"\n[bold]{evaluator.checkpoint}[/bold], {evaluator.weights} weights, {on}")
     for table in evaluation.tables:
         console.print(table)
     for file in files:
@@ -90,18 +94,17 @@ def evaluate(args: EvaluateArguments) -> dict:
 
 
 def write(args: EvaluateArguments, evaluator: Evaluator, evaluation: Evaluation, report: dict) -> list[Path]:
-    """metrics.json, pictures and TensorBoard scalars; returns the paths."""
+    """metrics.json, pictures, sounds and TensorBoard; returns the paths."""
     run_dir = evaluator.checkpoint.parent
     output_dir = Path(args.output_dir or run_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "metrics.json", report)
-    for name, picture in evaluation.pictures.items():
-        save_picture(picture, output_dir / name)
+    drawn = evaluation.save(output_dir)
     log_dir = run_dir / "tensorboard"
     group = f"evaluation_{Path(report['data']['folder']).name}_{report['data']['split'] or 'all'}_{report['weights']}"
     with SummaryWriter(str(log_dir)) as writer:
         evaluation.log(writer, group, evaluator.step)
-    return [output_dir / "metrics.json", *(output_dir / name for name in evaluation.pictures), log_dir]
+    return [output_dir / "metrics.json", *drawn, log_dir]
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -16,10 +16,15 @@ from PIL.Image import Image
 from rich.console import RenderableType
 from torch.utils.tensorboard import SummaryWriter
 
+from utils.audio_synthesis import save_waveform
 from utils.checkpoints import chosen_weights, load_model, read_stage, step_of
 from utils.configuration import declared_fields, option
+from utils.pictures import save_picture
+from utils.sounds import add_sound, playable
 
 logger = logging.getLogger(__name__)
+
+SOUNDS = "sounds"  # folder of wav files under the output folder
 
 
 @dataclasses.dataclass
@@ -42,9 +47,11 @@ class EvaluationArguments:
     num_workers: int = option(0, "data loading processes; 0: the main process loads", ge=0)
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
     contact_sheet: int = option(
-        0, "pictures drawn beside what the model makes of them, to contact_sheet.png; 0: none", ge=0
+        0,
+        "samples drawn beside what the model makes of them, to contact_sheet.png, sounds also as wav files; 0: none",
+        ge=0,
     )
-    output_dir: str = option("", "folder of metrics.json and pictures; default: the run's folder")
+    output_dir: str = option("", "folder of metrics.json, pictures and sounds; default: the run's folder")
 
     given: ClassVar[list[str]]  # names of the flags that were given, set by `parse_arguments`
     needs = {"resize_mode": ("dataset", bool), "cached_dataset": ("dataset", "")}
@@ -64,6 +71,7 @@ class Evaluation:
         tables: what is printed.
         pictures: what is drawn, by file name.
         curves: further scalars by name, over another axis than the training step.
+        sounds: waveforms (S,) in [-1, 1] with their sampling rates, by name.
     """
 
     metrics: dict[str, Any]
@@ -71,9 +79,18 @@ class Evaluation:
     tables: Sequence[RenderableType]
     pictures: dict[str, Image]
     curves: dict[str, dict[int, float]] = dataclasses.field(default_factory=dict)
+    sounds: dict[str, tuple[torch.Tensor, int]] = dataclasses.field(default_factory=dict)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write pictures, and sounds as wav files; returns the files, and for sounds their folder."""
+        for name, picture in self.pictures.items():
+            save_picture(picture, folder / name)
+        for name, (waveform, rate) in self.sounds.items():
+            save_waveform(playable(waveform), rate, folder / SOUNDS / f"{name}.wav")
+        return [*(folder / name for name in self.pictures), *([folder / SOUNDS] if self.sounds else [])]
 
     def log(self, writer: SummaryWriter, group: str, step: int) -> None:
-        """Write scalars, curves and pictures to TensorBoard."""
+        """Write scalars, curves, pictures and sounds to TensorBoard."""
         for name, value in self.scalars.items():
             writer.add_scalar(f"{group}/{name}", value, step)
         for name, curve in self.curves.items():
@@ -81,6 +98,8 @@ class Evaluation:
                 writer.add_scalar(f"{group}/{name}", value, position)
         for name, picture in self.pictures.items():
             writer.add_image(f"{group}/{Path(name).stem}", np.asarray(picture), step, dataformats="HWC")
+        for name, (waveform, rate) in self.sounds.items():
+            add_sound(writer, f"{group}/{name}", waveform, rate, step)
 
 
 class Evaluator:
@@ -95,13 +114,14 @@ class Evaluator:
     """
 
     arguments_class: ClassVar[type[EvaluationArguments]]  # other flags are refused
+    refused_flags: ClassVar[tuple[str, ...]] = ()  # of these, too
     model_class: ClassVar[type]
     definitions: ClassVar[dict[str, str]]  # name of a metric -> how it is defined
 
     def __init__(self, args: Any, checkpoint: Path):
         self.args, self.checkpoint = args, checkpoint
         self.record = read_stage(checkpoint)
-        known = {field.name for field in declared_fields(self.arguments_class)}
+        known = {field.name for field in declared_fields(self.arguments_class)} - set(self.refused_flags)
         foreign = ", ".join(f"--{name}" for name in args.given if name not in known)
         if foreign:
             raise ValueError(f"{foreign}: no effect on {checkpoint}, which is of stage {self.record['stage']!r}")
