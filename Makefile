@@ -33,6 +33,8 @@ bench: install  ## side by side with peers; see benchmarks/README.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
 	$(BIN)/python benchmarks/image_vae.py
 	$(BIN)/python benchmarks/diffusion.py
+	$(BIN)/python benchmarks/vocoder.py
+	$(BIN)/python benchmarks/audio_vae.py
 
 tensorboard: install  ## pictures, losses and metrics of all runs
 	$(BIN)/tensorboard --logdir runs

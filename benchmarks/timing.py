@@ -23,10 +23,17 @@ def interleave(sides: dict[str, Callable[[], None]], repeats: int) -> dict[str, 
     return times
 
 
-def report(title: str, times: dict[str, list[float]]) -> None:
-    """Minimum and median of two sides, and the ratio of medians."""
-    (ours, first), (theirs, second) = times.items()
-    ratio = statistics.median(first) / statistics.median(second)
+def report(title: str, times: dict[str, list[float]], *, unit: float = 1.0, n_ours: int = 1) -> None:
+    """Minimum and median of every side, and the ratios of our medians to the others'.
+
+    Args:
+        unit: what one repeat counts as, such as its number of steps or the seconds of sound that it made.
+        n_ours: sides that are ours, the first ones.
+    """
+    medians = {name: statistics.median(values) / unit for name, values in times.items()}
     for name, values in times.items():
-        print(f"{title:28} {name:10} min {min(values):7.3f}  median {statistics.median(values):7.3f} CPU s")
-    print(f"{title:28} {ours} / {theirs} = {ratio:.3f}", flush=True)
+        print(f"{title:28} {name:10} min {min(values) / unit:7.3f}  median {medians[name]:7.3f} CPU s")
+    names = list(medians)
+    for ours in names[:n_ours]:
+        for theirs in names[n_ours:]:
+            print(f"{title:28} {ours} / {theirs} = {medians[ours] / medians[theirs]:.3f}", flush=True)

@@ -4,7 +4,7 @@ Every loss is computed in fp32 and is a mean over the batch, so that equal micro
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from utils.configuration import suggest
 
-AdversarialKind = Literal["hinge", "non_saturating"]
+AdversarialKind = Literal["hinge", "non_saturating", "least_squares"]
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
@@ -100,8 +100,8 @@ class ReconstructionLoss(nn.Module):
 
 
 def check_adversarial_kind(kind: str) -> None:
-    """ValueError for a kind other than "hinge" and "non_saturating"."""
-    known = ("hinge", "non_saturating")
+    """ValueError for a kind that is none of `AdversarialKind`."""
+    known = get_args(AdversarialKind)
     if kind not in known:
         raise ValueError(f"adversarial loss {kind!r} is not known{suggest(kind, known)}")
 
@@ -111,6 +111,7 @@ def discriminator_loss(kind: AdversarialKind, real_logits: list[Tensor], fake_lo
 
     hinge (arXiv 1705.02894):            mean max(0, 1 - real) + mean max(0, 1 + fake)
     non_saturating (arXiv 1406.2661):    mean softplus(-real) + mean softplus(fake)
+    least_squares (arXiv 1611.04076):    mean (1 - real)^2 + mean fake^2
     Args:
         real_logits, fake_logits: one tensor of any shape per sub-discriminator.
     """
@@ -120,16 +121,21 @@ def discriminator_loss(kind: AdversarialKind, real_logits: list[Tensor], fake_lo
         real, fake = real.float(), fake.float()
         if kind == "hinge":
             losses.append(F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
+        elif kind == "least_squares":
+            losses.append((1.0 - real).square().mean() + fake.square().mean())
         else:
             losses.append(F.softplus(-real).mean() + F.softplus(fake).mean())
     return torch.stack(losses).mean()
 
 
 def generator_loss(kind: AdversarialKind, fake_logits: list[Tensor]) -> Tensor:
-    """What the generator minimises, averaged over sub-discriminators: -mean(fake), or mean softplus(-fake)."""
+    """What the generator minimises, averaged over sub-discriminators: -mean(fake) (hinge), mean softplus(-fake)
+    (non-saturating), or mean (1 - fake)^2 (least squares)."""
     check_adversarial_kind(kind)
     if kind == "hinge":
         return torch.stack([-fake.float().mean() for fake in fake_logits]).mean()
+    if kind == "least_squares":
+        return torch.stack([(1.0 - fake.float()).square().mean() for fake in fake_logits]).mean()
     return torch.stack([F.softplus(-fake.float()).mean() for fake in fake_logits]).mean()
 
 

@@ -27,14 +27,14 @@ class ZeroLinear(nn.Linear):
 def init_layer(module: nn.Module) -> None:
     """What `_init_weights` of every model does with one layer of a usual kind.
 
-    ZeroConv2d, ZeroLinear    weight, bias 0
-    other Conv2d, Linear      weight uniform in +-1/sqrt(fan in) (PyTorch's own), bias 0
-    LayerNorm, GroupNorm      weight 1, bias 0
+    ZeroConv2d, ZeroLinear      weight, bias 0
+    other convolutions, Linear  weight uniform in +-1/sqrt(fan in) (PyTorch's own), bias 0
+    LayerNorm, GroupNorm        weight 1, bias 0
     """
     if isinstance(module, ZeroConv2d | ZeroLinear):
         initialization.zeros_(module.weight)
         initialization.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d | nn.Linear):
+    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.Linear):
         initialization.kaiming_uniform_(module.weight, a=5**0.5)
         if module.bias is not None:
             initialization.zeros_(module.bias)
@@ -125,12 +125,14 @@ class VAE(PreTrainedModel):
         return self.decoder(latents).float()
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
-        """(B, Z, y, x) as encoded -> zero mean and unit deviation per channel over the training set."""
-        return (latents - self.latent_mean.view(-1, 1, 1)) / self.latent_std.view(-1, 1, 1)
+        """(B, Z, ...) as encoded -> zero mean and unit deviation per channel over the training set."""
+        shape = (-1, *[1] * (latents.ndim - 2))
+        return (latents - self.latent_mean.view(shape)) / self.latent_std.view(shape)
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
-        """The inverse of `normalize_latents`: (B, Z, y, x) standardised -> as `decode` takes it."""
-        return latents * self.latent_std.view(-1, 1, 1) + self.latent_mean.view(-1, 1, 1)
+        """The inverse of `normalize_latents`: (B, Z, ...) standardised -> as `decode` takes it."""
+        shape = (-1, *[1] * (latents.ndim - 2))
+        return latents * self.latent_std.view(shape) + self.latent_mean.view(shape)
 
     def set_latent_statistics(self, mean: Tensor, std: Tensor) -> None:
         """Store the per-channel statistics of the latents.

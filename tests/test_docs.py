@@ -8,13 +8,20 @@ from pathlib import Path
 import pytest
 
 from evaluate import EvaluateArguments
+from inference import reconstruct_audio
+from inference.export_vocoder import ExportArguments
 from inference.reconstruct_image import ReconstructionArguments
 from inference.text_to_image import TextToImageArguments
+from inference.vocode import VocodeArguments
+from preprocess_audio_vae_dataset import AudioVAEPreprocess
+from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
 from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
 from preprocess_image_vae_dataset import ImageVAEPreprocess
+from pretrain_audio_vae import AudioVAEStage
 from pretrain_image_diffusion import ImageDiffusionStage
 from pretrain_image_vae import ImageVAEStage
 from pretrain_recurrent_vae import RecurrentVAEStage
+from pretrain_vocoder import VocoderStage
 from utils.configuration import declared_fields
 from utils.megatransformer_utils import parse_arguments
 
@@ -26,9 +33,16 @@ SCRIPTS = {
     "preprocess_image_diffusion_dataset.py": ImageDiffusionPreprocess.arguments_class,
     "pretrain_image_diffusion.py": ImageDiffusionStage.arguments_class,
     "pretrain_recurrent_vae.py": RecurrentVAEStage.arguments_class,
+    "preprocess_audio_vocoder_dataset.py": AudioVocoderPreprocess.arguments_class,
+    "preprocess_audio_vae_dataset.py": AudioVAEPreprocess.arguments_class,
+    "pretrain_vocoder.py": VocoderStage.arguments_class,
+    "pretrain_audio_vae.py": AudioVAEStage.arguments_class,
     "evaluate.py": EvaluateArguments,
     "inference/text_to_image.py": TextToImageArguments,
     "inference/reconstruct_image.py": ReconstructionArguments,
+    "inference/vocode.py": VocodeArguments,
+    "inference/reconstruct_audio.py": reconstruct_audio.ReconstructionArguments,
+    "inference/export_vocoder.py": ExportArguments,
 }
 # Made by running the commands, or given by the reader.
 MADE = ("runs/", "cached_datasets/", "data/", "my_", "inference/generated", "checkpoint-", ".venv", "/")
@@ -66,6 +80,7 @@ def known_classes() -> set[str]:
     for folder in (
         "",
         "model",
+        "model/audio",
         "model/image",
         "model/text",
         "utils",

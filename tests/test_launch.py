@@ -4,12 +4,17 @@ import json
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
 
+from pretrain_audio_vae import AudioVAEStage
 from pretrain_recurrent_vae import RecurrentVAEStage
+from pretrain_vocoder import VocoderStage
+from tests.audio_cache import SMALL_VOCODER, make_audio_cache
 from tests.conftest import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference, run_stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,7 +22,13 @@ BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.launch
 
 
-COMMON = {"image_vae": SMALL_RUN, "recurrent_vae": SMALL_RUN, "image_diffusion": SMALL_DIFFUSION}
+COMMON = {
+    "image_vae": SMALL_RUN,
+    "recurrent_vae": SMALL_RUN,
+    "image_diffusion": SMALL_DIFFUSION,
+    "audio_vae": SMALL_AUDIO_VAE,
+    "vocoder": SMALL_VOCODER,
+}
 
 
 def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str, stage: str = "image_vae") -> Run:
@@ -128,6 +139,56 @@ def test_recurrent_vae_under_zero_2_equals_one_process_and_resumes_exactly(pictu
         assert largest_difference(straight.weights(name), resumed.weights(name)) == 0
     assert largest_difference(straight.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
     assert straight.losses[4:] == resumed.losses[4:]
+
+
+def test_audio_vae_on_two_ddp_processes_equals_one_and_resumes_on_one(tmp_path, fresh_logging):
+    cache = write_mel_cache(tmp_path / "cache", SETTINGS)
+    train = partial(run_stage, AudioVAEStage, SMALL_AUDIO_VAE, cache, tmp_path)
+    one = train("one", 8, "--batch_size", "8")
+    two = launch("torchrun", cache, tmp_path, 8, "--batch_size", "4", "--save_steps", "4", stage="audio_vae")
+    (tmp_path / "audio_vae" / "resumed").mkdir()
+    (two.folder.parent / "checkpoint-4").rename(tmp_path / "audio_vae" / "resumed" / "checkpoint-4")
+    resumed = train("resumed", 8, "--batch_size", "8", "--resume_from_checkpoint")
+    for run in (two, resumed):
+        assert run.losses == pytest.approx(one.losses, rel=1e-5)
+        assert all(largest_difference(one.weights(name), run.weights(name)) <= 1e-4 for name in ("model", "ema"))
+        assert largest_difference(one.adversary["discriminator"], run.adversary["discriminator"]) <= 1e-5
+
+
+def test_audio_vae_under_zero_2_equals_one_process_and_resumes_exactly(tmp_path, fresh_logging):
+    cache = write_mel_cache(tmp_path / "cache", SETTINGS)
+    one = run_stage(AudioVAEStage, SMALL_AUDIO_VAE, cache, tmp_path, "one", 8, "--batch_size", "8")
+    flags = ["--batch_size", "2", "--gradient_accumulation_steps", "2"]
+    straight, resumed = launch_and_resume("audio_vae", cache, tmp_path, flags)
+    assert straight.losses == pytest.approx(one.losses, rel=1e-5)
+    for name in ("model", "ema"):
+        assert largest_difference(one.weights(name), straight.weights(name)) <= 1e-4
+        assert largest_difference(straight.weights(name), resumed.weights(name)) == 0
+    assert straight.losses[4:] == resumed.losses[4:]
+
+
+def test_vocoder_on_two_processes_equals_one_and_resumes_exactly_within_a_later_epoch(tmp_path, fresh_logging):
+    cache = make_audio_cache(tmp_path / "cache")  # 3 steps per epoch: the resumed run begins within the second.
+    flags = ["--eval_steps", "4"]
+    one = run_stage(VocoderStage, SMALL_VOCODER, cache, tmp_path, "one", 8, "--batch_size", "8", *flags)
+    ddp = launch("torchrun", cache, tmp_path / "ddp", 8, "--batch_size", "4", *flags, stage="vocoder")
+    flags += ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--use_gradient_checkpointing"]
+    straight, resumed = launch_and_resume("vocoder", cache, tmp_path, flags)
+    for two in (ddp, straight):
+        assert two.losses == pytest.approx(one.losses, rel=1e-4)
+        assert evaluated(two) == pytest.approx(evaluated(one), rel=1e-4)
+        assert all(largest_difference(one.weights(name), two.weights(name)) <= 1e-4 for name in ("model", "ema"))
+        assert largest_difference(one.adversary["discriminator"], two.adversary["discriminator"]) <= 1e-4
+        assert one.adversary["updates"] == two.adversary["updates"] == 3
+    assert all(largest_difference(straight.weights(name), resumed.weights(name)) == 0 for name in ("model", "ema"))
+    assert largest_difference(straight.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
+    assert straight.losses == resumed.losses and evaluated(straight) == evaluated(resumed)
+
+
+def evaluated(run: Run) -> list[float]:
+    """Every evaluation's loss in a run's record."""
+    history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
+    return [line["eval_loss"] for line in history if "eval_loss" in line]
 
 
 def launch_and_resume(stage: str, cache: Path, output_dir: Path, flags: list[str]) -> tuple[Run, Run]:

@@ -47,6 +47,7 @@ class Stage:
     `main`."""
 
     name: ClassVar[str]
+    cache_name: ClassVar[str] = ""  # The data's stage, for the default folder; default: `name`.
     arguments_class: ClassVar[type[StageArguments]] = StageArguments
     config_class: ClassVar[type[StrictConfig]]
     model_class: ClassVar[type]
@@ -57,7 +58,7 @@ class Stage:
     def __init__(self, args: Any):
         self.args = args
         self.run_dir = Path(args.output_dir) / self.name / args.run_name
-        self.cache_dir = Path(args.cached_dataset or f"cached_datasets/{self.name}")
+        self.cache_dir = Path(args.cached_dataset or f"cached_datasets/{self.cache_name or self.name}")
 
     # ---- What a stage says.
 

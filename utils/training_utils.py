@@ -80,7 +80,13 @@ class StageTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         accumulated = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return EpochSampler(len(dataset), accumulated, self.args.seed)
+        self.epoch_sampler = EpochSampler(len(dataset), accumulated, self.args.seed)
+        return self.epoch_sampler
+
+    def _run_epoch(self, *, epoch: int, **kwargs):
+        # Where several processes resume within an epoch, neither transformers nor accelerate tell the sampler which.
+        self.epoch_sampler.set_epoch(epoch)
+        return super()._run_epoch(epoch=epoch, **kwargs)
 
     def sample_noise(self, inputs: dict, stream: str, shape) -> Tensor:
         """Standard normal noise (B, *shape) that belongs to this step's samples, on the training device."""
@@ -316,6 +322,10 @@ class GANTrainer(StageTrainer):
         """Run the model once; returns (generated sample with graph, real sample, model output)."""
         raise NotImplementedError
 
+    def leaf_terms(self, leaf: Tensor, real: Tensor, inputs: dict) -> dict[str, Tensor]:
+        """Weighted loss terms of the generated sample, the adversary's left out."""
+        return self.criterion(leaf, real)
+
     def other_terms(self, output, real: Tensor) -> dict[str, Tensor]:
         """Weighted loss terms that do not depend on the generated sample."""
         return {}
@@ -334,7 +344,7 @@ class GANTrainer(StageTrainer):
 
         # Reconstruction, and its gradient at the leaf.
         with torch.autocast(leaf.device.type, torch.bfloat16, enabled=self.stage_arguments.bf16):
-            terms = self.criterion(leaf, real)
+            terms = self.leaf_terms(leaf, real, inputs)
         (gradient,) = torch.autograd.grad(sum(terms.values()), leaf)
 
         # Adversary: its own backward, and the generator's gradient at the leaf.
@@ -348,8 +358,8 @@ class GANTrainer(StageTrainer):
         surrogate = (generated.float() * gradient).sum() + sum(others.values())
         engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(surrogate * share, **engine)
-        if self.adversary is not None and self.adversary.pending and self.accelerator.sync_gradients:
-            self.adversary.update()
+        is_over = self.adversary is not None and self.adversary.pending and self.accelerator.sync_gradients
+        if is_over and self.adversary.update():
             self.record({"gan/discriminator_grad_norm": self.adversary.gradient_norm})
         self.record({f"loss/{name}": term for name, term in terms.items()})
         return sum(terms.values()) * share
@@ -359,7 +369,7 @@ class GANTrainer(StageTrainer):
         uniforms = self.sample_uniforms(inputs, "augment", (8,)) if self.adversary.augment is not None else None
         weight = self.adversary.generator_weight(step)
         factor = self.adversary.adaptive_factor()
-        played = self.adversary.play(real, leaf, gradient, uniforms, share, weight)
+        played = self.adversary.play(real, leaf, gradient, uniforms, share, weight, self.adversary.updates_at(step))
         logs = {**played.logs, "weight": weight, "adaptive_factor": factor}
         self.record({f"gan/{name}": value for name, value in logs.items()})
         if played.gradient is None or weight == 0:

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, initialization
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.audio.configuration import MEL_FIELDS, AudioConfig
+from model.audio.frame_conv import FrameConv
 from model.audio.griffin_lim import inversion_matrices, mel_to_magnitude, starting_magnitude
 from model.audio.hifigan import HiFiGANGenerator
 from model.audio.spectral import istft, stft
@@ -152,7 +153,8 @@ class HarmonicPrior(nn.Module):
         Args: magnitude: (B, K, F).
         Returns: two of (B, F).
         """
-        correlation = transform.autocorrelation(magnitude * self.is_low[:, None])
+        # In fp64: rounding adds up over the frames of `cycles`, and would differ between kernels, pieces and runtimes.
+        correlation = transform.autocorrelation(magnitude.double() * self.is_low[:, None])
         shortest = int(self.config.sample_rate / self.config.f0_max)
         longest = int(self.config.sample_rate / self.config.f0_min)
         peak, lag = correlation[..., shortest : longest + 1].max(-1)
@@ -160,7 +162,7 @@ class HarmonicPrior(nn.Module):
         left, middle, right = (correlation.gather(-1, lag[..., None] + i)[..., 0] for i in (-1, 0, 1))
         curvature = (left - 2 * middle + right).clamp_max(-1e-8)
         offset = (0.5 * (left - right) / curvature).clamp(-0.5, 0.5)
-        return 1 / (lag + offset), peak / correlation[..., 0].clamp_min(1e-8)
+        return 1 / (lag + offset), (peak / correlation[..., 0].clamp_min(1e-8)).float()
 
     def cycles(self, f0: Tensor) -> Tensor:
         """Cycles of the fundamental since the first frame, modulo 1, by the trapezoidal rule: (B, F) -> (B, F)."""
@@ -177,7 +179,7 @@ class HarmonicPrior(nn.Module):
             comb: 1 on a harmonic, -1 half-way between two, (B, K, F).
             phase: at the frame's centre, in [0, 2 pi), (B, K, F).
         """
-        position = self.frequency[:, None] / f0[:, None]
+        position = self.frequency[:, None] / f0[:, None].float()
         phase = 2 * torch.pi * (position.round() * cycles[:, None]).remainder(1)
         return torch.cos(2 * torch.pi * position), phase
 
@@ -188,7 +190,7 @@ class ConvNeXtBlock(GradientCheckpointingLayer):
     def __init__(self, config: VocoderConfig):
         super().__init__()
         D, hidden = config.width, config.expansion * config.width
-        self.depthwise = nn.Conv1d(D, D, config.kernel_size, padding=config.kernel_size // 2, groups=D)
+        self.depthwise = FrameConv(D, D, config.kernel_size, padding=config.kernel_size // 2, groups=D)
         self.norm = nn.LayerNorm(D)
         self.widen = nn.Linear(D, hidden)
         self.narrow = nn.Linear(hidden, D)
@@ -196,8 +198,8 @@ class ConvNeXtBlock(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, D) -> (B, F, D)."""
-        y = self.norm(self.depthwise(x.transpose(1, 2)).transpose(1, 2))
-        return x + self.scale(self.narrow(F.gelu(self.widen(y))))
+        y = self.norm(self.depthwise(x))
+        return self.scale(x, self.narrow(F.gelu(self.widen(y))))
 
 
 class LayerScale(nn.Module):
@@ -213,9 +215,9 @@ class LayerScale(nn.Module):
         self.start = start
         self.weight = nn.Parameter(torch.full((width,), start))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
-        return x * self.weight
+    def forward(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + weight * x, all (..., D)."""
+        return torch.addcmul(residual, x, self.weight)
 
 
 class HarmonicGenerator(nn.Module):
@@ -231,7 +233,7 @@ class HarmonicGenerator(nn.Module):
         D, n_bins = config.width, config.n_fft // 2 + 1
         self.prior = HarmonicPrior(config)
         self.transform = FourierTransform(config.n_fft, config.hop_length)
-        self.stem = nn.Conv1d(config.n_mels + 2, D, config.kernel_size, padding=config.kernel_size // 2)
+        self.stem = FrameConv(config.n_mels + 2, D, config.kernel_size, padding=config.kernel_size // 2)
         self.stem_norm = nn.LayerNorm(D)
         self.blocks = nn.ModuleList(ConvNeXtBlock(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(D)
@@ -246,10 +248,10 @@ class HarmonicGenerator(nn.Module):
             magnitude = self.prior.magnitude(mel)
             f0, voicing = self.prior.pitch(magnitude, self.transform)
             comb, phase = self.prior.harmonics(f0, self.prior.cycles(f0) if cycles is None else cycles)
-            pitch = torch.log2(f0 * self.config.sample_rate / 128)
+            pitch = torch.log2(f0.float() * self.config.sample_rate / 128)
             features = torch.cat([mel / 4 + 1, pitch[:, None], voicing[:, None]], dim=1)
 
-        x = self.stem_norm(self.stem(features).transpose(1, 2))
+        x = self.stem_norm(self.stem(features.transpose(1, 2)))
         for block in self.blocks:
             x = block(x)
         gain, depth, shift = self.head(self.norm(x)).float().transpose(1, 2).chunk(3, dim=1)
@@ -353,13 +355,8 @@ class Vocoder(PreTrainedModel):
         """Called once per module by `post_init`, and for what a checkpoint lacks.
 
         usual layers   see `init_layer`
-        Conv1d         as Conv2d there
         LayerScale     1 / number of blocks
         """
         init_layer(module)
-        if isinstance(module, nn.Conv1d | nn.ConvTranspose1d):
-            initialization.kaiming_uniform_(module.weight, a=5**0.5)
-            if module.bias is not None:
-                initialization.zeros_(module.bias)
-        elif isinstance(module, LayerScale):
+        if isinstance(module, LayerScale):
             initialization.constant_(module.weight, module.start)

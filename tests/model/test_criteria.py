@@ -128,7 +128,14 @@ def test_non_saturating_is_the_cross_entropy():
     torch.testing.assert_close(generator_loss("non_saturating", [fake]), cross_entropy(fake, torch.ones_like(fake)))
 
 
-@pytest.mark.parametrize("kind, hint", [("hing", "did you mean 'hinge'"), ("lsgan", "known: hinge, non_saturating")])
+def test_least_squares_by_hand():
+    real, fake = [torch.tensor([2.0, 0.5]), torch.tensor([-1.0])], [torch.tensor([-3.0, 0.0]), torch.tensor([0.5])]
+    # first: mean(1, 0.25) + mean(9, 0) = 5.125; second: 4 + 0.25 = 4.25
+    assert discriminator_loss("least_squares", real, fake).item() == pytest.approx((5.125 + 4.25) / 2)
+    assert generator_loss("least_squares", fake).item() == pytest.approx((8.5 + 0.25) / 2)
+
+
+@pytest.mark.parametrize("kind, hint", [("hing", "did you mean 'hinge'"), ("lsgan", "known: hinge, least_squares")])
 def test_unknown_adversarial_kind_is_suggested(kind, hint):
     logits = [torch.zeros(2, 1)]
     with pytest.raises(ValueError, match=f"'{kind}' is not known; {hint}"):
@@ -184,6 +191,7 @@ LOSSES = {
     "non_saturating": lambda a, b: (
         discriminator_loss("non_saturating", [a], [b]) + generator_loss("non_saturating", [b])
     ),
+    "least_squares": lambda a, b: discriminator_loss("least_squares", [a], [b]) + generator_loss("least_squares", [b]),
     "feature_matching": lambda a, b: feature_matching_loss([a], [b]),
     "r1": lambda a, b: r1_penalty(LinearDiscriminator(), a),
     "lecam": lambda a, b: lecam_penalty([a], [b], 0.5, -0.5),

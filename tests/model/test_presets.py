@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from model import presets
+from model.audio.vae import AudioVAE
+from model.audio.vocoders import Vocoder
 from model.image.diffusion import ImageDiffusion
 from model.image.ldm_unet import rename_diffusers_weights as rename_diffusers_unet_weights
 from model.image.ldm_vae import rename_diffusers_weights
@@ -12,7 +14,13 @@ from model.image.recurrent_vae import RecurrentVAE
 from model.image.vae import ImageVAE
 
 SOURCE = Path(presets.__file__).read_text()
-MODELS = {"IMAGE_VAE": ImageVAE, "RECURRENT_VAE": RecurrentVAE, "IMAGE_DIFFUSION": ImageDiffusion}
+MODELS = {
+    "IMAGE_VAE": ImageVAE,
+    "RECURRENT_VAE": RecurrentVAE,
+    "IMAGE_DIFFUSION": ImageDiffusion,
+    "AUDIO_VAE": AudioVAE,
+    "VOCODER": Vocoder,
+}
 
 
 @pytest.mark.parametrize("table, name", [(table, name) for table in MODELS for name in getattr(presets, table)])
@@ -25,7 +33,7 @@ def test_parameters_are_as_stated(table, name):
     row = next(line for line in rows if line.strip().startswith(f'"{name}": '))
     millions, compression = re.search(r"# +([\d.]+) M(?:  f(\d+))?$", row).groups()
     assert float(millions) == pytest.approx(n_parameters / 1e6, abs=0.006)
-    assert table == "IMAGE_DIFFUSION" or int(compression) == model.config.compression
+    assert table in ("IMAGE_DIFFUSION", "VOCODER") or int(compression) == model.config.compression
 
 
 @pytest.mark.parametrize("table", MODELS)

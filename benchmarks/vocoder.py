@@ -1,0 +1,167 @@
+"""Our vocoder beside Vocos and HiFi-GAN, in one process, interleaved, in CPU seconds.
+
+    python benchmarks/vocoder.py                       # inference, then the adversarial training step
+    python benchmarks/vocoder.py --only inference --repeats 9
+    python benchmarks/vocoder.py --quality 2 10 30 60 --cached_dataset cached_datasets/audio_vocoder --side ours
+
+Speed is measured with random weights. Every side reads and writes the same log-mels and waveforms; Vocos has its
+published backbone (512 x 8) and head, HiFi-GAN its V1 sizes, ours and transformers'. The training step of a peer is
+the published one: its discriminators, losses and optimizer, and the discriminator's own forward of the generator.
+
+--quality trains our vocoder by pretrain_vocoder.py and Vocos by its published recipe on the same clips for the same
+CPU time, one run each, and measures both on held-out clips at every number of minutes; it needs the packages in
+requirements-eval.txt, too.
+"""
+
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.timing import interleave, report
+from benchmarks.vocoder_peers import HifiGANRecipe, TransposedInput, Vocos, VocosRecipe
+from benchmarks.vocoder_quality import QUALITY_FLAGS, QualityArguments, quality
+from model.audio.spectral import LogMel, mel_preset
+from model.audio.vocoders import Vocoder
+from pretrain_vocoder import VocoderStage
+from utils.configuration import option
+from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.vocoder_trainer import VocoderArguments
+
+OURS = ("base", "small", "tiny")
+
+
+@dataclasses.dataclass
+class BenchmarkArguments(QualityArguments):
+    """Flags of the comparison."""
+
+    only: Literal["", "inference", "training"] = option("", "one part of the speed comparison instead of both")
+    mel: str = option("16k", "log-mel preset of the speed comparison; peers need a hop of 256")
+    repeats: int = option(5, "interleaved repeats of each side", gt=0)
+    seconds: float = option(5.0, "seconds of sound in the inference comparison", gt=0)
+    batch_size: int = option(4, "crops per training step in the speed comparison", gt=0)
+    segment_frames: int = option(32, "frames of a crop in the speed comparison", gt=1)
+    threads: int = option(1, "threads of torch", gt=0)
+
+    needs = dict.fromkeys(QUALITY_FLAGS, ("quality", bool))
+
+
+def build(preset: str, mel: str) -> Vocoder:
+    """Our vocoder of a preset on a log-mel preset, with random weights also where it starts at zero."""
+    torch.manual_seed(0)
+    model = Vocoder.from_preset(preset, **mel_preset(mel).as_dict())
+    for parameter in model.parameters():
+        parameter.data.add_(1e-3 * torch.randn_like(parameter))
+    return model
+
+
+def count(module: nn.Module) -> str:
+    """Parameters in millions."""
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M"
+
+
+def inference(args: BenchmarkArguments) -> None:
+    """Real-time factors: CPU seconds per second of sound, batch 1."""
+    settings = mel_preset(args.mel)
+    n_frames = round(args.seconds * settings.sample_rate / settings.hop_length)
+    mel = torch.randn(1, settings.n_mels, n_frames) - 4
+    models: dict[str, nn.Module] = {f"ours {name}": build(name, args.mel) for name in OURS}
+    models["vocos"] = Vocos(settings)
+    models["hifigan ours"] = build("hifigan_v1", args.mel)
+    models["hifigan hf"] = TransposedInput(settings)
+    for name, model in models.items():
+        model.eval().requires_grad_(False)
+        print(f"{name:14} {count(model)}")
+    sides = {name: lambda model=model: model(mel) for name, model in models.items()}
+    with torch.inference_mode():
+        times = interleave(sides, args.repeats)
+    seconds = n_frames * settings.hop_length / settings.sample_rate
+    report("inference, per second", times, unit=seconds, n_ours=len(OURS))
+
+
+class OurStep:
+    """One optimizer step as the stage makes it: losses and adversary on a detached waveform, averaged weights.
+
+    Args:
+        model: the vocoder.
+        flags: of pretrain_vocoder.py; the others at their defaults.
+    """
+
+    def __init__(self, model: Vocoder, **flags):
+        self.model, self.step_number = model, 0
+        self.arguments = VocoderArguments(gan_start_step=0, gan_warmup_steps=0, **flags)
+        parts = VocoderStage(self.arguments).build_trainer_parts(model)
+        self.criterion, self.adversary, self.log_mel = parts["criterion"], parts["adversary"], LogMel(model.config.mel)
+        self.adversary.prepare(torch.device("cpu"), "constant", 1000)
+        betas = (self.arguments.adam_beta1, self.arguments.adam_beta2)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.arguments.learning_rate, betas=betas)
+        self.average = [parameter.detach().clone() for parameter in model.parameters()]
+
+    def step(self, waveform: Tensor) -> None:
+        """One step on (B, S); the log-mel comes from the cache in training, and costs next to nothing here."""
+        fake = self.model(self.log_mel(waveform))
+        leaf = fake.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(sum(self.criterion(leaf, waveform).values()), leaf)
+        trains, weight = self.adversary.updates_at(self.step_number), self.arguments.gan_weight
+        played = self.adversary.play(waveform, leaf, gradient, None, 1.0, weight, trains)
+        self.optimizer.zero_grad()
+        (fake * (gradient + weight * played.gradient)).sum().backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
+        self.optimizer.step()
+        self.adversary.update()
+        torch._foreach_lerp_(self.average, [parameter.detach() for parameter in self.model.parameters()], 1e-3)
+        self.step_number += 1
+
+
+def training(args: BenchmarkArguments) -> None:
+    """Seconds of an adversarial step, mean of two; "/2": ours with the discriminator updated on every other one.
+
+    "full": ours with discriminators of published size.
+    """
+    settings = mel_preset(args.mel)
+    n_samples = args.segment_frames * settings.hop_length
+    waveform = 0.1 * torch.randn(args.batch_size, n_samples, generator=torch.Generator().manual_seed(0))
+    recipes = {
+        f"ours {preset} /{every}": OurStep(build(preset, args.mel), discriminator_every=every)
+        for preset in ("base", "small")
+        for every in (1, 2)
+    }
+    recipes["ours base full"] = OurStep(build("base", args.mel), discriminator="full")
+    for name in ("ours base /1", "ours base full"):
+        print(f"discriminators: {name} {count(recipes[name].adversary.discriminator)}", end=", ")
+    peers = {
+        "vocos": VocosRecipe(settings),
+        "hifigan": HifiGANRecipe(build("hifigan_v1", args.mel), settings),
+    }
+    print(", ".join(f"{name} {count(recipe.discriminators)}" for name, recipe in peers.items()))
+
+    def two_steps(recipe: OurStep | VocosRecipe | HifiGANRecipe) -> Callable[[], None]:
+        def run() -> None:
+            recipe.step(waveform)
+            recipe.step(waveform)
+
+        return run
+
+    times = interleave({name: two_steps(recipe) for name, recipe in {**recipes, **peers}.items()}, args.repeats)
+    report("training step", times, unit=2, n_ours=len(recipes))
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments(BenchmarkArguments, None, __doc__ or "")
+    torch.set_num_threads(arguments.threads)
+    print(f"torch {torch.__version__}, {arguments.threads} thread(s), {torch.backends.cpu.get_cpu_capability()}")
+    with explained_errors(logging.getLogger("benchmark")):
+        if arguments.quality:
+            quality(arguments)
+        else:
+            if arguments.only != "training":
+                inference(arguments)
+            if arguments.only != "inference":
+                training(arguments)

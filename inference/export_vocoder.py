@@ -1,0 +1,64 @@
+"""A trained vocoder as ONNX, for runtimes without PyTorch; checked by onnxruntime against the PyTorch model.
+
+    python inference/export_vocoder.py --checkpoint runs/vocoder/base --output my_vocoder.onnx
+
+The file takes log-mels (batch, mel bins, frames) of any batch and length, and gives waveforms (batch, samples). It has
+no complex numbers and no Fourier transforms: these are matrices. What defines the log-mel stands in its metadata.
+Needs the packages in requirements-eval.txt.
+"""
+
+import dataclasses
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.audio.vocoder_export import export_onnx
+from utils.audio_synthesis import load_vocoder
+from utils.checkpoints import chosen_weights, resolve_checkpoint
+from utils.configuration import option
+from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.vocoder_onnx import compare_with_onnx, import_runtime
+
+
+@dataclasses.dataclass
+class ExportArguments:
+    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
+    weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
+    output: str = option("inference/generated/audio/vocoder.onnx", "file to write")
+    tolerance: float = option(1e-4, "largest difference of samples that is accepted", gt=0)
+
+    def validate_checkpoint(self):
+        if not self.checkpoint:
+            raise ValueError("--checkpoint is needed: the run folder of a vocoder")
+
+
+def export(args: ExportArguments) -> None:
+    """Write under a temporary name, compare, rename."""
+    import_runtime()
+    checkpoint, output = resolve_checkpoint(args.checkpoint), Path(args.output)
+    vocoder = load_vocoder(checkpoint, chosen_weights(checkpoint, args))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    export_onnx(vocoder, temporary)
+    comparisons = compare_with_onnx(vocoder, temporary)
+    for row in comparisons:
+        print(f"batch {row.n_batch}, {row.n_frames} frames: largest difference of samples {row.difference:.1e}")
+    largest = max(row.difference for row in comparisons)
+    if not largest <= args.tolerance:
+        temporary.unlink()
+        raise ValueError(f"the export differs by {largest:.1e}, more than --tolerance {args.tolerance:g}")
+    os.replace(temporary, output)
+    last, mel = comparisons[-1], vocoder.config.mel
+    seconds = last.n_batch * last.n_frames * mel.hop_length / mel.sample_rate
+    speed = f"PyTorch {last.model_seconds / seconds:.3f}, onnxruntime {last.runtime_seconds / seconds:.3f}"
+    print(f"{output}  {output.stat().st_size / 1e6:.1f} MB; CPU seconds per second of sound: {speed}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    with explained_errors(logging.getLogger("export_vocoder")):
+        export(parse_arguments(ExportArguments, None, __doc__ or ""))

@@ -1,0 +1,67 @@
+r"""Reconstruct sounds with an audio VAE and a vocoder: two WAVs for each, and a sheet of input | reconstruction.
+
+    python inference/reconstruct_audio.py --vae_checkpoint runs/audio_vae/base \
+        --vocoder_checkpoint runs/vocoder/base --input speech.flac my_recordings/
+
+NAME_reconstruction.wav went through VAE and vocoder, NAME_vocoder.wav through the vocoder alone, so that one hears
+which of them loses what. Both models must have been trained on the same log-mel. Files ending in .pt hold log-mels.
+"""
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset_loading.audio import AUDIO_SUFFIXES
+from utils.audio_pictures import TRIPLE, mel_triple, strip_sheet
+from utils.audio_synthesis import MEL_SUFFIX, AudioReconstructor, SynthesisArguments, Synthesizer, find_inputs
+from utils.checkpoints import provenance, write_json
+from utils.configuration import option
+from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.pictures import Group, save_picture
+
+logger = logging.getLogger("reconstruct_audio")
+MAX_ROWS = 32  # on the sheet
+
+
+@dataclasses.dataclass
+class ReconstructionArguments(SynthesisArguments):
+    vae_checkpoint: str = option("", "run or checkpoint folder of an audio VAE")
+    vocoder_checkpoint: str = option("", "run or checkpoint folder of a vocoder")
+    speaker: str = option("", "name of the speaker, for an audio VAE that was trained with --use_speakers")
+
+    def validate_input(self):
+        if not (self.vae_checkpoint and self.vocoder_checkpoint and self.input):
+            raise ValueError(
+                "--vae_checkpoint, --vocoder_checkpoint and --input are needed: two run folders, and files"
+            )
+
+
+def reconstruct(args: ReconstructionArguments) -> None:
+    """Reconstruct all sounds; damaged ones are named and left out."""
+    files = find_inputs(args.input, {*AUDIO_SUFFIXES, MEL_SUFFIX})
+    synthesizer = Synthesizer.load(args.vocoder_checkpoint, args)
+    reconstructor = AudioReconstructor.load(args.vae_checkpoint, args, synthesizer, args.speaker)
+    folder, groups, made = Path(args.output_dir), [], []
+    for name, (mel, n_samples) in synthesizer.read_all(files):
+        reconstruction = reconstructor.reconstruction(mel)
+        found = synthesizer.write(reconstruction, n_samples, folder / f"{name}_reconstruction.wav")
+        alone = synthesizer.write(mel, n_samples, folder / f"{name}_vocoder.wav")
+        distance = (reconstruction - mel).abs().mean().item()
+        made.append({"input": str(files[name]), "vae_mel_l1": distance, "reconstruction": found, "vocoder": alone})
+        if len(groups) < MAX_ROWS:
+            triple = mel_triple(mel, reconstruction, synthesizer.log_mel.settings.log_floor)
+            groups.append(Group(triple, f"{distance:.3f}  {name}"))
+        print(f"{folder / found['file']}  {found['seconds']:.2f} s, mean log-mel difference {distance:.3f} by the VAE")
+    save_picture(strip_sheet(groups, TRIPLE), folder / "sheet.png")
+    settings = {**dataclasses.asdict(args), **synthesizer.record, **reconstructor.record, "files": made}
+    write_json(folder / "settings.json", {**settings, **provenance()})
+    print(folder / "sheet.png")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    with explained_errors(logger):
+        reconstruct(parse_arguments(ReconstructionArguments, None, __doc__ or ""))

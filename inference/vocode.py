@@ -1,0 +1,52 @@
+"""Sound from log-mels with a trained vocoder: a WAV for each file, and the settings as JSON.
+
+    python inference/vocode.py --checkpoint runs/vocoder/base --input speech.flac my_recordings/
+    python inference/vocode.py --checkpoint runs/vocoder/base --input cached_datasets/audio_vocoder/validation
+
+Sounds are mixed to one channel, resampled, and analysed with the vocoder's own log-mel; files ending in .pt hold
+log-mels. Long inputs are decoded in pieces, with the same result.
+"""
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from dataset_loading.audio import AUDIO_SUFFIXES
+from utils.audio_synthesis import MEL_SUFFIX, SynthesisArguments, Synthesizer, find_inputs
+from utils.checkpoints import provenance, write_json
+from utils.configuration import option
+from utils.megatransformer_utils import explained_errors, parse_arguments
+
+
+@dataclasses.dataclass
+class VocodeArguments(SynthesisArguments):
+    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
+
+    def validate_input(self):
+        if not self.checkpoint or not self.input:
+            raise ValueError("--checkpoint and --input are needed: a run folder, and files of sounds or log-mels")
+
+
+def vocode(args: VocodeArguments) -> None:
+    """Synthesise all files; damaged ones are named and left out."""
+    files = find_inputs(args.input, {*AUDIO_SUFFIXES, MEL_SUFFIX})
+    synthesizer = Synthesizer.load(args.checkpoint, args)
+    folder, made = Path(args.output_dir), []
+    for name, (mel, n_samples) in synthesizer.read_all(files):
+        found = synthesizer.write(mel, n_samples, folder / f"{name}.wav")
+        made.append({"input": str(files[name]), **found})
+        speed = found["compute_seconds"] / found["seconds"]
+        numbers = f"{found['seconds']:.2f} s at {speed:.3f} of real time, log-mel difference {found['mel_l1']:.3f}"
+        print(f"{folder / found['file']}  {numbers}")
+    settings = {**dataclasses.asdict(args), **synthesizer.record, "files": made, **provenance()}
+    write_json(folder / "settings.json", settings)
+    print(folder / "settings.json")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    with explained_errors(logging.getLogger("vocode")):
+        vocode(parse_arguments(VocodeArguments, None, __doc__ or ""))

@@ -1,0 +1,64 @@
+"""Losses on log-mels of different lengths.  B batch, M mel bins, F mel frames.
+
+Every loss is a sample's mean over its own valid values, then the mean over the batch: micro-batches of equal size
+average to the loss of the whole batch, however they are padded.
+"""
+
+import torch
+from torch import Tensor, nn
+
+
+def masked_mean(values: Tensor, n_frames: Tensor) -> Tensor:
+    """Each sample's mean over its valid frames.
+
+    Args:
+        values: (B, M, F).
+        n_frames: valid frames of each sample, (B,); 0 gives 0.
+    Returns: (B,) fp32.
+    """
+    valid = torch.arange(values.shape[-1], device=values.device) < n_frames[:, None]
+    total = values.float().where(valid[:, None], 0.0).sum((1, 2))
+    return total / (values.shape[1] * n_frames.clamp_min(1))
+
+
+def mel_gradient_loss(error: Tensor, n_frames: Tensor) -> Tensor:
+    """Mean absolute difference of the errors of neighbouring frames, plus that of neighbouring mel bins.
+
+    Args:
+        error: reconstruction - target, (B, M, F).
+        n_frames: (B,).
+    Returns: (B,) fp32.
+    """
+    over_time = masked_mean(error.diff(dim=-1).abs(), n_frames - 1)
+    return over_time + masked_mean(error.diff(dim=-2).abs(), n_frames)
+
+
+class MelLoss(nn.Module):
+    """Weighted distances between log-mels, by name.
+
+    Args:
+        l1_weight: weight of the mean absolute error, in nats.
+        l2_weight: weight of the mean squared error.
+        gradient_weight: weight of `mel_gradient_loss`.
+    Raises: ValueError: a negative weight, or all weights zero.
+    """
+
+    def __init__(self, l1_weight: float = 1.0, l2_weight: float = 0.0, gradient_weight: float = 0.0):
+        super().__init__()
+        self.weights = {"l1": l1_weight, "l2": l2_weight, "gradient": gradient_weight}
+        for name, weight in self.weights.items():
+            if weight < 0:
+                raise ValueError(f"{name}_weight={weight} must be >= 0")
+        if not any(self.weights.values()):
+            raise ValueError("l1_weight, l2_weight and gradient_weight are all 0: nothing would be reconstructed")
+
+    def forward(self, reconstruction: Tensor, target: Tensor, n_frames: Tensor) -> dict[str, Tensor]:
+        """Args: reconstruction, target: (B, M, F); n_frames: (B,).
+        Returns: weighted fp32 scalars "l1", "l2", "gradient"; those with weight 0 are left out."""
+        error = reconstruction.float() - target.float()
+        losses = {
+            "l1": lambda: masked_mean(error.abs(), n_frames),
+            "l2": lambda: masked_mean(error.square(), n_frames),
+            "gradient": lambda: mel_gradient_loss(error, n_frames),
+        }
+        return {name: weight * losses[name]().mean() for name, weight in self.weights.items() if weight > 0}

@@ -1,0 +1,103 @@
+"""A vocoder without complex numbers and Fourier transforms, for ONNX.
+
+B batch, M mel bins, F frames, K frequency bins, S samples, N n_fft.
+
+The transforms become matrix products and (transposed) convolutions with the cosines and sines of the discrete Fourier
+transform, so that runtimes need no operator beyond those of other convolutional networks.
+"""
+
+import copy
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.audio.vocoders import FourierTransform, Vocoder
+
+OPSET = 17
+EXAMPLE_FRAMES = 40
+
+
+class MatrixFourierTransform(nn.Module):
+    """Does what `FourierTransform` does, by matrices.
+
+    Args:
+        n_fft: samples of a frame N.
+        hop_length: samples between frames.
+    """
+
+    def __init__(self, n_fft: int, hop_length: int):
+        super().__init__()
+        self.hop_length, self.cut = hop_length, (n_fft - hop_length) // 2
+        bins, samples = torch.arange(n_fft // 2 + 1), torch.arange(n_fft)
+        angle = 2 * torch.pi / n_fft * (bins[:, None] * samples % n_fft).double()
+        window = torch.hann_window(n_fft, dtype=torch.float64)
+        # All bins but the first and the last stand for two of the N.
+        weight = torch.full((len(bins), 1), 2.0 / n_fft, dtype=torch.float64)
+        weight[0] = weight[-1] = 1.0 / n_fft
+        cosine, sine = angle.cos(), -angle.sin()
+        analysis = torch.cat([cosine, sine])[:, None] * window
+        synthesis = torch.cat([weight * cosine, weight * sine])[:, None] * window
+        self.register_buffer("analysis", analysis.float())  # (2 K, 1, N)
+        self.register_buffer("synthesis", synthesis.float())  # (2 K, 1, N)
+        self.register_buffer("lags", (weight * cosine)[:, : len(bins)])  # (K, K) fp64
+        self.register_buffer("envelope", window.square()[None, None].float())  # (1, 1, N)
+
+    def forward(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S) -> real and imaginary part, each (B, K, F)."""
+        padded = F.pad(waveform[:, None], (self.cut, self.cut), mode="reflect")
+        real, imaginary = F.conv1d(padded, self.analysis, stride=self.hop_length).chunk(2, dim=1)
+        return real, imaginary
+
+    def inverse(self, real: Tensor, imaginary: Tensor) -> Tensor:
+        """Two of (B, K, F) -> (B, F * hop_length)."""
+        frames = torch.cat([real, imaginary], dim=1)
+        total = F.conv_transpose1d(frames, self.synthesis, stride=self.hop_length)
+        weight = F.conv_transpose1d(torch.ones_like(real[:1, :1]), self.envelope, stride=self.hop_length)
+        return (total / weight)[:, 0, self.cut : -self.cut]
+
+    def autocorrelation(self, magnitude: Tensor) -> Tensor:
+        """(B, K, F) -> (B, F, K): the inverse transform of even spectra, lags 0 to N / 2."""
+        return magnitude.transpose(1, 2) @ self.lags.to(magnitude.dtype)
+
+
+def exportable(vocoder: Vocoder) -> Vocoder:
+    """A copy of a vocoder on the CPU with the same weights and, within rounding, the same waveforms, whose forward
+    consists of what ONNX exporters know."""
+    found = copy.deepcopy(vocoder).cpu().eval().requires_grad_(False)
+    for module in found.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, FourierTransform):
+                setattr(module, name, MatrixFourierTransform(len(child.window), child.hop_length))
+    return found
+
+
+def export_onnx(vocoder: Vocoder, file: Path) -> None:
+    """Write the network as ONNX: input "mel" (B, M, F), output "waveform" (B, F * hop_length), any B and F.
+
+    Raises: ModuleNotFoundError: the package onnx is missing.
+    """
+    import onnx
+
+    mel = torch.full((1, vocoder.config.n_mels, EXAMPLE_FRAMES), vocoder.config.mel.log_floor)
+    axes = {"mel": {0: "batch", 2: "frames"}, "waveform": {0: "batch", 1: "samples"}}
+    with warnings.catch_warnings():  # The newer exporter needs one more package; checks of shapes are no branches.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", "Constant folding", UserWarning)
+        torch.onnx.export(
+            exportable(vocoder),
+            (mel,),
+            str(file),
+            input_names=["mel"],
+            output_names=["waveform"],
+            dynamic_axes=axes,
+            opset_version=OPSET,
+            dynamo=False,
+        )
+    written = onnx.load(file)
+    onnx.helper.set_model_props(written, {name: str(value) for name, value in vocoder.config.mel.as_dict().items()})
+    onnx.checker.check_model(written)
+    onnx.save(written, file)

@@ -1,0 +1,49 @@
+r"""Vocoder: log-mels to waveforms.
+
+Before: preprocess_audio_vocoder_dataset.py. After: whatever writes log-mels loads the checkpoint by its path.
+
+    python pretrain_vocoder.py --run_name demo --config tiny --batch_size 16 --max_steps 5000
+    deepspeed --num_gpus=8 pretrain_vocoder.py --use_deepspeed --bf16 --run_name base --config base \
+        --max_steps 500000 --batch_size 32 --deepspeed_config ds_config_zero-2.json
+"""
+
+from dataset_loading.audio_dataset import VocoderDataset
+from model.audio.criteria import VocoderLoss
+from model.audio.discriminators import build_waveform_discriminator
+from model.audio.vocoders import Vocoder, VocoderConfig
+from model.presets import VOCODER
+from utils.adversary import Adversary
+from utils.audio_callbacks import VocoderListening
+from utils.audio_stage import AudioStage
+from utils.vocoder_trainer import VocoderArguments, VocoderTrainer, check_segment
+
+
+class VocoderStage(AudioStage):
+    name = "vocoder"
+    cache_name = "audio_vocoder"
+    arguments_class = VocoderArguments
+    config_class = VocoderConfig
+    dataset_class = VocoderDataset
+    model_class = Vocoder
+    presets = VOCODER
+    trainer_class = VocoderTrainer
+
+    def build_callbacks(self, writer):
+        n_clips = self.args.n_logged_clips
+        return [VocoderListening(writer, n_clips)] if n_clips else []
+
+    def build_trainer_parts(self, model):
+        args, mel = self.args, model.config.mel
+        weights = (args.mel_weight, args.stft_weight, args.phase_weight, args.complex_stft_weight)
+        criterion = VocoderLoss(mel, *weights, args.stft_resolutions)
+        check_segment(args.segment_frames, mel, criterion.min_samples, "--stft_resolutions")
+        if args.gan_weight == 0:
+            return {"criterion": criterion}
+        chosen = (args.discriminator_periods or None, args.discriminator_resolutions or None)
+        discriminator = build_waveform_discriminator(args.discriminator, *chosen, args.discriminator_widening)
+        check_segment(args.segment_frames, mel, discriminator.min_samples, "--discriminator_resolutions")
+        return {"criterion": criterion, "adversary": Adversary(discriminator, args)}
+
+
+if __name__ == "__main__":
+    VocoderStage.main()

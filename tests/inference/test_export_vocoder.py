@@ -1,0 +1,80 @@
+"""A small vocoder as ONNX: the same waveforms, for any batch and length, without operators that runtimes lack."""
+
+import pytest
+import torch
+
+from inference.export_vocoder import ExportArguments, export
+from model.audio.spectral import Spectrogram
+from model.audio.vocoder_export import MatrixFourierTransform, exportable
+from model.audio.vocoders import FourierTransform
+from tests.vocoder_checkpoint import SMALL_HIFIGAN, SMALL_MEL, SMALL_VOCODER, save_stage_checkpoint, small_vocoder
+from utils.megatransformer_utils import parse_arguments
+from utils.vocoder_onnx import gliding_tones
+
+onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnxruntime")
+
+UNWANTED = {"DFT", "STFT", "Loop", "Scan", "If"}
+COMPLEX = (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128)
+
+
+def run(*words) -> None:
+    export(parse_arguments(ExportArguments, [str(word) for word in words], ""))
+
+
+def test_matrices_do_what_the_transform_does():
+    torch.manual_seed(0)
+    by_matrix, by_fft = MatrixFourierTransform(256, 64), FourierTransform(256, 64)
+    waveform = torch.randn(2, 20 * 64)
+    spectrum = Spectrogram(256, 64)(waveform)
+    real, imaginary = by_matrix(waveform)
+    assert torch.allclose(torch.complex(real, imaginary), spectrum, atol=2e-5)
+    assert torch.allclose(by_matrix.inverse(real, imaginary), waveform, atol=1e-5)
+    # Also where the first and the last bin have imaginary parts, which mean nothing.
+    real, imaginary = torch.randn(2, 129, 5), torch.randn(2, 129, 5)
+    assert torch.allclose(by_matrix.inverse(real, imaginary), by_fft.inverse(real, imaginary), atol=1e-5)
+    magnitude = torch.rand(2, 129, 5)
+    assert torch.allclose(by_matrix.autocorrelation(magnitude), by_fft.autocorrelation(magnitude), atol=1e-6)
+
+
+@pytest.mark.parametrize("fields", [SMALL_VOCODER, {**SMALL_VOCODER, "n_projections": 0}, SMALL_HIFIGAN])
+def test_the_file_gives_the_models_waveforms(tmp_path, capsys, fields):
+    vocoder = small_vocoder(**fields)
+    checkpoint = save_stage_checkpoint(vocoder, "vocoder", tmp_path / "run")
+    file = tmp_path / "out" / "vocoder.onnx"
+    run("--checkpoint", checkpoint.parent, "--output", file)  # Compares four batches to 1e-4.
+    assert "3, 50 frames: largest difference of samples" in capsys.readouterr().out
+    assert [path.name for path in file.parent.iterdir()] == ["vocoder.onnx"]
+    written = onnx.load(file)
+    assert not UNWANTED & {node.op_type for node in written.graph.node}
+    assert not [value for value in written.graph.initializer if value.data_type in COMPLEX]
+    assert {each.key: each.value for each in written.metadata_props}["hop_length"] == str(SMALL_MEL.hop_length)
+    batch, bins, frames = written.graph.input[0].type.tensor_type.shape.dim
+    assert (batch.dim_param, bins.dim_value, frames.dim_param) == ("batch", SMALL_MEL.n_mels, "frames")
+
+
+def test_the_model_is_left_as_it_was():
+    vocoder = small_vocoder()
+    before = [type(module) for module in vocoder.modules()]
+    exportable(vocoder)
+    assert [type(module) for module in vocoder.modules()] == before
+    assert all(parameter.requires_grad for parameter in vocoder.parameters())
+
+
+def test_a_file_that_differs_is_not_kept(tmp_path):
+    checkpoint = save_stage_checkpoint(small_vocoder(), "vocoder", tmp_path / "run")
+    with pytest.raises(ValueError, match="more than --tolerance 1e-15"):
+        run("--checkpoint", checkpoint, "--output", tmp_path / "out" / "a.onnx", "--tolerance", "1e-15")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_the_sounds_of_the_comparison_are_fixed_and_in_range():
+    first, second = (gliding_tones(3, 4000, 8000) for _ in range(2))
+    assert torch.equal(first, second) and 0.2 < first.abs().max() <= 1
+    assert (first[0] - first[1]).abs().max() > 0.1
+
+
+def test_flags_that_are_needed(capsys):
+    with pytest.raises(SystemExit):
+        run()
+    assert "--checkpoint is needed" in capsys.readouterr().err

@@ -1,0 +1,149 @@
+"""Sounds and log-mels of any kind through a small vocoder."""
+
+import json
+import os
+
+import pytest
+import soundfile
+import torch
+
+from dataset_loading.audio import decode_audio
+from inference.vocode import VocodeArguments, vocode
+from model.audio.spectral import LogMel
+from model.audio.vocoders import Vocoder
+from tests.mel_cache import SETTINGS, write_mel_cache
+from tests.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
+from utils.audio_synthesis import Synthesizer, analyse, save_waveform
+from utils.checkpoints import load_model
+from utils.megatransformer_utils import parse_arguments
+from utils.vocoder_onnx import gliding_tones
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return save_stage_checkpoint(small_vocoder(), "vocoder", tmp_path_factory.mktemp("runs") / "vocoder" / "small")
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    """run(*words): vocode into `tmp_path / "out"`; returns the settings and the waveforms there by name."""
+
+    def call(*words):
+        folder = tmp_path / "out"
+        words = ["--checkpoint", checkpoint.parent, "--output_dir", folder, *words]
+        vocode(parse_arguments(VocodeArguments, [str(word) for word in words], ""))
+        sounds = {file.name: soundfile.read(file)[0] for file in folder.glob("*.wav")}
+        assert not list(folder.glob("*.tmp"))
+        return json.loads((folder / "settings.json").read_text()), sounds
+
+    return call
+
+
+def test_the_result_is_the_vocoders_with_its_own_analysis(run, checkpoint, tmp_path, capsys):
+    write_sound(tmp_path / "a.wav", seconds=0.5)
+    settings, sounds = run("--input", tmp_path / "a.wav")
+    vocoder = load_model(Vocoder, checkpoint)
+    waveform = decode_audio({"path": str(tmp_path / "a.wav"), "bytes": None})[0]
+    padded = torch.nn.functional.pad(waveform, (0, -waveform.shape[1] % SMALL_MEL.hop_length))
+    with torch.no_grad():
+        expected = vocoder(LogMel(SMALL_MEL)(padded))[0, :4000]
+    assert sounds.keys() == {"a.wav"} and len(sounds["a.wav"]) == 4000
+    assert torch.allclose(torch.from_numpy(sounds["a.wav"]).float(), expected.clamp(-1, 1), atol=1 / 32768 + 1e-5)
+    assert settings["vocoder_checkpoint"] == str(checkpoint) and settings["vocoder_weights"] == "raw"
+    assert settings["mel"] == SMALL_MEL.as_dict() and "git_commit" in settings
+    assert settings["files"][0]["input"] == str(tmp_path / "a.wav") and settings["files"][0]["seconds"] == 0.5
+    assert "a.wav  0.50 s at " in capsys.readouterr().out
+
+
+def test_a_log_mel_gives_what_its_sound_gives(run, tmp_path):
+    write_sound(tmp_path / "a.wav", seconds=0.512)
+    waveform = decode_audio({"path": str(tmp_path / "a.wav"), "bytes": None})[0][0]
+    mel = analyse(waveform, LogMel(SMALL_MEL))
+    torch.save({"mel": mel}, tmp_path / "b.pt")
+    torch.save(mel, tmp_path / "c.pt")
+    _, sounds = run("--input", *(tmp_path / name for name in ("a.wav", "b.pt", "c.pt")))
+    assert (sounds["a.wav"] == sounds["b.wav"]).all() and (sounds["b.wav"] == sounds["c.wav"]).all()
+
+
+def test_channels_rates_formats_and_folders(run, tmp_path):
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    write_sound(folder / "stereo.flac", rate=22050, n_channels=2)
+    write_sound(folder / "deep" / "long.ogg", rate=16000, seconds=1.0)
+    write_sound(folder / "short.wav", seconds=0.001)
+    _, sounds = run("--input", folder)
+    lengths = {name: len(samples) for name, samples in sounds.items()}
+    assert lengths == {"stereo.wav": 4000, "deep__long.wav": 8000, "short.wav": 8}
+
+
+def test_pieces_give_the_same_waveform():
+    vocoder = small_vocoder()
+    mel = LogMel(SMALL_MEL)(gliding_tones(1, 300 * SMALL_MEL.hop_length, SMALL_MEL.sample_rate))[0]
+    whole = Synthesizer(vocoder).waveform(mel)
+    for chunk_frames in (10, 64, 299, 1000):
+        assert (Synthesizer(vocoder, chunk_frames).waveform(mel) - whole).abs().max() <= 1e-5
+
+
+def test_averaged_weights_are_taken_where_they_are(tmp_path):
+    vocoder = small_vocoder()
+    averaged = {name: value + 0.01 for name, value in vocoder.state_dict().items()}
+    folder = save_stage_checkpoint(vocoder, "vocoder", tmp_path / "run", averaged)
+    for weights, expected in (("ema", averaged), ("raw", vocoder.state_dict())):
+        args = parse_arguments(VocodeArguments, ["--checkpoint", "a", "--input", "b", "--weights", weights], "")
+        loaded = Synthesizer.load(str(folder), args).vocoder.state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in expected.items())
+
+
+def test_damaged_files_are_left_out(run, tmp_path, caplog):
+    write_sound(tmp_path / "a.wav")
+    (tmp_path / "b.flac").write_bytes(b"fLaC broken")
+    torch.save(torch.zeros(SMALL_MEL.n_mels + 1, 9), tmp_path / "c.pt")
+    torch.save({"mel": torch.full((SMALL_MEL.n_mels, 9), torch.nan)}, tmp_path / "d.pt")
+    (tmp_path / "e.pt").write_bytes(b"broken")
+    damaged = [tmp_path / name for name in ("b.flac", "c.pt", "d.pt", "e.pt")]
+    assert run("--input", tmp_path / "a.wav", *damaged)[1].keys() == {"a.wav"}
+    for name, reason in zip(damaged, ("no sound", "a tensor of shape (41, 9)", "not finite", "no file of tensors")):
+        assert f"{name} is left out: " in caplog.text and reason in caplog.text
+    with pytest.raises(ValueError, match="none of 4 files"):
+        run("--input", *damaged)
+
+
+def test_a_folder_of_another_log_mel_is_refused(checkpoint, run, tmp_path):
+    cache = write_mel_cache(tmp_path / "cache", SETTINGS)
+    with pytest.raises(ValueError, match="differ in sample_rate, n_fft") as error:
+        run("--input", cache / "validation")
+    assert str(checkpoint) in str(error.value) and "python preprocess_audio_vae_dataset.py" in str(error.value)
+
+
+def test_other_stages_and_missing_inputs_are_refused(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        run("--input", tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="no inputs in"):
+        run("--input", tmp_path)
+    write_sound(tmp_path / "a.wav")
+    other = save_stage_checkpoint(small_vocoder(), "image_vae", tmp_path / "other")
+    with pytest.raises(ValueError, match="of stage 'image_vae'; one of stage 'vocoder' is needed"):
+        run("--input", tmp_path / "a.wav", "--checkpoint", other)
+
+
+def test_a_broken_vocoder_is_named():
+    vocoder = small_vocoder()
+    next(vocoder.parameters()).data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="not finite"):
+        Synthesizer(vocoder).waveform(torch.zeros(SMALL_MEL.n_mels, 20))
+
+
+def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
+    save_waveform(torch.tensor([0.5, -2.0, 3.0, 0.0]), 8000, tmp_path / "a.wav")
+    before = (tmp_path / "a.wav").read_bytes()
+    assert save_waveform(torch.tensor([0.5, -2.0]), 8000, tmp_path / "b.wav") == 0.5
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        save_waveform(torch.zeros(9), 8000, tmp_path / "a.wav")
+    assert (tmp_path / "a.wav").read_bytes() == before
+
+
+def test_flags_that_are_needed(capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(VocodeArguments, ["--checkpoint", "runs/x"], "")
+    assert "--checkpoint and --input are needed" in capsys.readouterr().err

@@ -1,0 +1,125 @@
+"""Trainer of the vocoder: its flags, random crops, losses on waveforms, evaluation on whole clips.  B batch, M mel
+bins, F frames, S samples."""
+
+import dataclasses
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.audio.spectral import MelSettings
+from utils.adversary import AdversaryArguments
+from utils.configuration import option
+from utils.megatransformer_utils import StageArguments
+from utils.training_utils import GANTrainer
+
+ADVERSARY_FLAGS = [field.name for field in dataclasses.fields(AdversaryArguments)]
+
+
+@dataclasses.dataclass
+class VocoderArguments(AdversaryArguments, StageArguments):
+    """Flags of the vocoder stage."""
+
+    segment_frames: int = option(32, "mel frames of a training crop", gt=1)
+
+    # Losses on the waveform's spectrograms.
+    mel_weight: float = option(45.0, "weight of the log-mel's mean absolute error", ge=0)
+    stft_weight: float = option(1.0, "weight of spectral convergence and of log-magnitudes", ge=0)
+    stft_resolutions: list[int] = option([512, 1024, 2048], "their frame lengths in samples")
+    phase_weight: float = option(1.0, "weight of the errors of group delay and instantaneous frequency", ge=0)
+    complex_stft_weight: float = option(0.0, "weight of the complex spectrogram's relative error", ge=0)
+
+    # Adversary. The losses' gradients on waveforms jump with silence; weights are not adapted to their norms.
+    gan_weight: float = option(1.0, "weight of the adversarial loss; 0: no discriminator", ge=0)
+    use_adaptive_gan_weight: bool = option(
+        False, "scale the adversarial gradient to the reconstruction's at the output"
+    )
+    feature_matching_weight: float = option(5.0, "weight of feature matching, relative to the adversarial loss", ge=0)
+    discriminator: Literal["thin", "full"] = option("thin", "layers of the discriminator; full: as published peers")
+    discriminator_periods: list[int] = option([], "periods in samples; default: those of --discriminator")
+    discriminator_resolutions: list[int] = option([], "frame lengths in samples; default: those of --discriminator")
+    discriminator_widening: float = option(1.0, "factor of the channels of --discriminator", gt=0)
+    discriminator_learning_rate: float = option(5e-4, "peak learning rate of the discriminator", gt=0)
+    discriminator_beta1: float = option(0.8, "AdamW's first moment decay for the discriminator", ge=0, lt=1)
+    n_logged_clips: int = option(4, "validation clips in TensorBoard; 0: none", ge=0)
+    learning_rate: float = option(5e-4, "peak learning rate of AdamW", gt=0)
+    adam_beta1: float = option(0.8, "AdamW's first moment decay", ge=0, lt=1)
+
+    needs = {
+        "stft_resolutions": ("stft_weight", bool),
+        **{flag: ("gan_weight", bool) for flag in ADVERSARY_FLAGS if flag != "gan_weight"},
+        **{f"discriminator{part}": ("gan_weight", bool) for part in ("", "_periods", "_resolutions", "_widening")},
+    }
+
+
+def check_segment(segment_frames: int, mel: MelSettings, min_samples: int, flag: str) -> None:
+    """Raises: ValueError: training crops are shorter than `min_samples`, which the part that the flag shapes needs."""
+    n_samples, n_needed = segment_frames * mel.hop_length, -(-min_samples // mel.hop_length)
+    if n_samples < min_samples:
+        raise ValueError(
+            f"--segment_frames={segment_frames} makes crops of {n_samples} samples, and {min_samples} are needed: "
+            f"give --segment_frames {n_needed}, or shorter {flag}"
+        )
+
+
+def crop_pairs(
+    mel: Tensor, waveform: Tensor, n_frames: Tensor, uniforms: Tensor, segment_frames: int, log_floor: float
+) -> tuple[Tensor, Tensor]:
+    """Aligned crops of log-mels and their waveforms, at places uniform over each clip.
+
+    Clips that are shorter than a crop are taken whole, with silence behind.
+
+    Args:
+        mel: (B, M, F), the first `n_frames` (B,) of which count.
+        waveform: (B, F * hop_length).
+        uniforms: (B,) in [0, 1).
+        log_floor: the log-mel of silence.
+    Returns: (B, M, segment_frames), (B, segment_frames * hop_length).
+    """
+    B, M, n_padded = mel.shape
+    hop_length = waveform.shape[1] // n_padded
+    missing = max(0, segment_frames - n_padded)
+    if missing:
+        mel = F.pad(mel, (0, missing), value=log_floor)
+        waveform = F.pad(waveform, (0, missing * hop_length))
+    last = (n_frames - segment_frames).clamp_min(0)
+    start = torch.minimum((uniforms.double() * (last + 1)).long(), last)[:, None]  # (B, 1)
+    frames = start + torch.arange(segment_frames, device=mel.device)
+    samples = start * hop_length + torch.arange(segment_frames * hop_length, device=mel.device)
+    return mel.gather(2, frames[:, None].expand(B, M, segment_frames)), waveform.gather(1, samples)
+
+
+class VocoderTrainer(GANTrainer):
+    """Trains a vocoder on crops of `segment_frames` frames at places that belong to (seed, step, sample).
+
+    `criterion` is a `VocoderLoss`. Evaluation takes whole clips.
+    """
+
+    def generate(self, model, inputs):
+        uniforms = self.sample_uniforms(inputs, "crop", (1,))[:, 0]
+        mel, real = crop_pairs(
+            inputs["mel"],
+            inputs["waveform"],
+            inputs["n_frames"],
+            uniforms,
+            self.stage_arguments.segment_frames,
+            self.model.config.mel.log_floor,
+        )
+        generated = model(mel=mel)
+        return generated, real, generated
+
+    def evaluation_terms(self, model, inputs):
+        """The loss's distances on whole clips, unweighted, and `loss`, their weighted sum. Padding does not count: a
+        clip's numbers do not depend on the clips beside it."""
+        mel, real, hop_length = inputs["mel"], inputs["waveform"], self.model.config.hop_length
+        # Silence behind every clip, so that the longest one of a batch ends as the others do.
+        n_extra = self.model.generator.context_frames + -(-self.criterion.min_samples // hop_length)
+        mel = F.pad(mel, (0, n_extra), value=self.model.config.mel.log_floor)
+        n_samples = inputs["n_frames"] * hop_length
+        generated = model(mel=mel).float()
+        is_sound = torch.arange(generated.shape[1], device=generated.device) < n_samples[:, None]
+        real = F.pad(real, (0, n_extra * hop_length))
+        terms = self.criterion.distances(generated * is_sound, real, n_samples)
+        loss = sum(self.criterion.weights[name] * values for name, values in terms.items())
+        return {**{("mel_l1" if name == "mel" else name): values for name, values in terms.items()}, "loss": loss}
