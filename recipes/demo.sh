@@ -32,6 +32,25 @@ python evaluate.py --checkpoint "$diffusion" --contact_sheet 16
 python inference/text_to_image.py --checkpoint "$diffusion" --n_pictures 4 \
     --prompts "a large frog on red" "a small house at the right on red" "a large umbrella on gray"
 
+# Sound: the same captions spoken -> log-mels -> vocoder and audio VAE-GAN -> metrics, sounds and mel sheets.
+vocoder=runs/vocoder/demo
+audio_vae=runs/audio_vae/demo
+python -m dataset_loading.speech data/speech --limit 400
+python preprocess_audio_vocoder_dataset.py --dataset_name data/speech/train --validation_dataset data/speech/test \
+    --output_dir cached_datasets/speech
+torchrun --standalone --nproc_per_node=2 pretrain_vocoder.py --config tiny --run_name demo \
+    --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 1e-3 --max_steps 240 --warmup_ratio 0.04 \
+    --gan_start_step 120 --gan_warmup_steps 20 --gan_ramp_steps 40 --discriminator_every 2 \
+    --logging_steps 60 --eval_steps 120 --save_steps 120 --resume_from_checkpoint latest
+python evaluate.py --checkpoint "$vocoder" --metrics pesq stoi mel stft --contact_sheet 4
+torchrun --standalone --nproc_per_node=2 pretrain_audio_vae.py --config tiny --run_name demo \
+    --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 1e-3 --max_steps 400 --warmup_ratio 0.04 \
+    --gan_start_step 250 --gan_warmup_steps 20 --gan_ramp_steps 40 --vocoder_checkpoint "$vocoder" \
+    --logging_steps 100 --eval_steps 200 --save_steps 200 --resume_from_checkpoint latest
+python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" --metrics pesq stoi mel --contact_sheet 4
+python inference/reconstruct_audio.py --vae_checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" \
+    --input "$(find data/speech/test -name '*.flac' | sort | head -n 1)"
+
 echo
 echo "contact sheet    $diffusion/contact_sheet.png (real | reconstruction | generated)"
 echo "metrics          $diffusion/metrics.json, $vae/metrics.json"

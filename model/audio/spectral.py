@@ -159,7 +159,7 @@ def istft(spectrum: Tensor, window: Tensor, hop_length: int) -> Tensor:
     n_fft = len(window)
     with torch.autocast(spectrum.device.type, enabled=False):
         frames = torch.fft.irfft(spectrum.transpose(1, 2), n=n_fft) * window
-        return overlap_add(frames, hop_length) / overlap_add(window.square().expand_as(frames[:1]), hop_length)
+        return overlap_add(frames, hop_length) / squared_windows(window, hop_length, frames.shape[1])
 
 
 def overlap_add(frames: Tensor, hop_length: int) -> Tensor:
@@ -175,6 +175,19 @@ def overlap_add(frames: Tensor, hop_length: int) -> Tensor:
     total = sum(F.pad(pieces[:, :, i], (0, 0, i, overlap - 1 - i)) for i in range(overlap))
     cut = (n_fft - hop_length) // 2
     return total.reshape(B, -1)[:, cut : cut + n_frames * hop_length]
+
+
+def squared_windows(window: Tensor, hop_length: int, n_frames: int) -> Tensor:
+    """What `overlap_add` makes of frames that are all the squared window, (n_frames * hop_length,)."""
+    n_fft = len(window)
+    overlap = n_fft // hop_length
+    first = torch.arange(n_frames + overlap - 1, device=window.device)[:, None] - torch.arange(
+        overlap, device=window.device
+    )
+    covers = ((first >= 0) & (first < n_frames)).to(window.dtype)  # Pieces by the parts of windows that lie there.
+    cut = (n_fft - hop_length) // 2
+    total = covers @ window.square().view(overlap, hop_length)
+    return total.reshape(-1)[cut : cut + n_frames * hop_length]
 
 
 class Spectrogram(nn.Module):

@@ -263,7 +263,7 @@ class HarmonicGenerator(nn.Module):
             waveform = self.transform.inverse(signed * torch.cos(phase), signed * torch.sin(phase))
             for _ in range(self.config.n_projections):
                 real, imaginary = self.transform(waveform)
-                ratio = magnitude * torch.rsqrt(real.square() + imaginary.square() + 1e-8)
+                ratio = magnitude * torch.rsqrt(torch.addcmul(real.square() + 1e-8, imaginary, imaginary))
                 waveform = self.transform.inverse(ratio * real, ratio * imaginary)
         return waveform
 
