@@ -6,16 +6,17 @@ BIN := .venv/bin
 
 install: .venv/installed
 
-.venv/installed: requirements.txt requirements-dev.txt
+.venv/installed: requirements.txt requirements-dev.txt requirements-eval.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
-demo: install  ## embedded captioned scenes -> VAE-GAN -> text to image -> metrics and contact sheets
+demo: install  ## captioned scenes -> VAE-GAN -> text to image; the same spoken -> vocoder, audio VAE-GAN; metrics, sheets
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
 
 test: install  ## everything but the slow chains
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not launch" -n auto --maxprocesses 8 --dist loadfile
+	$(BIN)/python -m pytest -m "launch and not slow"
 
 test-slow: install  ## whole chains and long comparisons
 	$(BIN)/python -m pytest -m slow

@@ -3,7 +3,8 @@ r"""Audio VAE-GAN: log-mels to latents and back.
 Before: preprocess_audio_vae_dataset.py, or the cache of a vocoder. After: diffusion on latents, which reads the
 checkpoint by its path; a vocoder of the same log-mel makes waveforms.
 
-    python pretrain_audio_vae.py --run_name demo --config tiny --batch_size 16 --learning_rate 2e-3 --max_steps 2000
+    python pretrain_audio_vae.py --run_name demo --config tiny --batch_size 16 --learning_rate 2e-3 --max_steps 2000 \
+        --gan_start_step 1000
     deepspeed --num_gpus=8 pretrain_audio_vae.py --use_deepspeed --bf16 --run_name base --config base \
         --num_train_epochs 100 --batch_size 64 --learning_rate 3e-4 --deepspeed_config ds_config_zero-2.json
 """
@@ -15,7 +16,7 @@ from model.audio.mel_discriminators import build_mel_discriminator
 from model.audio.vae import AudioVAE, AudioVAEConfig
 from model.presets import AUDIO_VAE
 from utils.adversary import Adversary
-from utils.audio_callbacks import AudioVAEListening
+from utils.audio_callbacks import AudioVAEListening, load_listener
 from utils.audio_stage import AudioStage
 from utils.audio_vae_trainer import AudioVAEArguments, AudioVAEGANTrainer, SpreadMels
 
@@ -37,6 +38,10 @@ class AudioVAEStage(AudioStage):
         speakers = AudioVAEDataset(self.cache_dir, "train").speakers if self.args.use_speakers else []
         if self.args.use_speakers and not speakers:
             raise ValueError(f"{self.cache_dir} names no speakers; train without --use_speakers")
+        if self.args.vocoder_checkpoint:
+            name = f"--vocoder_checkpoint {self.args.vocoder_checkpoint}"
+            mel = load_listener(self.args.vocoder_checkpoint).config.mel
+            AudioVAEDataset(self.cache_dir, "train").expect_mel(mel, name, "or leave --vocoder_checkpoint out")
         return super().build_config().replace(speakers=speakers, use_ctc=self.args.ctc_weight > 0)
 
     def build_dataset(self, split, config):
@@ -44,7 +49,7 @@ class AudioVAEStage(AudioStage):
         return dataset.expect_mel(config.mel, "the model")
 
     def build_trainer(self, model, datasets, training):
-        if not self.args.init_from:
+        if not self.args.init_from and not self.find_checkpoint():
             model.fit_to_data(SpreadMels(datasets["train"], self.args.statistics_samples))
         return super().build_trainer(model, datasets, training)
 

@@ -2,7 +2,8 @@ r"""Image VAE-GAN: pictures to latents and back.
 
 Before: preprocess_image_vae_dataset.py. After: preprocess_image_diffusion_dataset.py reads the checkpoint by its path.
 
-    python pretrain_image_vae.py --run_name demo --config tiny --batch_size 32 --learning_rate 1e-3 --max_steps 2000
+    python pretrain_image_vae.py --run_name demo --config tiny --batch_size 32 --learning_rate 1e-3 --max_steps 2000 \
+        --gan_start_step 1000
     deepspeed --num_gpus=8 pretrain_image_vae.py --use_deepspeed --bf16 --run_name base --config small \
         --num_train_epochs 100 --batch_size 64 --learning_rate 1e-4 --deepspeed_config ds_config_zero-2.json
 """

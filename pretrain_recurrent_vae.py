@@ -2,7 +2,8 @@ r"""Recurrent image VAE-GAN: pictures to latents, and back in any number of deco
 
 Before: preprocess_image_vae_dataset.py. After: preprocess_image_diffusion_dataset.py reads the checkpoint by its path.
 
-    python pretrain_recurrent_vae.py --run_name demo --config tiny --batch_size 8 --learning_rate 2e-3 --max_steps 3000
+    python pretrain_recurrent_vae.py --run_name demo --config tiny --batch_size 8 --learning_rate 2e-3 \
+        --max_steps 3000 --gan_start_step 2000
     deepspeed --num_gpus=8 pretrain_recurrent_vae.py --use_deepspeed --bf16 --run_name base --config small \
         --num_train_epochs 100 --batch_size 64 --learning_rate 1e-4 --deepspeed_config ds_config_zero-2.json
 """
@@ -35,6 +36,7 @@ class RecurrentVAEArguments(PictureVAEArguments):
     distillation_weight: float = option(0.1, "weight of their distance to the deepest picture", ge=0)
 
     needs = {
+        **PictureVAEArguments.needs,
         "intermediate_weight": ("n_backprop_steps", lambda n_steps: n_steps > 1),
         "distillation_weight": ("n_backprop_steps", lambda n_steps: n_steps > 1),
     }

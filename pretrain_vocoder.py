@@ -2,7 +2,8 @@ r"""Vocoder: log-mels to waveforms.
 
 Before: preprocess_audio_vocoder_dataset.py. After: whatever writes log-mels loads the checkpoint by its path.
 
-    python pretrain_vocoder.py --run_name demo --config tiny --batch_size 16 --max_steps 5000
+    python pretrain_vocoder.py --run_name demo --config tiny --batch_size 16 --max_steps 5000 \
+        --gan_start_step 1000
     deepspeed --num_gpus=8 pretrain_vocoder.py --use_deepspeed --bf16 --run_name base --config base \
         --max_steps 500000 --batch_size 32 --deepspeed_config ds_config_zero-2.json
 """
@@ -39,9 +40,11 @@ class VocoderStage(AudioStage):
         check_segment(args.segment_frames, mel, criterion.min_samples, "--stft_resolutions")
         if args.gan_weight == 0:
             return {"criterion": criterion}
-        chosen = (args.discriminator_periods or None, args.discriminator_resolutions or None)
+        parts = ("discriminator_periods", "discriminator_resolutions")
+        chosen = (getattr(args, name) for name in parts)
         discriminator = build_waveform_discriminator(args.discriminator, *chosen, args.discriminator_widening)
-        check_segment(args.segment_frames, mel, discriminator.min_samples, "--discriminator_resolutions")
+        flags = " and ".join(f"--{name}" for name in parts)
+        check_segment(args.segment_frames, mel, discriminator.min_samples, flags)
         return {"criterion": criterion, "adversary": Adversary(discriminator, args)}
 
 

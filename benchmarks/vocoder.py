@@ -3,6 +3,7 @@
     python benchmarks/vocoder.py                       # inference, then the adversarial training step
     python benchmarks/vocoder.py --only inference --repeats 9
     python benchmarks/vocoder.py --quality 2 10 30 60 --cached_dataset cached_datasets/audio_vocoder --side ours
+    python benchmarks/vocoder.py --run_dirs runs/vocoder/base runs/benchmark/vocoder/*     # measures what is there
 
 Speed is measured with random weights. Every side reads and writes the same log-mels and waveforms; Vocos has its
 published backbone (512 x 8) and head, HiFi-GAN its V1 sizes, ours and transformers'. The training step of a peer is
@@ -10,7 +11,7 @@ the published one: its discriminators, losses and optimizer, and the discriminat
 
 --quality trains our vocoder by pretrain_vocoder.py and Vocos by its published recipe on the same clips for the same
 CPU time, one run each, and measures both on held-out clips at every number of minutes; it needs the packages in
-requirements-eval.txt, too.
+requirements-eval.txt, too. --run_dirs measures the runs of either side in these folders.
 """
 
 import dataclasses
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import interleave, report
 from benchmarks.vocoder_peers import HifiGANRecipe, TransposedInput, Vocos, VocosRecipe
-from benchmarks.vocoder_quality import QUALITY_FLAGS, QualityArguments, quality
+from benchmarks.vocoder_quality import MEASURING_FLAGS, TRAINING_FLAGS, QualityArguments, quality
 from model.audio.spectral import LogMel, mel_preset
 from model.audio.vocoders import Vocoder
 from pretrain_vocoder import VocoderStage
@@ -50,7 +51,12 @@ class BenchmarkArguments(QualityArguments):
     segment_frames: int = option(32, "frames of a crop in the speed comparison", gt=1)
     threads: int = option(1, "threads of torch", gt=0)
 
-    needs = dict.fromkeys(QUALITY_FLAGS, ("quality", bool))
+    needs = dict.fromkeys(TRAINING_FLAGS, ("quality", bool))
+
+    def validate_measuring(self):
+        unused = [name for name in MEASURING_FLAGS if name in self.given and not (self.quality or self.run_dirs)]
+        if unused:
+            raise ValueError(f"--{unused[0]} has no effect without --quality or --run_dirs")
 
 
 def build(preset: str, mel: str) -> Vocoder:
@@ -158,7 +164,7 @@ if __name__ == "__main__":
     torch.set_num_threads(arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} thread(s), {torch.backends.cpu.get_cpu_capability()}")
     with explained_errors(logging.getLogger("benchmark")):
-        if arguments.quality:
+        if arguments.quality or arguments.run_dirs:
             quality(arguments)
         else:
             if arguments.only != "training":

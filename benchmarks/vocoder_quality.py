@@ -1,10 +1,12 @@
 """Quality over CPU time: our vocoder by its stage, Vocos by its published recipe, on the same clips; see `vocoder.py`.
 
-Runs go to OUTPUT_DIR and are kept: a second call measures them again without training. CPU seconds of evaluation and
-of saving do not count, those of loading clips do.
+Runs go to OUTPUT_DIR, to folders named by what shapes them, and are kept: a second call measures them again without
+training. --run_dirs measures folders by name instead. CPU seconds of evaluation and of saving do not count, those of
+loading clips do.
 """
 
 import dataclasses
+import hashlib
 import json
 import logging
 import math
@@ -21,15 +23,17 @@ from rich.table import Table
 from torch import Tensor
 from transformers import TrainerCallback
 
-from benchmarks.vocoder_peers import VocosRecipe
+from benchmarks.vocoder_peers import Vocos, VocosRecipe
 from dataset_loading.audio_dataset import VocoderDataset
+from dataset_loading.cached import read_manifest
 from dataset_loading.collators import collate_audio
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel
 from model.audio.vocoders import Vocoder
 from pretrain_vocoder import VocoderStage
-from utils.audio_metrics import mel_l1, pesq_wb, stoi
-from utils.checkpoints import load_model, write_json
+from utils.audio_evaluator import number
+from utils.audio_metrics import mel_l1, pesq_wb_and_mean, stoi
+from utils.checkpoints import checkpoints_in, is_complete, load_model, step_of, write_json
 from utils.configuration import option
 from utils.pictures import spread
 from utils.training_utils import EpochSampler
@@ -52,13 +56,23 @@ class QualityArguments:
     flags: str = option("", "further flags of pretrain_vocoder.py, in one string")
     max_steps: int = option(0, "steps of our schedule, a cosine; 0: a constant rate", ge=0)
     peer_batch_size: int = option(16, "crops per step of Vocos' recipe", gt=0)
-    peer_segment_frames: int = option(32, "frames of its crops; published: 64", gt=1)
+    peer_segment_frames: int = option(64, "frames of its crops", gt=1)
     peer_learning_rate: float = option(5e-4, "its peak learning rate, on a cosine over the CPU time", gt=0)
     n_clips: int = option(10, "held-out clips that are measured", gt=0)
     seed: int = option(42, "seed of weights, data order and crops", ge=0)
+    run_dirs: list[str] = option([], "measure these folders of runs of either side, whatever minutes; train nothing")
+
+    def validate_run_dirs(self):
+        if self.run_dirs and self.quality:
+            raise ValueError("--run_dirs measures what is there and --quality trains; give one of them")
 
 
-QUALITY_FLAGS = [field.name for field in dataclasses.fields(QualityArguments) if field.name != "quality"]
+MEASURING_FLAGS = ("cached_dataset", "output_dir", "config", "n_clips")
+TRAINING_FLAGS = tuple(
+    field.name
+    for field in dataclasses.fields(QualityArguments)
+    if field.name not in ("quality", "run_dirs", *MEASURING_FLAGS)
+)
 
 
 class Clock:
@@ -120,11 +134,15 @@ def timed_stage(minutes: list[float]) -> type[VocoderStage]:
 
 
 def run_folder(args: QualityArguments, side: str) -> Path:
-    """Where a side's run is, by what shapes it."""
+    """Where a side's run is: the name has a hash of everything that shapes it, such as clips, flags and schedule."""
+    data = read_manifest(Path(args.cached_dataset), VocoderDataset.stage)["fingerprint"]
     if side == "ours":
-        return Path(args.output_dir) / "vocoder" / f"{args.config}_{args.max_steps}_{args.seed}"
-    name = f"vocos_{args.peer_batch_size}x{args.peer_segment_frames}_{args.peer_learning_rate:g}_{args.seed}"
-    return Path(args.output_dir) / "vocoder" / name
+        name, shape = f"{args.config}_{args.max_steps}_{args.seed}", shlex.split(args.flags)
+    else:  # Its rate is a cosine over all of the minutes.
+        name = f"vocos_{args.peer_batch_size}x{args.peer_segment_frames}_{args.peer_learning_rate:g}_{args.seed}"
+        shape = [f"{max(args.quality):g}"]
+    digest = hashlib.sha256(json.dumps([name, data, shape]).encode()).hexdigest()[:8]
+    return Path(args.output_dir) / "vocoder" / f"{name}_{digest}"
 
 
 def is_trained(folder: Path, minutes: list[float]) -> bool:
@@ -161,7 +179,7 @@ def train_vocos(args: QualityArguments) -> None:
             batch, floor = collate_audio(samples, dataset.mel.log_floor), dataset.mel.log_floor
             places = torch.rand(len(samples), generator=generator)
             length = (batch["mel"], batch["waveform"], batch["n_frames"], places, args.peer_segment_frames)
-            _, waveform = crop_pairs(*length, floor)
+            _, waveform = crop_pairs(*length, dataset.mel.hop_length, floor)
             recipe.set_rate(0.5 * (1 + math.cos(math.pi * min(1.0, clock.seconds() / total))))
             terms = recipe.step(waveform)
             step += 1
@@ -178,54 +196,90 @@ def train_vocos(args: QualityArguments) -> None:
     write_json(folder / TIMES, steps)
 
 
-def measure(args: QualityArguments) -> dict[str, dict[str, float]]:
-    """Means over the held-out clips by row: the real sound, Griffin-Lim, every checkpoint of every run there is."""
+def saved_models(folder: Path, name: str) -> dict[str, Path]:
+    """What a run has saved, by title: complete checkpoints of ours, files of weights of Vocos.
+
+    Args: name: of the run in the titles; they also have minutes and steps, "?" where the run has not ended.
+    Raises: FileNotFoundError: there is nothing.
+    """
+    steps = json.loads((folder / TIMES).read_text()) if (folder / TIMES).is_file() else {}
+    minutes = {step: minute for minute, step in steps.items()}
+    found = {}
+    for path in filter(is_complete, checkpoints_in(folder)):
+        step = step_of(path)
+        found[f"{name}, {minutes.get(step, '?')} CPU min, {step} steps"] = path
+    for path in sorted(folder.glob("*.pt"), key=lambda path: float(path.stem)):
+        found[f"{name}, {path.stem} CPU min, {steps.get(path.stem, '?')} steps"] = path
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no complete checkpoint and no weights of Vocos")
+    return found
+
+
+def load_saved(path: Path, dataset: VocoderDataset) -> torch.nn.Module:
+    """A model of `saved_models`. Raises: ValueError: it has another log-mel than the clips."""
+    if path.is_dir():
+        ours = load_model(Vocoder, path)
+        dataset.expect_mel(ours.config.mel, str(path))
+        return ours
+    vocos = Vocos(dataset.mel)
+    vocos.load_state_dict(torch.load(path, weights_only=True))
+    return vocos.eval()
+
+
+def measure(args: QualityArguments, folders: list[Path]) -> tuple[int, dict[str, dict[str, float | None]]]:
+    """Number of held-out clips, and means over them by row: the real sound, Griffin-Lim, everything in the folders."""
     dataset = VocoderDataset(args.cached_dataset, "validation")
     clips = [dataset[i] for i in spread(len(dataset), args.n_clips)]
-    mel = dataset.mel
-    untrained = Vocoder.from_preset(args.config, **mel.as_dict()).eval()
-    rows: dict[str, Callable[[Tensor], Tensor]] = {"Griffin-Lim, 60": lambda clip: griffin_lim(clip, mel)}
-    rows["ours, untrained"] = untrained
-    for side in ("ours", "vocos"):
-        folder = run_folder(args, side)
-        if not (folder / TIMES).is_file():
-            continue
-        for minutes, step in json.loads((folder / TIMES).read_text()).items():
-            if side == "ours":
-                model = load_model(Vocoder, folder / f"checkpoint-{step}")
-            else:
-                model = VocosRecipe(mel).generator.eval()
-                model.load_state_dict(torch.load(folder / f"{minutes}.pt", weights_only=True))
-            rows[f"{side}, {minutes} CPU min, {step} steps"] = model
-    found = {"real sound": scores(dataset, clips, None)}
-    return {**found, **{name: scores(dataset, clips, vocode) for name, vocode in rows.items()}}
+    names = [folder.resolve().name for folder in folders]
+    saved = {}
+    for folder, name in zip(folders, names):
+        saved |= saved_models(folder, name if names.count(name) == 1 else str(folder))
+    untrained = Vocoder.from_preset(args.config, **dataset.mel.as_dict()).eval()
+    found = {
+        "real sound": scores(dataset, clips, None),
+        "Griffin-Lim, 60": scores(dataset, clips, lambda clip: griffin_lim(clip, dataset.mel)),
+        f"ours {args.config}, untrained": scores(dataset, clips, untrained),
+    }
+    found |= {title: scores(dataset, clips, load_saved(path, dataset)) for title, path in saved.items()}
+    return len(clips), found
 
 
 @torch.inference_mode()
-def scores(dataset: VocoderDataset, clips: list[dict[str, Tensor]], vocode) -> dict[str, float]:
-    """Mean metrics of the clips vocoded from their log-mels; None: of the clips themselves."""
+def scores(
+    dataset: VocoderDataset, clips: list[dict[str, Tensor]], vocode: Callable[[Tensor], Tensor] | None
+) -> dict[str, float | None]:
+    """Mean metrics of the clips vocoded from their log-mels; `vocode` None: of the clips themselves.
+
+    Returns: by column; None where a metric is defined for no clip.
+    """
     log_mel, rate = LogMel(dataset.mel), dataset.mel.sample_rate
-    values: dict[str, list[float]] = {"PESQ-wb": [], "STOI": [], "log-mel L1": []}
+    values: dict[str, list[float]] = {"PESQ-wb": [], "PESQ-wb, 4 starts": [], "STOI": [], "log-mel L1": []}
     for clip in clips:
         real = clip["waveform"]
         made = real if vocode is None else vocode(clip["mel"][None])[0].clamp(-1, 1)
-        results = pesq_wb(real, made, rate), stoi(real, made, rate), mel_l1(clip["mel"], log_mel(made[None])[0])
+        distance = mel_l1(clip["mel"], log_mel(made[None])[0])
+        results = *pesq_wb_and_mean(real, made, rate), stoi(real, made, rate), distance
         for column, value in zip(values.values(), results):
             column += [] if value is None else [value]
-    return {name: sum(column) / max(1, len(column)) for name, column in values.items()}
+    return {name: sum(column) / len(column) if column else None for name, column in values.items()}
 
 
 def quality(args: QualityArguments) -> None:
     """Train what is not there, measure, print, write."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    for side, train in (("ours", train_ours), ("vocos", train_vocos)):
-        if args.side in ("", side) and not is_trained(run_folder(args, side), args.quality):
+    folders = list(map(Path, args.run_dirs))
+    for side, train in (("ours", train_ours), ("vocos", train_vocos)) if args.quality else ():
+        folder = run_folder(args, side)
+        if args.side in ("", side) and not is_trained(folder, args.quality):
             train(args)
-    results = measure(args)
-    table = Table(title=f"{args.n_clips} held-out clips of {args.cached_dataset}", box=SIMPLE_HEAD)
+        folders += [folder] if (folder / TIMES).is_file() else []
+    n_clips, results = measure(args, folders)
+    table = Table(title=f"{n_clips} held-out clips of {args.cached_dataset}", box=SIMPLE_HEAD)
     for column in ("", *next(iter(results.values()))):
         table.add_column(column)
     for name, row in results.items():
-        table.add_row(name, *(f"{value:.3f}" for value in row.values()))
+        table.add_row(name, *(number(value, 3) for value in row.values()))
     Console(width=120).print(table)
-    write_json(Path(args.output_dir) / "vocoder" / "quality.json", results)
+    file = Path(args.output_dir) / "vocoder" / "quality.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"n_clips": n_clips, "cached_dataset": args.cached_dataset, "rows": results})

@@ -34,6 +34,7 @@ MARGIN_SECONDS = 0.05  # What trimming leaves on both sides.
 ACTIVE_DB = 30.0  # Frames that far below the loudest one are pauses.
 NOTCH_HZ = 2.0  # Width of the notch at each harmonic of the hum.
 NOTCH_LIMIT_HZ = 1000.0  # Hum has hardly any harmonics beyond, speech has many.
+HEADROOM = 0.05  # Scale at which torchaudio's filters, which clip at full scale, see a sound.
 BLOCK_SECONDS = 0.4  # The shortest sound whose loudness BS.1770 defines.
 MAX_RATIO = 1000  # Largest number in a ratio of sampling rates.
 STREAMED_BYTES = 0x7FFF0000  # A length from here on is the placeholder of a program that did not know it.
@@ -153,7 +154,8 @@ def measured_loudness(waveform: Tensor, rate: int, measure: LoudnessMeasure) -> 
     if measure == "active":
         return active_level(waveform, rate)
     repeats = math.ceil(BLOCK_SECONDS * rate / len(waveform)) + 1 if len(waveform) < BLOCK_SECONDS * rate else 1
-    return float(loudness(waveform.repeat(repeats)[None], rate))
+    # The package's filters clip at full scale: sounds are made small and the result is shifted back.
+    return float(loudness(HEADROOM * waveform.repeat(repeats)[None], rate)) - 20 * math.log10(HEADROOM)
 
 
 # ---- Conditioning.
@@ -186,11 +188,12 @@ def remove_hum(waveform: Tensor, rate: int, mains_hz: float) -> Tensor:
     extended = torch.cat(
         [2 * waveform[0] - waveform[1 : pad + 1].flip(0), waveform, 2 * waveform[-1] - waveform[-pad - 1 : -1].flip(0)]
     ).double()
+    extended = HEADROOM * extended  # The package's filters clip at full scale, between them too.
     for _ in range(2):  # Forward, then backward: no phase shift.
         for frequency in harmonics:
             extended = bandreject_biquad(extended, rate, frequency, Q=frequency / NOTCH_HZ)
         extended = extended.flip(0)
-    return extended[pad : pad + len(waveform)].float()
+    return extended[pad : pad + len(waveform)].float() / HEADROOM
 
 
 def cut_at_pauses(waveform: Tensor, rate: int, max_samples: int) -> list[Tensor]:

@@ -1,6 +1,9 @@
 """Log-mels with what is known of them: who speaks, and what is said.  T text tokens."""
 
+import hashlib
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +18,11 @@ class DescribedAudioDataset(AudioVAEDataset):
     """Items of `AudioVAEDataset`, and beside them
 
     speaker: int64 scalar, the place of the clip's speaker in `speaker_names`, where there are any.
-    tokens: (T,) int64, begin-of-text and the bytes of the transcript in lower case, where `use_tokens`.
+    tokens: (T,) int64, begin-of-text and the bytes of the transcript in lower case, where `use_tokens`; begin-of-text
+        alone where the transcript is not known.
+
+    The `fingerprint` of a folder does not know of speakers and transcripts; where items have them, "+" and a hash of
+    those that they have stand behind it.
 
     Args:
         speaker_names: names in the model's order; empty: items have no speaker.
@@ -38,12 +45,21 @@ class DescribedAudioDataset(AudioVAEDataset):
             raise ValueError(
                 f"{self.folder} has no transcripts in split {split!r}, so --ctc_weight has nothing to read; use 0"
             )
+        if self.places or use_tokens:
+            served = [[entry["key"], *self.conditions(entry)] for entry in self.entries]
+            digest = hashlib.sha256(json.dumps([speaker_names, served]).encode()).hexdigest()[:16]
+            self.fingerprint = f"{self.fingerprint}+{digest}"
+
+    def conditions(self, entry: dict[str, Any]) -> tuple[int | None, str | None]:
+        """The place of a clip's speaker, and its transcript, each None where items do not have it."""
+        place = self.places[entry["speaker"]] if self.places else None
+        return place, entry["caption"].strip().lower() if self.use_tokens else None
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = super().__getitem__(index)
-        entry = self.entries[int(sample["index"])]
-        if self.places:
-            sample["speaker"] = torch.tensor(self.places[entry["speaker"]])
-        if self.use_tokens:
-            sample["tokens"] = torch.tensor(encode_caption(entry["caption"].strip().lower(), MAX_TOKENS))
+        place, transcript = self.conditions(self.entries[int(sample["index"])])
+        if place is not None:
+            sample["speaker"] = torch.tensor(place)
+        if transcript is not None:
+            sample["tokens"] = torch.tensor(encode_caption(transcript, MAX_TOKENS))
         return sample

@@ -2,8 +2,9 @@
 
     python inference/export_vocoder.py --checkpoint runs/vocoder/base --output my_vocoder.onnx
 
-The file takes log-mels (batch, mel bins, frames) of any batch and length, and gives waveforms (batch, samples). It has
-no complex numbers and no Fourier transforms: these are matrices. What defines the log-mel stands in its metadata.
+The file takes log-mels (batch, mel bins, frames) of any batch and of any length from min_frames on (2 at the presets),
+and gives waveforms (batch, samples). It has no complex numbers and no Fourier transforms: these are matrices. What
+defines the log-mel, and min_frames, stand in its metadata.
 Needs the packages in requirements-eval.txt.
 """
 
@@ -29,11 +30,15 @@ class ExportArguments:
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
     weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
     output: str = option("inference/generated/audio/vocoder.onnx", "file to write")
-    tolerance: float = option(1e-4, "largest difference of samples that is accepted", gt=0)
+    tolerance: float = option(1e-4, "largest difference of samples that is accepted, of full scale or the peak", gt=0)
 
     def validate_checkpoint(self):
         if not self.checkpoint:
             raise ValueError("--checkpoint is needed: the run folder of a vocoder")
+
+    def validate_output(self):
+        if Path(self.output).is_dir():
+            raise ValueError(f"--output {self.output!r} must be a file, such as my_vocoder.onnx, not a folder")
 
 
 def export(args: ExportArguments) -> None:
@@ -43,15 +48,19 @@ def export(args: ExportArguments) -> None:
     vocoder = load_vocoder(checkpoint, chosen_weights(checkpoint, args))
     output.parent.mkdir(parents=True, exist_ok=True)
     temporary = output.with_name(output.name + ".tmp")
-    export_onnx(vocoder, temporary)
-    comparisons = compare_with_onnx(vocoder, temporary)
-    for row in comparisons:
-        print(f"batch {row.n_batch}, {row.n_frames} frames: largest difference of samples {row.difference:.1e}")
-    largest = max(row.difference for row in comparisons)
-    if not largest <= args.tolerance:
-        temporary.unlink()
-        raise ValueError(f"the export differs by {largest:.1e}, more than --tolerance {args.tolerance:g}")
-    os.replace(temporary, output)
+    try:
+        export_onnx(vocoder, temporary)
+        comparisons = compare_with_onnx(vocoder, temporary)
+        for row in comparisons:
+            numbers = f"largest difference of samples {row.difference:.1e}, peak {row.peak:.2f}"
+            print(f"batch {row.n_batch}, {row.n_frames} frames: {numbers}")
+            if not row.share <= args.tolerance:
+                scale = "of full scale" if row.peak <= 1 else "of the peak"
+                rule = f"more than --tolerance {args.tolerance:g}"
+                raise ValueError(f"the export differs by {row.share:.1e} {scale}, {rule}")
+        os.replace(temporary, output)
+    finally:
+        temporary.unlink(missing_ok=True)
     last, mel = comparisons[-1], vocoder.config.mel
     seconds = last.n_batch * last.n_frames * mel.hop_length / mel.sample_rate
     speed = f"PyTorch {last.model_seconds / seconds:.3f}, onnxruntime {last.runtime_seconds / seconds:.3f}"

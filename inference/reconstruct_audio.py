@@ -16,7 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset_loading.audio import AUDIO_SUFFIXES
 from utils.audio_pictures import TRIPLE, mel_triple, strip_sheet
-from utils.audio_synthesis import MEL_SUFFIX, AudioReconstructor, SynthesisArguments, Synthesizer, find_inputs
+from utils.audio_synthesis import (
+    MEL_SUFFIX,
+    AudioReconstructor,
+    SynthesisArguments,
+    Synthesizer,
+    find_inputs,
+    refuse_overwriting,
+)
 from utils.checkpoints import provenance, write_json
 from utils.configuration import option
 from utils.megatransformer_utils import explained_errors, parse_arguments
@@ -31,6 +38,7 @@ class ReconstructionArguments(SynthesisArguments):
     vae_checkpoint: str = option("", "run or checkpoint folder of an audio VAE")
     vocoder_checkpoint: str = option("", "run or checkpoint folder of a vocoder")
     speaker: str = option("", "name of the speaker, for an audio VAE that was trained with --use_speakers")
+    output_dir: str = option("inference/generated/audio/reconstruction", "folder of the results")
 
     def validate_input(self):
         if not (self.vae_checkpoint and self.vocoder_checkpoint and self.input):
@@ -42,9 +50,11 @@ class ReconstructionArguments(SynthesisArguments):
 def reconstruct(args: ReconstructionArguments) -> None:
     """Reconstruct all sounds; damaged ones are named and left out."""
     files = find_inputs(args.input, {*AUDIO_SUFFIXES, MEL_SUFFIX})
+    folder, groups, made = Path(args.output_dir), [], []
+    outputs = (folder / f"{name}_{kind}.wav" for name in files for kind in ("reconstruction", "vocoder"))
+    refuse_overwriting(files.values(), outputs)
     synthesizer = Synthesizer.load(args.vocoder_checkpoint, args)
     reconstructor = AudioReconstructor.load(args.vae_checkpoint, args, synthesizer, args.speaker)
-    folder, groups, made = Path(args.output_dir), [], []
     for name, (mel, n_samples) in synthesizer.read_all(files):
         reconstruction = reconstructor.reconstruction(mel)
         found = synthesizer.write(reconstruction, n_samples, folder / f"{name}_reconstruction.wav")

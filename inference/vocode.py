@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset_loading.audio import AUDIO_SUFFIXES
-from utils.audio_synthesis import MEL_SUFFIX, SynthesisArguments, Synthesizer, find_inputs
+from utils.audio_synthesis import MEL_SUFFIX, SynthesisArguments, Synthesizer, find_inputs, refuse_overwriting
 from utils.checkpoints import provenance, write_json
 from utils.configuration import option
 from utils.megatransformer_utils import explained_errors, parse_arguments
@@ -24,6 +24,7 @@ from utils.megatransformer_utils import explained_errors, parse_arguments
 @dataclasses.dataclass
 class VocodeArguments(SynthesisArguments):
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
+    output_dir: str = option("inference/generated/audio/vocode", "folder of the results")
 
     def validate_input(self):
         if not self.checkpoint or not self.input:
@@ -33,8 +34,9 @@ class VocodeArguments(SynthesisArguments):
 def vocode(args: VocodeArguments) -> None:
     """Synthesise all files; damaged ones are named and left out."""
     files = find_inputs(args.input, {*AUDIO_SUFFIXES, MEL_SUFFIX})
-    synthesizer = Synthesizer.load(args.checkpoint, args)
     folder, made = Path(args.output_dir), []
+    refuse_overwriting(files.values(), (folder / f"{name}.wav" for name in files))
+    synthesizer = Synthesizer.load(args.checkpoint, args)
     for name, (mel, n_samples) in synthesizer.read_all(files):
         found = synthesizer.write(mel, n_samples, folder / f"{name}.wav")
         made.append({"input": str(files[name]), **found})

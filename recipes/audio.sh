@@ -2,10 +2,10 @@
 # The whole audio line on several GPUs: speech from the hub -> vocoder -> audio VAE-GAN -> sound and ONNX.
 #
 #   bash recipes/audio.sh                         # 8 GPUs, 24 kHz, mythicinfinity/libritts_r (54 hours, 247 speakers)
-#   DATASET=my_speech CONFIG= SPLIT=train GPUS=2 bash recipes/audio.sh
+#   DATASET=my_speech CONFIG= SPLIT=train MEL=22k GPUS=2 bash recipes/audio.sh
 #
 # Any data set with one column of sound will do, of parquet files (data sets that are a script cannot be loaded any
-# more); MikhailT/lj-speech (split full) has 24 hours of one speaker, for --mel 22k. Costs below are estimates from
+# more); MikhailT/lj-speech (split full) has 24 hours of one speaker, for MEL=22k. Costs below are estimates from
 # parameter and step counts, they have not been measured. A second call goes on where the first one stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -14,10 +14,11 @@ CONFIG=${CONFIG-clean}
 SPLIT=${SPLIT:-train.clean.100}
 GPUS=${GPUS:-8}
 RUN=${RUN:-hub}
+MEL=${MEL:-24k}
 
 # 1. Log-mels and waveforms, clips of at most 10 s: about an hour on 16 cores, 26 GB.
 python preprocess_audio_vocoder_dataset.py --dataset_name "$DATASET" --dataset_config "$CONFIG" --dataset_split "$SPLIT" \
-    --mel 24k --segment_seconds 10 --validation_fraction 0.01 --output_dir "cached_datasets/${RUN}_audio"
+    --mel "$MEL" --segment_seconds 10 --validation_fraction 0.01 --output_dir "cached_datasets/${RUN}_audio"
 
 # 2. Vocoder of 14 M parameters against discriminators of published size, 200,000 steps of 16 crops per GPU: about 12
 #    hours on 8 GPUs.
@@ -39,5 +40,5 @@ python evaluate.py --checkpoint "runs/audio_vae/$RUN" --vocoder_checkpoint "runs
 # 4. Held-out log-mels to sound, with the vocoder alone and through the audio VAE; the vocoder for other runtimes.
 python inference/vocode.py --checkpoint "runs/vocoder/$RUN" --input "cached_datasets/${RUN}_audio/validation"
 python inference/reconstruct_audio.py --vae_checkpoint "runs/audio_vae/$RUN" --vocoder_checkpoint "runs/vocoder/$RUN" \
-    --input "cached_datasets/${RUN}_audio/validation" --output_dir "inference/generated/audio/$RUN"
+    --input "cached_datasets/${RUN}_audio/validation"
 python inference/export_vocoder.py --checkpoint "runs/vocoder/$RUN"

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to pictures drawn for captions, on a CPU:
-# embedded scenes -> cache -> image VAE-GAN -> latents -> text-to-image diffusion -> metrics and a contact sheet.
+# From nothing to pictures drawn for captions and to speech through a vocoder and an audio VAE, on a CPU:
+# embedded scenes -> cache -> image VAE-GAN -> latents -> text-to-image diffusion -> metrics and a contact sheet;
+# the same captions spoken -> cache -> vocoder -> audio VAE-GAN -> metrics, sounds and sheets of log-mels.
 # Costs about 14 minutes on 2 cores, installation included; reaches 26 dB PSNR and draws 95 % of the held-out captions so
 # that a probe finds them among 72.
 set -euo pipefail
@@ -16,18 +17,18 @@ python preprocess_image_vae_dataset.py --dataset_name data/scenes/train --valida
 
 # A second call goes on where an interrupted first one stopped.
 torchrun --standalone --nproc_per_node=2 pretrain_image_vae.py --config tiny --run_name demo \
-    --cached_dataset cached_datasets/scenes --batch_size 8 --learning_rate 2e-3 --kl_weight 1e-3 --max_steps 1400 \
-    --perceptual_weight 0 --gan_start_step 1000 --gan_warmup_steps 50 --gan_ramp_steps 100 --gan_weight 0.05 \
+    --cached_dataset cached_datasets/scenes --batch_size 8 --learning_rate 2e-3 --kl_weight 1e-3 --max_steps 1200 \
+    --perceptual_weight 0 --gan_start_step 850 --gan_warmup_steps 50 --gan_ramp_steps 100 --gan_weight 0.05 \
     --discriminator_channels 16 --discriminator_learning_rate 5e-4 --diff_augment translation \
-    --logging_steps 100 --eval_steps 350 --save_steps 350 --resume_from_checkpoint latest
+    --logging_steps 100 --eval_steps 400 --save_steps 400 --resume_from_checkpoint latest
 python evaluate.py --checkpoint "$vae" --contact_sheet 16
 
 python preprocess_image_diffusion_dataset.py --dataset_name data/scenes/train --validation_dataset data/scenes/test \
     --vae_checkpoint "$vae" --output_dir cached_datasets/scenes_latents
 torchrun --standalone --nproc_per_node=2 pretrain_image_diffusion.py --config tiny --run_name demo \
     --cached_dataset cached_datasets/scenes_latents --vae_checkpoint "$vae" --batch_size 16 --learning_rate 4e-3 \
-    --channel_weight_power 1 --time_mean 0.8 --time_std 1.2 --max_steps 2400 --warmup_ratio 0.01 --eval_pictures 0 \
-    --logging_steps 100 --eval_steps 800 --save_steps 800 --resume_from_checkpoint latest
+    --channel_weight_power 1 --time_mean 0.8 --time_std 1.2 --max_steps 1800 --warmup_ratio 0.01 --eval_pictures 0 \
+    --logging_steps 100 --eval_steps 900 --save_steps 900 --resume_from_checkpoint latest
 python evaluate.py --checkpoint "$diffusion" --contact_sheet 16
 python inference/text_to_image.py --checkpoint "$diffusion" --n_pictures 4 \
     --prompts "a large frog on red" "a small house at the right on red" "a large umbrella on gray"
@@ -39,15 +40,16 @@ python -m dataset_loading.speech data/speech --limit 400
 python preprocess_audio_vocoder_dataset.py --dataset_name data/speech/train --validation_dataset data/speech/test \
     --output_dir cached_datasets/speech
 torchrun --standalone --nproc_per_node=2 pretrain_vocoder.py --config tiny --run_name demo \
-    --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 1e-3 --max_steps 240 --warmup_ratio 0.04 \
-    --gan_start_step 120 --gan_warmup_steps 20 --gan_ramp_steps 40 --discriminator_every 2 \
-    --logging_steps 60 --eval_steps 120 --save_steps 120 --resume_from_checkpoint latest
-python evaluate.py --checkpoint "$vocoder" --metrics pesq stoi mel stft --contact_sheet 4
+    --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 1e-3 --max_steps 200 --warmup_ratio 0.04 \
+    --gan_start_step 100 --gan_warmup_steps 10 --gan_ramp_steps 40 --discriminator_every 2 --n_logged_clips 2 \
+    --logging_steps 50 --eval_steps 100 --save_steps 100 --resume_from_checkpoint latest
+python evaluate.py --checkpoint "$vocoder" --metrics pesq stoi mel --max_samples 16 --contact_sheet 4
 torchrun --standalone --nproc_per_node=2 pretrain_audio_vae.py --config tiny --run_name demo \
-    --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 1e-3 --max_steps 400 --warmup_ratio 0.04 \
-    --gan_start_step 250 --gan_warmup_steps 20 --gan_ramp_steps 40 --vocoder_checkpoint "$vocoder" \
-    --logging_steps 100 --eval_steps 200 --save_steps 200 --resume_from_checkpoint latest
-python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" --metrics pesq stoi mel --contact_sheet 4
+    --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 2e-3 --max_steps 300 --warmup_ratio 0.04 \
+    --gan_start_step 200 --gan_warmup_steps 10 --gan_ramp_steps 40 --gan_weight 0.05 --n_logged_clips 2 \
+    --vocoder_checkpoint "$vocoder" --logging_steps 50 --eval_steps 150 --save_steps 150 --resume_from_checkpoint latest
+python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" --metrics pesq stoi mel \
+    --max_samples 16 --contact_sheet 4
 python inference/reconstruct_audio.py --vae_checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" \
     --input "$(find data/speech/test -name '*.flac' | sort | head -n 1)"
 
@@ -55,4 +57,7 @@ echo
 echo "contact sheet    $diffusion/contact_sheet.png (real | reconstruction | generated)"
 echo "metrics          $diffusion/metrics.json, $vae/metrics.json"
 echo "pictures         inference/generated/image/"
+echo "log-mels         $vocoder/contact_sheet.png, $audio_vae/contact_sheet.png (target | predicted | difference)"
+echo "sounds           $vocoder/, $audio_vae/, inference/generated/audio/"
+echo "metrics          $vocoder/metrics.json, $audio_vae/metrics.json"
 echo "TensorBoard      make tensorboard"

@@ -57,14 +57,21 @@ def make_audio_cache(out: Path, count: int = 36, *flags: str) -> Path:
 
 
 def spoil(cache: Path, n_frames: int = 3) -> Path:
-    """Overwrite training clips with ones that are silent, clipped, constant, a click, and of `n_frames` frames."""
+    """Overwrite training clips with ones that are silent, clipped, constant, a click, and clipped with `n_frames`
+    frames."""
     dataset = VocoderDataset(cache, "train")
     settings: MelSettings = dataset.mel
     n_samples = 40 * settings.hop_length
     click = torch.zeros(n_samples)
     click[n_samples // 2] = 1.0
     square = torch.sin(torch.arange(n_samples) * 0.05).sign()
-    bad = [torch.zeros(n_samples), square, torch.full((n_samples,), 0.5), click, square[: n_frames * 256]]
+    bad = [
+        torch.zeros(n_samples),
+        square,
+        torch.full((n_samples,), 0.5),
+        click,
+        square[: n_frames * settings.hop_length],
+    ]
     for entry, waveform in zip(dataset.entries, 2 * bad):
         sample = {"mel": LogMel(settings)(waveform[None])[0], "waveform": waveform}
         save_tensors(cache / "train" / f"{entry['key']}.pt", sample)

@@ -1,5 +1,6 @@
 """Shared fixtures: small real pictures on disk, their cache, and a stage run in this process."""
 
+import itertools
 import json
 import logging
 import os
@@ -89,13 +90,31 @@ def latent_cache(picture_cache, tmp_path_factory) -> Path:
 def run_stage(
     stage: type, common: list[str], cache: Path, output_dir: Path, name: str, steps: int, *flags: str
 ) -> Run:
-    """Run a stage in this process; errors come as they are."""
+    """Run a stage in this process; errors come as they are.
+
+    Of the flags in `common`, those of the adversary are left out where `flags` have `--gan_weight 0`, and a run of one
+    or two steps has its adversary from the beginning.
+    """
     words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", name]
+    if ("--gan_weight", "0") in itertools.pairwise(flags):
+        common = without_adversary(common, stage)
+    elif "--gan_start_step" in common and steps <= 2:
+        common = [*common, "--gan_start_step", "0"]
     try:
         stage.main([*common, *words, "--max_steps", str(steps), *flags])
     except SystemExit as end:
         raise end.__cause__ or end from None
     return Run(output_dir / stage.name / name, steps)
+
+
+def without_adversary(words: list[str], stage: type) -> list[str]:
+    """The flags without those that need an adversary."""
+    needs, kept, keeps = stage.arguments_class.needs, [], True
+    for word in words:
+        if word.startswith("--"):
+            keeps = needs.get(word[2:], ("",))[0] != "gan_weight"
+        kept += [word] if keeps else []
+    return kept
 
 
 @pytest.fixture

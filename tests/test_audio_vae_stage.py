@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -10,14 +11,18 @@ from mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset_loading.audio_conditions import DescribedAudioDataset
+from dataset_loading.audio_dataset import AudioVAEDataset
 from dataset_loading.collators import collate_audio
 from model.audio.spectral import MelSettings
 from model.audio.vae import AudioVAE
 from model.text.tokenizer import encode_caption
 from pretrain_audio_vae import AudioVAEStage
 from tests.conftest import Run, largest_difference, run_stage
-from utils.audio_vae_trainer import SpreadMels, character_loss, crop_segments
-from utils.checkpoints import load_model
+from tests.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder
+from utils.audio_vae_evaluator import AudioVAEEvaluator
+from utils.audio_vae_trainer import AudioVAEArguments, SpreadMels, character_loss, crop_segments
+from utils.checkpoints import load_model, read_stage
+from utils.megatransformer_utils import parse_arguments
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +76,15 @@ def test_character_loss_is_that_of_each_sample_alone():
     assert losses[0].item() == pytest.approx(alone.item(), rel=1e-6)
     impossible = character_loss(logits[:1], torch.tensor([3]), tokens[:1], torch.tensor([5]))
     assert impossible.tolist() == [0.0]
+
+
+def test_an_empty_transcript_is_unknown_and_teaches_nothing():
+    logits = torch.randn(2, 12, 258, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    tokens = torch.tensor([[*encode_caption("ab", 99)], [*encode_caption("", 99), 0, 0]])
+    losses = character_loss(logits, torch.tensor([12, 12]), tokens, torch.tensor([3, 1]))
+    losses.sum().backward()
+    assert losses[0] > 0 and losses[1] == 0
+    assert logits.grad[0].any() and not logits.grad[1].any()
 
 
 def test_it_trains_and_logs_all_terms(whole):
@@ -153,11 +167,14 @@ def test_gradient_checkpointing_changes_nothing(train, whole):
     assert recomputed.losses == pytest.approx(plain.losses, rel=1e-6)
 
 
-def test_resumed_equals_straight_through(train, whole):
+def test_resumed_equals_straight_through(train, whole, monkeypatch):
     run_dir = whole.folder.parent.parent / "resumed"
     run_dir.mkdir()
     (run_dir / "checkpoint-4").symlink_to(whole.folder.parent / "checkpoint-4")
+    fitted = []
+    monkeypatch.setattr(AudioVAE, "fit_to_data", lambda *_: fitted.append(1))
     resumed = train("resumed", 8, "--batch_size", "8", "--save_steps", "4", "--resume_from_checkpoint")
+    assert not fitted  # The checkpoint has it all.
     for name in ("model", "ema"):
         assert largest_difference(whole.weights(name), resumed.weights(name)) == 0
     assert largest_difference(whole.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
@@ -205,6 +222,40 @@ def test_characters_become_legible(train, cache):
     assert tokens.tolist() == encode_caption(dataset.entries[2]["caption"], 99) and len(tokens) == 4
 
 
+def test_other_transcripts_and_speakers_are_other_data(cache, tmp_path):
+    plain = AudioVAEDataset(cache, "train").fingerprint
+    assert DescribedAudioDataset(cache, "train", [], False).fingerprint == plain
+    manifest = json.loads((cache / "manifest.json").read_text())
+    entries = manifest["entries"]["train"]
+    entries[0] |= {"caption": entries[0]["caption"].upper() + " "}  # Reads the same.
+    entries[1] |= {"caption": "other", "speaker": "high"}
+    shutil.copytree(cache, tmp_path / "changed")
+    (tmp_path / "changed" / "manifest.json").write_text(json.dumps(manifest))
+    folders = (cache, tmp_path / "changed")
+    for speakers, use_tokens, same in (([], False, True), ([], True, False), (["high", "low"], False, False)):
+        first, second = (DescribedAudioDataset(each, "train", speakers, use_tokens).fingerprint for each in folders)
+        assert (first == second) == same and first.partition("+")[0] == plain
+    entries[1] |= {"caption": "other", "speaker": "low"}
+    (tmp_path / "changed" / "manifest.json").write_text(json.dumps(manifest))
+    first, second = (DescribedAudioDataset(each, "train", ["high", "low"], False).fingerprint for each in folders)
+    assert first == second  # Transcripts that are not served do not count.
+
+
+def test_a_run_with_other_speakers_does_not_go_on(train, cache, tmp_path):
+    folder = tmp_path / "letters"
+    shutil.copytree(cache, folder)
+    flags = ["--use_speakers", "--cached_dataset", str(folder), "--batch_size", "4"]
+    run = train("who", 1, *flags)
+    evaluator = AudioVAEEvaluator.__new__(AudioVAEEvaluator)  # Without a model.
+    evaluator.args, evaluator.record = AudioVAEEvaluator.arguments_class(), read_stage(run.folder)
+    assert evaluator.describe_data(AudioVAEDataset(folder, "validation"), 1)["is_the_runs_own"]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["entries"]["train"][0]["speaker"] = "low"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="was trained on other data"):
+        train("who", 2, *flags, "--resume_from_checkpoint")
+
+
 # ---- Listening.
 
 
@@ -230,11 +281,24 @@ def test_another_mel_is_refused(train, whole, tmp_path):
     assert load_model(AudioVAE, taken.folder).config.f_max == 7000.0
 
 
+def test_a_vocoder_of_another_mel_and_none_are_refused_before_anything_runs(train, tmp_path):
+    vocoder = save_stage_checkpoint(small_vocoder(), "vocoder", tmp_path / "other")
+    with pytest.raises(ValueError) as refused:
+        train("deaf", 1, "--n_logged_clips", "1", "--vocoder_checkpoint", str(vocoder), "--dry_run")
+    message = str(refused.value)
+    assert SETTINGS.describe() in message and SMALL_MEL.describe() in message
+    assert "--vocoder_checkpoint" in message and "preprocess_audio_vae_dataset.py" in message
+    assert "--sample_rate 8000" in message
+    with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere"):
+        train("deaf", 1, "--n_logged_clips", "1", "--vocoder_checkpoint", "nowhere", "--dry_run")
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
         ("--ctc_weight 1", "--ctc_weight=1.0 needs --segment_frames=0"),
         ("--segment_frames 3", "--segment_frames=3 are too few for --discriminator_layers=2, which needs 4"),
+        ("--gan_weight 0", "has no effect with gan_weight=0"),
         ("--vocoder_checkpoint runs/x", "--vocoder_checkpoint has no effect with n_logged_clips=0"),
         ("--discriminator patch", "--discriminator='patch' must be one of 'patch_1d', 'patch_2d'"),
     ],
@@ -253,6 +317,11 @@ def test_conditions_that_the_cache_lacks_are_refused(train, tmp_path):
         DescribedAudioDataset(nameless, "train", ["high"], False)
     with pytest.raises(ValueError, match="use_ctc: it follows from --use_speakers and --ctc_weight"):
         train("overridden", 1, "--override", "use_ctc=true")
+
+
+def test_segments_of_any_length_train_without_a_discriminator():
+    words = ["--gan_weight", "0", "--segment_frames", "3"]
+    assert parse_arguments(AudioVAEArguments, words, "").segment_frames == 3
 
 
 def test_dry_run_prints_and_trains_nothing(train, cache, tmp_path, capsys):

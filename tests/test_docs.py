@@ -128,10 +128,17 @@ def test_named_classes_exist(document):
     assert not missing, f"{document.name} names classes that do not exist: {sorted(missing)}"
 
 
+def with_defaults(text: str) -> str:
+    """A shell script's variables that are set as NAME=${NAME:-default}, replaced by their defaults."""
+    for name, default in re.findall(r"^(\w+)=\$\{\1:?-([^}]*)\}$", text, flags=re.M):
+        text = re.sub(rf"\$(?:{name}\b|\{{{name}\}})", default, text)
+    return text
+
+
 def stage_commands() -> list[tuple[str, list[str]]]:
     found = []
     for document in [*DOCUMENTS, *sorted((ROOT / "recipes").glob("*.sh"))]:
-        for line in commands(document.read_text()):
+        for line in commands(with_defaults(document.read_text())):
             words = shlex.split(line)
             for position, word in enumerate(words):
                 if word in SCRIPTS:

@@ -200,9 +200,9 @@ def test_flags_of_pictures_are_refused_for_sound_and_the_reverse(refused, vocode
         assert f"{words[0]}: no effect on {vocoder}, which is of stage 'vocoder'" in refused(vocoder, *words)
     image_vae = save_checkpoint(tmp_path / "image_vae", picture_cache)
     assert "--metrics: no effect" in refused(image_vae, "--metrics", "mel")
-    assert "must be list" in refused(vocoder, "--metrics", "pesk") and "--metrics is empty" in refused(
-        vae, "--metrics"
-    )
+    wrong = refused(vocoder, "--metrics", "mel", "pesk")
+    assert "'pesk' must be one of 'pesq', 'stoi', 'mel'" in wrong and "did you mean 'pesq'?" in wrong
+    assert "--metrics is empty" in refused(vae, "--metrics")
 
 
 def test_broken_weights_name_the_clip(refused, caches, tmp_path):
@@ -225,25 +225,38 @@ def test_another_mel_is_refused_with_both(refused, caches, tmp_path):
 def test_a_vae_with_a_vocoder(run, vae, vocoder, capsys, tmp_path):
     report = run(vae, *QUICK, "--vocoder_checkpoint", vocoder.parent, "--contact_sheet", 1)
     scores = report["scores"]
-    assert list(scores) == ["ground_truth", "resynthesis", "model"] and report["reference"] == "ground_truth"
+    assert list(scores) == ["ground_truth", "resynthesis", "griffin_lim", "model"]
+    assert report["reference"] == "ground_truth"
     assert scores["ground_truth"]["mel_l1"] == pytest.approx(0, abs=1e-5)
     assert scores["resynthesis"]["mel_l1"] < scores["model"]["mel_l1"]
     assert 0 < scores["model"]["reconstruction_l1"] < scores["model"]["mel_l1"]
-    assert report["model"]["vocoder"] == str(vocoder.parent) and report["model"]["compression"] == pytest.approx(
-        8, rel=0.1
-    )
+    assert report["model"]["vocoder"] == str(vocoder) and report["model"]["vocoder_weights"] == "raw"
+    assert report["model"]["vocoding_real_time_factor"] > 0
+    assert report["model"]["compression"] == pytest.approx(8, rel=0.1)
     latents = report["latents"]
     assert len(latents["mean"]) == 20 and all(0.3 < std < 3 for std in latents["std"]) and not any(latents["dead"])
     text = capsys.readouterr().out
     assert "this VAE + vocoder" in text and "Latent channels: 20, dead: 0" in text and "31.2 frames/s" in text
-    assert len(list((tmp_path / "sounds").iterdir())) == 3
+    assert "Griffin-Lim, 60" in text and "vocoding" in text
+    assert len(list((tmp_path / "sounds").iterdir())) == 4
 
 
-def test_a_vae_without_waveforms_is_held_against_the_resynthesis(run, vae, caches, capsys):
+def test_a_broken_vocoder_is_named(refused, vae, caches, tmp_path):
+    model = small_vocoder(**MelSettings().as_dict())
+    next(model.parameters()).data.fill_(math.nan)
+    broken = save(model, "vocoder", tmp_path / "broken", caches["vocoder"])
+    assert f"{broken} makes of 0-" in refused(vae, *QUICK, "--vocoder_checkpoint", broken)
+
+
+def test_a_vae_without_waveforms_is_held_against_the_resynthesis(run, vae, vocoder, caches, capsys, caplog):
     report = run(vae, *QUICK, "--cached_dataset", caches["audio_vae"])
     assert list(report["scores"]) == ["resynthesis", "model"] and report["reference"] == "resynthesis"
     assert report["scores"]["resynthesis"]["stft_distance"] == 0 and not report["data"]["is_the_runs_own"]
-    assert "this VAE + Griffin-Lim" in capsys.readouterr().out
+    assert "this VAE + Griffin-Lim" in capsys.readouterr().out and report["model"]["vocoder_weights"] is None
+    message = f"{caches['audio_vae']} holds no recorded waveforms"
+    assert message in caplog.text and "--cached_dataset a folder" in caplog.text
+    report = run(vae, *QUICK, "--cached_dataset", caches["audio_vae"], "--vocoder_checkpoint", vocoder)
+    assert list(report["scores"]) == ["resynthesis", "griffin_lim", "model"] and report["reference"] == "resynthesis"
 
 
 def test_numbers_of_the_vae_alone(run, vae, caches):

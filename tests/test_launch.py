@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -66,13 +67,15 @@ def test_two_deepspeed_processes_equal_one(launcher, train, picture_cache, tmp_p
     assert_same(one, launch(launcher, picture_cache, tmp_path, 10, "--batch_size", "4"))
 
 
-def test_two_ddp_processes_equal_one_and_resume_on_one(train, picture_cache, tmp_path):
+def test_two_ddp_processes_equal_one_and_resume_on_two_and_on_one(train, picture_cache, tmp_path):
     one = train("one", 10, "--batch_size", "8")
     two = launch("torchrun", picture_cache, tmp_path, 10, "--batch_size", "4", "--save_steps", "4")
     assert_same(one, two)
-    resumed_dir = tmp_path / "image_vae" / "resumed"
-    resumed_dir.mkdir()
-    (two.folder.parent / "checkpoint-4").rename(resumed_dir / "checkpoint-4")
+    half, resumed_dir = tmp_path / "again" / "image_vae" / "two", tmp_path / "image_vae" / "resumed"
+    for folder in (half, resumed_dir):
+        shutil.copytree(two.folder.parent / "checkpoint-4", folder / "checkpoint-4")
+    flags = ["--batch_size", "4", "--resume_from_checkpoint"]
+    assert_same(one, launch("torchrun", picture_cache, tmp_path / "again", 10, *flags))
     assert_same(one, train("resumed", 10, "--batch_size", "8", "--resume_from_checkpoint"))
 
 

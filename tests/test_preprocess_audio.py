@@ -129,6 +129,19 @@ def test_every_augmentation_changes_copies_and_leaves_the_plain_one(raw, tmp_pat
         assert (lengths[0] != lengths[1]) == (flag == "--time_stretch")
 
 
+def test_gain_loses_no_segment_of_a_copy(tmp_path):
+    # A word, a long pause, and a word that is hardly a sound: gains of up to -40 dB leave nothing above silence.
+    quiet = np.concatenate([tone(200, 1.0, 0.02), np.zeros(RATE), tone(300, 1.0, 0.002)])
+    save(tmp_path / "raw/a.wav", quiet)
+    flags = ("--num_augmented_copies", "8", "--gain_db", "40", "--segment_seconds", "1")
+    entries = prepare(tmp_path / "raw", tmp_path / "out", *flags, stage=AudioVAEPreprocess)["entries"]["train"]
+    parts = [[entry["seconds"] for entry in entries if entry["copy"] == copy] for copy in range(9)]
+    assert len(parts[0]) >= 2 and sum(parts[0]) < 2.9  # Of the pause, some is left out.
+    assert all(each == parts[0] for each in parts[1:])
+    peaks = [AudioDataset(tmp_path / "out", "train")[i]["mel"].max().item() for i in range(len(entries))]
+    assert min(peaks) < peaks[0] - 2
+
+
 def test_conditioning_flags(tmp_path):
     quiet, hum = np.zeros(8000), tone(50, 2.0, 0.1)
     save(tmp_path / "raw/a.wav", np.concatenate([quiet, tone(425), quiet]) + hum)
@@ -149,7 +162,7 @@ def test_presets_and_single_fields(raw, tmp_path):
     assert typing.get_args(AudioPreprocessArguments.__annotations__["mel"]) == tuple(MEL_PRESETS)
 
 
-@pytest.mark.parametrize("column", ["text", "transcription", "transcript", "sentence"])
+@pytest.mark.parametrize("column", ["text", "text_normalized", "transcription", "transcript", "sentence"])
 def test_transcripts_and_speakers_are_found(tmp_path, column):
     for name in "ab":
         save(tmp_path / f"raw/{name}.wav", tone())

@@ -9,7 +9,7 @@ import torch
 from dataset_loading.image import ImageDataset
 from model.image.recurrent_vae import RecurrentVAE, RecurrentVAEOutput
 from pretrain_recurrent_vae import RecurrentVAEArguments, RecurrentVAEStage
-from tests.conftest import SMALL_RUN, Run, largest_difference
+from tests.conftest import SMALL_RUN, Run, largest_difference, run_stage
 from utils.checkpoints import load_model
 from utils.image_vae_evaluator import ImageVAEEvaluationArguments
 from utils.metrics import psnr
@@ -24,9 +24,7 @@ def runs(picture_cache, tmp_path_factory):
 
     def run(name: str, steps: int, *flags: str) -> Run:
         if (name, steps) not in made:
-            words = ["--cached_dataset", str(picture_cache), "--output_dir", str(folder), "--run_name", name]
-            RecurrentVAEStage.main([*SMALL_RUN, *words, "--max_steps", str(steps), *flags])
-            made[name, steps] = Run(folder / "recurrent_vae" / name, steps)
+            made[name, steps] = run_stage(RecurrentVAEStage, SMALL_RUN, picture_cache, folder, name, steps, *flags)
         return made[name, steps]
 
     yield run
@@ -191,6 +189,7 @@ def test_evaluation_over_steps_and_thresholds(whole):
             "--distillation_weight has no effect with n_backprop_steps=1",
         ),
         ("--n_backprop_steps 0", "--n_backprop_steps=0 must be > 0"),
+        ("--gan_weight 0", "has no effect with gan_weight=0"),
     ],
 )
 def test_flags_that_cannot_take_effect_are_refused(words, message, capsys):

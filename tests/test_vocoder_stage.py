@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from dataset_loading.audio_dataset import VocoderDataset
 from dataset_loading.collators import collate_audio
+from model.audio.discriminators import PeriodDiscriminator, ResolutionDiscriminator
 from model.audio.spectral import LogMel, MelSettings
 from model.audio.vocoders import Vocoder
 from pretrain_vocoder import VocoderArguments, VocoderStage
@@ -54,20 +55,26 @@ def test_crops_are_aligned_slices_at_the_drawn_places():
     for row, count in enumerate(n_frames):
         mel[row, :, count:], waveform[row, 16 * count :] = -9.0, 0.0
     for uniforms in ([0.0, 0.0, 0.0], [0.999999, 0.5, 0.7], [1 - 2**-24] * 3):
-        crops, sounds = crop_pairs(mel, waveform, n_frames, torch.tensor(uniforms), 8, -9.0)
+        crops, sounds = crop_pairs(mel, waveform, n_frames, torch.tensor(uniforms), 8, 16, -9.0)
         for row, (count, uniform) in enumerate(zip(n_frames.tolist(), uniforms)):
             start = math.floor(uniform * max(1, count - 8 + 1))
             assert torch.equal(crops[row], mel[row, :, start : start + 8])
             assert torch.equal(sounds[row], waveform[row, 16 * start : 16 * (start + 8)])
-    crops, sounds = crop_pairs(mel, waveform, n_frames, torch.zeros(3), 32, -9.0)
+    crops, sounds = crop_pairs(mel, waveform, n_frames, torch.zeros(3), 32, 16, -9.0)
     assert crops.shape == (3, 4, 32) and sounds.shape == (3, 32 * 16)
     assert (crops[..., 20:] == -9).all() and not sounds[:, 320:].any() and torch.equal(crops[..., :20], mel)
+
+
+def test_waveforms_of_another_length_are_refused():
+    mel, waveform, n_frames = torch.zeros(1, 4, 20), torch.zeros(1, 20 * 16 + 5), torch.tensor([20])
+    with pytest.raises(ValueError, match=r"waveforms of 325 samples .* 20 frames, which are 320 samples"):
+        crop_pairs(mel, waveform, n_frames, torch.zeros(1), 8, 16, -9.0)
 
 
 def test_every_place_is_as_likely():
     uniforms = torch.rand(4000, generator=torch.Generator().manual_seed(0))
     places = torch.arange(12.0).expand(4000, 1, 12).contiguous()
-    starts = crop_pairs(places, torch.zeros(4000, 12), torch.full((4000,), 12), uniforms, 8, 0.0)[0][:, 0, 0]
+    starts = crop_pairs(places, torch.zeros(4000, 12), torch.full((4000,), 12), uniforms, 8, 1, 0.0)[0][:, 0, 0]
     counts = torch.bincount(starts.long())
     assert len(counts) == 5 and (counts / 800 - 1).abs().max() < 0.15
 
@@ -78,7 +85,8 @@ def test_every_place_is_as_likely():
 def test_accumulation_equals_one_batch(runs, whole):
     parts = runs("parts", 6, "--batch_size", "2", "--gradient_accumulation_steps", "4", "--save_steps", "3")
     assert parts.losses == pytest.approx(whole.losses, rel=2e-5)
-    assert largest_difference(parts.adversary["discriminator"], whole.adversary["discriminator"]) <= 1e-5
+    # Rounding grows in the generator's projections, and Adam scales small gradients of the discriminator up.
+    assert largest_difference(parts.adversary["discriminator"], whole.adversary["discriminator"]) <= 1e-4
     assert parts.adversary["updates"] == whole.adversary["updates"] == 2  # At steps 2 and 4.
 
 
@@ -150,7 +158,7 @@ def test_evaluation_is_of_whole_clips_and_padding_does_not_count(cache, whole):
         generated = model(mel=samples[-1]["mel"][None])
     for name, values in together.items():
         assert values.shape == (len(samples),)
-        assert values[0].item() == pytest.approx(alone[name].item(), rel=1e-3, abs=1e-4), name
+        assert values[0].item() == pytest.approx(alone[name].item(), rel=1e-5, abs=1e-6), name
     log_mel = LogMel(dataset.mel)
     expected = (log_mel(generated) - log_mel(samples[-1]["waveform"][None])).abs().mean().item()
     assert together["mel_l1"][-1].item() == pytest.approx(expected, rel=0.1)
@@ -209,6 +217,8 @@ def test_flags_that_cannot_take_effect_are_refused(words, message, capsys):
         ("--segment_frames 2 --stft_resolutions 4096", "--segment_frames=2"),
         ("--stft_resolutions 100", r"\[100\] must be multiples of 8"),
         ("--discriminator_periods 0", r"periods \[0\] must be > 0"),
+        ("--discriminator_periods --discriminator_resolutions", "without periods and resolutions sees nothing"),
+        ("--discriminator_periods 4099", "shorter --discriminator_periods and --discriminator_resolutions"),
         ("--mel_weight 0 --stft_weight 0 --phase_weight 0", "nothing would be learned"),
     ],
 )
@@ -217,6 +227,19 @@ def test_bad_input_is_a_clear_error(words, message, cache, tmp_path, fresh_loggi
     common = [*common, "--discriminator_resolutions", "256"] if "--discriminator_resolutions" in common else common
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_stage(VocoderStage, common, cache, tmp_path, "bad", 1, "--batch_size", "2", *words.split())
+
+
+def test_a_list_without_values_is_no_such_part():
+    model = Vocoder.from_preset("tiny")
+    for flags, expected in (
+        ({}, (3, 3)),
+        ({"discriminator_periods": []}, (0, 3)),
+        ({"discriminator_resolutions": []}, (3, 0)),
+    ):
+        stage = VocoderStage(VocoderArguments(**flags))
+        parts = stage.build_trainer_parts(model)["adversary"].discriminator.parts
+        kinds = [type(part) for part in parts]
+        assert (kinds.count(PeriodDiscriminator), kinds.count(ResolutionDiscriminator)) == expected
 
 
 def test_the_cache_of_the_vocoder_is_the_default():

@@ -10,6 +10,7 @@ weights, and the real sample is passed through without a graph, or not at all.
 
 import contextlib
 import dataclasses
+import logging
 import math
 from collections.abc import Callable
 
@@ -27,6 +28,8 @@ from model.criteria import (
 )
 from utils.configuration import option
 from utils.distributed import broadcast_tensors, mean_across_ranks
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -50,6 +53,15 @@ class AdversaryArguments:
     r1_weight: float = option(0.0, "weight of the R1 gradient penalty; 0: none", ge=0)
     r1_every: int = option(16, "discriminator updates between R1 penalties", gt=0)
     lecam_weight: float = option(0.0, "weight of the LeCAM penalty; 0: none", ge=0)
+
+
+def adversary_needs(*own_flags: str) -> dict[str, tuple]:
+    """Rows of `needs` for a stage's arguments: the adversary's flags have no effect without an adversary.
+
+    Args: own_flags: flags of the stage's own that shape its discriminator.
+    """
+    shared = [field.name for field in dataclasses.fields(AdversaryArguments) if field.name != "gan_weight"]
+    return dict.fromkeys([*shared, *own_flags], ("gan_weight", bool))
 
 
 @dataclasses.dataclass
@@ -125,6 +137,19 @@ class Adversary:
         reconstruction, adversarial = self.statistics["gradients"].tolist()
         return min(1e4, math.sqrt(reconstruction / adversarial)) if adversarial > 0 else 0.0
 
+    def check_start(self, n_steps: int) -> None:
+        """Warn where a run of `n_steps` ends before the discriminator plays.
+
+        Raises: ValueError: `--gan_start_step` was given and asks for that.
+        """
+        start = self.arguments.gan_start_step
+        if start < n_steps:
+            return
+        message = f"--gan_start_step={start} is not reached in {n_steps} steps, so that the discriminator never plays"
+        if "gan_start_step" in getattr(self.arguments, "given", ()):
+            raise ValueError(f"{message}; give a smaller one, more steps, or --gan_weight 0")
+        logger.warning("%s in this run; give a smaller one, or --gan_weight 0", message)
+
     # ---- One optimizer step.
 
     def prepare(self, device: torch.device, lr_scheduler_type: str, n_steps: int) -> None:
@@ -167,6 +192,8 @@ class Adversary:
         )
         guides = weight > 0 or adapts
         if not trains and not guides:
+            self.trains = False
+            self.pending.append(leaf.new_zeros(4))  # `update` has the schedule to advance.
             return AdversarialTerms(None, {})
         if trains and not self.pending and hasattr(self.discriminator, "update_spectral_norms"):
             self.discriminator.update_spectral_norms()

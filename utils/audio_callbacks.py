@@ -13,17 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel, MelSettings, check_same_mel
-from model.audio.vocoders import Vocoder, VocoderConfig
+from model.audio.vocoders import Vocoder
 from utils.audio_metrics import PACKAGES, pesq_wb, stoi
 from utils.audio_pictures import TRIPLE, latent_picture, mel_triple, phase_picture, strip_sheet, waveform_picture
-from utils.checkpoints import EMA, read_stage, resolve_checkpoint
+from utils.checkpoints import load_model, read_stage, resolve_checkpoint
 from utils.evaluators import Stopwatch
 from utils.metrics import LatentHealth
 from utils.pictures import Group, spread
@@ -186,7 +185,7 @@ class AudioVAEListening(Listening):
     def __init__(self, writer: SummaryWriter | None, n_clips: int, vocoder_checkpoint: str = ""):
         super().__init__(writer, n_clips)
         self.vocoder_checkpoint = vocoder_checkpoint
-        self.vocoder = load_unsharded(vocoder_checkpoint) if vocoder_checkpoint else None
+        self.vocoder = load_listener(vocoder_checkpoint) if vocoder_checkpoint else None
         self.real: list[Tensor] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -235,9 +234,8 @@ class AudioVAEListening(Listening):
         self.writer.add_scalar("latents/dead_channels", sum(health.compute()["dead"]), step)
 
 
-def load_unsharded(path: str | Path) -> Vocoder:
-    """A trained vocoder in eval mode, whole on every process: `from_pretrained` would share its weights out under
-    ZeRO-3.
+def load_listener(path: str | Path) -> Vocoder:
+    """A trained vocoder to listen with.
 
     Raises:
         FileNotFoundError: no complete checkpoint.
@@ -247,11 +245,4 @@ def load_unsharded(path: str | Path) -> Vocoder:
     stage = read_stage(folder)["stage"]
     if stage != "vocoder":
         raise ValueError(f"{folder} is of stage {stage!r}; one of stage 'vocoder' is needed")
-    with torch.random.fork_rng():  # Fresh weights, overwritten at once, must not move the run's generator.
-        vocoder = Vocoder(VocoderConfig.from_pretrained(folder)).requires_grad_(False)
-    averaged = folder / EMA
-    weights: dict[str, Tensor] = {}
-    for file in [averaged] if averaged.is_file() else sorted(folder.glob("model*.safetensors")):
-        weights |= load_file(file)
-    vocoder.load_state_dict(weights)
-    return vocoder.eval()
+    return load_model(Vocoder, folder).requires_grad_(False)

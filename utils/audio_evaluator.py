@@ -30,8 +30,7 @@ from utils.audio_metrics import (
     mel_l1,
     multi_resolution_stft_distance,
     normalize_text,
-    pesq_wb,
-    pesq_wb_starts,
+    pesq_wb_and_mean,
     stoi,
     word_error_rate,
 )
@@ -144,8 +143,7 @@ class ClipScorer:
         for name, waveform in clip.rows.items():
             row = dict(clip.scores.get(name, {}))
             if "pesq" in self.metrics:
-                row["pesq_wb"] = pesq_wb(reference, waveform, self.rate)
-                row["pesq_wb_starts"] = pesq_wb_starts(reference, waveform, self.rate)
+                row["pesq_wb"], row["pesq_wb_starts"] = pesq_wb_and_mean(reference, waveform, self.rate)
             if "stoi" in self.metrics:
                 row["stoi"] = stoi(reference, waveform, self.rate)
             if "mel" in self.metrics:
@@ -230,11 +228,15 @@ class AudioEvaluator(Evaluator):
         """The precision that the model runs in."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
 
-    def finite(self, made: Tensor, entry: dict[str, Any]) -> Tensor:
-        """What the model made, fp32 on the CPU. Raises: ValueError: it is not finite; names the sample."""
+    def finite(self, made: Tensor, entry: dict[str, Any], maker: Path | None = None) -> Tensor:
+        """What a checkpoint made, by default the evaluated one, fp32 on the CPU.
+
+        Raises: ValueError: it is not finite; names checkpoint and sample.
+        """
         if not made.isfinite().all():
             raise ValueError(
-                f"{self.checkpoint} makes of {entry['key']} values that are not finite; the weights are broken"
+                f"{maker or self.checkpoint} makes of {entry['key']} values that are not finite; the weights are "
+                "broken"
             )
         return made.float().cpu()
 

@@ -99,10 +99,15 @@ def pesq_wb_starts(reference: Tensor, degraded: Tensor, rate: int) -> float | No
 
     Returns, raises: as `pesq_wb`.
     """
+    return pesq_wb_and_mean(reference, degraded, rate)[1]
+
+
+def pesq_wb_and_mean(reference: Tensor, degraded: Tensor, rate: int) -> tuple[float | None, float | None]:
+    """`pesq_wb`, and `pesq_wb_starts`, of which it is the first start."""
     a, b = pair(reference, degraded, rate, PESQ_RATE)
     values = [pesq_wb(a[start:], b[start:], PESQ_RATE) for start in PESQ_STARTS if start < len(a)]
     defined = [value for value in values if value is not None]
-    return sum(defined) / len(defined) if len(defined) == len(PESQ_STARTS) else None
+    return values[0], sum(defined) / len(defined) if len(defined) == len(PESQ_STARTS) else None
 
 
 def stoi(reference: Tensor, degraded: Tensor, rate: int) -> float | None:

@@ -29,7 +29,7 @@ from model.audio.spectral import LogMel, MelSettings, mel_preset
 from utils.configuration import option
 from utils.preprocess import PACKAGES, Example, Preprocess, PreprocessArguments, Raw, SkipSampleError, caption_of
 
-CAPTION_COLUMNS = ("text", "transcription", "transcript", "sentence")
+CAPTION_COLUMNS = ("text", "text_normalized", "transcription", "transcript", "sentence")
 SPEAKER_COLUMNS = ("speaker", "speaker_id")
 MEL_FLAGS = tuple(field.name for field in dataclasses.fields(MelSettings))
 CONDITIONING = (
@@ -178,13 +178,19 @@ class AudioPreprocess(Preprocess):
             raise SkipSampleError(f"too short: {len(waveform) / rate:.3f} s, less than {least / rate:.3f} s")
 
     def encode_parts(self, example: Example, generator: torch.Generator) -> list[dict[str, Tensor]]:
-        """Change a copy at random, cut it into segments, leave out the silent ones, and encode the others."""
-        waveform, rate = example.data, self.mel.sample_rate
+        """Change a copy at random, cut it into segments, leave out the silent ones, and encode the others.
+
+        Segments of a copy are judged at the level of the plain clip: gain makes none silent. A clip with sound keeps
+        all segments where each one falls just short of it.
+        """
+        waveform, rate, level = example.data, self.mel.sample_rate, 1.0
         if example.copy:
             waveform = self.augmentation(waveform, rate, generator)
+            level = example.data.abs().max() / waveform.abs().max().clamp_min(1e-12)
             waveform = F.pad(waveform, (0, max(0, self.args.min_samples - len(waveform))))
         limit = round(self.args.segment_seconds * rate) or len(waveform)
-        parts = [part for part in cut_at_pauses(waveform, rate, limit) if not is_silent(part, rate)]
+        parts = cut_at_pauses(waveform, rate, limit)
+        parts = [part for part in parts if not is_silent(level * part, rate)] or parts
         whole = [part[: len(part) // self.mel.hop_length * self.mel.hop_length] for part in parts]
         return [self.encode(dataclasses.replace(example, data=part), generator) for part in whole]
 

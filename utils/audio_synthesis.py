@@ -4,6 +4,7 @@ B batch, S samples, M mel bins, F mel frames.
 """
 
 import dataclasses
+import itertools
 import logging
 import os
 import time
@@ -28,6 +29,7 @@ from utils.configuration import option, suggest
 
 logger = logging.getLogger(__name__)
 MEL_SUFFIX = ".pt"
+MAX_CLIPPED_SHARE = 1e-3  # of the samples of a file, without a warning
 
 
 @dataclasses.dataclass
@@ -37,7 +39,7 @@ class SynthesisArguments:
     input: list[str] = option([], "files, and folders of files")
     weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
     chunk_frames: int = option(2000, "mel frames that the vocoder takes at once; 0: all", ge=0)
-    output_dir: str = option("inference/generated/audio", "folder of the results")
+    output_dir: str = option("", "folder of the results")
 
 
 def find_inputs(names: Iterable[str], suffixes: Collection[str]) -> dict[str, Path]:
@@ -49,12 +51,23 @@ def find_inputs(names: Iterable[str], suffixes: Collection[str]) -> dict[str, Pa
     for name in map(Path, names):
         if not name.exists():
             raise FileNotFoundError(f"{name} does not exist")
-        inside = {"__".join(file.relative_to(name).with_suffix("").parts): file for file in walk(name, suffixes)}
-        for stem, file in (inside if name.is_dir() else {name.stem: name}).items():
-            found[f"{stem}_{len(found)}" if stem in found else stem] = file
+        files = walk(name, suffixes) if name.is_dir() else [name]
+        for file in files:
+            inside = file.relative_to(name) if name.is_dir() else Path(name.name)
+            stem = "__".join(inside.with_suffix("").parts)
+            numbered = (f"{stem}_{number}" for number in itertools.count(2))
+            found[next(key for key in itertools.chain([stem], numbered) if key not in found)] = file
     if not found:
         raise FileNotFoundError(f"no inputs in {', '.join(names)}; known endings: {' '.join(sorted(suffixes))}")
     return found
+
+
+def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Raises: ValueError: an input would be written over; names it."""
+    taken = {file.resolve() for file in inputs}
+    for file in outputs:
+        if file.resolve() in taken:
+            raise ValueError(f"{file} is an input and would be written over; name another folder by --output_dir")
 
 
 def load_stage_model(model_class: type, stage: str, path: str | Path, weights: Literal["ema", "raw"] = "ema") -> Any:
@@ -87,18 +100,21 @@ def read_waveform(file: Path, sample_rate: int) -> Tensor:
 def read_mel(file: Path, settings: MelSettings) -> Tensor:
     """A log-mel (M, F) fp32 from a file of a tensor, or of a dictionary with one under "mel", as caches hold them.
 
-    Raises: OSError, ValueError: no such file, another shape, or values that are not finite.
+    Raises: OSError, ValueError: no such file, another shape, too few frames, or values that are not finite.
     """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:  # What torch.load raises on other files depends on their bytes.
-        raise ValueError(f"no file of tensors, or damaged: {str(error).partition(chr(10))[0]}") from error
+        raise ValueError("no file of tensors, or damaged") from error
     mel = content.get("mel") if isinstance(content, dict) else content
     if not isinstance(mel, Tensor) or mel.ndim != 2 or len(mel) != settings.n_mels or not mel.shape[1]:
         found = f"a tensor of shape {tuple(mel.shape)}" if isinstance(mel, Tensor) else f"a {type(content).__name__}"
         raise ValueError(f"{found} where a log-mel of shape ({settings.n_mels}, frames) is needed")
+    if mel.shape[1] * settings.hop_length < settings.min_samples:
+        needed = -(-settings.min_samples // settings.hop_length)
+        raise ValueError(f"a log-mel of {mel.shape[1]} frames is too short, at least {needed} are needed")
     if not mel.isfinite().all():
         raise ValueError("a log-mel with values that are not finite")
     return mel.float()
@@ -218,7 +234,7 @@ class Synthesizer:
         elapsed = time.perf_counter() - start
         distance = (analyse(waveform, self.log_mel)[:, : mel.shape[1]] - mel.cpu()).abs().mean().item()
         clipped = save_waveform(waveform[:n_samples], self.rate, file)
-        if clipped:
+        if clipped > MAX_CLIPPED_SHARE:
             logger.warning("%s: %.2g of the samples exceeded full scale and were cut off", file, clipped)
         found = {"file": file.name, "seconds": n_samples / self.rate, "compute_seconds": elapsed}
         return {**found, "mel_l1": distance, "clipped_share": clipped}

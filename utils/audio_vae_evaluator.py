@@ -4,6 +4,7 @@ M mel bins, F frames, S samples, Z latent channels.
 """
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,9 +21,12 @@ from model.audio.vae import AudioVAE
 from utils.audio_evaluator import DEFINITIONS, GRIFFIN_LIM_ITERATIONS, AudioEvaluationArguments, AudioEvaluator, Clip
 from utils.audio_metrics import mel_l1
 from utils.audio_synthesis import load_vocoder
+from utils.checkpoints import EMA, resolve_checkpoint
 from utils.configuration import option
 from utils.image_vae_evaluator import latent_table
 from utils.metrics import LatentHealth
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -42,6 +46,7 @@ class AudioVAEEvaluator(AudioEvaluator):
     title = "Audio VAE"
     row_names: dict[str, str] = {
         "ground_truth": "ground truth",
+        "griffin_lim": f"Griffin-Lim, {GRIFFIN_LIM_ITERATIONS}",
         "resynthesis": "vocoder alone",
         "model": "this VAE + vocoder",
     }
@@ -50,6 +55,7 @@ class AudioVAEEvaluator(AudioEvaluator):
         "resynthesis": "the vocoder on the true log-mel: what the VAE's own part is to be seen against. Without "
         "recorded waveforms in the data it is the reference. The vocoder is --vocoder_checkpoint, or Griffin-Lim with "
         f"{GRIFFIN_LIM_ITERATIONS} iterations",
+        "griffin_lim": f"with --vocoder_checkpoint, {GRIFFIN_LIM_ITERATIONS} iterations on the true log-mel",
         "reconstruction_l1": "mean |difference| of the VAE's log-mel and the true one, without a vocoder",
         "latents": "per channel over clips and positions: mean and std of the posterior means, posterior_std the root "
         "mean posterior variance, normalized_std the std of samples over the stored one, kl to N(0, 1) in nats per "
@@ -60,27 +66,41 @@ class AudioVAEEvaluator(AudioEvaluator):
 
     def build_dataset(self):
         """The log-mels, with waveforms where the folder has them; also loads the vocoder."""
-        self.vocoder = None
+        self.vocoder = self.vocoder_checkpoint = None
+        self.vocoder_record = {"vocoder": f"Griffin-Lim, {GRIFFIN_LIM_ITERATIONS} iterations", "vocoder_weights": None}
         if self.args.vocoder_checkpoint:
-            self.vocoder = load_vocoder(self.args.vocoder_checkpoint).to(self.device)
+            self.vocoder_checkpoint = resolve_checkpoint(self.args.vocoder_checkpoint)
+            weights = "ema" if (self.vocoder_checkpoint / EMA).is_file() else "raw"
+            self.vocoder_record = {"vocoder": str(self.vocoder_checkpoint), "vocoder_weights": weights}
+            self.vocoder = load_vocoder(self.vocoder_checkpoint, weights).to(self.device)
             remedy = "use a vocoder that was trained on the same log-mels"
-            names = (f"the VAE {self.checkpoint}", f"the vocoder {self.args.vocoder_checkpoint}")
+            names = (f"the VAE {self.checkpoint}", f"the vocoder {self.vocoder_checkpoint}")
             check_same_mel(self.settings, names[0], self.vocoder.config.mel, names[1], remedy)
         else:
             self.row_names = {**self.row_names, "resynthesis": "Griffin-Lim alone", "model": "this VAE + Griffin-Lim"}
         folder, split = self.cache()
         has_waveforms = read_manifest(Path(folder), None)["stage"] == VocoderDataset.stage
+        if not has_waveforms:
+            logger.warning(
+                "%s holds no recorded waveforms: every row is held against the resynthesis. For the recordings give "
+                "--cached_dataset a folder of the same clips made by preprocess_audio_vocoder_dataset.py",
+                folder,
+            )
         dataset = (VocoderDataset if has_waveforms else AudioVAEDataset)(folder, split)
         return dataset.expect_mel(self.settings, str(self.checkpoint))
 
-    def vocode(self, row: str, mel: Tensor) -> Tensor:
-        """A log-mel (M, F) on the CPU as a waveform (S,) on the CPU."""
+    def vocode(self, row: str, mel: Tensor, entry: dict[str, Any]) -> Tensor:
+        """A log-mel (M, F) on the CPU as a waveform (S,) on the CPU.
+
+        Raises: ValueError: it is not finite; names the vocoder and the sample.
+        """
         if self.vocoder is None:
             return self.griffin_lim(row, mel)
         seconds = mel.shape[1] * self.settings.hop_length / self.settings.sample_rate
         vocoder, batch = self.vocoder, mel[None].to(self.device)
         with self.autocast():
-            return self.speed.run(row, seconds, lambda: vocoder(batch))[0].float().cpu()
+            made = self.speed.run(row, seconds, lambda: vocoder(batch))[0]
+        return self.finite(made, entry, self.vocoder_checkpoint)
 
     def speaker(self, entry: dict[str, Any]) -> Tensor | None:
         """The number of a clip's speaker, (1,); None for a VAE that is told none.
@@ -107,7 +127,10 @@ class AudioVAEEvaluator(AudioEvaluator):
         self.n_values = (self.n_values[0] + mel.numel(), self.n_values[1] + mean.numel())
         predicted = self.finite(made, entry)[0].clamp_min(self.settings.log_floor)
         rows = {"ground_truth": sample["waveform"]} if "waveform" in sample else {}
-        rows |= {"resynthesis": self.vocode("resynthesis", mel), "model": self.vocode("vocoder", predicted)}
+        rows["resynthesis"] = self.vocode("resynthesis", mel, entry)
+        if self.vocoder is not None:
+            rows["griffin_lim"] = self.griffin_lim("griffin_lim", mel)
+        rows["model"] = self.vocode("vocoding", predicted, entry)
         return Clip(entry, mel, predicted, rows, {"model": {"reconstruction_l1": mel_l1(mel, predicted)}})
 
     def measure(self, dataset, indices):
@@ -121,9 +144,9 @@ class AudioVAEEvaluator(AudioEvaluator):
         latents["normalized_std"] = [
             found / std for found, std in zip(spread_of_samples, self.model.latent_std.tolist())
         ]
-        speed = {name: self.speed.factor(name) or 0.0 for name in ("encode", "decode", "vocoder")}
+        speed = {name: self.speed.factor(name) or 0.0 for name in ("encode", "decode", "vocoding")}
         score, model = evaluation.metrics["scores"]["model"], evaluation.metrics["model"]
-        score["real_time_factor"] = model["real_time_factor"] = speed["decode"] + speed["vocoder"]
+        score["real_time_factor"] = model["real_time_factor"] = speed["decode"] + speed["vocoding"]
         model |= {f"{name}_real_time_factor": value for name, value in speed.items()}
         model |= {
             "latent_channels": self.model.config.latent_channels,
@@ -131,7 +154,7 @@ class AudioVAEEvaluator(AudioEvaluator):
             / self.settings.hop_length
             / self.model.config.compression,
             "compression": self.n_values[0] / self.n_values[1],
-            "vocoder": self.args.vocoder_checkpoint or f"Griffin-Lim, {GRIFFIN_LIM_ITERATIONS} iterations",
+            **self.vocoder_record,
         }
         evaluation.metrics["latents"] = latents
         evaluation.scalars["dead_channels"] = float(sum(latents["dead"]))
@@ -150,7 +173,7 @@ class AudioVAEEvaluator(AudioEvaluator):
         )
         table.add_row("compression", f"{model['compression']:.1f} times fewer values")
         table.add_row("mel-L1 of the log-mel itself", f"{score['reconstruction_l1']:.3f}")
-        for name in ("encode", "decode", "vocoder"):
+        for name in ("encode", "decode", "vocoding"):
             table.add_row(name, f"{model[f'{name}_real_time_factor']:.4f} x real time")
-        table.add_row("vocoder", model["vocoder"])
+        table.add_row("vocoder", ", ".join(filter(None, (model["vocoder"], model["vocoder_weights"]))))
         return table

@@ -16,7 +16,7 @@ from model.audio.mel_criteria import masked_mean
 from model.audio.vae import AudioVAEOutput
 from model.criteria import kl_divergence
 from model.text.tokenizer import PADDING
-from utils.adversary import AdversaryArguments
+from utils.adversary import AdversaryArguments, adversary_needs
 from utils.configuration import option
 from utils.distributed import mean_across_ranks, rank, world_size
 from utils.megatransformer_utils import StageArguments
@@ -55,14 +55,17 @@ class AudioVAEArguments(AdversaryArguments, StageArguments):
         "", "run or checkpoint folder of a vocoder that they are heard by; default: Griffin-Lim"
     )
 
-    needs = {"vocoder_checkpoint": ("n_logged_clips", bool)}
+    needs = {
+        "vocoder_checkpoint": ("n_logged_clips", bool),
+        **adversary_needs("discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm"),
+    }
 
     def validate_segments(self):
         if self.ctc_weight > 0 and self.segment_frames:
             raise ValueError(
                 f"--ctc_weight={self.ctc_weight} needs --segment_frames=0: a transcript is that of a whole clip"
             )
-        if 0 < self.segment_frames < 2**self.discriminator_layers:
+        if self.gan_weight > 0 and 0 < self.segment_frames < 2**self.discriminator_layers:
             raise ValueError(
                 f"--segment_frames={self.segment_frames} are too few for --discriminator_layers="
                 f"{self.discriminator_layers}, which needs {2**self.discriminator_layers}"
@@ -103,7 +106,8 @@ def crop_segments(mel: Tensor, n_frames: Tensor, uniforms: Tensor, length: int, 
 
 
 def character_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
-    """CTC loss (Graves et al. 2006) in nats per character; 0 for a transcript longer than its latents can spell.
+    """CTC loss (Graves et al. 2006) in nats per character; 0, without a gradient, for a transcript longer than its
+    latents can spell, and for an empty one, which says nothing of what is spoken.
 
     Args:
         logits: (B, L, V); the blank is the token of padding.
@@ -117,7 +121,7 @@ def character_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, token_length
     losses = F.ctc_loss(
         log_chances, tokens[:, 1:], lengths, n_characters, PADDING, reduction="none", zero_infinity=True
     )
-    return losses / n_characters.clamp_min(1)
+    return losses.where(n_characters > 0, 0.0) / n_characters.clamp_min(1)
 
 
 class AudioVAEGANTrainer(GANTrainer):

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
-from transformers.utils.logging import disable_progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -108,13 +107,23 @@ def read_stage(path: str | Path) -> dict:
 
 
 def load_model(model_class: type, path: str | Path, weights: Literal["ema", "raw"] = "ema"):
-    """A stage's model from a checkpoint or run folder, in fp32 and eval mode; averaged weights where they were
-    kept."""
+    """A stage's model from a checkpoint or run folder, in fp32 and eval mode; averaged weights where they were kept.
+
+    The model is whole on every process, also where ZeRO-3 is set up, under which `from_pretrained` would share its
+    weights out. Random number generators are left as they were.
+    """
     folder = resolve_checkpoint(path)
-    disable_progress_bar()
-    model = model_class.from_pretrained(folder, dtype=torch.float32)
-    if weights == "ema" and (folder / EMA).is_file():
-        model.load_state_dict(load_file(folder / EMA))
+    files = (
+        [folder / EMA] if weights == "ema" and (folder / EMA).is_file() else sorted(folder.glob("model*.safetensors"))
+    )
+    if not files:
+        raise FileNotFoundError(f"{folder} has no model.safetensors; it is no checkpoint of a model")
+    with torch.random.fork_rng():
+        model = model_class(model_class.config_class.from_pretrained(folder))
+    state = {name: value for file in files for name, value in load_file(file).items()}
+    model.load_state_dict(
+        {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    )
     return model.eval()
 
 

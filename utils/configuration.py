@@ -90,8 +90,13 @@ def validate_fields(owner: Any, spelling: str = "{}") -> None:
         value, name = getattr(owner, field.name), spelling.format(field.name)
         assert not isinstance(field.type, str), f"{name}: postponed annotations switch the type checks off"
         if not check_type(value, field.type):
-            hint = suggest(value, typing.get_args(field.type)) if is_literal_typo(value, field.type) else ""
-            raise ValueError(f"{name}={value!r} must be {type_name(field.type)}{hint}")
+            wrong, rule, given = value, field.type, f"{name}={value!r}"
+            if isinstance(value, list) and typing.get_origin(rule) is list:
+                (rule,) = typing.get_args(rule)
+                wrong = next(item for item in value if not check_type(item, rule))
+                given += f": {wrong!r}"
+            hint = suggest(wrong, typing.get_args(rule)) if is_literal_typo(wrong, rule) else ""
+            raise ValueError(f"{given} must be {type_name(rule)}{hint}")
         for kind, bound in field.metadata["bounds"].items():
             sign, holds = BOUNDS[kind]
             for item in value if isinstance(value, list) else [value]:

@@ -11,6 +11,12 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
+# A process of several on a CPU calls its device "cpu:0", "cpu:1", ..., and loads optimizer states to it by that name,
+# which `torch.load` knows of other devices only.
+torch.serialization.register_package(
+    5, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
+)
+
 
 def world_size() -> int:
     """Number of processes that train together."""

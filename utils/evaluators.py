@@ -150,7 +150,7 @@ class Evaluator:
         """Which samples were evaluated, for metrics.json; warns where the run's own data set has changed since."""
         folder, split = (self.args.dataset, self.args.split) if self.args.dataset else self.cache()
         trained_on = self.record["data"]
-        is_same = dataset.fingerprint == trained_on["fingerprint"]
+        is_same = dataset.fingerprint == trained_on["fingerprint"].partition("+")[0]  # Without conditions.
         if folder == trained_on["folder"] and not is_same:
             logger.warning(
                 "%s was made anew since the run trained on it (fingerprint %s, now %s): it may hold training samples",

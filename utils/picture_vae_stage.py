@@ -9,7 +9,7 @@ from model.criteria import ReconstructionLoss
 from model.image.augmentation import diff_augment
 from model.image.discriminators import build_discriminator
 from model.image.feature_extractors import build_perceptual
-from utils.adversary import Adversary, AdversaryArguments
+from utils.adversary import Adversary, AdversaryArguments, adversary_needs
 from utils.callbacks import ReconstructionPictures
 from utils.configuration import option
 from utils.megatransformer_utils import StageArguments
@@ -36,6 +36,10 @@ class PictureVAEArguments(AdversaryArguments, StageArguments):
         1024, "training pictures that latent means and deviations are measured on", gt=0
     )
     n_logged_pictures: int = option(8, "validation pictures in TensorBoard", gt=0)
+
+    needs = adversary_needs(
+        "discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm", "diff_augment"
+    )
 
 
 class PictureVAEStage(Stage):

@@ -332,6 +332,7 @@ class GANTrainer(StageTrainer):
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.adversary is not None and self.adversary.scheduler is None:
+            self.adversary.check_start(num_training_steps)
             self.adversary.prepare(self.args.device, self.args.lr_scheduler_type, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 

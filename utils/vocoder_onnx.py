@@ -22,14 +22,21 @@ class Comparison:
     Args:
         n_batch, n_frames: its size.
         difference: largest absolute difference of samples.
+        peak: largest absolute sample of PyTorch's waveform.
         model_seconds, runtime_seconds: CPU seconds of PyTorch and of onnxruntime.
     """
 
     n_batch: int
     n_frames: int
     difference: float
+    peak: float
     model_seconds: float
     runtime_seconds: float
+
+    @property
+    def share(self) -> float:
+        """The difference over full scale, or over the peak where that is beyond: rounding grows with the waveform."""
+        return self.difference / max(1.0, self.peak)
 
 
 def import_runtime() -> Any:
@@ -77,5 +84,6 @@ def compare_with_onnx(vocoder: Vocoder, file: Path) -> list[Comparison]:
         (waveform,) = session.run(None, {"mel": mel.numpy()})
         end = time.process_time()
         difference = (torch.from_numpy(waveform) - expected).abs().max().item()
-        found.append(Comparison(n_batch, n_frames, difference, middle - start, end - middle))
+        peak = expected.abs().max().item()
+        found.append(Comparison(n_batch, n_frames, difference, peak, middle - start, end - middle))
     return found

@@ -9,12 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.audio.spectral import MelSettings
-from utils.adversary import AdversaryArguments
+from utils.adversary import AdversaryArguments, adversary_needs
 from utils.configuration import option
 from utils.megatransformer_utils import StageArguments
 from utils.training_utils import GANTrainer
-
-ADVERSARY_FLAGS = [field.name for field in dataclasses.fields(AdversaryArguments)]
 
 
 @dataclasses.dataclass
@@ -37,8 +35,12 @@ class VocoderArguments(AdversaryArguments, StageArguments):
     )
     feature_matching_weight: float = option(5.0, "weight of feature matching, relative to the adversarial loss", ge=0)
     discriminator: Literal["thin", "full"] = option("thin", "layers of the discriminator; full: as published peers")
-    discriminator_periods: list[int] = option([], "periods in samples; default: those of --discriminator")
-    discriminator_resolutions: list[int] = option([], "frame lengths in samples; default: those of --discriminator")
+    discriminator_periods: list[int] | None = option(
+        None, "periods in samples, or no value for none; default: those of --discriminator"
+    )
+    discriminator_resolutions: list[int] | None = option(
+        None, "frame lengths in samples, or no value for none; default: those of --discriminator"
+    )
     discriminator_widening: float = option(1.0, "factor of the channels of --discriminator", gt=0)
     discriminator_learning_rate: float = option(5e-4, "peak learning rate of the discriminator", gt=0)
     discriminator_beta1: float = option(0.8, "AdamW's first moment decay for the discriminator", ge=0, lt=1)
@@ -48,8 +50,7 @@ class VocoderArguments(AdversaryArguments, StageArguments):
 
     needs = {
         "stft_resolutions": ("stft_weight", bool),
-        **{flag: ("gan_weight", bool) for flag in ADVERSARY_FLAGS if flag != "gan_weight"},
-        **{f"discriminator{part}": ("gan_weight", bool) for part in ("", "_periods", "_resolutions", "_widening")},
+        **adversary_needs(*(f"discriminator{part}" for part in ("", "_periods", "_resolutions", "_widening"))),
     }
 
 
@@ -64,7 +65,13 @@ def check_segment(segment_frames: int, mel: MelSettings, min_samples: int, flag:
 
 
 def crop_pairs(
-    mel: Tensor, waveform: Tensor, n_frames: Tensor, uniforms: Tensor, segment_frames: int, log_floor: float
+    mel: Tensor,
+    waveform: Tensor,
+    n_frames: Tensor,
+    uniforms: Tensor,
+    segment_frames: int,
+    hop_length: int,
+    log_floor: float,
 ) -> tuple[Tensor, Tensor]:
     """Aligned crops of log-mels and their waveforms, at places uniform over each clip.
 
@@ -76,9 +83,14 @@ def crop_pairs(
         uniforms: (B,) in [0, 1).
         log_floor: the log-mel of silence.
     Returns: (B, M, segment_frames), (B, segment_frames * hop_length).
+    Raises: ValueError: the waveform has another length than the log-mel.
     """
     B, M, n_padded = mel.shape
-    hop_length = waveform.shape[1] // n_padded
+    if waveform.shape[1] != n_padded * hop_length:
+        raise ValueError(
+            f"waveforms of {waveform.shape[1]} samples do not belong to log-mels of {n_padded} frames, which are "
+            f"{n_padded * hop_length} samples at hop_length={hop_length}; preprocess the sounds again"
+        )
     missing = max(0, segment_frames - n_padded)
     if missing:
         mel = F.pad(mel, (0, missing), value=log_floor)
@@ -104,6 +116,7 @@ class VocoderTrainer(GANTrainer):
             inputs["n_frames"],
             uniforms,
             self.stage_arguments.segment_frames,
+            self.model.config.hop_length,
             self.model.config.mel.log_floor,
         )
         generated = model(mel=mel)

@@ -154,7 +154,8 @@ class WaveformDiscriminator(nn.Module):
         if waveform.shape[-1] < self.min_samples:
             raise ValueError(
                 f"a waveform of {waveform.shape[-1]} samples is too short for this discriminator: it needs "
-                f"{self.min_samples}; raise --segment_frames, or take smaller --discriminator_resolutions"
+                f"{self.min_samples}; raise --segment_frames, or take smaller --discriminator_periods and "
+                "--discriminator_resolutions"
             )
         logits: list[Tensor] = []
         features: list[Tensor] = []

@@ -40,11 +40,10 @@ class MelSettings:
         for name in ("sample_rate", "n_fft", "hop_length", "n_mels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be > 0")
-        if self.n_fft % self.hop_length or (self.n_fft - self.hop_length) % 2 or self.n_fft < 2 * self.hop_length:
-            raise ValueError(
-                f"hop_length={self.hop_length} must divide n_fft={self.n_fft} at least twice, and their difference "
-                "must be even"
-            )
+        if self.n_fft % 2 or self.hop_length % 2:
+            raise ValueError(f"n_fft={self.n_fft} and hop_length={self.hop_length} must be even")
+        if self.n_fft % self.hop_length or self.n_fft < 2 * self.hop_length:
+            raise ValueError(f"hop_length={self.hop_length} must divide n_fft={self.n_fft} at least twice")
         if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
             raise ValueError(
                 f"f_min={self.f_min} and f_max={self.f_max} must satisfy 0 <= f_min < f_max <= sample_rate / 2 = "

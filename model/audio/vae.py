@@ -277,8 +277,8 @@ class AudioVAE(VAE):
 
         Args: as for `forward`.
         Returns: mean and logvar, each (B, Z, L) or (B, Z, m, L) fp32; 0 in padding.
-        Raises: ValueError: other mel bins, no frame, not one length per clip, a speaker where the model knows none, or
-            none where it needs one.
+        Raises: ValueError: other mel bins, no frame, not one length per clip or a length that the mel does not have
+            (seen on the CPU), a speaker where the model knows none, or none where it needs one.
         """
         if mel.ndim != 3 or mel.shape[1] != self.config.n_mels or mel.shape[-1] == 0:
             raise ValueError(
@@ -309,6 +309,7 @@ class AudioVAE(VAE):
                 f"{', '.join(map(str, lead))}, L), L > 0, for architecture={self.config.architecture!r}"
             )
         F_all = latents.shape[-1] * self.config.compression
+        n_frames = None if n_frames is None else n_frames.cpu()  # Checked, and the longest one is needed there.
         mel = self.decode_all(latents, self.check_frames(n_frames, len(latents), F_all, latents.device), speaker)
         return mel if n_frames is None else mel[..., : int(n_frames.max())]
 
@@ -343,14 +344,19 @@ class AudioVAE(VAE):
         return mask if self.config.architecture == "conv1d" else mask[:, None]
 
     def check_frames(self, n_frames: Tensor | None, B: int, n_all: int, device: torch.device) -> Tensor:
-        """The lengths of all clips, kept between 1 and `n_all`; None means all frames.
+        """The lengths of all clips on the device; None means all frames.
 
-        Raises: ValueError: not one length per clip.
+        Lengths that are on a GPU are clamped to [1, n_all] instead of checked: nothing waits for it.
+
+        Raises: ValueError: not one length per clip, or a length outside [1, n_all].
         """
         if n_frames is None:
             return torch.full((B,), n_all, device=device)
         if tuple(n_frames.shape) != (B,):
             raise ValueError(f"n_frames has shape {tuple(n_frames.shape)}, expected ({B},): one length per clip")
+        can_check = n_frames.device.type == "cpu" and not torch.compiler.is_compiling()
+        if can_check and ((n_frames < 1) | (n_frames > n_all)).any():
+            raise ValueError(f"n_frames={n_frames.tolist()} must lie between 1 and {n_all}, the frames there are")
         return n_frames.to(device).clamp(1, n_all)
 
     def embed_speaker(self, speaker: Tensor | None) -> Tensor | None:

@@ -28,6 +28,8 @@ class MatrixFourierTransform(nn.Module):
         hop_length: samples between frames.
     """
 
+    lags: Tensor
+
     def __init__(self, n_fft: int, hop_length: int):
         super().__init__()
         self.hop_length, self.cut = hop_length, (n_fft - hop_length) // 2
@@ -75,13 +77,15 @@ def exportable(vocoder: Vocoder) -> Vocoder:
 
 
 def export_onnx(vocoder: Vocoder, file: Path) -> None:
-    """Write the network as ONNX: input "mel" (B, M, F), output "waveform" (B, F * hop_length), any B and F.
+    """Write the network as ONNX: input "mel" (B, M, F), output "waveform" (B, F * hop_length), any B, and any
+    F from `min_frames` on, below which reflection has too little to reflect. Metadata: the log-mel, and `min_frames`.
 
     Raises: ModuleNotFoundError: the package onnx is missing.
     """
     import onnx
 
-    mel = torch.full((1, vocoder.config.n_mels, EXAMPLE_FRAMES), vocoder.config.mel.log_floor)
+    settings = vocoder.config.mel
+    mel = torch.full((1, settings.n_mels, EXAMPLE_FRAMES), settings.log_floor)
     axes = {"mel": {0: "batch", 2: "frames"}, "waveform": {0: "batch", 1: "samples"}}
     with warnings.catch_warnings():  # The newer exporter needs one more package; checks of shapes are no branches.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -98,6 +102,7 @@ def export_onnx(vocoder: Vocoder, file: Path) -> None:
             dynamo=False,
         )
     written = onnx.load(file)
-    onnx.helper.set_model_props(written, {name: str(value) for name, value in vocoder.config.mel.as_dict().items()})
+    facts = {**settings.as_dict(), "min_frames": -(-settings.min_samples // settings.hop_length)}
+    onnx.helper.set_model_props(written, {name: str(value) for name, value in facts.items()})
     onnx.checker.check_model(written)
     onnx.save(written, file)

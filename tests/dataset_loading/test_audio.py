@@ -217,3 +217,11 @@ def test_pieces_of_any_length_are_within_bounds(length):
     assert torch.equal(torch.cat(pieces), sound)
     assert max(map(len, pieces)) <= 1000
     assert length <= 1000 or min(map(len, pieces)) >= 333
+
+
+@pytest.mark.parametrize("scale", [0.1, 0.5])
+def test_filters_do_not_clip_loud_sounds(scale):
+    square = 0.95 * torch.sin(2 * torch.pi * 333 * torch.arange(16000) / 16000 + 0.3).sign()
+    assert (remove_hum(scale * square, 16000, 50) - scale * remove_hum(square, 16000, 50)).abs().max() < 1e-4
+    quieter = measured_loudness(scale * square, 16000, "bs1770") - measured_loudness(square, 16000, "bs1770")
+    assert quieter == pytest.approx(20 * math.log10(scale), abs=0.01)

@@ -1,18 +1,20 @@
 """A small vocoder as ONNX: the same waveforms, for any batch and length, without operators that runtimes lack."""
 
+import os
+
 import pytest
 import torch
 
 from inference.export_vocoder import ExportArguments, export
-from model.audio.spectral import Spectrogram
+from model.audio.spectral import LogMel, MelSettings, Spectrogram
 from model.audio.vocoder_export import MatrixFourierTransform, exportable
 from model.audio.vocoders import FourierTransform
-from tests.vocoder_checkpoint import SMALL_HIFIGAN, SMALL_MEL, SMALL_VOCODER, save_stage_checkpoint, small_vocoder
+from tests.vocoder_checkpoint import SMALL_HIFIGAN, SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.megatransformer_utils import parse_arguments
-from utils.vocoder_onnx import gliding_tones
+from utils.vocoder_onnx import Comparison, gliding_tones
 
 onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime")
 
 UNWANTED = {"DFT", "STFT", "Loop", "Scan", "If"}
 COMPLEX = (onnx.TensorProto.COMPLEX64, onnx.TensorProto.COMPLEX128)
@@ -37,7 +39,15 @@ def test_matrices_do_what_the_transform_does():
     assert torch.allclose(by_matrix.autocorrelation(magnitude), by_fft.autocorrelation(magnitude), atol=1e-6)
 
 
-@pytest.mark.parametrize("fields", [SMALL_VOCODER, {**SMALL_VOCODER, "n_projections": 0}, SMALL_HIFIGAN])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        SMALL_VOCODER,
+        {**SMALL_VOCODER, "n_projections": 0},
+        SMALL_HIFIGAN,
+        {**SMALL_VOCODER, **MelSettings().as_dict()},
+    ],
+)
 def test_the_file_gives_the_models_waveforms(tmp_path, capsys, fields):
     vocoder = small_vocoder(**fields)
     checkpoint = save_stage_checkpoint(vocoder, "vocoder", tmp_path / "run")
@@ -48,9 +58,16 @@ def test_the_file_gives_the_models_waveforms(tmp_path, capsys, fields):
     written = onnx.load(file)
     assert not UNWANTED & {node.op_type for node in written.graph.node}
     assert not [value for value in written.graph.initializer if value.data_type in COMPLEX]
-    assert {each.key: each.value for each in written.metadata_props}["hop_length"] == str(SMALL_MEL.hop_length)
+    metadata = {each.key: each.value for each in written.metadata_props}
+    settings = vocoder.config.mel
+    assert metadata == {**{name: str(value) for name, value in settings.as_dict().items()}, "min_frames": "2"}
     batch, bins, frames = written.graph.input[0].type.tensor_type.shape.dim
-    assert (batch.dim_param, bins.dim_value, frames.dim_param) == ("batch", SMALL_MEL.n_mels, "frames")
+    assert (batch.dim_param, bins.dim_value, frames.dim_param) == ("batch", settings.n_mels, "frames")
+    mel = LogMel(settings)(gliding_tones(1, 2 * settings.hop_length, settings.sample_rate))
+    (waveform,) = onnxruntime.InferenceSession(str(file)).run(None, {"mel": mel.numpy()})
+    assert (torch.from_numpy(waveform) - vocoder(mel).detach()).abs().max() < 1e-4
+    with pytest.raises(ValueError, match="too short"):
+        vocoder(mel[..., :1])
 
 
 def test_the_model_is_left_as_it_was():
@@ -68,13 +85,27 @@ def test_a_file_that_differs_is_not_kept(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
+def test_beyond_full_scale_the_difference_counts_by_the_peak():
+    loud, quiet = (Comparison(1, 20, 3e-4, peak, 0.0, 0.0) for peak in (4.0, 0.5))
+    assert loud.share == pytest.approx(7.5e-5) and quiet.share == 3e-4
+
+
+def test_nothing_is_left_behind_by_an_error(tmp_path, monkeypatch):
+    checkpoint = save_stage_checkpoint(small_vocoder(**SMALL_HIFIGAN), "vocoder", tmp_path / "run")
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
+    with pytest.raises(OSError, match="disk"):
+        run("--checkpoint", checkpoint, "--output", tmp_path / "out" / "a.onnx")
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_the_sounds_of_the_comparison_are_fixed_and_in_range():
     first, second = (gliding_tones(3, 4000, 8000) for _ in range(2))
     assert torch.equal(first, second) and 0.2 < first.abs().max() <= 1
     assert (first[0] - first[1]).abs().max() > 0.1
 
 
-def test_flags_that_are_needed(capsys):
-    with pytest.raises(SystemExit):
-        run()
-    assert "--checkpoint is needed" in capsys.readouterr().err
+def test_flags_that_are_needed(capsys, tmp_path):
+    for words, message in ([], "--checkpoint is needed"), (["--output", tmp_path], "must be a file, such as"):
+        with pytest.raises(SystemExit):
+            run("--checkpoint", "x", *words) if words else run()
+        assert message in capsys.readouterr().err

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from inference.reconstruct_audio import ReconstructionArguments, reconstruct
+from inference.vocode import VocodeArguments
 from model.audio.spectral import LogMel
 from model.audio.vae import AudioVAE, AudioVAEConfig
 from tests.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
@@ -109,6 +110,18 @@ def test_damaged_files_are_left_out(run, tmp_path, caplog):
     assert "b.wav is left out" in caplog.text
     with pytest.raises(ValueError, match="none of 1 files"):
         run("--input", tmp_path / "b.wav")
+
+
+def test_inputs_are_never_written_over(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    for name in ("a.wav", "a_vocoder.wav"):
+        write_sound(tmp_path / "out" / name)
+    with pytest.raises(ValueError, match=r"a_vocoder\.wav is an input and would be written over"):
+        run("--input", tmp_path / "out")
+
+
+def test_the_scripts_have_folders_of_their_own():
+    assert ReconstructionArguments().output_dir != VocodeArguments().output_dir
 
 
 def test_flags_that_are_needed(capsys):

@@ -13,7 +13,7 @@ from model.audio.spectral import LogMel
 from model.audio.vocoders import Vocoder
 from tests.mel_cache import SETTINGS, write_mel_cache
 from tests.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
-from utils.audio_synthesis import Synthesizer, analyse, save_waveform
+from utils.audio_synthesis import Synthesizer, analyse, find_inputs, save_waveform
 from utils.checkpoints import load_model
 from utils.megatransformer_utils import parse_arguments
 from utils.vocoder_onnx import gliding_tones
@@ -100,12 +100,53 @@ def test_damaged_files_are_left_out(run, tmp_path, caplog):
     torch.save(torch.zeros(SMALL_MEL.n_mels + 1, 9), tmp_path / "c.pt")
     torch.save({"mel": torch.full((SMALL_MEL.n_mels, 9), torch.nan)}, tmp_path / "d.pt")
     (tmp_path / "e.pt").write_bytes(b"broken")
-    damaged = [tmp_path / name for name in ("b.flac", "c.pt", "d.pt", "e.pt")]
+    torch.save(torch.zeros(SMALL_MEL.n_mels, 1), tmp_path / "f.pt")
+    damaged = [tmp_path / name for name in ("b.flac", "c.pt", "d.pt", "e.pt", "f.pt")]
     assert run("--input", tmp_path / "a.wav", *damaged)[1].keys() == {"a.wav"}
-    for name, reason in zip(damaged, ("no sound", "a tensor of shape (41, 9)", "not finite", "no file of tensors")):
+    reasons = ["no sound", "a tensor of shape (41, 9)", "not finite", "no file of tensors, or damaged\n"]
+    reasons += ["a log-mel of 1 frames is too short, at least 2 are needed"]
+    for name, reason in zip(damaged, reasons, strict=True):
         assert f"{name} is left out: " in caplog.text and reason in caplog.text
-    with pytest.raises(ValueError, match="none of 4 files"):
+    with pytest.raises(ValueError, match="none of 5 files"):
         run("--input", *damaged)
+
+
+def test_every_input_has_a_name_of_its_own(tmp_path):
+    files = [tmp_path / name for name in ("n1/a.flac", "n1/a.wav", "n1/a_2.wav", "n2/a.wav", "n2/deep/b.wav")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    (tmp_path / "n2" / "notes.txt").touch()
+    found = find_inputs([str(tmp_path / "n1"), str(tmp_path / "n2"), str(files[0])], [".wav", ".flac"])
+    assert list(found.values()) == [*files, files[0]]
+    assert list(found) == ["a", "a_2", "a_2_2", "a_3", "deep__b", "a_4"]
+
+
+def test_inputs_are_never_written_over(run, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    write_sound(folder / "a.wav")
+    before = (folder / "a.wav").read_bytes()
+    for name in (folder, folder / ".." / "out" / "a.wav"):
+        with pytest.raises(ValueError, match=r"a\.wav is an input and would be written over; name .* --output_dir"):
+            run("--input", name)
+    assert (folder / "a.wav").read_bytes() == before and len(list(folder.iterdir())) == 1
+    write_sound(tmp_path / "b.wav")
+    assert run("--input", tmp_path / "b.wav")[1].keys() == {"a.wav", "b.wav"}
+
+
+def test_clipping_is_recorded_and_named_from_a_thousandth_on(tmp_path, caplog):
+    synthesizer = Synthesizer(small_vocoder())
+    mel = LogMel(SMALL_MEL)(gliding_tones(1, 100 * SMALL_MEL.hop_length, SMALL_MEL.sample_rate))[0]
+    peak = synthesizer.waveform(mel).abs().max()
+    shares = {}
+    for factor in torch.linspace(0.9, 4, 63):  # Of the loudness; the network follows it roughly.
+        caplog.clear()
+        share = synthesizer.write(mel + torch.log(factor / peak), 6400, tmp_path / "a.wav")["clipped_share"]
+        assert share == pytest.approx((synthesizer.waveform(mel + torch.log(factor / peak)).abs() > 1).float().mean())
+        assert ("a.wav: " in caplog.text) == (share > 1e-3)
+        shares[(share > 0) + (share > 1e-3)] = share
+    assert shares.keys() == {0, 1, 2}
 
 
 def test_a_folder_of_another_log_mel_is_refused(checkpoint, run, tmp_path):

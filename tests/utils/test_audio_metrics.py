@@ -22,6 +22,7 @@ from utils.audio_metrics import (
     normalize_text,
     number_words,
     pesq_wb,
+    pesq_wb_and_mean,
     pesq_wb_starts,
     stoi,
     voicing_and_periodicity,
@@ -73,6 +74,7 @@ def test_pesq_depends_on_the_start_and_its_mean_does_not(speech):
     values = [pesq_wb(speech[start:], made[start:], RATE) for start in (0, 64, 128, 192)]
     assert max(values) - min(values) > 0.1
     assert pesq_wb_starts(speech, made, RATE) == pytest.approx(sum(values) / 4)
+    assert pesq_wb_and_mean(speech, made, RATE) == (values[0], pytest.approx(sum(values) / 4))
     moved = [pesq_wb_starts(speech[start:], made[start:], RATE) for start in (0, 32, 96)]
     assert max(moved) - min(moved) < 0.5 * (max(values) - min(values))
     assert pesq_wb_starts(speech[:3900], made[:3900], RATE) is None

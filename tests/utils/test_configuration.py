@@ -11,6 +11,7 @@ class Example(StrictConfig):
     hidden_size: int = option(8, "width", gt=0)
     kind: Literal["sum", "gate"] = option("sum", "adapter")
     widths: list[int] = option([1, 2], "stages", gt=0)
+    parts: list[Literal["head", "tail"]] = option(["head"], "what is kept")
     rate: float = option(0.0, "share", ge=0, lt=1)
     n_groups: int | None = option(None, "groups", gt=0)
 
@@ -30,6 +31,11 @@ class Example(StrictConfig):
         ({"kind": "gaet"}, "kind='gaet' must be one of 'sum', 'gate'; did you mean 'gate'"),
         ({"widths": [1, 0]}, r"widths=\[1, 0\] must be > 0"),
         ({"widths": 3}, "widths=3 must be list"),
+        ({"widths": [1, "2"]}, r"widths=\[1, '2'\]: '2' must be int"),
+        (
+            {"parts": ["tail", "haed"]},
+            r"parts=\['tail', 'haed'\]: 'haed' must be one of 'head', 'tail'; did you mean 'head'",
+        ),
         ({"rate": 1.0}, "rate=1.0 must be < 1"),
         ({"n_groups": 0}, "n_groups=0 must be > 0"),
     ],

@@ -118,6 +118,7 @@ def test_nothing_runs_while_the_discriminator_warms_up_between_updates():
     adversary.discriminator.register_forward_hook(lambda *_: calls.append(1))
     play_steps(adversary, range(10))
     assert adversary.updates == 2 and len(calls) == 4  # Real and fake at steps 0 and 5.
+    assert adversary.scheduler.last_epoch == 10 and not adversary.statistics["gradients"].any()
 
 
 @pytest.mark.parametrize("matching, n_calls", [(0.0, 1), (1.0, 2)])

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from tests.conftest import largest_difference
+from tests.conftest import Run, largest_difference
+from tests.utils.test_adversary import make
 from utils.training_utils import EpochSampler
 
 
@@ -59,11 +60,23 @@ def test_split_graph_equals_one_graph(train, monkeypatch):
 
 
 def test_silent_before_its_start(train):
-    with_adversary = train("with", 3, "--gan_start_step", "3")
-    without = train("without", 3, "--gan_weight", "0")
-    assert with_adversary.losses == without.losses
-    assert largest_difference(with_adversary.weights(), without.weights()) == 0
-    assert with_adversary.adversary["updates"] == 0
+    with_adversary = train("with", 4, "--gan_start_step", "3", "--save_steps", "3")
+    without = train("without", 4, "--gan_weight", "0", "--save_steps", "3")
+    before, without = (Run(run.folder.parent, 3) for run in (with_adversary, without))
+    assert before.losses == without.losses
+    assert largest_difference(before.weights(), without.weights()) == 0
+    assert before.adversary["updates"] == 0 and with_adversary.adversary["updates"] == 1
+
+
+def test_a_start_beyond_the_run_is_refused_where_it_was_asked_for(train, caplog):
+    with pytest.raises(ValueError, match=r"--gan_start_step=4 is not reached in 4 steps.*or --gan_weight 0"):
+        train("refused", 4, "--gan_start_step", "4")
+    adversary = make(gan_start_step=5000)
+    adversary.check_start(5001)
+    assert "never plays" not in caplog.text.partition("refused")[2]
+    with caplog.at_level("WARNING"):
+        adversary.check_start(5000)
+    assert "--gan_start_step=5000 is not reached in 5000 steps, so that the discriminator never plays" in caplog.text
 
 
 def test_non_finite_steps_are_skipped_and_counted(train, monkeypatch):

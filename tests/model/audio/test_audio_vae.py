@@ -236,6 +236,12 @@ def test_speakers_and_lengths_that_do_not_fit_are_refused():
         make()(mels(), speaker=torch.tensor([0, 0]))
     with pytest.raises(ValueError, match=r"n_frames has shape \(1,\), expected \(2,\)"):
         make()(mels(), torch.tensor([3]))
+    for wrong in ([24, 0], [25, 3]):
+        for call in (make(), make().encode):
+            with pytest.raises(ValueError, match=rf"n_frames=\[{wrong[0]}, {wrong[1]}\] must lie between 1 and 24"):
+                call(mels(), torch.tensor(wrong))
+        with pytest.raises(ValueError, match="must lie between 1 and 24"):
+            make().decode(torch.zeros(2, 6, 12), torch.tensor(wrong))
     with pytest.raises(ValueError, match=r"\(2, 15, 24\) cannot be encoded: expected \(B, 16, F\)"):
         make().encode(mels()[:, 1:])
     with pytest.raises(ValueError, match=r"\(1, 6, 0\) cannot be decoded"):

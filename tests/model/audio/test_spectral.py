@@ -94,6 +94,7 @@ def test_too_short_waveform_is_refused():
     ("change", "message"),
     [
         ({"hop_length": 300}, "hop_length=300 must divide n_fft=1024"),
+        ({"n_fft": 1323, "hop_length": 441}, "must be even"),
         ({"f_max": 9000.0}, "f_max=9000.0"),
         ({"n_mels": 0}, "n_mels=0"),
         ({"floor": 0.0}, "floor=0.0"),

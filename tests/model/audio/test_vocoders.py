@@ -163,6 +163,19 @@ def test_gradient_checkpointing_changes_nothing(mel):
         assert torch.allclose(plain, checkpointed, atol=1e-6)
 
 
+def test_short_frames_suit_hifigan():
+    config = VocoderConfig(architecture="hifigan", sample_rate=22050, n_fft=512)
+    assert config.mel.n_fft == 512
+    with pytest.raises(ValueError, match="f0_min=65"):
+        VocoderConfig(sample_rate=22050, n_fft=512)
+
+
+def test_no_graph_breaks(mel):
+    model = changed()
+    with torch.no_grad():
+        assert torch.allclose(torch.compile(model, backend="eager", fullgraph=True)(mel), model(mel), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("shape", "message"), [((1, 100, 20), "n_mels=80"), ((80, 20), "expected"), ((1, 80, 1), "too short")]
 )
