@@ -27,8 +27,8 @@ python preprocess_image_diffusion_dataset.py --dataset_name data/scenes/train --
     --vae_checkpoint "$vae" --output_dir cached_datasets/scenes_latents
 torchrun --standalone --nproc_per_node=2 pretrain_image_diffusion.py --config tiny --run_name demo \
     --cached_dataset cached_datasets/scenes_latents --vae_checkpoint "$vae" --batch_size 16 --learning_rate 4e-3 \
-    --channel_weight_power 1 --time_mean 0.8 --time_std 1.2 --max_steps 1800 --warmup_ratio 0.01 --eval_pictures 0 \
-    --logging_steps 100 --eval_steps 900 --save_steps 900 --resume_from_checkpoint latest
+    --channel_weight_power 1 --time_mean 0.8 --time_std 1.2 --max_steps 1600 --warmup_ratio 0.01 --eval_pictures 0 \
+    --logging_steps 100 --eval_steps 800 --save_steps 800 --resume_from_checkpoint latest
 python evaluate.py --checkpoint "$diffusion" --contact_sheet 16
 python inference/text_to_image.py --checkpoint "$diffusion" --n_pictures 4 \
     --prompts "a large frog on red" "a small house at the right on red" "a large umbrella on gray"
@@ -40,14 +40,15 @@ python -m dataset_loading.speech data/speech --limit 400
 python preprocess_audio_vocoder_dataset.py --dataset_name data/speech/train --validation_dataset data/speech/test \
     --output_dir cached_datasets/speech
 torchrun --standalone --nproc_per_node=2 pretrain_vocoder.py --config tiny --run_name demo \
-    --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 1e-3 --max_steps 200 --warmup_ratio 0.04 \
-    --gan_start_step 100 --gan_warmup_steps 10 --gan_ramp_steps 40 --discriminator_every 2 --n_logged_clips 2 \
-    --logging_steps 50 --eval_steps 100 --save_steps 100 --resume_from_checkpoint latest
+    --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 1e-3 --max_steps 160 --warmup_ratio 0.04 \
+    --gan_start_step 80 --gan_warmup_steps 10 --gan_ramp_steps 40 --discriminator_every 2 --n_logged_clips 2 \
+    --logging_steps 40 --eval_steps 80 --save_steps 80 --resume_from_checkpoint latest
 python evaluate.py --checkpoint "$vocoder" --metrics pesq stoi mel --max_samples 16 --contact_sheet 4
 torchrun --standalone --nproc_per_node=2 pretrain_audio_vae.py --config tiny --run_name demo \
-    --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 2e-3 --max_steps 300 --warmup_ratio 0.04 \
-    --gan_start_step 200 --gan_warmup_steps 10 --gan_ramp_steps 40 --gan_weight 0.05 --n_logged_clips 2 \
-    --vocoder_checkpoint "$vocoder" --logging_steps 50 --eval_steps 150 --save_steps 150 --resume_from_checkpoint latest
+    --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 2e-3 --max_steps 240 --warmup_ratio 0.04 \
+    --gan_start_step 160 --gan_warmup_steps 10 --gan_ramp_steps 40 --gan_weight 0.05 --n_logged_clips 2 \
+    --vocoder_checkpoint "$vocoder" --logging_steps 40 --eval_steps 120 --save_steps 120 \
+    --resume_from_checkpoint latest
 python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" --metrics pesq stoi mel \
     --max_samples 16 --contact_sheet 4
 python inference/reconstruct_audio.py --vae_checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" \
