@@ -108,17 +108,21 @@ def test_resume_under_zero_2_is_exact(picture_cache, tmp_path):
 
 @pytest.mark.parametrize("launcher", ["torchrun", "ds_config_zero-3.json"])
 def test_diffusion_on_two_processes_equals_one(launcher, train_diffusion, latent_cache, tmp_path):
-    if launcher.endswith("json"):  # Shard also what is usually too small for it.
-        settings = json.loads((ROOT / launcher).read_text())
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-        launcher = str(tmp_path / launcher)
-        Path(launcher).write_text(json.dumps(settings))
+    launcher = sharding_all(tmp_path) if launcher.endswith("json") else launcher
     one = train_diffusion("one", 8, "--batch_size", "8")
     flags = ["--batch_size", "4", "--eval_steps", "4", "--eval_pictures", "4"]
     two = launch(launcher, latent_cache, tmp_path, 8, *flags, stage="image_diffusion")
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
     for name in ("model", "ema"):
         assert largest_difference(one.weights(name), two.weights(name)) <= 1e-4
+
+
+def sharding_all(folder: Path) -> str:
+    """A ZeRO-3 configuration that shards also what is usually too small for it."""
+    settings = json.loads((ROOT / "ds_config_zero-3.json").read_text())
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    (folder / "ds_config_zero-3.json").write_text(json.dumps(settings))
+    return str(folder / "ds_config_zero-3.json")
 
 
 def test_diffusion_under_zero_2_equals_one_process_and_resumes_exactly(train_diffusion, latent_cache, tmp_path):
@@ -186,6 +190,17 @@ def test_vocoder_on_two_processes_equals_one_and_resumes_exactly_within_a_later_
     assert all(largest_difference(straight.weights(name), resumed.weights(name)) == 0 for name in ("model", "ema"))
     assert largest_difference(straight.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
     assert straight.losses == resumed.losses and evaluated(straight) == evaluated(resumed)
+
+
+@pytest.mark.parametrize("stage", [VocoderStage, AudioVAEStage], ids=lambda stage: stage.name)
+def test_audio_stages_under_zero_3_equal_one_process(stage, tmp_path, fresh_logging):
+    cache = make_audio_cache(tmp_path / "cache")
+    one = run_stage(stage, COMMON[stage.name], cache, tmp_path, "one", 6, "--batch_size", "8")
+    flags = ["--batch_size", "4", "--eval_steps", "3", "--n_logged_clips", "1"]
+    two = launch(sharding_all(tmp_path), cache, tmp_path / "sharded", 6, *flags, stage=stage.name)
+    assert two.losses == pytest.approx(one.losses, rel=1e-4)
+    assert all(largest_difference(one.weights(name), two.weights(name)) <= 1e-4 for name in ("model", "ema"))
+    assert largest_difference(one.adversary["discriminator"], two.adversary["discriminator"]) <= 1e-4
 
 
 def evaluated(run: Run) -> list[float]:
