@@ -16,8 +16,9 @@ from model.audio.mel_discriminators import build_mel_discriminator
 from model.audio.vae import AudioVAE, AudioVAEConfig
 from model.presets import AUDIO_VAE
 from utils.adversary import Adversary
-from utils.audio_callbacks import AudioVAEListening, load_listener
+from utils.audio_callbacks import AudioVAEListening
 from utils.audio_stage import AudioStage
+from utils.audio_synthesis import load_vocoder
 from utils.audio_vae_trainer import AudioVAEArguments, AudioVAEGANTrainer, SpreadMels
 
 
@@ -40,7 +41,7 @@ class AudioVAEStage(AudioStage):
             raise ValueError(f"{self.cache_dir} names no speakers; train without --use_speakers")
         if self.args.vocoder_checkpoint:
             name = f"--vocoder_checkpoint {self.args.vocoder_checkpoint}"
-            mel = load_listener(self.args.vocoder_checkpoint).config.mel
+            mel = load_vocoder(self.args.vocoder_checkpoint).config.mel
             AudioVAEDataset(self.cache_dir, "train").expect_mel(mel, name, "or leave --vocoder_checkpoint out")
         return super().build_config().replace(speakers=speakers, use_ctc=self.args.ctc_weight > 0)
 

@@ -7,7 +7,6 @@ import importlib.util
 import logging
 import statistics
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +18,9 @@ from transformers import TrainerCallback
 
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel, MelSettings, check_same_mel
-from model.audio.vocoders import Vocoder
 from utils.audio_metrics import PACKAGES, pesq_wb, stoi
 from utils.audio_pictures import TRIPLE, latent_picture, mel_triple, phase_picture, strip_sheet, waveform_picture
-from utils.checkpoints import load_model, read_stage, resolve_checkpoint
+from utils.audio_synthesis import load_vocoder
 from utils.evaluators import Stopwatch
 from utils.metrics import LatentHealth
 from utils.pictures import Group, spread
@@ -155,11 +153,10 @@ class VocoderListening(Listening):
         self.add_mels([self.log_mel(waveform[None])[0] for waveform in generated], step)
         rate, n_fft, hop_length = self.settings.sample_rate, self.settings.n_fft, self.settings.hop_length
         self.add_picture("waveform", waveform_picture({"real": real[0], "generated": generated[0]}, rate), step)
-        picture, _ = phase_picture(real[0], generated[0], n_fft, hop_length)
-        self.add_picture("phase", picture, step)
-        errors = [phase_picture(*pair, n_fft, hop_length)[1] for pair in zip(real, generated)]
+        phases = [phase_picture(*pair, n_fft, hop_length) for pair in zip(real, generated)]
+        self.add_picture("phase", phases[0][0], step)
         for name in ("phase", "frequency"):
-            mean = statistics.fmean(error[name] for error in errors)
+            mean = statistics.fmean(errors[name] for _, errors in phases)
             self.writer.add_scalar(f"listening/{name}_error", mean, step)
         self.add_scores(real, generated, step)
         counted = slice(min(1, len(times) - 1), None)
@@ -185,7 +182,7 @@ class AudioVAEListening(Listening):
     def __init__(self, writer: SummaryWriter | None, n_clips: int, vocoder_checkpoint: str = ""):
         super().__init__(writer, n_clips)
         self.vocoder_checkpoint = vocoder_checkpoint
-        self.vocoder = load_listener(vocoder_checkpoint) if vocoder_checkpoint else None
+        self.vocoder = load_vocoder(vocoder_checkpoint) if vocoder_checkpoint else None
         self.real: list[Tensor] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -232,17 +229,3 @@ class AudioVAEListening(Listening):
         deviations = torch.cat([(0.5 * logvar).exp().flatten() for _, _, logvar in made])
         self.writer.add_histogram("latents/posterior_std", deviations, step)
         self.writer.add_scalar("latents/dead_channels", sum(health.compute()["dead"]), step)
-
-
-def load_listener(path: str | Path) -> Vocoder:
-    """A trained vocoder to listen with.
-
-    Raises:
-        FileNotFoundError: no complete checkpoint.
-        ValueError: a checkpoint of another stage.
-    """
-    folder = resolve_checkpoint(path)
-    stage = read_stage(folder)["stage"]
-    if stage != "vocoder":
-        raise ValueError(f"{folder} is of stage {stage!r}; one of stage 'vocoder' is needed")
-    return load_model(Vocoder, folder).requires_grad_(False)

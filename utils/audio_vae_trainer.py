@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model.audio.mel_criteria import masked_mean
+from model.audio.lengths import masked_mean, valid_frames
 from model.audio.vae import AudioVAEOutput
 from model.criteria import kl_divergence
 from model.text.tokenizer import PADDING
@@ -199,7 +199,7 @@ class AudioVAEGANTrainer(GANTrainer):
                 continue
             mean, second = output.mean.double(), output.mean.double().square() + output.logvar.double().exp()
             lengths = self.model.latents_lengths(inputs["n_frames"])
-            valid = torch.arange(mean.shape[-1], device=mean.device) < lengths[:, None]
+            valid = valid_frames(lengths, mean.shape[-1])
             valid = valid.view(len(mean), *[1] * (mean.ndim - 2), -1).expand_as(mean).double()
             parts = ((values * valid).transpose(0, 1).flatten(1).sum(1) for values in (mean, second, valid))
             moments += torch.stack([*parts])

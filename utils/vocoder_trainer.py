@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.audio.lengths import valid_frames
 from model.audio.spectral import MelSettings
 from utils.adversary import AdversaryArguments, adversary_needs
 from utils.configuration import option
@@ -131,7 +132,7 @@ class VocoderTrainer(GANTrainer):
         mel = F.pad(mel, (0, n_extra), value=self.model.config.mel.log_floor)
         n_samples = inputs["n_frames"] * hop_length
         generated = model(mel=mel).float()
-        is_sound = torch.arange(generated.shape[1], device=generated.device) < n_samples[:, None]
+        is_sound = valid_frames(n_samples, generated.shape[1])
         real = F.pad(real, (0, n_extra * hop_length))
         terms = self.criterion.distances(generated * is_sound, real, n_samples)
         loss = sum(self.criterion.weights[name] * values for name, values in terms.items())

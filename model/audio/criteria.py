@@ -1,27 +1,15 @@
 """Distances between waveforms, on their spectrograms.  B batch, S samples, N n_fft, K bins, F frames.
 
 Everything runs in fp32, also under autocast. Every distance is a number per waveform, and a loss its mean over the
-batch, so that equal micro-batches or ranks average exactly. Magnitudes of `Resolution` are in units of white noise of
-variance 1, whatever N is; those of log-mels are as `LogMel` has them.
+batch, so that equal micro-batches or ranks average exactly. Magnitudes at the STFT's resolutions are in units of white
+noise of variance 1, whatever N is; those of log-mels are as `LogMel` has them.
 """
 
 import torch
 from torch import Tensor, nn
 
+from model.audio.lengths import masked_mean
 from model.audio.spectral import LogMel, MelSettings, Spectrogram
-
-
-def masked_mean(values: Tensor, n_frames: Tensor | None) -> Tensor:
-    """(B, K, F) -> (B,), the mean over the first `n_frames` (B,) frames; None: over all."""
-    if n_frames is None:
-        return values.flatten(1).mean(1)
-    total = (values * frame_mask(values, n_frames)).sum((1, 2))
-    return total / (values.shape[1] * n_frames.clamp_min(1))
-
-
-def frame_mask(values: Tensor, n_frames: Tensor) -> Tensor:
-    """(B, 1, F) bool, True in the first `n_frames` (B,) frames of (B, K, F)."""
-    return (torch.arange(values.shape[-1], device=values.device) < n_frames[:, None])[:, None]
 
 
 def spectral_convergence(fake: Tensor, real: Tensor, floor: float, n_frames: Tensor | None = None) -> Tensor:

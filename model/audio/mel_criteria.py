@@ -4,21 +4,9 @@ Every loss is a sample's mean over its own valid values, then the mean over the 
 average to the loss of the whole batch, however they are padded.
 """
 
-import torch
 from torch import Tensor, nn
 
-
-def masked_mean(values: Tensor, n_frames: Tensor) -> Tensor:
-    """Each sample's mean over its valid frames.
-
-    Args:
-        values: (B, M, F).
-        n_frames: valid frames of each sample, (B,); 0 gives 0.
-    Returns: (B,) fp32.
-    """
-    valid = torch.arange(values.shape[-1], device=values.device) < n_frames[:, None]
-    total = values.float().where(valid[:, None], 0.0).sum((1, 2))
-    return total / (values.shape[1] * n_frames.clamp_min(1))
+from model.audio.lengths import masked_mean
 
 
 def mel_gradient_loss(error: Tensor, n_frames: Tensor) -> Tensor:

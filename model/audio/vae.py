@@ -25,6 +25,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.audio.configuration import AudioConfig
 from model.audio.frame_conv import FrameConv
+from model.audio.lengths import valid_frames
 from model.presets import AUDIO_VAE
 from model.text.tokenizer import VOCABULARY
 from model.vae import LOGVAR_RANGE, VAE, VAEOutput, ZeroLinear
@@ -452,8 +453,3 @@ class AudioVAE(VAE):
         elif isinstance(module, AudioVAE):
             initialization.constant_(module.band_mean, -5.0)
             initialization.constant_(module.band_std, 2.0)
-
-
-def valid_frames(n_frames: Tensor, n_all: int) -> Tensor:
-    """(B,) lengths -> (B, n_all) bool, True in valid frames."""
-    return torch.arange(n_all, device=n_frames.device) < n_frames[:, None]

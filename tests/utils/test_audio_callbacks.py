@@ -16,7 +16,8 @@ from pretrain_vocoder import VocoderStage
 from tests.audio_cache import make_audio_cache
 from tests.conftest import largest_difference, run_stage
 from tests.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
-from utils.audio_callbacks import AudioVAEListening, VocoderListening, load_listener
+from utils.audio_callbacks import AudioVAEListening, VocoderListening
+from utils.audio_synthesis import load_vocoder
 from utils.checkpoints import load_model
 
 COMMON = "--config tiny --logging_steps 1 --eval_steps 1 --save_steps 1000 --gan_weight 0 --batch_size 4".split()  # noqa: SIM905
@@ -104,7 +105,7 @@ def test_without_a_vocoder_griffin_lim_makes_the_sound(listen):
 def test_vocoders_are_loaded_whole_and_others_refused(vocoder, listen, tmp_path):
     from model.audio.vocoders import Vocoder
 
-    expected, found = load_model(Vocoder, vocoder).state_dict(), load_listener(vocoder).state_dict()
+    expected, found = load_model(Vocoder, vocoder).state_dict(), load_vocoder(vocoder).state_dict()
     assert largest_difference(expected, found) == 0
     other = save_stage_checkpoint(small_vocoder(), "vocoder", tmp_path / "other")  # At 8 kHz.
     with pytest.raises(ValueError, match=r"sample_rate=16000(.|\n)*sample_rate=8000"):

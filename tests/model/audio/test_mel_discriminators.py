@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn.utils.parametrize import is_parametrized
 
-from model.audio.mel_criteria import MelLoss, masked_mean, mel_gradient_loss
+from model.audio.lengths import masked_mean
+from model.audio.mel_criteria import MelLoss, mel_gradient_loss
 from model.audio.mel_discriminators import build_mel_discriminator
 from model.criteria import r1_penalty
 
