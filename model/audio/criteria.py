@@ -181,6 +181,7 @@ class VocoderLoss(nn.Module):
             pair = spectra if same else (spectrogram(fake), spectrogram(real))
             scale = scale_of(spectrogram)
             magnitudes = [spectrum.abs() * scale for spectrum in pair]
+            assert isinstance(spectrogram, Spectrogram)
             n_frames = None if n_samples is None else n_samples // spectrogram.hop_length
             convergence.append(spectral_convergence(*magnitudes, self.silence, n_frames))
             logarithm.append(log_distance(*magnitudes, self.floor, n_frames))

@@ -218,6 +218,8 @@ class LogMel(nn.Module):
         settings: the definition.
     """
 
+    filters: Tensor
+
     def __init__(self, settings: MelSettings):
         super().__init__()
         self.settings = settings
