@@ -89,3 +89,30 @@ VOCODER_PARAMETERS = {
     "hifigan_v1": 13_926_017,
     "hifigan_v2": 925_985,
 }
+
+# Heads are 64 wide, which attention kernels like best; llama-8m has the shape of the benchmarks. A recurrent row has
+# as many layers as the row it is named after, split into prelude, core and coda.
+# fmt: off
+MEGATRANSFORMER = {                                                                                                                                                                                                                         # parameters
+    "tiny":             dict(hidden_size=256,  n_layers=4,  n_heads=4,  n_query_groups=2, use_qk_norm=True),                                                                                                                                #   3.02 M
+    "small":            dict(hidden_size=512,  n_layers=8,  n_heads=8,  n_query_groups=2, use_qk_norm=True),                                                                                                                                #  22.69 M
+    "medium":           dict(hidden_size=768,  n_layers=12, n_heads=12, n_query_groups=4, use_qk_norm=True, vocab_size=32000),                                                                                                              # 100.09 M
+    "large":            dict(hidden_size=1024, n_layers=24, n_heads=16, n_query_groups=4, use_qk_norm=True, vocab_size=32000),                                                                                                              # 298.64 M
+    "recurrent-tiny":   dict(hidden_size=256,  n_layers=0,  n_prelude_layers=1, n_recurrent_layers=2,  n_coda_layers=1, n_heads=4,  n_query_groups=2, use_qk_norm=True, recurrent_mean_thinking_steps=4, recurrent_max_thinking_steps=16),  #   3.02 M
+    "recurrent-small":  dict(hidden_size=512,  n_layers=0,  n_prelude_layers=2, n_recurrent_layers=4,  n_coda_layers=2, n_heads=8,  n_query_groups=2, use_qk_norm=True),                                                                    #  22.69 M
+    "recurrent-medium": dict(hidden_size=768,  n_layers=0,  n_prelude_layers=3, n_recurrent_layers=6,  n_coda_layers=3, n_heads=12, n_query_groups=4, use_qk_norm=True, vocab_size=32000),                                                  # 100.10 M
+    "recurrent-large":  dict(hidden_size=1024, n_layers=0,  n_prelude_layers=6, n_recurrent_layers=12, n_coda_layers=6, n_heads=16, n_query_groups=4, use_qk_norm=True, vocab_size=32000),                                                  # 298.66 M
+    "llama-8m":         dict(hidden_size=256,  n_layers=8,  n_heads=8,  intermediate_size=704, vocab_size=4096, tie_word_embeddings=False),                                                                                                 #   8.52 M
+}
+# fmt: on
+MEGATRANSFORMER_PARAMETERS = {
+    "tiny": 3_017_984,
+    "small": 22_686_208,
+    "medium": 100_094_208,
+    "large": 298_635_264,
+    "recurrent-tiny": 3_019_264,
+    "recurrent-small": 22_690_816,
+    "recurrent-medium": 100_104_192,
+    "recurrent-large": 298_660_864,
+    "llama-8m": 8_524_032,
+}

@@ -2,6 +2,7 @@
 
 `option()` declares a field, `validate_fields()` checks a whole object, and `StrictConfig` is the base of every model
 configuration: a transformers `PreTrainedConfig` that refuses unknown names instead of storing them.
+`MegaTransformerConfig` is the one of the transformer and the world model; docs/configuration.md is generated from it.
 The stages' command-line flags (`megatransformer_utils.StageArguments`) are declared with the same `option()`.
 """
 
@@ -11,7 +12,8 @@ import inspect
 import types
 import typing
 from collections.abc import Iterable
-from typing import Any, Literal
+from fnmatch import fnmatch
+from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedConfig
 
@@ -77,6 +79,28 @@ def declared_fields(owner: Any) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(owner) if "meaning" in field.metadata]
 
 
+def declared_sections(owner: Any) -> dict[str, list[dataclasses.Field]]:
+    """The declared fields by section, in order of declaration.
+
+    A section begins at a class variable `SECTION_...`, whose value is its title. Fields in front of any have title "".
+    """
+    fields = {field.name: field for field in declared_fields(owner)}
+    sections: dict[str, list[dataclasses.Field]] = {}
+    for base in reversed((owner if isinstance(owner, type) else type(owner)).__mro__):
+        title = ""
+        for name in inspect.get_annotations(base):
+            if name.startswith("SECTION_"):
+                title = getattr(base, name)
+            elif name in fields:
+                sections.setdefault(title, []).append(fields.pop(name))
+    return sections
+
+
+def default_value(field: dataclasses.Field) -> Any:
+    """The default of a declared field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
 def validate_fields(owner: Any, spelling: str = "{}") -> None:
     """Check every declared field's type and bounds, then every `validate_<section>` method of the object.
 
@@ -130,10 +154,15 @@ class StrictConfig(PreTrainedConfig):
     trips; keys that transformers itself writes are accepted.
     """
 
+    # Fields (with * as in file names), the field that switches them, and the values of it that give them an effect.
+    # True and False stand for any value that is so; of a list, one entry is enough.
+    EFFECTS: ClassVar[list[tuple]] = []
+
     def __post_init__(self, **kwargs: Any):
         known = {field.name for field in declared_fields(self)}
+        aliases = {name for name, own in self.attribute_map.items() if own in known}
         for name in kwargs:
-            if name not in TRANSFORMERS_KEYS and not name.startswith("_"):
+            if name not in TRANSFORMERS_KEYS and name not in aliases and not name.startswith("_"):
                 raise ValueError(f"{type(self).__name__} has no field {name!r}{suggest(name, known)}")
         super().__post_init__(**kwargs)
         validate_fields(self)
@@ -143,21 +172,323 @@ class StrictConfig(PreTrainedConfig):
         fields = {field.name: getattr(self, field.name) for field in declared_fields(self)}
         return type(self)(**{**fields, **changes})
 
+    def expect(self, holds: bool, name: str, rule: str) -> None:
+        """Raise ValueError `<name>=<value> <rule>` unless it holds."""
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r} {rule}")
+
+    def validate_effects(self):
+        """Refuse fields that differ from their defaults while what they set is off, by the table EFFECTS."""
+        for patterns, switch, *needed in self.EFFECTS:
+            value = getattr(self, switch)
+            held = value if isinstance(value, list) else [bool(value) if isinstance(needed[0], bool) else value]
+            for field in [] if set(held) & set(needed) else declared_fields(self):
+                is_meant = any(fnmatch(field.name, pattern) for pattern in patterns.split())
+                is_default = getattr(self, field.name) == default_value(field)
+                self.expect(is_default or not is_meant, field.name, f"has no effect with {switch}={value!r}")
+
     def describe(self) -> str:
-        """All declared fields, one per line: `name = value   # meaning`."""
-        rows = [
-            (field.name, repr(getattr(self, field.name)), field.metadata["meaning"]) for field in declared_fields(self)
-        ]
-        width = max(len(name) + len(value) for name, value, _ in rows) + 3
-        return "\n".join(f"{f'{name} = {value}':<{width}}  # {meaning}" for name, value, meaning in rows)
+        """All declared fields, one per line: `name = value   # meaning`, below the titles of their sections."""
+        lines = []
+        for title, fields in declared_sections(self).items():
+            rows = [(f"{field.name} = {getattr(self, field.name)!r}", field.metadata["meaning"]) for field in fields]
+            width = max(len(setting) for setting, _ in rows)
+            lines += ["", f"[{title}]"] if title else []
+            lines += [f"{setting:<{width}}  # {meaning}" for setting, meaning in rows]
+        return "\n".join(lines).lstrip("\n")
 
 
-TRANSFORMERS_KEYS = {field.name for field in dataclasses.fields(PreTrainedConfig)} | {
-    "attn_implementation",
-    "experts_implementation",
-    "model_type",
-    "name_or_path",
-    "num_labels",
-    "torch_dtype",
-    "use_cache",
+TRANSFORMERS_KEYS = {
+    *(field.name for field in dataclasses.fields(PreTrainedConfig)),
+    *("attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels"),
+    *("output_attentions", "quantization_config", "torch_dtype", "use_cache"),
 }
+
+
+class MegaTransformerConfig(StrictConfig):
+    """Configuration of the transformer: text alone, or text, audio and pictures in one stream (`modalities`).
+
+    Layers run in the order prelude, main, recurrent core, coda.  D hidden, H query heads, G key/value heads, K head
+    width, V vocabulary, Z latent channels.
+    """
+
+    model_type = "megatransformer"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"num_attention_heads": "n_heads", "num_key_value_heads": "groups", "head_dim": "width_per_head"}
+
+    SECTION_STACK: ClassVar[str] = "Stack"
+    modalities: list[Literal["text", "audio", "image"]] = option(["text"], "what the stream holds, always text")
+    hidden_size: int = option(256, "width D of the stream", gt=0)
+    n_layers: int = option(8, "main layers, each run once", ge=0)
+    n_prelude_layers: int = option(0, "layers in front of the main ones, of text alone", ge=0)
+    n_recurrent_layers: int = option(0, "layers of the core that is run several times; 0: no core", ge=0)
+    n_coda_layers: int = option(0, "layers behind the core, of text alone", ge=0)
+    max_position_embeddings: int = option(2048, "longest sequence in tokens that the model is made for", gt=0)
+    hidden_dropout: float = option(0.0, "share of dropped values of every residual branch", ge=0, lt=1)
+    embedding_dropout: float = option(0.0, "share of dropped values of the embedded tokens", ge=0, lt=1)
+    use_embedding_scale: bool = option(False, "multiply embedded tokens by sqrt(D)")
+    use_cache: bool = option(True, "keep keys and values while generating")
+    tie_word_embeddings: bool = option(True, "one matrix embeds tokens and predicts them")
+
+    SECTION_ATTENTION: ClassVar[str] = "Attention"
+    n_heads: int = option(8, "query heads H", gt=0)
+    n_query_groups: int | None = option(None, "key/value heads G, each shared by H / G query heads; None: H", gt=0)
+    head_width: int | None = option(None, "width K of a head; None: D / H", gt=0)
+    use_attention_bias: bool = option(False, "biases in the four projections")
+    use_qk_norm: bool = option(False, "normalise queries and keys per head, before the rotation")
+    attention_dropout: float = option(0.0, "share of dropped attention weights", ge=0, lt=1)
+
+    SECTION_POSITION: ClassVar[str] = "Position"
+    use_rotary_embedding: bool = option(True, "rotate queries and keys by their position (arXiv 2104.09864)")
+    rotary_theta: float = option(10000.0, "base of the rotation's wavelengths", gt=1)
+    rotary_fraction: float = option(1.0, "share of the head width K that is rotated", gt=0, le=1)
+    rotary_interpolation: float = option(1.0, "positions are divided by this (arXiv 2306.15595); 1: as they are", ge=1)
+    rotary_ntk_factor: float = option(1.0, "context is stretched by this through a larger base; 1: as it is", ge=1)
+    use_alibi_bias: bool = option(False, "bias scores by distance, a slope per head (arXiv 2108.12409)")
+    position_embedding: Literal["none", "sinusoidal", "learned"] = option("none", "added to the embedded tokens")
+
+    SECTION_NORM: ClassVar[str] = "Norm"
+    norm_type: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "every norm of the stream")
+    norm_eps: float = option(1e-6, "added to the mean square", gt=0)
+    use_norm_bias: bool = option(False, "layernorm only: biases")
+    use_pre_attention_norm: bool = option(True, "normalise the input of attention")
+    use_post_attention_norm: bool = option(False, "normalise attention's output; without a pre norm, the sum")
+    use_pre_ffn_norm: bool = option(True, "normalise the input of the feed-forward network")
+    use_post_ffn_norm: bool = option(False, "normalise its output; without a pre norm, the sum")
+    use_final_norm: bool = option(True, "normalise the stream before the prediction")
+
+    SECTION_FEED_FORWARD: ClassVar[str] = "Feed-forward"
+    intermediate_size: int | None = option(None, "inner width; None: 4 D, gated 8/3 D up to a multiple of 64", gt=0)
+    ffn_activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu_squared", "silu"] = option(
+        "swiglu", "activation; swiglu and geglu are gated"
+    )
+    use_ffn_bias: bool = option(False, "biases in its projections")
+    ffn_dropout: float = option(0.0, "share of dropped inner values", ge=0, lt=1)
+
+    SECTION_RECURRENT: ClassVar[str] = "Recurrent core"
+    recurrent_mean_thinking_steps: int = option(8, "mean steps in training (arXiv 2502.05171)", gt=0)
+    recurrent_sigma: float = option(0.5, "deviation of the logarithm of the Poisson rate", ge=0)
+    recurrent_min_thinking_steps: int = option(1, "fewest steps in training", gt=0)
+    recurrent_max_thinking_steps: int = option(32, "most steps, in training and generation", gt=0)
+    recurrent_steps_distribution: Literal["lognormal_poisson", "fixed"] = option(
+        "lognormal_poisson", "how training draws its steps; fixed: always the mean"
+    )
+    recurrent_backprop_steps: int = option(4, "last steps that gradients pass; the ones before keep none", gt=0)
+    recurrent_test_thinking_steps: int | None = option(None, "steps outside training; None: the mean", gt=0)
+    recurrent_adapter_method: Literal["sum", "gate", "linear"] = option("sum", "how a step joins input and state")
+    recurrent_state_initialization: Literal["zeros", "normal", "embedding", "learned"] = option(
+        "zeros", "first state; normal: zeros in evaluation"
+    )
+    recurrent_state_std: float = option(0.02, "normal and learned: deviation of the first state", gt=0)
+    recurrent_use_sandwich_norm: bool = option(True, "pre and post norms in the core, whatever the stack has")
+    recurrent_use_state_norm: bool = option(True, "normalise the state after every step")
+    recurrent_exit_criterion: Literal["none", "kl", "latent_difference"] = option("none", "what ends steps early")
+    recurrent_exit_criteria_threshold: float = option(1e-3, "exit below: nats, or relative norm of the change", gt=0)
+    recurrent_exit_min_steps: int = option(2, "steps before the first exit", gt=0)
+    recurrent_cache_steps: int | None = option(None, "cache slots c, step r in r mod c; None: all, exact", gt=0)
+
+    SECTION_TEXT: ClassVar[str] = "Text"
+    vocab_size: int = option(258, "tokens V of the vocabulary", gt=0)
+    pad_token_id: int | None = option(0, "token of padding", ge=0)
+    bos_token_id: int | None = option(1, "token that begins a document", ge=0)
+    eos_token_id: int | None = option(None, "token that ends a document and generation", ge=0)
+    null_token_id: int | None = option(None, "audio, image: token that stands for dropped text, for guidance", ge=0)
+    z_loss_weight: float = option(0.0, "weight of the squared log of the softmax's denominator", ge=0)
+    loss_chunk_size: int = option(0, "tokens per piece of the loss, to hold few logits at once; 0: all at once", ge=0)
+
+    SECTION_AUDIO: ClassVar[str] = "Audio"
+    audio_sample_rate: int = option(16000, "samples per second", gt=0)
+    audio_n_fft: int = option(1024, "samples of a frame of the log-mel", gt=0)
+    audio_hop_length: int = option(256, "samples between frames", gt=0)
+    audio_n_mels: int = option(80, "mel bins M", gt=0)
+    audio_compression: int = option(2, "mel frames per latent frame of the audio VAE", gt=0)
+    audio_latent_channels: int = option(20, "latent channels Z of the audio VAE", gt=0)
+    audio_latent_rows: int = option(1, "latent rows of the audio VAE; a token is one latent frame of all rows", gt=0)
+    audio_block_frames: int = option(16, "latent frames of a block: generated at once, one span of the stream", gt=0)
+    audio_max_blocks: int = option(64, "most blocks of a sound in generation", gt=0)
+    audio_n_prelude_layers: int = option(1, "layers in front of the main ones, of audio alone", ge=0)
+    audio_n_coda_layers: int = option(1, "layers behind the core, of audio alone", ge=0)
+    audio_begin_token_id: int | None = option(None, "token in front of a block", ge=0)
+    audio_end_token_id: int | None = option(None, "token that ends a sound", ge=0)
+    audio_loss_weight: float = option(1.0, "weight of the flow's mean squared error beside the cross-entropy", ge=0)
+    audio_prediction: Literal["velocity", "x0"] = option("velocity", "what the coda predicts; x0: clean latents")
+    audio_time_sampling: Literal["logit_normal", "uniform"] = option("logit_normal", "times of training")
+    audio_time_mean: float = option(0.0, "logit_normal: mean of the times' logits; above 0: more noise")
+    audio_time_std: float = option(1.0, "logit_normal: deviation of the times' logits", gt=0)
+    audio_time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t); 1 leaves them", gt=0)
+    audio_n_noise_copies: int = option(2, "noisy copies of a block per training step, beside the clean one", gt=0)
+    audio_condition_dropout: float = option(0.1, "share of blocks trained without the text before them", ge=0, lt=1)
+    audio_sampler: Literal["euler", "heun"] = option("euler", "solver of the flow")
+    audio_n_sampling_steps: int = option(16, "steps of the solver per block", gt=0)
+    audio_guidance_scale: float = option(1.0, "classifier-free guidance; 1: none", ge=1)
+    audio_exit_threshold: float = option(0.0, "relative change of the state that ends thinking; 0: never", ge=0, lt=1)
+    audio_carried_thinking_steps: int | None = option(None, "core steps of later solver steps; None: all anew", gt=0)
+
+    SECTION_IMAGE: ClassVar[str] = "Image"
+    image_size: int = option(64, "side of the pictures in pixels", gt=0)
+    image_compression: int = option(8, "pixels per latent side of the image VAE", gt=0)
+    image_latent_channels: int = option(16, "latent channels Z of the image VAE", gt=0)
+    image_encoder_patch_size: int = option(1, "side of the latent patch that is one token", gt=0)
+    image_position_embedding: Literal["learned", "sinusoidal"] = option("learned", "rows and columns inside a picture")
+    image_n_prelude_layers: int = option(1, "layers in front of the main ones, of pictures alone", ge=0)
+    image_n_coda_layers: int = option(1, "layers behind the core, of pictures alone", ge=0)
+    image_begin_token_id: int | None = option(None, "token in front of a picture", ge=0)
+    image_end_token_id: int | None = option(None, "token behind a picture", ge=0)
+    image_decoder_type: Literal["flow", "unet"] = option("flow", "denoised by the stream, or by a UNet that reads it")
+    image_decoder_width: int | None = option(None, "unet only: width of what it reads; None: D", gt=0)
+    image_decoder_n_tokens: int = option(64, "unet only: learned queries whose coda states it reads", gt=0)
+    image_loss_weight: float = option(1.0, "weight of the flow's mean squared error beside the cross-entropy", ge=0)
+    image_prediction: Literal["velocity", "x0"] = option("velocity", "flow only: what the coda predicts")
+    image_time_sampling: Literal["logit_normal", "uniform"] = option("logit_normal", "flow only: times of training")
+    image_time_mean: float = option(0.0, "logit_normal: mean of the times' logits; above 0: more noise")
+    image_time_std: float = option(1.0, "logit_normal: deviation of the times' logits", gt=0)
+    image_time_shift: float = option(1.0, "flow only: shift s of the times, t -> s t / (1 + (s - 1) t)", gt=0)
+    image_n_noise_copies: int = option(2, "flow only: noisy copies of a picture per training step", gt=0)
+    image_condition_dropout: float = option(0.1, "share of pictures trained without the text before them", ge=0, lt=1)
+    image_sampler: Literal["euler", "heun"] = option("euler", "solver of the flow")
+    image_n_sampling_steps: int = option(32, "steps of the solver per picture", gt=0)
+    image_guidance_scale: float = option(1.0, "classifier-free guidance; 1: none", ge=1)
+    image_exit_threshold: float = option(0.0, "relative change of the state that ends thinking; 0: never", ge=0, lt=1)
+    image_carried_thinking_steps: int | None = option(None, "core steps of later solver steps; None: all anew", gt=0)
+
+    SECTION_INITIALISATION: ClassVar[str] = "Initialisation"
+    initializer_range: float = option(0.02, "deviation of the projections' weights", gt=0)
+    embedding_initializer_range: float = option(0.02, "deviation of the embeddings", gt=0)
+    use_depth_scaled_initialization: bool = option(True, "branches' last projections: over sqrt(2 x layers)")
+    use_zero_output_initialization: bool = option(False, "start the branches' last projections at zero")
+
+    EFFECTS: ClassVar = [
+        ("rotary_*", "use_rotary_embedding", True),
+        ("use_norm_bias", "norm_type", "layernorm"),
+        ("recurrent_* *_exit_threshold *_carried_thinking_steps", "n_recurrent_layers", True),
+        ("recurrent_sigma recurrent_min_thinking_steps", "recurrent_steps_distribution", "lognormal_poisson"),
+        ("recurrent_state_std", "recurrent_state_initialization", "normal", "learned"),
+        ("recurrent_exit_criteria_* recurrent_exit_min_*", "recurrent_exit_criterion", "kl", "latent_difference"),
+        ("null_token_id", "modalities", "audio", "image"),
+        ("audio_*", "modalities", "audio"),
+        ("audio_time_mean audio_time_std", "audio_time_sampling", "logit_normal"),
+        ("audio_guidance_scale", "audio_condition_dropout", True),
+        ("image_*", "modalities", "image"),
+        ("image_prediction image_time_* image_n_noise_copies", "image_decoder_type", "flow"),
+        ("image_exit_* image_carried_*", "image_decoder_type", "flow"),
+        ("image_time_mean image_time_std", "image_time_sampling", "logit_normal"),
+        ("image_guidance_scale", "image_condition_dropout", True),
+        ("image_decoder_width image_decoder_n_tokens", "image_decoder_type", "unet"),
+        ("use_depth_scaled_initialization", "use_zero_output_initialization", False),
+    ]
+
+    @property
+    def groups(self) -> int:
+        """Key/value heads G."""
+        return self.n_query_groups or self.n_heads
+
+    @property
+    def width_per_head(self) -> int:
+        """Head width K."""
+        return self.head_width or self.hidden_size // self.n_heads
+
+    @property
+    def rotary_width(self) -> int:
+        """Rotated values of a head."""
+        return round(self.width_per_head * self.rotary_fraction)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether the feed-forward network multiplies its activation with a second projection."""
+        return self.ffn_activation in ("swiglu", "geglu")
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of the feed-forward network."""
+        return self.intermediate_size or (
+            -(-8 * self.hidden_size // 192) * 64 if self.is_gated else 4 * self.hidden_size
+        )
+
+    @property
+    def effective_depth(self) -> int:
+        """Layers that a token passes in training, the core counted its mean number of times."""
+        core = self.n_recurrent_layers * self.recurrent_mean_thinking_steps
+        return self.n_prelude_layers + self.n_layers + core + self.n_coda_layers
+
+    @property
+    def num_hidden_layers(self) -> int:
+        """Slots of the key/value cache: one per layer; of the core and the coda one per cached step."""
+        behind = self.n_recurrent_layers + self.n_coda_layers
+        if self.n_recurrent_layers:
+            behind *= self.recurrent_cache_steps or self.recurrent_max_thinking_steps
+        return self.n_prelude_layers + self.n_layers + behind
+
+    def validate_stack(self):
+        """At least one layer. `modalities` names each modality once, and text."""
+        n_layers = self.n_prelude_layers + self.n_layers + self.n_recurrent_layers + self.n_coda_layers
+        self.expect(n_layers > 0, "n_layers", "makes no layer, nor do the others; at least one is needed")
+        self.expect("text" in self.modalities, "modalities", "must hold 'text': its tokens announce the others")
+        self.expect(len(set(self.modalities)) == len(self.modalities), "modalities", "must name each modality once")
+
+    def validate_attention(self):
+        """`n_heads` divides `hidden_size`, or `head_width` is given. `n_query_groups` divides `n_heads`."""
+        is_whole = self.head_width is not None or self.hidden_size % self.n_heads == 0
+        self.expect(is_whole, "n_heads", f"must divide hidden_size={self.hidden_size}, or give head_width")
+        self.expect(self.n_heads % self.groups == 0, "n_query_groups", f"must divide n_heads={self.n_heads}")
+
+    def validate_position(self):
+        """Rotation or ALiBi, not both. The rotated part of K is even, and above 2 for `rotary_ntk_factor`.
+        `position_embedding='sinusoidal'` needs an even `hidden_size`."""
+        if self.use_rotary_embedding:
+            self.expect(not self.use_alibi_bias, "use_alibi_bias", "needs use_rotary_embedding=False")
+            width = self.width_per_head * self.rotary_fraction
+            is_even = abs(width - self.rotary_width) < 1e-6 and self.rotary_width % 2 == 0 < self.rotary_width
+            self.expect(is_even, "rotary_fraction", f"rotates {width:g} of {self.width_per_head} values, must be even")
+            has_middle = self.rotary_width > 2 or self.rotary_ntk_factor == 1
+            self.expect(has_middle, "rotary_ntk_factor", "needs more than 2 rotated values per head")
+        is_even = self.position_embedding != "sinusoidal" or self.hidden_size % 2 == 0
+        self.expect(is_even, "hidden_size", "must be even for position_embedding='sinusoidal'")
+
+    def validate_norm(self):
+        """A norm before or behind attention, and before or behind the feed-forward network."""
+        for branch in ("attention", "ffn"):
+            has_norm = getattr(self, f"use_pre_{branch}_norm") or getattr(self, f"use_post_{branch}_norm")
+            self.expect(has_norm, f"use_pre_{branch}_norm", f"needs use_post_{branch}_norm=True")
+
+    def validate_recurrent(self):
+        """Least <= mean <= most thinking steps. Backprop, test, cached and carried steps are at most the most. Exits
+        come within the steps of generation."""
+        least, mean, most = (getattr(self, f"recurrent_{name}_thinking_steps") for name in ("min", "mean", "max"))
+        rule = f"must lie between recurrent_min_thinking_steps={least} and recurrent_max_thinking_steps={most}"
+        self.expect(least <= mean <= most, "recurrent_mean_thinking_steps", rule)
+        windows = ["recurrent_backprop_steps", "recurrent_test_thinking_steps", "recurrent_cache_steps"]
+        for name in [*windows, "audio_carried_thinking_steps", "image_carried_thinking_steps"]:
+            self.expect((getattr(self, name) or 1) <= most, name, f"must be <= recurrent_max_thinking_steps={most}")
+        steps = self.recurrent_test_thinking_steps or mean
+        is_reached = self.recurrent_exit_criterion == "none" or self.recurrent_exit_min_steps <= steps
+        self.expect(is_reached, "recurrent_exit_min_steps", f"must be <= {steps}, the steps of generation")
+
+    def validate_text(self):
+        """Token ids are below `vocab_size` and differ; only pad, bos and eos may be one token."""
+        ids = {f.name: getattr(self, f.name) for f in declared_fields(self) if f.name.endswith("_token_id")}
+        for name, value in ids.items():
+            self.expect(value is None or value < self.vocab_size, name, f"must be < vocab_size={self.vocab_size}")
+            same = {other for other in ids if ids[other] == value}
+            may_share = value is None or len(same) == 1 or same <= {"pad_token_id", "bos_token_id", "eos_token_id"}
+            self.expect(may_share, name, f"must differ from {', '.join(sorted(same - {name}))}")
+
+    def validate_audio(self):
+        """`audio_hop_length` is even and divides `audio_n_fft` at least twice. A block fits the longest sequence."""
+        n_fft, hop, longest = self.audio_n_fft, self.audio_hop_length, self.max_position_embeddings
+        is_whole = n_fft % hop == 0 and n_fft >= 2 * hop and hop % 2 == 0
+        self.expect(is_whole, "audio_hop_length", f"must be even and divide audio_n_fft={n_fft} at least twice")
+        fits = "audio" not in self.modalities or self.audio_block_frames <= longest
+        self.expect(fits, "audio_block_frames", f"must be <= max_position_embeddings={longest}")
+
+    def validate_image(self):
+        """`image_compression` divides `image_size`; `image_encoder_patch_size` divides the side of the latents. A
+        picture's tokens fit the longest sequence. `image_position_embedding='sinusoidal'`: 4 divides `hidden_size`."""
+        is_whole = self.image_size % self.image_compression == 0
+        self.expect(is_whole, "image_compression", f"must divide image_size={self.image_size}")
+        side, patch = self.image_size // self.image_compression, self.image_encoder_patch_size
+        self.expect(side % patch == 0, "image_encoder_patch_size", f"must divide the side {side} of the latents")
+        n_tokens, longest = (side // patch) ** 2, self.max_position_embeddings
+        fits = "image" not in self.modalities or n_tokens <= longest
+        self.expect(fits, "image_size", f"makes {n_tokens} tokens, more than max_position_embeddings={longest}")
+        is_pair = self.image_position_embedding == "learned" or self.hidden_size % 4 == 0
+        self.expect(is_pair, "hidden_size", "must be divisible by 4 for image_position_embedding='sinusoidal'")

@@ -7,6 +7,7 @@ import torch
 from model import presets
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
+from model.causal import MegaTransformerForCausalLM
 from model.image.diffusion import ImageDiffusion
 from model.image.ldm_unet import rename_diffusers_weights as rename_diffusers_unet_weights
 from model.image.ldm_vae import rename_diffusers_weights
@@ -20,6 +21,7 @@ MODELS = {
     "IMAGE_DIFFUSION": ImageDiffusion,
     "AUDIO_VAE": AudioVAE,
     "VOCODER": Vocoder,
+    "MEGATRANSFORMER": MegaTransformerForCausalLM,
 }
 
 
@@ -33,7 +35,7 @@ def test_parameters_are_as_stated(table, name):
     row = next(line for line in rows if line.strip().startswith(f'"{name}": '))
     millions, compression = re.search(r"# +([\d.]+) M(?:  f(\d+))?$", row).groups()
     assert float(millions) == pytest.approx(n_parameters / 1e6, abs=0.006)
-    assert table in ("IMAGE_DIFFUSION", "VOCODER") or int(compression) == model.config.compression
+    assert table in ("IMAGE_DIFFUSION", "VOCODER", "MEGATRANSFORMER") or int(compression) == model.config.compression
 
 
 @pytest.mark.parametrize("table", MODELS)

@@ -1,0 +1,399 @@
+"""The causal transformer: embedding, prelude, main layers, recurrent core, coda, language-model head.
+
+B batch, L positions, S keys, D hidden, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
+from transformers.cache_utils import Cache
+from transformers.utils import ModelOutput
+
+from model.attention import LayerInputs, OutputLinear, SimpleBlock
+from model.kv_cache import KeyValueCache
+from model.language_head import LanguageModelHead, next_token_targets
+from model.norms import LayerNorm, RMSNorm, build_norm
+from model.positions import (
+    alibi_bias,
+    positions_in_segments,
+    rotary_frequencies,
+    rotary_table,
+    sinusoidal_embedding,
+    visible_keys,
+)
+from model.presets import MEGATRANSFORMER
+from model.recurrent import MegaTransformerRecurrentBlock, sample_thinking_steps
+from utils.configuration import MegaTransformerConfig, from_preset
+
+
+@dataclass
+class BackboneOutput(ModelOutput):
+    """What `MegaTransformerModel.forward` returns.
+
+    Args:
+        last_hidden_state: (B, L, D), normed.
+        past_key_values: the cache, where one is used.
+        thinking_steps: steps of the core per token, (B, L) int64; None without a core.
+        hidden_states: what each layer reads, then `last_hidden_state`, each (B, L, D), where asked for.
+        attentions: weights of each layer, (B, H, L, S), where asked for (eager attention only).
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    thinking_steps: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class CausalOutput(ModelOutput):
+    """What `MegaTransformerForCausalLM.forward` returns; see `BackboneOutput` for what is not named here.
+
+    Args:
+        loss: cross-entropy in nats per target, plus the weighted z-loss; fp32; None without labels.
+        logits: (B, L, V), or of the last positions only; None where the loss is computed in chunks.
+        cross_entropy: nats of each position's prediction of the token behind it, (B, L - 1) fp32, 0 without target.
+        z_loss: mean squared log of the softmax's denominator, not weighted.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    cross_entropy: Tensor | None = None
+    z_loss: Tensor | None = None
+    past_key_values: Cache | None = None
+    thinking_steps: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+class MegaTransformerPreTrainedModel(PreTrainedModel):
+    """What transformers has to know of every model with this stack."""
+
+    config_class = MegaTransformerConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False
+    _no_split_modules = ["MegaTransformerBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True
+    _can_compile_fullgraph = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Called once per module by `post_init`, and for what a checkpoint lacks.
+
+        Linear                 weight normal, deviation initializer_range; bias 0
+        OutputLinear           the same / sqrt(2 x effective_depth), or 0: the last layer of a residual branch
+        Embedding              normal, deviation embedding_initializer_range
+        RMSNorm, LayerNorm     weight 1, bias 0
+        learned first state    normal, deviation recurrent_state_std
+        """
+        config = self.config
+        if isinstance(module, OutputLinear) and config.use_zero_output_initialization:
+            initialization.zeros_(module.weight)
+        elif isinstance(module, nn.Linear):
+            is_scaled = isinstance(module, OutputLinear) and config.use_depth_scaled_initialization
+            divisor = (2 * config.effective_depth) ** 0.5 if is_scaled else 1.0
+            initialization.normal_(module.weight, std=config.initializer_range / divisor)
+        elif isinstance(module, nn.Embedding):
+            initialization.normal_(module.weight, std=config.embedding_initializer_range)
+        elif isinstance(module, RMSNorm | LayerNorm):
+            initialization.ones_(module.weight)
+        elif isinstance(module, MegaTransformerRecurrentBlock) and hasattr(module, "learned_state"):
+            initialization.normal_(module.learned_state, std=config.recurrent_state_std)
+        if getattr(module, "bias", None) is not None:
+            initialization.zeros_(module.bias)
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        """Our own cache, unless the caller brings one or asks for another kind."""
+        is_default = generation_config.cache_implementation is None and generation_config.use_cache is not False
+        if is_default and model_kwargs.get("past_key_values") is None:
+            model_kwargs["past_key_values"] = KeyValueCache()
+            return
+        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
+        """Transformers asks for a 4-D mask with static caches; `forward` makes it itself from the mask of tokens."""
+        return attention_mask
+
+
+class MegaTransformerModel(MegaTransformerPreTrainedModel):
+    """Tokens to hidden states.
+
+    Raises: ValueError: the configuration has modalities beside text.
+    """
+
+    def __init__(self, config: MegaTransformerConfig):
+        super().__init__(config)
+        if config.modalities != ["text"]:
+            raise ValueError(f"modalities={config.modalities} need the multimodal model; this one has text alone")
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.position_embedding == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.prelude = SimpleBlock(config, config.n_prelude_layers)
+        self.main = SimpleBlock(config, config.n_layers)
+        self.core = MegaTransformerRecurrentBlock(config) if config.n_recurrent_layers else None
+        self.coda = SimpleBlock(config, config.n_coda_layers)
+        self.norm = build_norm(config) if config.use_final_norm else nn.Identity()
+        if config.use_rotary_embedding:
+            stretch = (config.rotary_theta, config.rotary_interpolation, config.rotary_ntk_factor)
+            self.frequencies = rotary_frequencies(config.rotary_width, *stretch)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The table of token vectors."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace it."""
+        self.embed_tokens = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        n_thinking_steps: int | None = None,
+        n_backprop_steps: int | None = None,
+        initial_state: Tensor | None = None,
+        exit_threshold: float | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        predict: Any = None,
+    ) -> BackboneOutput:
+        """See `MegaTransformerForCausalLM.forward`; `predict` maps normed hidden states (N, D) to logits (N, V)."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if self.training and self.is_gradient_checkpointing:
+            use_cache, past_key_values = False, None
+        if use_cache and past_key_values is None and not self.training:
+            past_key_values = KeyValueCache()
+        n_steps = 0 if self.core is None else self.choose_steps(n_thinking_steps, past_key_values)
+        shared, positions = self.share(x, attention_mask, position_ids, segment_ids, past_key_values)
+        shared.states = [] if self.wants("output_hidden_states", output_hidden_states) else None
+        shared.weights = [] if self.wants("output_attentions", output_attentions) else None
+        if shared.weights is not None and self.config._attn_implementation != "eager":
+            raise ValueError('output_attentions needs attn_implementation="eager": other kernels keep no weights')
+
+        # Embedding.
+        if self.config.use_embedding_scale:
+            x = x * self.config.hidden_size**0.5
+        if self.config.position_embedding == "learned":
+            x = x + self.embed_positions(positions)
+        elif self.config.position_embedding == "sinusoidal":
+            x = x + sinusoidal_embedding(positions, x.shape[-1]).to(x.dtype)
+        x = self.embedding_dropout(x)
+
+        # Layers.
+        x = self.prelude(x, shared, 0)
+        x = self.main(x, shared, self.config.n_prelude_layers)
+        first_slot, steps = self.config.n_prelude_layers + self.config.n_layers, None
+        if self.core is None:
+            x = self.coda(x, shared, first_slot)
+        else:
+            thinking = (n_steps, n_backprop_steps, initial_state, exit_threshold)
+            x, steps = self.think(x, shared, first_slot, attention_mask, thinking, predict)
+        hidden = self.norm(x)
+        if shared.states is not None:
+            shared.states.append(hidden)
+        return BackboneOutput(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            thinking_steps=steps,
+            hidden_states=None if shared.states is None else tuple(shared.states),
+            attentions=None if shared.weights is None else tuple(shared.weights),
+        )
+
+    def wants(self, name: str, given: bool | None) -> bool:
+        """Whether an optional output is asked for, by the call or by the configuration."""
+        return bool(getattr(self.config, name, False) if given is None else given)
+
+    def share(self, x, attention_mask, position_ids, segment_ids, cache) -> tuple[LayerInputs, Tensor]:
+        """What all layers share, and the positions (B or 1, L)."""
+        L, device = x.shape[1], x.device
+        past = 0 if cache is None else cache.get_seq_length()
+        queries = torch.arange(L, device=device) + past
+        positions = position_ids
+        if positions is None and segment_ids is not None:
+            positions = positions_in_segments(segment_ids)
+        elif positions is None and attention_mask is not None and attention_mask.ndim == 2:
+            positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -L:]
+        elif positions is None:
+            positions = queries[None]
+
+        # Keys that a query may not see, and biases.
+        n_keys = L if cache is None else cache.get_mask_sizes(L, 0)[0]
+        is_static = cache is not None and cache.is_compileable
+        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
+        is_padded = attention_mask is not None and (torch.compiler.is_compiling() or not attention_mask.bool().all())
+        has_past = L > 1 and n_keys > L
+        if mask is None and (is_padded or segment_ids is not None or is_static or has_past):
+            tokens = attention_mask if is_padded else None
+            mask = visible_keys(queries, torch.arange(n_keys, device=device), tokens, segment_ids)
+        if self.config.use_alibi_bias:
+            keys = torch.arange(n_keys, device=device)
+            mask = visible_keys(queries, keys) if mask is None else mask
+            bias = alibi_bias(self.config.n_heads, queries[None], keys[None])
+            mask = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
+        rotary = rotary_table(self.frequencies, positions) if self.config.use_rotary_embedding else None
+        return LayerInputs(rotary, mask, cache), positions
+
+    def think(self, x, shared, first_slot, attention_mask, thinking, predict) -> tuple[Tensor, Tensor]:
+        """Core and coda; returns the coda's output (B, L, D) and the steps taken (B, L)."""
+        n_steps, n_backprop_steps, noise, threshold = thinking
+        config, core = self.config, self.core
+        threshold = self.exit_threshold(threshold)
+        last_slot = core.slot(n_steps - 1, first_slot) + len(core.layers)
+        if not threshold:
+            n_backprop_steps = n_backprop_steps or config.recurrent_backprop_steps
+            state = core(x, shared, first_slot, n_steps, n_backprop_steps, noise)
+            return self.coda(state, shared, last_slot), torch.full(x.shape[:2], n_steps, device=x.device)
+        is_token = None
+        if attention_mask is not None and attention_mask.ndim == 2:
+            is_token = attention_mask[:, -x.shape[1] :].bool()
+        if config.recurrent_exit_criterion == "kl" and predict is None:
+            raise ValueError('recurrent_exit_criterion="kl" compares predictions, which this model has no head for')
+        arguments = (x, shared, first_slot, n_steps, threshold, self.coda)
+        out, steps = core.forward_until_exit(
+            *arguments, lambda hidden: predict(self.norm(hidden)).float().log_softmax(-1), is_token
+        )
+        return out if config.recurrent_exit_criterion == "kl" else self.coda(out, shared, last_slot), steps
+
+    def exit_threshold(self, given: float | None) -> float:
+        """The threshold of exits in force, 0 where there are none: in training, and without a criterion."""
+        criterion = self.config.recurrent_exit_criterion
+        if given and criterion == "none":
+            raise ValueError(f"exit_threshold={given} has no effect with recurrent_exit_criterion='none'")
+        if self.training or criterion == "none":
+            return 0.0
+        return self.config.recurrent_exit_criteria_threshold if given is None else given
+
+    def choose_steps(self, given: int | None, cache: Cache | None) -> int:
+        """The number of thinking steps, or the most where exits are on.
+
+        Raises: ValueError: more steps than there are slots, or a past that has thought fewer steps than are asked for.
+        """
+        config, steps = self.config, given
+        if steps is None and self.training:
+            steps = sample_thinking_steps(config, np.random.default_rng(int(torch.randint(2**31, ()))))
+        steps = steps or config.recurrent_test_thinking_steps or config.recurrent_mean_thinking_steps
+        if not 1 <= steps <= config.recurrent_max_thinking_steps:
+            limit = config.recurrent_max_thinking_steps
+            raise ValueError(f"n_thinking_steps={steps} must be from 1 to recurrent_max_thinking_steps={limit}")
+        if isinstance(cache, KeyValueCache):
+            last = min(steps, config.recurrent_cache_steps or steps) - 1
+            slot = self.core.slot(last, config.n_prelude_layers + config.n_layers)
+            if (past := cache.get_seq_length()) != (found := cache.get_seq_length(slot)):
+                raise ValueError(
+                    f"the cache holds {past} tokens, but {found} of them at thinking step {last + 1}: go on with as "
+                    "many steps as the past was computed with"
+                )
+        return steps
+
+
+class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin):
+    """A language model on the stack; `generate()` is that of transformers."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MegaTransformerConfig):
+        super().__init__(config)
+        self.model = MegaTransformerModel(config)
+        extras = {"z_loss_weight": config.z_loss_weight, "chunk_size": config.loss_chunk_size}
+        self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, **extras)
+        self.post_init()
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "MegaTransformerForCausalLM":
+        """A new model of a row of `model.presets.MEGATRANSFORMER`, with some fields replaced."""
+        return cls(from_preset(MegaTransformerConfig, MEGATRANSFORMER, name, **overrides))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        n_targets: Tensor | float | None = None,
+        n_thinking_steps: int | None = None,
+        n_backprop_steps: int | None = None,
+        initial_state: Tensor | None = None,
+        exit_threshold: float | None = None,
+        logits_to_keep: int | Tensor = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> CausalOutput | tuple:
+        """Args:
+            input_ids: (B, L) tokens; or `inputs_embeds`, (B, L, D).
+            attention_mask: (B, S), 1 where there is a token, for the past as well; or ready, (B, 1, L, S) bool.
+            position_ids: (B, L); default: counted from the mask, or from each document's beginning.
+            segment_ids: (B, L), equal numbers are the same document; tokens see their own document alone.
+            past_key_values: cache of what came before; written to.
+            labels: (B, L), the tokens themselves (they are shifted here), -100 where there is no target.
+            n_targets: what the summed loss is divided by; default: the number of targets in this batch.
+            n_thinking_steps: steps of the core, the most where exits are on; default: drawn in training, else
+                `recurrent_test_thinking_steps`.
+            n_backprop_steps: the last steps, which are differentiated; default: `recurrent_backprop_steps`.
+            initial_state: standard normal noise for `recurrent_state_initialization="normal"`, (B, L, D).
+            exit_threshold: instead of `recurrent_exit_criteria_threshold`; 0: no exits.
+            logits_to_keep: only the last so many positions, or those indices, get logits; 0: all.
+        Raises:
+            ValueError: arguments that contradict each other or the configuration.
+        """
+        if segment_ids is not None and past_key_values is not None:
+            raise ValueError("segment_ids describe whole sequences; they cannot be used with past_key_values")
+        output = self.model(
+            input_ids,
+            attention_mask,
+            position_ids,
+            segment_ids,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            n_thinking_steps,
+            n_backprop_steps,
+            initial_state,
+            exit_threshold,
+            output_hidden_states,
+            output_attentions,
+            self.lm_head,
+        )
+        hidden, found = output.last_hidden_state, {}
+        if labels is not None:
+            targets = next_token_targets(labels, segment_ids)
+            loss, nats, z_loss, logits = self.lm_head(hidden, targets, n_targets)
+            found = {"loss": loss, "logits": logits, "cross_entropy": nats[:, :-1], "z_loss": z_loss}
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            found = {"logits": self.lm_head(hidden[:, kept])}
+        kept = ("past_key_values", "thinking_steps", "hidden_states", "attentions")
+        result = CausalOutput(**found, **{name: getattr(output, name) for name in kept})
+        wants_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
+        return result.to_tuple() if wants_tuple else result
+
+    @staticmethod
+    def count_targets(labels: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+        """How many targets the loss of a batch has."""
+        return (next_token_targets(labels, segment_ids) != -100).sum()
+
+
+AutoConfig.register(MegaTransformerConfig.model_type, MegaTransformerConfig)
+AutoModelForCausalLM.register(MegaTransformerConfig, MegaTransformerForCausalLM)

@@ -1,0 +1,85 @@
+"""Keys and values of past tokens: a transformers `Cache` that grows in place.
+
+B batch, G key/value groups, S keys, K head width. transformers' own `DynamicCache` copies the whole past for every
+token. Here each slot owns a buffer with room to spare, so that a token costs one small write. A slot belongs to one
+attention layer, of a recurrent core to one layer at one step.
+"""
+
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+ROOM = 256  # Buffers hold multiples of so many keys.
+
+
+class GrowingLayer(DynamicLayer):
+    """One slot: `keys` and `values` are the filled parts of larger buffers, (B, G, S, K)."""
+
+    buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Append keys and values, (B, G, L, K) each; returns all of them, (B, G, S + L, K)."""
+        if key_states.requires_grad:
+            return super().update(key_states, value_states)  # Writing in place would break the backward pass.
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        length = self.get_seq_length()
+        end = length + key_states.shape[-2]
+        if self.buffers is None or self.buffers[0].shape[-2] < end:
+            self.buffers = tuple(
+                move(old, new, length, end)
+                for old, new in ((self.keys, key_states), (self.values, value_states))  # type: ignore[assignment]
+            )
+        keys, values = self.buffers  # type: ignore[misc]
+        keys[:, :, length:end] = key_states
+        values[:, :, length:end] = value_states
+        self.keys, self.values = keys[:, :, :end], values[:, :, :end]
+        return self.keys, self.values
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = self.buffers = None
+        self.is_initialized = False
+
+    # What follows puts other tensors in the place of the views.
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in another order, as beam search needs."""
+        super().reorder_cache(beam_idx)
+        self.buffers = None
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Each row so many times."""
+        super().batch_repeat_interleave(repeats)
+        self.buffers = None
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Some rows only."""
+        super().batch_select_indices(indices)
+        self.buffers = None
+
+
+def move(old: Tensor, new: Tensor, length: int, end: int) -> Tensor:
+    """A buffer for at least `end` keys and half as many again as before, with the `length` old ones in it."""
+    room = -(-max(end, length * 3 // 2) // ROOM) * ROOM
+    buffer = new.new_empty((*new.shape[:2], room, new.shape[3]))
+    if length:
+        buffer[:, :, :length] = old
+    return buffer
+
+
+class KeyValueCache(Cache):
+    """A cache whose slots are made when they are first written, so that it serves any number of layers and steps."""
+
+    def __init__(self):
+        super().__init__(layer_class_to_replicate=GrowingLayer)
+
+
+def take_back(cache: Cache, slot: int, length: int) -> None:
+    """Drop the last `length` keys of a slot, for a later step of a recurrent core that shares it.
+
+    Raises: ValueError: the cache cannot be shortened (a static one).
+    """
+    layer = cache.layers[slot]
+    if not isinstance(layer, DynamicLayer):
+        raise ValueError(f"recurrent_cache_steps needs a cache that can be shortened, not {type(layer).__name__}")
+    layer.keys, layer.values = layer.keys[:, :, :-length], layer.values[:, :, :-length]

@@ -1,0 +1,103 @@
+"""The head of a language model and its loss.  B batch, L positions, N tokens, D hidden, V vocabulary."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100  # target that does not count, as everywhere in PyTorch
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of a linear layer's outputs that never holds the logits of more than a chunk of tokens.
+
+    The gradients are computed together with the loss, while a chunk's logits are still in the processor's cache.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, scale, z_weight, chunk_size):  # type: ignore[override]
+        """Args: hidden (N, D), weight (V, D), targets (N,), scale: what each token's loss is multiplied with (0-dim).
+
+        Returns: loss, scale x sum of nats + z_weight x squares of the log-denominators; nats (N,); the latter's sum.
+        """
+        nats, squares = torch.zeros(len(hidden), device=hidden.device), torch.zeros((), device=hidden.device)
+        wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden) if wants_gradient else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None
+        for start in range(0, len(hidden), chunk_size):
+            part, target = hidden[start : start + chunk_size], targets[start : start + chunk_size]
+            logits = F.linear(part, weight).float()
+            counts = target != IGNORED
+            target = target.clamp_min(0)[:, None]
+            lse = logits.logsumexp(-1)
+            nats[start : start + chunk_size] = (lse - logits.gather(1, target)[:, 0]) * counts
+            squares += (lse.square() * counts).sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            factor = counts * scale
+            logits.sub_(lse[:, None]).exp_()
+            logits.mul_((factor * (1 + 2 * z_weight * lse))[:, None])
+            logits.scatter_add_(1, target, -factor[:, None])
+            grad_hidden[start : start + chunk_size] = F.linear(logits, weight.t())
+            grad_weight.add_(F.linear(logits.t(), part.t()))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.mark_non_differentiable(nats, squares)
+        return (nats.sum() + z_weight * squares) * scale, nats, squares
+
+    @staticmethod
+    def backward(ctx, grad, *_):  # type: ignore[override]
+        grad_hidden, grad_weight = ctx.saved_tensors
+        return grad_hidden * grad, grad_weight * grad, None, None, None, None
+
+
+class LanguageModelHead(nn.Linear):
+    """Hidden states to logits, or, where targets are given, to the loss.
+
+    Args:
+        z_loss_weight: weight of the mean squared log of the softmax's denominator (arXiv 2204.02311, section 5).
+        chunk_size: tokens per chunk of the loss; 0: all logits at once.
+    """
+
+    def __init__(self, width: int, vocabulary: int, *, z_loss_weight: float = 0.0, chunk_size: int = 0):
+        super().__init__(width, vocabulary, bias=False)
+        self.z_loss_weight, self.chunk_size = z_loss_weight, chunk_size
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, n_targets: Tensor | float | None = None):  # type: ignore[override]
+        """Args:
+            hidden: (..., D).
+            targets: (...), the token that each position has to predict, -100 where none.
+            n_targets: what the sum over targets is divided by; None: the number of targets.
+        Returns:
+            without targets: logits (..., V). With targets: loss (0-dim fp32), nats (...) fp32 of the cross-entropy,
+            0 where there is no target, z-loss (0-dim fp32, not weighted), and logits (..., V), None in chunks.
+        """
+        if targets is None:
+            return super().forward(hidden)
+        n_targets = (targets != IGNORED).sum().clamp_min(1) if n_targets is None else n_targets
+        scale = 1.0 / torch.as_tensor(n_targets, dtype=torch.float32, device=hidden.device)
+        if self.chunk_size and not torch.compiler.is_compiling():
+            rows = hidden.flatten(0, -2), self.weight, targets.flatten(), scale, self.z_loss_weight, self.chunk_size
+            loss, nats, squares = LinearCrossEntropy.apply(*rows)  # type: ignore[misc]
+            return loss, nats.view(targets.shape), squares * scale, None
+        logits = super().forward(hidden)
+        rows = logits.float().flatten(0, -2)
+        nats = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="none")
+        z_loss = (rows.logsumexp(-1).square() * (targets.flatten() != IGNORED)).sum() * scale
+        loss = nats.sum() * scale
+        if self.z_loss_weight:
+            loss = loss + self.z_loss_weight * z_loss
+        return loss, nats.detach().view(targets.shape), z_loss.detach(), logits
+
+
+def next_token_targets(labels: Tensor, segment_ids: Tensor | None = None) -> Tensor:
+    """What each position has to predict: the label behind it, -100 at the end and where that lies in another document.
+
+    Args:
+        labels: (B, L), -100 where ignored.
+        segment_ids: (B, L), equal numbers are the same document; None: one document.
+    Returns: (B, L).
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    if segment_ids is not None:
+        ends = F.pad(segment_ids[:, 1:] != segment_ids[:, :-1], (0, 1), value=True)
+        targets = targets.masked_fill(ends, IGNORED)
+    return targets

@@ -1,0 +1,224 @@
+"""Recurrent depth: a few layers applied again and again to a state, as in "Scaling up Test-Time Compute with Latent
+Reasoning" (arXiv 2502.05171).  B batch, L positions, D hidden, N tokens still at work, V vocabulary, R steps.
+
+At each step the state is joined with the embedded input by an adapter and goes through the core's layers. In training
+the number of steps is drawn, and only the last few are differentiated. At test time a token may stop once another step
+would hardly change its prediction; later tokens then see the keys and values of its last step wherever they look for
+those of a further one. So a token's result depends on tokens before it alone, with a cache or without.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from model.attention import LayerInputs, MegaTransformerBlock, SelectedTokens, SimpleBlock
+from model.kv_cache import take_back
+from model.norms import build_norm
+
+
+def sample_thinking_steps(config, generator: np.random.Generator, mean: float | None = None) -> int:
+    """A number of steps from the log-normal Poisson distribution (arXiv 2502.05171, section 3.3), within the limits.
+
+    log-rate ~ normal(log(mean - 1) - sigma^2 / 2, sigma), steps = Poisson(exp(log-rate)) + 1, of the given mean before
+    it is clipped to [recurrent_min_thinking_steps, recurrent_max_thinking_steps].
+
+    Args:
+        mean: instead of `recurrent_mean_thinking_steps`, at least 1.
+    """
+    mean = config.recurrent_mean_thinking_steps if mean is None else mean
+    steps = round(mean)
+    if config.recurrent_steps_distribution == "lognormal_poisson":
+        sigma = config.recurrent_sigma
+        log_rate = generator.normal(np.log(max(mean - 1, 1e-9)) - 0.5 * sigma**2, sigma)
+        steps = int(generator.poisson(np.exp(log_rate))) + 1
+    return min(max(steps, config.recurrent_min_thinking_steps), config.recurrent_max_thinking_steps)
+
+
+class SumAdapter(nn.Module):
+    """state + input."""
+
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, state: Tensor, x: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (..., D)."""
+        return state + x
+
+
+class GateAdapter(nn.Module):
+    """g state + (1 - g) input, with g = sigmoid([state, input] W + b)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate = nn.Linear(2 * config.hidden_size, config.hidden_size)
+
+    def forward(self, state: Tensor, x: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (..., D)."""
+        return torch.lerp(x, state.to(x.dtype), torch.sigmoid(self.gate(torch.cat([state, x], dim=-1))).to(x.dtype))
+
+
+class LinearAdapter(nn.Module):
+    """[state, input] W."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+
+    def forward(self, state: Tensor, x: Tensor) -> Tensor:
+        """(..., D), (..., D) -> (..., D)."""
+        return self.proj(torch.cat([state, x], dim=-1))
+
+
+ADAPTERS = {"sum": SumAdapter, "gate": GateAdapter, "linear": LinearAdapter}
+
+
+class MegaTransformerRecurrentBlock(nn.Module):
+    """The recurrent core.
+
+    A cache holds, for each step, a slot per layer of the core and one per layer of the coda, in this order.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        sandwich = config.recurrent_use_sandwich_norm
+        self.layers = nn.ModuleList(MegaTransformerBlock(config, sandwich) for _ in range(config.n_recurrent_layers))
+        self.adapter = ADAPTERS[config.recurrent_adapter_method](config)
+        self.state_norm = build_norm(config) if config.recurrent_use_state_norm else nn.Identity()
+        if config.recurrent_state_initialization == "learned":
+            self.learned_state = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def initial_state(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """The state before the first step, (B, L, D).
+
+        Args:
+            x: embedded input, (B, L, D).
+            noise: standard normal, (B, L, D), for `recurrent_state_initialization="normal"` in training; None: drawn.
+        """
+        kind = self.config.recurrent_state_initialization
+        if kind == "normal" and self.training:
+            noise = torch.randn_like(x) if noise is None else noise.to(x.dtype)
+            return noise * self.config.recurrent_state_std
+        if kind == "learned":
+            return self.learned_state.to(x.dtype).expand_as(x)
+        return x if kind == "embedding" else torch.zeros_like(x)
+
+    def slot(self, step: int, first_slot: int) -> int:
+        """The cache's slot of the core's first layer at a step."""
+        shared_by = self.config.recurrent_cache_steps or self.config.recurrent_max_thinking_steps
+        return first_slot + (step % shared_by) * (len(self.layers) + self.config.n_coda_layers)
+
+    def make_room(self, shared: LayerInputs, step: int, first_slot: int, n_layers: int, length: int) -> None:
+        """Where steps share slots, take back what an earlier step wrote for the same tokens."""
+        shared_by = self.config.recurrent_cache_steps
+        if shared.cache is not None and shared_by is not None and step >= shared_by:
+            for n in range(n_layers):
+                take_back(shared.cache, self.slot(step, first_slot) + n, length)
+
+    def forward(
+        self,
+        x: Tensor,
+        shared: LayerInputs,
+        first_slot: int,
+        n_steps: int,
+        n_backprop_steps: int,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """The state after so many steps.
+
+        Args:
+            x: embedded input, (B, L, D).
+            n_backprop_steps: the last steps, which are differentiated; those before keep nothing for that.
+            noise: see `initial_state`.
+        Returns: (B, L, D).
+        """
+        state = self.initial_state(x, noise)
+        has_gradient = torch.is_grad_enabled()
+        for step in range(n_steps):
+            slot = self.slot(step, first_slot)
+            self.make_room(shared, step, first_slot, len(self.layers), x.shape[1])
+            with torch.set_grad_enabled(has_gradient and step >= n_steps - n_backprop_steps):
+                hidden = self.adapter(state, x)
+                for n, layer in enumerate(self.layers):
+                    if shared.states is not None:
+                        shared.states.append(hidden)
+                    hidden = layer(hidden, shared, slot + n)
+                state = self.state_norm(hidden)
+        return state
+
+    @torch.no_grad()
+    def forward_until_exit(
+        self,
+        x: Tensor,
+        shared: LayerInputs,
+        first_slot: int,
+        max_steps: int,
+        threshold: float,
+        coda: SimpleBlock,
+        predict: Callable[[Tensor], Tensor],
+        is_token: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Let each token think until its prediction (criterion `kl`) or state (`latent_difference`) settles.
+
+        kl                    KL(softmax of the step before || softmax of this step) < threshold, in nats; the coda and
+                              the head are run at each step, on the tokens that are still at work
+        latent_difference     |state - state before| / |state| < threshold
+
+        Args:
+            x: embedded input, (B, L, D).
+            predict: what the coda gives, (N, D), to log-probabilities, (N, V) fp32.
+            is_token: (B, L) bool, false at padding, which takes no step; None: all are tokens.
+        Returns: with `kl` the coda's output, else the state, (B, L, D); and steps taken, (B, L) int64.
+        """
+        by_prediction = self.config.recurrent_exit_criterion == "kl"
+        layers = [*self.layers, *(coda.layers if by_prediction else [])]
+        tokens = SelectedTokens(
+            torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if is_token is None else is_token
+        )
+        state, fed = tokens.select(self.initial_state(x)), tokens.select(x)
+        result, steps = torch.zeros_like(x), torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
+        before = None
+        for step in range(max_steps):
+            slot = self.slot(step, first_slot)
+            self.make_room(shared, step, first_slot, len(layers), x.shape[1])
+            hidden = self.adapter(state, fed)
+            for n, layer in enumerate(self.layers):
+                hidden = layer.forward_selected(hidden, tokens, n, shared, slot + n)
+            former, state = state, self.state_norm(hidden)
+            out = state
+            if by_prediction:
+                for n in range(len(self.layers), len(layers)):
+                    out = layers[n].forward_selected(out, tokens, n, shared, slot + n)
+            result = tokens.scatter(out.to(result.dtype), result)
+            steps = tokens.scatter(torch.full_like(tokens.batch, step + 1), steps)
+            if step + 1 == max_steps:
+                break
+            if by_prediction:
+                now = predict(out)
+                change = None if before is None else (before.exp() * (before - now)).sum(-1)
+                before = now
+            else:
+                change = (state - former).float().norm(dim=-1) / state.float().norm(dim=-1)
+            if change is None or step + 1 < self.config.recurrent_exit_min_steps:
+                continue
+            kept = change >= threshold
+            if not kept.all():
+                tokens.narrow(kept)
+                if not len(tokens):
+                    break
+                state, fed = state[kept], fed[kept]
+                before = None if before is None else before[kept]
+        self.fill_forward(tokens, shared, first_slot, step + 1, max_steps)
+        return result, steps
+
+    def fill_forward(
+        self, tokens: SelectedTokens, shared: LayerInputs, first_slot: int, n_taken: int, max_steps: int
+    ) -> None:
+        """Give the slots of steps that no token has taken the keys and values of the tokens' last steps."""
+        if shared.cache is None:
+            return
+        for step in range(n_taken, min(max_steps, self.config.recurrent_cache_steps or max_steps)):
+            for n, (keys, values) in tokens.last.items():
+                shared.cache.update(keys, values, self.slot(step, first_slot) + n)
