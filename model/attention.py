@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from model.cpu_kernels import Linear, causal_attention, is_blockwise_faster
 from model.norms import build_norm
 from model.positions import apply_rotary
 
@@ -25,7 +26,7 @@ ACTIVATIONS: dict[str, Any] = {
 }
 
 
-class OutputLinear(nn.Linear):
+class OutputLinear(Linear):
     """The last layer of a residual branch; its initialisation is scaled with depth, or zero."""
 
 
@@ -124,7 +125,7 @@ class MegaTransformerSelfAttention(nn.Module):
         self.n_heads, self.n_groups, self.head_width = config.n_heads, config.groups, config.width_per_head
         self.implementation, self.dropout = config._attn_implementation, config.attention_dropout
         n_projected = (self.n_heads + 2 * self.n_groups) * self.head_width
-        self.qkv_proj = nn.Linear(config.hidden_size, n_projected, bias=config.use_attention_bias)
+        self.qkv_proj = Linear(config.hidden_size, n_projected, bias=config.use_attention_bias)
         self.o_proj = OutputLinear(self.n_heads * self.head_width, config.hidden_size, bias=config.use_attention_bias)
         self.q_norm = build_norm(config, self.head_width) if config.use_qk_norm else None
         self.k_norm = build_norm(config, self.head_width) if config.use_qk_norm else None
@@ -140,7 +141,7 @@ class MegaTransformerSelfAttention(nn.Module):
     def project(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated queries (B, L, H, K) and keys (B, L, G, K), and values (B, L, G, K)."""
         H, G = self.n_heads, self.n_groups
-        qkv = self.qkv_proj(x).unflatten(-1, (H + 2 * G, self.head_width))
+        qkv = self.qkv_proj(x).view(*x.shape[:-1], H + 2 * G, self.head_width)
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split([H, G, G], dim=-2)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=-2)
@@ -160,6 +161,8 @@ class MegaTransformerSelfAttention(nn.Module):
             out, weights = eager_attention(q, k, v, seen, dropout)
             if shared.weights is not None:
                 shared.weights.append(weights)
+        elif is_blockwise_faster(q, k, mask, dropout):
+            out = causal_attention(q, k, v, mask)
         else:
             is_causal = mask is None and q.shape[2] > 1
             if mask is not None and mask.dtype != torch.bool:
@@ -178,7 +181,7 @@ class SimpleFFN(nn.Module):
         self.activation = {**GATED, **ACTIVATIONS}[config.ffn_activation]
         self.dropout = config.ffn_dropout
         width = config.ffn_size
-        self.in_proj = nn.Linear(config.hidden_size, width * (1 + self.is_gated), bias=config.use_ffn_bias)
+        self.in_proj = Linear(config.hidden_size, width * (1 + self.is_gated), bias=config.use_ffn_bias)
         self.out_proj = OutputLinear(width, config.hidden_size, bias=config.use_ffn_bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -189,7 +192,9 @@ class SimpleFFN(nn.Module):
             hidden = self.activation(gate) * value
         else:
             hidden = self.activation(hidden)
-        return self.out_proj(F.dropout(hidden, self.dropout, self.training))
+        if self.dropout and self.training:
+            hidden = F.dropout(hidden, self.dropout)
+        return self.out_proj(hidden)
 
 
 class Residual(nn.Module):
@@ -212,7 +217,8 @@ class Residual(nn.Module):
 
     def after(self, x: Tensor, branch: Tensor) -> Tensor:
         """The stream x with the branch's output."""
-        branch = F.dropout(branch, self.dropout, self.training)
+        if self.dropout and self.training:
+            branch = F.dropout(branch, self.dropout)
         if self.post_norm is None:
             return x + branch
         return x + self.post_norm(branch) if self.pre_norm is not None else self.post_norm(x + branch)

@@ -2,7 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
+
+from model.cpu_kernels import Linear
 
 IGNORED = -100  # target that does not count, as everywhere in PyTorch
 
@@ -49,7 +51,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad, grad_weight * grad, None, None, None, None
 
 
-class LanguageModelHead(nn.Linear):
+class LanguageModelHead(Linear):
     """Hidden states to logits, or, where targets are given, to the loss.
 
     Args:

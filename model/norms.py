@@ -17,11 +17,12 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight, rstd = ctx.saved_tensors
-        normed = x * rstd
-        grad_weight = (grad * normed).flatten(0, -2).sum(0)
-        grad = grad * weight
-        share = (grad * normed).mean(-1, keepdim=True)
-        return grad.addcmul_(normed, share, value=-1).mul_(rstd), grad_weight, None
+        rows, grad, rstd = x.flatten(0, -2), grad.flatten(0, -2), rstd.flatten(0, -2)
+        product = grad * rows
+        grad_weight = torch.mv(product.t(), rstd[:, 0])
+        # d/dx of x r w with r = (mean x^2 + eps)^(-1/2): r (w g) - x r^3 mean(w g x).
+        share = torch.mv(product, weight)[:, None].mul_(rstd**3).div_(-x.shape[-1])
+        return (grad * (rstd * weight)).addcmul_(rows, share).view(x.shape), grad_weight, None
 
 
 class RMSNorm(nn.Module):

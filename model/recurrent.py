@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from model.attention import LayerInputs, MegaTransformerBlock, SelectedTokens, SimpleBlock
+from model.cpu_kernels import Linear
 from model.kv_cache import take_back
 from model.norms import build_norm
 
@@ -52,7 +53,7 @@ class GateAdapter(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.gate = nn.Linear(2 * config.hidden_size, config.hidden_size)
+        self.gate = Linear(2 * config.hidden_size, config.hidden_size)
 
     def forward(self, state: Tensor, x: Tensor) -> Tensor:
         """(..., D), (..., D) -> (..., D)."""
@@ -64,7 +65,7 @@ class LinearAdapter(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.proj = Linear(2 * config.hidden_size, config.hidden_size, bias=False)
 
     def forward(self, state: Tensor, x: Tensor) -> Tensor:
         """(..., D), (..., D) -> (..., D)."""

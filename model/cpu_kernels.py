@@ -1,0 +1,149 @@
+"""What is faster on a CPU than the library's own kernels: causal attention in blocks, and products with a few rows.
+
+B batch, L positions, H query heads, G key/value groups, K head width, r = H / G heads per group. Both are exact: they
+change the order of sums alone. benchmarks/README.md has the measurements.
+"""
+
+import torch
+from torch import Tensor, nn
+
+BLOCK = 128  # queries that are worked on together
+KEPT_BYTES = 48 << 20  # Attention weights of a layer beyond this are computed again in the backward pass.
+FEW_ROWS = 8
+SPLITS = 4  # A product with few rows goes faster as so many smaller ones.
+
+
+def weights_of_block(q: Tensor, k: Tensor, mask: Tensor | None, groups: int, start: int, end: int) -> Tensor:
+    """Attention weights of the queries from `start` to `end`: (B G, r n, end) from q (B G, r, L, K), k (B G, L, K)."""
+    N, r, _, K = q.shape
+    n = end - start
+    scores = torch.bmm(q[:, :, start:end].reshape(N, r * n, K), k[:, :end].transpose(1, 2))
+    if mask is None:
+        future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
+        scores.view(N, r, n, end)[..., start:].masked_fill_(future, -torch.inf)
+    else:
+        visible = mask[:, :, start:end, :end]
+        scores.view(N // groups, groups * r, n, end).masked_fill_(~visible, -torch.inf)
+    return scores.softmax(-1)
+
+
+@torch.library.custom_op("megatransformer::blockwise_attention", mutates_args=())
+def blockwise_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """softmax(q k' / sqrt(K)) v under a causal mask, block of queries by block, keys behind a block left out.
+
+    Args:
+        q: (B, H, L, K). k, v: (B, G, L, K); each group serves H / G neighbouring heads.
+        mask: (B or 1, 1, L, L) bool, true where a key is seen, false above the diagonal; None: causal alone.
+        keep: return the weights, for the backward pass.
+    Returns: outputs (B, H, L, K), and the weights of each block, (B G, r n, end), or none.
+    """
+    (B, H, L, K), G = q.shape, k.shape[1]
+    r, N = H // G, B * G
+    q = (q * K**-0.5).reshape(N, r, L, K)
+    k, v = k.reshape(N, L, K), v.reshape(N, L, K)
+    out, kept = q.new_empty(N, r, L, K), []
+    for start in range(0, L, BLOCK):
+        end = min(start + BLOCK, L)
+        weights = weights_of_block(q, k, mask, G, start, end)
+        out[:, :, start:end] = torch.bmm(weights, v[:, :end]).view(N, r, end - start, K)
+        if keep:
+            kept.append(weights)
+    return out.view(B, H, L, K), kept
+
+
+@torch.library.custom_op("megatransformer::blockwise_attention_backward", mutates_args=())
+def blockwise_attention_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kept: list[Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `blockwise_attention` for q, k and v."""
+    (B, H, L, K), G = q.shape, k.shape[1]
+    r, N = H // G, B * G
+    scaled, grad = (q * K**-0.5).reshape(N, r, L, K), grad.reshape(N, r, L, K)
+    keys, values = k.reshape(N, L, K), v.reshape(N, L, K)
+    grad_q = torch.empty_like(scaled)
+    grad_k, grad_v = (torch.zeros(N, L, K, dtype=torch.float32, device=q.device) for _ in range(2))
+    for start in range(0, L, BLOCK):
+        end = min(start + BLOCK, L)
+        size = (N, r * (end - start), K)
+        part, upper = scaled[:, :, start:end].reshape(size), grad[:, :, start:end].reshape(size)
+        weights = kept[start // BLOCK] if kept else weights_of_block(scaled, keys, mask, G, start, end)
+        grad_weights = torch.bmm(upper, values[:, :end].transpose(1, 2))
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        for total, left, right in ((grad_v, weights, upper), (grad_k, grad_scores, part)):
+            if total.dtype == left.dtype:
+                total[:, :end].baddbmm_(left.transpose(1, 2), right)
+            else:
+                total[:, :end] += torch.bmm(left.transpose(1, 2), right)
+        grad_q[:, :, start:end] = torch.bmm(grad_scores, keys[:, :end]).view(N, r, end - start, K)
+    grad_q.mul_(K**-0.5)
+    return grad_q.view(B, H, L, K), grad_k.to(k.dtype).view(k.shape), grad_v.to(v.dtype).view(v.shape)
+
+
+@blockwise_attention.register_fake
+def _(q, k, v, mask, keep):
+    (B, H, L, _), G = q.shape, k.shape[1]
+    ends = [(start, min(start + BLOCK, L)) for start in range(0, L, BLOCK)] if keep else []
+    return torch.empty_like(q, memory_format=torch.contiguous_format), [
+        q.new_empty(B * G, H // G * (end - start), end) for start, end in ends
+    ]
+
+
+@blockwise_attention_backward.register_fake
+def _(grad, q, k, v, mask, kept):
+    return tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, k, v))
+
+
+def remember(ctx, inputs, output) -> None:
+    """Keep what the backward pass needs."""
+    q, k, v, mask, _ = inputs
+    ctx.save_for_backward(q, k, v, *([] if mask is None else [mask]), *output[1])
+    ctx.has_mask = mask is not None
+
+
+def differentiate(ctx, grad, _):
+    """Gradients of q, k, v; none of mask and keep."""
+    q, k, v, *rest = ctx.saved_tensors
+    mask, kept = (rest[0], rest[1:]) if ctx.has_mask else (None, rest)
+    return *blockwise_attention_backward(grad.contiguous(), q, k, v, mask, kept), None, None
+
+
+blockwise_attention.register_autograd(differentiate, setup_context=remember)
+
+
+def is_blockwise_faster(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> bool:
+    """Whether `blockwise_attention` can and should do the work: on a CPU, whole sequences, masks of keys alone."""
+    is_whole = q.device.type == "cpu" and q.shape[2] == k.shape[2] and q.shape[2] >= BLOCK // 2
+    return is_whole and dropout == 0 and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """`blockwise_attention`, keeping the weights for the backward pass where they are small: (B, H, L, K)."""
+    n_bytes = q.shape[0] * q.shape[1] * q.shape[2] * (q.shape[2] + BLOCK) // 2 * q.element_size()
+    keep = torch.is_grad_enabled() and q.requires_grad and n_bytes <= KEPT_BYTES
+    return blockwise_attention(q, k, v, mask, keep)[0]
+
+
+class Linear(nn.Linear):
+    """A linear layer that is several times faster with one to eight rows in fp32 on a CPU, as in generation.
+
+    There the product is bound by reading the weight, which the library does on one thread for one row.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., D) -> (..., D')."""
+        if torch.is_grad_enabled() or x.numel() > FEW_ROWS * self.in_features or not self.can_split(x):
+            return super().forward(x)
+        weight, rows = self.weight, x.reshape(-1, self.in_features)
+        out = torch.bmm(weight.view(SPLITS, -1, self.in_features), rows.t().expand(SPLITS, -1, -1))
+        out = out.view(weight.shape[0], -1).t().contiguous().view(*x.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+    def can_split(self, x: Tensor) -> bool:
+        """Whether inputs and weights are in fp32 on a CPU, outside of autocast and compilers, and outputs divide."""
+        weight = self.weight
+        is_plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
+        if not is_plain or weight.shape[0] % SPLITS or torch.compiler.is_compiling():
+            return False
+        return not torch.is_autocast_enabled("cpu")
