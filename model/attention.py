@@ -276,5 +276,6 @@ class SimpleBlock(nn.Module):
         for n, layer in enumerate(self.layers):
             if shared.states is not None:
                 shared.states.append(x)
-            x = layer(x, shared, first_slot + n)
+            # Without a cache all layers get the same number: compilers make a new version for each other one.
+            x = layer(x, shared, first_slot + n if shared.cache is not None else 0)
         return x

@@ -111,11 +111,11 @@ class MegaTransformerRecurrentBlock(nn.Module):
         shared_by = self.config.recurrent_cache_steps or self.config.recurrent_max_thinking_steps
         return first_slot + (step % shared_by) * (len(self.layers) + self.config.n_coda_layers)
 
-    def make_room(self, shared: LayerInputs, step: int, first_slot: int, n_layers: int, length: int) -> None:
+    def make_room(self, shared: LayerInputs, step: int, first_slot: int, length: int) -> None:
         """Where steps share slots, take back what an earlier step wrote for the same tokens."""
         shared_by = self.config.recurrent_cache_steps
         if shared.cache is not None and shared_by is not None and step >= shared_by:
-            for n in range(n_layers):
+            for n in range(len(self.layers)):
                 take_back(shared.cache, self.slot(step, first_slot) + n, length)
 
     def forward(
@@ -139,13 +139,13 @@ class MegaTransformerRecurrentBlock(nn.Module):
         has_gradient = torch.is_grad_enabled()
         for step in range(n_steps):
             slot = self.slot(step, first_slot)
-            self.make_room(shared, step, first_slot, len(self.layers), x.shape[1])
+            self.make_room(shared, step, first_slot, x.shape[1])
             with torch.set_grad_enabled(has_gradient and step >= n_steps - n_backprop_steps):
                 hidden = self.adapter(state, x)
                 for n, layer in enumerate(self.layers):
                     if shared.states is not None:
                         shared.states.append(hidden)
-                    hidden = layer(hidden, shared, slot + n)
+                    hidden = layer(hidden, shared, slot + n if shared.cache is not None else 0)
                 state = self.state_norm(hidden)
         return state
 
@@ -164,7 +164,8 @@ class MegaTransformerRecurrentBlock(nn.Module):
         """Let each token think until its prediction (criterion `kl`) or state (`latent_difference`) settles.
 
         kl                    KL(softmax of the step before || softmax of this step) < threshold, in nats; the coda and
-                              the head are run at each step, on the tokens that are still at work
+                              the head are run at each step from the one before `recurrent_exit_min_steps` on, on the
+                              tokens that are still at work
         latent_difference     |state - state before| / |state| < threshold
 
         Args:
@@ -183,18 +184,20 @@ class MegaTransformerRecurrentBlock(nn.Module):
         before = None
         for step in range(max_steps):
             slot = self.slot(step, first_slot)
-            self.make_room(shared, step, first_slot, len(layers), x.shape[1])
+            self.make_room(shared, step, first_slot, x.shape[1])
             hidden = self.adapter(state, fed)
             for n, layer in enumerate(self.layers):
                 hidden = layer.forward_selected(hidden, tokens, n, shared, slot + n)
             former, state = state, self.state_norm(hidden)
-            out = state
+            out, is_last, before_exits = state, step + 1 == max_steps, step + 2 < self.config.recurrent_exit_min_steps
+            if before_exits and not is_last:
+                continue
             if by_prediction:
                 for n in range(len(self.layers), len(layers)):
                     out = layers[n].forward_selected(out, tokens, n, shared, slot + n)
             result = tokens.scatter(out.to(result.dtype), result)
             steps = tokens.scatter(torch.full_like(tokens.batch, step + 1), steps)
-            if step + 1 == max_steps:
+            if is_last:
                 break
             if by_prediction:
                 now = predict(out)

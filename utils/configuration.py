@@ -452,7 +452,7 @@ class MegaTransformerConfig(StrictConfig):
 
     def validate_recurrent(self):
         """Least <= mean <= most thinking steps. Backprop, test, cached and carried steps are at most the most. Exits
-        come within the steps of generation."""
+        come within the steps of generation; those by `kl` need a cache slot per step."""
         least, mean, most = (getattr(self, f"recurrent_{name}_thinking_steps") for name in ("min", "mean", "max"))
         rule = f"must lie between recurrent_min_thinking_steps={least} and recurrent_max_thinking_steps={most}"
         self.expect(least <= mean <= most, "recurrent_mean_thinking_steps", rule)
@@ -462,6 +462,8 @@ class MegaTransformerConfig(StrictConfig):
         steps = self.recurrent_test_thinking_steps or mean
         is_reached = self.recurrent_exit_criterion == "none" or self.recurrent_exit_min_steps <= steps
         self.expect(is_reached, "recurrent_exit_min_steps", f"must be <= {steps}, the steps of generation")
+        is_exact = self.recurrent_cache_steps is None or self.recurrent_exit_criterion != "kl"
+        self.expect(is_exact, "recurrent_cache_steps", "must be None with recurrent_exit_criterion='kl'")
 
     def validate_text(self):
         """Token ids are below `vocab_size` and differ; only pad, bos and eos may be one token."""

@@ -205,11 +205,9 @@ def test_norms_equal_their_formulas_with_fp32_statistics(dtype):
     with torch.no_grad():
         inference = rms(x)
     for found in (rms(x), inference):
-        assert (
-            (found.dtype == dtype
-            and torch.equal(found, expected.to(torch.float32).to(dtype)))
-            or ((found.double() - expected).abs() <= expected.abs() * (1e-5 if dtype == torch.float32 else 8e-3)).all()
-        )
+        assert (found.dtype == dtype and torch.equal(found, expected.to(torch.float32).to(dtype))) or (
+            (found.double() - expected).abs() <= expected.abs() * (1e-5 if dtype == torch.float32 else 8e-3)
+        ).all()
     centred = wide - wide.mean(-1, keepdim=True)
     expected = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt() * layer.weight
     assert (layer(x).double() - expected).abs().max() <= (1e-4 if dtype == torch.float32 else 3e-2)

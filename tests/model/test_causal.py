@@ -72,10 +72,19 @@ def test_cached_equals_whole(position, groups, depth, is_padded):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("criterion, threshold", [("kl", 1e-2), ("kl", 1e-4), ("latent_difference", 0.1)])
+@pytest.mark.parametrize(
+    "criterion, threshold, fields",
+    [
+        ("kl", 1e-2, {}),
+        ("kl", 1e-4, {}),
+        ("kl", 1e-4, {"recurrent_exit_min_steps": 3}),
+        ("latent_difference", 0.1, {}),
+        ("latent_difference", 0.1, {"recurrent_cache_steps": 8}),
+    ],
+)
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_cached_equals_whole_with_exits(criterion, threshold, is_padded):
-    fields = {"recurrent_exit_criterion": criterion, "recurrent_exit_criteria_threshold": threshold}
+def test_cached_equals_whole_with_exits(criterion, threshold, fields, is_padded):
+    fields = {"recurrent_exit_criterion": criterion, "recurrent_exit_criteria_threshold": threshold, **fields}
     model = build(**RECURRENT, **fields, **SPREAD)
     ids, mask = tokens(L=20), torch.ones(2, 20, dtype=torch.int64)
     if is_padded:

@@ -52,6 +52,10 @@ WRONG = [
         {**CORE, "recurrent_backprop_steps": 33},
         "recurrent_backprop_steps=33 must be <= recurrent_max_thinking_steps=32",
     ),
+    (
+        {**CORE, "recurrent_cache_steps": 4, "recurrent_exit_criterion": "kl"},
+        "recurrent_cache_steps=4 must be None with recurrent_exit_criterion='kl'",
+    ),
     ({**CORE, "recurrent_cache_steps": 33}, "recurrent_cache_steps=33 must be <= recurrent_max_thinking_steps=32"),
     ({**CORE, "recurrent_test_thinking_steps": 64}, "recurrent_test_thinking_steps=64 must be <= recurrent_max"),
     (
@@ -161,7 +165,7 @@ def test_effects_name_existing_fields():
         {"norm_type": "layernorm", "use_norm_bias": True, "use_pre_ffn_norm": False, "use_post_ffn_norm": True},
         {"rotary_theta": 500000, "rotary_fraction": 0.5, "hidden_dropout": 0, "head_width": 24},
         {"eos_token_id": 0, "bos_token_id": None},
-        {"n_layers": 0, **CORE, "recurrent_exit_criterion": "kl", "recurrent_cache_steps": 1},
+        {"n_layers": 0, **CORE, "recurrent_exit_criterion": "latent_difference", "recurrent_cache_steps": 1},
         {"modalities": ["text", "audio", "image"], **CORE, "audio_exit_threshold": 0.03, "null_token_id": 2},
         {**IMAGE, "image_decoder_type": "unet", "image_decoder_width": 768, "image_guidance_scale": 3},
     ],
