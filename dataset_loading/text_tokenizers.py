@@ -1,0 +1,195 @@
+"""Tokenizers of text data: bytes, byte-level pairs trained here, or any fast tokenizer of a folder or of the hub.
+
+All are transformers' `PreTrainedTokenizerFast`. Those built here give back every UTF-8 text exactly, and read special
+tokens that are spelled out in a text (`<bos>`) as ordinary characters. Called on a prompt they put the first token of
+a document in front, as in training.
+
+    bytes   id 0 <pad>, 1 <bos> (also the end), byte b is b + 2: the ids of `model/text/tokenizer.py`
+    bpe     id 0 <pad>, 1 <bos>, 2 <eos>, then 256 bytes, then merged pairs
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from model.text.tokenizer import BEGIN_OF_TEXT, FIRST_BYTE, PADDING
+
+PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
+SMALLEST_BPE = 3 + 256  # Special tokens and bytes.
+NO_LIMIT = 1 << 40  # Tokens of a text: transformers warns of longer ones.
+PARALLEL, OURS = "TOKENIZERS_PARALLELISM", "off"  # Users write "false" or "0".
+IMPORTED_IN = os.getpid()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """Bytes as tokens: 258 ids. `<bos>` also ends a document."""
+    characters = byte_characters()
+    vocabulary = {PAD: PADDING, BOS: BEGIN_OF_TEXT}
+    vocabulary |= {character: byte + FIRST_BYTE for byte, character in enumerate(characters)}
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return wrap(backend, BOS)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level pair encoding, split into words as GPT-2 does; equal texts give equal tokenizers.
+
+    Args:
+        texts: what it is trained on.
+        vocab_size: ids in all; few texts may give fewer, as a pair must occur twice.
+    Raises:
+        ValueError: vocab_size is too small for special tokens and bytes.
+    """
+    if vocab_size < SMALLEST_BPE:
+        raise ValueError(f"vocab_size={vocab_size} must be at least {SMALLEST_BPE}: 256 bytes and 3 special tokens")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[PAD, BOS, EOS],
+        initial_alphabet=byte_characters(),
+        show_progress=False,
+    )
+    with parallel_tokenizers():
+        backend.train_from_iterator(texts, trainer)
+    return wrap(backend, EOS)
+
+
+def wrap(backend: Tokenizer, end: str) -> PreTrainedTokenizerFast:
+    """A byte-level tokenizer as transformers knows it."""
+    backend.decoder = decoders.ByteLevel()
+    begin = (BOS, backend.token_to_id(BOS))
+    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[begin])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=PAD,
+        bos_token=BOS,
+        eos_token=end,
+        split_special_tokens=True,
+        clean_up_tokenization_spaces=False,
+        model_max_length=NO_LIMIT,
+    )
+
+
+def byte_characters() -> list[str]:
+    """The visible character that stands for each byte in byte-level tokenizers, as in GPT-2."""
+    visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    hidden = (chr(256 + number) for number in range(256 - len(visible)))
+    return [chr(byte) if byte in visible else next(hidden) for byte in range(256)]
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """A fast tokenizer by folder or hub name.
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+        ValueError: it is not a fast one, or has neither an end-of-text nor a beginning-of-text token.
+    """
+    path = Path(name).expanduser()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(
+            f"tokenizer={name!r} is neither 'bytes' nor 'bpe', and transformers cannot load it: {reason}"
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(
+            f"tokenizer={name!r} is a {type(tokenizer).__name__}, not a fast tokenizer; choose one with tokenizer.json"
+        )
+    document_ends(tokenizer)
+    return tokenizer
+
+
+def document_ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
+    """The ids of the first and the last token of a document; a tokenizer with only one of them uses it for both.
+
+    Raises: ValueError: it has neither.
+    """
+    ends = [one for one in (tokenizer.bos_token_id, tokenizer.eos_token_id) if isinstance(one, int)]
+    if not ends:
+        raise ValueError(
+            f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has neither eos_token nor bos_token; "
+            "documents need one: set it and save the tokenizer, or choose 'bytes' or 'bpe'"
+        )
+    return ends[0], ends[-1]
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Rows that an embedding needs: the largest id and one more."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
+    """16 hexadecimal digits of all that shapes the ids of a document."""
+    text = f"{document_encoder(tokenizer).to_str()} {document_ends(tokenizer)}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def document_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
+    """A copy of the tokenizer's core that encodes whole texts and nothing else: uncut, unpadded, no token added."""
+    core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.no_truncation()
+    core.no_padding()
+    core.post_processor = None  # pyright: ignore[reportAttributeAccessIssue]
+    core.encode_special_tokens = True  # A text that spells a special token does not end the document.
+    return core
+
+
+def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
+    """Bytes per id of a tokenizer that was built here, (V,) int64; special tokens have none."""
+    lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
+    for token, number in tokenizer.get_vocab().items():
+        lengths[number] = 0 if number in tokenizer.all_special_ids else len(token)
+    return lengths
+
+
+def encode_texts(core: Tokenizer, texts: Sequence[str], lengths: np.ndarray | None) -> Iterator[tuple]:
+    """Encode a batch of texts with the core that `document_encoder` gives.
+
+    Args:
+        lengths: what `byte_lengths` gives, or None for other tokenizers, where the offsets tell.
+    Yields:
+        for each text its ids (L,) int64 and the UTF-8 bytes that each id stands for (L,) int64; their sum is the
+        text's length, except that bytes which no id covers are missing from it.
+    """
+    with parallel_tokenizers():
+        encode = core.encode_batch if lengths is None else core.encode_batch_fast
+        encodings = encode(list(texts), add_special_tokens=False)
+    for text, encoding in zip(texts, encodings):
+        ids = np.asarray(encoding.ids, dtype=np.int64)
+        yield ids, bytes_by_offsets(text, encoding.offsets) if lengths is None else lengths[ids]
+
+
+def bytes_by_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
+    """Bytes between the end of each token and that of those before it, (L,) int64.
+
+    Of several tokens within one character the first has all its bytes; blanks that no token covers belong to the next.
+    """
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    ends = np.concatenate(([0], np.cumsum(widths)))[[end for _, end in offsets]] if offsets else np.zeros(0, np.int64)
+    return np.diff(np.maximum.accumulate(ends), prepend=0).astype(np.int64)
+
+
+@contextlib.contextmanager
+def parallel_tokenizers() -> Iterator[None]:
+    """Several threads inside; none afterwards, which is what makes later forks safe and silent.
+
+    What the user has set stands. A forked process has no threads, and would wait for them forever.
+    """
+    if os.environ.get(PARALLEL, OURS) != OURS or os.getpid() != IMPORTED_IN:
+        yield
+        return
+    os.environ[PARALLEL] = "true"
+    try:
+        yield
+    finally:
+        os.environ[PARALLEL] = OURS
