@@ -164,7 +164,7 @@ class MegaTransformerSelfAttention(nn.Module):
         elif is_blockwise_faster(q, k, mask, dropout):
             out = causal_attention(q, k, v, mask)
         else:
-            is_causal = mask is None and q.shape[2] > 1
+            is_causal = True if mask is None and q.shape[2] > 1 else False  # noqa: SIM210 - a plain bool for compilers
             if mask is not None and mask.dtype != torch.bool:
                 mask = mask.to(q.dtype)
             is_grouped = self.n_groups < self.n_heads

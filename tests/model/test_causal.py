@@ -321,11 +321,14 @@ def test_wrong_arguments_are_refused():
         build(modalities=["text", "image"])
 
 
-@pytest.mark.parametrize("depth", DEPTHS)
-def test_whole_model_compiles_without_graph_breaks(depth):
-    model, ids = build(**DEPTHS[depth]), tokens()
-    expected = model(input_ids=ids, labels=ids, use_cache=False)
+@pytest.mark.parametrize("depth, lengths", [("flat", [80, 12, 100]), ("recurrent", [12, 9])])
+def test_whole_model_compiles_without_graph_breaks(depth, lengths):
+    model, steps = build(**DEPTHS[depth]), {"n_thinking_steps": 4} if depth == "recurrent" else {}
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    found = compiled(input_ids=ids, labels=ids, use_cache=False)
-    assert (found.logits - expected.logits).abs().max() <= 1e-5
-    assert found.loss.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    for length in lengths:
+        ids = tokens(L=length)
+        expected = gradients(model, ids)
+        model.zero_grad()
+        compiled(input_ids=ids, labels=ids, use_cache=False, **steps).loss.backward()
+        for name, parameter in model.named_parameters():
+            assert (parameter.grad - expected[name]).abs().max() <= 1e-5
