@@ -5,6 +5,7 @@
     python evaluate.py --checkpoint runs/image_diffusion/demo --contact_sheet 16 --n_steps 20 --guidance_scale 3
     python evaluate.py --checkpoint runs/image_diffusion/demo --curve --curve_steps 5 10 20 --curve_scales 1 3 5
     python evaluate.py --checkpoint runs/audio_vae/demo --contact_sheet 8 --vocoder_checkpoint runs/vocoder/demo
+    python evaluate.py --checkpoint runs/multimodal/demo --thinking_steps 1 2 4 8 16
 
 The stage is read from the checkpoint; flags of another stage are refused. Results go to the run's folder, or to
 --output_dir.
@@ -27,6 +28,7 @@ from utils.image_vae_evaluator import ImageVAEEvaluationArguments, ImageVAEEvalu
 from utils.megatransformer_utils import explained_errors, parse_arguments
 from utils.pictures import spread
 from utils.recurrent_vae_evaluator import RecurrentVAEEvaluator
+from utils.text_evaluator import TextEvaluationArguments, TextEvaluator
 from utils.vocoder_evaluator import VocoderEvaluator
 
 logger = logging.getLogger("evaluate")
@@ -37,11 +39,17 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     "image_diffusion": ImageDiffusionEvaluator,
     "vocoder": VocoderEvaluator,
     "audio_vae": AudioVAEEvaluator,
+    "multimodal": TextEvaluator,
 }
 
 
 @dataclasses.dataclass
-class EvaluateArguments(ImageVAEEvaluationArguments, ImageDiffusionEvaluationArguments, AudioVAEEvaluationArguments):
+class EvaluateArguments(
+    ImageVAEEvaluationArguments,
+    ImageDiffusionEvaluationArguments,
+    AudioVAEEvaluationArguments,
+    TextEvaluationArguments,
+):
     """The flags of all stages."""
 
     needs = {**ImageVAEEvaluationArguments.needs, **ImageDiffusionEvaluationArguments.needs}
@@ -66,17 +74,9 @@ def evaluate(args: EvaluateArguments) -> dict:
     with torch.inference_mode():
         evaluation = evaluator.measure(dataset, indices)
     report = {
-        "stage": evaluator.record["stage"],
-        "checkpoint": str(evaluator.checkpoint),
-        "step": evaluator.step,
-        "weights": evaluator.weights,
-        "precision": "bf16 autocast" if args.bf16 else "fp32",
+        **evaluator.describe(),
         "data": data,
         **evaluation.metrics,
-        "definitions": evaluator.definitions,
-        "device": torch.cuda.get_device_name() if evaluator.device.type == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "trained_at_commit": evaluator.record["git_commit"],
         **provenance(),
         "seconds": time.perf_counter() - start,
     }

@@ -10,6 +10,7 @@ import pytest
 from evaluate import EvaluateArguments
 from inference import reconstruct_audio
 from inference.export_vocoder import ExportArguments
+from inference.generate_text import GenerateTextArguments
 from inference.reconstruct_image import ReconstructionArguments
 from inference.text_to_image import TextToImageArguments
 from inference.vocode import VocodeArguments
@@ -20,6 +21,7 @@ from preprocess_image_vae_dataset import ImageVAEPreprocess
 from pretrain_audio_vae import AudioVAEStage
 from pretrain_image_diffusion import ImageDiffusionStage
 from pretrain_image_vae import ImageVAEStage
+from pretrain_multimodal import MultimodalStage
 from pretrain_recurrent_vae import RecurrentVAEStage
 from pretrain_vocoder import VocoderStage
 from utils.configuration import declared_fields
@@ -37,12 +39,14 @@ SCRIPTS = {
     "preprocess_audio_vae_dataset.py": AudioVAEPreprocess.arguments_class,
     "pretrain_vocoder.py": VocoderStage.arguments_class,
     "pretrain_audio_vae.py": AudioVAEStage.arguments_class,
+    "pretrain_multimodal.py": MultimodalStage.arguments_class,
     "evaluate.py": EvaluateArguments,
     "inference/text_to_image.py": TextToImageArguments,
     "inference/reconstruct_image.py": ReconstructionArguments,
     "inference/vocode.py": VocodeArguments,
     "inference/reconstruct_audio.py": reconstruct_audio.ReconstructionArguments,
     "inference/export_vocoder.py": ExportArguments,
+    "inference/generate_text.py": GenerateTextArguments,
 }
 # Made by running the commands, or given by the reader.
 MADE = ("runs/", "cached_datasets/", "data/", "my_", "inference/generated", "checkpoint-", ".venv", "/")
@@ -121,6 +125,7 @@ def test_named_classes_exist(document):
         "PreTrainedModel",
         "PreTrainedConfig",
         "AutoencoderKL",
+        "AutoTokenizer",
         "AdamW",
     }
     names = {name for name in quoted(document.read_text()) if re.fullmatch(r"[A-Z]\w*[a-z]\w*", name)}

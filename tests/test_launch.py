@@ -11,12 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
+from text_cache import SMALL_CORE, make_text
 
+from model.causal import MegaTransformerForCausalLM
 from pretrain_audio_vae import AudioVAEStage
+from pretrain_multimodal import MultimodalStage
 from pretrain_recurrent_vae import RecurrentVAEStage
 from pretrain_vocoder import VocoderStage
 from tests.audio_cache import SMALL_VOCODER, make_audio_cache
 from tests.conftest import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference, run_stage
+from utils.checkpoints import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -29,6 +33,7 @@ COMMON = {
     "image_diffusion": SMALL_DIFFUSION,
     "audio_vae": SMALL_AUDIO_VAE,
     "vocoder": SMALL_VOCODER,
+    "multimodal": SMALL_CORE,
 }
 
 
@@ -201,6 +206,38 @@ def test_audio_stages_under_zero_3_equal_one_process(stage, tmp_path, fresh_logg
     assert two.losses == pytest.approx(one.losses, rel=1e-4)
     assert all(largest_difference(one.weights(name), two.weights(name)) <= 1e-4 for name in ("model", "ema"))
     assert largest_difference(one.adversary["discriminator"], two.adversary["discriminator"]) <= 1e-4
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "ds_config.json", "ds_config_zero-1.json", "ds_config_zero-3.json"])
+def test_text_on_two_processes_equals_one(launcher, tmp_path, fresh_logging):
+    """With targets that are unequal in number, a recurrent core of drawn depth, a noisy first state, tied weights."""
+    cache = make_text(tmp_path / "cache")
+    launcher = sharding_all(tmp_path) if launcher == "ds_config_zero-3.json" else launcher
+    one = run_stage(MultimodalStage, SMALL_CORE, cache, tmp_path, "one", 6, "--batch_size", "8", "--eval_steps", "3")
+    flags = ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--eval_steps", "3", "--eval_batch_size", "3"]
+    same_text(one, launch(launcher, cache, tmp_path, 6, *flags, "--n_samples", "2", stage="multimodal"))
+
+
+def same_text(one: Run, two: Run) -> None:
+    """Losses, evaluations and weights of two runs of the multimodal stage agree, also as they are loaded."""
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    assert evaluated(two) == pytest.approx(evaluated(one), rel=1e-5)
+    for name, kind in (("model", "raw"), ("ema", "ema")):
+        assert largest_difference(one.weights(name), two.weights(name)) <= 1e-4
+        first, second = (load_model(MegaTransformerForCausalLM, run.folder, kind).state_dict() for run in (one, two))
+        assert largest_difference(dict(first), dict(second)) <= 1e-4
+        assert torch.equal(second["lm_head.weight"], second["model.embed_tokens.weight"])
+
+
+def test_text_under_zero_2_equals_one_process_and_resumes_exactly(tmp_path, fresh_logging):
+    cache = make_text(tmp_path / "cache")
+    flags = ["--trainer", "grokfast_ema", "--eval_steps", "4"]
+    one = run_stage(MultimodalStage, SMALL_CORE, cache, tmp_path, "one", 8, "--batch_size", "8", *flags)
+    flags += ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--use_gradient_checkpointing"]
+    straight, resumed = launch_and_resume("multimodal", cache, tmp_path, flags)
+    same_text(one, straight)
+    assert all(largest_difference(straight.weights(name), resumed.weights(name)) == 0 for name in ("model", "ema"))
+    assert straight.losses == resumed.losses and evaluated(straight) == evaluated(resumed)
 
 
 def evaluated(run: Run) -> list[float]:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,12 @@ def read_stage(path: str | Path) -> dict:
     return json.loads((folder / STAGE).read_text())
 
 
+def without_copies(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A model's state dict without the further names of tied weights, which safetensors does not write twice and
+    `load_model` gives back."""
+    return {name: value for name, value in state.items() if name not in model.all_tied_weights_keys}
+
+
 def load_model(model_class: type, path: str | Path, weights: Literal["ema", "raw"] = "ema"):
     """A stage's model from a checkpoint or run folder, in fp32 and eval mode; averaged weights where they were kept.
 
@@ -121,6 +128,7 @@ def load_model(model_class: type, path: str | Path, weights: Literal["ema", "raw
     with torch.random.fork_rng():
         model = model_class(model_class.config_class.from_pretrained(folder))
     state = {name: value for file in files for name, value in load_file(file).items()}
+    state |= {name: state[source] for name, source in model.all_tied_weights_keys.items() if name not in state}
     model.load_state_dict(
         {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     )

@@ -35,6 +35,8 @@ class WeightEMA(OptimizerHook):
     def state_dict_of(self, model: nn.Module, engine=None) -> dict[str, Tensor] | None:
         """The model's state dict with averaged parameters, buffers as they are, fp32, on every process.
 
+        A parameter that has several names has its average under each of them, as the same tensor.
+
         Args:
             model: the plain model.
             engine: the DeepSpeed engine around it, if any. Under ZeRO this gathers shards: all processes must call it.
@@ -48,8 +50,9 @@ class WeightEMA(OptimizerHook):
             # other groups have none yet; link them again.
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
-        averaged = {name: self.average_of(parameter) for name, parameter in model.named_parameters()}
-        return {name: averaged.get(name, value).detach() for name, value in model.state_dict().items()}
+        averages = {parameter: self.average_of(parameter).detach() for parameter in model.parameters()}
+        named = {name: averages[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
+        return {**model.state_dict(), **named}
 
     def average_of(self, parameter: nn.Parameter) -> Tensor:
         """The whole average of one parameter, gathered where ZeRO shards it."""

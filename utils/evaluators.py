@@ -142,6 +142,20 @@ class Evaluator:
         """Evaluate the samples with these indices."""
         raise NotImplementedError
 
+    def describe(self) -> dict[str, Any]:
+        """What was evaluated, and how, for metrics.json."""
+        return {
+            "stage": self.record["stage"],
+            "checkpoint": str(self.checkpoint),
+            "step": self.step,
+            "weights": self.weights,
+            "precision": "bf16 autocast" if self.args.bf16 else "fp32",
+            "definitions": self.definitions,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "trained_at_commit": self.record["git_commit"],
+        }
+
     def cache(self) -> tuple[str, str]:
         """Folder and split of the preprocessed data set."""
         return self.args.cached_dataset or self.record["data"]["folder"], self.args.split or "validation"

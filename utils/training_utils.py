@@ -17,7 +17,7 @@ from transformers import Trainer
 
 from model.criteria import kl_divergence
 from utils.adversary import Adversary
-from utils.checkpoints import EMA, STAGE, is_complete, mark_complete, rotate, write_json
+from utils.checkpoints import EMA, STAGE, is_complete, mark_complete, rotate, without_copies, write_json
 from utils.distributed import any_across_ranks, barrier, mean_across_ranks, rank, world_size
 from utils.ema import WeightEMA
 from utils.grokfast import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook
@@ -159,13 +159,17 @@ class StageTrainer(Trainer):
             self.terms, self.term_counts = {}, {}
             step, moment = self.last_log
             self.last_log = (self.state.global_step, time.perf_counter())
-            per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
             if self.last_log[0] > step:  # Time in evaluation and saving does not count.
-                logs["samples_per_second"] = per_step * (self.last_log[0] - step) / (self.last_log[1] - moment)
+                logs.update(self.rates(logs, (self.last_log[0] - step) / (self.last_log[1] - moment)))
             logs["memory_gib"] = peak_memory_gib()
             if self.guard.skipped:
                 logs["skipped_steps"] = self.guard.skipped
         super().log(logs, *args, **kwargs)
+
+    def rates(self, logs: dict[str, float], steps_per_second: float) -> dict[str, float]:
+        """What is logged of the speed of training, beside the other numbers `logs` of the line."""
+        per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return {"samples_per_second": per_step * steps_per_second}
 
     # ---- Evaluation.
 
@@ -199,8 +203,8 @@ class StageTrainer(Trainer):
 
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Means of `evaluation_terms` over the validation set, each sample counted once whatever the number of
-        processes."""
+        """`evaluation_summary` of `evaluation_terms` over the validation set, each sample counted once whatever the
+        number of processes."""
         self._memory_tracker.start()
         model = self.evaluation_model()
         gathered: dict[str, list[Tensor]] = {}
@@ -208,13 +212,17 @@ class StageTrainer(Trainer):
             terms = self.evaluation_terms(model, self._prepare_inputs(inputs))
             for name, values in self.accelerator.gather_for_metrics(terms).items():
                 gathered.setdefault(name, []).append(values.float().cpu())
-        means = {name: torch.cat(values).mean().item() for name, values in gathered.items()}
-        means |= self.evaluation_extras(model)
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in means.items()}
+        summary = self.evaluation_summary({name: torch.cat(values) for name, values in gathered.items()})
+        summary |= self.evaluation_extras(model)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self.last_log = (self.state.global_step, time.perf_counter())
         return metrics
+
+    def evaluation_summary(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        """Metrics from the terms of all validation samples, name -> (N,) fp32 on the CPU: their means."""
+        return {name: values.mean().item() for name, values in terms.items()}
 
     def evaluation_extras(self, model) -> dict[str, float]:
         """Metrics of an evaluation that are no means over samples; every process calls it with the same model."""
@@ -265,17 +273,20 @@ class StageTrainer(Trainer):
         barrier()
         self.last_log = (self.state.global_step, time.perf_counter())
 
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        # DeepSpeed hands over copies, in which transformers does not see that tied weights are the same.
+        super()._save(output_dir, state_dict and without_copies(self.model, state_dict))
+
     def save_extras(self, folder: Path) -> None:
         """Averaged weights, the stage's own state and its record."""
         averaged = self.averaged_weights()
         state = self.extra_state()
         if rank() == 0:
             if averaged is not None:
-                save_file(
-                    {name: value.cpu().contiguous() for name, value in averaged.items()},
-                    folder / EMA,
-                    {"format": "pt"},
-                )
+                averaged = {
+                    name: each.cpu().contiguous() for name, each in without_copies(self.model, averaged).items()
+                }
+                save_file(averaged, folder / EMA, {"format": "pt"})
             if state is not None:
                 torch.save(state, folder / "stage_state.pt")
             write_json(folder / STAGE, self.stage_record)

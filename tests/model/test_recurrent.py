@@ -143,5 +143,6 @@ def test_more_state_norms_and_layers_take_part_in_the_gradient():
     model = build(recurrent_use_sandwich_norm=False, recurrent_use_state_norm=False).train()
     assert len(gradients(model, 3, 2)) == len(list(model.parameters()))
     assert sum(1 for name, _ in model.named_parameters() if "post_norm" in name) == 0
-    model = build().train()
-    assert len(gradients(model, 3, 2)) == len(list(model.parameters()))
+    model = build(recurrent_state_initialization="learned").train()
+    found = gradients(model, 3, 2)
+    assert len(found) == len(list(model.parameters())) and found["model.core.learned_state"].abs().max() == 0

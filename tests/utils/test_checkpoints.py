@@ -1,15 +1,21 @@
 import json
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
+from model.causal import MegaTransformerForCausalLM
 from utils.checkpoints import (
+    EMA,
     check_resumable,
     checkpoints_in,
     is_complete,
+    load_model,
     mark_complete,
     newest_complete,
     resolve_checkpoint,
     rotate,
+    without_copies,
 )
 
 DATA = {"folder": "cache", "fingerprint": "a"}
@@ -62,3 +68,19 @@ def test_resume_that_would_fail_is_refused(tmp_path, zero, ranks, message):
 def test_other_number_of_ranks_is_fine_without_sharding(tmp_path):
     check_resumable(checkpoint(tmp_path, 5, zero_stage=-1, n_ranks=2, data=DATA), -1, 1, "a")
     check_resumable(checkpoint(tmp_path, 6, zero_stage=0, n_ranks=2, data=DATA), 0, 1, "a")
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_tied_weights_are_written_once_and_loaded_under_both_names(tmp_path, is_tied):
+    names = ("model.embed_tokens.weight", "lm_head.weight")
+    model = MegaTransformerForCausalLM.from_preset("tiny", hidden_size=64, n_layers=1, tie_word_embeddings=is_tied)
+    averaged = {name: value + 1 for name, value in model.state_dict().items()}
+    folder = tmp_path / "checkpoint-1"
+    model.save_pretrained(folder)
+    save_file(without_copies(model, averaged), folder / EMA)
+    mark_complete(folder)
+    assert len(set(names) & load_file(folder / EMA).keys()) == (1 if is_tied else 2)
+    for kind, state in (("raw", model.state_dict()), ("ema", averaged)):
+        loaded = load_model(MegaTransformerForCausalLM, folder, kind).state_dict()
+        assert all(torch.equal(loaded[name], state[name]) for name in state)
+        assert torch.equal(*(loaded[name] for name in names)) == is_tied

@@ -30,3 +30,17 @@ def test_buffers_are_taken_as_they_are():
     state = ema.state_dict_of(model)
     assert torch.equal(state["running_mean"], model.running_mean)
     assert set(state) == set(model.state_dict())
+
+
+def test_tied_weights_have_their_average_under_both_names():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    ema = WeightEMA(decay=0.9)
+    ema.attach(optimizer)
+    for _ in range(3):
+        model(torch.arange(5)).square().sum().backward()
+        optimizer.step()
+    state = ema.state_dict_of(model)
+    assert list(state) == list(model.state_dict()) == ["0.weight", "1.weight"]
+    assert state["0.weight"] is state["1.weight"] and not torch.equal(state["0.weight"], model[0].weight)

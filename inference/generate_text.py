@@ -1,0 +1,69 @@
+"""Continue texts: one file per prompt, and the settings as JSON.
+
+    python inference/generate_text.py --checkpoint runs/multimodal/demo --prompts "The lambda expression" "A class"
+    python inference/generate_text.py --checkpoint runs/multimodal/demo --prompt_file prompts.txt --temperature 0.8
+    python inference/generate_text.py --checkpoint runs/multimodal/demo --prompts "A list" --temperature 0 --n_beams 4
+
+The same seed gives a prompt the same continuation, whatever else is continued with it.
+"""
+
+import dataclasses
+import logging
+import sys
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
+from utils.configuration import option
+from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.text_generation import GenerationArguments, TextGenerator
+
+
+@dataclasses.dataclass
+class GenerateTextArguments(GenerationArguments):
+    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
+    weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
+    prompts: list[str] = option([], "texts to continue")
+    prompt_file: str = option("", "further texts, one per line")
+    batch_size: int = option(16, "prompts continued at once", gt=0)
+    output_dir: str = option("inference/generated/text", "folder of the results")
+
+    def validate_prompts(self):
+        if not self.checkpoint or not (self.prompts or self.prompt_file):
+            raise ValueError(
+                "--checkpoint and --prompts or --prompt_file are needed: a run folder, and what to continue"
+            )
+
+
+def write(args: GenerateTextArguments) -> None:
+    """Continue all prompts."""
+    lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines() if args.prompt_file else []
+    prompts = [*args.prompts, *(line for line in lines if line.strip())]
+    if not prompts:
+        raise ValueError(f"--prompt_file {args.prompt_file} has no line with text")
+    checkpoint, folder = resolve_checkpoint(args.checkpoint), Path(args.output_dir)
+    weights = chosen_weights(checkpoint, args)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = TextGenerator.load(checkpoint, weights, device)
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = []
+    for start in range(0, len(prompts), args.batch_size):
+        batch = prompts[start : start + args.batch_size]
+        for prompt, continuation in zip(batch, generator.continue_texts(batch, args)):
+            file = folder / f"{len(texts):03}.txt"
+            file.write_text(prompt + continuation, encoding="utf-8")
+            print(f"--- {file}\n{prompt}{continuation}")
+            texts.append({"file": file.name, "prompt": prompt, "continuation": continuation})
+    used = {"checkpoint": str(checkpoint), "weights": weights, "device": device, "texts": texts}
+    write_json(folder / "settings.json", {**dataclasses.asdict(args), **used, **provenance()})
+    print(folder / "settings.json")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    with explained_errors(logging.getLogger("generate_text")):
+        write(parse_arguments(GenerateTextArguments, None, __doc__ or ""))

@@ -1,0 +1,143 @@
+"""Texts from a small untrained model: files, settings, and the same continuation in every batch."""
+
+import json
+
+import pytest
+import torch
+
+from inference.generate_text import GenerateTextArguments, write
+from tests.image_vae_checkpoint import save_checkpoint
+from tests.text_cache import make_text
+from tests.text_checkpoint import save_text_checkpoint
+from utils.megatransformer_utils import parse_arguments
+from utils.text_generation import GenerationArguments, TextGenerator, drawing
+
+PROMPTS = ["a list of", "Zwölf bears", "the tensor is a model that reads and writes, again and again,", ""]
+
+
+@pytest.fixture(scope="module")
+def text_cache(tmp_path_factory):
+    return make_text(tmp_path_factory.mktemp("texts") / "bytes")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(text_cache, tmp_path_factory):
+    return save_text_checkpoint(tmp_path_factory.mktemp("runs") / "small", text_cache, "tiny")
+
+
+@pytest.fixture(scope="module")
+def deep(text_cache, tmp_path_factory):
+    fields = {"recurrent_exit_criterion": "kl", "recurrent_mean_thinking_steps": 4}
+    return save_text_checkpoint(tmp_path_factory.mktemp("runs") / "deep", text_cache, "recurrent-tiny", **fields)
+
+
+@pytest.fixture
+def run(checkpoint, tmp_path):
+    """run(name, *words): write into `tmp_path / name`; returns the settings, with the texts."""
+
+    def call(name, *words, of=checkpoint):
+        folder = tmp_path / name
+        words = ["--checkpoint", of, "--output_dir", folder, "--max_new_tokens", 12, *words]
+        write(parse_arguments(GenerateTextArguments, [str(word) for word in words], ""))
+        return json.loads((folder / "settings.json").read_text())
+
+    return call
+
+
+def continuations(settings: dict) -> list[str]:
+    return [text["continuation"] for text in settings["texts"]]
+
+
+def test_files_and_settings(run, checkpoint, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("zwölf Bären\n\n  indented\n", encoding="utf-8")
+    words = ["--prompts", "A key", "--prompt_file", tmp_path / "prompts.txt", "--temperature", 0.5, "--top_k", 5]
+    settings = run("out", *words)
+    assert [text["prompt"] for text in settings["texts"]] == ["A key", "zwölf Bären", "  indented"]
+    assert [text["file"] for text in settings["texts"]] == ["000.txt", "001.txt", "002.txt"]
+    first = settings["texts"][1]
+    assert (tmp_path / "out" / "001.txt").read_text(encoding="utf-8") == first["prompt"] + first["continuation"]
+    assert settings["checkpoint"] == str(checkpoint) and settings["weights"] == "ema" and "git_commit" in settings
+    assert settings["temperature"] == 0.5 and settings["top_k"] == 5 and settings["seed"] == 0
+    assert "zwölf Bären" + first["continuation"] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", ["--temperature 0", "--temperature 1 --top_p 0.9", "--temperature 0 --n_beams 3"])
+@pytest.mark.parametrize("size", ["flat", "deep"])
+def test_a_batch_equals_single_runs(words, size, run, request):
+    of = request.getfixturevalue("checkpoint" if size == "flat" else "deep")
+    words = ["--prompts", *PROMPTS, *words.split()]
+    together = continuations(run("together", *words, of=of))
+    assert together == continuations(run("alone", *words, "--batch_size", 1, of=of))
+    assert len(set(together)) == 4 and all(together)
+
+
+def test_greedy_is_the_likeliest_token_each_time(run, checkpoint):
+    generator = TextGenerator.load(checkpoint)
+    (text,) = continuations(run("greedy", "--prompts", "a list", "--temperature", 0))
+    ids = generator.encode("a list")
+    for _ in range(12):
+        with torch.no_grad():
+            ids.append(int(generator.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    assert generator.decode(generator.up_to_the_end(torch.tensor(ids[7:]))) == text
+
+
+def test_noise_draws_from_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    draws = drawing(GenerationArguments(temperature=0.7, top_k=3), 1)
+    counts = torch.zeros(4)
+    for _ in range(4000):
+        counts[draws(torch.zeros(1, 1, dtype=torch.int64), logits.clone()).argmax()] += 1
+    expected = torch.cat([(logits[0, :3] / 0.7).softmax(0), torch.zeros(1)])
+    assert (counts / 4000 - expected).abs().max() < 0.03 and counts[3] == 0
+
+
+def test_seeds_and_weights_matter(run):
+    words = ["--prompts", "a list"]
+    first = continuations(run("first", *words))
+    assert continuations(run("again", *words)) == first
+    assert continuations(run("seed", *words, "--seed", 1)) != first
+    assert continuations(run("raw", *words, "--weights", "raw")) != first
+
+
+def test_thinking_steps_and_exits(run, deep, checkpoint):
+    words = ["--prompts", "a list", "--temperature", 0]
+    full = continuations(run("full", *words, "--exit_threshold", 0, of=deep))
+    assert continuations(run("four", *words, "--thinking_steps", 4, "--exit_threshold", 0, of=deep)) == full
+    assert continuations(run("one", *words, "--thinking_steps", 1, "--exit_threshold", 0, of=deep)) != full
+    # Every token leaves after the second step.
+    two = continuations(run("two", *words, "--thinking_steps", 2, "--exit_threshold", 0, of=deep))
+    assert continuations(run("exits", *words, "--exit_threshold", 1e9, of=deep)) == two
+    with pytest.raises(ValueError, match="--thinking_steps has no effect: the model has no recurrent core"):
+        run("flat", *words, "--thinking_steps", 2)
+
+
+def test_an_end_of_document_ends_the_text(checkpoint):
+    generator = TextGenerator.load(checkpoint)
+    end = generator.model.config.eos_token_id
+    assert generator.up_to_the_end(torch.tensor([5, 6, end, 7])) == [5, 6]
+    assert generator.up_to_the_end(torch.tensor([5, 6])) == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--checkpoint runs/x", "--prompts or --prompt_file are needed"),
+        ("--checkpoint runs/x --prompts a --n_beams 2", "it needs --temperature 0"),
+        ("--checkpoint runs/x --prompts a --temperature 0 --top_k 2", "--top_k has no effect"),
+        ("--checkpoint runs/x --prompts a --exit_threshold -0.5", "must be -1, 0 or above"),
+        ("--checkpoint runs/x --prompts a --top_p 0", "--top_p=0.0 must be > 0"),
+    ],
+)
+def test_flags_that_are_needed_or_have_no_effect(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse_arguments(GenerateTextArguments, words.split(), "")
+    assert message in capsys.readouterr().err
+
+
+def test_another_stage_and_an_empty_file_are_refused(run, picture_cache, tmp_path):
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match="has no line with text"):
+        run("out", "--prompt_file", tmp_path / "empty.txt")
+    vae = save_checkpoint(tmp_path / "image_vae" / "small", picture_cache)
+    with pytest.raises(ValueError, match="text is written by checkpoints of stage 'multimodal'"):
+        run("out", "--prompts", "a", of=vae)
