@@ -1,0 +1,74 @@
+"""Weights of transformers' `LlamaForCausalLM` under this model's names.  H query heads, G key groups, K head width.
+
+Three things differ: queries, keys and values come from one product here, gate and up projection too, and the rotary
+embedding turns neighbouring channels (0, 1), (2, 3), ..., where Llama turns channel i with channel i + K / 2.
+"""
+
+import re
+
+import torch
+from torch import Tensor
+
+from utils.configuration import MegaTransformerConfig
+
+# Llama's name within a layer, and ours; a layer's projections that are joined stand one behind the other.
+LAYER_NAMES = {
+    "input_layernorm": "attention_norms.pre_norm",
+    "self_attn.q_proj": "attention.qkv_proj",
+    "self_attn.k_proj": "attention.qkv_proj",
+    "self_attn.v_proj": "attention.qkv_proj",
+    "self_attn.o_proj": "attention.o_proj",
+    "post_attention_layernorm": "ffn_norms.pre_norm",
+    "mlp.gate_proj": "ffn.in_proj",
+    "mlp.up_proj": "ffn.in_proj",
+    "mlp.down_proj": "ffn.out_proj",
+}
+OTHER_NAMES = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+
+
+def rename_llama_weights(state_dict: dict[str, Tensor], config: MegaTransformerConfig) -> dict[str, Tensor]:
+    """A state dict for `MegaTransformerForCausalLM` with which it computes what the Llama model does.
+
+    Args:
+        state_dict: of `LlamaForCausalLM`, with or without `lm_head.weight` where embedding and head are tied.
+        config: of the model that gets the weights: main layers alone, pre norms, RMSNorm, SwiGLU, no QK-norm; sizes,
+            `rotary_theta` and `norm_eps` as Llama has them.
+    Raises:
+        ValueError: a name that Llama does not have, another number of layers, no head for a model that is not tied.
+    """
+    weights = {name: tensor for name, tensor in state_dict.items() if not name.endswith("rotary_emb.inv_freq")}
+    found = {name: weights[name] for name in OTHER_NAMES if name in weights}
+    if config.tie_word_embeddings:
+        found["lm_head.weight"] = found["model.embed_tokens.weight"]
+    if missing := [name for name in OTHER_NAMES if name not in found]:
+        raise ValueError(f"the Llama weights lack {missing}; tie_word_embeddings={config.tie_word_embeddings}")
+
+    layers: dict[int, dict[str, Tensor]] = {}
+    for name in weights.keys() - set(OTHER_NAMES):
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
+        if match is None or match[2] not in LAYER_NAMES:
+            raise ValueError(f"{name!r} is no weight of a LlamaForCausalLM")
+        layers.setdefault(int(match[1]), {})[f"{match[2]}.{match[3]}"] = weights[name]
+    if len(layers) != config.n_layers:
+        raise ValueError(f"n_layers={config.n_layers} must be {len(layers)}, as in the Llama weights")
+    for number, layer in layers.items():
+        found |= {f"model.main.layers.{number}.{name}": each for name, each in rename_layer(layer, config).items()}
+    return found
+
+
+def rename_layer(layer: dict[str, Tensor], config: MegaTransformerConfig) -> dict[str, Tensor]:
+    """The same within one layer."""
+    parts: dict[str, list[Tensor]] = {}
+    for theirs, ours in LAYER_NAMES.items():
+        for kind in ("weight", "bias"):
+            if (tensor := layer.get(f"{theirs}.{kind}")) is None:
+                continue
+            if theirs in ("self_attn.q_proj", "self_attn.k_proj"):
+                tensor = neighbouring_pairs(tensor, config.width_per_head)
+            parts.setdefault(f"{ours}.{kind}", []).append(tensor)
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+def neighbouring_pairs(rows: Tensor, width: int) -> Tensor:
+    """Rows of a query or key projection, (H K, ...), with channel i of each head at 2 i and i + K / 2 at 2 i + 1."""
+    return rows.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)
