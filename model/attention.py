@@ -4,6 +4,7 @@ B batch, L queries, S keys, D hidden, H query heads, G key/value groups, K head 
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,11 +18,18 @@ from model.norms import build_norm
 from model.positions import apply_rotary
 
 GATED = {"swiglu": F.silu, "geglu": F.gelu}
+
+
+def relu_squared(x: Tensor) -> Tensor:
+    """relu(x)^2 (arXiv 2109.08668)."""
+    return F.relu(x).square()
+
+
 ACTIVATIONS: dict[str, Any] = {
     "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
-    "relu_squared": lambda x: F.relu(x).square(),
+    "relu_squared": relu_squared,
     "silu": F.silu,
 }
 
@@ -57,6 +65,7 @@ class LayerInputs:
     Args:
         rotary: table of `rotary_table`, or None.
         mask: (B or 1, H or 1, L, S), bool or added to the scores; None: causal without a past, or a single query.
+        is_causal: whether the mask hides all keys behind the query.
         cache: keys and values of the past, or None.
         weights: list that collects the attention weights of each layer; None: not wanted.
         states: list that collects what each layer reads; None: not wanted.
@@ -64,6 +73,7 @@ class LayerInputs:
 
     rotary: Tensor | None = None
     mask: Tensor | None = None
+    is_causal: bool = True
     cache: Cache | None = None
     weights: list[Tensor] | None = None
     states: list[Tensor] | None = None
@@ -123,7 +133,7 @@ class MegaTransformerSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_heads, self.n_groups, self.head_width = config.n_heads, config.groups, config.width_per_head
-        self.implementation, self.dropout = config._attn_implementation, config.attention_dropout
+        self.config, self.dropout = config, config.attention_dropout
         n_projected = (self.n_heads + 2 * self.n_groups) * self.head_width
         self.qkv_proj = Linear(config.hidden_size, n_projected, bias=config.use_attention_bias)
         self.o_proj = OutputLinear(self.n_heads * self.head_width, config.hidden_size, bias=config.use_attention_bias)
@@ -155,13 +165,13 @@ class MegaTransformerSelfAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, shared: LayerInputs) -> Tensor:
         """Args: q: (B, L, H, K); k, v: (B, G, S, K). Returns: the heads' outputs side by side, (B, L, H K)."""
         q, mask, dropout = q.transpose(1, 2), shared.mask, self.dropout if self.training else 0.0
-        if self.implementation == "eager":
+        if self.config._attn_implementation == "eager":
             # A single query sees all keys.
             seen = mask if mask is not None or q.shape[2] > 1 else q.new_ones(1, k.shape[2], dtype=torch.bool)
             out, weights = eager_attention(q, k, v, seen, dropout)
             if shared.weights is not None:
                 shared.weights.append(weights)
-        elif is_blockwise_faster(q, k, mask, dropout):
+        elif shared.is_causal and is_blockwise_faster(q, k, mask, dropout):
             out = causal_attention(q, k, v, mask)
         else:
             is_causal = True if mask is None and q.shape[2] > 1 else False  # noqa: SIM210 - a plain bool for compilers

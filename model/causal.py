@@ -181,10 +181,21 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None and not self.training:
             past_key_values = KeyValueCache()
-        n_steps = 0 if self.core is None else self.choose_steps(n_thinking_steps, past_key_values)
+        thinking = {
+            "n_thinking_steps": n_thinking_steps,
+            "n_backprop_steps": n_backprop_steps,
+            "initial_state": initial_state,
+            "exit_threshold": exit_threshold,
+        }
+        threshold, n_steps = self.check_thinking(thinking), 0
+        if self.core is not None:
+            n_steps = self.choose_steps(n_thinking_steps)
+            self.check_past(past_key_values, n_steps, threshold)
         shared, positions = self.share(x, attention_mask, position_ids, segment_ids, past_key_values)
         shared.states = [] if self.wants("output_hidden_states", output_hidden_states) else None
         shared.weights = [] if self.wants("output_attentions", output_attentions) else None
+        if threshold and (shared.states is not None or shared.weights is not None):
+            raise ValueError("hidden states and attentions are not kept with early exits; pass exit_threshold=0")
         if shared.weights is not None and self.config._attn_implementation != "eager":
             raise ValueError('output_attentions needs attn_implementation="eager": other kernels keep no weights')
 
@@ -204,8 +215,8 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         if self.core is None:
             x = self.coda(x, shared, first_slot)
         else:
-            thinking = (n_steps, n_backprop_steps, initial_state, exit_threshold)
-            x, steps = self.think(x, shared, first_slot, attention_mask, thinking, predict)
+            schedule = (n_steps, n_backprop_steps, initial_state, threshold)
+            x, steps = self.think(x, shared, first_slot, attention_mask, schedule, predict)
         hidden = self.norm(x)
         if shared.states is not None:
             shared.states.append(hidden)
@@ -237,7 +248,11 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         # Keys that a query may not see, and biases.
         n_keys = L if cache is None else cache.get_mask_sizes(L, 0)[0]
         is_static = cache is not None and cache.is_compileable
-        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 4 else None
+        mask, is_causal = None, True
+        if attention_mask is not None and attention_mask.ndim == 4:
+            mask, is_causal, attention_mask = attention_mask, False, None
+            if segment_ids is not None:
+                mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
         is_padded = attention_mask is not None and (torch.compiler.is_compiling() or not attention_mask.bool().all())
         has_past = L > 1 and n_keys > L
         if mask is None and (is_padded or segment_ids is not None or is_static or has_past):
@@ -249,16 +264,15 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
             bias = alibi_bias(self.config.n_heads, queries[None], keys[None])
             mask = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
         rotary = rotary_table(self.frequencies, positions) if self.config.use_rotary_embedding else None
-        return LayerInputs(rotary, mask, cache), positions
+        return LayerInputs(rotary, mask, is_causal, cache), positions
 
-    def think(self, x, shared, first_slot, attention_mask, thinking, predict) -> tuple[Tensor, Tensor]:
+    def think(self, x, shared, first_slot, attention_mask, schedule, predict) -> tuple[Tensor, Tensor]:
         """Core and coda; returns the coda's output (B, L, D) and the steps taken (B, L)."""
-        n_steps, n_backprop_steps, noise, threshold = thinking
+        n_steps, n_backprop_steps, noise, threshold = schedule
         config, core = self.config, self.core
-        threshold = self.exit_threshold(threshold)
         last_slot = core.slot(n_steps - 1, first_slot) + len(core.layers)
         if not threshold:
-            n_backprop_steps = n_backprop_steps or config.recurrent_backprop_steps
+            n_backprop_steps = config.recurrent_backprop_steps if n_backprop_steps is None else n_backprop_steps
             state = core(x, shared, first_slot, n_steps, n_backprop_steps, noise)
             return self.coda(state, shared, last_slot), torch.full(x.shape[:2], n_steps, device=x.device)
         is_token = None
@@ -266,42 +280,67 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
             is_token = attention_mask[:, -x.shape[1] :].bool()
         if config.recurrent_exit_criterion == "kl" and predict is None:
             raise ValueError('recurrent_exit_criterion="kl" compares predictions, which this model has no head for')
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise ValueError("early exits have no gradient: use torch.no_grad(), or pass exit_threshold=0")
         arguments = (x, shared, first_slot, n_steps, threshold, self.coda)
         out, steps = core.forward_until_exit(
             *arguments, lambda hidden: predict(self.norm(hidden)).float().log_softmax(-1), is_token
         )
         return out if config.recurrent_exit_criterion == "kl" else self.coda(out, shared, last_slot), steps
 
-    def exit_threshold(self, given: float | None) -> float:
-        """The threshold of exits in force, 0 where there are none: in training, and without a criterion."""
-        criterion = self.config.recurrent_exit_criterion
-        if given and criterion == "none":
-            raise ValueError(f"exit_threshold={given} has no effect with recurrent_exit_criterion='none'")
-        if self.training or criterion == "none":
-            return 0.0
-        return self.config.recurrent_exit_criteria_threshold if given is None else given
+    def check_thinking(self, given: dict[str, Any]) -> float:
+        """The threshold of exits in force, 0 where there are none: in training, and without a criterion.
 
-    def choose_steps(self, given: int | None, cache: Cache | None) -> int:
+        Raises: ValueError: an argument has no effect on this model.
+        """
+        config, threshold = self.config, given["exit_threshold"]
+        for name, value in given.items():
+            if self.core is None and value is not None:
+                raise ValueError(f"{name} has no effect: n_recurrent_layers=0, this model has no recurrent core")
+        if given["initial_state"] is not None and config.recurrent_state_initialization != "normal":
+            kind = config.recurrent_state_initialization
+            raise ValueError(f"initial_state has no effect with recurrent_state_initialization={kind!r}")
+        if given["n_backprop_steps"] is not None and given["n_backprop_steps"] < 1:
+            raise ValueError(f"n_backprop_steps={given['n_backprop_steps']} must be >= 1")
+        if threshold and config.recurrent_exit_criterion == "none":
+            raise ValueError(f"exit_threshold={threshold} has no effect with recurrent_exit_criterion='none'")
+        if self.core is None or self.training or config.recurrent_exit_criterion == "none":
+            return 0.0
+        return config.recurrent_exit_criteria_threshold if threshold is None else threshold
+
+    def choose_steps(self, given: int | None) -> int:
         """The number of thinking steps, or the most where exits are on.
 
-        Raises: ValueError: more steps than there are slots, or a past that has thought fewer steps than are asked for.
+        Raises: ValueError: more steps than `recurrent_max_thinking_steps`.
         """
         config, steps = self.config, given
         if steps is None and self.training:
             steps = sample_thinking_steps(config, np.random.default_rng(int(torch.randint(2**31, ()))))
-        steps = steps or config.recurrent_test_thinking_steps or config.recurrent_mean_thinking_steps
+        if steps is None:
+            steps = config.recurrent_test_thinking_steps or config.recurrent_mean_thinking_steps
         if not 1 <= steps <= config.recurrent_max_thinking_steps:
             limit = config.recurrent_max_thinking_steps
             raise ValueError(f"n_thinking_steps={steps} must be from 1 to recurrent_max_thinking_steps={limit}")
-        if isinstance(cache, KeyValueCache):
-            last = min(steps, config.recurrent_cache_steps or steps) - 1
-            slot = self.core.slot(last, config.n_prelude_layers + config.n_layers)
-            if (past := cache.get_seq_length()) != (found := cache.get_seq_length(slot)):
-                raise ValueError(
-                    f"the cache holds {past} tokens, but {found} of them at thinking step {last + 1}: go on with as "
-                    "many steps as the past was computed with"
-                )
         return steps
+
+    def check_past(self, cache: Cache | None, n_steps: int, threshold: float) -> None:
+        """Raises: ValueError: the past lacks keys and values of a step that this call reads."""
+        config, core = self.config, self.core
+        if cache is None or cache.is_compileable or (past := cache.get_seq_length()) == 0:
+            return
+        first_slot = config.n_prelude_layers + config.n_layers
+        slots = [core.slot(step, first_slot) for step in range(min(n_steps, config.recurrent_cache_steps or n_steps))]
+        if config.n_coda_layers:
+            by_prediction = threshold and config.recurrent_exit_criterion == "kl"
+            first = min(config.recurrent_exit_min_steps, n_steps) - 2 if by_prediction else n_steps - 1
+            slots += [core.slot(step, first_slot) + len(core.layers) for step in range(max(first, 0), n_steps)]
+        for slot in slots:
+            if (found := cache.get_seq_length(slot)) != past:
+                raise ValueError(
+                    f"the cache holds {past} tokens, but only {found} of them in slot {slot}, which "
+                    f"{n_steps} thinking steps {'with' if threshold else 'without'} exits read: go on with as many "
+                    "steps, and with exits or without, as the past was computed with"
+                )
 
 
 class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin):
@@ -343,8 +382,10 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
     ) -> CausalOutput | tuple:
         """Args:
             input_ids: (B, L) tokens; or `inputs_embeds`, (B, L, D).
-            attention_mask: (B, S), 1 where there is a token, for the past as well; or ready, (B, 1, L, S) bool.
-            position_ids: (B, L); default: counted from the mask, or from each document's beginning.
+            attention_mask: (B, S), 1 where there is a token, for the past as well; or ready, (B, 1, L, S) bool, causal
+                or not.
+            position_ids: (B, L), for rotary, sinusoidal and learned positions (ALiBi counts tokens); default: counted
+                from the mask, or from each document's beginning.
             segment_ids: (B, L), equal numbers are the same document; tokens see their own document alone.
             past_key_values: cache of what came before; written to.
             labels: (B, L), the tokens themselves (they are shifted here), -100 where there is no target.
@@ -353,7 +394,8 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
                 `recurrent_test_thinking_steps`.
             n_backprop_steps: the last steps, which are differentiated; default: `recurrent_backprop_steps`.
             initial_state: standard normal noise for `recurrent_state_initialization="normal"`, (B, L, D).
-            exit_threshold: instead of `recurrent_exit_criteria_threshold`; 0: no exits.
+            exit_threshold: instead of `recurrent_exit_criteria_threshold`; 0: no exits. Exits are for inference: they
+                need `torch.no_grad()`.
             logits_to_keep: only the last so many positions, or those indices, get logits; 0: all.
         Raises:
             ValueError: arguments that contradict each other or the configuration.

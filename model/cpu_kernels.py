@@ -113,9 +113,12 @@ blockwise_attention.register_autograd(differentiate, setup_context=remember)
 
 
 def is_blockwise_faster(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> bool:
-    """Whether `blockwise_attention` can and should do the work: on a CPU, whole sequences, masks of keys alone."""
-    is_whole = q.device.type == "cpu" and q.shape[2] == k.shape[2] and q.shape[2] >= BLOCK // 2
-    return is_whole and dropout == 0 and (mask is None or (mask.dtype == torch.bool and mask.shape[1] == 1))
+    """Whether `blockwise_attention` can and should do the work: on a CPU, whole sequences, causal masks without
+    biases."""
+    L = q.shape[2]
+    if q.device.type != "cpu" or dropout > 0 or k.shape[2] != L or L < BLOCK // 2:
+        return False
+    return mask is None or (mask.dtype == torch.bool and mask.shape[1:] == (1, L, L))
 
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

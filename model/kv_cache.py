@@ -5,6 +5,7 @@ token. Here each slot owns a buffer with room to spare, so that a token costs on
 attention layer, of a recurrent core to one layer at one step.
 """
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -19,12 +20,13 @@ class GrowingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Append keys and values, (B, G, L, K) each; returns all of them, (B, G, S + L, K)."""
         if key_states.requires_grad:
+            self.buffers = None
             return super().update(key_states, value_states)  # Writing in place would break the backward pass.
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         length = self.get_seq_length()
         end = length + key_states.shape[-2]
-        if self.buffers is None or self.buffers[0].shape[-2] < end:
+        if self.buffers is None or self.buffers[0].shape[-2] < end or self.is_frozen():
             self.buffers = tuple(
                 move(old, new, length, end)
                 for old, new in ((self.keys, key_states), (self.values, value_states))  # type: ignore[assignment]
@@ -34,6 +36,15 @@ class GrowingLayer(DynamicLayer):
         values[:, :, length:end] = value_states
         self.keys, self.values = keys[:, :, :end], values[:, :, :end]
         return self.keys, self.values
+
+    def is_frozen(self) -> bool:
+        """Whether the buffers come from inference mode, outside of which they cannot be written."""
+        return self.buffers is not None and self.buffers[0].is_inference() and not torch.is_inference_mode_enabled()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens, as assisted generation does; slots that were never written stay empty."""
+        if self.get_seq_length():
+            super().crop(tokens_to_remove)
 
     def reset(self) -> None:
         """Forget everything."""

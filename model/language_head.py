@@ -16,13 +16,12 @@ class LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, scale, z_weight, chunk_size):  # type: ignore[override]
+    def forward(ctx, hidden, weight, targets, scale, z_weight, chunk_size, wants_gradient):  # type: ignore[override]
         """Args: hidden (N, D), weight (V, D), targets (N,), scale: what each token's loss is multiplied with (0-dim).
 
         Returns: loss, scale x sum of nats + z_weight x squares of the log-denominators; nats (N,); the latter's sum.
         """
         nats, squares = torch.zeros(len(hidden), device=hidden.device), torch.zeros((), device=hidden.device)
-        wants_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden) if wants_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None
         for start in range(0, len(hidden), chunk_size):
@@ -38,7 +37,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             factor = counts * scale
             logits.sub_(lse[:, None]).exp_()
             logits.mul_((factor * (1 + 2 * z_weight * lse))[:, None])
-            logits.scatter_add_(1, target, -factor[:, None])
+            logits = logits.scatter_add_(1, target, -factor[:, None]).to(part.dtype)
             grad_hidden[start : start + chunk_size] = F.linear(logits, weight.t())
             grad_weight.add_(F.linear(logits.t(), part.t()))
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -48,7 +47,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None, None
+        return grad_hidden * grad, grad_weight * grad, None, None, None, None, None
 
 
 class LanguageModelHead(Linear):
@@ -78,7 +77,7 @@ class LanguageModelHead(Linear):
         scale = 1.0 / torch.as_tensor(n_targets, dtype=torch.float32, device=hidden.device)
         if self.chunk_size and not torch.compiler.is_compiling():
             rows = hidden.flatten(0, -2), self.weight, targets.flatten(), scale, self.z_loss_weight, self.chunk_size
-            loss, nats, squares = LinearCrossEntropy.apply(*rows)  # type: ignore[misc]
+            loss, nats, squares = LinearCrossEntropy.apply(*rows, torch.is_grad_enabled())  # type: ignore[misc]
             return loss, nats.view(targets.shape), squares * scale, None
         logits = super().forward(hidden)
         rows = logits.float().flatten(0, -2)

@@ -51,8 +51,8 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     """
     width = 2 * table.shape[-2]
     if width < x.shape[-1]:
-        return torch.cat([apply_rotary(x[..., :width], table), x[..., width:]], dim=-1)
-    pairs = x.float().view(*x.shape[:-1], -1, 2)
+        return torch.cat([apply_rotary(x[..., :width].contiguous(), table), x[..., width:]], dim=-1)
+    pairs = x.float().view(*x.shape[:-1], width // 2, 2)
     if torch.compiler.is_compiling():  # Compilers do not fuse complex numbers.
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)

@@ -69,7 +69,7 @@ class LinearAdapter(nn.Module):
 
     def forward(self, state: Tensor, x: Tensor) -> Tensor:
         """(..., D), (..., D) -> (..., D)."""
-        return self.proj(torch.cat([state, x], dim=-1))
+        return self.proj(torch.cat([state, x], dim=-1)).to(x.dtype)
 
 
 ADAPTERS = {"sum": SumAdapter, "gate": GateAdapter, "linear": LinearAdapter}

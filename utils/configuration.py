@@ -462,6 +462,8 @@ class MegaTransformerConfig(StrictConfig):
         steps = self.recurrent_test_thinking_steps or mean
         is_reached = self.recurrent_exit_criterion == "none" or self.recurrent_exit_min_steps <= steps
         self.expect(is_reached, "recurrent_exit_min_steps", f"must be <= {steps}, the steps of generation")
+        is_early = self.recurrent_exit_criterion == "kl" and self.recurrent_exit_min_steps < 2
+        self.expect(not is_early, "recurrent_exit_min_steps", "must be >= 2 with recurrent_exit_criterion='kl'")
         is_exact = self.recurrent_cache_steps is None or self.recurrent_exit_criterion != "kl"
         self.expect(is_exact, "recurrent_cache_steps", "must be None with recurrent_exit_criterion='kl'")
 

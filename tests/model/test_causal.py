@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -212,7 +213,7 @@ def test_steps_that_share_slots_are_exact_with_enough_of_them_and_smaller_with_f
 def test_a_cache_with_fewer_steps_is_refused():
     model, ids, cache = build(**RECURRENT), tokens(), KeyValueCache()
     model(input_ids=ids, past_key_values=cache, n_thinking_steps=2)
-    with pytest.raises(ValueError, match="holds 12 tokens, but 0 of them at thinking step 4"):
+    with pytest.raises(ValueError, match="holds 12 tokens, but only 0 of them in slot 7, which 4 thinking steps"):
         model(input_ids=ids, past_key_values=cache, n_thinking_steps=4)
     with pytest.raises(ValueError, match="n_thinking_steps=9 must be from 1 to recurrent_max_thinking_steps=8"):
         model(input_ids=ids, n_thinking_steps=9)
@@ -307,6 +308,83 @@ def test_unequal_micro_batches_add_up_to_the_batch():
         assert (parameter.grad - whole[name]).abs().max() <= 1e-6
 
 
+@torch.no_grad()
+def test_ready_masks_may_look_ahead_and_meet_segments():
+    ids = tokens(B=1, L=200)
+    mask = torch.ones(200, 200, dtype=torch.bool).tril()
+    mask[:150, :150] = True
+    logits = []
+    for implementation in ("sdpa", "eager"):
+        model = build(**FLAT)
+        model.set_attn_implementation(implementation)
+        logits.append(model(input_ids=ids, attention_mask=mask[None, None]).logits)
+    assert (logits[0] - logits[1]).abs().max() <= 1e-5
+    assert not torch.allclose(logits[0], model(input_ids=ids).logits, atol=1e-3)
+    segments = (torch.arange(200) >= 60).long()[None]
+    apart = model(input_ids=ids, attention_mask=mask[None, None], segment_ids=segments).logits
+    assert not torch.allclose(apart[:, 60:], logits[0][:, 60:], atol=1e-3)
+    assert len(model(input_ids=ids, output_attentions=True).attentions) == 2
+
+
+def test_a_cache_outlives_changes_of_gradient_mode():
+    model, ids, cache = build(**FLAT), tokens(), KeyValueCache()
+    with torch.inference_mode():
+        parts = [model(input_ids=ids[:, :4], past_key_values=cache).logits.clone()]
+    with torch.no_grad():
+        parts.append(model(input_ids=ids[:, 4:5], past_key_values=cache).logits)
+    parts.append(model(input_ids=ids[:, 5:8], past_key_values=cache).logits.detach())
+    with torch.no_grad():
+        parts.append(model(input_ids=ids[:, 8:], past_key_values=cache).logits)
+        assert (torch.cat(parts, dim=1) - model(input_ids=ids).logits).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_assisted_generation_equals_greedy(depth):
+    model, ids = build(**DEPTHS[depth]), tokens(B=1)
+    ids = torch.cat([ids, ids], dim=1)
+    greedy = model.generate(ids, max_new_tokens=8, do_sample=False)
+    assert torch.equal(greedy, model.generate(ids, max_new_tokens=8, do_sample=False, prompt_lookup_num_tokens=3))
+
+
+@torch.no_grad()
+def test_exits_in_corner_cases():
+    model, ids = build(**RECURRENT, recurrent_exit_criterion="kl"), tokens()
+    assert model(input_ids=ids, attention_mask=torch.zeros_like(ids)).thinking_steps.max() == 0
+    one = model(input_ids=ids, n_thinking_steps=1)
+    assert (one.logits - model(input_ids=ids, n_thinking_steps=1, exit_threshold=0.0).logits).abs().max() <= 1e-5
+    cache = KeyValueCache()
+    model(input_ids=ids, past_key_values=cache, exit_threshold=0.0)
+    with pytest.raises(ValueError, match="3 thinking steps with exits read"):
+        model(input_ids=ids, past_key_values=cache)
+    with torch.enable_grad(), pytest.raises(ValueError, match="no_grad"):
+        model(input_ids=ids)
+    with pytest.raises(ValueError, match="not kept with early exits"):
+        model(input_ids=ids, output_hidden_states=True)
+
+
+@pytest.mark.parametrize("fields", [{"ffn_activation": "gelu_tanh"}, {"ffn_activation": "relu_squared"}])
+def test_models_are_pickled_and_copied(fields):
+    model = build(**FLAT, **fields)
+    for other in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        assert torch.equal(other(input_ids=tokens()).logits, model(input_ids=tokens()).logits)
+
+
+def test_chunked_loss_of_bf16_weights_and_without_gradient():
+    ids, model = tokens(), build(**FLAT, loss_chunk_size=5).bfloat16()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    assert loss.dtype == torch.float32 and model.lm_head.weight.grad.dtype == torch.bfloat16
+    with torch.no_grad():
+        assert model(input_ids=ids, labels=ids).loss.item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_odd_heads_rotate_in_part():
+    ids = tokens()
+    model = build(hidden_size=20, rotary_fraction=0.8, n_layers=1)
+    assert (in_pieces(model, ids, [5, 7]) - model(input_ids=ids).logits).abs().max() <= 1e-5
+
+
 def test_wrong_arguments_are_refused():
     ids = tokens()
     with pytest.raises(ValueError, match="either input_ids or inputs_embeds"):
@@ -315,6 +393,12 @@ def test_wrong_arguments_are_refused():
         build(**FLAT)(input_ids=ids, segment_ids=ids, past_key_values=KeyValueCache())
     with pytest.raises(ValueError, match=r"exit_threshold=0\.1 has no effect"):
         build(**RECURRENT)(input_ids=ids, exit_threshold=0.1)
+    with pytest.raises(ValueError, match="n_thinking_steps has no effect"):
+        build(**FLAT)(input_ids=ids, n_thinking_steps=2)
+    with pytest.raises(ValueError, match="n_thinking_steps=0 must be from 1"):
+        build(**RECURRENT)(input_ids=ids, n_thinking_steps=0)
+    with pytest.raises(ValueError, match="initial_state has no effect"):
+        build(**RECURRENT)(input_ids=ids, initial_state=torch.zeros(2, 12, 32))
     with pytest.raises(ValueError, match="eager"):
         build(**FLAT)(input_ids=ids, output_attentions=True)
     with pytest.raises(ValueError, match="modalities"):
