@@ -32,10 +32,13 @@ check: install  ## lint and types, changes nothing
 
 bench: install  ## side by side with peers; see benchmarks/README.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	# litgpt asks for an older huggingface_hub than transformers; what is compared here runs with the newer one.
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "litgpt>=0.5.13,<0.6"
 	$(BIN)/python benchmarks/image_vae.py
 	$(BIN)/python benchmarks/diffusion.py
 	$(BIN)/python benchmarks/vocoder.py
 	$(BIN)/python benchmarks/audio_vae.py
+	$(BIN)/python benchmarks/transformer.py
 
 tensorboard: install  ## pictures, losses and metrics of all runs
 	$(BIN)/tensorboard --logdir runs

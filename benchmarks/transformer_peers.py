@@ -1,0 +1,158 @@
+"""The causal transformers that ours is compared with, in one shape, with random weights and one interface.
+
+transformers' `LlamaForCausalLM`, litgpt's `GPT` and x-transformers' `TransformerWrapper`: each trains with its own
+loss and generates with its own function.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+from model.causal import MegaTransformerForCausalLM
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Sizes that all sides share: rotary embedding, RMSNorm in front of the branches, SwiGLU, no biases."""
+
+    hidden_size: int = 256
+    n_layers: int = 8
+    n_heads: int = 8
+    n_query_groups: int = 8
+    intermediate_size: int = 704
+    vocab_size: int = 4096
+    is_tied: bool = False
+    max_length: int = 2048
+
+
+class Ours:
+    """MegaTransformerForCausalLM; the loss in chunks of 512 tokens, so that it returns no logits."""
+
+    def __init__(self, shape: Shape, **overrides):
+        sizes = dataclasses.asdict(shape)
+        tied, length = sizes.pop("is_tied"), sizes.pop("max_length")
+        sizes |= {"tie_word_embeddings": tied, "max_position_embeddings": length, "loss_chunk_size": 512, **overrides}
+        self.model: nn.Module = MegaTransformerForCausalLM.from_preset("llama-8m", **sizes)
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The layers, compiled one by one."""
+        return self.model.model.main.layers
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Mean cross-entropy of tokens (B, L)."""
+        return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
+
+    def generate(self, prompt: Tensor, mask: Tensor, n_new: int) -> Tensor:
+        """Greedy tokens behind prompts (B, L), with their mask: (B, L + n_new)."""
+        settings = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False, "pad_token_id": 0}
+        return self.model.generate(prompt, attention_mask=mask, **settings)
+
+
+class Llama(Ours):
+    """transformers' LlamaForCausalLM with scaled_dot_product_attention; it returns all logits beside the loss."""
+
+    def __init__(self, shape: Shape):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        config = LlamaConfig(
+            hidden_size=shape.hidden_size,
+            num_hidden_layers=shape.n_layers,
+            num_attention_heads=shape.n_heads,
+            num_key_value_heads=shape.n_query_groups,
+            intermediate_size=shape.intermediate_size,
+            vocab_size=shape.vocab_size,
+            tie_word_embeddings=shape.is_tied,
+            max_position_embeddings=shape.max_length,
+            attn_implementation="sdpa",
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+        self.model = LlamaForCausalLM(config)
+
+    def blocks(self):
+        return self.model.model.layers
+
+
+class LitGPT:
+    """litgpt's GPT with the loss of its pretraining script and the function `generate` of its command line."""
+
+    def __init__(self, shape: Shape):
+        from litgpt.config import Config
+        from litgpt.model import GPT
+
+        config = Config(
+            name="peer",
+            block_size=shape.max_length,
+            vocab_size=shape.vocab_size,
+            padded_vocab_size=shape.vocab_size,
+            n_layer=shape.n_layers,
+            n_head=shape.n_heads,
+            n_query_groups=shape.n_query_groups,
+            n_embd=shape.hidden_size,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
+            intermediate_size=shape.intermediate_size,
+        )
+        assert not shape.is_tied, "litgpt ties no weights"
+        self.model = GPT(config)
+
+    def blocks(self):
+        return self.model.transformer.h
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        from litgpt.utils import chunked_cross_entropy
+
+        return chunked_cross_entropy(self.model(tokens)[:, :-1], tokens[:, 1:], chunk_size=0)
+
+    def generate(self, prompt: Tensor, mask: Tensor, n_new: int) -> Tensor:
+        from litgpt.generate.base import generate
+
+        length = prompt.shape[1] + n_new
+        if self.model.mask_cache is None:
+            self.model.set_kv_cache(batch_size=1, max_seq_length=length)
+        for block in self.model.transformer.h:
+            block.attn.kv_cache.reset_parameters()
+        with torch.inference_mode():
+            return generate(self.model, prompt[0], length, temperature=0.0)[None]
+
+
+class XTransformers:
+    """x-transformers' TransformerWrapper and AutoregressiveWrapper, attention through PyTorch's fused kernel."""
+
+    def __init__(self, shape: Shape):
+        from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
+
+        assert not shape.is_tied and shape.n_query_groups == shape.n_heads, "not set up here"
+        layers = Decoder(
+            dim=shape.hidden_size,
+            depth=shape.n_layers,
+            heads=shape.n_heads,
+            attn_dim_head=shape.hidden_size // shape.n_heads,
+            attn_flash=True,
+            rotary_pos_emb=True,
+            use_rmsnorm=True,
+            ff_mult=shape.intermediate_size / shape.hidden_size,
+            ff_swish=True,
+            ff_glu=True,
+            ff_no_bias=True,
+        )
+        sizes = {"num_tokens": shape.vocab_size, "max_seq_len": shape.max_length, "use_abs_pos_emb": False}
+        self.model = AutoregressiveWrapper(TransformerWrapper(attn_layers=layers, **sizes))
+
+    def blocks(self):
+        return [layer[1] for layer in self.model.net.attn_layers.layers]
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        return self.model(tokens)
+
+    def generate(self, prompt: Tensor, mask: Tensor, n_new: int) -> Tensor:
+        new = self.model.generate(prompt, n_new, temperature=0.0, cache_kv=True)
+        return torch.cat([prompt, new], dim=1)
+
+
+SIDES: dict[str, Callable] = {"ours": Ours, "llama": Llama, "litgpt": LitGPT, "x-transformers": XTransformers}
