@@ -31,6 +31,9 @@ class MultimodalArguments(TextArguments, StageArguments):
 
     include_modes: list[Literal["text", "audio", "image"]] = option(["text"], "what the stream holds; text so far")
 
+    learning_rate: float = option(6e-4, "peak learning rate of AdamW", gt=0)
+    num_train_epochs: float = option(1.0, "passes over the training set; ignored where max_steps is given", gt=0)
+
     # The recurrent core in training.
     recurrent_steps_per_rank: bool = option(False, "every process draws its own number of thinking steps")
     recurrent_curriculum: float = option(

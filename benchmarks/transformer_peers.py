@@ -38,7 +38,7 @@ class Ours:
 
     def blocks(self) -> Iterable[nn.Module]:
         """The layers, compiled one by one."""
-        return self.model.model.main.layers
+        return self.model.get_submodule("model.main.layers").children()
 
     def loss(self, tokens: Tensor) -> Tensor:
         """Mean cross-entropy of tokens (B, L)."""

@@ -15,17 +15,19 @@ import hashlib
 import json
 import logging
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dataset_loading.sources import choose_split, find_splits, read_licence, walk
+from dataset_loading.sources import SPLIT_NAMES, choose_split, find_splits, read_licence, walk
+from dataset_loading.text_digests import Digests
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "python-topics"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
+EMPTY = "empty"  # The problem of a document that is blank, which is no mistake of the source.
 CELL_BYTES = 1 << 30  # The csv module refuses cells above 128 KiB by default.
 SEPARATORS = (b"\n\n", b"\n\r\n", b"\n", b" ")  # Where a long document is cut: the first that is found.
 
@@ -47,14 +49,23 @@ class TextSource:
         identity: name and, for what is on this machine, a hash of the contents.
         licence: the first line of its licence, `""` where unknown.
         read: begins to read from the start.
+        splits: names of all splits that the same file, folder or hub data set has; none where there are no splits.
     """
 
     identity: str
     licence: str
     read: Callable[[], Iterator[Document]]
+    splits: Sequence[str] = ()
 
 
-def open_text(name: str, *, text_column: str = "text", config: str = "", split: str = "train") -> TextSource:
+def open_text(
+    name: str,
+    *,
+    text_column: str = "text",
+    config: str = "",
+    split: str = "train",
+    digests: Digests | None = None,
+) -> TextSource:
     """Open a source of documents.
 
     Args:
@@ -62,6 +73,7 @@ def open_text(name: str, *, text_column: str = "text", config: str = "", split: 
         text_column: column with the text in tables and hub data sets.
         config: configuration of a hub data set.
         split: split of a hub data set, or of a folder that has `train/`, `validation/`, ...
+        digests: hashes of files that an earlier start remembered.
     Raises:
         FileNotFoundError: there is nothing, or nothing that is known as text; the message lists the endings.
         ValueError: the split or the column does not exist; the message lists what exists.
@@ -80,9 +92,20 @@ def open_text(name: str, *, text_column: str = "text", config: str = "", split: 
     root = path if path.is_dir() else path.parent
     for file in files:
         check_column(file, text_column)
-    digest = digest_files(root, files)
-    licence = read_licence(path)
-    return TextSource(f"{path.resolve().name}@{digest}", licence, lambda: read_files(root, files, text_column))
+    digest = digest_files(root, files, digests or Digests())
+    splits = (
+        [one for one in find_splits(path, known) if one == split or list_files(path, one)] if path.is_dir() else []
+    )
+    return TextSource(
+        f"{path.resolve().name}@{digest}", read_licence(path), lambda: read_files(root, files, text_column), splits
+    )
+
+
+def own_validation(source: TextSource, split: str) -> str:
+    """The validation split (or valid, val, dev) beside the split that is trained on, `""` where there is none."""
+    trained = {part.strip().partition("[")[0] for part in split.split("+")}  # Such as train[:10%]+test.
+    found = [one for one in source.splits if SPLIT_NAMES.get(one.lower()) == "validation"]
+    return "" if not found or trained & set(found) else found[0]
 
 
 def list_files(folder: Path, split: str) -> list[Path]:
@@ -104,12 +127,10 @@ def list_files(folder: Path, split: str) -> list[Path]:
     return tables or texts
 
 
-def digest_files(root: Path, files: list[Path]) -> str:
+def digest_files(root: Path, files: list[Path], digests: Digests) -> str:
     """A hash of the names and contents of files, 16 hexadecimal digits."""
     digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as opened:
-            content = hashlib.file_digest(opened, "sha256").hexdigest()
+    for file, content in zip(files, digests.of(files)):
         digest.update(f"{name_of(root, file)}\n{content}\n".encode())
     return digest.hexdigest()[:16]
 
@@ -159,7 +180,7 @@ def document(key: str, value: Any) -> Document:
     if not isinstance(value, str):
         return Document(key, "", str(value) if isinstance(value, Exception) else f"no text but {value!r:.40}")
     if not value.strip():
-        return Document(key, "", "empty")
+        return Document(key, "", EMPTY)
     try:
         value.encode()
     except UnicodeEncodeError as error:  # Lone surrogates; those of a .jsonl or .csv file stand for bytes.
@@ -217,12 +238,14 @@ def open_hub(name: str, text_column: str, config: str, split: str) -> TextSource
 
     try:
         rows = datasets.load_dataset(name, config or None, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it is a script.
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
             f"{name!r} is no local file or folder, and the datasets package cannot load its split {split!r}: {reason}"
         ) from error
-    return from_rows(rows, f"{name}{f'/{config}' if config else ''}:{split}", text_column)
+    fingerprint = getattr(rows, "_fingerprint", "")  # Of name, configuration, split and the revision on the hub.
+    identity = f"{name}{f'/{config}' if config else ''}:{split}{fingerprint and f'@{fingerprint}'}"
+    return from_rows(rows, identity, text_column)
 
 
 def from_rows(rows: Any, identity: str, text_column: str) -> TextSource:
@@ -236,7 +259,7 @@ def from_rows(rows: Any, identity: str, text_column: str) -> TextSource:
         for number, row in enumerate(rows):
             yield document(f"{number}", row[text_column])
 
-    return TextSource(identity, rows.info.license or "", read)
+    return TextSource(identity, rows.info.license or "", read, list(rows.info.splits or ()))
 
 
 def open_topics() -> TextSource:

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from dataset_loading.text_sources import Document, TextSource, cut_document
+from dataset_loading.text_sources import EMPTY, Document, TextSource, cut_document
 
 logger = logging.getLogger(__name__)
 
 FEWEST_DOCUMENTS = 10  # In the validation split, else long documents are cut.
 SAMPLE_PART_BYTES = 8192
+REPORTED = 1000  # Broken documents that are listed.
 
 
 @dataclasses.dataclass
@@ -37,14 +38,20 @@ class Survey:
 
     Attributes:
         is_cut: whether long documents are cut.
-        n_read: documents or parts of them, the broken ones included.
-        broken: those without text, with the reason.
+        n_read: documents or parts of them, those that are left out included.
+        n_empty: those that are blank.
+        n_broken: those that cannot be read, or are no text.
+        broken: the first thousand of these, with the reason.
+        n_bytes: UTF-8 bytes of the documents that are kept.
         duplicates: numbers of the documents that equal an earlier one.
         splits: 0 (train) or 1 (validation) of every document that is kept, in order.
     """
 
     is_cut: bool
     n_read: int = 0
+    n_empty: int = 0
+    n_broken: int = 0
+    n_bytes: int = 0
     broken: list[dict[str, str]] = dataclasses.field(default_factory=list)
     duplicates: set[int] = dataclasses.field(default_factory=set)
     splits: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint8))
@@ -63,7 +70,7 @@ def read_documents(
 def survey_documents(sources: list[tuple[int, TextSource]], rules: Rules) -> Survey:
     """Read everything once: what is broken, equal, to be cut, and which documents validate.
 
-    Raises: ValueError: too many documents are broken, or no training document is left.
+    Raises: ValueError: too many documents are broken, or none is left for training, or none to be held out.
     """
     survey = survey_once(sources, rules, is_cut=False)
     check_broken(survey, rules)
@@ -73,11 +80,20 @@ def survey_documents(sources: list[tuple[int, TextSource]], rules: Rules) -> Sur
         survey = cut if len(cut.splits) > len(survey.splits) else survey
     if not (survey.splits == 0).any():
         raise ValueError(
-            f"{sources[-1][1].identity} gives no training document: {survey.n_read} read, {len(survey.broken)} "
-            f"broken, {len(survey.duplicates)} duplicates; choose another source"
+            f"{sources[-1][1].identity} gives no training document: {survey.n_read} read, {survey.n_empty} "
+            f"empty, {survey.n_broken} broken, {len(survey.duplicates)} duplicates; choose another source"
+        )
+    if len(sources) > 1 and not survey.splits.any():
+        raise ValueError(
+            f"{sources[0][1].identity} gives no validation document; add text or give another --validation_dataset"
         )
     if wants_split and not survey.splits.any():
-        logger.warning("a single short document gives no validation split; more text gives one")
+        raise ValueError(
+            f"too little text: {survey.n_bytes} bytes in 1 document, of which no part can be held out "
+            f"(document_bytes={rules.document_bytes}); add text or give --validation_dataset"
+        )
+    if survey.n_empty:
+        logger.info("%d of %d documents are empty and left out", survey.n_empty, survey.n_read)
     return survey
 
 
@@ -86,8 +102,13 @@ def survey_once(sources: list[tuple[int, TextSource]], rules: Rules, *, is_cut: 
     survey, seen, hashes, splits = Survey(is_cut), set(), array.array("Q"), bytearray()
     for number, (split, one) in enumerate(read_documents(sources, rules, is_cut)):
         survey.n_read = number + 1
+        if one.problem == EMPTY:
+            survey.n_empty += 1
+            continue
         if one.problem:
-            survey.broken.append({"source": one.key, "reason": one.problem})
+            survey.n_broken += 1
+            if survey.n_broken <= REPORTED:
+                survey.broken.append({"source": one.key, "reason": one.problem})
             continue
         digest = text_digest(one.text, rules.seed)
         if not rules.keep_duplicates and digest in seen:
@@ -96,6 +117,7 @@ def survey_once(sources: list[tuple[int, TextSource]], rules: Rules, *, is_cut: 
         seen.add(digest)
         hashes.append(int.from_bytes(digest[:8], "big"))
         splits.append(split)
+        survey.n_bytes += len(one.text.encode())
     survey.splits = np.frombuffer(splits, dtype=np.uint8)
     if len(sources) == 1:
         survey.splits = smallest(np.frombuffer(hashes, dtype=np.uint64), rules.validation_fraction).astype(np.uint8)
@@ -116,12 +138,13 @@ def smallest(hashes: np.ndarray, fraction: float) -> np.ndarray:
 
 
 def check_broken(survey: Survey, rules: Rules) -> None:
-    """Raises: ValueError: more documents are broken than allowed; the message names the first five."""
-    if len(survey.broken) > rules.max_broken_fraction * survey.n_read:
+    """Raises: ValueError: more of the documents that are not empty are broken than allowed; names the first five."""
+    n_read = survey.n_read - survey.n_empty
+    if survey.n_broken > rules.max_broken_fraction * n_read:
         shown = "; ".join(f"{one['source']} ({one['reason']})" for one in survey.broken[:5])
-        more = f"; and {len(survey.broken) - 5} more" if len(survey.broken) > 5 else ""
+        more = f"; and {survey.n_broken - 5} more" if survey.n_broken > 5 else ""
         raise ValueError(
-            f"{len(survey.broken)} of {survey.n_read} documents have no text, more than max_broken_fraction="
+            f"{survey.n_broken} of {n_read} documents have no text, more than --max_broken_fraction="
             f"{rules.max_broken_fraction}: {shown}{more}. Repair or remove them, or allow more"
         )
 

@@ -8,18 +8,21 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
+from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from dataset_loading import text_tokenizers as tokenizers
 from dataset_loading.cache_writer import replace_file
 from dataset_loading.cached import MANIFEST, SCHEMA
-from dataset_loading.text_sources import Document, TextSource, open_text
+from dataset_loading.text_digests import Digests
+from dataset_loading.text_sources import Document, TextSource, cut_document, open_text, own_validation
 from dataset_loading.text_survey import Rules, describe_cut, kept, sample_texts, survey_documents
 
 logger = logging.getLogger(__name__)
@@ -28,10 +31,10 @@ STAGE = "text"
 SPLITS = ("train", "validation")
 PACKAGES = ("tokenizers", "transformers", "datasets", "numpy")
 BPE_SIZE = 4096
-BATCH_CHARACTERS = 1 << 20  # Text that is encoded at once.
+BATCH_BYTES = 1 << 19  # Text that is encoded at once, which takes up to 350 times as much memory.
 BATCH_DOCUMENTS = 512
 LOG_SECONDS = 30
-REPORTED = 1000  # Broken documents that the manifest lists.
+VALIDATION_FRACTION = 0.05
 
 
 def prepare_text(
@@ -45,7 +48,7 @@ def prepare_text(
     dataset_split: str = "train",
     validation_source: str = "",
     validation_split: str = "validation",
-    validation_fraction: float = 0.05,
+    validation_fraction: float | None = None,
     seed: int = 42,
     keep_duplicates: bool = False,
     document_bytes: int = 8192,
@@ -55,6 +58,10 @@ def prepare_text(
 ) -> Path:
     """Tokenise a source into a folder, or find that it is there already. Several processes may call it at once.
 
+    A document above 768 KiB is encoded in pieces of 512 KiB, cut behind a blank line, a line, a space, or between
+    characters, so that memory stays bounded. Bytes are the same ids as without; of other tokenizers no token reaches
+    across a cut. The manifest counts such documents. Each has one first and one last token all the same.
+
     Args:
         source: file, folder, hub name, or "python-topics", see `dataset_loading.text_sources`.
         folder: what is written.
@@ -63,30 +70,37 @@ def prepare_text(
         text_column, dataset_config, dataset_split: of tables and hub data sets.
         validation_source, validation_split: a source of its own for validation; `validation_fraction` is unused then.
         validation_fraction: share of the documents for validation, those with the smallest hashes of (seed, text): it
-            depends neither on order nor on names, and equal texts are never on both sides.
+            depends neither on order nor on names, and equal texts are never on both sides. None: the validation split
+            that the source has of its own, else 0.05. 0: no validation.
         keep_duplicates: keep documents that equal an earlier one; else the first is kept.
         document_bytes: size into which long documents are cut where validation would have fewer than 10 documents.
         tokenizer_sample_bytes: training text that "bpe" sees at most, documents drawn by their hashes.
-        max_broken_fraction: share of raw documents that may have no text.
+        max_broken_fraction: share of raw documents that may be unreadable or no text; those that are blank do not
+            count, they are left out.
         limit: raw documents that are read, from the first; -1: all.
     Returns: the folder.
     Raises:
         FileNotFoundError: source or tokenizer do not exist.
         ValueError: an argument is out of its bounds; the folder was made with other settings, or is something else;
-            too many documents are broken, or none is left.
+            too many documents are broken, or none is left, or none could be held out.
     """
     folder = Path(folder)
-    rules = Rules(validation_fraction, seed, keep_duplicates, document_bytes, max_broken_fraction, limit)
+    fraction = VALIDATION_FRACTION if validation_fraction is None else validation_fraction
+    rules = Rules(fraction, seed, keep_duplicates, document_bytes, max_broken_fraction, limit)
     check_rules(rules, tokenizer, vocab_size, tokenizer_sample_bytes)
-    opened = open_text(source, text_column=text_column, config=dataset_config, split=dataset_split)
-    own = None
+    digests = Digests(folder)
+    read = partial(open_text, text_column=text_column, config=dataset_config, digests=digests)
+    opened, own, split = read(source, split=dataset_split), None, ""
     if validation_source:
-        own = open_text(validation_source, text_column=text_column, config=dataset_config, split=validation_split)
+        own = read(validation_source, split=validation_split)
+    elif validation_fraction is None and (split := own_validation(opened, dataset_split)):
+        logger.info("%s has a split %r of its own, which is held out; validation_fraction is unused", source, split)
+        own = read(source, split=split)
     sources = ([(1, own)] if own else []) + [(0, opened)]  # Validation first: its duplicates leave the training split.
     known = None if tokenizer == "bpe" else load(tokenizer)
     settings = {
         "source": opened.identity,
-        "validation": own.identity if own else f"{validation_fraction} of the source",
+        "validation": own.identity if own else f"{fraction} of the source",
         "text_column": text_column,
         "tokenizer": tokenizer if tokenizer in ("bytes", "bpe") else f"hash {tokenizers.tokenizer_hash(known)}",
         "vocab_size": tokenizers.vocabulary_size(known) if known else vocab_size or BPE_SIZE,
@@ -97,7 +111,8 @@ def prepare_text(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
             if not is_prepared(folder, settings):  # Another process may have been faster.
-                write_folder(folder, sources, known, settings, rules)
+                write_folder(folder, sources, known, settings, rules, split)
+    digests.save()
     return folder
 
 
@@ -167,8 +182,12 @@ def write_folder(
     tokenizer: PreTrainedTokenizerFast | None,
     settings: dict[str, Any],
     rules: Rules,
+    own_split: str,
 ) -> None:
-    """Write everything beside the folder and rename it; the caller holds the lock."""
+    """Write everything beside the folder and rename it; the caller holds the lock.
+
+    Args: own_split: the source's own split that validates, `""`: none.
+    """
     started = time.perf_counter()
     survey = survey_documents(sources, rules)
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -188,8 +207,12 @@ def write_folder(
                 described["vocab_size"],
                 settings["vocab_size"],
             )
-        totals = write_splits(temporary, kept(sources, survey, rules), tokenizer, described)
-        text = json.dumps({"schema": SCHEMA, "stage": STAGE, **settings, "hash": described["hash"]}, sort_keys=True)
+        totals, n_long = write_splits(temporary, kept(sources, survey, rules), tokenizer, described)
+        pieces = describe_pieces(n_long, settings["tokenizer"])
+        identified = {"schema": SCHEMA, "stage": STAGE, **settings, "hash": described["hash"]}
+        if pieces and not pieces["is_exact"]:
+            identified["piece_bytes"] = BATCH_BYTES
+        text = json.dumps(identified, sort_keys=True)
         manifest = {
             "schema": SCHEMA,
             "stage": STAGE,
@@ -198,9 +221,12 @@ def write_folder(
             "tokenizer": described,
             "totals": totals,
             "cut": describe_cut(survey, rules),
+            "pieces": pieces,
+            "own_validation": own_split or None,
             "duplicates": len(survey.duplicates),
-            "n_broken": len(survey.broken),
-            "broken": survey.broken[:REPORTED],
+            "n_empty": survey.n_empty,
+            "n_broken": survey.n_broken,
+            "broken": survey.broken,
             "licence": sources[-1][1].licence,
             "packages": {name: version(name) for name in PACKAGES},
         }
@@ -210,8 +236,21 @@ def write_folder(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     logger.info("%s: %s in %.1f s", folder, json.dumps(totals), time.perf_counter() - started)
-    if survey.broken:
-        logger.warning("%d documents have no text, see %s", len(survey.broken), folder / MANIFEST)
+    if survey.n_broken:
+        logger.warning("%d documents have no text, see %s", survey.n_broken, folder / MANIFEST)
+
+
+def describe_pieces(n_documents: int, tokenizer: str) -> dict[str, Any] | None:
+    """What the manifest says where documents were too long to be encoded at once."""
+    if not n_documents:
+        return None
+    return {
+        "piece_bytes": BATCH_BYTES,
+        "documents": n_documents,
+        "is_exact": tokenizer == "bytes",
+        "reason": "long documents were encoded in pieces, cut at blank lines, lines or spaces where there are any; "
+        "no token reaches across a cut",
+    }
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerFast, is_byte_level: bool) -> dict[str, Any]:
@@ -233,32 +272,53 @@ def write_splits(
     documents: Iterable[tuple[Document, int]],
     tokenizer: PreTrainedTokenizerFast,
     described: dict[str, Any],
-) -> dict[str, dict[str, Any]]:
-    """Encode all documents in batches; returns what the manifest says of each split."""
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Encode all documents in batches; returns what the manifest says of each split, and how many were in pieces."""
     core = tokenizers.document_encoder(tokenizer)
     lengths = tokenizers.byte_lengths(tokenizer) if described["is_byte_level"] else None
     unknown = None if lengths is not None else tokenizer.unk_token_id
     writers = [SplitWriter(folder, name, described, unknown) for name in SPLITS]
-    shown, n_bytes = time.monotonic(), 0
+    shown, n_bytes, n_long = time.monotonic(), 0, 0
     for batch in batches(documents):
-        encoded = tokenizers.encode_texts(core, [one.text for one, _ in batch], lengths)
-        for (one, split), (ids, widths) in zip(batch, encoded):
-            n_bytes += writers[split].write(one, ids, widths)
+        if len(batch) == 1:
+            one, split = batch[0]
+            size, n_pieces = writers[split].write(one, encode_pieces(core, one.text, lengths))
+            n_bytes, n_long = n_bytes + size, n_long + (n_pieces > 1)
+        else:
+            encoded = tokenizers.encode_texts(core, [one.text for one, _ in batch], lengths)
+            for (one, split), piece in zip(batch, encoded):
+                n_bytes += writers[split].write(one, [piece])[0]
         if time.monotonic() > shown + LOG_SECONDS:
             shown = time.monotonic()
             logger.info("%.1f MB of text are tokens", n_bytes / 1e6)
-    return {writer.name: writer.close() for writer in writers}
+    return {writer.name: writer.close() for writer in writers}, n_long
+
+
+def encode_pieces(
+    core: Tokenizer, text: str, lengths: np.ndarray | None, size: int = BATCH_BYTES
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Encode a text in pieces of at most so many bytes (the last one half as many more); yields as `encode_texts`.
+
+    Bytes that no id of a piece covers count for its last one, so that those of the next keep their own.
+    """
+    parts = list(cut_document(Document("", text), size))
+    for number, part in enumerate(parts, start=1):
+        ((ids, widths),) = tokenizers.encode_texts(core, [part.text], lengths)
+        if lengths is None and number < len(parts) and len(ids):
+            widths[-1] += len(part.text.encode()) - widths.sum()
+        yield ids, widths
 
 
 def batches(documents: Iterable[tuple[Document, int]]) -> Iterator[list[tuple[Document, int]]]:
-    """Lists of documents with about a million characters; a longer document is alone."""
+    """Lists of documents with up to `BATCH_BYTES` of text; a longer document is alone."""
     batch, size = [], 0
     for one, split in documents:
-        if batch and (size + len(one.text) > BATCH_CHARACTERS or len(batch) == BATCH_DOCUMENTS):
+        n_bytes = len(one.text.encode())
+        if batch and (size + n_bytes > BATCH_BYTES or len(batch) == BATCH_DOCUMENTS):
             yield batch
             batch, size = [], 0
         batch.append((one, split))
-        size += len(one.text)
+        size += n_bytes
     if batch:
         yield batch
 
@@ -280,27 +340,35 @@ class SplitWriter:
         self.offsets = array.array("q", [0])
         self.n_bytes = self.n_unknown = 0
 
-    def write(self, one: Document, ids: np.ndarray, widths: np.ndarray) -> int:
-        """Append a document between its first and its last token; returns its bytes.
+    def write(self, one: Document, pieces: Iterable[tuple[np.ndarray, np.ndarray]]) -> tuple[int, int]:
+        """Append a document between its first and its last token; returns its bytes and the number of its pieces.
 
         Bytes that no token stands for, such as blanks that a tokenizer drops at the end, go to the last token.
+        Args: pieces: ids and their bytes, one piece after the other.
         Raises: ValueError: a tokenizer of bytes lost some, or one token stands for more than 65535 bytes.
         """
-        begin, end = self.described["begin"], self.described["end"]
-        size = len(one.text.encode())
-        widths = np.concatenate(([0], widths, [size - widths.sum()]))
-        if "widths" in self.files:
-            if widths.max() > np.iinfo(np.uint16).max:
-                raise ValueError(f"{one.key}: one token stands for {widths.max()} bytes; choose another tokenizer")
-            self.files["widths"].write(widths.astype(np.uint16).tobytes())
-        elif widths[-1]:
-            raise ValueError(f"{one.key}: the tokens have {size - widths[-1]} bytes, the text has {size}")
-        tokens = np.concatenate(([begin], ids, [end])).astype(self.described["dtype"])
-        self.files["tokens"].write(tokens.tobytes())
-        self.offsets.append(self.offsets[-1] + len(tokens))
+        size = rest = len(one.text.encode())
+        n_ids = n_pieces = 0
+        self.append(one, [self.described["begin"]], [0])
+        for ids, widths in pieces:
+            self.append(one, ids, widths)
+            self.n_unknown += int((ids == self.unknown).sum()) if self.unknown is not None else 0
+            rest, n_ids, n_pieces = rest - int(widths.sum()), n_ids + len(ids), n_pieces + 1
+        if rest and "widths" not in self.files:
+            raise ValueError(f"{one.key}: the tokens have {size - rest} bytes, the text has {size}")
+        self.append(one, [self.described["end"]], [rest])
+        self.offsets.append(self.offsets[-1] + n_ids + 2)
         self.n_bytes += size
-        self.n_unknown += int((ids == self.unknown).sum()) if self.unknown is not None else 0
-        return size
+        return size, n_pieces
+
+    def append(self, one: Document, ids: Any, widths: Any) -> None:
+        """Write ids and, where these do not tell, their bytes. Raises: ValueError: more bytes than a uint16 holds."""
+        if "widths" in self.files and len(ids):
+            largest = int(np.max(widths))
+            if largest > np.iinfo(np.uint16).max:
+                raise ValueError(f"{one.key}: one token stands for {largest} bytes; choose another tokenizer")
+            self.files["widths"].write(np.asarray(widths, dtype=np.uint16).tobytes())
+        self.files["tokens"].write(np.asarray(ids, dtype=self.described["dtype"]).tobytes())
 
     def close(self) -> dict[str, Any]:
         """Write the offsets, flush to the disk; returns what the manifest says."""

@@ -1,10 +1,11 @@
-"""Continue texts: one file per prompt, and the settings as JSON.
+"""Continue texts: one file per text, and the settings as JSON.
 
     python inference/generate_text.py --checkpoint runs/multimodal/demo --prompts "The lambda expression" "A class"
     python inference/generate_text.py --checkpoint runs/multimodal/demo --prompt_file prompts.txt --temperature 0.8
     python inference/generate_text.py --checkpoint runs/multimodal/demo --prompts "A list" --temperature 0 --n_beams 4
+    python inference/generate_text.py --checkpoint runs/multimodal/demo --prompts "A list" --n_texts 8
 
-The same seed gives a prompt the same continuation, whatever else is continued with it.
+The same seed gives a prompt the same continuations, whatever else is continued with it.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.configuration import option
 from utils.megatransformer_utils import explained_errors, parse_arguments
-from utils.text_generation import GenerationArguments, TextGenerator
+from utils.text_generation import GenerationArguments, TextGenerator, copy_seed, read_prompts
 
 
 @dataclasses.dataclass
@@ -29,8 +30,11 @@ class GenerateTextArguments(GenerationArguments):
     weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
     prompts: list[str] = option([], "texts to continue")
     prompt_file: str = option("", "further texts, one per line")
-    batch_size: int = option(16, "prompts continued at once", gt=0)
+    n_texts: int = option(1, "drawn continuations per prompt, each with a seed of its own", gt=0)
+    batch_size: int = option(16, "texts made at once", gt=0)
     output_dir: str = option("inference/generated/text", "folder of the results")
+
+    needs = {**GenerationArguments.needs, "n_texts": ("temperature", bool)}
 
     def validate_prompts(self):
         if not self.checkpoint or not (self.prompts or self.prompt_file):
@@ -41,23 +45,21 @@ class GenerateTextArguments(GenerationArguments):
 
 def write(args: GenerateTextArguments) -> None:
     """Continue all prompts."""
-    lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines() if args.prompt_file else []
-    prompts = [*args.prompts, *(line for line in lines if line.strip())]
-    if not prompts:
-        raise ValueError(f"--prompt_file {args.prompt_file} has no line with text")
+    prompts = [*args.prompts, *(read_prompts(args.prompt_file) if args.prompt_file else [])]
+    planned = [(prompt, copy_seed(args.seed, copy)) for prompt in prompts for copy in range(args.n_texts)]
     checkpoint, folder = resolve_checkpoint(args.checkpoint), Path(args.output_dir)
     weights = chosen_weights(checkpoint, args)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = TextGenerator.load(checkpoint, weights, device)
     folder.mkdir(parents=True, exist_ok=True)
     texts = []
-    for start in range(0, len(prompts), args.batch_size):
-        batch = prompts[start : start + args.batch_size]
-        for prompt, continuation in zip(batch, generator.continue_texts(batch, args)):
+    for start in range(0, len(planned), args.batch_size):
+        batch, seeds = zip(*planned[start : start + args.batch_size])
+        for prompt, seed, continuation in zip(batch, seeds, generator.continue_texts(batch, args, seeds)):
             file = folder / f"{len(texts):03}.txt"
             file.write_text(prompt + continuation, encoding="utf-8")
             print(f"--- {file}\n{prompt}{continuation}")
-            texts.append({"file": file.name, "prompt": prompt, "continuation": continuation})
+            texts.append({"file": file.name, "prompt": prompt, "seed": seed, "continuation": continuation})
     used = {"checkpoint": str(checkpoint), "weights": weights, "device": device, "texts": texts}
     write_json(folder / "settings.json", {**dataclasses.asdict(args), **used, **provenance()})
     print(folder / "settings.json")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import zlib
 
 import pytest
@@ -13,6 +14,7 @@ from dataset_loading.text import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from tests.text_cache import make_text
 from tests.text_checkpoint import save_text_checkpoint
+from utils import text_evaluator, text_metrics
 from utils.checkpoints import load_model
 
 # A core that converges quickly, so that tokens leave it at different steps.
@@ -124,3 +126,23 @@ def test_flags_without_effect(capsys):
     with pytest.raises(SystemExit):
         evaluate.main(["--checkpoint", "runs/x", "--exit_criterion", "kl"])
     assert "--exit_criterion has no effect without --exit_thresholds" in capsys.readouterr().err
+
+
+def test_texts_of_another_tokenizer_are_refused(flat, tmp_path, caplog):
+    other = make_text(tmp_path / "bpe", tokenizer="bpe", vocab_size=300)
+    with pytest.raises(SystemExit) as end:
+        evaluate.main(["--checkpoint", str(flat), "--cached_dataset", str(other)])
+    assert end.value.code == 2
+    assert re.search(r"with tokenizer \w{16} of 258 tokens, .* tokenizer \w{16} of 300 tokens", caplog.text)
+
+
+def test_only_the_beginning_is_packed(flat, text_cache, tmp_path, monkeypatch, report):
+    monkeypatch.setattr(text_evaluator, "PACKED_BYTES", 500)
+    monkeypatch.setattr(text_metrics, "LOGITS_AT_ONCE", 32 * 258 * 2)
+    words = ["--checkpoint", str(flat), "--speed_tokens", "0", "--output_dir", str(tmp_path)]
+    short = evaluate.main(words)["scores"]
+    texts = TextDataset(text_cache, "validation", 32)
+    text = b"".join(bytes((texts.document(n)[1:-1] - 2).tolist()) for n in range(texts.n_documents))[:500]
+    assert short["gzip"]["bits_per_byte"] == pytest.approx(8 * (len(zlib.compress(text, 9)) + 12) / 500, rel=1e-3)
+    for name in ("model", "unigram"):
+        assert short[name] == pytest.approx(report["scores"][name], rel=1e-6)

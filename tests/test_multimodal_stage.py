@@ -15,6 +15,7 @@ from dataset_loading.text import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from pretrain_multimodal import MultimodalStage
 from tests.conftest import Run, largest_difference, run_stage
+from tests.image_vae_checkpoint import save_checkpoint
 from tests.test_training import equal
 from utils.checkpoints import load_model
 
@@ -205,6 +206,30 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(train_text, tmp_pat
         train_text(SMALL_TEXT, "bytes", 4, "--resume_from_checkpoint", "--sequence_length", "16")
 
 
+def test_another_stages_checkpoint_is_refused(train_text, picture_cache, tmp_path):
+    vae = save_checkpoint(tmp_path / "image_vae" / "small", picture_cache)
+    for flag in ("--init_from", "--resume_from_checkpoint"):
+        with pytest.raises(ValueError, match=r"is of stage 'image_vae', .* stage 'multimodal'"):
+            train_text(SMALL_TEXT, "other_stage", 1, flag, str(vae))
+
+
+def test_a_tokenizer_from_elsewhere_reads_no_special_tokens_of_texts(tmp_path, fresh_logging, text_cache):
+    foreign = TextDataset(text_cache, "train", 32).tokenizer
+    foreign.split_special_tokens = foreign.init_kwargs["split_special_tokens"] = False
+    foreign.save_pretrained(tmp_path / "foreign")
+    cache = make_text(tmp_path / "texts", tokenizer=str(tmp_path / "foreign"))
+    assert 1 in TextDataset(cache, "train", 32).tokenizer.encode("a<bos>", add_special_tokens=False)
+    run = run_stage(MultimodalStage, SMALL_TEXT, cache, tmp_path, "foreign_run", 1, "--batch_size", "4")
+    saved = AutoTokenizer.from_pretrained(run.folder)
+    assert saved.encode("a<bos>", add_special_tokens=False) == [byte + 2 for byte in b"a<bos>"]
+
+
+def test_samples_fit_into_learned_positions(train_text):
+    override = ["hidden_size=64", "position_embedding=learned", "use_rotary_embedding=false"]
+    flags = ["--batch_size", "8", "--n_samples", "2", "--eval_steps", "1"]
+    train_text(SMALL_TEXT, "learned", 1, *flags, "--override", *override, "max_position_embeddings=32")
+
+
 def test_init_from_takes_the_averaged_weights(train_text):
     first = train_text(SMALL_TEXT, "first", 2)
     second = train_text(SMALL_TEXT, "second", 1, "--init_from", str(first.folder), "--learning_rate", "1e-12")
@@ -239,6 +264,12 @@ def test_dry_run_prints_and_trains_nothing(common, text_cache, tmp_path, capsys)
         ("--include_modes txt", "did you mean 'text'"),
         ("--tokenizer bpe", "--tokenizer has no effect with text_dataset=''"),
         ("--text_dataset x --tokenizer_vocab_size 300", "--tokenizer_vocab_size has no effect with tokenizer='bytes'"),
+        ("--validation_fraction 0.1", "--validation_fraction has no effect with text_dataset=''"),
+        ("--max_broken_fraction 0.1", "--max_broken_fraction has no effect with text_dataset=''"),
+        (
+            "--text_dataset x --validation_dataset y --validation_fraction 0.1",
+            "--validation_fraction has no effect with validation_dataset='y'",
+        ),
         ("--sample_tokens 4 --n_samples 0", "--sample_tokens has no effect"),
         ("--sequence_length 1", "--sequence_length=1 must be > 1"),
         (

@@ -10,7 +10,7 @@ from model.recurrent import sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
 from utils.distributed import mean_across_ranks, rank
 from utils.randomness import generators
-from utils.text_metrics import model_inputs, ratios, window_sums
+from utils.text_metrics import model_inputs, ratios, window_sums, windows_at_once
 from utils.training_utils import StageTrainer
 
 
@@ -27,6 +27,8 @@ class MultimodalTrainer(StageTrainer):
     def __init__(self, *, tokenizer: PreTrainedTokenizerBase, **kwargs):
         super().__init__(**kwargs)
         self.tokenizer = tokenizer
+        # Who loads it with AutoTokenizer encodes as in training: special tokens that a text spells are characters.
+        self.tokenizer.split_special_tokens = self.tokenizer.init_kwargs["split_special_tokens"] = True
         self.config: MegaTransformerConfig = self.model.config
         self.is_recurrent: bool = self.config.n_recurrent_layers > 0
         self.config.use_cache = True  # The Trainer switches it off, for whoever loads the checkpoint too.
@@ -124,16 +126,19 @@ class MultimodalTrainer(StageTrainer):
 
     def evaluation_terms(self, model, inputs):
         """`window_sums` per sample without exits, bytes, nats at every depth, and where tokens exit early their nats
-        and steps."""
+        and steps. Passes that make all logits are split."""
         given = model_inputs(inputs)
-        no_exit = {"exit_threshold": 0.0} if self.is_recurrent else {}
+        no_exit: dict = {"exit_threshold": 0.0} if self.is_recurrent else {}
+        few = windows_at_once(self.config.vocab_size, given["labels"].shape[1])
+        if not self.config.loss_chunk_size:
+            no_exit["at_once"] = few
         terms = {**window_sums(model, given, **no_exit), "bytes": inputs["n_bytes"]}
         for depth in self.evaluated_depths():
             is_own = depth == (self.config.recurrent_test_thinking_steps or self.config.recurrent_mean_thinking_steps)
             deep = terms if is_own else window_sums(model, given, n_thinking_steps=depth, **no_exit)
             terms[f"nats_{depth}_steps"] = deep["nats"]
         if self.exits(model):
-            found = window_sums(model, given, most_steps=self.config.recurrent_max_thinking_steps)
+            found = window_sums(model, given, self.config.recurrent_max_thinking_steps, few)
             terms |= {"nats_with_exits": found["nats"], "step_counts": found["step_counts"]}
         return {name: value.float() for name, value in terms.items()}
 

@@ -22,7 +22,8 @@ def split_windows(dataset: Any, n_samples: int, n_new: int) -> list[tuple[list[i
         dataset: samples with `input_ids` and `segment_ids`, (L,).
         n_samples: windows, spread evenly over the set.
         n_new: most tokens of a continuation.
-    Returns: pairs of token lists; prompt and continuation are of one document, the prompt is at least as long.
+    Returns: pairs of token lists; prompt and continuation are of one document, the prompt is at least as long. A
+        prompt and n_new tokens fit into a window if n_new is at most half of one.
     """
     pairs = []
     for index in spread(len(dataset), n_samples):
@@ -40,7 +41,7 @@ class TextSamples(TrainerCallback):
     Args:
         writer: None except on rank 0.
         n_samples: prompts.
-        n_tokens: most new tokens.
+        n_tokens: most new tokens; at most half a window is made.
     """
 
     trainer: Any
@@ -55,11 +56,12 @@ class TextSamples(TrainerCallback):
         if self.writer is None and model is trainer.ema_model:
             return
         generator = TextGenerator(trainer.accelerator.unwrap_model(model), trainer.tokenizer)
-        pairs = split_windows(trainer.eval_dataset, self.n_samples, self.n_tokens)
+        n_new = min(self.n_tokens, trainer.eval_dataset.sequence_length // 2)
+        pairs = split_windows(trainer.eval_dataset, self.n_samples, n_new)
         prompts = [prompt for prompt, _ in pairs]
         exits = {} if trainer.exits(model) or not trainer.is_recurrent else {"exit_threshold": 0.0}
         made = [
-            generator.continue_tokens(prompts, dataclasses.replace(settings, max_new_tokens=self.n_tokens, **exits))
+            generator.continue_tokens(prompts, dataclasses.replace(settings, max_new_tokens=n_new, **exits))
             for settings in (GREEDY, SAMPLED)
         ]
         for number, ((prompt, truth), greedy, sampled) in enumerate(zip(pairs, *made)):

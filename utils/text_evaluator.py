@@ -5,7 +5,6 @@ import dataclasses
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -19,9 +18,20 @@ from utils.configuration import option
 from utils.evaluators import Evaluation, EvaluationArguments, Evaluator, Stopwatch
 from utils.text_callbacks import split_windows
 from utils.text_generation import GenerationArguments, TextGenerator
-from utils.text_metrics import compressed_bits_per_byte, model_inputs, ratios, unigram_nats, window_sums
+from utils.text_metrics import (
+    compressed_bits_per_byte,
+    model_inputs,
+    ratios,
+    token_counts,
+    unigram_nats,
+    window_sums,
+    windows_at_once,
+)
+from utils.text_stage import check_tokenizer
 
 SPEED_PROMPTS = 4  # prompts that are continued, one after another, to time generation; the first one warms up
+PACKED_BYTES = 16_000_000  # Of the evaluated text, for gzip and lzma.
+DECODED_TOKENS = 1 << 20  # At once.
 
 
 @dataclasses.dataclass
@@ -32,7 +42,9 @@ class TextEvaluationArguments(EvaluationArguments):
     exit_thresholds: list[float] = option([], "recurrent models: early exits to measure; nats (kl) or share", gt=0)
     exit_criterion: Literal["own", "kl", "latent_difference"] = option("own", "what ends thinking; own: the model's")
     max_thinking_steps: int = option(0, "most steps with exits; 0: the model's own number", ge=0)
-    speed_tokens: int = option(64, "tokens per prompt to time generation with; 0: not timed", ge=0)
+    speed_tokens: int = option(
+        64, "tokens per prompt to time generation with, at most half a window; 0: not timed", ge=0
+    )
 
     def validate_exits(self):
         for name in ("exit_criterion", "max_thinking_steps"):
@@ -51,7 +63,10 @@ class TextEvaluator(Evaluator):
         "bits_per_byte": "sum of nats / ln 2 / UTF-8 bytes of the targets; comparable between tokenizers",
         "accuracy": "share of targets that are the likeliest token",
         "unigram": "the evaluated targets under the token frequencies of the training split, each counted once more",
-        "gzip, lzma": "packed size of the evaluated text in bits per byte; packers have not seen the training split",
+        "gzip, lzma": f"packed size of the evaluated text, at most its first {PACKED_BYTES // 10**6} MB, in bits per "
+        "byte; packers have not seen the training split",
+        "targets_per_second": "evaluated targets over the model's time, without reading; a pass takes as many of "
+        "--batch_size windows as have 256 MB of logits in fp32 together, at least one",
         "tokens_per_second": "new tokens of one sequence at a time, the likeliest ones; the prompt counts as time",
         "thinking_steps": "the same targets after other numbers of steps than the model's own",
         "exits": "tokens stop once another step changes less than the threshold: mean steps, loss, computing time of "
@@ -65,7 +80,12 @@ class TextEvaluator(Evaluator):
 
     def build_dataset(self):
         folder, split = self.cache()
-        return TextDataset(folder, split, self.record["arguments"]["sequence_length"])
+        dataset = TextDataset(folder, split, self.record["arguments"]["sequence_length"])
+        advice = (
+            f"prepare them with --tokenizer {self.checkpoint} elsewhere, and name that folder with --cached_dataset"
+        )
+        check_tokenizer(self.checkpoint, dataset, advice)
+        return dataset
 
     def measure(self, dataset, indices):
         args, config = self.args, self.model.config
@@ -74,7 +94,7 @@ class TextEvaluator(Evaluator):
             Subset(dataset, indices), args.batch_size, num_workers=args.num_workers, collate_fn=collate_stack
         )
         sums, seconds = self.sums(batches, **self.without_exit())
-        rows = {"model": ratios(sums), **self.baselines(dataset, indices, sums)}
+        rows = {"model": ratios(sums), **self.baselines(dataset, batches, sums)}
         metrics: dict[str, Any] = {"scores": rows, "n_targets": int(sums["targets"]), "n_bytes": int(sums["bytes"])}
         metrics["targets_per_second"] = sums["targets"] / seconds
         metrics["model"] = {
@@ -124,37 +144,47 @@ class TextEvaluator(Evaluator):
             inputs = model_inputs({name: value.to(self.device) for name, value in batch.items()})
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 start = watch.now()
-                found = window_sums(self.model, inputs, **keywords)
+                few = windows_at_once(self.model.config.vocab_size, inputs["labels"].shape[1])
+                found = window_sums(self.model, inputs, at_once=few, **keywords)
                 seconds += watch.now() - start
             for name, value in {**found, "bytes": batch["n_bytes"]}.items():
                 totals[name] = totals.get(name, 0.0) + value.double().sum().item()
         return totals, seconds
 
     def baselines(
-        self, dataset: TextDataset, indices: list[int], sums: dict[str, float]
+        self, dataset: TextDataset, batches: DataLoader, sums: dict[str, float]
     ) -> dict[str, dict[str, float]]:
         """What the same targets cost without a model: as drawn from the training split's frequencies, and packed."""
-        windows = [model_inputs({name: value[None] for name, value in dataset[index].items()}) for index in indices]
-        targets = [next_token_targets(each["labels"], each["segment_ids"]) for each in windows]
-        ids = torch.cat([each[each != IGNORED] for each in targets])
+        vocab_size = self.model.config.vocab_size
+        held_out, begun, n_bytes = torch.zeros(vocab_size, dtype=torch.int64), [], 0
+        for batch in batches:
+            inputs = model_inputs(batch)
+            ids = next_token_targets(inputs["labels"], inputs["segment_ids"])
+            ids = ids[ids != IGNORED]
+            held_out += torch.bincount(ids, minlength=vocab_size)
+            if n_bytes < PACKED_BYTES:
+                begun.append(ids.int())
+                n_bytes += int(batch["n_bytes"].sum())
         train = TextDataset(self.cache()[0], "train", dataset.sequence_length)
-        counts = torch.from_numpy(np.bincount(train.tokens, minlength=self.model.config.vocab_size))
-        nats = unigram_nats(counts, ids) * sums["targets"]
+        nats = unigram_nats(token_counts(train.tokens, vocab_size), held_out) * sums["targets"]
         rows = {"unigram": ratios({"nats": nats, "targets": sums["targets"], "bytes": sums["bytes"]})}
-        text = dataset.tokenizer.decode(ids, skip_special_tokens=True).encode()
+        parts = torch.cat(begun).split(DECODED_TOKENS)
+        text = "".join(dataset.tokenizer.decode(part, skip_special_tokens=True) for part in parts)
+        text = text.encode()[:PACKED_BYTES]
         packed = compressed_bits_per_byte(text) if text else {}
         return {**rows, **{name: {"bits_per_byte": value} for name, value in packed.items()}}
 
     def generation_speed(self, dataset: TextDataset, **keywords) -> float:
         """New tokens per second of one sequence at a time."""
         generator = TextGenerator(self.model, dataset.tokenizer)
-        settings = GenerationArguments(max_new_tokens=self.args.speed_tokens, temperature=0.0, **keywords)
+        n_new = min(self.args.speed_tokens, dataset.sequence_length // 2)
+        settings = GenerationArguments(max_new_tokens=n_new, temperature=0.0, **keywords)
         watch = Stopwatch(self.device)
-        for prompt, _ in split_windows(dataset, SPEED_PROMPTS, self.args.speed_tokens):
+        for prompt, _ in split_windows(dataset, SPEED_PROMPTS, n_new):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 continued = partial(generator.continue_tokens, settings=settings, must_fill=True)
                 watch.time(continued, [prompt])
-        return watch.per_second() * self.args.speed_tokens
+        return watch.per_second() * n_new
 
     def exit_rows(self, dataset: TextDataset, batches: DataLoader) -> list[dict[str, float]]:
         """One row without exits and one per threshold, at the same most steps."""

@@ -1,25 +1,31 @@
 """Continuations of prompts by a causal model, for training, evaluation and inference.  B batch, L tokens."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
-    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from dataset_loading.text_tokenizers import document_ends, load_tokenizer
+from dataset_loading.text_tokenizers import document_encoder, document_ends, load_tokenizer
 from model.causal import MegaTransformerForCausalLM
 from utils.checkpoints import load_model, read_stage, resolve_checkpoint
 from utils.configuration import option
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -52,10 +58,10 @@ class GenerationArguments:
 
 class SeededNoise(LogitsProcessor):
     """Adds Gumbel noise, so that the likeliest token becomes a draw from the softmax (Gumbel, 1954), with random
-    numbers of its own for each row."""
+    numbers of its own for each row, from the row's seed."""
 
-    def __init__(self, n_rows: int, seed: int):
-        self.generators = [torch.Generator().manual_seed(seed) for _ in range(n_rows)]
+    def __init__(self, seeds: Sequence[int]):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids, scores):
         """(B, V) -> (B, V)."""
@@ -63,14 +69,38 @@ class SeededNoise(LogitsProcessor):
         return scores - (-uniform.clamp_min(1e-38).log()).log().to(scores.device)
 
 
-def drawing(settings: Any, n_rows: int) -> LogitsProcessorList:
-    """What turns logits into what `temperature`, `top_k`, `top_p` and `seed` mean; nothing at temperature 0."""
+def copy_seed(seed: int, copy: int) -> int:
+    """The seed of one of several continuations of a prompt; that of copy 0 is the seed itself."""
+    return int(np.random.SeedSequence([seed, copy]).generate_state(1)[0]) if copy else seed
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 file that hold text.
+
+    Raises: ValueError: it has none, or is not UTF-8; the message names the file.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt_file {path} is not UTF-8 ({error}); save it as UTF-8") from error
+    # str.splitlines would also cut at characters that prompts may contain, such as U+2028.
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompt_file {path} has no line with text")
+    return lines
+
+
+def drawing(settings: Any, seeds: Sequence[int]) -> LogitsProcessorList:
+    """What turns logits into what `temperature`, `top_k` and `top_p` mean, and draws; nothing at temperature 0.
+
+    Args: seeds: one per row.
+    """
     steps = LogitsProcessorList()
     if settings.temperature:
         steps.append(TemperatureLogitsWarper(float(settings.temperature)))
         steps.extend([TopKLogitsWarper(settings.top_k)] if settings.top_k else [])
         steps.extend([TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else [])
-        steps.append(SeededNoise(n_rows, settings.seed))
+        steps.append(SeededNoise(seeds))
     return steps
 
 
@@ -80,10 +110,16 @@ class TextGenerator:
     Args:
         model: in eval mode.
         tokenizer: the one that the model was trained with.
+        trained_length: tokens of the windows that it was trained on; None: not known, nothing is warned of.
     """
 
-    def __init__(self, model: MegaTransformerForCausalLM, tokenizer: PreTrainedTokenizerBase):
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(
+        self,
+        model: MegaTransformerForCausalLM,
+        tokenizer: PreTrainedTokenizerFast,
+        trained_length: int | None = None,
+    ):
+        self.model, self.tokenizer, self.trained_length = model, tokenizer, trained_length
 
     @classmethod
     def load(cls, checkpoint: str | Path, weights: Literal["ema", "raw"] = "ema", device: Any = "cpu") -> Self:
@@ -93,17 +129,23 @@ class TextGenerator:
             FileNotFoundError: nothing there, or nothing complete.
             ValueError: the checkpoint is of another stage.
         """
-        folder, stage = resolve_checkpoint(checkpoint), read_stage(checkpoint)["stage"]
+        folder, record = resolve_checkpoint(checkpoint), read_stage(checkpoint)
+        stage = record["stage"]
         if stage != "multimodal":
             raise ValueError(
                 f"{checkpoint} is of stage {stage!r}; text is written by checkpoints of stage 'multimodal'"
             )
         model = load_model(MegaTransformerForCausalLM, folder, weights).requires_grad_(False).to(device)
-        return cls(model, load_tokenizer(str(folder)))
+        return cls(model, load_tokenizer(str(folder)), record["arguments"]["sequence_length"])
+
+    @cached_property
+    def encoder(self) -> Tokenizer:
+        """What encoded the training texts, so that prompts become the same tokens."""
+        return document_encoder(self.tokenizer)
 
     def encode(self, prompt: str) -> list[int]:
-        """Tokens of a prompt; it begins as every document does."""
-        return [document_ends(self.tokenizer)[0], *self.tokenizer.encode(prompt, add_special_tokens=False)]
+        """Tokens of a prompt; it begins as every document does, and special tokens in it are plain characters."""
+        return [document_ends(self.tokenizer)[0], *self.encoder.encode(prompt, add_special_tokens=False).ids]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of tokens, without special ones."""
@@ -125,21 +167,50 @@ class TextGenerator:
             )
         return given
 
+    def check_length(self, longest: int, n_new: int) -> None:
+        """Warn, once, where a text grows longer than what the model was trained on.
+
+        Args: longest: tokens of the longest prompt; n_new: most new ones.
+        Raises: ValueError: the model has learned positions, and fewer.
+        """
+        config, needed = self.model.config, longest + n_new - 1  # The last token is not read.
+        given = f"a prompt of {longest} tokens and max_new_tokens={n_new}"
+        if config.position_embedding == "learned" and needed > config.max_position_embeddings:
+            raise ValueError(
+                f"{given} need {needed} positions, the model has learned max_position_embeddings="
+                f"{config.max_position_embeddings}: shorten the prompt, or make fewer tokens"
+            )
+        if self.trained_length and needed > self.trained_length:
+            logger.warning(
+                "%s need %d positions, the model was trained with --sequence_length %d: expect worse text behind that",
+                given,
+                needed,
+                self.trained_length,
+            )
+            self.trained_length = None
+
     @torch.no_grad()
     def continue_tokens(
-        self, prompts: Sequence[Sequence[int]], settings: Any, must_fill: bool = False
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Any,
+        must_fill: bool = False,
+        seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
         """New tokens of each prompt, up to the end of the document or `max_new_tokens`.
 
         Prompts of different lengths are padded on the left. A continuation does not depend on what else is in the
-        batch: each one draws from a stream of random numbers of its own, and all streams begin at the same seed.
+        batch: each one draws from a stream of random numbers of its own.
 
         Args:
             prompts: B lists of at least one token.
             settings: a `GenerationArguments`.
             must_fill: no document ends before `max_new_tokens`.
+            seeds: B, one per prompt; None: all streams begin at `settings.seed`.
+        Raises: ValueError: the model has too few learned positions; flags of the core that it does not have.
         """
         config, longest = self.model.config, max(map(len, prompts))
+        self.check_length(longest, settings.max_new_tokens)
         padding = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
         ids = torch.tensor([[padding] * (longest - len(each)) + list(each) for each in prompts])
         mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts])
@@ -151,7 +222,7 @@ class TextGenerator:
             num_beams=settings.n_beams,
             do_sample=False,
             pad_token_id=padding,
-            logits_processor=drawing(settings, len(prompts)),
+            logits_processor=drawing(settings, seeds or [settings.seed] * len(prompts)),
             synced_gpus=False,  # Under ZeRO-3 one process may run a whole copy, or all do the same.
             **self.core_keywords(settings),
         )
@@ -162,6 +233,7 @@ class TextGenerator:
         ids, end = row.tolist(), self.model.config.eos_token_id
         return ids[: ids.index(end)] if end in ids else ids
 
-    def continue_texts(self, prompts: Sequence[str], settings: Any) -> list[str]:
-        """The continuation of each prompt, without the prompt."""
-        return [self.decode(ids) for ids in self.continue_tokens([self.encode(each) for each in prompts], settings)]
+    def continue_texts(self, prompts: Sequence[str], settings: Any, seeds: Sequence[int] | None = None) -> list[str]:
+        """The continuation of each prompt, without the prompt; `seeds` as in `continue_tokens`."""
+        found = self.continue_tokens([self.encode(each) for each in prompts], settings, seeds=seeds)
+        return [self.decode(ids) for ids in found]

@@ -9,10 +9,14 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from model.language_head import IGNORED, next_token_targets
+
+LOGITS_AT_ONCE = 1 << 26  # Numbers that evaluation holds of a model's output: 256 MB in fp32.
+COUNTED_AT_ONCE = 1 << 24  # Tokens.
 
 
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -21,18 +25,34 @@ def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {"input_ids": batch["input_ids"], "segment_ids": batch["segment_ids"], "labels": batch["input_ids"]}
 
 
-def window_sums(model: Any, inputs: Mapping[str, Tensor], most_steps: int = 0, **keywords: Any) -> dict[str, Tensor]:
+def windows_at_once(vocab_size: int, length: int) -> int:
+    """How many windows of a length may go through a model together, so that their logits stay below
+    `LOGITS_AT_ONCE`; at least one."""
+    return max(1, LOGITS_AT_ONCE // (length * vocab_size))
+
+
+def window_sums(
+    model: Any, inputs: Mapping[str, Tensor], most_steps: int = 0, at_once: int = 0, **keywords: Any
+) -> dict[str, Tensor]:
     """Sums per window of what a model says about it.
 
     Args:
         model: a `MegaTransformerForCausalLM`, or an engine around one.
         inputs: `input_ids`, `segment_ids` and `labels`, (B, L).
         most_steps: R; 0: do not count by steps.
+        at_once: windows per pass through the model, which bounds memory; 0: all.
         keywords: further ones of the model.
     Returns: name -> (B,): `nats`; `targets`; where the model gives logits `hits`, targets that are its first guess; of
         a recurrent model `steps`, thinking steps of the positions with a target. And `step_counts`, (B, R + 1), how
         many of them took 0, 1, ... R steps, where they are counted.
     """
+    n_windows = len(inputs["labels"])
+    if 0 < at_once < n_windows:
+        parts = [
+            window_sums(model, {k: v[start : start + at_once] for k, v in inputs.items()}, most_steps, **keywords)
+            for start in range(0, n_windows, at_once)
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     output = model(**inputs, use_cache=False, **keywords)
     targets = next_token_targets(inputs["labels"], inputs["segment_ids"])[:, :-1]
     counted = targets != IGNORED
@@ -66,7 +86,18 @@ def compressed_bits_per_byte(text: bytes) -> dict[str, float]:
     return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
+def token_counts(tokens: np.ndarray, vocab_size: int) -> Tensor:
+    """How often each id occurs, (V,) int64; the tokens (N,) may lie on disk and are read piece by piece."""
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, len(tokens), COUNTED_AT_ONCE):
+        counts += np.bincount(tokens[start : start + COUNTED_AT_ONCE], minlength=vocab_size)
+    return torch.from_numpy(counts)
+
+
 def unigram_nats(counts: Tensor, targets: Tensor) -> float:
-    """Mean nats of targets (N,) under the counts (V,) of the training split's tokens, each counted once more."""
+    """Mean nats of targets under the counts (V,) of the training split's tokens, each counted once more.
+
+    Args: targets: how often each id is a target, (V,).
+    """
     frequencies = counts.double() + 1
-    return -(frequencies / frequencies.sum()).log()[targets].mean().item()
+    return -(targets.double() @ (frequencies / frequencies.sum()).log() / targets.sum()).item()

@@ -21,9 +21,17 @@ class TextArguments:
     text_column: str = option("text", "column of a table or hub data set that holds the text")
     text_config: str = option("", "configuration of a hub data set")
     text_split: str = option("train", "split of a hub data set that is trained on")
-    validation_dataset: str = option("", "texts that are held out; default: validation_fraction of text_dataset")
+    validation_dataset: str = option(
+        "", "texts that are held out; default: the validation split of text_dataset, or validation_fraction of it"
+    )
     validation_split: str = option("validation", "split of a hub data set in validation_dataset")
-    validation_fraction: float = option(0.05, "share of the documents that is held out", gt=0, lt=1)
+    validation_fraction: float | None = option(
+        None,
+        "share of text_dataset's documents that is held out; default: its validation split, else 0.05",
+        gt=0,
+        lt=1,
+    )
+    max_broken_fraction: float = option(0.01, "share of the documents that may be unreadable or no text", ge=0, le=1)
     tokenizer: str = option("bytes", "bytes; bpe, trained on the texts; or a tokenizer's folder or hub name")
     tokenizer_vocab_size: int = option(4096, "tokens of a bpe vocabulary, special ones included", gt=0)
     sequence_length: int = option(256, "tokens per sample", gt=1)
@@ -31,10 +39,16 @@ class TextArguments:
     needs = {
         **{f"text_{name}": ("text_dataset", bool) for name in ("column", "config", "split")},
         **dict.fromkeys(("validation_dataset", "tokenizer"), ("text_dataset", bool)),
+        **dict.fromkeys(("validation_fraction", "max_broken_fraction"), ("text_dataset", bool)),
         "validation_split": ("validation_dataset", bool),
-        "validation_fraction": ("validation_dataset", ""),
         "tokenizer_vocab_size": ("tokenizer", "bpe"),
     }
+
+    def validate_held_out(self):
+        if self.validation_fraction is not None and self.validation_dataset:
+            raise ValueError(
+                f"--validation_fraction has no effect with validation_dataset={self.validation_dataset!r}"
+            )
 
 
 def prepare(args: Any, folder: Path) -> None:
@@ -59,11 +73,30 @@ def prepare(args: Any, folder: Path) -> None:
         validation_source=args.validation_dataset,
         validation_split=args.validation_split,
         validation_fraction=args.validation_fraction,
+        max_broken_fraction=args.max_broken_fraction,
     )
 
 
+def check_tokenizer(folder: Path, dataset: TextDataset, advice: str) -> None:
+    """Refuse texts that were not tokenised by a checkpoint's tokenizer.
+
+    Args:
+        folder: a checkpoint folder of the multimodal stage.
+        dataset: the texts.
+        advice: what to do then.
+    Raises: ValueError: names both tokenizers.
+    """
+    other = load_tokenizer(str(folder))
+    found, wanted = tokenizer_hash(dataset.tokenizer), tokenizer_hash(other)
+    if found != wanted:
+        raise ValueError(
+            f"{folder} was trained with tokenizer {wanted} of {vocabulary_size(other)} tokens, the texts in "
+            f"{dataset.folder} have tokenizer {found} of {dataset.vocab_size} tokens: {advice}"
+        )
+
+
 def check_checkpoint(path: str | Path, dataset: TextDataset, resumes: bool) -> None:
-    """Refuse to go on from a checkpoint of another tokenizer, or to resume with other windows.
+    """Refuse to go on from a checkpoint of another stage or tokenizer, or to resume with other windows.
 
     Args:
         path: run or checkpoint folder.
@@ -72,15 +105,15 @@ def check_checkpoint(path: str | Path, dataset: TextDataset, resumes: bool) -> N
     Raises: ValueError: names both values.
     """
     folder = resolve_checkpoint(path)
-    other = load_tokenizer(str(folder))
-    found, wanted = tokenizer_hash(dataset.tokenizer), tokenizer_hash(other)
-    if found != wanted:
+    record = read_stage(folder)
+    if record["stage"] != "multimodal":
         raise ValueError(
-            f"{folder} was trained with tokenizer {wanted} of {vocabulary_size(other)} tokens, the texts in "
-            f"{dataset.folder} have tokenizer {found} of {dataset.vocab_size} tokens: prepare them with "
-            f"--tokenizer {folder} and another --cached_dataset, or train a new model"
+            f"{folder} is of stage {record['stage']!r}, a language model goes on from checkpoints of stage "
+            "'multimodal': name one of them, or leave --init_from and --resume_from_checkpoint out"
         )
-    length = read_stage(folder)["arguments"]["sequence_length"]
+    advice = f"prepare them with --tokenizer {folder} and another --cached_dataset, or train a new model"
+    check_tokenizer(folder, dataset, advice)
+    length = record["arguments"]["sequence_length"]
     if resumes and length != dataset.sequence_length:
         raise ValueError(
             f"{folder} was trained with --sequence_length {length}, this run has {dataset.sequence_length}: give the "

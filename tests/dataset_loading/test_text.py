@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import multiprocessing
+import os
 import pickle
 import time
 
@@ -16,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 from dataset_loading.collators import collate_stack
 from dataset_loading.text import TextDataset, bits_per_byte, prepare_text
 from dataset_loading.text_survey import sample_texts, smallest
+from dataset_loading.text_tokenizers import byte_lengths, byte_tokenizer, document_encoder
+from dataset_loading.text_writer import encode_pieces
 
 TEXTS = [f"Document {number}: {'word ' * (number % 13)}end of {number * 7}.\n" for number in range(300)]
 
@@ -122,12 +125,13 @@ def test_validation_may_have_a_source_of_its_own(tmp_path, rows):
 
 def test_broken_documents_are_left_out_and_reported(tmp_path):
     file = write_rows(tmp_path / "rows.jsonl", TEXTS)
-    file.write_text(file.read_text() + '{"text": ""}\n')
+    file.write_text(file.read_text() + '{"text": null}\n')
     folder = prepare(file, tmp_path / "set")
-    assert manifest(folder)["broken"] == [{"source": "rows.jsonl:301", "reason": "empty"}]
-    file.write_text(file.read_text() + '{"text": null}\n' * 4)
+    assert manifest(folder)["broken"] == [{"source": "rows.jsonl:301", "reason": "no text but None"}]
+    file.write_text(file.read_text() + '{"text": null}\n' * 4 + '{"text": ""}\n' * 300)
     with pytest.raises(
-        ValueError, match=r"5 of 305 documents have no text, more than .*=0.01: rows.jsonl:301 \(empty\)"
+        ValueError,
+        match=r"5 of 305 documents have no text, more than --max_broken_fraction=0.01: rows.jsonl:301 \(no text but N",
     ):
         prepare(file, tmp_path / "more")
     assert not (tmp_path / "more").exists()
@@ -144,10 +148,55 @@ def test_one_file_is_cut_so_that_a_part_validates(tmp_path):
     assert len(documents(folder, "validation")) == round(0.05 * len(parts))
 
 
-def test_a_single_short_document_has_no_validation(tmp_path, caplog):
+def test_empty_documents_are_left_out_and_counted(tmp_path, caplog):
+    caplog.set_level("INFO")
+    file = write_rows(tmp_path / "rows.jsonl", TEXTS + ["", " \n"] * 100)
+    folder = prepare(file, tmp_path / "set", max_broken_fraction=0.0)
+    assert (manifest(folder)["n_empty"], manifest(folder)["n_broken"], manifest(folder)["broken"]) == (200, 0, [])
+    assert caplog.text.count("200 of 500 documents are empty and left out") == 1
+    assert len(documents(folder, "train") + documents(folder, "validation")) == 300
+    with pytest.raises(ValueError, match="no training document: 2 read, 2 empty, 0 broken"):
+        prepare(write_rows(file, ["", " "]), tmp_path / "none")
+
+
+def test_a_thousand_broken_documents_are_listed(tmp_path):
+    file = write_rows(tmp_path / "rows.jsonl", TEXTS + [None] * 1200)
+    found = manifest(prepare(file, tmp_path / "set", max_broken_fraction=0.9))
+    assert found["n_broken"] == 1200 and len(found["broken"]) == 1000
+
+
+@pytest.mark.parametrize("layout", ["validation/rows.jsonl", "dev/rows.jsonl", "val.jsonl"])
+def test_a_validation_split_of_the_sources_own_is_held_out(tmp_path, caplog, layout):
+    caplog.set_level("INFO")
+    own, train = tmp_path / "raw" / layout, tmp_path / "raw/train" / "rows.jsonl"
+    for file, texts in ((own, ["held", "out"]), (train, TEXTS)):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(file, texts)
+    folder = prepare(tmp_path / "raw", tmp_path / "set")
+    assert documents(folder, "validation") == ["held", "out"] and documents(folder, "train") == TEXTS
+    assert manifest(folder)["own_validation"] == "validation"
+    assert "has a split 'validation' of its own, which is held out" in caplog.text
+    drawn = prepare(tmp_path / "raw", tmp_path / "drawn", validation_fraction=0.1)
+    assert len(documents(drawn, "validation")) == 30 and manifest(drawn)["own_validation"] is None
+    other = prepare(tmp_path / "raw", tmp_path / "other", dataset_split="validation")
+    assert sorted(documents(other, "train") + documents(other, "validation")) == ["held", "out"]
+
+
+def test_a_validation_folder_without_texts_is_no_split(tmp_path):
+    (tmp_path / "raw/validation").mkdir(parents=True)
+    (tmp_path / "raw/train").mkdir()
+    write_rows(tmp_path / "raw/train/rows.jsonl", TEXTS)
+    assert len(documents(prepare(tmp_path / "raw", tmp_path / "set"), "validation")) == 15
+
+
+def test_a_single_short_document_cannot_be_held_out(tmp_path, rows):
     (tmp_path / "note.txt").write_text("short")
-    folder = prepare(tmp_path / "note.txt", tmp_path / "set")
-    assert documents(folder, "train") == ["short"] and "no validation split" in caplog.text
+    with pytest.raises(ValueError, match=r"too little text: 5 bytes in 1 document.*or give --validation_dataset"):
+        prepare(tmp_path / "note.txt", tmp_path / "set")
+    assert not (tmp_path / "set").exists()
+    with pytest.raises(ValueError, match=r"rows.jsonl@.* gives no validation document"):
+        prepare(tmp_path / "note.txt", tmp_path / "set", validation_source=str(write_rows(rows, [" "])))
+    folder = prepare(tmp_path / "note.txt", tmp_path / "set", validation_fraction=0.0)
     with pytest.raises(
         FileNotFoundError, match=r"no documents in split 'validation' \(it has {'train': 1, 'val.*: 0}\)"
     ):
@@ -180,6 +229,32 @@ def documents_of(rows, folder):
     return documents(prepare(rows, folder.with_name("bytes")), "train")
 
 
+@pytest.mark.parametrize(("tokenizer", "size"), [("bytes", None), ("bpe", 300)])
+def test_long_documents_are_encoded_in_pieces(tmp_path, tokenizer, size):
+    long = "東京 long words\n\n" * 50000
+    file = write_rows(tmp_path / "rows.jsonl", ["short", long, "after"])
+    folder = prepare(file, tmp_path / "set", tokenizer, size, validation_fraction=0.0)
+    assert documents(folder, "train") == ["short", long, "after"]
+    pieces, ds = manifest(folder)["pieces"], TextDataset(folder, "train", 8)
+    assert (pieces["documents"], pieces["is_exact"]) == (1, tokenizer == "bytes")
+    ids = ds.document(1)
+    assert (ids == 1).sum() + (ids == 2).sum() == 2  # One first and one last token.
+    if tokenizer == "bytes":
+        assert bytes((ids[1:-1] - 2).tolist()) == long.encode()
+
+
+@pytest.mark.parametrize("end", ["", " "])
+def test_pieces_have_the_bytes_of_the_whole(end):
+    text = " Document word 7 end .\n" * 40 + end
+    for tokenizer in (byte_tokenizer(), words_tokenizer()):
+        lengths = byte_lengths(tokenizer) if tokenizer.eos_token == "<bos>" else None
+        core = document_encoder(tokenizer)
+        ((whole, widths),) = encode_pieces(core, text, lengths)
+        pieces = list(encode_pieces(core, text, lengths, 100))
+        assert len(pieces) > 5 and np.concatenate([ids for ids, _ in pieces]).tolist() == whole.tolist()
+        assert sum(widths.sum() for _, widths in pieces) == widths.sum()
+
+
 # ---- The folder.
 
 
@@ -209,6 +284,25 @@ def test_other_settings_are_refused(tmp_path, rows, changes, message):
     prepare_text(folder=tmp_path / "set", **options)
     with pytest.raises(ValueError, match=f"{message}.*Choose another folder, or delete it"):
         prepare_text(folder=tmp_path / "set", **{**options, **changes})
+
+
+def test_a_later_start_hashes_what_has_changed(tmp_path, caplog):
+    caplog.set_level("INFO")
+    for name, text in (("a", "one " * 9), ("b", "two " * 9)):
+        (tmp_path / "raw").mkdir(exist_ok=True)
+        (tmp_path / "raw" / f"{name}.txt").write_text(text)
+    folder = prepare(tmp_path / "raw", tmp_path / "set")
+    assert "hashing 0.0 MB of texts in 2 files" in caplog.text
+    caplog.clear()
+    assert prepare(tmp_path / "raw", folder) and "hashing" not in caplog.text
+    os.utime(tmp_path / "raw/a.txt", ns=(1, 1))
+    for _ in range(2):
+        assert prepare(tmp_path / "raw", folder) and caplog.text.count("in 1 files") == 1
+    (folder / "digests.json").write_text("{")
+    assert prepare(tmp_path / "raw", folder) and "in 2 files" in caplog.text
+    (tmp_path / "raw/b.txt").write_text("three " * 6)  # As long as before.
+    with pytest.raises(ValueError, match=r"source='raw@.*there, 'raw@"):
+        prepare(tmp_path / "raw", folder)
 
 
 def test_a_changed_source_is_refused(tmp_path, rows):

@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 
+from dataset_loading.text import TextDataset, prepare_text
 from inference.generate_text import GenerateTextArguments, write
+from model.causal import MegaTransformerForCausalLM
 from tests.image_vae_checkpoint import save_checkpoint
 from tests.text_cache import make_text
 from tests.text_checkpoint import save_text_checkpoint
 from utils.megatransformer_utils import parse_arguments
-from utils.text_generation import GenerationArguments, TextGenerator, drawing
+from utils.text_generation import GenerationArguments, TextGenerator, drawing, read_prompts
 
 PROMPTS = ["a list of", "Zwölf bears", "the tensor is a model that reads and writes, again and again,", ""]
 
@@ -83,7 +85,7 @@ def test_greedy_is_the_likeliest_token_each_time(run, checkpoint):
 
 def test_noise_draws_from_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
-    draws = drawing(GenerationArguments(temperature=0.7, top_k=3), 1)
+    draws = drawing(GenerationArguments(temperature=0.7, top_k=3), [0])
     counts = torch.zeros(4)
     for _ in range(4000):
         counts[draws(torch.zeros(1, 1, dtype=torch.int64), logits.clone()).argmax()] += 1
@@ -124,6 +126,7 @@ def test_an_end_of_document_ends_the_text(checkpoint):
         ("--checkpoint runs/x", "--prompts or --prompt_file are needed"),
         ("--checkpoint runs/x --prompts a --n_beams 2", "it needs --temperature 0"),
         ("--checkpoint runs/x --prompts a --temperature 0 --top_k 2", "--top_k has no effect"),
+        ("--checkpoint runs/x --prompts a --temperature 0 --n_texts 2", "--n_texts has no effect"),
         ("--checkpoint runs/x --prompts a --exit_threshold -0.5", "must be -1, 0 or above"),
         ("--checkpoint runs/x --prompts a --top_p 0", "--top_p=0.0 must be > 0"),
     ],
@@ -141,3 +144,52 @@ def test_another_stage_and_an_empty_file_are_refused(run, picture_cache, tmp_pat
     vae = save_checkpoint(tmp_path / "image_vae" / "small", picture_cache)
     with pytest.raises(ValueError, match="text is written by checkpoints of stage 'multimodal'"):
         run("out", "--prompts", "a", of=vae)
+
+
+def test_several_texts_per_prompt(run):
+    words = ["--prompts", "a list", "a list", "the", "--n_texts", 3]
+    settings = run("several", *words, "--batch_size", 4)
+    made = continuations(settings)
+    assert len(made) == 9 and len(set(made[:3])) == 3 and made[:3] == made[3:6]
+    assert made[0] == continuations(run("one", "--prompts", "a list"))[0]
+    seed = settings["texts"][2]["seed"]
+    assert made[2] == continuations(run("again", "--prompts", "a list", "--seed", seed))[0]
+    assert continuations(run("other", *words, "--seed", 1))[1] not in made
+
+
+def test_prompts_are_encoded_as_training_texts(tmp_path, checkpoint):
+    (tmp_path / "raw.txt").write_text("ends with <bos> and <pad>" * 40, encoding="utf-8")
+    # A tokenizer from elsewhere, which reads special tokens.
+    foreign = TextGenerator.load(checkpoint).tokenizer
+    foreign.split_special_tokens = foreign.init_kwargs["split_special_tokens"] = False
+    foreign.save_pretrained(tmp_path / "foreign")
+    source, tokenizer = str(tmp_path / "raw.txt"), str(tmp_path / "foreign")
+    texts = TextDataset(prepare_text(source, tmp_path / "cache", tokenizer, validation_fraction=0.0), "train", 8)
+    document = texts.document(0).tolist()
+    text = bytes(number - 2 for number in document[1:-1]).decode()
+    generator = TextGenerator(MegaTransformerForCausalLM.from_preset("tiny", hidden_size=64), texts.tokenizer)
+    assert "<bos>" in text and generator.encode(text) == document[:-1]
+
+
+def test_lengths_beyond_the_model(text_cache, tmp_path, run, checkpoint, caplog):
+    words = ["--prompts", "x" * 20]
+    run("within", *words)
+    assert not caplog.records
+    run("beyond", *words, "--max_new_tokens", 13, "--n_texts", 2, "--batch_size", 1)
+    (record,) = caplog.records
+    assert "21 tokens and max_new_tokens=13 need 33 positions" in record.message
+    assert "--sequence_length 32" in record.message
+    fields = {"position_embedding": "learned", "use_rotary_embedding": False, "max_position_embeddings": 32}
+    learned = save_text_checkpoint(tmp_path / "learned", text_cache, "tiny", **fields)
+    run("fits", *words, of=learned)
+    with pytest.raises(ValueError, match="need 33 positions, the model has learned max_position_embeddings=32"):
+        run("out", *words, "--max_new_tokens", 13, of=learned)
+
+
+def test_prompt_files(tmp_path):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("\ufeffone\r\n two\u2028still two\n\nthree\x0b\x0c".encode())
+    assert read_prompts(file) == ["one", " two\u2028still two", "three\x0b\x0c"]
+    file.write_bytes(b"caf\xe9\n")
+    with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 \("):
+        read_prompts(file)

@@ -8,8 +8,9 @@ from model.causal import MegaTransformerForCausalLM
 from pretrain_multimodal import MultimodalStage
 from tests.conftest import run_stage
 from tests.text_cache import SMALL_CORE, SMALL_TEXT, make_text
+from utils import text_metrics
 from utils.multimodal_trainer import MultimodalTrainer
-from utils.text_metrics import compressed_bits_per_byte, ratios, unigram_nats
+from utils.text_metrics import compressed_bits_per_byte, ratios, token_counts, unigram_nats, window_sums
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,28 @@ def test_ratios_and_baselines():
     found = ratios(sums)
     assert found["loss"] == 2 and found["accuracy"] == 0.4 and found["thinking_steps"] == 3
     assert found["perplexity"] == pytest.approx(np.exp(2)) and found["bits_per_byte"] == pytest.approx(4 / np.log(2))
-    nats = unigram_nats(torch.tensor([0, 2]), torch.tensor([0, 1, 1]))
+    nats = unigram_nats(torch.tensor([0, 2]), torch.tensor([1, 2]))
     assert nats == pytest.approx(-(np.log(1 / 4) + 2 * np.log(3 / 4)) / 3)
     packed = compressed_bits_per_byte(b"ab" * 5000)
     assert packed.keys() == {"gzip", "lzma"} and max(packed.values()) < 0.1
+
+
+def test_counts_are_read_piece_by_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(text_metrics, "COUNTED_AT_ONCE", 7)
+    tokens = np.random.default_rng(0).integers(0, 9, 40).astype(np.uint16)
+    tokens.tofile(tmp_path / "train.bin")
+    counts = token_counts(np.memmap(tmp_path / "train.bin", np.uint16, "r"), 12)
+    assert counts.tolist() == np.bincount(tokens, minlength=12).tolist()
+
+
+def test_passes_are_split_where_logits_would_be_too_many():
+    assert text_metrics.windows_at_once(32000, 1024) == 2 and text_metrics.windows_at_once(100_000, 4096) == 1
+    model = MegaTransformerForCausalLM.from_preset("recurrent-tiny", hidden_size=64).eval()
+    ids, sizes = torch.randint(3, 258, (7, 16)), []
+    model.register_forward_pre_hook(lambda _, __, given: sizes.append(len(given["labels"])), with_kwargs=True)
+    inputs = {"input_ids": ids, "labels": ids, "segment_ids": torch.zeros_like(ids)}
+    with torch.no_grad():
+        whole, split = (window_sums(model, inputs, most_steps=16, at_once=n) for n in (0, 3))
+    assert sizes == [7, 3, 3, 1] and whole.keys() == split.keys() >= {"hits", "step_counts"}
+    for name, value in whole.items():
+        torch.testing.assert_close(split[name], value)
