@@ -64,9 +64,10 @@ def assert_same(one: Run, two: Run, tolerance: float = 1e-5) -> None:
     assert one.adversary["updates"] == two.adversary["updates"]
 
 
-@pytest.mark.parametrize(
-    "launcher", ["ds_config.json", "ds_config_zero-1.json", "ds_config_zero-2.json", "ds_config_zero-3.json"]
-)
+ZERO_1 = pytest.param("ds_config_zero-1.json", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("launcher", ["ds_config.json", ZERO_1, "ds_config_zero-2.json", "ds_config_zero-3.json"])
 def test_two_deepspeed_processes_equal_one(launcher, train, picture_cache, tmp_path):
     one = train("one", 10, "--batch_size", "8")
     assert_same(one, launch(launcher, picture_cache, tmp_path, 10, "--batch_size", "4"))
@@ -90,7 +91,10 @@ def test_accumulation_under_zero_3(train, picture_cache, tmp_path):
     assert_same(one, launch("ds_config_zero-3.json", picture_cache, tmp_path, 10, *flags))
 
 
-@pytest.mark.parametrize("flags", ["--trainer grokfast_ema", "--trainer grokfast_ma --grokfast_window 4"])
+AVERAGE = pytest.param("--trainer grokfast_ma --grokfast_window 4", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("flags", ["--trainer grokfast_ema", AVERAGE])
 def test_gradient_filters_under_zero_2(flags, train, picture_cache, tmp_path):
     one = train("one", 20, "--batch_size", "8", *flags.split())
     assert_same(one, launch("ds_config_zero-2.json", picture_cache, tmp_path, 20, "--batch_size", "4", *flags.split()))
@@ -130,6 +134,7 @@ def sharding_all(folder: Path) -> str:
     return str(folder / "ds_config_zero-3.json")
 
 
+@pytest.mark.slow
 def test_diffusion_under_zero_2_equals_one_process_and_resumes_exactly(train_diffusion, latent_cache, tmp_path):
     one = train_diffusion("one", 8, "--batch_size", "8")
     flags = ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--use_gradient_checkpointing"]
@@ -167,6 +172,7 @@ def test_audio_vae_on_two_ddp_processes_equals_one_and_resumes_on_one(tmp_path, 
         assert largest_difference(one.adversary["discriminator"], run.adversary["discriminator"]) <= 1e-5
 
 
+@pytest.mark.slow
 def test_audio_vae_under_zero_2_equals_one_process_and_resumes_exactly(tmp_path, fresh_logging):
     cache = write_mel_cache(tmp_path / "cache", SETTINGS)
     one = run_stage(AudioVAEStage, SMALL_AUDIO_VAE, cache, tmp_path, "one", 8, "--batch_size", "8")
@@ -208,7 +214,10 @@ def test_audio_stages_under_zero_3_equal_one_process(stage, tmp_path, fresh_logg
     assert largest_difference(one.adversary["discriminator"], two.adversary["discriminator"]) <= 1e-4
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "ds_config.json", "ds_config_zero-1.json", "ds_config_zero-3.json"])
+ZERO_0 = pytest.param("ds_config.json", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", ZERO_0, ZERO_1, "ds_config_zero-3.json"])
 def test_text_on_two_processes_equals_one(launcher, tmp_path, fresh_logging):
     """With targets that are unequal in number, a recurrent core of drawn depth, a noisy first state, tied weights."""
     cache = make_text(tmp_path / "cache")
