@@ -1,0 +1,169 @@
+"""Grokking: addition modulo a prime, learned by heart first and understood later, with and without GrokFast.
+
+    python benchmarks/grokking.py --picture docs/grokking.png    # 2 x 3 runs, one thread
+
+A transformer of two layers sees a part of all pairs (a, b) and predicts (a + b) mod p; accuracy is measured on the
+pairs that it never saw (arXiv 2201.02177). GrokFast-EMA (arXiv 2405.20233, `utils/grokfast.py`) is attached to the
+same AdamW. All else is equal: weights, batches and split belong to the seed.
+"""
+
+import dataclasses
+import logging
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from model.causal import MegaTransformerForCausalLM
+from utils.configuration import option
+from utils.grokfast import GradientEMA
+from utils.megatransformer_utils import explained_errors, parse_arguments
+
+PLAIN, FAST = "AdamW", "AdamW with GrokFast-EMA"
+COLORS = {PLAIN: (38, 84, 190), FAST: (214, 96, 22)}
+WIDTH, HEIGHT, MARGIN = 640, 360, 48  # of the picture, pixels
+
+
+@dataclasses.dataclass
+class GrokkingArguments:
+    """Flags of the comparison."""
+
+    modulus: int = option(47, "prime p; there are p x p pairs", gt=2)
+    train_fraction: float = option(0.4, "share of the pairs that are seen", gt=0, lt=1)
+    hidden_size: int = option(64, "width of the model", gt=0)
+    batch_size: int = option(512, "pairs per step, drawn with replacement", gt=0)
+    learning_rate: float = option(1e-3, "of AdamW with betas 0.9 and 0.98, after 10 steps of warm-up", gt=0)
+    weight_decay: float = option(1.0, "of AdamW", ge=0)
+    grokfast_alpha: float = option(0.8, "decay of the gradients' average", ge=0, lt=1)
+    grokfast_lambda: float = option(5.0, "weight of the average", gt=0)
+    max_steps: int = option(3000, "steps of a run that does not reach the goal", gt=0)
+    goal: float = option(0.95, "accuracy on unseen pairs that ends a run", gt=0, le=1)
+    eval_steps: int = option(50, "steps between measurements", gt=0)
+    n_seeds: int = option(3, "runs of each kind", gt=0)
+    picture: str = option("", "file for the curves; empty: none")
+
+
+@dataclasses.dataclass
+class Run:
+    """Accuracies of one run, and the first steps at which they reached the goal (None: never)."""
+
+    steps: list[int] = dataclasses.field(default_factory=list)
+    seen: list[float] = dataclasses.field(default_factory=list)
+    unseen: list[float] = dataclasses.field(default_factory=list)
+    seconds: float = 0.0
+
+    def first(self, accuracies: list[float], goal: float) -> int | None:
+        """The first measured step at which an accuracy reached the goal."""
+        return next((step for step, accuracy in zip(self.steps, accuracies) if accuracy >= goal), None)
+
+
+def build(args: GrokkingArguments) -> MegaTransformerForCausalLM:
+    """Two layers, one token per number and one for the equals sign."""
+    return MegaTransformerForCausalLM.from_preset(
+        "tiny",
+        n_layers=2,
+        hidden_size=args.hidden_size,
+        n_query_groups=None,
+        use_qk_norm=False,
+        vocab_size=args.modulus + 1,
+        max_position_embeddings=3,
+        pad_token_id=None,
+        bos_token_id=None,
+        tie_word_embeddings=False,
+    )
+
+
+def all_pairs(p: int) -> tuple[Tensor, Tensor]:
+    """Tokens [a, b, =] of all pairs, (p^2, 3), and their sums modulo p, (p^2,)."""
+    first, second = torch.arange(p).repeat_interleave(p), torch.arange(p).repeat(p)
+    return torch.stack([first, second, torch.full_like(first, p)], dim=1), (first + second) % p
+
+
+def train(args: GrokkingArguments, seed: int, is_fast: bool) -> Run:
+    """One run, until the goal is reached on unseen pairs."""
+    torch.manual_seed(seed)
+    tokens, sums = all_pairs(args.modulus)
+    order = torch.randperm(len(tokens))
+    seen, unseen = order.split([n_seen := round(args.train_fraction * len(tokens)), len(tokens) - n_seen])
+    model = build(args)
+    settings = {"betas": (0.9, 0.98), "weight_decay": args.weight_decay, "fused": True}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, **settings)
+    if is_fast:
+        GradientEMA(args.grokfast_alpha, args.grokfast_lambda).attach(optimizer)
+
+    def logits(rows: Tensor) -> Tensor:
+        return model(input_ids=tokens[rows], use_cache=False, logits_to_keep=1).logits[:, -1]
+
+    run, start = Run(), time.process_time()
+    for step in range(1, args.max_steps + 1):
+        optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, step / 10)
+        rows = seen[torch.randint(n_seen, (args.batch_size,))]
+        optimizer.zero_grad()
+        F.cross_entropy(logits(rows), sums[rows]).backward()
+        optimizer.step()
+        if step % args.eval_steps == 0:
+            with torch.no_grad():
+                accuracies = [(logits(part).argmax(-1) == sums[part]).float().mean().item() for part in (seen, unseen)]
+            run.steps.append(step)
+            run.seen.append(accuracies[0])
+            run.unseen.append(accuracies[1])
+            if accuracies[1] >= args.goal:
+                break
+    run.seconds = time.process_time() - start
+    return run
+
+
+def report(args: GrokkingArguments, runs: dict[str, list[Run]]) -> None:
+    """Steps to the goal on seen and on unseen pairs, of each kind."""
+    for name, each in runs.items():
+        for part in ("seen", "unseen"):
+            steps = [run.first(getattr(run, part), args.goal) for run in each]
+            shown = ", ".join(str(step) if step else f"more than {args.max_steps}" for step in steps)
+            middle = statistics.median(step or args.max_steps for step in steps)
+            print(f"{name:24} {args.goal:.0%} of {part:6} pairs after steps {shown}; median {middle:g}")
+        print(f"{name:24} {sum(run.seconds for run in each):.0f} CPU s in all")
+
+
+def draw(args: GrokkingArguments, runs: dict[str, list[Run]]) -> Image.Image:
+    """Accuracy over steps: unseen pairs as thick lines, seen pairs as thin ones, one line per seed."""
+    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    last = max(run.steps[-1] for each in runs.values() for run in each)
+    across, down = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
+
+    def place(step: float, accuracy: float) -> tuple[float, float]:
+        return MARGIN + across * step / last, HEIGHT - MARGIN - down * accuracy
+
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        canvas.line([place(0, share), place(last, share)], (220, 220, 220))
+        canvas.text((8, place(0, share)[1] - 8), f"{share:.0%}", "black", font)
+        canvas.text((place(share * last, 0)[0] - 12, HEIGHT - MARGIN + 6), f"{share * last:.0f}", "black", font)
+    for row, (name, each) in enumerate(runs.items()):
+        for run in each:
+            for accuracies, width in ((run.seen, 1), (run.unseen, 3)):
+                points = [place(0, 0), *(place(*point) for point in zip(run.steps, accuracies))]
+                canvas.line(points, COLORS[name], width)
+        canvas.text((MARGIN, 4 + 16 * row), name, COLORS[name], font)
+    rule = f"accuracy over steps, (a + b) mod {args.modulus}; thick: unseen pairs, thin: seen pairs"
+    canvas.text((MARGIN, HEIGHT - 20), rule, "black", font)
+    return picture
+
+
+if __name__ == "__main__":
+    arguments = parse_arguments(GrokkingArguments, None, __doc__ or "")
+    torch.set_num_threads(1)
+    with explained_errors(logging.getLogger("benchmark")):
+        found: dict[str, list[Run]] = {PLAIN: [], FAST: []}
+        for number in range(arguments.n_seeds):
+            for kind in found:
+                found[kind].append(train(arguments, number, kind == FAST))
+        report(arguments, found)
+        if arguments.picture:
+            draw(arguments, found).save(arguments.picture, optimize=True)
