@@ -21,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from model.checkpointing import GradientCheckpointingLayer
 from model.image.vae import Downsample, Upsample
 from model.text.tokenizer import PADDING, VOCABULARY
 from model.vae import ZeroConv2d, ZeroLinear, init_layer

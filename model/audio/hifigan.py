@@ -9,7 +9,8 @@ import math
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from model.checkpointing import GradientCheckpointingLayer
 
 SLOPE = 0.1  # Of the leaky rectifier.
 

@@ -21,11 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.audio.configuration import AudioConfig
 from model.audio.frame_conv import FrameConv
 from model.audio.lengths import valid_frames
+from model.checkpointing import GradientCheckpointingLayer
 from model.presets import AUDIO_VAE
 from model.text.tokenizer import VOCABULARY
 from model.vae import LOGVAR_RANGE, VAE, VAEOutput, ZeroLinear

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from model.checkpointing import GradientCheckpointingLayer
 from model.diffusion import TextCondition, TimeEmbedding
 from model.image.ldm_vae import LDMUpsample
 from model.vae import ZeroConv2d

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+
+from model.checkpointing import GradientCheckpointingLayer
 
 NORM_EPS = 1e-6
 

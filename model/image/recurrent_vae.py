@@ -32,8 +32,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from model.checkpointing import GradientCheckpointingLayer
 from model.image.vae import ChannelNorm, PatchCode, PosteriorHead, ResidualBlock, ResidualEncoder, cosine_patterns
 from model.presets import RECURRENT_VAE
 from model.vae import LOGVAR_RANGE, VAE, VAEOutput, ZeroConv2d

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import initialization
-from transformers.modeling_layers import GradientCheckpointingLayer
 
+from model.checkpointing import GradientCheckpointingLayer
 from model.image.ldm_vae import LDMDecoder, LDMEncoder, config_from_diffusers, rename_diffusers_weights
 from model.presets import IMAGE_VAE
 from model.vae import VAE, ZeroConv2d
