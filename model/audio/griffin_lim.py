@@ -7,35 +7,34 @@ from torch import Tensor
 from model.audio.spectral import MelSettings, Spectrogram, mel_filters
 
 
-def mel_to_magnitude(mel: Tensor, filters: Tensor, n_iterations: int, start: Tensor) -> Tensor:
+def mel_to_magnitude(amplitude: Tensor, filters: Tensor, n_iterations: int, start: Tensor) -> Tensor:
     """Magnitudes whose mel is near a given one, by multiplicative updates of the Euclidean distance, which keep them
     positive (Lee and Seung, 2000, eq. 4).
 
     Args:
-        mel: log-mel, (B, M, F).
+        amplitude: the exponential of a log-mel, (B, F, M).
         filters: (M, K).
         n_iterations: updates.
-        start: positive magnitudes, (B, K, F).
-    Returns: (B, K, F).
+        start: positive magnitudes, (B, F, K).
+    Returns: (B, F, K).
     """
-    target = filters.T @ mel.exp()
+    target = amplitude @ filters
     magnitude = start
     for _ in range(n_iterations):
-        magnitude = magnitude * target / (filters.T @ (filters @ magnitude)).clamp_min(1e-10)
+        magnitude = magnitude * target / (magnitude @ filters.T @ filters).clamp_min(1e-10)
     return magnitude
 
 
-def starting_magnitude(mel: Tensor, inverse: Tensor, spread: Tensor) -> Tensor:
+def starting_magnitude(amplitude: Tensor, inverse: Tensor, spread: Tensor) -> Tensor:
     """Positive magnitudes to start from: the least-squares inverse, nowhere under a fifth of the smooth envelope.
 
     Args:
-        mel: log-mel, (B, M, F).
+        amplitude: the exponential of a log-mel, (B, F, M).
         inverse: pseudo-inverse of the filters, (K, M).
         spread: bins as weighted means of the filters over them, (K, M).
-    Returns: (B, K, F).
+    Returns: (B, F, K).
     """
-    amplitude = mel.exp()
-    return torch.maximum(inverse @ amplitude, 0.2 * (spread @ amplitude)).clamp_min(1e-6)
+    return torch.maximum(amplitude @ inverse.T, 0.2 * (amplitude @ spread.T)).clamp_min(1e-6)
 
 
 def inversion_matrices(settings: MelSettings) -> tuple[Tensor, Tensor, Tensor]:
@@ -61,7 +60,9 @@ def griffin_lim(
     Returns: (B, F * hop_length) fp32.
     """
     filters, inverse, spread = (each.to(mel.device) for each in inversion_matrices(settings))
-    magnitude = mel_to_magnitude(mel, filters, 50, starting_magnitude(mel, inverse, spread))
+    amplitude = mel.exp().transpose(1, 2)
+    start = starting_magnitude(amplitude, inverse, spread)
+    magnitude = mel_to_magnitude(amplitude, filters, 50, start).transpose(1, 2)
     transform = Spectrogram(settings.n_fft, settings.hop_length).to(mel.device)
     generator = generator or torch.Generator().manual_seed(0)
     phase = 2 * torch.pi * torch.rand(magnitude.shape, generator=generator)

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.audio.vocoders import FourierTransform, Vocoder
+from model.audio.vocoders import EPSILON, FourierTransform, Vocoder
 
 OPSET = 17
 EXAMPLE_FRAMES = 40
@@ -47,22 +47,23 @@ class MatrixFourierTransform(nn.Module):
         self.register_buffer("lags", (weight * cosine)[:, : len(bins)])  # (K, K) fp64
         self.register_buffer("envelope", window.square()[None, None].float())  # (1, 1, N)
 
-    def forward(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S) -> real and imaginary part, each (B, K, F)."""
-        padded = F.pad(waveform[:, None], (self.cut, self.cut), mode="reflect")
-        real, imaginary = F.conv1d(padded, self.analysis, stride=self.hop_length).chunk(2, dim=1)
-        return real, imaginary
-
     def inverse(self, real: Tensor, imaginary: Tensor) -> Tensor:
-        """Two of (B, K, F) -> (B, F * hop_length)."""
-        frames = torch.cat([real, imaginary], dim=1)
+        """Two of (B, F, K) -> (B, F * hop_length)."""
+        frames = torch.cat([real, imaginary], dim=-1).transpose(1, 2)
         total = F.conv_transpose1d(frames, self.synthesis, stride=self.hop_length)
-        weight = F.conv_transpose1d(torch.ones_like(real[:1, :1]), self.envelope, stride=self.hop_length)
+        weight = F.conv_transpose1d(torch.ones_like(frames[:1, :1]), self.envelope, stride=self.hop_length)
         return (total / weight)[:, 0, self.cut : -self.cut]
 
+    def project(self, waveform: Tensor, magnitude: Tensor) -> Tensor:
+        """Waveform (B, F * hop_length), magnitude (B, F, K) -> (B, F * hop_length)."""
+        padded = F.pad(waveform[:, None], (self.cut, self.cut), mode="reflect")
+        real, imaginary = F.conv1d(padded, self.analysis, stride=self.hop_length).transpose(1, 2).chunk(2, dim=-1)
+        ratio = magnitude * torch.rsqrt(torch.addcmul(real.square() + EPSILON, imaginary, imaginary))
+        return self.inverse(ratio * real, ratio * imaginary)
+
     def autocorrelation(self, magnitude: Tensor) -> Tensor:
-        """(B, K, F) -> (B, F, K): the inverse transform of even spectra, lags 0 to N / 2."""
-        return magnitude.transpose(1, 2) @ self.lags.to(magnitude.dtype)
+        """(B, F, K) -> (B, F, K): the inverse transform of even spectra, lags 0 to N / 2."""
+        return magnitude @ self.lags.to(magnitude.dtype)
 
 
 def exportable(vocoder: Vocoder) -> Vocoder:

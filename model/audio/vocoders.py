@@ -6,7 +6,8 @@ Architecture "istft" starts from what signal processing knows and learns the res
   gives every bin the phase of its nearest harmonic. A network of convolutions could not: on a steady tone all its
   inputs are equal, so that it could only repeat itself every hop;
 - a ConvNeXt backbone at frame rate (as in Vocos, arXiv 2306.00814) reads the log-mel and corrects each bin's
-  log-magnitude, the depth of the harmonics' comb, and the phase. Its last layer starts at zero: by PESQ and STOI the
+  log-magnitude, the depth of the harmonics' comb, and the phase. One of its positions may stand for several frames (a
+  reduction factor, arXiv 1703.10135), which divides its cost. Its last layer starts at zero: by PESQ and STOI the
   untrained model is already about as good as 60 iterations of Griffin-Lim (not by the distance of log-mels);
 - a few Griffin-Lim projections, through which it is trained, make neighbouring frames agree.
 Architecture "hifigan" (`hifigan.py`) is the generator of HiFi-GAN, which upsamples step by step.
@@ -20,16 +21,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.audio.configuration import MEL_FIELDS, AudioConfig
 from model.audio.frame_conv import FrameConv
 from model.audio.griffin_lim import inversion_matrices, mel_to_magnitude, starting_magnitude
 from model.audio.hifigan import HiFiGANGenerator
 from model.audio.spectral import istft, stft
+from model.checkpointing import GradientCheckpointingLayer
 from model.presets import VOCODER
 from model.vae import ZeroLinear, init_layer
 from utils.configuration import declared_fields, from_preset, option
+
+EPSILON = 1e-8  # added to the power whose phase is taken: bins without sound have none
 
 
 class VocoderConfig(AudioConfig):
@@ -44,6 +47,7 @@ class VocoderConfig(AudioConfig):
     n_layers: int = option(8, "ConvNeXt blocks", gt=0)
     expansion: int = option(3, "hidden over outer channels of a block", gt=0)
     kernel_size: int = option(7, "frames that a block's depthwise convolution sees, odd", gt=0)
+    reduction_factor: int = option(1, "neighbouring frames that share one position of the backbone", gt=0)
     n_magnitude_updates: int = option(4, "multiplicative updates of the magnitude prior", ge=0)
     n_projections: int = option(4, "Griffin-Lim projections after the network", ge=0)
     f0_min: float = option(65.0, "lowest fundamental frequency of the phase prior in Hz", gt=0)
@@ -97,7 +101,7 @@ class VocoderConfig(AudioConfig):
 
 
 class FourierTransform(nn.Module):
-    """The transform in real numbers: real and imaginary parts instead of complex values.
+    """The transform with frames first, and with real and imaginary parts instead of complex values.
 
     Args:
         n_fft: samples of a frame N.
@@ -109,18 +113,26 @@ class FourierTransform(nn.Module):
         self.hop_length = hop_length
         self.register_buffer("window", torch.hann_window(n_fft))
 
-    def forward(self, waveform: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, S) -> real and imaginary part, each (B, K, F)."""
-        spectrum = stft(waveform, self.window, self.hop_length)
-        return spectrum.real, spectrum.imag
-
     def inverse(self, real: Tensor, imaginary: Tensor) -> Tensor:
-        """Two of (B, K, F) -> (B, F * hop_length)."""
-        return istft(torch.complex(real, imaginary), self.window, self.hop_length)
+        """Two of (B, F, K) -> (B, F * hop_length)."""
+        return istft(torch.complex(real, imaginary).transpose(1, 2), self.window, self.hop_length)
+
+    def project(self, waveform: Tensor, magnitude: Tensor) -> Tensor:
+        """One Griffin-Lim projection: the waveform's phases with other magnitudes.
+
+        Args:
+            waveform: (B, F * hop_length).
+            magnitude: (B, F, K).
+        Returns: (B, F * hop_length).
+        """
+        spectrum = stft(waveform, self.window, self.hop_length)
+        power = (spectrum * spectrum.conj()).real  # One contiguous product; strided real parts would take longer.
+        scaled = spectrum * (magnitude.transpose(1, 2) * torch.rsqrt(power + EPSILON))
+        return istft(scaled, self.window, self.hop_length)
 
     def autocorrelation(self, magnitude: Tensor) -> Tensor:
-        """(B, K, F) -> (B, F, K): the inverse transform of even spectra, lags 0 to N / 2."""
-        return torch.fft.irfft(magnitude.transpose(1, 2))[..., : magnitude.shape[1]]
+        """(B, F, K) -> (B, F, K): the inverse transform of even spectra, lags 0 to N / 2."""
+        return torch.fft.irfft(magnitude)[..., : magnitude.shape[-1]]
 
 
 class HarmonicPrior(nn.Module):
@@ -129,6 +141,9 @@ class HarmonicPrior(nn.Module):
     Args:
         config: see `VocoderConfig`.
     """
+
+    frequency: Tensor
+    is_low: Tensor
 
     def __init__(self, config: VocoderConfig):
         super().__init__()
@@ -143,20 +158,21 @@ class HarmonicPrior(nn.Module):
         self.register_buffer("is_low", (frequency * config.sample_rate < 4000).float())
 
     def magnitude(self, mel: Tensor) -> Tensor:
-        """(B, M, F) -> (B, K, F)."""
-        start = starting_magnitude(mel, self.inverse, self.spread)
-        return mel_to_magnitude(mel, self.filters, self.config.n_magnitude_updates, start)
+        """(B, M, F) -> (B, F, K)."""
+        amplitude = mel.exp().transpose(1, 2)
+        start = starting_magnitude(amplitude, self.inverse, self.spread)
+        return mel_to_magnitude(amplitude, self.filters, self.config.n_magnitude_updates, start)
 
     def pitch(self, magnitude: Tensor, transform: FourierTransform) -> tuple[Tensor, Tensor]:
         """Fundamental frequency in cycles per sample, and the autocorrelation there (about 0 unvoiced, 1 voiced).
 
         The highest value of the autocorrelation between the shortest and the longest period, placed by the parabola
         through it and its neighbours.
-        Args: magnitude: (B, K, F).
+        Args: magnitude: (B, F, K).
         Returns: two of (B, F).
         """
         # In fp64: rounding adds up over the frames of `cycles`, and would differ between kernels, pieces and runtimes.
-        correlation = transform.autocorrelation(magnitude.double() * self.is_low[:, None])
+        correlation = transform.autocorrelation(magnitude.double() * self.is_low)
         shortest = int(self.config.sample_rate / self.config.f0_max)
         longest = int(self.config.sample_rate / self.config.f0_min)
         peak, lag = correlation[..., shortest : longest + 1].max(-1)
@@ -178,11 +194,11 @@ class HarmonicPrior(nn.Module):
             f0: cycles per sample, (B, F).
             cycles: of the fundamental, modulo 1, (B, F).
         Returns:
-            comb: 1 on a harmonic, -1 half-way between two, (B, K, F).
-            phase: at the frame's centre, in [0, 2 pi), (B, K, F).
+            comb: 1 on a harmonic, -1 half-way between two, (B, F, K).
+            phase: at the frame's centre, in [0, 2 pi), (B, F, K).
         """
-        position = self.frequency[:, None] / f0[:, None].float()
-        phase = 2 * torch.pi * (position.round() * cycles[:, None]).remainder(1)
+        position = self.frequency / f0[..., None].float()
+        phase = 2 * torch.pi * (position.round() * cycles[..., None]).remainder(1)
         return torch.cos(2 * torch.pi * position), phase
 
 
@@ -229,17 +245,19 @@ class HarmonicGenerator(nn.Module):
         config: see `VocoderConfig`.
     """
 
+    signs: Tensor
+
     def __init__(self, config: VocoderConfig):
         super().__init__()
         self.config = config
-        D, n_bins = config.width, config.n_fft // 2 + 1
+        D, n_bins, r = config.width, config.n_fft // 2 + 1, config.reduction_factor
         self.prior = HarmonicPrior(config)
         self.transform = FourierTransform(config.n_fft, config.hop_length)
-        self.stem = FrameConv(config.n_mels + 2, D, config.kernel_size, padding=config.kernel_size // 2)
+        self.stem = FrameConv(r * (config.n_mels + 2), D, config.kernel_size, padding=config.kernel_size // 2)
         self.stem_norm = nn.LayerNorm(D)
         self.blocks = nn.ModuleList(ConvNeXtBlock(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(D)
-        self.head = ZeroLinear(D, 3 * n_bins)
+        self.head = ZeroLinear(D, r * 3 * n_bins)
         # Phases are meant at a frame's centre, half a frame after the transform's origin: every other sign flips.
         self.register_buffer("signs", 1.0 - 2.0 * (torch.arange(n_bins) % 2))
 
@@ -251,23 +269,32 @@ class HarmonicGenerator(nn.Module):
             f0, voicing = self.prior.pitch(magnitude, self.transform)
             comb, phase = self.prior.harmonics(f0, self.prior.cycles(f0) if cycles is None else cycles)
             pitch = torch.log2(f0.float() * self.config.sample_rate / 128)
-            features = torch.cat([mel / 4 + 1, pitch[:, None], voicing[:, None]], dim=1)
+            features = torch.cat([mel.transpose(1, 2) / 4 + 1, pitch[..., None], voicing[..., None]], dim=-1)
 
-        x = self.stem_norm(self.stem(features.transpose(1, 2)))
+        x = self.stem_norm(self.stem(self.join_frames(features)))
         for block in self.blocks:
             x = block(x)
-        gain, depth, shift = self.head(self.norm(x)).float().transpose(1, 2).chunk(3, dim=1)
+        x = self.head(self.norm(x)).float().reshape(mel.shape[0], -1, 3 * len(self.signs))
+        gain, depth, shift = x[:, : mel.shape[-1]].chunk(3, dim=-1)
 
         with torch.autocast(mel.device.type, enabled=False):
             magnitude = magnitude * torch.exp((gain + depth * comb).clamp(-8, 4))
             phase = phase + shift
-            signed = magnitude * self.signs[:, None]
+            signed = magnitude * self.signs
             waveform = self.transform.inverse(signed * torch.cos(phase), signed * torch.sin(phase))
             for _ in range(self.config.n_projections):
-                real, imaginary = self.transform(waveform)
-                ratio = magnitude * torch.rsqrt(torch.addcmul(real.square() + 1e-8, imaginary, imaginary))
-                waveform = self.transform.inverse(ratio * real, ratio * imaginary)
+                waveform = self.transform.project(waveform, magnitude)
         return waveform
+
+    def join_frames(self, x: Tensor) -> Tensor:
+        """(B, F, C) -> (B, ceil(F / r), r * C) for a reduction factor r; the last frame is repeated where needed."""
+        B, n_frames, C = x.shape
+        r = self.config.reduction_factor
+        if r == 1:
+            return x
+        # Padding and slice rather than a remainder: they can be traced for any number of frames.
+        x = torch.cat([x, x[:, -1:].expand(-1, r - 1, -1)], dim=1)
+        return x[:, : (n_frames + r - 1) // r * r].reshape(B, -1, r * C)
 
     def chunk_arguments(self, mel: Tensor, chunk_frames: int) -> dict[str, Tensor]:
         """What the pieces of a long mel take from the whole: the cycles of the fundamental, (B, F)."""
@@ -280,7 +307,8 @@ class HarmonicGenerator(nn.Module):
     @property
     def context_frames(self) -> int:
         """Frames on either side that a frame's samples depend on, given the cycles."""
-        side = self.config.kernel_size // 2 * (1 + self.config.n_layers)
+        r = self.config.reduction_factor
+        side = r * (self.config.kernel_size // 2) * (1 + self.config.n_layers) + r - 1
         overlap = self.config.n_fft // self.config.hop_length
         return side + overlap * (1 + 2 * self.config.n_projections)
 
@@ -347,6 +375,7 @@ class Vocoder(PreTrainedModel):
         whole = self.generator.chunk_arguments(mel, chunk_frames)
         for start in range(0, n_frames, chunk_frames):
             first, last = max(0, start - context), min(n_frames, start + chunk_frames + context)
+            first -= first % self.config.reduction_factor  # Frames share positions with the same neighbours.
             extra = {name: value[..., first:last] for name, value in whole.items()}
             waveform = self.generator(mel[..., first:last], **extra)
             skipped = (start - first) * hop

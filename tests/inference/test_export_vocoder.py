@@ -28,14 +28,17 @@ def test_matrices_do_what_the_transform_does():
     torch.manual_seed(0)
     by_matrix, by_fft = MatrixFourierTransform(256, 64), FourierTransform(256, 64)
     waveform = torch.randn(2, 20 * 64)
-    spectrum = Spectrogram(256, 64)(waveform)
-    real, imaginary = by_matrix(waveform)
-    assert torch.allclose(torch.complex(real, imaginary), spectrum, atol=2e-5)
-    assert torch.allclose(by_matrix.inverse(real, imaginary), waveform, atol=1e-5)
+    spectrum = Spectrogram(256, 64)(waveform).transpose(1, 2)
+    for transform in (by_matrix, by_fft):
+        assert torch.allclose(transform.inverse(spectrum.real, spectrum.imag), waveform, atol=1e-5)
+        assert torch.allclose(transform.project(waveform, spectrum.abs()), waveform, atol=1e-4)
     # Also where the first and the last bin have imaginary parts, which mean nothing.
-    real, imaginary = torch.randn(2, 129, 5), torch.randn(2, 129, 5)
+    real, imaginary = torch.randn(2, 5, 129), torch.randn(2, 5, 129)
     assert torch.allclose(by_matrix.inverse(real, imaginary), by_fft.inverse(real, imaginary), atol=1e-5)
-    magnitude = torch.rand(2, 129, 5)
+    magnitude = torch.rand(2, 20, 129)
+    assert torch.allclose(by_matrix.project(waveform, magnitude), by_fft.project(waveform, magnitude), atol=1e-5)
+    expected = Spectrogram(256, 64).inverse(torch.polar(magnitude, spectrum.angle()).transpose(1, 2))
+    assert torch.allclose(by_fft.project(waveform, magnitude), expected, atol=1e-4)
     assert torch.allclose(by_matrix.autocorrelation(magnitude), by_fft.autocorrelation(magnitude), atol=1e-6)
 
 
@@ -44,6 +47,7 @@ def test_matrices_do_what_the_transform_does():
     [
         SMALL_VOCODER,
         {**SMALL_VOCODER, "n_projections": 0},
+        {**SMALL_VOCODER, "reduction_factor": 2},
         SMALL_HIFIGAN,
         {**SMALL_VOCODER, **MelSettings().as_dict()},
     ],

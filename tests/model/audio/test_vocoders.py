@@ -69,13 +69,13 @@ def test_phase_of_a_bin_is_that_of_the_nearest_harmonic():
     comb, phase = prior.harmonics(torch.tensor([[128 / RATE]]), torch.tensor([[0.3]]))
     for k in range(513):
         harmonic = round(k * RATE / 1024 / 128)
-        assert math.cos(phase[0, k, 0].item()) == pytest.approx(math.cos(2 * math.pi * 0.3 * harmonic), abs=1e-3)
-        assert comb[0, k, 0].item() == pytest.approx(math.cos(2 * math.pi * k * RATE / 1024 / 128), abs=1e-4)
+        assert math.cos(phase[0, 0, k].item()) == pytest.approx(math.cos(2 * math.pi * 0.3 * harmonic), abs=1e-3)
+        assert comb[0, 0, k].item() == pytest.approx(math.cos(2 * math.pi * k * RATE / 1024 / 128), abs=1e-4)
 
 
 def test_prior_magnitudes_have_the_given_mel(mel):
     prior = Vocoder.from_preset("tiny", n_magnitude_updates=50).generator.prior
-    found = LogMel(MelSettings()).from_magnitude(prior.magnitude(mel))
+    found = LogMel(MelSettings()).from_magnitude(prior.magnitude(mel).transpose(1, 2))
     assert (found - mel).abs().mean() < 0.1
 
 
@@ -98,13 +98,17 @@ def test_griffin_lim_equals_librosas_quality(tone, mel):
     assert mel_l1(ours, mel) < 1.1 * mel_l1(theirs[:, : ours.shape[1]], mel[..., : theirs.shape[1] // 256])
 
 
-@pytest.mark.parametrize("overrides", [{}, SMALL_HIFIGAN], ids=["istft", "hifigan"])
+@pytest.mark.parametrize(
+    "overrides",
+    [{}, {"reduction_factor": 2}, {"reduction_factor": 3}, SMALL_HIFIGAN],
+    ids=["istft", "pairs", "triples", "hifigan"],
+)
 def test_chunks_equal_the_whole(overrides):
-    model = changed(**overrides) if not overrides else changed("hifigan_v2", **overrides)
-    mel = torch.randn(2, 80, 150, generator=torch.Generator().manual_seed(1)) - 5
+    model = changed("hifigan_v2" if "architecture" in overrides else "tiny", **overrides)
+    mel = torch.randn(2, 80, 149, generator=torch.Generator().manual_seed(1)) - 5
     with torch.no_grad():
         whole = model(mel)
-        assert whole.shape == (2, 150 * 256)
+        assert whole.shape == (2, 149 * 256)
         assert (model.vocode_chunked(mel, 37) - whole).abs().max() <= 1e-5
         edges = model.generator(mel[..., :75])[:, -256:] - whole[:, 74 * 256 : 75 * 256]
     assert edges.abs().max() > 1e-4  # Without context the pieces would differ.
@@ -118,6 +122,19 @@ def test_save_and_load(overrides, mel, tmp_path):
     assert loaded.config.mel == model.config.mel
     with torch.no_grad():
         assert torch.equal(loaded(mel), model(mel))
+
+
+def test_reduction_factor_halves_the_positions(mel):
+    model, positions = changed(reduction_factor=2), []
+    model.generator.blocks[0].register_forward_hook(lambda module, inputs, output: positions.append(output.shape[1]))
+    with torch.no_grad():
+        assert model(mel[..., :61]).shape == (1, 61 * 256)
+        # A repeated last frame is what an odd number of frames is filled up with.
+        filled = torch.cat([mel[..., :61], mel[..., 60:61]], dim=-1)
+        backbone = [model.generator.join_frames(each.transpose(1, 2)) for each in (mel[..., :61], filled)]
+    assert positions == [31]
+    assert torch.equal(*backbone)
+    assert torch.equal(backbone[0][0, 3], torch.cat([mel[0, :, 6], mel[0, :, 7]]))
 
 
 def test_samples_of_a_batch_do_not_mix(mel):
