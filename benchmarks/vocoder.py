@@ -50,6 +50,7 @@ class BenchmarkArguments(QualityArguments):
     batch_size: int = option(4, "crops per training step in the speed comparison", gt=0)
     segment_frames: int = option(32, "frames of a crop in the speed comparison", gt=1)
     threads: int = option(1, "threads of torch", gt=0)
+    bf16: bool = option(False, "bfloat16 autocast on all sides in the inference comparison")
 
     needs = dict.fromkeys(TRAINING_FLAGS, ("quality", bool))
 
@@ -86,7 +87,7 @@ def inference(args: BenchmarkArguments) -> None:
         model.eval().requires_grad_(False)
         print(f"{name:14} {count(model)}")
     sides = {name: lambda model=model: model(mel) for name, model in models.items()}
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=args.bf16):
         times = interleave(sides, args.repeats)
     seconds = n_frames * settings.hop_length / settings.sample_rate
     report("inference, per second", times, unit=seconds, n_ours=len(OURS))

@@ -39,6 +39,7 @@ class SynthesisArguments:
     input: list[str] = option([], "files, and folders of files")
     weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
     chunk_frames: int = option(2000, "mel frames that the vocoder takes at once; 0: all", ge=0)
+    bf16: bool = option(False, "bfloat16 autocast over fp32 weights; transforms stay in fp32")
     output_dir: str = option("", "folder of the results")
 
 
@@ -159,13 +160,14 @@ class Synthesizer:
     Args:
         vocoder: in eval mode, on any device.
         chunk_frames: mel frames taken at once; 0: all.
+        bf16: bfloat16 autocast.
     Attributes:
         log_mel: the vocoder's own analysis, on the CPU.
         record: where it was loaded from, for the settings of a run.
     """
 
-    def __init__(self, vocoder: Vocoder, chunk_frames: int = 0):
-        self.vocoder, self.chunk_frames = vocoder, chunk_frames
+    def __init__(self, vocoder: Vocoder, chunk_frames: int = 0, bf16: bool = False):
+        self.vocoder, self.chunk_frames, self.bf16 = vocoder, chunk_frames, bf16
         self.log_mel, self.rate = LogMel(vocoder.config.mel), vocoder.config.sample_rate
         self.record: dict[str, Any] = {"mel": vocoder.config.mel.as_dict(), "device": str(vocoder.device)}
         self.name = "the vocoder"  # In messages.
@@ -176,7 +178,7 @@ class Synthesizer:
         checkpoint = resolve_checkpoint(path)
         weights = chosen_weights(checkpoint, args)
         vocoder = load_vocoder(checkpoint, weights).to("cuda" if torch.cuda.is_available() else "cpu")
-        loaded = cls(vocoder, args.chunk_frames)
+        loaded = cls(vocoder, args.chunk_frames, args.bf16)
         loaded.record |= {"vocoder_checkpoint": str(checkpoint), "vocoder_weights": weights}
         loaded.name = f"the vocoder {checkpoint}"
         return loaded
@@ -218,7 +220,8 @@ class Synthesizer:
         """
         mel = mel[None].to(self.vocoder.device)
         pieces = 0 < self.chunk_frames < mel.shape[-1]
-        waveform = self.vocoder.vocode_chunked(mel, self.chunk_frames) if pieces else self.vocoder(mel)
+        with torch.autocast(mel.device.type, torch.bfloat16, enabled=self.bf16):
+            waveform = self.vocoder.vocode_chunked(mel, self.chunk_frames) if pieces else self.vocoder(mel)
         if not waveform.isfinite().all():
             raise ValueError("the waveform is not finite: the vocoder's weights are broken")
         return waveform[0].float().cpu()
@@ -246,12 +249,13 @@ class AudioReconstructor:
     Args:
         vae: in eval mode, on any device.
         speaker: the place of the speaker in `vae.config.speakers`; None where there are none.
+        bf16: bfloat16 autocast.
     Attributes:
         record: where it was loaded from, for the settings of a run.
     """
 
-    def __init__(self, vae: AudioVAE, speaker: int | None = None):
-        self.vae, self.speaker = vae, speaker
+    def __init__(self, vae: AudioVAE, speaker: int | None = None, bf16: bool = False):
+        self.vae, self.speaker, self.bf16 = vae, speaker, bf16
         self.record: dict[str, Any] = {}
 
     @classmethod
@@ -276,7 +280,8 @@ class AudioReconstructor:
         if speakers and speaker not in speakers:
             given = f"knows no speaker {speaker!r}{suggest(speaker, speakers)}" if speaker else "needs --speaker"
             raise ValueError(f"{name} {given} (speakers: {', '.join(speakers)})")
-        loaded = cls(vae.to(synthesizer.vocoder.device), speakers.index(speaker) if speaker else None)
+        place = speakers.index(speaker) if speaker else None
+        loaded = cls(vae.to(synthesizer.vocoder.device), place, args.bf16)
         loaded.record = {"vae_checkpoint": str(checkpoint), "vae_weights": weights}
         return loaded
 
@@ -288,7 +293,8 @@ class AudioReconstructor:
         """
         device = self.vae.device
         speaker = None if self.speaker is None else torch.tensor([self.speaker], device=device)
-        made = self.vae(mel[None].to(device), speaker=speaker).reconstruction[0].float().cpu()
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
+            made = self.vae(mel[None].to(device), speaker=speaker).reconstruction[0].float().cpu()
         if not made.isfinite().all():
             raise ValueError("the reconstructed log-mel is not finite: the audio VAE's weights are broken")
         return made.clamp_min(self.vae.config.mel.log_floor)

@@ -84,6 +84,14 @@ def test_pieces_give_the_same_waveform():
         assert (Synthesizer(vocoder, chunk_frames).waveform(mel) - whole).abs().max() <= 1e-5
 
 
+def test_bf16_is_another_rounding_of_the_same_sound(run, tmp_path):
+    write_sound(tmp_path / "a.wav", seconds=0.5)
+    _, exact = run("--input", tmp_path / "a.wav")
+    settings, rounded = run("--input", tmp_path / "a.wav", "--bf16")
+    difference = abs(exact["a.wav"] - rounded["a.wav"]).max()
+    assert settings["bf16"] and 0 < difference < 0.1 * abs(exact["a.wav"]).max()
+
+
 def test_averaged_weights_are_taken_where_they_are(tmp_path):
     vocoder = small_vocoder()
     averaged = {name: value + 0.01 for name, value in vocoder.state_dict().items()}
