@@ -21,7 +21,8 @@ def mel_to_magnitude(amplitude: Tensor, filters: Tensor, n_iterations: int, star
     target = amplitude @ filters
     magnitude = start
     for _ in range(n_iterations):
-        magnitude = magnitude * target / (magnitude @ filters.T @ filters).clamp_min(1e-10)
+        found = (magnitude @ filters.T @ filters).clamp_min_(1e-10)
+        magnitude = found.reciprocal_().mul_(target).mul_(magnitude)
     return magnitude
 
 

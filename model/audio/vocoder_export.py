@@ -62,8 +62,8 @@ class MatrixFourierTransform(nn.Module):
         return self.inverse(ratio * real, ratio * imaginary)
 
     def autocorrelation(self, magnitude: Tensor) -> Tensor:
-        """(B, F, K) -> (B, F, K): the inverse transform of even spectra, lags 0 to N / 2."""
-        return magnitude @ self.lags.to(magnitude.dtype)
+        """Even spectra (B, F, up to K), the bins left out 0 -> lags 0 to N / 2 of their inverse, (B, F, K)."""
+        return magnitude @ self.lags[: magnitude.shape[-1]].to(magnitude.dtype)
 
 
 def exportable(vocoder: Vocoder) -> Vocoder:

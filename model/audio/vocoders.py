@@ -131,8 +131,9 @@ class FourierTransform(nn.Module):
         return istft(scaled, self.window, self.hop_length)
 
     def autocorrelation(self, magnitude: Tensor) -> Tensor:
-        """(B, F, K) -> (B, F, K): the inverse transform of even spectra, lags 0 to N / 2."""
-        return torch.fft.irfft(magnitude)[..., : magnitude.shape[-1]]
+        """Even spectra (B, F, up to K), the bins left out 0 -> lags 0 to N / 2 of their inverse, (B, F, K)."""
+        n_fft = len(self.window)
+        return torch.fft.irfft(magnitude, n=n_fft)[..., : n_fft // 2 + 1]
 
 
 class HarmonicPrior(nn.Module):
@@ -143,7 +144,6 @@ class HarmonicPrior(nn.Module):
     """
 
     frequency: Tensor
-    is_low: Tensor
 
     def __init__(self, config: VocoderConfig):
         super().__init__()
@@ -155,7 +155,7 @@ class HarmonicPrior(nn.Module):
         self.register_buffer("spread", spread)
         self.register_buffer("frequency", frequency)  # Of the bins, in cycles per sample.
         # Below 4 kHz harmonics tell the pitch; fricatives above only disturb.
-        self.register_buffer("is_low", (frequency * config.sample_rate < 4000).float())
+        self.n_low = min(math.ceil(4000 / config.sample_rate * config.n_fft), len(frequency))
 
     def magnitude(self, mel: Tensor) -> Tensor:
         """(B, M, F) -> (B, F, K)."""
@@ -172,7 +172,7 @@ class HarmonicPrior(nn.Module):
         Returns: two of (B, F).
         """
         # In fp64: rounding adds up over the frames of `cycles`, and would differ between kernels, pieces and runtimes.
-        correlation = transform.autocorrelation(magnitude.double() * self.is_low)
+        correlation = transform.autocorrelation(magnitude[..., : self.n_low].double())
         shortest = int(self.config.sample_rate / self.config.f0_max)
         longest = int(self.config.sample_rate / self.config.f0_min)
         peak, lag = correlation[..., shortest : longest + 1].max(-1)

@@ -39,7 +39,9 @@ def test_matrices_do_what_the_transform_does():
     assert torch.allclose(by_matrix.project(waveform, magnitude), by_fft.project(waveform, magnitude), atol=1e-5)
     expected = Spectrogram(256, 64).inverse(torch.polar(magnitude, spectrum.angle()).transpose(1, 2))
     assert torch.allclose(by_fft.project(waveform, magnitude), expected, atol=1e-4)
-    assert torch.allclose(by_matrix.autocorrelation(magnitude), by_fft.autocorrelation(magnitude), atol=1e-6)
+    for n_bins in (129, 40):
+        part = magnitude[..., :n_bins]
+        assert torch.allclose(by_matrix.autocorrelation(part), by_fft.autocorrelation(part), atol=1e-6)
 
 
 @pytest.mark.parametrize(
