@@ -140,3 +140,10 @@ def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.T
     """The largest absolute difference between two state dicts with the same names."""
     assert first.keys() == second.keys()
     return max((first[name].double() - second[name].double()).abs().max().item() for name in first)
+
+
+def relative_distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The norm of the difference of two state dicts with the same names, over the norm of the first."""
+    assert first.keys() == second.keys()
+    one, two = (torch.cat([each[name].double().flatten() for name in first]) for each in (first, second))
+    return ((one - two).norm() / one.norm()).item()

@@ -19,7 +19,7 @@ from pretrain_multimodal import MultimodalStage
 from pretrain_recurrent_vae import RecurrentVAEStage
 from pretrain_vocoder import VocoderStage
 from tests.audio_cache import SMALL_VOCODER, make_audio_cache
-from tests.conftest import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference, run_stage
+from tests.conftest import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference, relative_distance, run_stage
 from utils.checkpoints import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -196,7 +196,9 @@ def test_vocoder_on_two_processes_equals_one_and_resumes_exactly_within_a_later_
         assert two.losses == pytest.approx(one.losses, rel=1e-4)
         assert evaluated(two) == pytest.approx(evaluated(one), rel=1e-4)
         assert all(largest_difference(one.weights(name), two.weights(name)) <= 1e-4 for name in ("model", "ema"))
-        assert largest_difference(one.adversary["discriminator"], two.adversary["discriminator"]) <= 1e-4
+        # Adam moves the few weights whose gradient is nothing but rounding by up to its rate of 1e-4 in every update.
+        discriminators = [run.adversary["discriminator"] for run in (one, two)]
+        assert relative_distance(*discriminators) <= 1e-5 and largest_difference(*discriminators) <= 3e-4
         assert one.adversary["updates"] == two.adversary["updates"] == 3
     assert all(largest_difference(straight.weights(name), resumed.weights(name)) == 0 for name in ("model", "ema"))
     assert largest_difference(straight.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
