@@ -4,8 +4,9 @@
 
 A transformer of two layers sees half of all pairs (a, b) and predicts (a * b) mod p; accuracy is measured on the pairs
 that it never saw (arXiv 2201.02177). GrokFast-EMA (arXiv 2405.20233, `utils/grokfast.py`) is attached to the same
-optimizer. All else is equal: weights, batches and split belong to the seed. The defaults are GrokFast's setting: norms
-behind the branches, wide embeddings, Adam whose weight decay is a part of the gradient.
+optimizer. All else is equal: weights, batches and split belong to the seed. The defaults are near GrokFast's own
+setting: wide embeddings, norms that bound the stream (here behind the branches), Adam whose weight decay is a part of
+the gradient.
 """
 
 import dataclasses

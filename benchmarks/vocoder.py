@@ -54,6 +54,10 @@ class BenchmarkArguments(QualityArguments):
 
     needs = dict.fromkeys(TRAINING_FLAGS, ("quality", bool))
 
+    def validate_bf16(self):
+        if self.bf16 and (self.only == "training" or self.quality or self.run_dirs):
+            raise ValueError("--bf16 has no effect without the inference comparison")
+
     def validate_measuring(self):
         unused = [name for name in MEASURING_FLAGS if name in self.given and not (self.quality or self.run_dirs)]
         if unused:

@@ -10,8 +10,9 @@ class GradientCheckpointingLayer(nn.Module):
     """A layer whose activations are computed again in the backward pass after `gradient_checkpointing_enable()` of a
     transformers model; tensors that need gradients are passed by position.
 
-    It does what `transformers.modeling_layers.GradientCheckpointingLayer` does for layers without a cache. Importing
-    that one loads text generation and all it can use (scikit-learn, pandas, librosa): 110 MB and seconds per process.
+    It does what `transformers.modeling_layers.GradientCheckpointingLayer` does for layers without a cache, but for
+    `every_n_layers`. Importing that one loads text generation and all it can use (scikit-learn, pandas, librosa): 110
+    MB in every process that does not train; the `Trainer` loads it too.
     """
 
     gradient_checkpointing = False

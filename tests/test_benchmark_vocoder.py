@@ -61,6 +61,7 @@ def test_runs_of_either_side_are_read_from_their_folders(tmp_path):
         ("--run_dirs runs/a --quality 2", "give one of them"),
         ("--run_dirs runs/a --side ours", "--side has no effect with quality"),
         ("--n_clips 3", "--n_clips has no effect without --quality or --run_dirs"),
+        ("--only training --bf16", "--bf16 has no effect without the inference comparison"),
     ],
 )
 def test_flags_without_effect_are_refused(words, message, capsys):

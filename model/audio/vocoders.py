@@ -46,7 +46,7 @@ class VocoderConfig(AudioConfig):
     width: int = option(256, "channels D of the backbone", gt=0)
     n_layers: int = option(8, "ConvNeXt blocks", gt=0)
     expansion: int = option(3, "hidden over outer channels of a block", gt=0)
-    kernel_size: int = option(7, "frames that a block's depthwise convolution sees, odd", gt=0)
+    kernel_size: int = option(7, "positions that a block's depthwise convolution sees, odd", gt=0)
     reduction_factor: int = option(1, "neighbouring frames that share one position of the backbone", gt=0)
     n_magnitude_updates: int = option(4, "multiplicative updates of the magnitude prior", ge=0)
     n_projections: int = option(4, "Griffin-Lim projections after the network", ge=0)
@@ -101,7 +101,7 @@ class VocoderConfig(AudioConfig):
 
 
 class FourierTransform(nn.Module):
-    """The transform with frames first, and with real and imaginary parts instead of complex values.
+    """The transform with frames first, without complex values in what goes in and out.
 
     Args:
         n_fft: samples of a frame N.
@@ -156,6 +156,10 @@ class HarmonicPrior(nn.Module):
         self.register_buffer("frequency", frequency)  # Of the bins, in cycles per sample.
         # Below 4 kHz harmonics tell the pitch; fricatives above only disturb.
         self.n_low = min(math.ceil(4000 / config.sample_rate * config.n_fft), len(frequency))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        state_dict.pop(f"{prefix}is_low", None)  # Older checkpoints kept what the configuration says.
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def magnitude(self, mel: Tensor) -> Tensor:
         """(B, M, F) -> (B, F, K)."""
@@ -298,10 +302,11 @@ class HarmonicGenerator(nn.Module):
 
     def chunk_arguments(self, mel: Tensor, chunk_frames: int) -> dict[str, Tensor]:
         """What the pieces of a long mel take from the whole: the cycles of the fundamental, (B, F)."""
-        pieces = [
-            self.prior.pitch(self.prior.magnitude(piece.float()), self.transform)[0]
-            for piece in mel.split(chunk_frames, -1)
-        ]
+        with torch.autocast(mel.device.type, enabled=False):
+            pieces = [
+                self.prior.pitch(self.prior.magnitude(piece.float()), self.transform)[0]
+                for piece in mel.split(chunk_frames, -1)
+            ]
         return {"cycles": self.prior.cycles(torch.cat(pieces, dim=-1))}
 
     @property

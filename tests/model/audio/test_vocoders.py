@@ -124,6 +124,20 @@ def test_save_and_load(overrides, mel, tmp_path):
         assert torch.equal(loaded(mel), model(mel))
 
 
+def test_the_cycles_of_pieces_are_those_of_fp32_under_autocast():
+    generator, mel = changed().generator, torch.randn(1, 80, 90, generator=torch.Generator().manual_seed(1)) - 5
+    exact = generator.chunk_arguments(mel, 37)["cycles"]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(generator.chunk_arguments(mel, 37)["cycles"], exact)
+
+
+def test_older_checkpoints_load(mel):
+    model, other = changed(), Vocoder.from_preset("tiny").eval()
+    other.load_state_dict({**model.state_dict(), "generator.prior.is_low": torch.ones(513)})
+    with torch.no_grad():
+        assert torch.equal(other(mel), model(mel))
+
+
 def test_reduction_factor_halves_the_positions(mel):
     model, positions = changed(reduction_factor=2), []
     model.generator.blocks[0].register_forward_hook(lambda module, inputs, output: positions.append(output.shape[1]))
