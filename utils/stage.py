@@ -191,6 +191,7 @@ class Stage:
         """Print what a run would be: configuration, counts, steps, memory."""
         with torch.device("meta"):
             model = self.model_class(config)
+            self.build_trainer_parts(model)  # Losses and discriminators refuse what they cannot work with.
         n_parameters = sum(p.numel() for p in model.parameters())
         n_ranks = int(os.environ.get("WORLD_SIZE", 1))
         per_step = self.args.batch_size * self.args.gradient_accumulation_steps * n_ranks

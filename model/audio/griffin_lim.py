@@ -7,22 +7,23 @@ from torch import Tensor
 from model.audio.spectral import MelSettings, Spectrogram, mel_filters
 
 
-def mel_to_magnitude(amplitude: Tensor, filters: Tensor, n_iterations: int, start: Tensor) -> Tensor:
-    """Magnitudes whose mel is near a given one, by multiplicative updates of the Euclidean distance, which keep them
-    positive (Lee and Seung, 2000, eq. 4).
+def mel_to_magnitude(amplitude: Tensor, filters: Tensor, spread: Tensor, n_iterations: int, start: Tensor) -> Tensor:
+    """Magnitudes whose mel is near a given one, by multiplicative updates of the Kullback-Leibler divergence, which
+    keep them positive (Lee and Seung, 2000, eq. 5): a bin is multiplied by the mean of what its filters lack.
 
     Args:
         amplitude: the exponential of a log-mel, (B, F, M).
         filters: (M, K).
+        spread: see `inversion_matrices`, (K, M).
         n_iterations: updates.
         start: positive magnitudes, (B, F, K).
     Returns: (B, F, K).
     """
-    target = amplitude @ filters
+    target = amplitude * filters.sum(1)
     magnitude = start
     for _ in range(n_iterations):
-        found = (magnitude @ filters.T @ filters).clamp_min_(1e-10)
-        magnitude = found.reciprocal_().mul_(target).mul_(magnitude)
+        found = (magnitude @ filters.T).clamp_min_(1e-10)
+        magnitude = (found.reciprocal_().mul_(target) @ spread.T).mul_(magnitude)
     return magnitude
 
 
@@ -63,7 +64,7 @@ def griffin_lim(
     filters, inverse, spread = (each.to(mel.device) for each in inversion_matrices(settings))
     amplitude = mel.exp().transpose(1, 2)
     start = starting_magnitude(amplitude, inverse, spread)
-    magnitude = mel_to_magnitude(amplitude, filters, 50, start).transpose(1, 2)
+    magnitude = mel_to_magnitude(amplitude, filters, spread, 50, start).transpose(1, 2)
     transform = Spectrogram(settings.n_fft, settings.hop_length).to(mel.device)
     generator = generator or torch.Generator().manual_seed(0)
     phase = 2 * torch.pi * torch.rand(magnitude.shape, generator=generator)

@@ -6,9 +6,9 @@ Architecture "istft" starts from what signal processing knows and learns the res
   gives every bin the phase of its nearest harmonic. A network of convolutions could not: on a steady tone all its
   inputs are equal, so that it could only repeat itself every hop;
 - a ConvNeXt backbone at frame rate (as in Vocos, arXiv 2306.00814) reads the log-mel and corrects each bin's
-  log-magnitude, the depth of the harmonics' comb, and the phase. One of its positions may stand for several frames (a
-  reduction factor, arXiv 1703.10135), which divides its cost. Its last layer starts at zero: by PESQ and STOI the
-  untrained model is already about as good as 60 iterations of Griffin-Lim (not by the distance of log-mels);
+  log-magnitude, the depth of the harmonics' comb, and the phase. Its middle blocks may work at half the frame rate,
+  for half their cost. Its last layer starts at zero: by PESQ and STOI the untrained model is already about as good as
+  60 iterations of Griffin-Lim (not by the distance of log-mels);
 - a few Griffin-Lim projections, through which it is trained, make neighbouring frames agree.
 Architecture "hifigan" (`hifigan.py`) is the generator of HiFi-GAN, which upsamples step by step.
 """
@@ -47,8 +47,8 @@ class VocoderConfig(AudioConfig):
     n_layers: int = option(8, "ConvNeXt blocks", gt=0)
     expansion: int = option(3, "hidden over outer channels of a block", gt=0)
     kernel_size: int = option(7, "positions that a block's depthwise convolution sees, odd", gt=0)
-    reduction_factor: int = option(1, "neighbouring frames that share one position of the backbone", gt=0)
-    n_magnitude_updates: int = option(4, "multiplicative updates of the magnitude prior", ge=0)
+    n_half_rate_layers: int = option(0, "of the blocks, those in the middle that see every two frames as one", ge=0)
+    n_magnitude_updates: int = option(2, "multiplicative updates of the magnitude prior", ge=0)
     n_projections: int = option(4, "Griffin-Lim projections after the network", ge=0)
     f0_min: float = option(65.0, "lowest fundamental frequency of the phase prior in Hz", gt=0)
     f0_max: float = option(500.0, "highest fundamental frequency of the phase prior in Hz", gt=0)
@@ -88,6 +88,13 @@ class VocoderConfig(AudioConfig):
     def validate_kernel_size(self):
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd")
+
+    def validate_n_half_rate_layers(self):
+        if self.n_half_rate_layers > self.n_layers:
+            raise ValueError(
+                f"n_half_rate_layers={self.n_half_rate_layers} must be at most n_layers={self.n_layers}: they "
+                f"are a part of them"
+            )
 
     def validate_f0(self):
         if self.architecture != "istft":
@@ -165,7 +172,7 @@ class HarmonicPrior(nn.Module):
         """(B, M, F) -> (B, F, K)."""
         amplitude = mel.exp().transpose(1, 2)
         start = starting_magnitude(amplitude, self.inverse, self.spread)
-        return mel_to_magnitude(amplitude, self.filters, self.config.n_magnitude_updates, start)
+        return mel_to_magnitude(amplitude, self.filters, self.spread, self.config.n_magnitude_updates, start)
 
     def pitch(self, magnitude: Tensor, transform: FourierTransform) -> tuple[Tensor, Tensor]:
         """Fundamental frequency in cycles per sample, and the autocorrelation there (about 0 unvoiced, 1 voiced).
@@ -242,6 +249,13 @@ class LayerScale(nn.Module):
         return torch.addcmul(residual, x, self.weight)
 
 
+def pair_means(x: Tensor) -> Tensor:
+    """(B, F, D) -> means of every two frames, (B, ceil(F / 2), D); a last odd frame is its own mean."""
+    # Padding and slice rather than a remainder: they can be traced for any number of frames.
+    n_pairs = (x.shape[1] + 1) // 2
+    return torch.cat([x, x[:, -1:]], dim=1)[:, : 2 * n_pairs].unflatten(1, (n_pairs, 2)).mean(2)
+
+
 class HarmonicGenerator(nn.Module):
     """Architecture "istft": prior, backbone, inverse transform, projections.
 
@@ -254,14 +268,14 @@ class HarmonicGenerator(nn.Module):
     def __init__(self, config: VocoderConfig):
         super().__init__()
         self.config = config
-        D, n_bins, r = config.width, config.n_fft // 2 + 1, config.reduction_factor
+        D, n_bins = config.width, config.n_fft // 2 + 1
         self.prior = HarmonicPrior(config)
         self.transform = FourierTransform(config.n_fft, config.hop_length)
-        self.stem = FrameConv(r * (config.n_mels + 2), D, config.kernel_size, padding=config.kernel_size // 2)
+        self.stem = FrameConv(config.n_mels + 2, D, config.kernel_size, padding=config.kernel_size // 2)
         self.stem_norm = nn.LayerNorm(D)
         self.blocks = nn.ModuleList(ConvNeXtBlock(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(D)
-        self.head = ZeroLinear(D, r * 3 * n_bins)
+        self.head = ZeroLinear(D, 3 * n_bins)
         # Phases are meant at a frame's centre, half a frame after the transform's origin: every other sign flips.
         self.register_buffer("signs", 1.0 - 2.0 * (torch.arange(n_bins) % 2))
 
@@ -275,11 +289,8 @@ class HarmonicGenerator(nn.Module):
             pitch = torch.log2(f0.float() * self.config.sample_rate / 128)
             features = torch.cat([mel.transpose(1, 2) / 4 + 1, pitch[..., None], voicing[..., None]], dim=-1)
 
-        x = self.stem_norm(self.stem(self.join_frames(features)))
-        for block in self.blocks:
-            x = block(x)
-        x = self.head(self.norm(x)).float().reshape(mel.shape[0], -1, 3 * len(self.signs))
-        gain, depth, shift = x[:, : mel.shape[-1]].chunk(3, dim=-1)
+        x = self.backbone(self.stem_norm(self.stem(features)))
+        gain, depth, shift = self.head(self.norm(x)).float().chunk(3, dim=-1)
 
         with torch.autocast(mel.device.type, enabled=False):
             magnitude = magnitude * torch.exp((gain + depth * comb).clamp(-8, 4))
@@ -290,15 +301,21 @@ class HarmonicGenerator(nn.Module):
                 waveform = self.transform.project(waveform, magnitude)
         return waveform
 
-    def join_frames(self, x: Tensor) -> Tensor:
-        """(B, F, C) -> (B, ceil(F / r), r * C) for a reduction factor r; the last frame is repeated where needed."""
-        B, n_frames, C = x.shape
-        r = self.config.reduction_factor
-        if r == 1:
-            return x
-        # Padding and slice rather than a remainder: they can be traced for any number of frames.
-        x = torch.cat([x, x[:, -1:].expand(-1, r - 1, -1)], dim=1)
-        return x[:, : (n_frames + r - 1) // r * r].reshape(B, -1, r * C)
+    def backbone(self, x: Tensor) -> Tensor:
+        """(B, F, D) -> (B, F, D). Blocks at half the rate work on the means of every two frames; what they add to a
+        mean is added to both its frames."""
+        n_half = self.config.n_half_rate_layers
+        first = (self.config.n_layers - n_half) // 2
+        for block in self.blocks[:first]:
+            x = block(x)
+        if n_half:
+            mean = y = pair_means(x)
+            for block in self.blocks[first : first + n_half]:
+                y = block(y)
+            x = x + (y - mean).repeat_interleave(2, dim=1)[:, : x.shape[1]]
+        for block in self.blocks[first + n_half :]:
+            x = block(x)
+        return x
 
     def chunk_arguments(self, mel: Tensor, chunk_frames: int) -> dict[str, Tensor]:
         """What the pieces of a long mel take from the whole: the cycles of the fundamental, (B, F)."""
@@ -312,8 +329,8 @@ class HarmonicGenerator(nn.Module):
     @property
     def context_frames(self) -> int:
         """Frames on either side that a frame's samples depend on, given the cycles."""
-        r = self.config.reduction_factor
-        side = r * (self.config.kernel_size // 2) * (1 + self.config.n_layers) + r - 1
+        n_half = self.config.n_half_rate_layers
+        side = (self.config.kernel_size // 2) * (1 + self.config.n_layers + n_half) + (n_half > 0)
         overlap = self.config.n_fft // self.config.hop_length
         return side + overlap * (1 + 2 * self.config.n_projections)
 
@@ -380,7 +397,7 @@ class Vocoder(PreTrainedModel):
         whole = self.generator.chunk_arguments(mel, chunk_frames)
         for start in range(0, n_frames, chunk_frames):
             first, last = max(0, start - context), min(n_frames, start + chunk_frames + context)
-            first -= first % self.config.reduction_factor  # Frames share positions with the same neighbours.
+            first -= first % 2  # Frames make pairs with the same neighbours as in the whole.
             extra = {name: value[..., first:last] for name, value in whole.items()}
             waveform = self.generator(mel[..., first:last], **extra)
             skipped = (start - first) * hop

@@ -49,7 +49,7 @@ def test_matrices_do_what_the_transform_does():
     [
         SMALL_VOCODER,
         {**SMALL_VOCODER, "n_projections": 0},
-        {**SMALL_VOCODER, "reduction_factor": 2},
+        {**SMALL_VOCODER, "n_half_rate_layers": 1},
         SMALL_HIFIGAN,
         {**SMALL_VOCODER, **MelSettings().as_dict()},
     ],

@@ -100,8 +100,8 @@ def test_griffin_lim_equals_librosas_quality(tone, mel):
 
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"reduction_factor": 2}, {"reduction_factor": 3}, SMALL_HIFIGAN],
-    ids=["istft", "pairs", "triples", "hifigan"],
+    [{}, {"n_half_rate_layers": 1}, {"n_half_rate_layers": 2}, SMALL_HIFIGAN],
+    ids=["istft", "one-half-rate", "two-half-rate", "hifigan"],
 )
 def test_chunks_equal_the_whole(overrides):
     model = changed("hifigan_v2" if "architecture" in overrides else "tiny", **overrides)
@@ -138,17 +138,25 @@ def test_older_checkpoints_load(mel):
         assert torch.equal(other(mel), model(mel))
 
 
-def test_reduction_factor_halves_the_positions(mel):
-    model, positions = changed(reduction_factor=2), []
-    model.generator.blocks[0].register_forward_hook(lambda module, inputs, output: positions.append(output.shape[1]))
+def test_half_rate_blocks_work_on_the_means_of_pairs(mel):
+    model, seen = changed(n_half_rate_layers=2), []
+    generator = model.generator
+    for block in generator.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0], output)))
+    x = torch.randn(1, 61, 96, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        assert model(mel[..., :61]).shape == (1, 61 * 256)
-        # A repeated last frame is what an odd number of frames is filled up with.
-        filled = torch.cat([mel[..., :61], mel[..., 60:61]], dim=-1)
-        backbone = [model.generator.join_frames(each.transpose(1, 2)) for each in (mel[..., :61], filled)]
-    assert positions == [31]
-    assert torch.equal(*backbone)
-    assert torch.equal(backbone[0][0, 3], torch.cat([mel[0, :, 6], mel[0, :, 7]]))
+        generator.backbone(x)
+    (_, before), (first, _), (_, last), (after, _) = seen
+    assert [output.shape[1] for _, output in seen] == [61, 31, 31, 61]
+    for i in range(61):
+        pair = before[:, i - i % 2 : i - i % 2 + 2]  # The last of an odd number is alone.
+        assert torch.allclose(first[:, i // 2], pair.mean(1), atol=1e-6)
+        assert torch.allclose(after[:, i], before[:, i] + last[:, i // 2] - first[:, i // 2], atol=1e-6)
+
+
+def test_more_half_rate_layers_than_layers_are_refused():
+    with pytest.raises(ValueError, match="n_half_rate_layers=5 must be at most n_layers=4"):
+        Vocoder.from_preset("tiny", n_half_rate_layers=5)
 
 
 def test_samples_of_a_batch_do_not_mix(mel):
