@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from dataset_loading.audio_dataset import VocoderDataset
 from dataset_loading.collators import collate_audio
 from model.audio.discriminators import PeriodDiscriminator, ResolutionDiscriminator
+from model.audio.lengths import crop_starts
 from model.audio.spectral import LogMel, MelSettings
 from model.audio.vocoders import Vocoder
 from pretrain_vocoder import VocoderArguments, VocoderStage
@@ -69,6 +70,11 @@ def test_waveforms_of_another_length_are_refused():
     mel, waveform, n_frames = torch.zeros(1, 4, 20), torch.zeros(1, 20 * 16 + 5), torch.tensor([20])
     with pytest.raises(ValueError, match=r"waveforms of 325 samples .* 20 frames, which are 320 samples"):
         crop_pairs(mel, waveform, n_frames, torch.zeros(1), 8, 16, -9.0)
+
+
+def test_crops_never_begin_beyond_the_last_place():
+    last = torch.arange(100_000)
+    assert torch.equal(crop_starts(last + 8, 8, torch.full((len(last),), 1 - 2**-24)), last)
 
 
 def test_every_place_is_as_likely():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from model.audio.lengths import masked_mean, valid_frames
+from model.audio.lengths import crop_starts, masked_mean, valid_frames
 from model.audio.vae import AudioVAEOutput
 from model.criteria import kl_divergence
 from model.text.tokenizer import PADDING
@@ -98,8 +98,7 @@ def crop_segments(mel: Tensor, n_frames: Tensor, uniforms: Tensor, length: int, 
         length: frames of the segments; a shorter clip is taken whole and padded with `log_floor`.
     Returns: segments (B, M, length) and their valid frames (B,).
     """
-    starts = (uniforms * (n_frames - length + 1).clamp_min(1)).long()
-    places = starts[:, None] + torch.arange(length, device=mel.device)
+    places = crop_starts(n_frames, length, uniforms)[:, None] + torch.arange(length, device=mel.device)
     valid = places < n_frames[:, None]
     places = places.clamp_max(mel.shape[-1] - 1)[:, None].expand(-1, mel.shape[1], -1)
     return mel.gather(-1, places).where(valid[:, None], log_floor), n_frames.clamp_max(length)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.audio.lengths import valid_frames
+from model.audio.lengths import crop_starts, valid_frames
 from model.audio.spectral import MelSettings
 from utils.adversary import AdversaryArguments, adversary_needs
 from utils.configuration import option
@@ -96,8 +96,7 @@ def crop_pairs(
     if missing:
         mel = F.pad(mel, (0, missing), value=log_floor)
         waveform = F.pad(waveform, (0, missing * hop_length))
-    last = (n_frames - segment_frames).clamp_min(0)
-    start = torch.minimum((uniforms.double() * (last + 1)).long(), last)[:, None]  # (B, 1)
+    start = crop_starts(n_frames, segment_frames, uniforms)[:, None]
     frames = start + torch.arange(segment_frames, device=mel.device)
     samples = start * hop_length + torch.arange(segment_frames * hop_length, device=mel.device)
     return mel.gather(2, frames[:, None].expand(B, M, segment_frames)), waveform.gather(1, samples)

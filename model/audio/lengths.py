@@ -9,6 +9,17 @@ def valid_frames(n_frames: Tensor, n_all: int) -> Tensor:
     return torch.arange(n_all, device=n_frames.device) < n_frames[:, None]
 
 
+def crop_starts(n_frames: Tensor, length: int, uniforms: Tensor) -> Tensor:
+    """First frames of crops of `length`, each place that fits being equally likely; 0 where the clip is shorter.
+
+    Args:
+        n_frames: valid frames of each clip, (B,).
+        uniforms: in [0, 1), (B,).
+    Returns: (B,).
+    """
+    return (uniforms * (n_frames - length + 1).clamp_min(1)).long()
+
+
 def masked_mean(values: Tensor, n_frames: Tensor | None) -> Tensor:
     """Each sample's mean over its valid frames.
 
