@@ -131,15 +131,24 @@ def check_caches(files: Iterable[Path], settings: MelSettings, name: str) -> Non
             AudioDataset(folder.parent, folder.name).expect_mel(settings, name)
 
 
-def analyse(waveform: Tensor, log_mel: LogMel) -> Tensor:
-    """The log-mel of a whole sound of any length, with silence behind up to whole frames.
+def analyse(waveform: Tensor, log_mel: LogMel, chunk_frames: int = 4096) -> Tensor:
+    """The log-mel of a whole sound of any length, with silence behind up to whole frames, in bounded memory.
 
-    Args: waveform: (S,) at the log-mel's rate.
+    Args:
+        waveform: (S,) at the log-mel's rate.
+        chunk_frames: frames that are analysed at once, and their neighbours'.
     Returns: (M, F) with F * hop_length >= S.
     """
     hop_length = log_mel.settings.hop_length
     n_frames = -(-max(len(waveform), log_mel.settings.min_samples) // hop_length)
-    return log_mel(F.pad(waveform, (0, n_frames * hop_length - len(waveform)))[None])[0]
+    waveform = F.pad(waveform, (0, n_frames * hop_length - len(waveform)))
+    context = -(-log_mel.settings.n_fft // hop_length)  # The ends of a piece are reflected, as those of the whole are.
+    pieces = []
+    for start in range(0, n_frames, chunk_frames):
+        first, last = max(0, start - context), min(n_frames, start + chunk_frames + context)
+        found = log_mel(waveform[None, first * hop_length : last * hop_length])[0]
+        pieces.append(found[:, start - first : start - first + chunk_frames])
+    return torch.cat(pieces, dim=1)
 
 
 def save_waveform(waveform: Tensor, sample_rate: int, file: Path) -> float:

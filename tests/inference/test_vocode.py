@@ -55,6 +55,14 @@ def test_the_result_is_the_vocoders_with_its_own_analysis(run, checkpoint, tmp_p
     assert "a.wav  0.50 s at " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("chunk_frames", [1, 7, 50, 201])
+def test_long_sounds_are_analysed_in_pieces(chunk_frames):
+    waveform = torch.randn(200 * SMALL_MEL.hop_length + 3, generator=torch.Generator().manual_seed(0))
+    whole, found = analyse(waveform, LogMel(SMALL_MEL)), analyse(waveform, LogMel(SMALL_MEL), chunk_frames)
+    assert found.shape == whole.shape == (SMALL_MEL.n_mels, 201)
+    assert (found - whole).abs().max() < 1e-5
+
+
 def test_a_log_mel_gives_what_its_sound_gives(run, tmp_path):
     write_sound(tmp_path / "a.wav", seconds=0.512)
     waveform = decode_audio({"path": str(tmp_path / "a.wav"), "bytes": None})[0][0]
