@@ -93,7 +93,7 @@ class VocoderConfig(AudioConfig):
         if self.n_half_rate_layers > self.n_layers:
             raise ValueError(
                 f"n_half_rate_layers={self.n_half_rate_layers} must be at most n_layers={self.n_layers}: they "
-                f"are a part of them"
+                "are a part of them"
             )
 
     def validate_f0(self):

@@ -138,7 +138,7 @@ def test_older_checkpoints_load(mel):
         assert torch.equal(other(mel), model(mel))
 
 
-def test_half_rate_blocks_work_on_the_means_of_pairs(mel):
+def test_half_rate_blocks_work_on_the_means_of_pairs():
     model, seen = changed(n_half_rate_layers=2), []
     generator = model.generator
     for block in generator.blocks:
