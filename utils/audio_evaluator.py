@@ -63,7 +63,7 @@ COLUMNS = {  # score -> title in the table, which values are good, digits
 DEFINITIONS = {
     "rows": "ground_truth: the recorded waveforms. Every row is held against `reference` clip by clip; scores are "
     "means over the clips for which they are defined",
-    "pesq_wb": "wide-band PESQ (P.862.2) at 16 kHz, 1.0 to 4.64",
+    "pesq_wb": "wide-band PESQ (P.862.2) at 16 kHz, 1.0 to 4.64; over 16 s, the mean of its pieces",
     "pesq_wb_starts": "its mean over clips cut by 0, 4, 8 and 12 ms at the beginning: PESQ depends on where its "
     "frames of 16 ms lie relative to a vocoder's, by 0.4 or more; compare systems with other frames by this mean",
     "stoi": "short-time objective intelligibility, 0 to 1",

@@ -80,6 +80,18 @@ def test_pesq_depends_on_the_start_and_its_mean_does_not(speech):
     assert pesq_wb_starts(speech[:3900], made[:3900], RATE) is None
 
 
+def test_pesq_of_a_recording_with_more_utterances_than_the_package_holds():
+    random = torch.Generator().manual_seed(0)
+    burst = torch.cat([0.3 * torch.randn(4800, generator=random), torch.zeros(4800)])
+    reference = burst.repeat(90)  # 54 s; the package crashes on it.
+    degraded = reference + 0.01 * torch.randn(len(reference), generator=random)
+    pieces = zip(reference.chunk(4), degraded.chunk(4))
+    expected = sum(pesq_wb(*piece, RATE) for piece in pieces) / 4
+    assert pesq_wb(reference, degraded, RATE) == pytest.approx(expected) and 1 < expected < 4
+    silent = torch.zeros(40 * RATE)
+    assert pesq_wb(silent, silent, RATE) is None
+
+
 def test_noise_makes_every_metric_worse_and_more_noise_more_so(speech, noisy):
     for metric, sign in ((pesq_wb, -1), (stoi, -1)):
         values = [sign * metric(speech, each, RATE) for each in (speech, *noisy)]
