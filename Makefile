@@ -15,7 +15,9 @@ demo: install  ## captioned scenes -> VAE-GAN -> text to image; the same spoken 
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
 
 test: install  ## everything but the slow chains
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not launch" -n auto --maxprocesses 8 --dist loadfile
+	# Without a restart, since a worker that replaces a crashed one waits forever under `--dist loadfile`.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not launch" -n auto --maxprocesses 8 --dist loadfile \
+		--max-worker-restart 0
 	$(BIN)/python -m pytest -m "launch and not slow"
 
 test-slow: install  ## whole chains and long comparisons

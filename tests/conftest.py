@@ -8,6 +8,11 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Each test process keeps librosa's compiled functions to itself: two processes that compile them at the same time can
+# leave a cache that crashes whoever calls them (https://github.com/numba/numba/issues/10128).
+os.environ["NUMBA_CACHE_DIR"] = str(
+    Path(__file__).parents[1] / ".pytest_cache" / "numba" / os.environ.get("PYTEST_XDIST_WORKER", "main")
+)
 
 import pytest
 import torch
