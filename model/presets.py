@@ -77,7 +77,7 @@ AUDIO_VAE_PARAMETERS = {
 VOCODER = {                                                                            # parameters
     "tiny":       dict(width=96,  n_layers=4),                                         #  0.43 M
     "small":      dict(width=256, n_layers=8),                                         #  3.72 M
-    "base":       dict(width=512, n_layers=8, n_half_rate_layers=4, n_projections=2),  # 13.73 M
+    "base":       dict(width=512, n_layers=8, n_half_rate_layers=4, n_projections=1),  # 13.73 M
     "hifigan_v1": dict(architecture="hifigan", hifigan_width=512),                     # 13.93 M
     "hifigan_v2": dict(architecture="hifigan", hifigan_width=128),                     #  0.93 M
 }

@@ -27,6 +27,19 @@ def mel_to_magnitude(amplitude: Tensor, filters: Tensor, spread: Tensor, n_itera
     return magnitude
 
 
+def mel_gain(magnitude: Tensor, amplitude: Tensor, filters: Tensor, spread: Tensor) -> Tensor:
+    """What to multiply magnitudes by so that their mel comes nearer to a given one: the factors of one update of
+    `mel_to_magnitude`, at most tenfold where hardly anything is there.
+
+    Args:
+        magnitude: (B, F, K).
+        amplitude, filters, spread: as of `mel_to_magnitude`.
+    Returns: (B, F, K).
+    """
+    found = torch.maximum(magnitude @ filters.T, 0.1 * amplitude)
+    return (amplitude / found * filters.sum(1)) @ spread.T
+
+
 def starting_magnitude(amplitude: Tensor, inverse: Tensor, spread: Tensor) -> Tensor:
     """Positive magnitudes to start from: the least-squares inverse, nowhere under a fifth of the smooth envelope.
 

@@ -8,6 +8,7 @@ transform, so that runtimes need no operator beyond those of other convolutional
 
 import copy
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -56,10 +57,14 @@ class MatrixFourierTransform(nn.Module):
 
     def project(self, waveform: Tensor, magnitude: Tensor) -> Tensor:
         """Waveform (B, F * hop_length), magnitude (B, F, K) -> (B, F * hop_length)."""
+        return self.rescale(waveform, lambda found: magnitude / found)
+
+    def rescale(self, waveform: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
+        """See `FourierTransform.rescale`."""
         padded = F.pad(waveform[:, None], (self.cut, self.cut), mode="reflect")
         real, imaginary = F.conv1d(padded, self.analysis, stride=self.hop_length).transpose(1, 2).chunk(2, dim=-1)
-        ratio = magnitude * torch.rsqrt(torch.addcmul(real.square() + EPSILON, imaginary, imaginary))
-        return self.inverse(ratio * real, ratio * imaginary)
+        factor = gain(torch.sqrt(torch.addcmul(real.square() + EPSILON, imaginary, imaginary)))
+        return self.inverse(factor * real, factor * imaginary)
 
     def autocorrelation(self, magnitude: Tensor) -> Tensor:
         """Even spectra (B, F, up to K), the bins left out 0 -> lags 0 to N / 2 of their inverse, (B, F, K)."""

@@ -9,12 +9,15 @@ Architecture "istft" starts from what signal processing knows and learns the res
   log-magnitude, the depth of the harmonics' comb, and the phase. Its middle blocks may work at half the frame rate,
   for half their cost. Its last layer starts at zero: by PESQ and STOI the untrained model is already about as good as
   60 iterations of Griffin-Lim (not by the distance of log-mels);
-- a few Griffin-Lim projections, through which it is trained, make neighbouring frames agree.
+- a few Griffin-Lim projections, through which it is trained, make neighbouring frames agree; the last one keeps the
+  waveform's own magnitudes and corrects them by what their mel lacks.
 Architecture "hifigan" (`hifigan.py`) is the generator of HiFi-GAN, which upsamples step by step.
 """
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -24,7 +27,7 @@ from transformers import PreTrainedModel, initialization
 
 from model.audio.configuration import MEL_FIELDS, AudioConfig
 from model.audio.frame_conv import FrameConv
-from model.audio.griffin_lim import inversion_matrices, mel_to_magnitude, starting_magnitude
+from model.audio.griffin_lim import inversion_matrices, mel_gain, mel_to_magnitude, starting_magnitude
 from model.audio.hifigan import HiFiGANGenerator
 from model.audio.spectral import istft, stft
 from model.checkpointing import GradientCheckpointingLayer
@@ -49,7 +52,8 @@ class VocoderConfig(AudioConfig):
     kernel_size: int = option(7, "positions that a block's depthwise convolution sees, odd", gt=0)
     n_half_rate_layers: int = option(0, "of the blocks, those in the middle that see every two frames as one", ge=0)
     n_magnitude_updates: int = option(2, "multiplicative updates of the magnitude prior", ge=0)
-    n_projections: int = option(4, "Griffin-Lim projections after the network", ge=0)
+    n_projections: int = option(3, "Griffin-Lim projections after the network", ge=0)
+    n_mel_projections: int = option(1, "projections after those, which correct the waveform's own mel", ge=0)
     f0_min: float = option(65.0, "lowest fundamental frequency of the phase prior in Hz", gt=0)
     f0_max: float = option(500.0, "highest fundamental frequency of the phase prior in Hz", gt=0)
 
@@ -137,6 +141,18 @@ class FourierTransform(nn.Module):
         scaled = spectrum * (magnitude.transpose(1, 2) * torch.rsqrt(power + EPSILON))
         return istft(scaled, self.window, self.hop_length)
 
+    def rescale(self, waveform: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
+        """The waveform with its magnitudes multiplied by a function of them.
+
+        Args:
+            waveform: (B, F * hop_length).
+            gain: magnitudes -> factors, (B, F, K) both.
+        Returns: (B, F * hop_length).
+        """
+        spectrum = stft(waveform, self.window, self.hop_length)
+        magnitude = torch.sqrt((spectrum * spectrum.conj()).real + EPSILON)
+        return istft(spectrum * gain(magnitude.transpose(1, 2)).transpose(1, 2), self.window, self.hop_length)
+
     def autocorrelation(self, magnitude: Tensor) -> Tensor:
         """Even spectra (B, F, up to K), the bins left out 0 -> lags 0 to N / 2 of their inverse, (B, F, K)."""
         n_fft = len(self.window)
@@ -173,6 +189,10 @@ class HarmonicPrior(nn.Module):
         amplitude = mel.exp().transpose(1, 2)
         start = starting_magnitude(amplitude, self.inverse, self.spread)
         return mel_to_magnitude(amplitude, self.filters, self.spread, self.config.n_magnitude_updates, start)
+
+    def mel_gain(self, mel: Tensor, magnitude: Tensor) -> Tensor:
+        """Log-mel (B, M, F), magnitudes (B, F, K) -> factors that bring them nearer to it, (B, F, K)."""
+        return mel_gain(magnitude, mel.exp().transpose(1, 2), self.filters, self.spread)
 
     def pitch(self, magnitude: Tensor, transform: FourierTransform) -> tuple[Tensor, Tensor]:
         """Fundamental frequency in cycles per sample, and the autocorrelation there (about 0 unvoiced, 1 voiced).
@@ -299,6 +319,8 @@ class HarmonicGenerator(nn.Module):
             waveform = self.transform.inverse(signed * torch.cos(phase), signed * torch.sin(phase))
             for _ in range(self.config.n_projections):
                 waveform = self.transform.project(waveform, magnitude)
+            for _ in range(self.config.n_mel_projections):
+                waveform = self.transform.rescale(waveform, partial(self.prior.mel_gain, mel))
         return waveform
 
     def backbone(self, x: Tensor) -> Tensor:
@@ -332,7 +354,7 @@ class HarmonicGenerator(nn.Module):
         n_half = self.config.n_half_rate_layers
         side = (self.config.kernel_size // 2) * (1 + self.config.n_layers + n_half) + (n_half > 0)
         overlap = self.config.n_fft // self.config.hop_length
-        return side + overlap * (1 + 2 * self.config.n_projections)
+        return side + overlap * (1 + 2 * (self.config.n_projections + self.config.n_mel_projections))
 
 
 GENERATORS = {"istft": HarmonicGenerator, "hifigan": HiFiGANGenerator}

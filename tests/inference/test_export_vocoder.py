@@ -37,6 +37,9 @@ def test_matrices_do_what_the_transform_does():
     assert torch.allclose(by_matrix.inverse(real, imaginary), by_fft.inverse(real, imaginary), atol=1e-5)
     magnitude = torch.rand(2, 20, 129)
     assert torch.allclose(by_matrix.project(waveform, magnitude), by_fft.project(waveform, magnitude), atol=1e-5)
+    rescaled = [each.rescale(waveform, lambda found: magnitude / (1 + found)) for each in (by_matrix, by_fft)]
+    expected = Spectrogram(256, 64).inverse((spectrum * magnitude / (1 + spectrum.abs())).transpose(1, 2))
+    assert all(torch.allclose(each, expected, atol=1e-5) for each in rescaled)
     expected = Spectrogram(256, 64).inverse(torch.polar(magnitude, spectrum.angle()).transpose(1, 2))
     assert torch.allclose(by_fft.project(waveform, magnitude), expected, atol=1e-4)
     for n_bins in (129, 40):
@@ -48,7 +51,7 @@ def test_matrices_do_what_the_transform_does():
     "fields",
     [
         SMALL_VOCODER,
-        {**SMALL_VOCODER, "n_projections": 0},
+        {**SMALL_VOCODER, "n_projections": 0, "n_mel_projections": 0},
         {**SMALL_VOCODER, "n_half_rate_layers": 1},
         SMALL_HIFIGAN,
         {**SMALL_VOCODER, **MelSettings().as_dict()},

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from model.audio.griffin_lim import griffin_lim
+from model.audio.griffin_lim import griffin_lim, mel_to_magnitude
 from model.audio.spectral import LogMel, MelSettings
 from model.audio.vocoders import Vocoder, VocoderConfig
 
@@ -77,6 +77,27 @@ def test_prior_magnitudes_have_the_given_mel(mel):
     prior = Vocoder.from_preset("tiny", n_magnitude_updates=50).generator.prior
     found = LogMel(MelSettings()).from_magnitude(prior.magnitude(mel).transpose(1, 2))
     assert (found - mel).abs().mean() < 0.1
+
+
+def test_gain_is_one_magnitude_update_and_at_most_tenfold(mel):
+    prior = Vocoder.from_preset("tiny").generator.prior
+    amplitude = mel.exp().transpose(1, 2)
+    start = prior.magnitude(mel)
+    updated = mel_to_magnitude(amplitude, prior.filters, prior.spread, 1, start)
+    assert torch.allclose(start * prior.mel_gain(mel, start), updated, rtol=1e-5, atol=1e-8)
+    covered = prior.filters.sum(0) > 0
+    exact = prior.mel_gain((start @ prior.filters.T).log().transpose(1, 2), start)
+    assert torch.allclose(exact[..., covered], torch.ones(()), atol=1e-4)
+    gain = prior.mel_gain(mel, torch.zeros_like(start))
+    assert torch.allclose(gain[..., covered], torch.tensor(10.0), atol=1e-3)
+
+
+def test_each_mel_projection_brings_the_mel_nearer(mel):
+    distances = []
+    for n in range(4):
+        with torch.no_grad():
+            distances.append(mel_l1(changed(n_mel_projections=n)(mel), mel))
+    assert distances == sorted(distances, reverse=True) and distances[1] < 0.9 * distances[0]
 
 
 def test_untrained_model_is_near_griffin_lim(mel):
