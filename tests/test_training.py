@@ -188,6 +188,16 @@ def test_a_run_is_not_overwritten(train):
         train("once", 4)
 
 
+@pytest.mark.parametrize("n_steps", [3, 8])  # Within an epoch and at its end.
+def test_a_finished_run_is_only_evaluated_again(train, n_steps):
+    run = train("done", n_steps, "--batch_size", "8")
+    before = {path: path.read_bytes() for path in sorted(run.folder.parent.rglob("checkpoint-*/*"))}
+    train("done", n_steps, "--batch_size", "8", "--resume_from_checkpoint")
+    assert {path: path.read_bytes() for path in sorted(run.folder.parent.rglob("checkpoint-*/*"))} == before
+    with pytest.raises(ValueError, match=f"is at step {n_steps}, beyond this run's {n_steps - 1}; raise --max_steps"):
+        train("done", n_steps - 1, "--batch_size", "8", "--resume_from_checkpoint")
+
+
 def test_changed_data_are_refused_on_resume(train, picture_cache, tmp_path):
     run = train("data", 2)
     record = json.loads((run.folder / "stage.json").read_text())

@@ -109,7 +109,16 @@ class Stage:
             logger.info("resuming from %s", checkpoint)
         trainer = self.build_trainer(model, datasets, training)
         trainer.train(resume_from_checkpoint=checkpoint)
-        trainer._save_checkpoint(trainer.model_wrapped, None)
+        made, wanted = trainer.state.global_step, trainer.state.max_steps
+        if made > wanted:
+            raise ValueError(
+                f"{checkpoint} is at step {made:,}, beyond this run's {wanted:,}; raise --max_steps or "
+                "--num_train_epochs, or go on from an earlier checkpoint"
+            )
+        if trainer.has_trained:
+            trainer._save_checkpoint(trainer.model_wrapped, None)
+        else:
+            logger.info("%s has made all its steps; nothing is trained or saved", checkpoint)
         metrics = trainer.final_metrics()
         logger.info("%s", {name: round(value, 4) for name, value in metrics.items()})
         if self.writer is not None:

@@ -74,6 +74,7 @@ class StageTrainer(Trainer):
         self.terms: dict[str, Tensor] = {}
         self.term_counts: dict[str, int] = {}
         self.last_log = (0, time.perf_counter())
+        self.has_trained = False  # Not where a finished run is resumed.
 
     # ---- Data order.
 
@@ -86,7 +87,11 @@ class StageTrainer(Trainer):
     def _run_epoch(self, *, epoch: int, **kwargs):
         # Where several processes resume within an epoch, neither transformers nor accelerate tell the sampler which.
         self.epoch_sampler.set_epoch(epoch)
-        return super()._run_epoch(epoch=epoch, **kwargs)
+        if self.state.global_step >= self.state.max_steps:  # Here transformers would make one step more.
+            self.control.should_training_stop = True
+            return
+        self.has_trained = True
+        super()._run_epoch(epoch=epoch, **kwargs)
 
     def sample_noise(self, inputs: dict, stream: str, shape) -> Tensor:
         """Standard normal noise (B, *shape) that belongs to this step's samples, on the training device."""
