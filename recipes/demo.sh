@@ -3,7 +3,7 @@
 # embedded scenes -> cache -> image VAE-GAN -> latents -> text-to-image diffusion -> metrics and a contact sheet;
 # the same captions spoken -> cache -> vocoder -> audio VAE-GAN -> metrics, sounds and sheets of log-mels.
 # Costs about 12 minutes on 2 cores after the installation; reaches 26 dB PSNR, draws 89 % of the held-out captions so
-# that a probe finds them among 72, and a vocoder of PESQ-wb 2.7.
+# that a probe finds them among 72, and a vocoder of PESQ-wb 2.85.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cores=$(nproc)
