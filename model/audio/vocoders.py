@@ -136,10 +136,7 @@ class FourierTransform(nn.Module):
             magnitude: (B, F, K).
         Returns: (B, F * hop_length).
         """
-        spectrum = stft(waveform, self.window, self.hop_length)
-        power = (spectrum * spectrum.conj()).real  # One contiguous product; strided real parts would take longer.
-        scaled = spectrum * (magnitude.transpose(1, 2) * torch.rsqrt(power + EPSILON))
-        return istft(scaled, self.window, self.hop_length)
+        return self.rescale(waveform, lambda found: magnitude / found)
 
     def rescale(self, waveform: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
         """The waveform with its magnitudes multiplied by a function of them.
@@ -150,7 +147,8 @@ class FourierTransform(nn.Module):
         Returns: (B, F * hop_length).
         """
         spectrum = stft(waveform, self.window, self.hop_length)
-        magnitude = torch.sqrt((spectrum * spectrum.conj()).real + EPSILON)
+        power = (spectrum * spectrum.conj()).real  # One contiguous product; strided real parts would take longer.
+        magnitude = torch.sqrt(power + EPSILON)
         return istft(spectrum * gain(magnitude.transpose(1, 2)).transpose(1, 2), self.window, self.hop_length)
 
     def autocorrelation(self, magnitude: Tensor) -> Tensor:
