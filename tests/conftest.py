@@ -7,7 +7,7 @@ import os
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 # Each test process keeps librosa's compiled functions to itself: two processes that compile them at the same time can
 # leave a cache that crashes whoever calls them (https://github.com/numba/numba/issues/10128).
 os.environ["NUMBA_CACHE_DIR"] = str(
@@ -80,7 +80,9 @@ class Run:
 
     @property
     def adversary(self) -> dict:
-        return torch.load(self.folder / "stage_state.pt", weights_only=True)["adversary"]
+        """The adversary's state; empty for a stage or run without one."""
+        file = self.folder / "stage_state.pt"
+        return torch.load(file, weights_only=True).get("adversary", {}) if file.exists() else {}
 
 
 @pytest.fixture(scope="session")

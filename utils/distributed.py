@@ -1,9 +1,11 @@
 """One process or many: launch settings for plain python, torchrun and deepspeed, and small collectives."""
 
+import gc
 import json
 import logging
 import os
 import socket
+import time
 from typing import Any
 
 import torch
@@ -40,10 +42,15 @@ def barrier() -> None:
 
 
 def end_processes() -> None:
-    """Leave the process group in order; a process that exits with it may be aborted by its threads."""
+    """Leave the process group and end its threads, once nothing of the run refers to it.
+
+    A thread of the group that lets go of its last piece of work while Python ends aborts the process.
+    """
     if dist.is_available() and dist.is_initialized():
         barrier()
         dist.destroy_process_group()
+        gc.collect()  # A trainer and its parts refer to each other, and to the group.
+        time.sleep(0.2)  # DeepSpeed keeps the group and its threads: they let go of the barrier meanwhile.
 
 
 def mean_across_ranks(tensor: torch.Tensor) -> torch.Tensor:
@@ -122,6 +129,10 @@ def launch_settings(use_deepspeed: bool, deepspeed_config: str, bf16: bool) -> d
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Else importing DeepSpeed warns that it finds no GPU.
     if not use_deepspeed:
         distributed = "LOCAL_RANK" in os.environ and not has_gpu
+        if distributed:
+            # Functions of torch.distributed and DeepSpeed that are defined where there is a group keep it for ever;
+            # accelerate imports DeepSpeed anyway, but later.
+            import deepspeed
         return {"bf16": bf16, "use_cpu": not has_gpu, **({"ddp_backend": "gloo"} if distributed else {})}
 
     config = read_deepspeed_config(deepspeed_config, bf16)

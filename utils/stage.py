@@ -86,7 +86,9 @@ class Stage:
         args = parse_arguments(cls.arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
         set_up_logging()
         with explained_errors(logger):
-            return cls(args).run()
+            metrics = cls(args).run()
+            end_processes()
+            return metrics
 
     def run(self) -> dict[str, float]:
         """The order of every stage."""
@@ -123,7 +125,6 @@ class Stage:
         logger.info("%s", {name: round(value, 4) for name, value in metrics.items()})
         if self.writer is not None:
             self.writer.close()  # Its thread must not outlive the run.
-        end_processes()
         return metrics
 
     def build_config(self) -> StrictConfig:
