@@ -80,9 +80,7 @@ class Run:
 
     @property
     def adversary(self) -> dict:
-        """The adversary's state; empty for a stage or run without one."""
-        file = self.folder / "stage_state.pt"
-        return torch.load(file, weights_only=True).get("adversary", {}) if file.exists() else {}
+        return torch.load(self.folder / "stage_state.pt", weights_only=True)["adversary"]
 
 
 @pytest.fixture(scope="session")
