@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test test-slow style check bench tensorboard
+.PHONY: install demo test test-cuda test-slow style check bench tensorboard
 
 install: .venv/installed
 
@@ -16,9 +16,12 @@ demo: install  ## captioned scenes -> VAE-GAN -> text to image; the same spoken 
 
 test: install  ## everything but the slow chains
 	# Without a restart, since a worker that replaces a crashed one waits forever under `--dist loadfile`.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not launch" -n auto --maxprocesses 8 --dist loadfile \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not launch and not cuda" -n auto --maxprocesses 8 --dist loadfile \
 		--max-worker-restart 0
 	$(BIN)/python -m pytest -m "launch and not slow"
+
+test-cuda: install  ## on a machine with an NVIDIA GPU: every stage and what is generated, against the CPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cuda -n 8 --dist loadgroup -rP
 
 test-slow: install  ## whole chains and long comparisons
 	$(BIN)/python -m pytest -m slow

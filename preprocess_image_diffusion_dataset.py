@@ -22,6 +22,7 @@ from model.text.tokenizer import encode_caption
 from utils.batched_preprocess import BatchedPreprocess, BatchedPreprocessArguments
 from utils.checkpoints import resolve_checkpoint
 from utils.configuration import option
+from utils.devices import compute_device
 from utils.frozen_text import caption_states, text_encoder_fingerprint
 from utils.picture_preprocess import PICTURE_SETTINGS, PictureArguments, decode_picture
 from utils.preprocess import Example, PreprocessArguments
@@ -38,9 +39,7 @@ class ImageDiffusionPreprocessArguments(PictureArguments, BatchedPreprocessArgum
     vae_config: str = option("", "preset that the VAE must have been trained with; default: any")
     image_size: int = option(0, "side of the pictures in pixels, divisible by the compression; 0: the VAE's", ge=0)
     horizontal_flip: bool = option(False, "also store the latents of the mirrored picture")
-    max_tokens: int = option(
-        128, "longest caption in tokens (bytes, or those of --text_encoder); the rest is cut", gt=0
-    )
+    max_tokens: int = option(128, "longest caption in tokens, bytes or the text encoder's; the rest is cut", gt=0)
     text_encoder: str = option("", "frozen text encoder whose hidden states are stored too: local folder or hub name")
 
     needs = {**PreprocessArguments.needs, "seed": ("num_augmented_copies", bool)}
@@ -94,7 +93,7 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
 
     @torch.inference_mode()
     def encode_batch(self, examples: list[Example]) -> list[dict[str, torch.Tensor]]:
-        vae = self.vae.to("cuda" if torch.cuda.is_available() else "cpu")
+        vae = self.vae.to(compute_device())
         # Always a full batch: kernels choose by its size how they round.
         images = torch.zeros(self.args.batch_size, 3, self.image_size, self.image_size, dtype=torch.uint8)
         images[: len(examples)] = torch.stack([example.data["image"] for example in examples])

@@ -14,12 +14,11 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.configuration import option
+from utils.devices import compute_device
 from utils.megatransformer_utils import explained_errors, parse_arguments
 from utils.text_generation import GenerationArguments, TextGenerator, copy_seed, read_prompts
 
@@ -49,7 +48,7 @@ def write(args: GenerateTextArguments) -> None:
     planned = [(prompt, copy_seed(args.seed, copy)) for prompt in prompts for copy in range(args.n_texts)]
     checkpoint, folder = resolve_checkpoint(args.checkpoint), Path(args.output_dir)
     weights = chosen_weights(checkpoint, args)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(compute_device())
     generator = TextGenerator.load(checkpoint, weights, device)
     folder.mkdir(parents=True, exist_ok=True)
     texts = []

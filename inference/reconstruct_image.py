@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset_loading.image import decode_image, to_float, to_tensor
 from dataset_loading.picture_folder import find_pictures
 from utils.configuration import option
+from utils.devices import compute_device
 from utils.megatransformer_utils import explained_errors, parse_arguments
 from utils.metrics import psnr
 from utils.pictures import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_picture, triple
@@ -44,7 +45,7 @@ class ReconstructionArguments:
 def reconstruct(args: ReconstructionArguments) -> None:
     """Reconstruct all pictures; damaged ones are named and left out."""
     files = find_pictures(args.input)
-    model = load_vae(args.checkpoint, needs_statistics=False).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_vae(args.checkpoint, needs_statistics=False).to(compute_device())
     length = model.config.image_size if args.image_size < 0 else args.image_size
     groups = []
     for name, file in files.items():

@@ -13,12 +13,11 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.configuration import option
+from utils.devices import compute_device
 from utils.megatransformer_utils import explained_errors, parse_arguments
 from utils.pictures import Group, draw_sheet, save_picture, to_picture
 from utils.text_to_image import SamplingArguments, TextToImage
@@ -54,7 +53,7 @@ def draw(args: TextToImageArguments) -> None:
     seeds, folder = args.seeds or list(range(args.n_pictures)), Path(args.output_dir)
     checkpoint = resolve_checkpoint(args.checkpoint)
     weights = chosen_weights(checkpoint, args)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(compute_device())
     painter = TextToImage.load(checkpoint, args.vae_checkpoint, weights, device)
     tasks, drawn, files = [(*each, seed) for each in enumerate(prompts) for seed in seeds], [], []
     for start in range(0, len(tasks), args.batch_size):

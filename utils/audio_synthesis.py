@@ -26,6 +26,7 @@ from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from utils.checkpoints import chosen_weights, load_model, read_stage, resolve_checkpoint
 from utils.configuration import option, suggest
+from utils.devices import compute_device
 
 logger = logging.getLogger(__name__)
 MEL_SUFFIX = ".pt"
@@ -186,7 +187,7 @@ class Synthesizer:
         """The vocoder that the flags mean, on the GPU where there is one; raises as `load_vocoder`."""
         checkpoint = resolve_checkpoint(path)
         weights = chosen_weights(checkpoint, args)
-        vocoder = load_vocoder(checkpoint, weights).to("cuda" if torch.cuda.is_available() else "cpu")
+        vocoder = load_vocoder(checkpoint, weights).to(compute_device())
         loaded = cls(vocoder, args.chunk_frames, args.bf16)
         loaded.record |= {"vocoder_checkpoint": str(checkpoint), "vocoder_weights": weights}
         loaded.name = f"the vocoder {checkpoint}"

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from utils.audio_synthesis import save_waveform
 from utils.checkpoints import chosen_weights, load_model, read_stage, step_of
 from utils.configuration import declared_fields, option
+from utils.devices import compute_device
 from utils.pictures import save_picture
 from utils.sounds import add_sound, playable
 
@@ -126,7 +127,7 @@ class Evaluator:
         if foreign:
             raise ValueError(f"{foreign}: no effect on {checkpoint}, which is of stage {self.record['stage']!r}")
         self.step = step_of(checkpoint)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = compute_device()
         self.weights = chosen_weights(checkpoint, args)
         self.model = self.load_model()
 

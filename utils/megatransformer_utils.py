@@ -18,6 +18,7 @@ import torch
 from transformers import TrainingArguments
 
 from utils.configuration import declared_fields, option, suggest, type_name, validate_fields
+from utils.devices import set_fp32_precision
 from utils.distributed import launch_settings
 
 
@@ -66,6 +67,7 @@ class StageArguments:
 
     # Speed and memory.
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
+    tf32: bool = option(False, "TensorFloat-32 for what is computed in fp32 on an NVIDIA GPU: faster, and less exact")
     use_gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass to save memory")
     compile_model: bool = option(False, "torch.compile the model")
     use_deepspeed: bool = option(False, "train with the DeepSpeed engine")
@@ -80,6 +82,10 @@ class StageArguments:
     def validate_length(self):
         if self.max_steps == 0:
             raise ValueError("--max_steps=0 trains nothing; give a positive number, or -1 to use --num_train_epochs")
+
+    def validate_device(self):
+        if self.tf32 and not torch.cuda.is_available():
+            raise ValueError("--tf32 has no effect: this machine has no NVIDIA GPU; leave it out")
 
     def validate_files(self):
         if self.use_deepspeed and not Path(self.deepspeed_config).is_file():
@@ -220,7 +226,7 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
     `torch_autocast` section with it (transformers' flag would make DeepSpeed keep and save bfloat16 weights).
     """
     launch = launch_settings(args.use_deepspeed, args.deepspeed_config, args.bf16)
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run_dir),
         run_name=args.run_name,
         num_train_epochs=args.num_train_epochs,
@@ -255,3 +261,6 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         report_to="none",
         **launch,
     )
+    if torch.cuda.is_available():
+        set_fp32_precision(args.tf32)  # After TrainingArguments, which sets it for torch_compile.
+    return arguments
