@@ -109,8 +109,10 @@ class OurStep:
         self.model, self.step_number = model, 0
         self.arguments = VocoderArguments(gan_start_step=0, gan_warmup_steps=0, **flags)
         parts = VocoderStage(self.arguments).build_trainer_parts(model)
-        self.criterion, self.adversary, self.log_mel = parts["criterion"], parts["adversary"], LogMel(model.config.mel)
-        self.adversary.prepare(torch.device("cpu"), "constant", 1000)
+        device = next(model.parameters()).device
+        self.criterion, self.adversary = parts["criterion"].to(device), parts["adversary"]
+        self.log_mel = LogMel(model.config.mel).to(device)
+        self.adversary.prepare(device, "constant", 1000)
         betas = (self.arguments.adam_beta1, self.arguments.adam_beta2)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.arguments.learning_rate, betas=betas)
         self.average = [parameter.detach().clone() for parameter in model.parameters()]

@@ -143,6 +143,13 @@ class PeerRecipe:
         pairs = [pair for maps in zip(real, fake) for pair in zip(*maps)]
         return sum((first.detach() - second).abs().mean() for first, second in pairs)
 
+    def to(self, device: torch.device) -> "PeerRecipe":
+        """Move everything to a device; before the first step."""
+        for module in (self.generator, self.discriminators, self.log_mel, self.mel_loss):
+            if isinstance(module, nn.Module):
+                module.to(device)
+        return self
+
     def set_rate(self, factor: float) -> None:
         """Set both learning rates to a share of their peak."""
         for optimizer in self.optimizers:

@@ -22,11 +22,15 @@ class LinearCrossEntropy(torch.autograd.Function):
         Returns: loss, scale x sum of nats + z_weight x squares of the log-denominators; nats (N,); the latter's sum.
         """
         nats, squares = torch.zeros(len(hidden), device=hidden.device), torch.zeros((), device=hidden.device)
+        if torch.is_autocast_enabled(hidden.device.type):  # Cast once, not with each chunk.
+            cast = weight.to(torch.get_autocast_dtype(hidden.device.type))
+        else:
+            cast = weight
         grad_hidden = torch.empty_like(hidden) if wants_gradient else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None
         for start in range(0, len(hidden), chunk_size):
             part, target = hidden[start : start + chunk_size], targets[start : start + chunk_size]
-            logits = F.linear(part, weight).float()
+            logits = F.linear(part, cast).float()
             counts = target != IGNORED
             target = target.clamp_min(0)[:, None]
             lse = logits.logsumexp(-1)
@@ -38,7 +42,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits.sub_(lse[:, None]).exp_()
             logits.mul_((factor * (1 + 2 * z_weight * lse))[:, None])
             logits = logits.scatter_add_(1, target, -factor[:, None]).to(part.dtype)
-            grad_hidden[start : start + chunk_size] = F.linear(logits, weight.t())
+            grad_hidden[start : start + chunk_size] = F.linear(logits, cast.t())
             grad_weight.add_(F.linear(logits.t(), part.t()))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nats, squares)

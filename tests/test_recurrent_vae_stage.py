@@ -158,7 +158,7 @@ def test_evaluation_over_steps_and_thresholds(whole):
     indices = list(range(5))
     with torch.inference_mode():
         evaluation = evaluator.measure(dataset, indices)
-        image = torch.stack([dataset[i]["image"] for i in indices])
+        image = torch.stack([dataset[i]["image"] for i in indices]).to(evaluator.device)
         latents, _ = evaluator.model.encode(image)
         expected = psnr(evaluator.model.decode(latents, n_steps=32), image).mean().item()
         decoded, taken = evaluator.model.decode_until_settled(latents, 0.05)

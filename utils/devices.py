@@ -1,6 +1,9 @@
-"""The device of this process, and how exactly it computes in fp32."""
+"""The device of this process, and how exactly it computes."""
+
+import os
 
 import torch
+from torch import nn
 
 
 def compute_device() -> torch.device:
@@ -15,9 +18,30 @@ def set_fp32_precision(use_tf32: bool) -> None:
     """Choose what NVIDIA GPUs do with fp32 matrix products and convolutions.
 
     TensorFloat-32 keeps 10 bits of the mantissa. PyTorch uses it for convolutions unless told otherwise, so that a GPU
-    differs from a CPU by about 1e-3.
+    differs from a CPU by about 1e-3. Each level is set, since the eager kernels read the lowest of them and compiled
+    convolutions the one of the whole library.
     """
-    precision = "tf32" if use_tf32 else "ieee"
     backends = torch.backends
-    for backend in (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn):
-        backend.fp32_precision = precision
+    for level in (backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn):
+        level.fp32_precision = "tf32" if use_tf32 else "ieee"
+
+
+def use_deterministic_kernels() -> None:
+    """Make PyTorch choose kernels that give the same bits in every run, and refuse operations that have none.
+
+    Call it before the first CUDA computation: cuBLAS reads its variable once.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def compile_in_place(model: nn.Module) -> None:
+    """Compile a model's repeated blocks, each by itself, or the whole model where it names none.
+
+    A block that occurs many times is compiled once, and a loop over blocks whose length changes needs no new graph.
+    """
+    torch._dynamo.config.recompile_limit = 64
+    names = getattr(model, "_no_split_modules", None) or ()
+    blocks = [module for module in model.modules() if type(module).__name__ in names]
+    for module in blocks or [model]:
+        module.compile()

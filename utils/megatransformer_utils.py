@@ -18,7 +18,7 @@ import torch
 from transformers import TrainingArguments
 
 from utils.configuration import declared_fields, option, suggest, type_name, validate_fields
-from utils.devices import set_fp32_precision
+from utils.devices import set_fp32_precision, use_deterministic_kernels
 from utils.distributed import launch_settings
 
 
@@ -68,8 +68,11 @@ class StageArguments:
     # Speed and memory.
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
     tf32: bool = option(False, "TensorFloat-32 for what is computed in fp32 on an NVIDIA GPU: faster, and less exact")
+    deterministic: bool = option(
+        False, "on a GPU: only kernels that give the same bits in every run; slower (a CPU always does)"
+    )
     use_gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass to save memory")
-    compile_model: bool = option(False, "torch.compile the model")
+    compile_model: bool = option(False, "torch.compile: the blocks of a transformer, other models as a whole")
     use_deepspeed: bool = option(False, "train with the DeepSpeed engine")
     deepspeed_config: str = option("ds_config_zero-2.json", "DeepSpeed configuration file, with --use_deepspeed")
 
@@ -225,8 +228,12 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
     `--bf16` is autocast over fp32 weights in every engine: transformers' own flag without DeepSpeed, the
     `torch_autocast` section with it (transformers' flag would make DeepSpeed keep and save bfloat16 weights).
     """
+    if torch.cuda.is_available():
+        set_fp32_precision(args.tf32)
+        if args.deterministic:
+            use_deterministic_kernels()
     launch = launch_settings(args.use_deepspeed, args.deepspeed_config, args.bf16)
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(run_dir),
         run_name=args.run_name,
         num_train_epochs=args.num_train_epochs,
@@ -247,7 +254,6 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         warmup_steps=args.warmup_ratio,
         gradient_checkpointing=args.use_gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
-        torch_compile=args.compile_model,
         logging_steps=args.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps",
@@ -261,6 +267,3 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         report_to="none",
         **launch,
     )
-    if torch.cuda.is_available():
-        set_fp32_precision(args.tf32)  # After TrainingArguments, which sets it for torch_compile.
-    return arguments

@@ -29,6 +29,7 @@ from utils.checkpoints import (
     resolve_checkpoint,
 )
 from utils.configuration import StrictConfig, declared_fields, from_preset
+from utils.devices import compile_in_place
 from utils.distributed import end_processes, from_main, launched_rank, rank, world_size
 from utils.megatransformer_utils import (
     StageArguments,
@@ -110,6 +111,8 @@ class Stage:
             check_resumable(Path(checkpoint), zero_stage_of(training), world_size(), datasets["train"].fingerprint)
             logger.info("resuming from %s", checkpoint)
         trainer = self.build_trainer(model, datasets, training)
+        if self.args.compile_model:
+            compile_in_place(model)
         trainer.train(resume_from_checkpoint=checkpoint)
         made, wanted = trainer.state.global_step, trainer.state.max_steps
         if made > wanted:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from model.audio.spectral import Spectrogram
+from model.audio.spectral import Spectrogram, mirror_ends
 from utils.configuration import suggest
 
 LEAKY_SLOPE = 0.1
@@ -56,7 +56,7 @@ class PeriodDiscriminator(nn.Module):
         """Args: waveform: (B, S).
         Returns: [logits (B, 1, P, r)], the feature maps of all layers but the first, the logits among them."""
         B, S = waveform.shape
-        x = F.pad(waveform, (0, -S % self.period), mode="reflect") if S % self.period else waveform
+        x = mirror_ends(waveform, 0, -S % self.period) if S % self.period else waveform
         x = x.view(B, 1, -1, self.period).transpose(2, 3).contiguous(memory_format=torch.channels_last)  # (B, 1, P, R)
         features = []
         for layer in self.layers:

@@ -130,7 +130,21 @@ def reflect_pad(waveform: Tensor, n_fft: int, hop_length: int) -> Tensor:
             f"a waveform of {waveform.shape[-1]} samples is too short for frames of {n_fft} samples: it needs at "
             f"least {pad + 1}"
         )
-    return F.pad(waveform, (pad, pad), mode="reflect")
+    return mirror_ends(waveform, pad, pad)
+
+
+def mirror_ends(waveform: Tensor, before: int, after: int) -> Tensor:
+    """(B, S) -> (B, before + S + after), extended by reflection without repeating the ends.
+
+    The library's kernel has no deterministic backward pass on a GPU; slices have.
+    """
+    if not (waveform.is_cuda and torch.are_deterministic_algorithms_enabled()):
+        return F.pad(waveform, (before, after), mode="reflect")
+    S = waveform.shape[-1]
+    if max(before, after) >= S:
+        raise ValueError(f"a waveform of {S} samples is too short to be extended by {max(before, after)}")
+    ends = waveform[..., 1 : before + 1].flip(-1), waveform[..., S - 1 - after : S - 1].flip(-1)
+    return torch.cat([ends[0], waveform, ends[1]], dim=-1)
 
 
 def stft(waveform: Tensor, window: Tensor, hop_length: int) -> Tensor:

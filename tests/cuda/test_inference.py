@@ -106,7 +106,7 @@ def evaluated(tmp_path: Path, *words: str) -> tuple[dict, dict]:
 def test_evaluation_of_an_image_vae(picture_cache, tmp_path):
     save_checkpoint(tmp_path / "runs", picture_cache)
     cpu, gpu = evaluated(tmp_path, "--cached_dataset", str(picture_cache))
-    assert gpu["scores"]["model"]["psnr"] == pytest.approx(cpu["scores"]["model"]["psnr"], rel=1e-3)
+    assert gpu["scores"]["model"]["psnr_db"] == pytest.approx(cpu["scores"]["model"]["psnr_db"], rel=1e-3)
 
 
 def test_evaluation_of_a_diffusion_model(latent_cache, tmp_path):

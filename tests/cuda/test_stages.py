@@ -42,6 +42,7 @@ RUNS = {
     "fp32": ["--save_steps", str(STEPS // 2)],
     "bf16": ["--bf16"],
     "compiled": ["--compile_model"],
+    "deterministic": ["--deterministic", "--save_steps", str(STEPS // 2)],
     "zero_2": ["--use_deepspeed", "--deepspeed_config", "ds_config_zero-2.json"],
     "checkpointing": ["--use_gradient_checkpointing"],
 }
@@ -98,14 +99,17 @@ def test_fp32_equals_the_cpu(runs):
     assert losses <= 1e-3 and max(weights) <= 1e-3
 
 
-def test_a_resumed_run_equals_the_whole_one(runs):
-    whole = runs["fp32"]
-    half = runs.folder / runs.stage / "resumed"
+@pytest.mark.parametrize("kind, bound", [("fp32", 1e-4), ("deterministic", 0)])
+def test_a_resumed_run_equals_the_whole_one(runs, kind, bound):
+    """To the bit with deterministic kernels."""
+    whole, name = runs[kind], f"resumed_{kind}"
+    half = runs.folder / runs.stage / name
     half.mkdir()
     (whole.folder.parent / f"checkpoint-{STEPS // 2}").rename(half / f"checkpoint-{STEPS // 2}")
-    runs.processes["resumed"] = runs.start("resumed", "--resume_from_checkpoint")
-    losses, *weights = distances(whole, runs["resumed"])
-    assert losses <= 1e-4 and max(weights) <= 1e-4
+    flags = ["--deterministic"] if kind == "deterministic" else []
+    runs.processes[name] = runs.start(name, "--resume_from_checkpoint", *flags)
+    losses, *weights = distances(whole, runs[name])
+    assert losses <= bound and max(weights) <= bound
 
 
 def test_zero_2_equals_the_plain_run(runs):

@@ -1,0 +1,262 @@
+"""Every model on an NVIDIA GPU beside its peer, in one process: rates, peak memory, share of the GPU's peak.
+
+    python benchmarks/cuda.py --part image_vae --output runs/benchmark/image_vae.json
+    python benchmarks/cuda.py --part image_diffusion | vocoder | audio_vae | transformer
+
+Each part takes one to three minutes and writes its rows as JSON. Steps are forward and backward (the vocoder's: a
+whole adversarial step of both sides) under bf16 autocast unless a row says otherwise; `compiled` is torch.compile on
+both sides, `deterministic` asks PyTorch for deterministic kernels. Medians of CUDA-synchronised repeats.
+"""
+
+import dataclasses
+import json
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import audio_vae, diffusion, image_vae, vocoder
+from benchmarks.transformer import LARGE, compile_blocks, matrix_parameters
+from benchmarks.transformer_peers import SIDES
+from benchmarks.vocoder_peers import Vocos, VocosRecipe
+from model.audio.spectral import mel_preset
+from model.audio.vae import AudioVAE
+from model.criteria import kl_divergence
+from model.image.vae import ImageVAE
+from utils.checkpoints import write_json
+from utils.configuration import option
+from utils.devices import set_fp32_precision
+from utils.megatransformer_utils import explained_errors, parse_arguments
+
+DEVICE = torch.device("cuda")
+
+
+@dataclasses.dataclass
+class BenchmarkArguments:
+    """Flags of the comparison."""
+
+    part: Literal["image_vae", "image_diffusion", "vocoder", "audio_vae", "transformer"] = option(
+        "image_vae", "what is compared"
+    )
+    repeats: int = option(10, "timed repeats of each side", gt=0)
+    compile: bool = option(False, "rows with torch.compile, too")
+    peak_tflops: float = option(989.0, "dense bf16 peak of the GPU, for the transformer's share of it", gt=0)
+    output: str = option("", "JSON file for the rows")
+
+    def validate_gpu(self):
+        if not torch.cuda.is_available():
+            raise ValueError("this machine has no NVIDIA GPU")
+
+
+def measure(run: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Median and minimum seconds of a call, and its peak memory in GiB, after three calls to warm up."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    return {"median_s": statistics.median(seconds), "min_s": min(seconds), "peak_gib": peak}
+
+
+class Table:
+    """Rows of one part, printed as they come."""
+
+    def __init__(self, args: BenchmarkArguments):
+        self.args, self.rows = args, []
+
+    def add(self, what: str, side: str, run: Callable[[], object], unit: str, n_units: float, **more) -> None:
+        """Measure a side; `n_units` of `unit` are done by one call."""
+        row = {"what": what, "side": side, **measure(run, self.args.repeats), **more}
+        row[f"{unit}_per_s"] = n_units / row["median_s"]
+        self.rows.append(row)
+        shown = f"{row['median_s'] * 1e3:9.2f} ms  {row[f'{unit}_per_s']:12,.1f} {unit}/s  {row['peak_gib']:6.2f} GiB"
+        print(f"{what:34} {side:16} {shown}", flush=True)
+
+    def add_step(self, what: str, models: dict[str, nn.Module], step: Callable, unit: str, n_units: float) -> None:
+        """Rows of every side's step, as it is and, where asked for, compiled; a side's memory counts alone."""
+        for name, model in models.items():
+            model.to(DEVICE)
+            self.add(what, name, step(model), unit, n_units)
+            if self.args.compile:
+                torch._dynamo.reset()
+                model.compile()
+                self.add(f"{what}, compiled", name, step(model), unit, n_units)
+            model.to("cpu")
+            torch.cuda.empty_cache()
+
+
+def compare_image_vae(table: Table) -> None:
+    """Pictures of 256 px through ours and diffusers' AutoencoderKL of Stable Diffusion's size (84 M)."""
+    from diffusers import AutoencoderKL
+
+    def theirs() -> nn.Module:
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        widths = (128, 256, 512, 512)
+        return AutoencoderKL(3, 3, **blocks, block_out_channels=widths, layers_per_block=2, latent_channels=4)
+
+    def step(model: nn.Module) -> Callable[[], None]:
+        z = model.config.latent_channels
+        noise = torch.randn(16, z, 32, 32, device=DEVICE)
+
+        def run() -> None:
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                reconstruction, mean, logvar = image_vae.forward(model, image, noise)
+            kl = kl_divergence(mean.float(), logvar.float()).mean() / image[0].numel()
+            ((reconstruction.float() - image).abs().mean() + 1e-3 * kl).backward()
+
+        return run
+
+    image = torch.randn(16, 3, 256, 256, device=DEVICE).clamp(-1, 1)
+    models = {f"ours {name}": ImageVAE.from_preset(name) for name in ("large", "ldm", "small")}
+    table.add_step("image VAE step, 16 x 256 px", {**models, "diffusers": theirs()}, step, "images", 16)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    table.add_step("the same, deterministic", {"ours large": models["ours large"]}, step, "images", 16)
+    torch.use_deterministic_algorithms(False)
+
+
+def compare_image_diffusion(table: Table) -> None:
+    """Latents of 4x16x16 through ours and diffusers' UNet2DConditionModel of equal size."""
+    B, generator = 128, torch.Generator().manual_seed(0)
+    latents = torch.randn(B, *diffusion.LATENT_SHAPE, generator=generator).to(DEVICE)
+    states = torch.randn(B, diffusion.N_TOKENS, diffusion.TEXT_WIDTH, generator=generator).to(DEVICE)
+    lengths = torch.randint(8, diffusion.N_TOKENS + 1, (B, 1), generator=generator)
+    mask = (torch.arange(diffusion.N_TOKENS) < lengths).to(DEVICE)
+    moments = torch.rand(B, generator=generator).to(DEVICE)
+
+    def step(model: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                prediction = diffusion.predict(model, latents, moments, states, mask)
+            (prediction.float() - latents).square().mean().backward()
+
+        return run
+
+    sides = {name: diffusion.build(name) for name in (diffusion.OURS, diffusion.THEIRS)}
+    table.add_step(f"UNet step, {B} x 4x16x16", sides, step, "latents", B)
+
+
+def compare_vocoder(table: Table) -> None:
+    """Synthesis of 16 x 10 s in fp32, and adversarial steps of 16 x 16,384 samples in fp32, against Vocos."""
+    settings = mel_preset("16k")
+    mel = torch.randn(16, settings.n_mels, 625, device=DEVICE) - 4
+    models = {f"ours {name}": vocoder.build(name, "16k") for name in ("base", "small")} | {"vocos": Vocos(settings)}
+    with torch.inference_mode():
+        for name, model in models.items():
+            model.to(DEVICE).eval()
+            table.add("synthesis of 16 x 10 s, fp32", name, lambda model=model: model(mel), "seconds", 160)
+            one = mel[:1]
+            table.add("synthesis of 1 x 10 s, fp32", name, lambda m=model, x=one: m(x), "seconds", 10)
+    waveform = 0.1 * torch.randn(16, 16384, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    sides = {
+        "ours base": lambda: vocoder.OurStep(vocoder.build("base", "16k").to(DEVICE)),
+        "ours base /2": lambda: vocoder.OurStep(vocoder.build("base", "16k").to(DEVICE), discriminator_every=2),
+        "ours base full": lambda: vocoder.OurStep(vocoder.build("base", "16k").to(DEVICE), discriminator="full"),
+        "vocos": lambda: VocosRecipe(settings).to(DEVICE),
+    }
+    for name, build in sides.items():
+        recipe = build()
+
+        def two_steps(recipe=recipe) -> None:
+            recipe.step(waveform)
+            recipe.step(waveform)
+
+        table.add("2 adversarial steps, 16 crops, fp32", name, two_steps, "steps", 2)
+        del recipe
+        torch.cuda.empty_cache()
+
+
+def compare_audio_vae(table: Table) -> None:
+    """Log-mels of 80 x 512 frames through ours and diffusers' AutoencoderKL in AudioLDM's layout."""
+    settings = AudioVAE.from_preset("base").config.mel
+    mel = 2 * torch.randn(16, settings.n_mels, 512, device=DEVICE) - 5
+
+    def step(model: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                if isinstance(model, AudioVAE):
+                    noise = torch.randn(len(mel), *model.latent_shape(mel.shape[-1]), device=DEVICE)
+                    output = model(mel, noise=noise)
+                    reconstruction, mean, logvar = output.reconstruction, output.mean, output.logvar
+                else:
+                    reconstruction, mean, logvar = audio_vae.forward(model, mel)
+            kl = kl_divergence(mean.float(), logvar.float()).mean() / mel[0].numel()
+            ((reconstruction.float() - mel).abs().mean() + 1e-6 * kl).backward()
+
+        return run
+
+    sides = {"ours base": AudioVAE.from_preset("base"), "diffusers": audio_vae.build_theirs()}
+    table.add_step("audio VAE step, 16 x 512 frames", sides, step, "seconds", 16 * 512 * 256 / 16000)
+
+
+def compare_transformer(table: Table) -> None:
+    """Training of 300 M parameters, layers compiled, and the share of the GPU's peak; batches of 16 x 1,024 tokens."""
+    B, L = 16, 1024
+    tokens = torch.randint(LARGE.vocab_size, (B, L), device=DEVICE)
+
+    def step(loss: Callable[[Tensor], Tensor], model: nn.Module) -> Callable[[], None]:
+        def run() -> None:
+            model.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss(tokens).backward()
+
+        return run
+
+    for name, chunk in (("ours", 512), ("ours", 4096), ("ours", 0), ("llama", None)):
+        side = SIDES[name](LARGE) if chunk is None else SIDES[name](LARGE, loss_chunk_size=chunk)
+        side.model.to(DEVICE)
+        compile_blocks(side)
+        # A causal query sees half of the keys: 2 products of 2 operations, three times with the backward pass.
+        attention = 6 * LARGE.n_layers * LARGE.hidden_size * L
+        operations = (6 * matrix_parameters(side.model) + attention) * B * L
+        label = name if chunk is None else f"{name}, chunk {chunk}"
+        table.add("LM step, 16 x 1024, layers compiled", label, step(side.loss, side.model), "tokens", B * L)
+        share = operations / table.rows[-1]["median_s"] / table.args.peak_tflops / 1e12
+        table.rows[-1]["share_of_peak"] = share
+        print(f"{'':34} {label:16} {share:.1%} of {table.args.peak_tflops:g} TFLOPS", flush=True)
+        del side
+        torch.cuda.empty_cache()
+
+
+PARTS: dict[str, Callable[[Table], None]] = {
+    "image_vae": compare_image_vae,
+    "image_diffusion": compare_image_diffusion,
+    "vocoder": compare_vocoder,
+    "audio_vae": compare_audio_vae,
+    "transformer": compare_transformer,
+}
+
+
+def main(args: BenchmarkArguments) -> None:
+    """One part."""
+    set_fp32_precision(use_tf32=False)
+    torch._dynamo.config.recompile_limit = 64
+    torch.manual_seed(0)
+    table = Table(args)
+    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    print(json.dumps(machine))
+    PARTS[args.part](table)
+    if args.output:
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(args.output), {"part": args.part, **machine, "rows": table.rows})
+
+
+if __name__ == "__main__":
+    with explained_errors(logging.getLogger("benchmark")):
+        main(parse_arguments(BenchmarkArguments, None, __doc__ or ""))
