@@ -7,9 +7,9 @@ import pytest
 
 from benchmarks.vocoder import BenchmarkArguments
 from benchmarks.vocoder_quality import TIMES, run_folder, saved_models
-from tests.mel_cache import SETTINGS, write_mel_cache
-from tests.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
-from utils.megatransformer_utils import parse_arguments
+from tests.helpers.mel_cache import SETTINGS, write_mel_cache
+from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
+from utils.command_line import parse_arguments
 
 
 @pytest.fixture

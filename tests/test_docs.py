@@ -24,8 +24,8 @@ from pretrain_image_vae import ImageVAEStage
 from pretrain_multimodal import MultimodalStage
 from pretrain_recurrent_vae import RecurrentVAEStage
 from pretrain_vocoder import VocoderStage
-from utils.configuration import declared_fields
-from utils.megatransformer_utils import parse_arguments
+from utils.command_line import parse_arguments
+from utils.options import declared_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CLAUDE.md", *sorted((ROOT / "docs").glob("*.md"))]

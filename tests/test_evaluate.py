@@ -10,12 +10,12 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
-from dataset_loading.image import ImageDataset
+from dataset_loading.image.pixels import ImageDataset
 from model.image.vae import ImageVAE
 from preprocess_image_vae_dataset import ImageVAEPreprocess
-from tests.image_vae_checkpoint import save_checkpoint
+from tests.helpers.image_vae_checkpoint import save_checkpoint
 from utils.checkpoints import COMPLETE, EMA, STAGE, load_model, mark_complete
-from utils.metrics import psnr
+from utils.metrics.images import psnr
 
 
 @pytest.fixture(scope="module")

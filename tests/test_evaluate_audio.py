@@ -12,19 +12,20 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
-from dataset_loading.audio import resample
-from dataset_loading.audio_dataset import VocoderDataset
-from dataset_loading.speech import load_speaker
+from dataset_loading.audio.cached import VocoderDataset
+from dataset_loading.audio.signal import resample
+from dataset_loading.embedded.speech import load_speaker
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel, MelSettings
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from preprocess_audio_vae_dataset import AudioVAEPreprocess
 from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
-from tests.image_vae_checkpoint import save_checkpoint
-from tests.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
-from utils.audio_metrics import mcd, mel_l1, pesq_wb, word_error_rate
+from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
 from utils.checkpoints import COMPLETE, STAGE, load_model, mark_complete
+from utils.metrics.audio import mcd, mel_l1, pesq_wb
+from utils.metrics.words import word_error_rate
 
 SENTENCES = [
     "Please say the name of the person that you are calling.",

@@ -10,15 +10,15 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
-from dataset_loading.latents import ImageLatentDataset
-from tests.image_diffusion_checkpoint import save_diffusion_checkpoint
-from tests.image_vae_checkpoint import save_checkpoint
-from utils.feature_sets import compare_sets
-from utils.image_diffusion_evaluator import LatentPictures, distinct_captions, generation_metrics, train_probe
-from utils.preprocess import seed_of
-from utils.source_pictures import SourcePictures
-from utils.text_agreement import N_POOLED, PictureFeatures
-from utils.text_to_image import SamplingArguments, TextToImage
+from dataset_loading.image.latents import ImageLatentDataset
+from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
+from tests.helpers.image_vae_checkpoint import save_checkpoint
+from utils.evaluation.image_diffusion import LatentPictures, distinct_captions, generation_metrics, train_probe
+from utils.evaluation.source_images import SourcePictures
+from utils.generation.text_to_image import SamplingArguments, TextToImage
+from utils.metrics.caption_agreement import N_POOLED, PictureFeatures
+from utils.metrics.feature_sets import compare_sets
+from utils.seeds import seed_of
 
 CURVE = ["--curve", *"--curve_steps 1 2 --curve_scales 1 3 --curve_samplers euler heun --curve_samples 4".split()]  # noqa: SIM905
 

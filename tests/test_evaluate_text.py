@@ -10,12 +10,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import evaluate
-from dataset_loading.text import TextDataset
+from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
-from tests.text_cache import make_text
-from tests.text_checkpoint import save_text_checkpoint
-from utils import text_evaluator, text_metrics
+from tests.helpers.text_cache import make_text
+from tests.helpers.text_checkpoint import save_text_checkpoint
 from utils.checkpoints import load_model
+from utils.evaluation import text as text_evaluator
+from utils.metrics import text as text_metrics
 
 # A core that converges quickly, so that tokens leave it at different steps.
 CORE = {"recurrent_mean_thinking_steps": 6, "recurrent_max_thinking_steps": 16, "recurrent_exit_criterion": "kl"}

@@ -33,7 +33,7 @@ SCRIPT_NAMES = {path.stem for path in CODE if len(path.parts) == 1}
 
 
 def layer(path: Path) -> str:
-    if path == Path("utils/configuration.py"):
+    if path in (Path("utils/options.py"), Path("utils/configuration.py")):
         return "configuration"
     return path.parts[0] if len(path.parts) > 1 else "script"
 
@@ -46,7 +46,7 @@ def imported_layers(tree: ast.AST) -> set[tuple[str, int]]:
             names = [node.module]
         for name in names:
             head = name.split(".")[0]
-            if name == "utils.configuration":
+            if name in ("utils.options", "utils.configuration"):
                 found.add(("configuration", node.lineno))
             elif head in FOLDERS:
                 found.add((head, node.lineno))
