@@ -1,7 +1,14 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
-from utils.training_utils import EpochSampler
+from utils import training_utils
+from utils.training_utils import TRAINERS, EpochSampler, StageTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_sampler_deals_whole_steps():
@@ -31,3 +38,14 @@ def test_non_finite_steps_are_skipped_and_counted(train, monkeypatch):
     run = train("broken", 8, "--batch_size", "8", "--latent_statistics_samples", "4")
     assert all(torch.isfinite(value).all() for value in run.weights().values())
     assert sum(not torch.isfinite(torch.tensor(loss)) for loss in run.losses) == 1
+
+
+def test_trainers_of_all_stages_are_found_here_and_loaded_when_asked_for():
+    program = "import sys, utils.training_utils; print([name for name in sys.modules if 'utils.training.' in name])"
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert loaded.stdout == "[]\n"
+    for name, module in TRAINERS.items():
+        trainer = getattr(training_utils, name)
+        assert issubclass(trainer, StageTrainer) and trainer.__module__ == f"utils.training.{module}"
+    with pytest.raises(ImportError, match="cannot import name 'NoTrainer'"):
+        from utils.training_utils import NoTrainer  # noqa: F401

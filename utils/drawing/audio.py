@@ -1,4 +1,4 @@
-"""Drawing sound: log-mels, waveforms, phase errors and latents as pictures, time from left to right; and players."""
+"""Drawing sound: log-mels, waveforms, phase errors and latents as pictures; time runs from left to right."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from model.audio.spectral import stft
 from utils.drawing.images import GAP, INK, LINE, PAPER, Group, shorten
@@ -176,13 +175,3 @@ def latent_picture(latents: Tensor, longest: int = 0) -> Image.Image:
     mean, std = rows.mean(1, keepdim=True), rows.std(1, keepdim=True, correction=0)
     picture = colored((rows - mean) / (2.5 * std).clamp_min(1e-8), -1, 1, SIGNED)
     return fit_width(picture, rows.shape[1], max(6 * len(rows), 48) if len(rows) < 64 else len(rows), longest)
-
-
-def playable(waveform: Tensor) -> Tensor:
-    """A waveform (S,) that every player takes: on the CPU, fp32, clamped to [-1, 1], silent where it is not finite."""
-    return torch.nan_to_num(torch.as_tensor(waveform).detach().float().cpu(), 0.0, 0.0, 0.0).clamp(-1, 1)
-
-
-def add_sound(writer: SummaryWriter, name: str, waveform: Tensor, rate: int, step: int) -> None:
-    """A player of a waveform (S,) in TensorBoard."""
-    writer.add_audio(name, playable(waveform)[None], step, sample_rate=rate)

@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from dataset_loading.audio.signal import save_waveform
 from utils.checkpoints import chosen_weights, load_model, read_stage, step_of
 from utils.devices import compute_device
-from utils.drawing.audio import add_sound, playable
 from utils.drawing.images import save_picture
+from utils.drawing.players import add_sound, playable
 from utils.options import declared_fields, option
 
 logger = logging.getLogger(__name__)

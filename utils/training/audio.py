@@ -25,8 +25,9 @@ from model.audio.configuration import MEL_FIELDS, AudioConfig
 from model.audio.spectral import LogMel, MelSettings
 from utils.checkpoints import resolve_checkpoint
 from utils.command_line import parse_overrides
-from utils.drawing.audio import TRIPLE, add_sound, mel_triple, strip_sheet
+from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
+from utils.drawing.players import add_sound
 from utils.metrics.audio import PACKAGES, pesq_wb, stoi
 from utils.options import declared_fields, from_preset
 from utils.training.stage import Stage

@@ -3,7 +3,10 @@
 import json
 import math
 import re
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from utils.checkpoints import load_model
 from utils.evaluation import text as text_evaluator
 from utils.metrics import text as text_metrics
 
+ROOT = Path(__file__).resolve().parents[3]
 # A core that converges quickly, so that tokens leave it at different steps.
 CORE = {"recurrent_mean_thinking_steps": 6, "recurrent_max_thinking_steps": 16, "recurrent_exit_criterion": "kl"}
 
@@ -147,3 +151,11 @@ def test_only_the_beginning_is_packed(flat, text_cache, tmp_path, monkeypatch, r
     assert short["gzip"]["bits_per_byte"] == pytest.approx(8 * (len(zlib.compress(text, 9)) + 12) / 500, rel=1e-3)
     for name in ("model", "unigram"):
         assert short[name] == pytest.approx(report["scores"][name], rel=1e-6)
+
+
+def test_no_model_of_sound_or_pictures_is_loaded():
+    program = "import sys, utils.evaluation.text; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    names = loaded.stdout.split()
+    assert "model.causal" in names
+    assert not [name for name in names if name.startswith(("model.audio", "model.image", "utils.training"))]
