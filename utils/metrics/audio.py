@@ -198,7 +198,7 @@ def common_frames(reference: Tensor, degraded: Tensor, n_frames: int | None) -> 
     return a[:, :F], b[:, :F]
 
 
-# ---- Voices and words, by trained networks.
+# ---- Voices, by a trained network.
 
 
 class SpeakerEncoder:

@@ -41,8 +41,6 @@ class Recognizer:
         return " ".join(segment.text.strip() for segment in segments)
 
 
-# ---- Words.
-
 # fmt: off
 ONES = [
     "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
