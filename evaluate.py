@@ -20,16 +20,16 @@ import torch
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from utils.audio_vae_evaluator import AudioVAEEvaluationArguments, AudioVAEEvaluator
+from dataset_loading.cached import spread
 from utils.checkpoints import provenance, read_stage, resolve_checkpoint, write_json
-from utils.evaluators import Evaluation, Evaluator
-from utils.image_diffusion_evaluator import ImageDiffusionEvaluationArguments, ImageDiffusionEvaluator
-from utils.image_vae_evaluator import ImageVAEEvaluationArguments, ImageVAEEvaluator
-from utils.megatransformer_utils import explained_errors, parse_arguments
-from utils.pictures import spread
-from utils.recurrent_vae_evaluator import RecurrentVAEEvaluator
-from utils.text_evaluator import TextEvaluationArguments, TextEvaluator
-from utils.vocoder_evaluator import VocoderEvaluator
+from utils.command_line import explained_errors, parse_arguments
+from utils.evaluation.audio_vae import AudioVAEEvaluationArguments, AudioVAEEvaluator
+from utils.evaluation.evaluator import Evaluation, Evaluator
+from utils.evaluation.image_diffusion import ImageDiffusionEvaluationArguments, ImageDiffusionEvaluator
+from utils.evaluation.image_vae import ImageVAEEvaluationArguments, ImageVAEEvaluator
+from utils.evaluation.recurrent_vae import RecurrentVAEEvaluator
+from utils.evaluation.text import TextEvaluationArguments, TextEvaluator
+from utils.evaluation.vocoder import VocoderEvaluator
 
 logger = logging.getLogger("evaluate")
 

@@ -11,8 +11,8 @@ a value take a usual one.
 
 import torch
 
-from utils.audio_preprocess import AudioPreprocess, log_mel
-from utils.preprocess import Example
+from utils.preprocessing.audio import AudioPreprocess, log_mel
+from utils.preprocessing.samples import Example
 
 
 class AudioVAEPreprocess(AudioPreprocess):

@@ -10,8 +10,8 @@ transcripts, speakers and seconds. Augmentations given without a value take a us
 
 import torch
 
-from utils.audio_preprocess import AudioPreprocess, log_mel
-from utils.preprocess import Example
+from utils.preprocessing.audio import AudioPreprocess, log_mel
+from utils.preprocessing.samples import Example
 
 
 class AudioVocoderPreprocess(AudioPreprocess):

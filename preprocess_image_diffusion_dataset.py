@@ -16,17 +16,18 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dataset_loading.image import IMAGE_SUFFIXES, fit_image, to_float, to_tensor
+from dataset_loading.image.pixels import IMAGE_SUFFIXES, fit_image, to_float, to_tensor
 from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import encode_caption
-from utils.batched_preprocess import BatchedPreprocess, BatchedPreprocessArguments
 from utils.checkpoints import resolve_checkpoint
-from utils.configuration import option
 from utils.devices import compute_device
-from utils.frozen_text import caption_states, text_encoder_fingerprint
-from utils.picture_preprocess import PICTURE_SETTINGS, PictureArguments, decode_picture
-from utils.preprocess import Example, PreprocessArguments
-from utils.vae_loading import load_vae, standardized_posterior, vae_fingerprint
+from utils.generation.latents import load_vae, standardized_posterior, vae_fingerprint
+from utils.generation.text_encoder import caption_states, text_encoder_fingerprint
+from utils.options import option
+from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
+from utils.preprocessing.driver import PreprocessArguments
+from utils.preprocessing.image import PICTURE_SETTINGS, PictureArguments, decode_picture
+from utils.preprocessing.samples import Example
 
 LATENT_SETTINGS = ("horizontal_flip", "max_tokens", "bf16")
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from dataset_loading.image import IMAGE_SUFFIXES, Augmentation, fit_image, to_tensor
-from utils.configuration import option
-from utils.picture_preprocess import PICTURE_SETTINGS, PictureArguments, decode_picture
-from utils.preprocess import Example, Preprocess
+from dataset_loading.image.pixels import IMAGE_SUFFIXES, Augmentation, fit_image, to_tensor
+from utils.options import option
+from utils.preprocessing.driver import Preprocess
+from utils.preprocessing.image import PICTURE_SETTINGS, PictureArguments, decode_picture
+from utils.preprocessing.samples import Example
 
 AUGMENTATIONS = [field.name for field in dataclasses.fields(Augmentation)]
 

@@ -9,17 +9,16 @@ checkpoint by its path; a vocoder of the same log-mel makes waveforms.
         --num_train_epochs 100 --batch_size 64 --learning_rate 3e-4 --deepspeed_config ds_config_zero-2.json
 """
 
-from dataset_loading.audio_conditions import DescribedAudioDataset
-from dataset_loading.audio_dataset import AudioVAEDataset
+from dataset_loading.audio.cached import AudioVAEDataset
+from dataset_loading.audio.conditions import DescribedAudioDataset
 from model.audio.mel_criteria import MelLoss
 from model.audio.mel_discriminators import build_mel_discriminator
 from model.audio.vae import AudioVAE, AudioVAEConfig
 from model.presets import AUDIO_VAE
-from utils.adversary import Adversary
-from utils.audio_callbacks import AudioVAEListening
-from utils.audio_stage import AudioStage
-from utils.audio_synthesis import load_vocoder
-from utils.audio_vae_trainer import AudioVAEArguments, AudioVAEGANTrainer, SpreadMels
+from utils.generation.audio import load_vocoder
+from utils.training.adversary import Adversary
+from utils.training.audio import AudioStage
+from utils.training.audio_vae import AudioVAEArguments, AudioVAEGANTrainer, AudioVAEListening, SpreadMels
 
 
 class AudioVAEStage(AudioStage):

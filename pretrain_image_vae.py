@@ -10,8 +10,7 @@ Before: preprocess_image_vae_dataset.py. After: preprocess_image_diffusion_datas
 
 from model.image.vae import ImageVAE, ImageVAEConfig
 from model.presets import IMAGE_VAE
-from utils.picture_vae_stage import PictureVAEStage
-from utils.training_utils import ImageVAEGANTrainer
+from utils.training.image_vae import ImageVAEGANTrainer, PictureVAEStage
 
 
 class ImageVAEStage(PictureVAEStage):

@@ -8,15 +8,14 @@ Before: preprocess_audio_vocoder_dataset.py. After: whatever writes log-mels loa
         --max_steps 500000 --batch_size 32 --deepspeed_config ds_config_zero-2.json
 """
 
-from dataset_loading.audio_dataset import VocoderDataset
-from model.audio.criteria import VocoderLoss
-from model.audio.discriminators import build_waveform_discriminator
+from dataset_loading.audio.cached import VocoderDataset
 from model.audio.vocoders import Vocoder, VocoderConfig
+from model.audio.waveform_criteria import VocoderLoss
+from model.audio.waveform_discriminators import build_waveform_discriminator
 from model.presets import VOCODER
-from utils.adversary import Adversary
-from utils.audio_callbacks import VocoderListening
-from utils.audio_stage import AudioStage
-from utils.vocoder_trainer import VocoderArguments, VocoderTrainer, check_segment
+from utils.training.adversary import Adversary
+from utils.training.audio import AudioStage
+from utils.training.vocoder import VocoderArguments, VocoderListening, VocoderTrainer, check_segment
 
 
 class VocoderStage(AudioStage):

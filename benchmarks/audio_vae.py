@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.timing import interleave, report
 from model.audio.vae import AudioVAE
 from model.criteria import kl_divergence
-from utils.configuration import option
-from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.command_line import explained_errors, parse_arguments
+from utils.options import option
 
 KL_WEIGHT = 1e-6
 FRAMES_MULTIPLE = 4  # What AutoencoderKL's compression divides.

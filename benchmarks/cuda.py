@@ -32,9 +32,9 @@ from model.audio.vae import AudioVAE
 from model.criteria import kl_divergence
 from model.image.vae import ImageVAE
 from utils.checkpoints import write_json
-from utils.configuration import option
+from utils.command_line import explained_errors, parse_arguments
 from utils.devices import set_fp32_precision
-from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.options import option
 
 DEVICE = torch.device("cuda")
 

@@ -27,8 +27,8 @@ from model.diffusion_process import DiffusionProcess
 from model.image.diffusion import ImageDiffusion
 from model.image.vae import ImageVAE
 from model.samplers import guided_denoiser, initial_noise, sample
-from utils.configuration import option
-from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.command_line import explained_errors, parse_arguments
+from utils.options import option
 
 LATENT_SHAPE = (4, 16, 16)
 N_TOKENS, TEXT_WIDTH = 32, 256

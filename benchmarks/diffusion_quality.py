@@ -24,7 +24,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset_loading.collators import collate_captioned
-from dataset_loading.latents import ImageLatentDataset
+from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
 from utils.checkpoints import checkpoints_in, is_complete, load_model, step_of
 

@@ -3,8 +3,8 @@
     python benchmarks/grokking.py --picture docs/grokking.png    # 2 x 3 runs, one thread, about half an hour
 
 A transformer of two layers sees half of all pairs (a, b) and predicts (a * b) mod p; accuracy is measured on the pairs
-that it never saw (arXiv 2201.02177). GrokFast-EMA (arXiv 2405.20233, `utils/grokfast.py`) is attached to the same
-optimizer. All else is equal: weights, batches and split belong to the seed. The defaults are near GrokFast's own
+that it never saw (arXiv 2201.02177). GrokFast-EMA (arXiv 2405.20233, `utils/optimizer_hooks.py`) is attached to the
+same optimizer. All else is equal: weights, batches and split belong to the seed. The defaults are near GrokFast's own
 setting: wide embeddings, norms that bound the stream (here behind the branches), Adam whose weight decay is a part of
 the gradient.
 """
@@ -25,9 +25,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.causal import MegaTransformerForCausalLM
-from utils.configuration import option
-from utils.grokfast import GradientEMA
-from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.command_line import explained_errors, parse_arguments
+from utils.optimizer_hooks import GradientEMA
+from utils.options import option
 
 PLAIN, FAST = "without GrokFast", "with GrokFast-EMA"
 COLORS = {PLAIN: (38, 84, 190), FAST: (214, 96, 22)}

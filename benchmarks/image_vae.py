@@ -21,15 +21,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import cpu_seconds, interleave, report
 from dataset_loading.collators import collate_stack
-from dataset_loading.image import ImageDataset
+from dataset_loading.image.pixels import ImageDataset
 from model.criteria import kl_divergence
 from model.image.discriminators import build_discriminator
 from model.image.vae import ImageVAE
-from utils.adversary import Adversary
-from utils.configuration import option
-from utils.megatransformer_utils import explained_errors, parse_arguments
-from utils.metrics import psnr
-from utils.picture_vae_stage import PictureVAEArguments
+from utils.command_line import explained_errors, parse_arguments
+from utils.metrics.images import psnr
+from utils.options import option
+from utils.training.adversary import Adversary
+from utils.training.image_vae import PictureVAEArguments
 from utils.training_utils import EpochSampler
 
 # Blocks of diffusers' AutoencoderKL, 2 layers each, and our preset of the same size.

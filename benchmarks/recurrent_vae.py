@@ -19,13 +19,13 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset_loading.collators import collate_stack
-from dataset_loading.image import ImageDataset
+from dataset_loading.image.pixels import ImageDataset
 from model.image.recurrent_vae import RecurrentVAE
 from pretrain_recurrent_vae import RecurrentVAEStage
 from utils.checkpoints import load_model, write_json
-from utils.configuration import option
-from utils.megatransformer_utils import explained_errors, parse_arguments
-from utils.metrics import psnr
+from utils.command_line import explained_errors, parse_arguments
+from utils.metrics.images import psnr
+from utils.options import option
 
 STEPS = [0, 1, 2, 3, 4, 6, 8, 12, 16, 32]
 THRESHOLDS = [0.1, 0.05, 0.03, 0.02, 0.015, 0.01, 0.007, 0.005]

@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.transformer_peers import SIDES, Shape
 from model.causal import MegaTransformerForCausalLM
-from utils.configuration import option
-from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.command_line import explained_errors, parse_arguments
+from utils.options import option
 
 OURS, THEIRS = "ours", "llama"
 LARGE = Shape(1024, 24, 16, 4, 2752, 32000, True)

@@ -32,9 +32,9 @@ from benchmarks.vocoder_quality import MEASURING_FLAGS, TRAINING_FLAGS, QualityA
 from model.audio.spectral import LogMel, mel_preset
 from model.audio.vocoders import Vocoder
 from pretrain_vocoder import VocoderStage
-from utils.configuration import option
-from utils.megatransformer_utils import explained_errors, parse_arguments
-from utils.vocoder_trainer import VocoderArguments
+from utils.command_line import explained_errors, parse_arguments
+from utils.options import option
+from utils.training.vocoder import VocoderArguments
 
 OURS = ("base", "small", "tiny")
 

@@ -24,20 +24,19 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from benchmarks.vocoder_peers import Vocos, VocosRecipe
-from dataset_loading.audio_dataset import VocoderDataset
-from dataset_loading.cached import read_manifest
+from dataset_loading.audio.cached import VocoderDataset
+from dataset_loading.cached import read_manifest, spread
 from dataset_loading.collators import collate_audio
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel
 from model.audio.vocoders import Vocoder
 from pretrain_vocoder import VocoderStage
-from utils.audio_evaluator import number
-from utils.audio_metrics import mel_l1, pesq_wb_and_mean, stoi
 from utils.checkpoints import checkpoints_in, is_complete, load_model, step_of, write_json
-from utils.configuration import option
-from utils.pictures import spread
+from utils.evaluation.audio import number
+from utils.metrics.audio import mel_l1, pesq_wb_and_mean, stoi
+from utils.options import option
+from utils.training.vocoder import crop_pairs
 from utils.training_utils import EpochSampler
-from utils.vocoder_trainer import crop_pairs
 
 logger = logging.getLogger("benchmark")
 SECONDS_PER_MINUTE = 60

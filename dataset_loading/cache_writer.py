@@ -1,9 +1,11 @@
 """The writing side of a preprocessed folder: whole files only, a journal to go on from, the manifest last."""
 
 import contextlib
+import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from dataset_loading.cached import JOURNAL, MANIFEST, read_manifest
+from dataset_loading.files import replace_file
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -19,23 +22,6 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     buffer = io.BytesIO()
     torch.save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, buffer)
     replace_file(path, buffer.getvalue())
-
-
-def replace_file(path: Path, content: bytes, *, sync: bool = False) -> None:
-    """Write a file under a temporary name, optionally flush it to the disk, and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:  # A full disk gives no name.
-        error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def read_entries(folder: Path, header: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -116,3 +102,15 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 def dump(value: Any) -> str:
     """JSON on one line, legible in every language."""
     return json.dumps(value, ensure_ascii=False)
+
+
+def sample_key(name: str, occurrence: int, copy: int) -> str:
+    """A file name, safe on every file system and unique for (name, occurrence, copy); begins with what is legible."""
+    stem = re.sub(r"[^A-Za-z0-9_]+", "_", os.path.splitext(name)[0]).strip("_")[-60:] or "sample"
+    digest = hashlib.sha256(f"{name}\n{occurrence}".encode()).hexdigest()[:12]
+    return f"{stem}-{digest}" + (f"-copy{copy}" if copy else "")
+
+
+def part_key(key: str, part: int) -> str:
+    """The key of a part of a copy; that of the first is the copy's own."""
+    return f"{key}-part{part}" if part else key

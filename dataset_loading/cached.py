@@ -147,3 +147,9 @@ def read_manifest(folder: Path, stage: str | None) -> dict[str, Any]:
     if stage is not None and found_stage != stage:
         raise ValueError(f"{folder} was made for stage {found_stage!r}, not for {stage!r}; {make}")
     return manifest
+
+
+def spread(n_total: int, n: int) -> list[int]:
+    """`n` indices spread evenly over `n_total`, or all of them where there are fewer; the same ones each time."""
+    n = min(n, n_total)
+    return [i * n_total // n for i in range(n)]

@@ -18,11 +18,11 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from model.audio.vocoder_export import export_onnx
-from utils.audio_synthesis import load_vocoder
 from utils.checkpoints import chosen_weights, resolve_checkpoint
-from utils.configuration import option
-from utils.megatransformer_utils import explained_errors, parse_arguments
-from utils.vocoder_onnx import compare_with_onnx, import_runtime
+from utils.command_line import explained_errors, parse_arguments
+from utils.generation.audio import load_vocoder
+from utils.generation.vocoder_onnx import compare_with_onnx, import_runtime
+from utils.options import option
 
 
 @dataclasses.dataclass

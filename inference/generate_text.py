@@ -17,10 +17,10 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
-from utils.configuration import option
+from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
-from utils.megatransformer_utils import explained_errors, parse_arguments
-from utils.text_generation import GenerationArguments, TextGenerator, copy_seed, read_prompts
+from utils.generation.text import GenerationArguments, TextGenerator, copy_seed, read_prompts
+from utils.options import option
 
 
 @dataclasses.dataclass

@@ -14,9 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset_loading.audio import AUDIO_SUFFIXES
-from utils.audio_pictures import TRIPLE, mel_triple, strip_sheet
-from utils.audio_synthesis import (
+from dataset_loading.audio.signal import AUDIO_SUFFIXES
+from utils.checkpoints import provenance, write_json
+from utils.command_line import explained_errors, parse_arguments
+from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
+from utils.drawing.images import Group, save_picture
+from utils.generation.audio import (
     MEL_SUFFIX,
     AudioReconstructor,
     SynthesisArguments,
@@ -24,10 +27,7 @@ from utils.audio_synthesis import (
     find_inputs,
     refuse_overwriting,
 )
-from utils.checkpoints import provenance, write_json
-from utils.configuration import option
-from utils.megatransformer_utils import explained_errors, parse_arguments
-from utils.pictures import Group, save_picture
+from utils.options import option
 
 logger = logging.getLogger("reconstruct_audio")
 MAX_ROWS = 32  # on the sheet

@@ -15,14 +15,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset_loading.image import decode_image, to_float, to_tensor
-from dataset_loading.picture_folder import find_pictures
-from utils.configuration import option
+from dataset_loading.image.folder import find_pictures
+from dataset_loading.image.pixels import decode_image, to_float, to_tensor
+from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
-from utils.megatransformer_utils import explained_errors, parse_arguments
-from utils.metrics import psnr
-from utils.pictures import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_picture, triple
-from utils.vae_loading import load_vae
+from utils.drawing.images import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_picture, triple
+from utils.generation.latents import load_vae
+from utils.metrics.images import psnr
+from utils.options import option
 
 logger = logging.getLogger("reconstruct_image")
 MAX_ROWS = 32  # on the sheet

@@ -16,11 +16,11 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
-from utils.configuration import option
+from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
-from utils.megatransformer_utils import explained_errors, parse_arguments
-from utils.pictures import Group, draw_sheet, save_picture, to_picture
-from utils.text_to_image import SamplingArguments, TextToImage
+from utils.drawing.images import Group, draw_sheet, save_picture, to_picture
+from utils.generation.text_to_image import SamplingArguments, TextToImage
+from utils.options import option
 
 MAX_ROWS = 32  # prompts on the sheet
 

@@ -14,11 +14,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset_loading.audio import AUDIO_SUFFIXES
-from utils.audio_synthesis import MEL_SUFFIX, SynthesisArguments, Synthesizer, find_inputs, refuse_overwriting
+from dataset_loading.audio.signal import AUDIO_SUFFIXES
 from utils.checkpoints import provenance, write_json
-from utils.configuration import option
-from utils.megatransformer_utils import explained_errors, parse_arguments
+from utils.command_line import explained_errors, parse_arguments
+from utils.generation.audio import MEL_SUFFIX, SynthesisArguments, Synthesizer, find_inputs, refuse_overwriting
+from utils.options import option
 
 
 @dataclasses.dataclass

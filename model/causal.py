@@ -27,7 +27,8 @@ from model.positions import (
 )
 from model.presets import MEGATRANSFORMER
 from model.recurrent import MegaTransformerRecurrentBlock, sample_thinking_steps
-from utils.configuration import MegaTransformerConfig, from_preset
+from utils.configuration import MegaTransformerConfig
+from utils.options import from_preset
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.configuration import suggest
+from utils.options import suggest
 
 AdversarialKind = Literal["hinge", "non_saturating", "least_squares"]
 

@@ -23,9 +23,8 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from model.checkpointing import GradientCheckpointingLayer
-from model.image.vae import Downsample, Upsample
+from model.layers import Downsample, Upsample, ZeroConv2d, ZeroLinear, init_layer
 from model.text.tokenizer import PADDING, VOCABULARY
-from model.vae import ZeroConv2d, ZeroLinear, init_layer
 
 MAX_PERIOD = 10_000.0  # slowest wave of the time embedding, in units of the network's time
 HASH_MODULUS = 2**31 - 1

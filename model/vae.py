@@ -13,35 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 from transformers.utils import ModelOutput
 
+from model.layers import init_layer
+
 LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion, arXiv 2112.10752
-
-
-class ZeroConv2d(nn.Conv2d):
-    """A convolution that starts at zero: the last one of a residual branch, which starts as the identity."""
-
-
-class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero: the last one of a residual branch, or one that makes scales and shifts."""
-
-
-def init_layer(module: nn.Module) -> None:
-    """What `_init_weights` of every model does with one layer of a usual kind.
-
-    ZeroConv2d, ZeroLinear      weight, bias 0
-    other convolutions, Linear  weight uniform in +-1/sqrt(fan in) (PyTorch's own), bias 0
-    LayerNorm, GroupNorm        weight 1, bias 0
-    """
-    if isinstance(module, ZeroConv2d | ZeroLinear):
-        initialization.zeros_(module.weight)
-        initialization.zeros_(module.bias)
-    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.Linear):
-        initialization.kaiming_uniform_(module.weight, a=5**0.5)
-        if module.bias is not None:
-            initialization.zeros_(module.bias)
-    elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
-        initialization.ones_(module.weight)
-        if module.bias is not None:
-            initialization.zeros_(module.bias)
 
 
 @dataclass

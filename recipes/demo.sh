@@ -11,7 +11,7 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 2 ? cores / 2 : 1))}"
 vae=runs/image_vae/demo
 diffusion=runs/image_diffusion/demo
 
-python -m dataset_loading.scenes data/scenes --image_size 64
+python -m dataset_loading.embedded.scenes data/scenes --image_size 64
 python preprocess_image_vae_dataset.py --dataset_name data/scenes/train --validation_dataset data/scenes/test \
     --image_size 64 --output_dir cached_datasets/scenes
 
@@ -36,7 +36,7 @@ python inference/text_to_image.py --checkpoint "$diffusion" --n_pictures 4 \
 # Sound: the same captions spoken -> log-mels -> vocoder and audio VAE-GAN -> metrics, sounds and mel sheets.
 vocoder=runs/vocoder/demo
 audio_vae=runs/audio_vae/demo
-python -m dataset_loading.speech data/speech --limit 400
+python -m dataset_loading.embedded.speech data/speech --limit 400
 python preprocess_audio_vocoder_dataset.py --dataset_name data/speech/train --validation_dataset data/speech/test \
     --output_dir cached_datasets/speech
 torchrun --standalone --nproc_per_node=2 pretrain_vocoder.py --config tiny --run_name demo \

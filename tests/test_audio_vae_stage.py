@@ -7,22 +7,23 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dataset_loading.audio_conditions import DescribedAudioDataset
-from dataset_loading.audio_dataset import AudioVAEDataset
+from dataset_loading.audio.cached import AudioVAEDataset
+from dataset_loading.audio.conditions import DescribedAudioDataset
 from dataset_loading.collators import collate_audio
+from model.audio.mel_criteria import character_loss
 from model.audio.spectral import MelSettings
 from model.audio.vae import AudioVAE
 from model.text.tokenizer import encode_caption
 from pretrain_audio_vae import AudioVAEStage
-from tests.conftest import Run, largest_difference, run_stage
-from tests.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder
-from utils.audio_vae_evaluator import AudioVAEEvaluator
-from utils.audio_vae_trainer import AudioVAEArguments, SpreadMels, character_loss, crop_segments
+from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
+from tests.helpers.runs import Run, largest_difference, run_stage
+from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model, read_stage
-from utils.megatransformer_utils import parse_arguments
+from utils.command_line import parse_arguments
+from utils.evaluation.audio_vae import AudioVAEEvaluator
+from utils.training.audio_vae import AudioVAEArguments, SpreadMels, crop_segments
 
 
 @pytest.fixture(scope="module")

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from latent_cache import save_vae
 
-from dataset_loading.latents import ImageLatentDataset
+from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
 from pretrain_image_diffusion import ImageDiffusionStage
-from tests.conftest import SMALL_DIFFUSION, largest_difference
+from tests.helpers.latent_cache import save_vae
+from tests.helpers.runs import SMALL_DIFFUSION, largest_difference
 from utils.checkpoints import load_model
 
 
@@ -96,7 +96,7 @@ def test_channel_weights_weigh_the_loss_of_each_channel(train_diffusion, latent_
 
 def test_half_of_the_mirrored_latents_are_used(train_diffusion, latent_cache):
     """The trainer's draw is the plain or the mirrored posterior, both often, and depends on step and sample alone."""
-    from utils.diffusion_trainer import DiffusionTrainer
+    from utils.training.diffusion import DiffusionTrainer
 
     data = ImageLatentDataset(latent_cache, "train")
     trainer = object.__new__(DiffusionTrainer)

@@ -24,8 +24,8 @@ from pretrain_image_vae import ImageVAEStage
 from pretrain_multimodal import MultimodalStage
 from pretrain_recurrent_vae import RecurrentVAEStage
 from pretrain_vocoder import VocoderStage
-from utils.configuration import declared_fields
-from utils.megatransformer_utils import parse_arguments
+from utils.command_line import parse_arguments
+from utils.options import declared_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CLAUDE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,7 +70,7 @@ def known_flags() -> set[str]:
     for path in [*ROOT.glob("*.py"), *ROOT.glob("inference/*.py"), *ROOT.glob("benchmarks/*.py")]:
         flags |= set(re.findall(r'"(--[a-z_0-9]+)"', path.read_text()))
         flags |= {f"--{name}" for name in re.findall(r"^    (\w+): .*= option\(", path.read_text(), flags=re.M)}
-    for path in ROOT.glob("dataset_loading/*.py"):
+    for path in (ROOT / "dataset_loading").rglob("*.py"):
         flags |= set(re.findall(r'"(--[a-z_0-9]+)"', path.read_text()))
         flags |= {f"--{name}" for name in re.findall(r"^    (\w+): .*= option\(", path.read_text(), flags=re.M)}
     return (
@@ -81,21 +81,10 @@ def known_flags() -> set[str]:
 def known_classes() -> set[str]:
     """Names of all classes and functions of the repository."""
     names = set()
-    for folder in (
-        "",
-        "model",
-        "model/audio",
-        "model/image",
-        "model/text",
-        "utils",
-        "dataset_loading",
-        "inference",
-        "benchmarks",
-        "tests",
-    ):
-        for path in (ROOT / folder).glob("*.py"):
-            tree = ast.walk(ast.parse(path.read_text()))
-            names |= {node.name for node in tree if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+    folders = ("model", "utils", "dataset_loading", "inference", "benchmarks", "tests")
+    for path in [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]:
+        tree = ast.walk(ast.parse(path.read_text()))
+        names |= {node.name for node in tree if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     return names
 
 

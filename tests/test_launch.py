@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
-from text_cache import SMALL_CORE, make_text
 
 from model.causal import MegaTransformerForCausalLM
 from pretrain_audio_vae import AudioVAEStage
 from pretrain_multimodal import MultimodalStage
 from pretrain_recurrent_vae import RecurrentVAEStage
 from pretrain_vocoder import VocoderStage
-from tests.audio_cache import SMALL_VOCODER, make_audio_cache
-from tests.conftest import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference, relative_distance, run_stage
+from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
+from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
+from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference, relative_distance, run_stage
+from tests.helpers.text_cache import SMALL_CORE, make_text
 from utils.checkpoints import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +42,7 @@ def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str
     words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", "two", *flags]
     program = [f"pretrain_{stage}.py", *COMMON[stage], "--max_steps", str(steps), *words]
     if launcher == "torchrun":
-        command = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "tests/ends_alone.py", *program]
+        command = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "tests/helpers/ends_alone.py", *program]
     else:
         port = str(20000 + os.getpid() % 20000)
         head = [BIN / "deepspeed", "--num_gpus=2", "--master_port", port]

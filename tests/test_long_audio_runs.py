@@ -9,9 +9,9 @@ import torch
 
 from pretrain_audio_vae import AudioVAEStage
 from pretrain_vocoder import VocoderStage
-from tests.audio_cache import SMALL_VOCODER, make_audio_cache, spoil
-from tests.conftest import run_stage
-from tests.mel_cache import SMALL_AUDIO_VAE
+from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache, spoil
+from tests.helpers.mel_cache import SMALL_AUDIO_VAE
+from tests.helpers.runs import run_stage
 
 N_STEPS = 2000
 STAGES = {"vocoder": (VocoderStage, SMALL_VOCODER), "audio_vae": (AudioVAEStage, SMALL_AUDIO_VAE)}

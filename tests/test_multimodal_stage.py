@@ -8,15 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from text_cache import SMALL_CORE, SMALL_TEXT, make_text
 from transformers import AutoTokenizer
 
-from dataset_loading.text import TextDataset
+from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from pretrain_multimodal import MultimodalStage
-from tests.conftest import Run, largest_difference, run_stage
-from tests.image_vae_checkpoint import save_checkpoint
-from tests.test_training import equal
+from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.runs import Run, equal, largest_difference, run_stage
+from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text
 from utils.checkpoints import load_model
 
 MODELS = pytest.mark.parametrize("common", [SMALL_TEXT, SMALL_CORE], ids=["flat", "recurrent"])

@@ -11,12 +11,12 @@ import pytest
 import soundfile
 import torch
 
-from dataset_loading.audio import active_level
-from dataset_loading.audio_dataset import AudioDataset, VocoderDataset
+from dataset_loading.audio.cached import AudioDataset, VocoderDataset
+from dataset_loading.audio.signal import active_level
 from model.audio.spectral import MEL_PRESETS
 from preprocess_audio_vae_dataset import AudioVAEPreprocess
 from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
-from utils.audio_preprocess import AudioPreprocessArguments
+from utils.preprocessing.audio import AudioPreprocessArguments
 
 RATE = 16000
 

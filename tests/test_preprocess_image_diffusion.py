@@ -7,16 +7,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from image_vae_checkpoint import save_checkpoint
-from latent_cache import CAPTIONS, make_latents, save_vae, write_captioned_pictures
 from PIL import Image
-from text_encoder_folder import save_text_encoder
 from transformers import AutoTokenizer, BertModel
 
 from dataset_loading.cached import CachedDataset
 from model.text.tokenizer import decode_caption
 from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
-from utils.vae_loading import load_vae, vae_fingerprint
+from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.latent_cache import CAPTIONS, make_latents, save_vae, write_captioned_pictures
+from tests.helpers.text_encoder_folder import save_text_encoder
+from utils.generation.latents import load_vae, vae_fingerprint
 
 ULP = 2**-10  # float16's
 

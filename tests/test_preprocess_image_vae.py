@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset_loading.image import ImageDataset, to_uint8
+from dataset_loading.image.pixels import ImageDataset, to_uint8
 from preprocess_image_vae_dataset import ImageVAEPreprocess
 
 

@@ -6,15 +6,15 @@ import logging
 import pytest
 import torch
 
-from dataset_loading.image import ImageDataset
+from dataset_loading.image.pixels import ImageDataset
 from model.image.recurrent_vae import RecurrentVAE, RecurrentVAEOutput
-from pretrain_recurrent_vae import RecurrentVAEArguments, RecurrentVAEStage
-from tests.conftest import SMALL_RUN, Run, largest_difference, run_stage
+from pretrain_recurrent_vae import RecurrentVAEStage
+from tests.helpers.runs import SMALL_RUN, Run, largest_difference, run_stage
 from utils.checkpoints import load_model
-from utils.image_vae_evaluator import ImageVAEEvaluationArguments
-from utils.metrics import psnr
-from utils.recurrent_vae_evaluator import RecurrentVAEEvaluator
-from utils.recurrent_vae_trainer import EVALUATED_STEPS, draw_n_steps, intermediate_terms
+from utils.evaluation.image_vae import ImageVAEEvaluationArguments
+from utils.evaluation.recurrent_vae import RecurrentVAEEvaluator
+from utils.metrics.images import psnr
+from utils.training.recurrent_vae import EVALUATED_STEPS, RecurrentVAEArguments, draw_n_steps, intermediate_terms
 
 
 @pytest.fixture(scope="module")

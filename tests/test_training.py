@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pretrain_image_vae import ImageVAEStage
-from tests.conftest import SMALL_RUN, largest_difference
+from tests.helpers.runs import SMALL_RUN, equal, largest_difference
 from utils.checkpoints import checkpoints_in, is_complete, newest_complete
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -110,17 +110,6 @@ def test_killed_and_resumed_equals_straight_through(train, picture_cache, tmp_pa
     first, second = (torch.load(run.folder / "rng_state.pth", weights_only=False) for run in (straight, resumed))
     assert torch.equal(first["cpu"], second["cpu"])
     assert straight.losses[4:] == resumed.losses[4:]
-
-
-def equal(first, second) -> bool:
-    """Bit for bit equality of nested dicts, lists and tensors."""
-    if isinstance(first, torch.Tensor):
-        return torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(equal, first, second))
-    return first == second
 
 
 def test_sigterm_saves_and_stops(picture_cache, tmp_path):

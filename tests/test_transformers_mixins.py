@@ -45,7 +45,7 @@ def test_transformers_own_tests_pass(sources, name):
     environment = os.environ | {"PYTHONPATH": f"{sources}{os.pathsep}{ROOT}", "HF_HUB_OFFLINE": "1"}
     # Without this repository's settings of pytest, which refuse marks that they do not know.
     options = ["-c", os.devnull, "--rootdir", ROOT, "-p", "no:cacheprovider", "-q", "--tb=short", "-W", "ignore"]
-    command = [sys.executable, "-m", "pytest", *options, f"tests/transformers_mixins.py::{name}"]
+    command = [sys.executable, "-m", "pytest", *options, f"tests/helpers/transformers_mixins.py::{name}"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert int(re.findall(r"(\d+) passed", done.stdout)[0]) > 80

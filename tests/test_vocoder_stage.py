@@ -8,17 +8,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dataset_loading.audio_dataset import VocoderDataset
+from dataset_loading.audio.cached import VocoderDataset
 from dataset_loading.collators import collate_audio
-from model.audio.discriminators import PeriodDiscriminator, ResolutionDiscriminator
 from model.audio.lengths import crop_starts
 from model.audio.spectral import LogMel, MelSettings
 from model.audio.vocoders import Vocoder
+from model.audio.waveform_discriminators import PeriodDiscriminator, ResolutionDiscriminator
 from pretrain_vocoder import VocoderArguments, VocoderStage
-from tests.audio_cache import SMALL_VOCODER, make_audio_cache, spoil
-from tests.conftest import Run, largest_difference, run_stage
+from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache, spoil
+from tests.helpers.runs import Run, largest_difference, run_stage
 from utils.checkpoints import load_model
-from utils.vocoder_trainer import VocoderTrainer, crop_pairs
+from utils.training.vocoder import VocoderTrainer, crop_pairs
 
 
 @pytest.fixture(scope="module")

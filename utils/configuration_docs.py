@@ -7,14 +7,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from utils.configuration import (
-    BOUNDS,
-    MegaTransformerConfig,
-    StrictConfig,
-    declared_sections,
-    default_value,
-    type_name,
-)
+from utils.configuration import MegaTransformerConfig
+from utils.options import BOUNDS, StrictConfig, declared_sections, default_value, type_name
 
 COMMAND = "python -m utils.configuration_docs"
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"

@@ -1,25 +1,17 @@
 """Command-line flags that every training stage shares, and their translation into transformers'
 `TrainingArguments`."""
 
-import argparse
-import contextlib
 import dataclasses
-import json
-import logging
-import os
 import sys
-import types
-import typing
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import TrainingArguments
 
-from utils.configuration import declared_fields, option, suggest, type_name, validate_fields
 from utils.devices import set_fp32_precision, use_deterministic_kernels
 from utils.distributed import launch_settings
+from utils.options import option
 
 
 @dataclasses.dataclass
@@ -93,133 +85,6 @@ class StageArguments:
     def validate_files(self):
         if self.use_deepspeed and not Path(self.deepspeed_config).is_file():
             raise ValueError(f"--deepspeed_config={self.deepspeed_config!r} does not exist")
-
-
-@contextlib.contextmanager
-def explained_errors(logger: logging.Logger) -> Iterator[None]:
-    """Around a command: errors that a user can cause end it with their message and exit status 2.
-
-    The environment variable MEGATRANSFORMER_TRACEBACK=1 shows the traceback instead.
-    """
-    try:
-        yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("MEGATRANSFORMER_TRACEBACK"):
-            raise
-        logger.error("%s", error)
-        raise SystemExit(2) from error
-
-
-class StrictParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint about an unknown flag suggests the closest known one."""
-
-    def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            flags = [text for action in self._actions for text in action.option_strings]
-            self.error(f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], flags)}")
-        return parsed
-
-
-def parse_arguments(arguments_class: type, argv: list[str] | None, description: str) -> Any:
-    """Parse the command line into a dataclass of `option()` fields.
-
-    Booleans become `--flag` and `--no_flag`, lists take several values. Prefixes of flags are allowed.
-    `--local_rank`, which launchers append, is accepted. Flags given explicitly are listed in the attribute `given`.
-
-    Raises:
-        SystemExit: with status 2 and a message naming flag, value and rule, for any wrong input.
-    """
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = StrictParser(
-        usage="%(prog)s [flags]",
-        description=description,
-        formatter_class=formatter,
-        argument_default=argparse.SUPPRESS,
-    )
-    defaults = arguments_class()
-    for field in declared_fields(arguments_class):
-        add_flag(parser, field, getattr(defaults, field.name))
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    values = vars(parser.parse_args(argv))
-    values.pop("local_rank", None)
-    parsed = arguments_class(**values)
-    parsed.given = sorted(values)
-    try:
-        validate_fields(parsed, "--{}")
-        check_effect(parsed)
-    except ValueError as error:
-        parser.error(str(error))
-    return parsed
-
-
-def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, default: Any) -> None:
-    """Add the flag of one declared field."""
-    kinds = [part for part in typing.get_args(field.type) if part is not types.NoneType]
-    optional = typing.get_origin(field.type) in (types.UnionType, typing.Union)
-    kind = kinds[0] if optional else field.type
-    meaning = field.metadata["meaning"].replace("%", "%%")
-    shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
-    text = f"{meaning} (default: {shown})" if shown else meaning
-    if kind is bool:
-        parser.add_argument(f"--{field.name}", action="store_true", help=text)
-        parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
-    elif typing.get_origin(kind) is Literal:
-        parser.add_argument(f"--{field.name}", help=f"{text}; {type_name(kind)}")
-    elif typing.get_origin(kind) is list:
-        item = typing.get_args(kind)[0]
-        item = str if typing.get_origin(item) is Literal else item
-        parser.add_argument(f"--{field.name}", nargs="*", type=item, help=text)
-    else:
-        bare = field.metadata["bare"]
-        parser.add_argument(
-            f"--{field.name}", type=kind, help=text, **({} if bare is None else {"nargs": "?", "const": bare})
-        )
-
-
-NEEDS = {
-    "deepspeed_config": ("use_deepspeed", True),
-    "ema_decay": ("use_ema", True),
-    "grokfast_alpha": ("trainer", "grokfast_ema"),
-    "grokfast_window": ("trainer", "grokfast_ma"),
-}
-
-
-def check_effect(arguments: Any) -> None:
-    """Refuse flags that were given but cannot take effect beside the others.
-
-    A dataclass may add rows of its own in a class attribute `needs`, `{flag: (other flag, value it must have)}`; the
-    value may also be a tuple of possible values, or a callable.
-    """
-    for name, (other, wanted) in {**NEEDS, **getattr(arguments, "needs", {})}.items():
-        if name not in arguments.given or not hasattr(arguments, other):
-            continue
-        value = getattr(arguments, other)
-        holds = (
-            wanted(value) if callable(wanted) else value in wanted if isinstance(wanted, tuple) else value == wanted
-        )
-        if not holds:
-            raise ValueError(f"--{name} has no effect with {other}={value!r}")
-
-
-def parse_overrides(pairs: list[str], config_fields: dict[str, Any]) -> dict[str, Any]:
-    """`["n_layers=2", "use_x=true"]` as a dict; values are read as JSON where they are JSON, else as strings.
-
-    Raises:
-        ValueError: a pair without `=`, or a name that is not among `config_fields` (a suggestion is added).
-    """
-    overrides = {}
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"--override {pair!r} must read key=value")
-        if name not in config_fields:
-            raise ValueError(f"--override: the configuration has no field {name!r}{suggest(name, config_fields)}")
-        try:
-            overrides[name] = json.loads(text)
-        except json.JSONDecodeError:
-            overrides[name] = text
-    return overrides
 
 
 def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments:

@@ -1,6 +1,10 @@
 """Trainers: transformers' `Trainer` plus what every stage needs (exact data order, optimizer hooks, complete
-checkpoints, evaluation on averaged weights, named loss terms), the GAN engine, and one class per kind of stage."""
+checkpoints, evaluation on averaged weights, named loss terms), and the GrokFast mixins.
 
+The trainers of the stages stand in `utils/training/` and can be imported from here.
+"""
+
+import importlib
 import logging
 import math
 import resource
@@ -15,15 +19,30 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from model.criteria import kl_divergence
-from utils.adversary import Adversary
 from utils.checkpoints import EMA, STAGE, is_complete, mark_complete, rotate, without_copies, write_json
-from utils.distributed import any_across_ranks, barrier, mean_across_ranks, rank, world_size
-from utils.ema import WeightEMA
-from utils.grokfast import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook
-from utils.randomness import sample_normal, sample_uniform
+from utils.distributed import any_across_ranks, barrier, mean_across_ranks, rank
+from utils.optimizer_hooks import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook, WeightEMA
+from utils.seeds import sample_normal, sample_uniform
 
 logger = logging.getLogger(__name__)
+
+# Trainer -> its module in utils/training, which is loaded when the trainer is asked for.
+TRAINERS = {
+    "GANTrainer": "gan",
+    "ImageVAEGANTrainer": "image_vae",
+    "RecurrentVAEGANTrainer": "recurrent_vae",
+    "DiffusionTrainer": "diffusion",
+    "VocoderTrainer": "vocoder",
+    "AudioVAEGANTrainer": "audio_vae",
+    "MultimodalTrainer": "multimodal",
+}
+
+
+def __getattr__(name: str) -> type:
+    """The trainer of a stage."""
+    if name not in TRAINERS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"utils.training.{TRAINERS[name]}"), name)
 
 
 class EpochSampler(Sampler[int]):
@@ -317,149 +336,6 @@ class GrokFastMATrainer(StageTrainer):
 
     def gradient_filters(self):
         return [GradientMA(self.stage_arguments.grokfast_window, self.stage_arguments.grokfast_lambda)]
-
-
-class GANTrainer(StageTrainer):
-    """Trains a generator through one engine against an adversary beside it, with a split graph.
-
-    Every loss on the generated sample is taken on a detached leaf, and its gradient g there. The engine then sees
-    exactly one forward and one backward, of `(generated * g).sum() + other terms`, which gives the generator the
-    same gradient.
-
-    Subclasses say what is generated: `generate`, and which terms do not depend on it: `other_terms`.
-    """
-
-    def __init__(self, *, criterion, adversary: Adversary | None = None, **kwargs):
-        super().__init__(**kwargs)
-        self.criterion = criterion.to(self.args.device)
-        self.adversary = adversary
-
-    def generate(self, model, inputs: dict):
-        """Run the model once; returns (generated sample with graph, real sample, model output)."""
-        raise NotImplementedError
-
-    def leaf_terms(self, leaf: Tensor, real: Tensor, inputs: dict) -> dict[str, Tensor]:
-        """Weighted loss terms of the generated sample, the adversary's left out."""
-        return self.criterion(leaf, real)
-
-    def other_terms(self, output, real: Tensor) -> dict[str, Tensor]:
-        """Weighted loss terms that do not depend on the generated sample."""
-        return {}
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        if self.adversary is not None and self.adversary.scheduler is None:
-            self.adversary.check_start(num_training_steps)
-            self.adversary.prepare(self.args.device, self.args.lr_scheduler_type, num_training_steps)
-        return super().create_scheduler(num_training_steps, optimizer)
-
-    def stage_step(self, model, inputs):
-        model.train()
-        inputs = self._prepare_inputs(inputs)
-        share = 1.0 / self.current_gradient_accumulation_steps
-        generated, real, output = self.generate(model, inputs)
-        leaf = generated.detach().float().requires_grad_()
-
-        # Reconstruction, and its gradient at the leaf.
-        with torch.autocast(leaf.device.type, torch.bfloat16, enabled=self.stage_arguments.bf16):
-            terms = self.leaf_terms(leaf, real, inputs)
-        (gradient,) = torch.autograd.grad(sum(terms.values()), leaf)
-
-        # Adversary: its own backward, and the generator's gradient at the leaf.
-        step = self.state.global_step
-        if self.adversary is not None and self.adversary.active(step):
-            gradient = gradient + self.play(inputs, real, leaf, gradient, share, step, terms)
-
-        # One backward through the generator.
-        others = self.other_terms(output, real)
-        terms = {name: term.detach() for name, term in {**terms, **others}.items()}
-        surrogate = (generated.float() * gradient).sum() + sum(others.values())
-        engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(surrogate * share, **engine)
-        is_over = self.adversary is not None and self.adversary.pending and self.accelerator.sync_gradients
-        if is_over and self.adversary.update():
-            self.record({"gan/discriminator_grad_norm": self.adversary.gradient_norm})
-        self.record({f"loss/{name}": term for name, term in terms.items()})
-        return sum(terms.values()) * share
-
-    def play(self, inputs, real, leaf, gradient, share, step, terms) -> Tensor:
-        """The adversary's part of a micro-batch; returns the weighted adversarial gradient at the leaf."""
-        uniforms = self.sample_uniforms(inputs, "augment", (8,)) if self.adversary.augment is not None else None
-        weight = self.adversary.generator_weight(step)
-        factor = self.adversary.adaptive_factor()
-        played = self.adversary.play(real, leaf, gradient, uniforms, share, weight, self.adversary.updates_at(step))
-        logs = {**played.logs, "weight": weight, "adaptive_factor": factor}
-        self.record({f"gan/{name}": value for name, value in logs.items()})
-        if played.gradient is None or weight == 0:
-            return torch.zeros_like(leaf)
-        for name in ("generator", "feature_matching"):
-            if name in played.logs:
-                terms[f"weighted_{name}"] = weight * factor * played.logs[name]
-        return weight * factor * played.gradient
-
-    def extra_state(self):
-        return {"adversary": self.adversary.state_dict()} if self.adversary is not None else None
-
-    def load_extra_state(self, state):
-        self.adversary.load_state_dict(state["adversary"])
-
-
-class ImageVAEGANTrainer(GANTrainer):
-    """Trains a VAE on pictures: reconstruction and perceptual terms, KL, and an adversary.
-
-    The KL term is `kl_weight` x (nats per sample, summed over the latent) / (number of input values C Y X): nats per
-    input value, beside reconstruction terms that are means over input values.
-    """
-
-    def generate(self, model, inputs):
-        image = inputs["image"]
-        noise = self.sample_noise(inputs, "posterior", self.model.latent_shape(image.shape[-1]))
-        output = model(image=image, noise=noise)
-        return output.reconstruction, image, output
-
-    def other_terms(self, output, real):
-        kl = kl_divergence(output.mean, output.logvar).mean() / real[0].numel()
-        return {"kl": self.stage_arguments.kl_weight * kl}
-
-    def evaluation_terms(self, model, inputs):
-        image = inputs["image"]
-        output = model(image=image)
-        reconstruction = output.reconstruction.float().clamp(-1, 1)
-        mse = (reconstruction - image).square().flatten(1).mean(1)
-        terms = {
-            "l1": (reconstruction - image).abs().flatten(1).mean(1),
-            "psnr": 10 * torch.log10(4.0 / mse.clamp_min(1e-10)),
-            "kl": kl_divergence(output.mean, output.logvar) / image[0].numel(),
-        }
-        if self.criterion.perceptual is not None:
-            terms["perceptual"] = self.criterion.perceptual(reconstruction, image)
-        return {**terms, "loss": terms["l1"] + self.stage_arguments.kl_weight * terms["kl"]}
-
-    @torch.no_grad()
-    def before_saving(self):
-        """Measure the latents' mean and standard deviation per channel on the training set, for the next stage."""
-        model = self.evaluation_model()
-        n_samples = min(self.stage_arguments.latent_statistics_samples, len(self.train_dataset))
-        moments = torch.zeros(3, self.model.config.latent_channels, dtype=torch.float64, device=self.args.device)
-        batch_size = self.args.per_device_eval_batch_size
-        for start in range(0, n_samples, batch_size * world_size()):
-            # Every process runs the same number of forwards; beyond the end it counts nothing.
-            first = start + rank() * batch_size
-            # Spread over the whole set, whose order often goes by kind.
-            indices = [
-                i * len(self.train_dataset) // n_samples for i in range(first, min(first + batch_size, n_samples))
-            ]
-            samples = [self.train_dataset[i] for i in indices] or [self.train_dataset[0]]
-            inputs = self._prepare_inputs(self.data_collator(samples))
-            output = model(image=inputs["image"])
-            mean, variance = output.mean.double(), output.logvar.double().exp()
-            if len(indices):
-                moments += torch.stack(
-                    [part.mean((2, 3)).sum(0) for part in (mean, mean.square() + variance, mean * 0 + 1)]
-                )
-        total = mean_across_ranks(moments)
-        mean = total[0] / total[2]
-        std = (total[1] / total[2] - mean.square()).clamp_min(1e-12).sqrt()
-        self.model.set_latent_statistics(mean.float(), std.float())
 
 
 def peak_memory_gib() -> float:

@@ -3,7 +3,7 @@
 import dataclasses
 
 from model.audio.spectral import MelSettings
-from utils.configuration import StrictConfig, option
+from utils.options import StrictConfig, option
 
 MEL_FIELDS = [field.name for field in dataclasses.fields(MelSettings)]
 

@@ -4,9 +4,11 @@ Every loss is a sample's mean over its own valid values, then the mean over the 
 average to the loss of the whole batch, however they are padded.
 """
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.audio.lengths import masked_mean
+from model.text.tokenizer import PADDING
 
 
 def mel_gradient_loss(error: Tensor, n_frames: Tensor) -> Tensor:
@@ -50,3 +52,22 @@ class MelLoss(nn.Module):
             "gradient": lambda: mel_gradient_loss(error, n_frames),
         }
         return {name: weight * losses[name]().mean() for name, weight in self.weights.items() if weight > 0}
+
+
+def character_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+    """CTC loss (Graves et al. 2006) in nats per character; 0, without a gradient, for a transcript longer than its
+    latents can spell, and for an empty one, which says nothing of what is spoken.
+
+    Args:
+        logits: (B, L, V); the blank is the token of padding.
+        lengths: valid latent frames, (B,).
+        tokens: as `encode_caption` gives them, (B, T), the first one begins the text.
+        token_lengths: (B,), the first one counted.
+    Returns: (B,) fp32.
+    """
+    log_chances = logits.float().log_softmax(-1).transpose(0, 1)
+    n_characters = token_lengths - 1
+    losses = F.ctc_loss(
+        log_chances, tokens[:, 1:], lengths, n_characters, PADDING, reduction="none", zero_infinity=True
+    )
+    return losses.where(n_characters > 0, 0.0) / n_characters.clamp_min(1)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from model.image.discriminators import LEAKY_SLOPE, Discriminator
-from utils.configuration import suggest
+from utils.options import suggest
 
 
 class MelDiscriminator(Discriminator):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
-from utils.configuration import suggest
+from utils.options import suggest
 
 
 @dataclasses.dataclass(frozen=True)

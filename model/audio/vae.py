@@ -26,10 +26,11 @@ from model.audio.configuration import AudioConfig
 from model.audio.frame_conv import FrameConv
 from model.audio.lengths import valid_frames
 from model.checkpointing import GradientCheckpointingLayer
+from model.layers import ZeroLinear
 from model.presets import AUDIO_VAE
 from model.text.tokenizer import VOCABULARY
-from model.vae import LOGVAR_RANGE, VAE, VAEOutput, ZeroLinear
-from utils.configuration import from_preset, option
+from model.vae import LOGVAR_RANGE, VAE, VAEOutput
+from utils.options import from_preset, option
 
 MIN_STD = 0.1  # Smallest deviation that mels are divided by: a bin that never changes stays finite.
 

@@ -31,9 +31,9 @@ from model.audio.griffin_lim import inversion_matrices, mel_gain, mel_to_magnitu
 from model.audio.hifigan import HiFiGANGenerator
 from model.audio.spectral import istft, stft
 from model.checkpointing import GradientCheckpointingLayer
+from model.layers import ZeroLinear, init_layer
 from model.presets import VOCODER
-from model.vae import ZeroLinear, init_layer
-from utils.configuration import declared_fields, from_preset, option
+from utils.options import declared_fields, from_preset, option
 
 EPSILON = 1e-8  # added to the power whose phase is taken: bins without sound have none
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from utils.configuration import suggest
+from utils.options import suggest
 
 AugmentationKind = Literal["color", "translation", "cutout"]
 N_UNIFORMS = 8  # columns of `uniforms`: brightness, saturation, contrast, shift y x, cutout y x, one spare

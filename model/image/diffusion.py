@@ -31,7 +31,7 @@ from model.diffusion_process import DiffusionProcess
 from model.image.ldm_unet import LDMUNet, config_from_diffusers, rename_diffusers_weights
 from model.presets import IMAGE_DIFFUSION
 from model.text.tokenizer import TOKENS_MULTIPLE
-from utils.configuration import StrictConfig, from_preset, option
+from utils.options import StrictConfig, from_preset, option
 
 
 class ImageDiffusionConfig(StrictConfig):

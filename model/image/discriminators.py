@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
 
-from utils.configuration import suggest
+from utils.options import suggest
 
 LEAKY_SLOPE = 0.2
 

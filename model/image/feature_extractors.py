@@ -15,7 +15,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
-from utils.configuration import suggest
+from utils.options import suggest
 
 MIN_SIDE = 32  # the networks halve the resolution five times
 EFFICIENTNET_TAPS = (0, 2, 4, 10, 15)  # the last block at strides 2, 4, 8, 16 and 32

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from model.checkpointing import GradientCheckpointingLayer
 from model.diffusion import TextCondition, TimeEmbedding
 from model.image.ldm_vae import LDMUpsample
-from model.vae import ZeroConv2d
+from model.layers import ZeroConv2d
 
 NORM_EPS = 1e-5
 ATTENTION_NORM_EPS = 1e-6

@@ -34,10 +34,11 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from model.checkpointing import GradientCheckpointingLayer
-from model.image.vae import ChannelNorm, PatchCode, PosteriorHead, ResidualBlock, ResidualEncoder, cosine_patterns
+from model.image.vae import PatchCode, PosteriorHead, ResidualBlock, ResidualEncoder, cosine_patterns
+from model.layers import ChannelNorm, ZeroConv2d
 from model.presets import RECURRENT_VAE
-from model.vae import LOGVAR_RANGE, VAE, VAEOutput, ZeroConv2d
-from utils.configuration import StrictConfig, from_preset, option
+from model.vae import LOGVAR_RANGE, VAE, VAEOutput
+from utils.options import StrictConfig, from_preset, option
 
 
 class RecurrentVAEConfig(StrictConfig):

@@ -25,9 +25,10 @@ from transformers import initialization
 
 from model.checkpointing import GradientCheckpointingLayer
 from model.image.ldm_vae import LDMDecoder, LDMEncoder, config_from_diffusers, rename_diffusers_weights
+from model.layers import ChannelNorm, Downsample, Upsample, ZeroConv2d
 from model.presets import IMAGE_VAE
-from model.vae import VAE, ZeroConv2d
-from utils.configuration import StrictConfig, from_preset, option
+from model.vae import VAE
+from utils.options import StrictConfig, from_preset, option
 
 
 class ImageVAEConfig(StrictConfig):
@@ -97,13 +98,6 @@ class ImageVAEConfig(StrictConfig):
     def validate_image_size(self):
         if self.image_size % self.compression:
             raise ValueError(f"image_size={self.image_size} must be divisible by the compression {self.compression}")
-
-
-class ChannelNorm(nn.LayerNorm):
-    """Layer norm over the channels of each position, (B, D, Y, X) -> the same shape; free with channels last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class ResidualBlock(GradientCheckpointingLayer):
@@ -178,33 +172,6 @@ class PosteriorHead(ZeroConv2d):
     """1x1 convolution to mean and logvar of the posterior; starts at mean 0 and logvar -5."""
 
     LOGVAR = -5.0
-
-
-class Downsample(GradientCheckpointingLayer):
-    """Half the resolution: space-to-channel, then a 1x1 convolution, beside the mean of groups of channels."""
-
-    def __init__(self, width: int, out_width: int):
-        super().__init__()
-        self.out_width = out_width
-        self.conv = nn.Conv2d(4 * width, out_width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D, Y, X) -> (B, out_width, Y/2, X/2)."""
-        x = F.pixel_unshuffle(x, 2)
-        return self.conv(x) + x.unflatten(1, (self.out_width, -1)).mean(dim=2)
-
-
-class Upsample(GradientCheckpointingLayer):
-    """Twice the resolution: a 1x1 convolution beside repeated channels, then channel-to-space."""
-
-    def __init__(self, width: int, out_width: int):
-        super().__init__()
-        self.n_repeats = 4 * out_width // width
-        self.conv = nn.Conv2d(width, 4 * out_width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D, Y, X) -> (B, out_width, 2Y, 2X)."""
-        return F.pixel_shuffle(self.conv(x) + x.repeat_interleave(self.n_repeats, dim=1), 2)
 
 
 class ResidualEncoder(nn.Module):

@@ -12,12 +12,12 @@ import soundfile
 import torch
 from PIL import Image
 
-from tests.audio_cache import make_audio_cache
-from tests.image_diffusion_checkpoint import save_diffusion_checkpoint
-from tests.image_vae_checkpoint import save_checkpoint
-from tests.text_cache import make_text
-from tests.text_checkpoint import save_text_checkpoint
-from tests.vocoder_checkpoint import save_stage_checkpoint, small_vocoder, write_sound
+from tests.helpers.audio_cache import make_audio_cache
+from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
+from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.text_cache import make_text
+from tests.helpers.text_checkpoint import save_text_checkpoint
+from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocoder, write_sound
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.audio_cache import SMALL_VOCODER, make_audio_cache
-from tests.conftest import SMALL_DIFFUSION, SMALL_RUN, Run, relative_distance
-from tests.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
-from tests.text_cache import SMALL_CORE, SMALL_TEXT, make_text
+from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
+from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
+from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, relative_distance
+from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20

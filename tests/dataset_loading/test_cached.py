@@ -5,7 +5,7 @@ import torch
 
 from dataset_loading.cache_writer import save_tensors, write_manifest
 from dataset_loading.cached import CachedDataset
-from dataset_loading.image import ImageDataset
+from dataset_loading.image.pixels import ImageDataset
 
 COMMAND = ["preprocess_image_vae_dataset.py", "--dataset_name", "raw", "--image_size", "4", "--resize_mode", "pad"]
 

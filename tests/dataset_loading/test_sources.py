@@ -5,7 +5,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from dataset_loading.image import IMAGE_SUFFIXES
+from dataset_loading.image.pixels import IMAGE_SUFFIXES
 from dataset_loading.sources import open_source, read_media
 
 

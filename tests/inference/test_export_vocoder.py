@@ -9,9 +9,9 @@ from inference.export_vocoder import ExportArguments, export
 from model.audio.spectral import LogMel, MelSettings, Spectrogram
 from model.audio.vocoder_export import MatrixFourierTransform, exportable
 from model.audio.vocoders import FourierTransform
-from tests.vocoder_checkpoint import SMALL_HIFIGAN, SMALL_VOCODER, save_stage_checkpoint, small_vocoder
-from utils.megatransformer_utils import parse_arguments
-from utils.vocoder_onnx import Comparison, gliding_tones
+from tests.helpers.vocoder_checkpoint import SMALL_HIFIGAN, SMALL_VOCODER, save_stage_checkpoint, small_vocoder
+from utils.command_line import parse_arguments
+from utils.generation.vocoder_onnx import Comparison, gliding_tones
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from dataset_loading.text import TextDataset, prepare_text
+from dataset_loading.text.windows import TextDataset, prepare_text
 from inference.generate_text import GenerateTextArguments, write
 from model.causal import MegaTransformerForCausalLM
-from tests.image_vae_checkpoint import save_checkpoint
-from tests.text_cache import make_text
-from tests.text_checkpoint import save_text_checkpoint
-from utils.megatransformer_utils import parse_arguments
-from utils.text_generation import GenerationArguments, TextGenerator, drawing, read_prompts
+from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.text_cache import make_text
+from tests.helpers.text_checkpoint import save_text_checkpoint
+from utils.command_line import parse_arguments
+from utils.generation.text import GenerationArguments, TextGenerator, drawing, read_prompts
 
 PROMPTS = ["a list of", "Zwölf bears", "the tensor is a model that reads and writes, again and again,", ""]
 

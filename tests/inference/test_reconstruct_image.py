@@ -5,13 +5,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset_loading.image import to_float
+from dataset_loading.image.pixels import to_float
 from inference.reconstruct_image import ReconstructionArguments, reconstruct
 from model.image.vae import ImageVAE
-from tests.image_vae_checkpoint import save_checkpoint
+from tests.helpers.image_vae_checkpoint import save_checkpoint
 from utils.checkpoints import load_model
-from utils.megatransformer_utils import parse_arguments
-from utils.pictures import to_picture
+from utils.command_line import parse_arguments
+from utils.drawing.images import to_picture
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from inference.text_to_image import TextToImageArguments, draw
-from tests.image_diffusion_checkpoint import save_diffusion_checkpoint
-from utils.megatransformer_utils import parse_arguments
+from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
+from utils.command_line import parse_arguments
 
 
 @pytest.fixture(scope="module")

@@ -7,16 +7,16 @@ import pytest
 import soundfile
 import torch
 
-from dataset_loading.audio import decode_audio
+from dataset_loading.audio.signal import decode_audio, save_waveform
 from inference.vocode import VocodeArguments, vocode
 from model.audio.spectral import LogMel
 from model.audio.vocoders import Vocoder
-from tests.mel_cache import SETTINGS, write_mel_cache
-from tests.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
-from utils.audio_synthesis import Synthesizer, analyse, find_inputs, save_waveform
+from tests.helpers.mel_cache import SETTINGS, write_mel_cache
+from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
 from utils.checkpoints import load_model
-from utils.megatransformer_utils import parse_arguments
-from utils.vocoder_onnx import gliding_tones
+from utils.command_line import parse_arguments
+from utils.generation.audio import Synthesizer, analyse, find_inputs
+from utils.generation.vocoder_onnx import gliding_tones
 
 
 @pytest.fixture(scope="module")

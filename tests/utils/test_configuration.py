@@ -1,76 +1,261 @@
-from typing import Literal
+import copy
+import json
+import pickle
+import re
+from fnmatch import fnmatch
 
 import pytest
+import torch
+from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from utils.configuration import StrictConfig, from_preset, option
+from model.presets import MEGATRANSFORMER
+from utils.configuration import MegaTransformerConfig
+from utils.configuration_docs import COMMAND, DOCUMENT, document
+from utils.options import declared_fields, declared_sections, default_value, from_preset
+
+FIELDS = {field.name: field for field in declared_fields(MegaTransformerConfig)}
+CORE = {"n_recurrent_layers": 1}
+AUDIO, IMAGE = {"modalities": ["text", "audio"]}, {"modalities": ["text", "image"]}
+WRONG = [
+    # Layers, attention, positions, norms.
+    ({"hiden_size": 4}, "no field 'hiden_size'; did you mean 'hidden_size'"),
+    ({"head_dim": 4}, "no field 'head_dim'"),
+    ({"n_layers": 0}, "n_layers=0 makes no layer, nor do the others; at least one is needed"),
+    ({"modalities": ["audio"]}, "modalities=['audio'] must hold 'text'"),
+    ({"modalities": ["text", "text"]}, "modalities=['text', 'text'] must name each modality once"),
+    ({"modalities": ["text", "adio"]}, "'adio' must be one of 'text', 'audio', 'image'; did you mean 'audio'"),
+    ({"modalities": ("text",)}, "modalities=('text',) must be list"),
+    ({"n_heads": 7}, "n_heads=7 must divide hidden_size=256, or give head_width"),
+    ({"n_query_groups": 3}, "n_query_groups=3 must divide n_heads=8"),
+    ({"n_query_groups": 16}, "n_query_groups=16 must divide n_heads=8"),
+    ({"hidden_dropout": 1}, "hidden_dropout=1 must be < 1"),
+    ({"use_alibi_bias": True}, "use_alibi_bias=True needs use_rotary_embedding=False"),
+    (
+        {"use_rotary_embedding": False, "rotary_theta": 5.0},
+        "rotary_theta=5.0 has no effect with use_rotary_embedding=F",
+    ),
+    ({"head_width": 9}, "rotary_fraction=1.0 rotates 9 of 9 values, must be even"),
+    ({"rotary_fraction": 0.3}, "rotary_fraction=0.3 rotates 9.6 of 32 values, must be even"),
+    ({"rotary_fraction": 0.001}, "rotary_fraction=0.001 rotates 0.032 of 32 values"),
+    ({"head_width": 2, "rotary_ntk_factor": 2}, "rotary_ntk_factor=2 needs more than 2 rotated values"),
+    ({"rotary_interpolation": 0.5}, "rotary_interpolation=0.5 must be >= 1"),
+    ({"hidden_size": 3, "head_width": 4, "position_embedding": "sinusoidal"}, "hidden_size=3 must be even"),
+    ({"use_norm_bias": True}, "use_norm_bias=True has no effect with norm_type='rmsnorm'"),
+    ({"use_pre_attention_norm": False}, "use_pre_attention_norm=False needs use_post_attention_norm=True"),
+    ({"use_pre_ffn_norm": False}, "use_pre_ffn_norm=False needs use_post_ffn_norm=True"),
+    ({"ffn_activation": "swigl"}, "ffn_activation='swigl' must be one of 'swiglu'"),
+    ({"norm_eps": float("nan")}, "norm_eps=nan must be > 0"),
+    # The recurrent core.
+    ({"recurrent_sigma": 0.1}, "recurrent_sigma=0.1 has no effect with n_recurrent_layers=0"),
+    ({**CORE, "recurrent_mean_thinking_steps": 33}, "recurrent_mean_thinking_steps=33 must lie between recurrent_min"),
+    ({**CORE, "recurrent_min_thinking_steps": 9}, "recurrent_min_thinking_steps=9 and recurrent_max"),
+    (
+        {**CORE, "recurrent_backprop_steps": 33},
+        "recurrent_backprop_steps=33 must be <= recurrent_max_thinking_steps=32",
+    ),
+    (
+        {**CORE, "recurrent_cache_steps": 4, "recurrent_exit_criterion": "kl"},
+        "recurrent_cache_steps=4 must be None with recurrent_exit_criterion='kl'",
+    ),
+    ({**CORE, "recurrent_cache_steps": 33}, "recurrent_cache_steps=33 must be <= recurrent_max_thinking_steps=32"),
+    ({**CORE, "recurrent_test_thinking_steps": 64}, "recurrent_test_thinking_steps=64 must be <= recurrent_max"),
+    (
+        {**CORE, "recurrent_state_std": 1.0},
+        "recurrent_state_std=1.0 has no effect with recurrent_state_initialization=",
+    ),
+    (
+        {**CORE, "recurrent_exit_min_steps": 3},
+        "recurrent_exit_min_steps=3 has no effect with recurrent_exit_criterion",
+    ),
+    ({**CORE, "recurrent_exit_criteria_threshold": 1.0}, "has no effect with recurrent_exit_criterion='none'"),
+    (
+        {**CORE, "recurrent_exit_criterion": "kl", "recurrent_exit_min_steps": 9},
+        "recurrent_exit_min_steps=9 must be <= 8, the steps of generation",
+    ),
+    (
+        {**CORE, "recurrent_steps_distribution": "fixed", "recurrent_sigma": 1},
+        "recurrent_sigma=1 has no effect with recurrent_steps_distribution='fixed'",
+    ),
+    # Tokens.
+    ({"eos_token_id": 258}, "eos_token_id=258 must be < vocab_size=258"),
+    ({"pad_token_id": -1}, "pad_token_id=-1 must be >= 0"),
+    ({"null_token_id": 5}, "null_token_id=5 has no effect with modalities=['text']"),
+    ({**IMAGE, "null_token_id": 1}, "bos_token_id=1 must differ from null_token_id"),
+    (
+        {**IMAGE, "image_begin_token_id": 7, "image_end_token_id": 7},
+        "image_begin_token_id=7 must differ from image_end",
+    ),
+    # Sound and pictures.
+    ({"audio_n_mels": 100}, "audio_n_mels=100 has no effect with modalities=['text']"),
+    ({**IMAGE, "audio_n_mels": 100}, "audio_n_mels=100 has no effect with modalities=['text', 'image']"),
+    (
+        {**AUDIO, "audio_hop_length": 300},
+        "audio_hop_length=300 must be even and divide audio_n_fft=1024 at least twice",
+    ),
+    ({**AUDIO, "max_position_embeddings": 8}, "audio_block_frames=16 must be <= max_position_embeddings=8"),
+    ({**AUDIO, "audio_exit_threshold": 0.1}, "audio_exit_threshold=0.1 has no effect with n_recurrent_layers=0"),
+    (
+        {**AUDIO, **CORE, "audio_carried_thinking_steps": 33},
+        "audio_carried_thinking_steps=33 must be <= recurrent_max_thinking_steps=32",
+    ),
+    (
+        {**AUDIO, "audio_time_sampling": "uniform", "audio_time_mean": 1.0},
+        "audio_time_mean=1.0 has no effect with audio_time_sampling='uniform'",
+    ),
+    ({**IMAGE, "image_size": 60}, "image_compression=8 must divide image_size=60"),
+    ({**IMAGE, "image_encoder_patch_size": 3}, "image_encoder_patch_size=3 must divide the side 8 of the latents"),
+    ({**IMAGE, "max_position_embeddings": 63}, "image_size=64 makes 64 tokens, more than max_position_embeddings=63"),
+    ({**IMAGE, "image_decoder_width": 8}, "image_decoder_width=8 has no effect with image_decoder_type='flow'"),
+    (
+        {**IMAGE, "image_decoder_type": "unet", "image_time_shift": 2},
+        "image_time_shift=2 has no effect with image_decoder_type='unet'",
+    ),
+    (
+        {**IMAGE, "image_condition_dropout": 0, "image_guidance_scale": 2.0},
+        "image_guidance_scale=2.0 has no effect with image_condition_dropout=0",
+    ),
+    (
+        {**IMAGE, "hidden_size": 90, "n_heads": 5, "image_position_embedding": "sinusoidal"},
+        "hidden_size=90 must be divisible by 4",
+    ),
+    # Initialisation.
+    (
+        {"use_zero_output_initialization": True, "use_depth_scaled_initialization": False},
+        "use_depth_scaled_initialization=False has no effect with use_zero_output_initialization=True",
+    ),
+]
 
 
-class Example(StrictConfig):
-    model_type = "example"
+@pytest.mark.parametrize("wrong, message", WRONG, ids=[" ".join(wrong) for wrong, _ in WRONG])
+def test_wrong_configurations_are_explained(wrong, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MegaTransformerConfig(**wrong)
 
-    hidden_size: int = option(8, "width", gt=0)
-    kind: Literal["sum", "gate"] = option("sum", "adapter")
-    widths: list[int] = option([1, 2], "stages", gt=0)
-    parts: list[Literal["head", "tail"]] = option(["head"], "what is kept")
-    rate: float = option(0.0, "share", ge=0, lt=1)
-    n_groups: int | None = option(None, "groups", gt=0)
 
-    def validate_width(self):
-        if self.hidden_size % 2:
-            raise ValueError(f"hidden_size={self.hidden_size} must be even")
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_checks_its_type(name):
+    with pytest.raises(ValueError, match=f"{name}={{}} must be"):
+        MegaTransformerConfig(**{name: {}})
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.metadata["bounds"]])
+def test_every_bound_is_checked(name):
+    for kind, bound in FIELDS[name].metadata["bounds"].items():
+        outside = bound if kind in ("gt", "lt") else bound - 1 if kind == "ge" else bound + 1
+        with pytest.raises(ValueError, match=f"{name}={outside} must be"):
+            MegaTransformerConfig(**{name: outside})
+
+
+def test_fields_have_sections_of_one_screen():
+    sections = declared_sections(MegaTransformerConfig)
+    assert len(FIELDS) > 100
+    assert "" not in sections and [field for fields in sections.values() for field in fields] == list(FIELDS.values())
+    assert max(map(len, sections.values())) <= 30
+
+
+def test_effects_name_existing_fields():
+    for patterns, switch, *needed in MegaTransformerConfig.EFFECTS:
+        assert needed and switch in FIELDS
+        assert all(any(fnmatch(name, pattern) for name in FIELDS) for pattern in patterns.split()), patterns
 
 
 @pytest.mark.parametrize(
-    "wrong, message",
+    "valid",
     [
-        ({"hiden_size": 4}, "no field 'hiden_size'; did you mean 'hidden_size'"),
-        ({"hidden_size": 0}, "hidden_size=0 must be > 0"),
-        ({"hidden_size": 3}, "hidden_size=3 must be even"),
-        ({"hidden_size": "8"}, "hidden_size='8' must be int"),
-        ({"hidden_size": True}, "hidden_size=True must be int"),
-        ({"kind": "gaet"}, "kind='gaet' must be one of 'sum', 'gate'; did you mean 'gate'"),
-        ({"widths": [1, 0]}, r"widths=\[1, 0\] must be > 0"),
-        ({"widths": 3}, "widths=3 must be list"),
-        ({"widths": [1, "2"]}, r"widths=\[1, '2'\]: '2' must be int"),
-        (
-            {"parts": ["tail", "haed"]},
-            r"parts=\['tail', 'haed'\]: 'haed' must be one of 'head', 'tail'; did you mean 'head'",
-        ),
-        ({"rate": 1.0}, "rate=1.0 must be < 1"),
-        ({"n_groups": 0}, "n_groups=0 must be > 0"),
+        {"use_rotary_embedding": False, "use_alibi_bias": True, "rotary_theta": 10000},
+        {"norm_type": "layernorm", "use_norm_bias": True, "use_pre_ffn_norm": False, "use_post_ffn_norm": True},
+        {"rotary_theta": 500000, "rotary_fraction": 0.5, "hidden_dropout": 0, "head_width": 24},
+        {"eos_token_id": 0, "bos_token_id": None},
+        {"n_layers": 0, **CORE, "recurrent_exit_criterion": "latent_difference", "recurrent_cache_steps": 1},
+        {"modalities": ["text", "audio", "image"], **CORE, "audio_exit_threshold": 0.03, "null_token_id": 2},
+        {**IMAGE, "image_decoder_type": "unet", "image_decoder_width": 768, "image_guidance_scale": 3},
     ],
+    ids=" ".join,
 )
-def test_wrong_values_are_named(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        Example(**wrong)
-
-
-def test_round_trip_through_json(tmp_path):
-    config = Example(hidden_size=4, kind="gate", widths=[3], rate=0, n_groups=2)
+def test_valid_configurations_survive_json(valid, tmp_path):
+    config = MegaTransformerConfig(**valid)
     config.save_pretrained(tmp_path)
-    loaded = Example.from_pretrained(tmp_path)
-    for name in ("hidden_size", "kind", "widths", "rate", "n_groups"):
-        assert getattr(loaded, name) == getattr(config, name)
+    assert MegaTransformerConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
 
 
-def test_objects_do_not_share_lists():
-    first = Example()
-    first.widths.append(9)
-    assert Example().widths == [1, 2]
+@pytest.mark.parametrize("name", MEGATRANSFORMER)
+def test_presets_survive_json_and_copies(name, tmp_path):
+    config = from_preset(MegaTransformerConfig, MEGATRANSFORMER, name)
+    assert name == "llama-8m" or config.width_per_head == 64
+    config.save_pretrained(tmp_path)
+    loaded = MegaTransformerConfig.from_pretrained(tmp_path)
+    for twin in (loaded, copy.copy(config), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert twin.to_dict() == config.to_dict() and twin.describe() == config.describe()
+    assert config.replace().to_dict() == config.to_dict()
 
 
-def test_replace_validates():
-    assert Example().replace(hidden_size=4).hidden_size == 4
-    with pytest.raises(ValueError, match="no field 'hiden'"):
-        Example().replace(hiden=4)
+def test_copies_do_not_share_lists():
+    config = MegaTransformerConfig()
+    copy.deepcopy(config).modalities.append("image")
+    MegaTransformerConfig().modalities.append("image")
+    assert config.modalities == MegaTransformerConfig().modalities == ["text"]
 
 
-def test_describe_shows_values_and_meanings():
-    assert "hidden_size = 8" in Example().describe()
-    assert "# width" in Example().describe()
+def test_older_files_load_with_defaults_and_later_ones_are_refused(tmp_path):
+    config = MegaTransformerConfig(hidden_size=128, n_heads=4)
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    written = json.loads(path.read_text())
+    assert set(FIELDS) <= set(written)  # All are written, so that a default may change later.
+    older = {key: value for key, value in written.items() if not key.startswith(("recurrent_", "image_", "z_loss"))}
+    path.write_text(json.dumps(older))
+    assert MegaTransformerConfig.from_pretrained(tmp_path).describe() == config.describe()
+    path.write_text(json.dumps({**written, "recurrent_sgima": 0.5}))
+    with pytest.raises(ValueError, match="no field 'recurrent_sgima'; did you mean 'recurrent_sigma'"):
+        MegaTransformerConfig.from_pretrained(tmp_path)
 
 
-def test_unknown_preset_is_suggested():
-    with pytest.raises(ValueError, match="unknown preset 'tiyn'; did you mean 'tiny'"):
-        from_preset(Example, {"tiny": {}}, "tiyn")
-    assert from_preset(Example, {"tiny": {"hidden_size": 2}}, "tiny", rate=0.5).hidden_size == 2
+def test_what_transformers_writes_is_read(tmp_path):
+    config = MegaTransformerConfig(dtype=torch.bfloat16, attn_implementation="eager", architectures=["Causal"])
+    config.output_attentions = True
+    config.use_cache = False
+    config.quantization_config = {"quant_method": "none"}
+    config.save_pretrained(tmp_path)
+    loaded = MegaTransformerConfig.from_pretrained(tmp_path)
+    assert loaded.to_dict() == config.to_dict() and loaded.dtype == torch.bfloat16 and loaded.output_attentions
+
+
+def test_names_of_transformers_are_understood():
+    config = MegaTransformerConfig(num_attention_heads=4, n_query_groups=2)
+    assert (config.n_heads, config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (4, 4, 2, 64)
+
+
+@pytest.mark.parametrize("name, n_slots", [("tiny", 4), ("recurrent-tiny", 1 + 16 * 3)])
+def test_transformers_builds_caches_and_generation_settings(name, n_slots):
+    config = from_preset(MegaTransformerConfig, MEGATRANSFORMER, name, eos_token_id=2)
+    assert (
+        len(DynamicCache(config=config).layers) == len(StaticCache(config=config, max_cache_len=8).layers) == n_slots
+    )
+    generation = GenerationConfig.from_model_config(config)
+    assert (generation.pad_token_id, generation.bos_token_id, generation.eos_token_id) == (0, 1, 2)
+
+
+def test_derived_values():
+    config = MegaTransformerConfig(**CORE, n_prelude_layers=2, n_coda_layers=3, recurrent_cache_steps=5)
+    assert (config.num_hidden_layers, config.effective_depth) == (2 + 8 + 5 * (1 + 3), 2 + 8 + 8 + 3)
+    assert (config.ffn_size, config.replace(ffn_activation="gelu").ffn_size) == (704, 1024)
+    assert config.replace(intermediate_size=100).ffn_size == 100
+    flat = MegaTransformerConfig(n_prelude_layers=2, n_coda_layers=3)
+    assert flat.num_hidden_layers == flat.effective_depth == 13
+
+
+def test_description_is_grouped():
+    blocks = MegaTransformerConfig().describe().split("\n\n")
+    assert len(blocks) == len(declared_sections(MegaTransformerConfig))
+    assert blocks[1].startswith("[Attention]\nn_heads = 8 ") and "n_query_groups = None" in blocks[1]
+
+
+def test_defaults_are_the_declared_ones():
+    config = MegaTransformerConfig()
+    assert {name: getattr(config, name) for name in FIELDS} == {name: default_value(FIELDS[name]) for name in FIELDS}
+
+
+def test_documentation_is_up_to_date():
+    text = DOCUMENT.read_text()
+    assert text == document(MegaTransformerConfig), f"{DOCUMENT.name} is not up to date: run `{COMMAND}`"
+    assert all(f"| `{name}` |" in text for name in FIELDS)

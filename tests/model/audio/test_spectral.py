@@ -7,15 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.audio.spectral import (
-    MEL_PRESETS,
-    LogMel,
-    MelSettings,
-    Spectrogram,
-    check_same_mel,
-    mel_filters,
-    mel_preset,
-)
+from model.audio.spectral import MEL_PRESETS, LogMel, MelSettings, Spectrogram, check_same_mel, mel_filters, mel_preset
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.audio.discriminators import (
+from model.audio.waveform_discriminators import (
     DISCRIMINATORS,
     LEAKY_SLOPE,
     PeriodDiscriminator,

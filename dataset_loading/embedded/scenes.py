@@ -1,0 +1,114 @@
+"""Captioned scenes that need no download: one pictogram, placed on a coloured ground, with a caption of its parts.
+
+    python -m dataset_loading.embedded.scenes data/scenes --image_size 64
+
+makes an imagefolder like `dataset_loading.embedded.openmoji`, from 24 of its pictograms, 8 grounds and 3 places: "a
+large panda on red", "a small panda at the left on red". One ground of each object is kept out of `train/`: each
+caption in `test/` asks for a combination that training has never shown, of parts that it has.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import resvg_py
+from PIL import Image, ImageColor
+
+from dataset_loading.embedded.openmoji import (
+    IMAGE_SIZE,
+    PACKAGE,
+    SVG_FOLDER,
+    build_once,
+    licence_text,
+    run_command,
+    write_splits,
+)
+
+# fmt: off
+OBJECTS = {
+    "panda": "1F43C", "pig": "1F437", "fox": "1F98A", "frog": "1F438", "penguin": "1F427", "fish": "1F41F",
+    "turtle": "1F422", "butterfly": "1F98B", "apple": "1F34E", "banana": "1F34C", "strawberry": "1F353",
+    "watermelon": "1F349", "cherries": "1F352", "carrot": "1F955", "cactus": "1F335", "fir tree": "1F332",
+    "mushroom": "1F344", "cloud": "2601", "car": "1F697", "house": "1F3E0", "balloon": "1F388",
+    "umbrella": "2602", "heart": "2764", "star": "2B50",
+}
+GROUNDS = {
+    "white": "#ffffff", "red": "#e8837e", "orange": "#f2b16b", "yellow": "#f5e58a", "green": "#9fce8f",
+    "blue": "#8dbfe8", "purple": "#b99ad6", "gray": "#b4b4b4",
+}
+# fmt: on
+# Side of the pictogram's square and centre, as shares of the picture; pictograms have a wide margin.
+PLACES = {
+    "a large {} on {}": (1.2, 0.5),
+    "a small {} at the left on {}": (0.76, 0.29),
+    "a small {} at the right on {}": (0.76, 0.71),
+}
+N_DRAWINGS = 4  # Of each object, ground and place, every one turned, moved and sized a little differently.
+OVERSAMPLING = 4
+
+
+def build_scenes(folder: str | Path, image_size: int = 128) -> dict[str, int]:
+    """Write the set, or find that it is there already.
+
+    Args:
+        folder: the new folder; it appears when it is complete.
+        image_size: side of the square pictures in pixels.
+    Returns: pictures per split.
+    Raises: ValueError: the folder exists and is something else, or a set of another size.
+    """
+
+    def write(temporary: Path) -> dict[str, int]:
+        rows: dict[str, list[tuple[str, ...]]] = {"train": [], "test": []}
+        for split, name, text in list_scenes():
+            rows[split].append((f"{name}.png", text))
+        return write_splits(temporary, rows, partial(draw_scene, image_size=image_size))
+
+    wanted = {"package": PACKAGE, "image_size": image_size, "scenes": 2}
+    return build_once(Path(folder), wanted, licence_text(image_size), write)
+
+
+def list_scenes() -> Iterator[tuple[str, str, str]]:
+    """Yields (split, name, caption) of all scenes; the name ends with the number of the drawing."""
+    for thing in OBJECTS:
+        for ground in GROUNDS:
+            split = "test" if is_held_out(thing, ground) else "train"
+            for number, place in enumerate(PLACES):
+                for drawing in range(N_DRAWINGS):
+                    yield split, f"{thing.replace(' ', '-')}_{ground}_{number}_{drawing}", place.format(thing, ground)
+
+
+def is_held_out(thing: str, ground: str) -> bool:
+    """Whether the pair belongs to `test/`: for each object one ground."""
+    return list(GROUNDS)[list(OBJECTS).index(thing) * 3 % len(GROUNDS)] == ground
+
+
+def draw_scene(target: Path, image_size: int) -> None:
+    """Draw the scene that the file is named after; the same name gives the same picture."""
+    thing, ground, number, _ = target.stem.split("_")
+    scale, center = list(PLACES.values())[int(number)]
+    random = np.random.default_rng(int.from_bytes(hashlib.sha1(target.stem.encode()).digest()[:8], "big"))
+    turn, size, right, down = random.uniform(-1, 1, 4)
+    whole = image_size * OVERSAMPLING
+    side = round(whole * scale * (1 + 0.03 * size))
+    svg = str(SVG_FOLDER / f"{OBJECTS[thing.replace('-', ' ')]}.svg")
+    png = bytes(resvg_py.svg_to_bytes(svg_path=svg, width=side, height=side, skip_system_fonts=True))
+    drawing = Image.open(io.BytesIO(png)).convert("RGBA").rotate(4 * turn, Image.Resampling.BICUBIC)
+    layer = Image.new("RGBA", (whole, whole))
+    layer.paste(
+        drawing, tuple(round(whole * (at + 0.015 * move)) - side // 2 for at, move in ((center, right), (0.5, down)))
+    )
+    canvas = Image.new("RGBA", (whole, whole), ImageColor.getrgb(GROUNDS[ground]))
+    scene = Image.alpha_composite(canvas, layer).convert("RGB")
+    scene.resize((image_size, image_size), Image.Resampling.LANCZOS).save(target)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    run_command(argv, __doc__ or "", build_scenes, {"image_size": IMAGE_SIZE})
+
+
+if __name__ == "__main__":
+    main()

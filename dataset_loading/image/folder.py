@@ -1,0 +1,83 @@
+"""Pictures that were not preprocessed: found, and decoded and fitted while they are read, as preprocessing does."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dataset_loading.image.pixels import IMAGE_SUFFIXES, ResizeMode, decode_image, fit_image, to_float, to_tensor
+from dataset_loading.sources import open_source, walk
+
+
+class PictureFolder(Dataset):
+    """The pictures of a folder (and its subfolders), an index file, or a hub data set.
+
+    `item["image"]` is (3, S, S) float32 in [-1, 1], `item["index"]` the number in `entries`.
+
+    Args:
+        name: folder, index file or hub name, see `dataset_loading.sources`.
+        split: `""` takes the only split there is.
+        image_size: side S in pixels.
+        resize_mode, background_color: see `fit_image`, `decode_image`.
+    Attributes:
+        entries: one dict per picture: `key`, `caption`.
+        fingerprint: None, since files may change; there so that it can be compared with a preprocessed folder's.
+    Raises:
+        FileNotFoundError, ValueError: as `open_source`.
+    """
+
+    fingerprint = None
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        *,
+        image_size: int,
+        resize_mode: ResizeMode = "crop",
+        background_color: str = "white",
+    ):
+        self.source = open_source(name, split, "image", suffixes=IMAGE_SUFFIXES)
+        self.media: list[dict[str, Any]] = []
+        self.entries: list[dict[str, Any]] = []
+        for key, row in self.source:
+            self.media.append(row[self.source.media])
+            self.entries.append({"key": key, "caption": str(row.get("text") or row.get("label") or "")})
+        self.image_size, self.background_color = image_size, background_color
+        self.resize_mode: ResizeMode = resize_mode
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Raises: ValueError: the file is damaged; the message names it."""
+        try:
+            picture = decode_image(self.media[index], self.background_color)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(
+                f"{self.entries[index]['key']} in {self.source.identity} cannot be read ({error}); remove it"
+            ) from error
+        picture = fit_image(picture, self.image_size, self.resize_mode, self.background_color)
+        return {"image": to_float(to_tensor(picture)), "index": torch.tensor(index)}
+
+
+def find_pictures(names: Iterable[str]) -> dict[str, Path]:
+    """Picture files named one by one or in folders, by a name that no two share.
+
+    Raises: FileNotFoundError: a name does not exist, or nothing was found.
+    """
+    found: dict[str, Path] = {}
+    for name in map(Path, names):
+        if not name.exists():
+            raise FileNotFoundError(f"{name} does not exist")
+        for file in walk(name, IMAGE_SUFFIXES) if name.is_dir() else [name]:
+            stem = "__".join(file.relative_to(name).with_suffix("").parts) if name.is_dir() else file.stem
+            found[f"{stem}_{len(found)}" if stem in found else stem] = file
+    if not found:
+        raise FileNotFoundError(
+            f"no pictures in {', '.join(names)}; known endings: {' '.join(sorted(IMAGE_SUFFIXES))}"
+        )
+    return found

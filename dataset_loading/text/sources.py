@@ -1,0 +1,289 @@
+"""Raw text: documents out of text files, tables with a text column, and hub data sets, read one by one.
+
+    notes.txt, book.md, code.py, folder/**/*.txt     a document per file
+    rows.jsonl, rows.csv, rows.parquet, folders      a document per row, the column `text`
+    anything else                                    the name of a hub data set, read by the `datasets` package
+    python-topics                                    the help texts that Python carries with it (0.4 MB)
+
+What cannot be read is handed out as a document with a problem, so that one broken file stops nothing. Text is never
+changed: no stripping, no Unicode normalisation, line endings as they are; only a byte order mark is dropped.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import json
+import logging
+import platform
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from dataset_loading.sources import SPLIT_NAMES, choose_split, find_splits, read_licence, walk
+from dataset_loading.text.digests import Digests
+
+logger = logging.getLogger(__name__)
+
+EMBEDDED = "python-topics"
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
+TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
+EMPTY = "empty"  # The problem of a document that is blank, which is no mistake of the source.
+CELL_BYTES = 1 << 30  # The csv module refuses cells above 128 KiB by default.
+SEPARATORS = (b"\n\n", b"\n\r\n", b"\n", b" ")  # Where a long document is cut: the first that is found.
+
+
+@dataclasses.dataclass
+class Document:
+    """A text with a name that does not depend on the machine; `problem` says why there is none."""
+
+    key: str
+    text: str
+    problem: str = ""
+
+
+@dataclasses.dataclass
+class TextSource:
+    """Documents that can be read any number of times, always in the same order.
+
+    Attributes:
+        identity: name and, for what is on this machine, a hash of the contents.
+        licence: the first line of its licence, `""` where unknown.
+        read: begins to read from the start.
+        splits: names of all splits that the same file, folder or hub data set has; none where there are no splits.
+    """
+
+    identity: str
+    licence: str
+    read: Callable[[], Iterator[Document]]
+    splits: Sequence[str] = ()
+
+
+def open_text(
+    name: str,
+    *,
+    text_column: str = "text",
+    config: str = "",
+    split: str = "train",
+    digests: Digests | None = None,
+) -> TextSource:
+    """Open a source of documents.
+
+    Args:
+        name: file, folder, hub name, or "python-topics".
+        text_column: column with the text in tables and hub data sets.
+        config: configuration of a hub data set.
+        split: split of a hub data set, or of a folder that has `train/`, `validation/`, ...
+        digests: hashes of files that an earlier start remembered.
+    Raises:
+        FileNotFoundError: there is nothing, or nothing that is known as text; the message lists the endings.
+        ValueError: the split or the column does not exist; the message lists what exists.
+    """
+    if name == EMBEDDED:
+        return open_topics()
+    path = Path(name).expanduser()
+    known = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
+    if not path.exists():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in known:
+            raise FileNotFoundError(f"{name} does not exist")
+        return open_hub(name, text_column, config, split)
+    files = [path] if path.is_file() else list_files(path, split)
+    if not files or (path.is_file() and path.suffix.lower() not in known):
+        raise FileNotFoundError(f"{name} holds no text; known endings: {' '.join(known)}")
+    root = path if path.is_dir() else path.parent
+    for file in files:
+        check_column(file, text_column)
+    digest = digest_files(root, files, digests or Digests())
+    splits = (
+        [one for one in find_splits(path, known) if one == split or list_files(path, one)] if path.is_dir() else []
+    )
+    return TextSource(
+        f"{path.resolve().name}@{digest}", read_licence(path), lambda: read_files(root, files, text_column), splits
+    )
+
+
+def own_validation(source: TextSource, split: str) -> str:
+    """The validation split (or valid, val, dev) beside the split that is trained on, `""` where there is none."""
+    trained = {part.strip().partition("[")[0] for part in split.split("+")}  # Such as train[:10%]+test.
+    found = [one for one in source.splits if SPLIT_NAMES.get(one.lower()) == "validation"]
+    return "" if not found or trained & set(found) else found[0]
+
+
+def list_files(folder: Path, split: str) -> list[Path]:
+    """The tables of a folder, or its text files where there are no tables; licences at its top are left out."""
+    splits = find_splits(folder, (*TEXT_SUFFIXES, *TABLE_SUFFIXES))
+    root = splits[choose_split(str(folder), split, list(splits))] if splits else folder
+    if root.is_file():
+        return [root]
+    tables = list(walk(root, TABLE_SUFFIXES))
+    texts = [
+        file
+        for file in walk(root, TEXT_SUFFIXES)
+        if file.parent != folder or not file.name.upper().startswith(("LICENSE", "LICENCE"))
+    ]
+    if tables and texts:
+        logger.warning(
+            "%s has tables and %d text files; the text files are left out: %s", root, len(texts), texts[0].name
+        )
+    return tables or texts
+
+
+def digest_files(root: Path, files: list[Path], digests: Digests) -> str:
+    """A hash of the names and contents of files, 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for file, content in zip(files, digests.of(files)):
+        digest.update(f"{name_of(root, file)}\n{content}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def name_of(root: Path, file: Path) -> str:
+    """The path below the root, with names that are not UTF-8 made legible."""
+    return file.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode()
+
+
+def check_column(file: Path, column: str) -> None:
+    """Raises: ValueError: a .csv or .parquet file lacks the column. Rows of a .jsonl file are checked one by one."""
+    if file.suffix.lower() == ".csv":
+        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+            columns = next(csv.reader(opened), [])
+    elif file.suffix.lower() == ".parquet":
+        from pyarrow import parquet
+
+        columns = parquet.read_schema(file).names
+    else:
+        return
+    if column not in columns:
+        raise ValueError(f"text_column={column!r} is no column of {file}; there is: {', '.join(columns) or 'none'}")
+
+
+def read_files(root: Path, files: list[Path], column: str) -> Iterator[Document]:
+    """The documents of text files and tables."""
+    readers = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
+    for file in files:
+        name = name_of(root, file)
+        if reader := readers.get(file.suffix.lower()):
+            for number, value in enumerate(reader(file, column), start=1):
+                yield document(f"{name}:{number}", value)
+        else:
+            yield read_text_file(name, file)
+
+
+def read_text_file(name: str, file: Path) -> Document:
+    """One file as one document."""
+    try:
+        return document(name, file.read_bytes().decode("utf-8-sig"))
+    except (OSError, UnicodeDecodeError) as error:
+        return Document(name, "", f"not UTF-8: {error}" if isinstance(error, UnicodeDecodeError) else str(error))
+
+
+def document(key: str, value: Any) -> Document:
+    """A document, or what is wrong with it. Exceptions stand for values that could not be read."""
+    if not isinstance(value, str):
+        return Document(key, "", str(value) if isinstance(value, Exception) else f"no text but {value!r:.40}")
+    if not value.strip():
+        return Document(key, "", EMPTY)
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # Lone surrogates; those of a .jsonl or .csv file stand for bytes.
+        return Document(key, "", f"not UTF-8: {error}")
+    return Document(key, value)
+
+
+def read_jsonl(file: Path, column: str) -> Iterator[Any]:
+    """The column's value of every line that is not blank, or a ValueError as a value."""
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
+        for line in lines:
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                yield ValueError(f"not JSON: {error}")
+                continue
+            if isinstance(row, dict) and column in row:
+                yield row[column]
+            else:
+                there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                yield ValueError(f"no {column!r}; there is: {there}")
+
+
+def read_csv(file: Path, column: str) -> Iterator[Any]:
+    """The column's value of every row, None where the row is short. Raises: ValueError: the table cannot be read."""
+    csv.field_size_limit(CELL_BYTES)
+    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
+        reader = csv.DictReader(opened)
+        try:
+            for row in reader:
+                yield row[column]
+        except csv.Error as error:
+            raise ValueError(f"{file}: line {reader.line_num} cannot be read as CSV: {error}") from error
+
+
+def read_parquet(file: Path, column: str) -> Iterator[Any]:
+    """The column's value of every row, a few hundred rows in memory at a time."""
+    from pyarrow import parquet
+
+    with parquet.ParquetFile(file) as table:
+        for batch in table.iter_batches(batch_size=256, columns=[column]):
+            for value in batch.column(0):
+                try:
+                    yield value.as_py()
+                except UnicodeDecodeError as error:
+                    yield ValueError(f"not UTF-8: {error}")
+
+
+def open_hub(name: str, text_column: str, config: str, split: str) -> TextSource:
+    """One split of a hub data set, which lies on disk and not in memory."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    try:
+        rows = datasets.load_dataset(name, config or None, split=split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it is a script.
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(
+            f"{name!r} is no local file or folder, and the datasets package cannot load its split {split!r}: {reason}"
+        ) from error
+    fingerprint = getattr(rows, "_fingerprint", "")  # Of name, configuration, split and the revision on the hub.
+    identity = f"{name}{f'/{config}' if config else ''}:{split}{fingerprint and f'@{fingerprint}'}"
+    return from_rows(rows, identity, text_column)
+
+
+def from_rows(rows: Any, identity: str, text_column: str) -> TextSource:
+    """The documents of a `datasets.Dataset`. Raises: ValueError: it lacks the column; the message lists its own."""
+    if text_column not in rows.column_names:
+        known = ", ".join(rows.column_names)
+        raise ValueError(f"text_column={text_column!r} is no column of {identity}; there is: {known}")
+    rows = rows.select_columns([text_column])
+
+    def read() -> Iterator[Document]:
+        for number, row in enumerate(rows):
+            yield document(f"{number}", row[text_column])
+
+    return TextSource(identity, rows.info.license or "", read, list(rows.info.splits or ()))
+
+
+def open_topics() -> TextSource:
+    """The help texts of the running Python, a document per topic."""
+    from pydoc_data.topics import topics
+
+    digest = hashlib.sha256(json.dumps(topics, sort_keys=True).encode()).hexdigest()[:16]
+    licence = f"Python {platform.python_version()} documentation, PSF License"
+    return TextSource(f"{EMBEDDED}@{digest}", licence, lambda: (document(key, topics[key]) for key in sorted(topics)))
+
+
+def cut_document(whole: Document, size: int) -> Iterator[Document]:
+    """Cut a document at paragraphs, else at lines, spaces, or between characters; together the parts are the whole.
+
+    Args:
+        size: bytes of a part at most; the last part may have half as many more. A part has at least half as many.
+    """
+    text, start, parts = whole.text.encode(), 0, []
+    while len(text) - start > size + size // 2:
+        found = (text.rfind(mark, start + size // 2, start + size) + len(mark) for mark in SEPARATORS)
+        end = next((end for mark, end in zip(SEPARATORS, found) if end >= len(mark)), start + size)
+        while text[end] & 0xC0 == 0x80:  # Within a character.
+            end -= 1
+        parts.append(text[start:end])
+        start = end
+    for number, part in enumerate([*parts, text[start:]], start=1):
+        yield Document(f"{whole.key}#{number}" if parts else whole.key, part.decode())

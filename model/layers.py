@@ -1,0 +1,69 @@
+"""Layers that several families of models share.  B batch, Y X rows and columns, D width of a stage."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization
+
+from model.checkpointing import GradientCheckpointingLayer
+
+
+class ZeroConv2d(nn.Conv2d):
+    """A convolution that starts at zero: the last one of a residual branch, which starts as the identity."""
+
+
+class ZeroLinear(nn.Linear):
+    """A linear layer that starts at zero: the last one of a residual branch, or one that makes scales and shifts."""
+
+
+def init_layer(module: nn.Module) -> None:
+    """What `_init_weights` of every model does with one layer of a usual kind.
+
+    ZeroConv2d, ZeroLinear      weight, bias 0
+    other convolutions, Linear  weight uniform in +-1/sqrt(fan in) (PyTorch's own), bias 0
+    LayerNorm, GroupNorm        weight 1, bias 0
+    """
+    if isinstance(module, ZeroConv2d | ZeroLinear):
+        initialization.zeros_(module.weight)
+        initialization.zeros_(module.bias)
+    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.Linear):
+        initialization.kaiming_uniform_(module.weight, a=5**0.5)
+        if module.bias is not None:
+            initialization.zeros_(module.bias)
+    elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        initialization.ones_(module.weight)
+        if module.bias is not None:
+            initialization.zeros_(module.bias)
+
+
+class ChannelNorm(nn.LayerNorm):
+    """Layer norm over the channels of each position, (B, D, Y, X) -> the same shape; free with channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Downsample(GradientCheckpointingLayer):
+    """Half the resolution: space-to-channel, then a 1x1 convolution, beside the mean of groups of channels."""
+
+    def __init__(self, width: int, out_width: int):
+        super().__init__()
+        self.out_width = out_width
+        self.conv = nn.Conv2d(4 * width, out_width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, Y, X) -> (B, out_width, Y/2, X/2)."""
+        x = F.pixel_unshuffle(x, 2)
+        return self.conv(x) + x.unflatten(1, (self.out_width, -1)).mean(dim=2)
+
+
+class Upsample(GradientCheckpointingLayer):
+    """Twice the resolution: a 1x1 convolution beside repeated channels, then channel-to-space."""
+
+    def __init__(self, width: int, out_width: int):
+        super().__init__()
+        self.n_repeats = 4 * out_width // width
+        self.conv = nn.Conv2d(width, 4 * out_width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, Y, X) -> (B, out_width, 2Y, 2X)."""
+        return F.pixel_shuffle(self.conv(x) + x.repeat_interleave(self.n_repeats, dim=1), 2)

@@ -1,0 +1,93 @@
+"""A stage run in this process: common flags, the run's files, and how far two states are apart."""
+
+import itertools
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+# The seed command's rates at a size that trains in seconds; the discriminator joins at step 2.
+SMALL_RUN = """
+    --config tiny --override image_size=32 --learning_rate 1e-4 --logging_steps 1 --eval_steps 1000 --save_steps 1000
+    --perceptual_weight 0 --discriminator_channels 8 --gan_start_step 2 --gan_warmup_steps 2 --gan_ramp_steps 4
+    --r1_weight 1 --r1_every 2 --lecam_weight 0.01 --diff_augment color --use_spectral_norm
+    --latent_statistics_samples 16""".split()  # noqa: SIM905
+# Latents of 16 x 4 x 4 and a UNet that trains in seconds.
+SMALL_DIFFUSION = """
+    --config tiny --override widths=[32,64] n_blocks=[1,1] conditioning_width=64 text_width=32
+    --learning_rate 1e-3 --logging_steps 1 --eval_steps 1000 --save_steps 1000 --n_steps 2 --n_prompts 2
+    --n_time_buckets 2 --eval_pictures 0""".split()  # noqa: SIM905
+
+
+class Run:
+    """A finished run's newest checkpoint, as files."""
+
+    def __init__(self, run_dir: Path, step: int):
+        self.folder = run_dir / f"checkpoint-{step}"
+
+    @property
+    def losses(self) -> list[float]:
+        history = json.loads((self.folder / "trainer_state.json").read_text())["log_history"]
+        return [line["loss"] for line in history if "loss" in line]
+
+    def weights(self, name: str = "model") -> dict[str, torch.Tensor]:
+        return load_file(self.folder / f"{name}.safetensors")
+
+    @property
+    def adversary(self) -> dict:
+        return torch.load(self.folder / "stage_state.pt", weights_only=True)["adversary"]
+
+
+def run_stage(
+    stage: type, common: list[str], cache: Path, output_dir: Path, name: str, steps: int, *flags: str
+) -> Run:
+    """Run a stage in this process; errors come as they are.
+
+    Of the flags in `common`, those of the adversary are left out where `flags` have `--gan_weight 0`, and a run of one
+    or two steps has its adversary from the beginning.
+    """
+    words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", name]
+    if ("--gan_weight", "0") in itertools.pairwise(flags):
+        common = without_adversary(common, stage)
+    elif "--gan_start_step" in common and steps <= 2:
+        common = [*common, "--gan_start_step", "0"]
+    try:
+        stage.main([*common, *words, "--max_steps", str(steps), *flags])
+    except SystemExit as end:
+        raise end.__cause__ or end from None
+    return Run(output_dir / stage.name / name, steps)
+
+
+def without_adversary(words: list[str], stage: type) -> list[str]:
+    """The flags without those that need an adversary."""
+    needs, kept, keeps = stage.arguments_class.needs, [], True
+    for word in words:
+        if word.startswith("--"):
+            keeps = needs.get(word[2:], ("",))[0] != "gan_weight"
+        kept += [word] if keeps else []
+    return kept
+
+
+def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The largest absolute difference between two state dicts with the same names."""
+    assert first.keys() == second.keys()
+    return max((first[name].double() - second[name].double()).abs().max().item() for name in first)
+
+
+def relative_distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The norm of the difference of two state dicts with the same names, over the norm of the first."""
+    assert first.keys() == second.keys()
+    one, two = (torch.cat([each[name].double().flatten() for name in first]) for each in (first, second))
+    return ((one - two).norm() / one.norm()).item()
+
+
+def equal(first, second) -> bool:
+    """Bit for bit equality of nested dicts, lists and tensors."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(equal(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(equal, first, second))
+    return first == second

@@ -1,0 +1,97 @@
+"""Pictures of sound: what lies where, in which colour."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from utils.drawing.audio import (
+    BLUE,
+    MAX_WIDTH,
+    ORANGE,
+    SIGNED,
+    WARM,
+    colored,
+    latent_picture,
+    mel_triple,
+    phase_errors,
+    phase_picture,
+    strip_sheet,
+    waveform_picture,
+)
+from utils.drawing.images import Group
+
+RED = (255, 0, 0)
+
+
+def test_low_rows_are_at_the_bottom_and_values_go_along_the_palette():
+    picture = colored(torch.tensor([[0.0, 5.0], [10.0, 99.0], [math.nan, -math.inf]]), 0, 10)
+    assert picture.size == (2, 3)
+    assert picture.getpixel((0, 2)) == WARM[0] and picture.getpixel((0, 1)) == picture.getpixel((1, 1)) == WARM[-1]
+    assert picture.getpixel((0, 0)) == picture.getpixel((1, 0)) == WARM[0]  # not finite
+    middle = (np.array(WARM[3]) + np.array(WARM[4])) / 2
+    assert np.allclose(picture.getpixel((1, 2)), middle, atol=1)
+
+
+def test_brightness_of_the_warm_palette_rises():
+    values = np.asarray(colored(torch.linspace(0, 1, 100)[None], 0, 1), dtype=float) @ [0.299, 0.587, 0.114]
+    assert (np.diff(values[0]) >= -0.5).all() and values[0, -1] > 200 > 20 > values[0, 0]
+
+
+def test_a_triple_shows_equal_mels_with_a_dark_difference():
+    mel = torch.randn(80, 50, generator=torch.Generator().manual_seed(0)) - 5
+    target, predicted, difference = mel_triple(mel, mel, -11.5)
+    assert np.array_equal(np.asarray(target), np.asarray(predicted))
+    assert {difference.getpixel((x, y)) for x in range(difference.width) for y in range(80)} == {WARM[0]}
+    *_, brightest = mel_triple(mel, mel + 9.0, -11.5)
+    assert brightest.getpixel((3, 3)) == WARM[-1]
+
+
+def test_clips_of_one_sheet_have_one_scale_of_time():
+    mel = torch.zeros(80, 100)
+    short, long = (mel_triple(mel[:, :n], mel[:, : n + 5], -11.5, 400)[0] for n in (50, 100))
+    assert 2 * short.width == long.width and 4 * long.width == MAX_WIDTH
+    assert mel_triple(mel[:, :1], mel, -11.5, 4000)[0].width == 1
+
+
+def test_a_sheet_holds_pictures_of_any_size_in_columns():
+    groups = [
+        Group([Image.new("RGB", size, RED) for size in sizes], "a caption far too long to fit " * 4)
+        for sizes in ([(30, 40), (100, 20)], [(60, 10), (10, 10)])
+    ]
+    sheet = np.asarray(strip_sheet(groups, ("a", "b"), title="title"))
+    red = (sheet == RED).all(2)
+    assert red.sum() == 30 * 40 + 100 * 20 + 60 * 10 + 10 * 10
+    assert red[:, 72:].any(0).argmax() == 0 and not red[:, 66:72].any()  # The second column begins behind the first.
+
+
+def test_waveforms_are_drawn_at_one_scale():
+    loud = torch.sin(torch.arange(4800) * 0.3)
+    sheet = np.asarray(waveform_picture({"real": loud, "generated": 0.5 * loud[:2400]}, 16000))
+    real, generated = ((sheet == color).all(2) for color in (BLUE, ORANGE))
+    assert real.any(1).sum() > 90 and 40 < generated.any(1).sum() < 56
+    tall = generated.sum(0) > 5
+    assert abs(tall.sum() - MAX_WIDTH / 2) <= 2
+    assert waveform_picture({"silent": torch.zeros(10), "broken": torch.full((10,), math.nan)}, 16000).width > 0
+
+
+def test_phase_errors_of_a_known_turn():
+    real = torch.randn(8000, generator=torch.Generator().manual_seed(0))
+    for made, expected in ((real, 0), (-real, math.pi)):
+        phase, frequency, weight = phase_errors(real, made, 256, 64)
+        assert torch.allclose(phase, torch.full_like(phase, expected), atol=1e-3) and frequency.max() < 1e-2
+        assert weight.max() == 1 and phase.shape == (129, 125)
+    picture, means = phase_picture(real, torch.randn(8000, generator=torch.Generator().manual_seed(1)), 256, 64)
+    assert picture.width > 240
+    assert means["phase"] == pytest.approx(math.pi / 2, abs=0.1)
+    assert 0.8 < means["frequency"] < 1.3  # Frames overlap, so that chance gives less.
+
+
+def test_latents_are_normalised_per_row():
+    latents = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
+    scaled = latent_picture(latents * torch.tensor([[1.0], [100], [0.01], [5]]) + 7)
+    assert np.abs(np.asarray(scaled).astype(int) - np.asarray(latent_picture(latents)).astype(int)).max() <= 1
+    assert latent_picture(torch.zeros(4, 30)).getpixel((5, 5)) == SIGNED[2]
+    assert latent_picture(torch.zeros(4, 10, 30)).height == 6 * 40

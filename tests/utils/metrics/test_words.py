@@ -1,0 +1,67 @@
+"""Words of texts and of speech."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dataset_loading.audio.signal import resample
+from tests.helpers.spoken import RATE, SENTENCE
+from utils.metrics.words import Recognizer, normalize_text, number_words, word_error_rate, word_errors
+
+# ---- Words.
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Press 1, then 42!", "press one then forty two"),
+        ("It's 3.05 %; don\u2019t re-dial", "its three point zero five percent dont re dial"),
+        ("Room 1,234 & caf\u00e9_12", "room one thousand two hundred thirty four and cafe twelve"),
+        ("...", ""),
+    ],
+)
+def test_texts_are_normalised(text, words):
+    assert normalize_text(text) == words.split()
+
+
+def test_numbers_are_spelled_out():
+    found = [number_words(n) for n in (0, 19, 20, 99, 100, 110, 1000, 20_015, 999_999, 1_000_002)]
+    assert found == [
+        "zero",
+        "nineteen",
+        "twenty",
+        "ninety nine",
+        "one hundred",
+        "one hundred ten",
+        "one thousand",
+        "twenty thousand fifteen",
+        "nine hundred ninety nine thousand nine hundred ninety nine",
+        "one zero zero zero zero zero two",
+    ]
+
+
+def test_word_error_rate_by_hand():
+    assert word_errors(["a", "b", "c", "d"], ["a", "x", "c"]) == 2  # one substituted, one left out
+    assert word_errors([], ["a", "b"]) == 2 and word_errors(["a", "b"], []) == 2
+    assert word_error_rate(["Press 1 now.", "hello there"], ["press one", "hello, there you"]) == pytest.approx(2 / 5)
+    with pytest.raises(ValueError, match="1 texts and 0 hypotheses"):
+        word_error_rate(["a"], [])
+    with pytest.raises(ValueError, match="no words"):
+        word_error_rate(["..."], ["a"])
+
+
+@given(st.lists(st.sampled_from("abc"), max_size=4), st.lists(st.sampled_from("abc"), max_size=4))
+def test_word_errors_equal_the_recursion(a, b):
+    def slow(i: int, j: int) -> int:
+        if i == 0 or j == 0:
+            return i + j
+        return min(slow(i - 1, j) + 1, slow(i, j - 1) + 1, slow(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
+
+    assert word_errors(a, b) == slow(len(a), len(b))
+
+
+def test_a_spoken_sentence_is_recognised(speech):
+    recognizer = Recognizer()
+    assert word_error_rate([SENTENCE], [recognizer.transcribe(speech, RATE)]) <= 0.2
+    high = resample(speech, RATE, 22050)
+    assert word_error_rate([SENTENCE], [recognizer.transcribe(high, 22050)]) <= 0.2

@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+from utils.optimizer_hooks import GradientEMA, GradientMA, NonFiniteGuard, WeightEMA
+
+
+def apply(hook, gradients):
+    """The gradients that SGD(lr=1) sees, from the weights' movement."""
+    weight = torch.nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([weight], lr=1.0, momentum=0.0)
+    hook.attach(optimizer)
+    seen = []
+    for gradient in gradients:
+        before = weight.item()
+        weight.grad = torch.tensor(gradient)
+        optimizer.step()
+        seen.append(before - weight.item())
+    return seen
+
+
+def test_ema_equals_definition():
+    # m1 = 1, m2 = 0.5*1 + 0.5*2 = 1.5, m3 = 0.5*1.5 + 0.5*4 = 2.75; g + 2 m.
+    assert apply(GradientEMA(alpha=0.5, lamb=2.0), [1.0, 2.0, 4.0]) == pytest.approx([3.0, 5.0, 9.5])
+
+
+def test_ma_equals_definition():
+    # No filter until two gradients are there; then g + 2 * mean of the last two.
+    assert apply(GradientMA(window=2, lamb=2.0), [1.0, 2.0, 4.0]) == pytest.approx([1.0, 5.0, 10.0])
+
+
+@pytest.mark.parametrize("make", [lambda: GradientEMA(0.9, 2.0), lambda: GradientMA(3, 2.0)])
+def test_state_travels_with_the_optimizer(make):
+    gradients = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+
+    def run(weight, optimizer, rows):
+        for row in rows:
+            weight.grad = row.clone()
+            optimizer.step()
+
+    def fresh():
+        weight = torch.nn.Parameter(torch.zeros(4))
+        optimizer = torch.optim.AdamW([weight], lr=0.1)
+        make().attach(optimizer)
+        return weight, optimizer
+
+    whole, optimizer = fresh()
+    run(whole, optimizer, gradients)
+    first, optimizer = fresh()
+    run(first, optimizer, gradients[:4])
+    second, resumed = fresh()
+    second.data.copy_(first.data)
+    resumed.load_state_dict(optimizer.state_dict())
+    run(second, resumed, gradients[4:])
+    assert torch.equal(whole, second)
+
+
+def test_absent_gradient_is_no_error():
+    used, absent = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([used, absent], lr=0.1)
+    GradientEMA().attach(optimizer)
+    used.grad = torch.ones(2)
+    optimizer.step()
+    absent.grad = torch.ones(2)
+    optimizer.step()
+    assert "grokfast_ema" in optimizer.state[absent]
+
+
+def test_guard_skips_and_then_stops():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    guard = NonFiniteGuard(2, lambda flag, device: flag)
+    guard.attach(optimizer)
+    weight.grad = torch.tensor([1.0, float("nan")])
+    optimizer.step()
+    assert torch.equal(weight, torch.ones(2)) and guard.skipped == 1
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    assert not torch.equal(weight, torch.ones(2))
+    for _ in range(2):
+        weight.grad = torch.full((2,), float("inf"))
+        if guard.in_a_row == 1:
+            with pytest.raises(FloatingPointError, match="2 optimizer steps in a row"):
+                optimizer.step()
+        else:
+            optimizer.step()
+
+
+def test_average_equals_definition():
+    model = torch.nn.Linear(2, 1, bias=False)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    ema = WeightEMA(decay=0.3)
+    ema.attach(optimizer)
+    assert ema.state_dict_of(model) is None
+    expected = None
+    for n in range(1, 6):
+        model.weight.grad = torch.full((1, 2), float(n))
+        optimizer.step()
+        weight = model.weight.detach()
+        decay = min(0.3, (1 + n) / (10 + n))
+        expected = weight.clone() if expected is None else decay * expected + (1 - decay) * weight
+        torch.testing.assert_close(ema.state_dict_of(model)["weight"], expected)
+
+
+def test_buffers_are_taken_as_they_are():
+    model = torch.nn.BatchNorm1d(2)
+    model.running_mean.fill_(3.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    ema = WeightEMA(decay=0.9)
+    ema.attach(optimizer)
+    model(torch.randn(4, 2)).sum().backward()
+    optimizer.step()
+    state = ema.state_dict_of(model)
+    assert torch.equal(state["running_mean"], model.running_mean)
+    assert set(state) == set(model.state_dict())
+
+
+def test_tied_weights_have_their_average_under_both_names():
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    ema = WeightEMA(decay=0.9)
+    ema.attach(optimizer)
+    for _ in range(3):
+        model(torch.arange(5)).square().sum().backward()
+        optimizer.step()
+    state = ema.state_dict_of(model)
+    assert list(state) == list(model.state_dict()) == ["0.weight", "1.weight"]
+    assert state["0.weight"] is state["1.weight"] and not torch.equal(state["0.weight"], model[0].weight)

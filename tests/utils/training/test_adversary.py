@@ -1,0 +1,87 @@
+import copy
+
+import pytest
+import torch
+
+from model.criteria import discriminator_loss, feature_matching_loss, generator_loss, r1_penalty
+from tests.helpers.adversaries import batch, flat_gradient, make
+
+
+@pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
+def test_discriminator_gradient_equals_an_isolated_computation(kind):
+    adversary = make(gan_loss=kind, r1_weight=2.0, r1_every=1, feature_matching_weight=1.0)
+    real, leaf, gradient = batch()
+    adversary.play(real, leaf, gradient, None, 1.0, 0.1)
+    together = flat_gradient(adversary.discriminator).clone()
+
+    twin = make(gan_loss=kind).discriminator
+    loss = discriminator_loss(kind, twin(real)[0], twin(leaf.detach())[0]) + r1_penalty(twin, real)
+    loss.backward()
+    alone = flat_gradient(twin)
+    assert torch.cosine_similarity(together, alone, dim=0) > 0.999999
+    assert (together.norm() / alone.norm()).item() == pytest.approx(1.0, abs=1e-5)
+    assert leaf.grad is None
+
+
+def test_generator_gradient_equals_an_isolated_computation():
+    adversary = make(feature_matching_weight=0.5)
+    real, leaf, gradient = batch()
+    played = adversary.play(real, leaf, gradient, None, 1.0, 0.1)
+    twin = make().discriminator
+    logits, features = twin(leaf)
+    loss = generator_loss("hinge", logits) + 0.5 * feature_matching_loss(twin(real)[1], features)
+    torch.testing.assert_close(played.gradient, torch.autograd.grad(loss, leaf)[0], rtol=1e-4, atol=1e-7)
+
+
+def test_micro_batches_accumulate_to_the_whole():
+    whole, parts = make(), make()
+    real, leaf, gradient = batch(4)
+    whole.play(real, leaf, gradient, None, 1.0, 0.1)
+    for half in (slice(0, 2), slice(2, 4)):
+        part = leaf[half].detach().requires_grad_()
+        parts.play(real[half], part, 2 * gradient[half], None, 0.5, 0.1)
+    torch.testing.assert_close(flat_gradient(whole.discriminator), flat_gradient(parts.discriminator))
+    whole.update()
+    parts.update()
+    torch.testing.assert_close(whole.statistics["gradients"], parts.statistics["gradients"])
+    assert whole.adaptive_factor() == pytest.approx(parts.adaptive_factor(), rel=1e-5)
+
+
+def test_adaptive_factor_is_the_ratio_of_gradient_norms():
+    adversary = make()
+    real, leaf, gradient = batch()
+    assert adversary.adaptive_factor() == 0.0
+    played = adversary.play(real, leaf, gradient, None, 1.0, 0.1)
+    adversary.update()
+    assert adversary.adaptive_factor() == pytest.approx((gradient.norm() / played.gradient.norm()).item(), rel=1e-4)
+
+
+def test_schedule():
+    adversary = make(gan_weight=0.5, gan_start_step=10, gan_warmup_steps=5, gan_ramp_steps=10)
+    assert [adversary.active(step) for step in (9, 10)] == [False, True]
+    assert [adversary.generator_weight(step) for step in (9, 14, 15, 20, 25, 99)] == [0, 0, 0, 0.25, 0.5, 0.5]
+
+
+def test_non_finite_gradient_skips_the_update():
+    adversary = make()
+    before = [p.clone() for p in adversary.discriminator.parameters()]
+    real, leaf, gradient = batch()
+    real[0, 0, 0, 0] = float("nan")
+    adversary.play(real, leaf, gradient, None, 1.0, 0.1)
+    adversary.update()
+    assert adversary.skipped_updates == 1 and adversary.updates == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, adversary.discriminator.parameters()))
+
+
+def test_state_round_trip_continues_exactly():
+    first = make(lecam_weight=0.1, r1_weight=1.0, r1_every=2)
+    for _ in range(3):
+        first.play(*batch(), None, 1.0, 0.1)
+        first.update()
+    second = make(lecam_weight=0.1, r1_weight=1.0, r1_every=2)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for adversary in (first, second):
+        adversary.play(*batch(), None, 1.0, 0.1)
+        adversary.update()
+    for a, b in zip(first.discriminator.parameters(), second.discriminator.parameters()):
+        assert torch.equal(a, b)

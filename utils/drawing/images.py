@@ -1,0 +1,149 @@
+"""Drawing: tensors as pictures, and sheets of labelled pictures for TensorBoard, evaluation and inference."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from dataset_loading.image.pixels import to_uint8
+
+TRIPLE = ("input", "reconstruction", "difference x2")
+MIN_CELL, MAX_CELL = 128, 256  # sides of drawn pictures in pixels
+GAP, LINE = 6, 18  # pixels between pictures, and height of a line of text
+INK, PAPER = (30, 30, 30), (236, 236, 236)
+
+
+@dataclasses.dataclass
+class Group:
+    """Pictures that belong together, drawn in one row with a caption below."""
+
+    pictures: Sequence[Image.Image]
+    caption: str = ""
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """A tensor (3, Y, X) or (1, Y, X) in [-1, 1] as an 8-bit RGB picture."""
+    return Image.fromarray(to_uint8(image.detach()).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    """Twice the absolute difference as a picture: black where equal, white from half the value range on.
+
+    Args:
+        a, b: (..., C, Y, X) in [-1, 1].
+    Returns: the same shape, in [-1, 1].
+    """
+    return (2 * (a - b).abs() - 1).clamp(-1, 1)
+
+
+def triple(image: Tensor, reconstruction: Tensor) -> list[Image.Image]:
+    """Input, reconstruction and difference (see `TRIPLE`) of one picture (3, Y, X) in [-1, 1]."""
+    return [to_picture(each) for each in (image, reconstruction, difference(image, reconstruction.clamp(-1, 1)))]
+
+
+def channel_pictures(latents: Tensor) -> Tensor:
+    """Latent channels as grey pictures: per channel, 2.5 standard deviations about the mean of the batch fill [-1, 1].
+
+    Args:
+        latents: (B, Z, y, x).
+    Returns: (B, Z, 1, y, x) in [-1, 1].
+    """
+    mean = latents.mean((0, 2, 3), keepdim=True)
+    std = latents.std((0, 2, 3), keepdim=True, correction=0)
+    return ((latents - mean) / (2.5 * std).clamp_min(1e-8)).clamp(-1, 1).unsqueeze(2)
+
+
+def fit_cell(picture: Image.Image, side: int) -> Image.Image:
+    """A picture inside a square of `side` pixels, enlarged by a whole factor or shrunk to fit."""
+    longest = max(picture.size)
+    factor = side // longest
+    scale = factor or side / longest
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    scaled = picture.convert("RGB").resize(size, Image.Resampling.NEAREST if factor else Image.Resampling.LANCZOS)
+    cell = Image.new("RGB", (side, side), PAPER)
+    cell.paste(scaled, ((side - size[0]) // 2, (side - size[1]) // 2))
+    return cell
+
+
+def shorten(text: str, width: float, font) -> str:
+    """The text, cut to `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "...") > width:
+        text = text[:-1]
+    return text + "..."
+
+
+def draw_sheet(
+    groups: Sequence[Group],
+    labels: Sequence[str] = (),
+    *,
+    n_across: int = 1,
+    title: str = "",
+    min_cell: int = MIN_CELL,
+) -> Image.Image:
+    """Groups of pictures side by side and below each other.
+
+    Args:
+        groups: each with the same number of pictures.
+        labels: one per picture of a group, above the first row.
+        n_across: groups in one row.
+        title: one line at the top.
+        min_cell: side of the square that a small picture is enlarged to, in pixels.
+    """
+    assert groups and all(len(group.pictures) == len(groups[0].pictures) for group in groups), (
+        "groups of unequal length"
+    )
+    font = ImageFont.load_default(13)
+    longest = max(max(picture.size) for group in groups for picture in group.pictures)
+    side = min(max(longest, min_cell), MAX_CELL)
+    n_across = min(n_across, len(groups))
+    n_pictures = len(groups[0].pictures)
+    group_width = n_pictures * (side + GAP) + 2 * GAP
+    row_height = side + GAP + LINE * any(group.caption for group in groups)
+    top = GAP + LINE * bool(title) + LINE * bool(labels)
+    n_rows = -(-len(groups) // n_across)
+    sheet = Image.new("RGB", (n_across * group_width, top + n_rows * row_height + GAP), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        draw.text((1.5 * GAP, GAP), shorten(title, sheet.width - 3 * GAP, font), INK, font)
+    for number, group in enumerate(groups):
+        row, column = divmod(number, n_across)
+        left, upper = column * group_width + int(1.5 * GAP), top + row * row_height
+        for i, picture in enumerate(group.pictures):
+            sheet.paste(fit_cell(picture, side), (left + i * (side + GAP), upper))
+            if labels and row == 0:
+                label = shorten(labels[i], side, font)
+                draw.text((left + i * (side + GAP), top - LINE), label, INK, font)
+        draw.text((left, upper + side + 1), shorten(group.caption, group_width - 3 * GAP, font), INK, font)
+    return sheet
+
+
+def save_picture(picture: Image.Image, file: Path) -> None:
+    """Write a PNG under a temporary name, then rename it; folders are made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    picture.save(temporary, format="PNG")
+    os.replace(temporary, file)
+
+
+def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
+    """Repeat the last row and column until both sides are divisible.
+
+    Args:
+        image: (B, C, Y, X).
+    Returns: (B, C, Y', X'), whose first Y rows and X columns are the input.
+    """
+    Y, X = image.shape[-2:]
+    return torch.nn.functional.pad(image, (0, -X % multiple, 0, -Y % multiple), mode="replicate")
+
+
+def resize_shorter_side(picture: Image.Image, length: int) -> Image.Image:
+    """The picture with its shorter side `length` pixels long and its proportions kept."""
+    scale = length / min(picture.size)
+    size = (round(picture.width * scale), round(picture.height * scale))
+    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)

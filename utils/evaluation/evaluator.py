@@ -1,0 +1,181 @@
+"""What the evaluation of every stage shares: flags, loading, and the form of the result.
+
+A stage's evaluator is a subclass of `Evaluator` in a module of its own, registered in `evaluate.py`.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from PIL.Image import Image
+from rich.console import RenderableType
+from torch.utils.tensorboard import SummaryWriter
+
+from dataset_loading.audio.signal import save_waveform
+from utils.checkpoints import chosen_weights, load_model, read_stage, step_of
+from utils.devices import compute_device
+from utils.drawing.images import save_picture
+from utils.drawing.players import add_sound, playable
+from utils.options import declared_fields, option
+
+logger = logging.getLogger(__name__)
+
+SOUNDS = "sounds"  # folder of wav files under the output folder
+
+
+@dataclasses.dataclass
+class EvaluationArguments:
+    """Flags of `evaluate.py` for every stage; a stage's own are a subclass, which its evaluator names."""
+
+    # What is evaluated, on what.
+    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
+    weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
+    cached_dataset: str = option("", "preprocessed data set; default: the one that the run trained on")
+    dataset: str = option("", "instead: a folder of pictures, index file or hub name, resized while it is read")
+    split: str = option("", "default: validation; with --dataset: its only split")
+    resize_mode: Literal["crop", "pad", "squash"] = option(
+        "crop", "how other proportions become square, with --dataset"
+    )
+    max_samples: int = option(0, "samples, spread evenly over the split; 0: all", ge=0)
+
+    # How, and where it goes.
+    batch_size: int = option(32, "samples per forward pass", gt=0)
+    num_workers: int = option(0, "data loading processes; 0: the main process loads", ge=0)
+    bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
+    contact_sheet: int = option(
+        0,
+        "samples drawn beside what the model makes of them, to contact_sheet.png, sounds also as wav files; 0: none",
+        ge=0,
+    )
+    output_dir: str = option("", "folder of metrics.json, pictures and sounds; default: the run's folder")
+
+    given: ClassVar[list[str]]  # names of the flags that were given, set by `parse_arguments`
+    needs = {"resize_mode": ("dataset", bool), "cached_dataset": ("dataset", "")}
+
+    def validate_checkpoint(self):
+        if not self.checkpoint:
+            raise ValueError("--checkpoint is missing: give a run folder such as runs/image_vae/<run>")
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """What an evaluator found.
+
+    Attributes:
+        metrics: content of metrics.json beyond what all stages have; JSON values.
+        scalars: what goes to TensorBoard, by name.
+        tables: what is printed.
+        pictures: what is drawn, by file name.
+        curves: further scalars by name, over another axis than the training step.
+        sounds: waveforms (S,) in [-1, 1] with their sampling rates, by name.
+    """
+
+    metrics: dict[str, Any]
+    scalars: dict[str, float]
+    tables: Sequence[RenderableType]
+    pictures: dict[str, Image]
+    curves: dict[str, dict[int, float]] = dataclasses.field(default_factory=dict)
+    sounds: dict[str, tuple[torch.Tensor, int]] = dataclasses.field(default_factory=dict)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write pictures, and sounds as wav files; returns the files, and for sounds their folder."""
+        for name, picture in self.pictures.items():
+            save_picture(picture, folder / name)
+        for name, (waveform, rate) in self.sounds.items():
+            save_waveform(playable(waveform), rate, folder / SOUNDS / f"{name}.wav")
+        return [*(folder / name for name in self.pictures), *([folder / SOUNDS] if self.sounds else [])]
+
+    def log(self, writer: SummaryWriter, group: str, step: int) -> None:
+        """Write scalars, curves, pictures and sounds to TensorBoard."""
+        for name, value in self.scalars.items():
+            writer.add_scalar(f"{group}/{name}", value, step)
+        for name, curve in self.curves.items():
+            for position, value in curve.items():
+                writer.add_scalar(f"{group}/{name}", value, position)
+        for name, picture in self.pictures.items():
+            writer.add_image(f"{group}/{Path(name).stem}", np.asarray(picture), step, dataformats="HWC")
+        for name, (waveform, rate) in self.sounds.items():
+            add_sound(writer, f"{group}/{name}", waveform, rate, step)
+
+
+class Evaluator:
+    """Evaluates one checkpoint. Subclasses state the class attributes, `build_dataset` and `measure`.
+
+    Args:
+        args: the flags.
+        checkpoint: a complete checkpoint folder.
+    Raises:
+        ValueError: a flag was given that this stage does not have; or `--weights ema` was given and the checkpoint has
+            no averaged weights.
+    """
+
+    arguments_class: ClassVar[type[EvaluationArguments]]  # other flags are refused
+    refused_flags: ClassVar[tuple[str, ...]] = ()  # of these, too
+    model_class: ClassVar[type]
+    definitions: ClassVar[dict[str, str]]  # name of a metric -> how it is defined
+
+    def __init__(self, args: Any, checkpoint: Path):
+        self.args, self.checkpoint = args, checkpoint
+        self.record = read_stage(checkpoint)
+        known = {field.name for field in declared_fields(self.arguments_class)} - set(self.refused_flags)
+        foreign = ", ".join(f"--{name}" for name in args.given if name not in known)
+        if foreign:
+            raise ValueError(f"{foreign}: no effect on {checkpoint}, which is of stage {self.record['stage']!r}")
+        self.step = step_of(checkpoint)
+        self.device = compute_device()
+        self.weights = chosen_weights(checkpoint, args)
+        self.model = self.load_model()
+
+    def load_model(self) -> Any:
+        """The model on the device, in eval mode."""
+        return load_model(self.model_class, self.checkpoint, self.weights).requires_grad_(False).to(self.device)
+
+    def build_dataset(self) -> Any:
+        """The samples, with `entries` (a dict with `key` and `caption` per sample) and `fingerprint`."""
+        raise NotImplementedError
+
+    def measure(self, dataset: Any, indices: list[int]) -> Evaluation:
+        """Evaluate the samples with these indices."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What was evaluated, and how, for metrics.json."""
+        return {
+            "stage": self.record["stage"],
+            "checkpoint": str(self.checkpoint),
+            "step": self.step,
+            "weights": self.weights,
+            "precision": "bf16 autocast" if self.args.bf16 else "fp32",
+            "definitions": self.definitions,
+            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "trained_at_commit": self.record["git_commit"],
+        }
+
+    def cache(self) -> tuple[str, str]:
+        """Folder and split of the preprocessed data set."""
+        return self.args.cached_dataset or self.record["data"]["folder"], self.args.split or "validation"
+
+    def describe_data(self, dataset: Any, n_samples: int) -> dict[str, Any]:
+        """Which samples were evaluated, for metrics.json; warns where the run's own data set has changed since."""
+        folder, split = (self.args.dataset, self.args.split) if self.args.dataset else self.cache()
+        trained_on = self.record["data"]
+        is_same = dataset.fingerprint == trained_on["fingerprint"].partition("+")[0]  # Without conditions.
+        if folder == trained_on["folder"] and not is_same:
+            logger.warning(
+                "%s was made anew since the run trained on it (fingerprint %s, now %s): it may hold training samples",
+                folder,
+                trained_on["fingerprint"],
+                dataset.fingerprint,
+            )
+        return {
+            "folder": str(folder),
+            "split": split,
+            "fingerprint": dataset.fingerprint,
+            "is_the_runs_own": is_same,
+            "n_samples": n_samples,
+        }

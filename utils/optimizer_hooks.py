@@ -1,0 +1,196 @@
+"""Hooks around an optimizer's step: the guard against non-finite gradients, GrokFast's gradient filters
+(arXiv 2405.20233), and the moving average of the weights, exact under DDP and ZeRO.
+
+A filter adds the amplified slow part of the gradient, elementwise and linearly, just before the optimizer's step. It
+acts on whatever parameters the optimizer holds, whole or ZeRO's flat shards, with its state in `optimizer.state[p]`:
+it is sharded, saved and restored with the optimizer.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+class OptimizerHook:
+    """Base of hooks that work per parameter around an optimizer's step.
+
+    ZeRO steps each parameter group separately, so that one training step may fire the hook several times: counters
+    live per parameter.
+    """
+
+    def __init__(self):
+        self.fired = 0
+        self.optimizer: torch.optim.Optimizer | None = None
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Register with the optimizer that really steps."""
+        self.optimizer = optimizer
+        optimizer.register_step_pre_hook(self.before_step)
+        optimizer.register_step_post_hook(self.after_step)
+
+    def before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Called before each step, after clipping."""
+
+    def after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        """Called after each step."""
+        self.fired += 1
+
+
+class GradientFilter(OptimizerHook):
+    """Replaces each gradient g by g + lambda * slow(g); subclasses say what the slow part is."""
+
+    def __init__(self, lamb: float):
+        super().__init__()
+        self.lamb = lamb
+        # torch optimizers initialise a parameter's state when it is empty: new keys wait until the first step is done.
+        self.waiting: dict[Tensor, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def before_step(self, optimizer, args, kwargs):
+        for parameter in with_gradients(optimizer):
+            state = optimizer.state[parameter]
+            target = state if state else self.waiting.setdefault(parameter, {})
+            parameter.grad.add_(self.slow_part(target, parameter.grad), alpha=self.lamb)
+
+    def after_step(self, optimizer, args, kwargs):
+        super().after_step(optimizer, args, kwargs)
+        for parameter, values in self.waiting.items():
+            optimizer.state[parameter].update(values)
+        self.waiting.clear()
+
+    def slow_part(self, state: dict, gradient: Tensor) -> Tensor:
+        """The slow part of the gradient, updating the filter's entries of `state`."""
+        raise NotImplementedError
+
+
+class GradientEMA(GradientFilter):
+    """GrokFast-EMA: the slow part is m <- alpha m + (1 - alpha) g, started at the first gradient (Algorithm 1)."""
+
+    def __init__(self, alpha: float = 0.98, lamb: float = 2.0):
+        super().__init__(lamb)
+        self.alpha = alpha
+
+    def slow_part(self, state, gradient):
+        if "grokfast_ema" not in state:
+            state["grokfast_ema"] = gradient.clone()
+        else:
+            state["grokfast_ema"].lerp_(gradient, 1 - self.alpha)
+        return state["grokfast_ema"]
+
+
+class GradientMA(GradientFilter):
+    """GrokFast-MA: the slow part is the mean of the last `window` gradients, 0 until the window is full (Algorithm 2).
+
+    A ring buffer holds the window; the mean is taken anew each step, so that no rounding error accumulates.
+    """
+
+    def __init__(self, window: int = 100, lamb: float = 5.0):
+        super().__init__(lamb)
+        self.window = window
+
+    def slow_part(self, state, gradient):
+        if "grokfast_ring" not in state:
+            state["grokfast_ring"] = gradient.new_zeros((self.window, *gradient.shape))
+            state["grokfast_count"] = torch.zeros((), dtype=torch.float32)
+        count = int(state["grokfast_count"])
+        state["grokfast_ring"][count % self.window] = gradient
+        state["grokfast_count"] += 1
+        return state["grokfast_ring"].mean(0) if count + 1 >= self.window else torch.zeros_like(gradient)
+
+
+class NonFiniteGuard(OptimizerHook):
+    """Drops the gradients of a step in which any of them is not finite on any process, so that the step changes
+    nothing.
+
+    Raises:
+        FloatingPointError: after `limit` such steps in a row.
+    """
+
+    def __init__(self, limit: int, any_across_ranks: Callable[[bool, torch.device], bool]):
+        super().__init__()
+        self.limit, self.any_across_ranks = limit, any_across_ranks
+        self.in_a_row = 0
+        self.skipped = 0
+
+    def before_step(self, optimizer, args, kwargs):
+        parameters = with_gradients(optimizer)
+        if not parameters:
+            return
+        sums = torch.stack([p.grad.sum(dtype=torch.float32) for p in parameters])
+        if not self.any_across_ranks(not torch.isfinite(sums).all().item(), sums.device):
+            self.in_a_row = 0
+            return
+        for parameter in parameters:
+            parameter.grad = None
+        self.in_a_row += 1
+        self.skipped += 1
+        if self.in_a_row >= self.limit:
+            raise FloatingPointError(
+                f"{self.in_a_row} optimizer steps in a row had non-finite gradients; lower --learning_rate, look for "
+                "broken samples, or raise --max_skipped_steps"
+            )
+
+
+def with_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """The optimizer's parameters that have a gradient in this step."""
+    return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None and p.numel() > 0]
+
+
+class WeightEMA(OptimizerHook):
+    """After each step: average <- d average + (1 - d) weight, with d = min(decay, (1 + n) / (10 + n)) at the n-th
+    step.
+
+    The warm-up of d is that of TensorFlow's ExponentialMovingAverage(num_updates). The average lives in
+    `optimizer.state[p]["weight_ema"]`: it is sharded, saved and restored with the optimizer.
+    """
+
+    def __init__(self, decay: float):
+        super().__init__()
+        self.decay = decay
+
+    @torch.no_grad()
+    def after_step(self, optimizer, args, kwargs):
+        super().after_step(optimizer, args, kwargs)
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter)
+                if not state:
+                    continue
+                if "weight_ema" not in state:
+                    state["weight_ema"] = parameter.detach().float().clone()
+                n = float(state["step"])
+                decay = min(self.decay, (1 + n) / (10 + n))
+                state["weight_ema"].lerp_(parameter.detach().float(), 1 - decay)
+
+    def state_dict_of(self, model: nn.Module, engine=None) -> dict[str, Tensor] | None:
+        """The model's state dict with averaged parameters, buffers as they are, fp32, on every process.
+
+        A parameter that has several names has its average under each of them, as the same tensor.
+
+        Args:
+            model: the plain model.
+            engine: the DeepSpeed engine around it, if any. Under ZeRO this gathers shards: all processes must call it.
+        Returns: None before the first step.
+        """
+        if not any("weight_ema" in state for state in self.optimizer.state.values()):
+            return None
+        zero = getattr(engine, "optimizer", None)
+        if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+            # ZeRO 1 and 2 link parameters to their optimizer state once, after the first group's first step, when the
+            # other groups have none yet; link them again.
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+        averages = {parameter: self.average_of(parameter).detach() for parameter in model.parameters()}
+        named = {name: averages[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
+        return {**model.state_dict(), **named}
+
+    def average_of(self, parameter: nn.Parameter) -> Tensor:
+        """The whole average of one parameter, gathered where ZeRO shards it."""
+        if parameter in self.optimizer.state:
+            return self.optimizer.state[parameter]["weight_ema"]
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        average = safe_get_full_optimizer_state(parameter, "weight_ema")
+        assert average is not None, "the engine lost the weight average of a parameter"
+        return average

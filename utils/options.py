@@ -1,0 +1,204 @@
+"""Declared options: each field of a configuration states its type, default, meaning and bounds once.
+
+`option()` declares a field, `validate_fields()` checks a whole object, and `StrictConfig` is the base of every model
+configuration: a transformers `PreTrainedConfig` that refuses unknown names instead of storing them.
+The stages' command-line flags (`megatransformer_utils.StageArguments`) are declared with the same `option()`.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import types
+import typing
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from typing import Any, ClassVar, Literal
+
+from transformers import PreTrainedConfig
+
+BOUNDS = {
+    "gt": (">", lambda value, bound: value > bound),
+    "ge": (">=", lambda value, bound: value >= bound),
+    "lt": ("<", lambda value, bound: value < bound),
+    "le": ("<=", lambda value, bound: value <= bound),
+}
+
+
+def option(default: Any, meaning: str, *, bare: Any = None, **bounds: float) -> Any:
+    """A dataclass field with its meaning and bounds.
+
+    Args:
+        default: the default; a list or dict is copied for each object.
+        meaning: one line with the unit, shown by `--help` and in the generated documentation.
+        bare: what the command-line flag means when it is given without a value.
+        bounds: any of `gt`, `ge`, `lt`, `le`; None values and non-numbers are not compared.
+    """
+    unknown = set(bounds) - set(BOUNDS)
+    assert not unknown, f"option() takes {sorted(BOUNDS)}, not {sorted(unknown)}"
+    metadata = {"meaning": meaning, "bounds": bounds, "bare": bare}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the closest known name, or the list of known names where nothing is close."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def check_type(value: Any, annotation: Any) -> bool:
+    """Whether `value` fits the annotation: scalars, Literal, unions, and list[...] of these. A bool is not an int."""
+    origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
+    if annotation is Any:
+        return True
+    if origin in (typing.Union, types.UnionType):
+        return any(check_type(value, part) for part in parts)
+    if origin is Literal:
+        return any(value == part and type(value) is type(part) for part in parts)
+    if origin is list:
+        return isinstance(value, list) and all(check_type(item, parts[0]) for item in value)
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, types.NoneType if annotation is None else annotation)
+
+
+def type_name(annotation: Any) -> str:
+    """The annotation as a reader writes it: `int`, `list[int]`, `one of 'a', 'b'`."""
+    if typing.get_origin(annotation) is Literal:
+        return "one of " + ", ".join(repr(part) for part in typing.get_args(annotation))
+    return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
+
+
+def declared_fields(owner: Any) -> list[dataclasses.Field]:
+    """The fields declared by `option()`, in order of declaration."""
+    return [field for field in dataclasses.fields(owner) if "meaning" in field.metadata]
+
+
+def declared_sections(owner: Any) -> dict[str, list[dataclasses.Field]]:
+    """The declared fields by section, in order of declaration.
+
+    A section begins at a class variable `SECTION_...`, whose value is its title. Fields in front of any have title "".
+    """
+    fields = {field.name: field for field in declared_fields(owner)}
+    sections: dict[str, list[dataclasses.Field]] = {}
+    for base in reversed((owner if isinstance(owner, type) else type(owner)).__mro__):
+        title = ""
+        for name in inspect.get_annotations(base):
+            if name.startswith("SECTION_"):
+                title = getattr(base, name)
+            elif name in fields:
+                sections.setdefault(title, []).append(fields.pop(name))
+    return sections
+
+
+def default_value(field: dataclasses.Field) -> Any:
+    """The default of a declared field."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def validate_fields(owner: Any, spelling: str = "{}") -> None:
+    """Check every declared field's type and bounds, then every `validate_<section>` method of the object.
+
+    Args:
+        owner: a dataclass instance whose fields were declared by `option()`.
+        spelling: how the message writes a field's name, `"--{}"` for flags.
+    Raises:
+        ValueError: names the field, its value and the rule.
+    """
+    for field in declared_fields(owner):
+        value, name = getattr(owner, field.name), spelling.format(field.name)
+        assert not isinstance(field.type, str), f"{name}: postponed annotations switch the type checks off"
+        if not check_type(value, field.type):
+            wrong, rule, given = value, field.type, f"{name}={value!r}"
+            if isinstance(value, list) and typing.get_origin(rule) is list:
+                (rule,) = typing.get_args(rule)
+                wrong = next(item for item in value if not check_type(item, rule))
+                given += f": {wrong!r}"
+            hint = suggest(wrong, typing.get_args(rule)) if is_literal_typo(wrong, rule) else ""
+            raise ValueError(f"{given} must be {type_name(rule)}{hint}")
+        for kind, bound in field.metadata["bounds"].items():
+            sign, holds = BOUNDS[kind]
+            for item in value if isinstance(value, list) else [value]:
+                if isinstance(item, int | float) and not holds(item, bound):
+                    raise ValueError(f"{name}={value!r} must be {sign} {bound}")
+    for method_name in dir(owner):
+        if method_name.startswith("validate_") and inspect.ismethod(getattr(owner, method_name)):
+            getattr(owner, method_name)()
+
+
+def is_literal_typo(value: Any, annotation: Any) -> bool:
+    """Whether a suggestion makes sense: a string given where a Literal of strings is wanted."""
+    return isinstance(value, str) and typing.get_origin(annotation) is Literal
+
+
+def from_preset(config_class: type, presets: dict[str, dict], name: str, **overrides: Any) -> Any:
+    """Build `config_class` from a row of a preset table, with some fields replaced.
+
+    Raises:
+        ValueError: the name is not in the table; the message lists the names and suggests one.
+    """
+    if name not in presets:
+        raise ValueError(f"unknown preset {name!r}{suggest(name, presets)} (presets: {', '.join(presets)})")
+    return config_class(**{**presets[name], **overrides})
+
+
+class StrictConfig(PreTrainedConfig):
+    """A model configuration whose fields are declared by `option()`; wrong names, types and bounds raise ValueError.
+
+    Subclasses add fields and `validate_<section>(self)` methods for the relations between fields. `config.json` round
+    trips; keys that transformers itself writes are accepted.
+    """
+
+    # Fields (with * as in file names), the field that switches them, and the values of it that give them an effect.
+    # True and False stand for any value that is so; of a list, one entry is enough.
+    EFFECTS: ClassVar[list[tuple]] = []
+
+    def __post_init__(self, **kwargs: Any):
+        known = {field.name for field in declared_fields(self)}
+        aliases = {name for name, own in self.attribute_map.items() if own in known}
+        for name in kwargs:
+            if name not in TRANSFORMERS_KEYS and name not in aliases and not name.startswith("_"):
+                raise ValueError(f"{type(self).__name__} has no field {name!r}{suggest(name, known)}")
+        super().__post_init__(**kwargs)
+        validate_fields(self)
+
+    def replace(self, **changes: Any) -> "StrictConfig":
+        """A validated copy with some fields changed; unknown names raise ValueError with a suggestion."""
+        fields = {field.name: getattr(self, field.name) for field in declared_fields(self)}
+        return type(self)(**{**fields, **changes})
+
+    def expect(self, holds: bool, name: str, rule: str) -> None:
+        """Raise ValueError `<name>=<value> <rule>` unless it holds."""
+        if not holds:
+            raise ValueError(f"{name}={getattr(self, name)!r} {rule}")
+
+    def validate_effects(self):
+        """Refuse fields that differ from their defaults while what they set is off, by the table EFFECTS."""
+        for patterns, switch, *needed in self.EFFECTS:
+            value = getattr(self, switch)
+            held = value if isinstance(value, list) else [bool(value) if isinstance(needed[0], bool) else value]
+            for field in [] if set(held) & set(needed) else declared_fields(self):
+                is_meant = any(fnmatch(field.name, pattern) for pattern in patterns.split())
+                is_default = getattr(self, field.name) == default_value(field)
+                self.expect(is_default or not is_meant, field.name, f"has no effect with {switch}={value!r}")
+
+    def describe(self) -> str:
+        """All declared fields, one per line: `name = value   # meaning`, below the titles of their sections."""
+        lines = []
+        for title, fields in declared_sections(self).items():
+            rows = [(f"{field.name} = {getattr(self, field.name)!r}", field.metadata["meaning"]) for field in fields]
+            width = max(len(setting) for setting, _ in rows)
+            lines += ["", f"[{title}]"] if title else []
+            lines += [f"{setting:<{width}}  # {meaning}" for setting, meaning in rows]
+        return "\n".join(lines).lstrip("\n")
+
+
+TRANSFORMERS_KEYS = {
+    *(field.name for field in dataclasses.fields(PreTrainedConfig)),
+    *("attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels"),
+    *("output_attentions", "quantization_config", "torch_dtype", "use_cache"),
+}

@@ -1,0 +1,211 @@
+"""What the preprocessing stages that read sound share: flags, and the way from a file to waveforms."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dataset_loading.audio.augmentation import AudioAugmentation
+from dataset_loading.audio.signal import (
+    AUDIO_SUFFIXES,
+    LoudnessMeasure,
+    clipped_share,
+    cut_at_pauses,
+    decode_audio,
+    is_silent,
+    limit_peak,
+    normalize_loudness,
+    remove_hum,
+    resample,
+    trim_silence,
+)
+from dataset_loading.sources import Source
+from model.audio.spectral import LogMel, MelSettings, mel_preset
+from utils.options import option
+from utils.preprocessing.driver import PACKAGES, Preprocess, PreprocessArguments
+from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of
+
+CAPTION_COLUMNS = ("text", "text_normalized", "transcription", "transcript", "sentence")
+SPEAKER_COLUMNS = ("speaker", "speaker_id")
+MEL_FLAGS = tuple(field.name for field in dataclasses.fields(MelSettings))
+CONDITIONING = (
+    "segment_seconds",
+    "min_seconds",
+    "trim_db",
+    "loudness_db",
+    "loudness_measure",
+    "notch_hz",
+    "keep_clipped",
+)
+AUGMENTATIONS = tuple(field.name for field in dataclasses.fields(AudioAugmentation))
+MAX_CLIPPED = 1e-3  # Share of samples at full scale beyond which a clip counts as clipped.
+
+
+@dataclasses.dataclass
+class AudioPreprocessArguments(PreprocessArguments):
+    """Flags of all stages that read sound."""
+
+    caption_column: str = option(
+        "", f"column with the transcripts; default: the first of {', '.join(CAPTION_COLUMNS)}"
+    )
+    speaker_column: str = option("", f"column with the speakers; default: the first of {', '.join(SPEAKER_COLUMNS)}")
+
+    # The log-mel: a preset, and fields that replace the preset's.
+    mel: Literal["16k", "22k", "24k", "44k", "48k"] = option("16k", "log-mel by its sampling rate")
+    sample_rate: int | None = option(None, "sampling rate in Hz", gt=0)
+    n_fft: int | None = option(None, "samples of a frame", gt=0)
+    hop_length: int | None = option(None, "samples between frames", gt=0)
+    n_mels: int | None = option(None, "mel bins", gt=0)
+    f_min: float | None = option(None, "lowest frequency of the mel bins in Hz", ge=0)
+    f_max: float | None = option(None, "highest frequency of the mel bins in Hz", gt=0)
+    floor: float | None = option(None, "smallest mel magnitude, below which all is silence", gt=0)
+
+    # What is left out, and how clips are conditioned.
+    segment_seconds: float = option(0.0, "longer clips are cut at quiet places; seconds, 0: whole clips", ge=0)
+    min_seconds: float = option(0.25, "shorter clips are left out, in seconds", ge=0)
+    keep_clipped: bool = option(False, f"keep clips with more than {MAX_CLIPPED:.1%} of their samples at full scale")
+    notch_hz: int = option(0, "frequency of the mains whose hum is removed, 50 or 60 Hz; 0: off")
+    trim_db: float = option(0.0, "ends that far below the loudest part are cut off; dB, 0: off", ge=0, bare=40.0)
+    loudness_db: float | None = option(None, "loudness that clips are scaled to, such as -23, in dBFS", lt=0)
+    loudness_measure: LoudnessMeasure = option("active", "active: RMS without pauses; bs1770: LUFS of ITU-R BS.1770")
+
+    # Changes of the augmented copies.
+    time_stretch: float = option(0.0, "largest change of speed, at the same pitch", ge=0, le=1, bare=0.1)
+    pitch_shift: float = option(0.0, "largest change of pitch in semitones", ge=0, le=12, bare=1.0)
+    gain_db: float = option(0.0, "largest gain and attenuation in dB", ge=0, le=40, bare=6.0)
+    noise_snr_db: float | None = option(
+        None, "smallest ratio of sound to white noise in dB; largest: 20 more", bare=20.0
+    )
+
+    needs = {**PreprocessArguments.needs, "loudness_measure": ("loudness_db", lambda value: value is not None)}
+
+    @property
+    def mel_settings(self) -> MelSettings:
+        """The preset with its replaced fields. Raises: ValueError: they contradict each other."""
+        given = {name: getattr(self, name) for name in MEL_FLAGS if getattr(self, name) is not None}
+        return dataclasses.replace(mel_preset(self.mel), **given)
+
+    def validate_mel(self):
+        settings = self.mel_settings
+        if 0 < self.segment_seconds * settings.sample_rate < 3 * self.min_samples:
+            raise ValueError(
+                f"--segment_seconds={self.segment_seconds} must be at least three times the shortest clip, "
+                f"{self.min_samples / settings.sample_rate:.3f} s, since segments may be a third as long"
+            )
+
+    @property
+    def min_samples(self) -> int:
+        """Samples of the shortest clip that is kept: it has a log-mel when it is cut to whole frames."""
+        settings = self.mel_settings
+        frames = math.ceil(settings.min_samples / settings.hop_length)
+        return max(frames * settings.hop_length, round(self.min_seconds * settings.sample_rate))
+
+    def validate_notch(self):
+        if self.notch_hz not in (0, 50, 60):
+            raise ValueError(f"--notch_hz={self.notch_hz} must be 0, 50 or 60")
+
+    def validate_augmentation(self):
+        used = [name for name in AUGMENTATIONS if getattr(self, name) != getattr(type(self), name)]
+        flags = ", ".join(f"--{name}" for name in AUGMENTATIONS)
+        if used and not self.num_augmented_copies:
+            raise ValueError(f"--{used[0]} changes augmented copies only; give --num_augmented_copies")
+        if self.num_augmented_copies and not used:
+            raise ValueError(f"--num_augmented_copies={self.num_augmented_copies}: copies are equal without {flags}")
+
+
+class AudioPreprocess(Preprocess):
+    """Preprocessing of one stage that reads sound. Subclasses state `name` and `encode`.
+
+    `encode` gets a mono waveform (S,) float32 in [-1, 1] at the rate of the log-mel, S a multiple of hop_length.
+    """
+
+    arguments_class = AudioPreprocessArguments
+    media = "audio"
+    suffixes = AUDIO_SUFFIXES
+    caption_columns = CAPTION_COLUMNS
+    packages = (*PACKAGES, "torchaudio", "soundfile")
+
+    def __init__(self, args: AudioPreprocessArguments):
+        super().__init__(args)
+        self.mel = args.mel_settings
+        self.augmentation = AudioAugmentation(**{name: getattr(args, name) for name in AUGMENTATIONS})
+
+    def settings(self) -> dict[str, Any]:
+        named = {name: getattr(self.args, name) for name in (*CONDITIONING, *AUGMENTATIONS)}
+        return {"mel": self.mel.as_dict(), **named}
+
+    def open_sources(self) -> dict[str, Source]:
+        sources = super().open_sources()
+        for source in sources.values():
+            self.find_column(source, "speaker_column", SPEAKER_COLUMNS)
+        return sources
+
+    def examples(self, source: Source) -> Iterator[tuple[str, Raw]]:
+        caption = self.find_column(source, "caption_column", self.caption_columns)
+        speaker = self.find_column(source, "speaker_column", SPEAKER_COLUMNS)
+        for name, row in source:
+            notes = {"speaker": caption_of(row.get(speaker))}
+            yield name, Raw(row[source.media], caption_of(row.get(caption)), notes)
+
+    def decode(self, media: dict[str, Any] | None) -> Tensor:
+        """A conditioned waveform at the rate of the log-mel."""
+        args, rate = self.args, self.mel.sample_rate
+        samples, own_rate = decode_audio(media)
+        share = clipped_share(samples)
+        if share > MAX_CLIPPED and not args.keep_clipped:
+            raise SkipSampleError(f"clipped: {share:.2%} of the samples are at full scale; --keep_clipped keeps it")
+        waveform = resample(samples.mean(0), own_rate, rate)
+        self.check_length(waveform)
+        if args.notch_hz:
+            waveform = remove_hum(waveform, rate, args.notch_hz)
+        if is_silent(waveform, rate):
+            raise SkipSampleError("silent")
+        if args.trim_db:
+            waveform = trim_silence(waveform, rate, args.trim_db)
+            self.check_length(waveform)
+        if args.loudness_db is not None:
+            waveform = normalize_loudness(waveform, rate, args.loudness_db, args.loudness_measure)
+        return limit_peak(waveform)
+
+    def check_length(self, waveform: Tensor) -> None:
+        """Raises: SkipSampleError: the waveform is shorter than --min_seconds, or than a frame needs."""
+        if len(waveform) < self.args.min_samples:
+            rate, least = self.mel.sample_rate, self.args.min_samples
+            raise SkipSampleError(f"too short: {len(waveform) / rate:.3f} s, less than {least / rate:.3f} s")
+
+    def encode_parts(self, example: Example, generator: torch.Generator) -> list[dict[str, Tensor]]:
+        """Change a copy at random, cut it into segments, leave out the silent ones, and encode the others.
+
+        Segments of a copy are judged at the level of the plain clip: gain makes none silent. A clip with sound keeps
+        all segments where each one falls just short of it.
+        """
+        waveform, rate, level = example.data, self.mel.sample_rate, 1.0
+        if example.copy:
+            waveform = self.augmentation(waveform, rate, generator)
+            level = example.data.abs().max() / waveform.abs().max().clamp_min(1e-12)
+            waveform = F.pad(waveform, (0, max(0, self.args.min_samples - len(waveform))))
+        limit = round(self.args.segment_seconds * rate) or len(waveform)
+        parts = cut_at_pauses(waveform, rate, limit)
+        parts = [part for part in parts if not is_silent(level * part, rate)] or parts
+        whole = [part[: len(part) // self.mel.hop_length * self.mel.hop_length] for part in parts]
+        return [self.encode(dataclasses.replace(example, data=part), generator) for part in whole]
+
+    def measure(self, tensors: dict[str, Tensor]) -> dict[str, int | float]:
+        n_frames = tensors["mel"].shape[-1]
+        return {"length": n_frames, "seconds": round(n_frames * self.mel.hop_length / self.mel.sample_rate, 4)}
+
+
+def log_mel(waveform: Tensor, settings: MelSettings) -> Tensor:
+    """(S,) -> (M, S // hop_length) fp32."""
+    return log_mel_module(settings)(waveform[None])[0]
+
+
+@functools.cache
+def log_mel_module(settings: MelSettings) -> LogMel:
+    """Built once in each worker process."""
+    return LogMel(settings)

@@ -1,0 +1,74 @@
+"""Preprocessing with a model: workers read and fit the raw files, the main process encodes them in batches.
+
+The model lives in the main process only, on the GPU where there is one. Samples are batched in the order of the
+source, so the tensors do not depend on the number of workers.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from utils.options import option
+from utils.preprocessing.driver import Preprocess, PreprocessArguments
+from utils.preprocessing.samples import Example, Outcome, Prepared, Task
+from utils.preprocessing.workers import map_in_workers
+
+
+@dataclasses.dataclass
+class BatchedPreprocessArguments(PreprocessArguments):
+    """Flags of preprocessing with a model."""
+
+    batch_size: int = option(32, "samples that are encoded at once", gt=0)
+    bf16: bool = option(
+        False, "bfloat16 autocast in the encoder; reading and writing files often take longer than encoding"
+    )
+
+
+class BatchedPreprocess(Preprocess):
+    """Preprocessing of one stage by a model: `encode` gives what the model needs, `encode_batch` what is written."""
+
+    arguments_class = BatchedPreprocessArguments
+    models: ClassVar[tuple[str, ...]] = ()  # Attributes that stay in the main process.
+
+    def encode_batch(self, examples: list[Example]) -> list[dict[str, Tensor]]:
+        """The tensors that are written, of at most `--batch_size` examples whose `data` is what `encode` returned."""
+        raise NotImplementedError
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What workers get."""
+        return {name: value for name, value in vars(self).items() if name not in self.models}
+
+    def work(self, tasks: Iterator[Task]) -> Iterator[Outcome]:
+        """As `Preprocess.work`; outcomes with nothing to write come at once, the others batch by batch."""
+        waiting: list[Prepared] = []
+        for prepared in map_in_workers(self.prepare_arrays, tasks, self.args.num_workers):
+            if not prepared.examples:
+                yield prepared.outcome
+                continue
+            waiting.append(prepared)
+            if sum(len(one.examples) for one in waiting) >= self.args.batch_size:
+                yield from self.encode_and_write(waiting)
+                waiting = []
+        yield from self.encode_and_write(waiting)
+
+    def prepare_arrays(self, task: Task) -> Prepared:
+        """`prepare` with arrays, since every tensor would hold a file open on its way to the main process."""
+        prepared = self.prepare(task)
+        for example in prepared.examples:
+            example.data = {name: tensor.numpy() for name, tensor in example.data.items()}
+        return prepared
+
+    def encode_and_write(self, waiting: list[Prepared]) -> Iterator[Outcome]:
+        """Encode the examples of some tasks in batches, then write them task by task."""
+        examples = [example for prepared in waiting for example in prepared.examples]
+        for example in examples:
+            example.data = {name: torch.from_numpy(array) for name, array in example.data.items()}
+        for start in range(0, len(examples), self.args.batch_size):
+            batch = examples[start : start + self.args.batch_size]
+            for example, tensors in zip(batch, self.encode_batch(batch), strict=True):
+                example.data = tensors
+        for prepared in waiting:
+            yield self.write(prepared.outcome, prepared.examples)

@@ -1,0 +1,349 @@
+"""The preprocessing driver: a stage says how one raw file becomes tensors, `Preprocess` does the rest.
+
+It reads the source, splits off validation samples by a hash of the raw file's name, runs worker processes, writes one
+file per sample, goes on where an interrupted run stopped, and writes the manifest last. The tensors depend on the
+seed, the sample and the copy only, never on the number of workers.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import logging
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Collection, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dataset_loading.cache_writer import open_journal, part_key, read_entries, sample_key, save_tensors, write_manifest
+from dataset_loading.cached import MANIFEST, SCHEMA
+from dataset_loading.sources import Source, open_source
+from utils.command_line import explained_errors, parse_arguments
+from utils.options import declared_fields, option
+from utils.preprocessing.progress import ProgressReport
+from utils.preprocessing.samples import (
+    Example,
+    Outcome,
+    Prepared,
+    Raw,
+    SkipSampleError,
+    Task,
+    caption_of,
+    describe_problems,
+    is_validation,
+    notes_of,
+    summary,
+)
+from utils.preprocessing.workers import map_in_workers
+from utils.seeds import seed_of
+
+logger = logging.getLogger(__name__)
+
+PACKAGES = ("torch", "numpy", "pillow", "datasets")
+
+
+@dataclasses.dataclass
+class PreprocessArguments:
+    """Flags common to all preprocessing; a stage's own arguments are a subclass with further `option()` fields."""
+
+    # What is read.
+    dataset_name: str = option("", "raw data: hub name, folder, or index file (.csv, .jsonl)")
+    dataset_config: str = option("", "configuration of a hub data set")
+    dataset_split: str = option("train", "split that is read")
+    media_column: str = option("", "column with the files of a hub data set; default: the only one of its kind")
+    caption_column: str = option("text", "column with the captions; without a column 'text' captions are empty")
+    limit: int = option(-1, "raw samples that are read, from the first; -1: all", ge=-1)
+
+    # Which part validates.
+    validation_fraction: float = option(0.05, "share for validation, by a hash of the raw file's name", ge=0, lt=1)
+    validation_dataset: str = option("", "hub name or folder of a validation set of its own")
+    validation_split: str = option("", "split of the validation set; default: its only one")
+
+    # How it is written.
+    output_dir: str = option("", "folder that is written; default: cached_datasets/<stage>")
+    num_augmented_copies: int = option(0, "randomly changed copies of a training sample, beside the plain one", ge=0)
+    seed: int = option(42, "seed of the random changes", ge=0)
+    num_workers: int = option(-1, "worker processes; 0: none, the main process works; -1: one per CPU", ge=-1)
+    max_broken_fraction: float = option(0.01, "share of raw files that may be broken", ge=0, le=1)
+
+    needs = {"validation_fraction": ("validation_dataset", ""), "validation_split": ("validation_dataset", bool)}
+
+    def validate_source(self):
+        if not self.dataset_name:
+            raise ValueError("--dataset_name is missing: give a hub name, a folder, or an index file (.csv, .jsonl)")
+        if self.limit == 0:
+            raise ValueError("--limit=0 reads nothing; give a positive number, or -1 for all")
+
+
+class Preprocess:
+    """Preprocessing of one stage. Subclasses state the class attributes, `settings`, `decode` and `encode`."""
+
+    name: ClassVar[str]
+    arguments_class: ClassVar[type[PreprocessArguments]] = PreprocessArguments
+    media: ClassVar[str]  # "image" or "audio"
+    suffixes: ClassVar[Collection[str]]
+    caption_columns: ClassVar[tuple[str, ...]] = ("text",)  # Tried in turn where --caption_column is not given.
+    packages: ClassVar[tuple[str, ...]] = PACKAGES  # Their versions are noted in the manifest.
+    encodes_captions: ClassVar[bool] = False  # Whether the tensors depend on the caption.
+
+    def __init__(self, args: Any):
+        self.args = args
+        self.folder = Path(args.output_dir or f"cached_datasets/{self.name}")
+
+    # ---- What a stage says.
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that shape the tensors, as JSON values. Two runs may share a folder only if they agree."""
+        raise NotImplementedError
+
+    def information(self) -> dict[str, Any]:
+        """Settings that the manifest shows but that do not shape the tensors, such as the path of a model."""
+        return {}
+
+    def decode(self, media: dict[str, Any] | None) -> Any:
+        """Read one raw file; called once for all copies. What it raises is reported and the sample left out."""
+        raise NotImplementedError
+
+    def encode(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
+        """The tensors of one copy. All randomness comes from the generator."""
+        raise NotImplementedError
+
+    def encode_parts(self, example: Example, generator: torch.Generator) -> list[dict[str, Tensor]]:
+        """The tensors of all samples that one copy becomes: one here, or parts in their order."""
+        return [self.encode(example, generator)]
+
+    def examples(self, source: Source) -> Iterator[tuple[str, Raw]]:
+        """Yields (name, raw sample). Samples of the same name never fall on both sides of the validation split."""
+        column = self.find_column(source, "caption_column", self.caption_columns)
+        for name, row in source:
+            yield name, Raw(row[source.media], caption_of(row.get(column)))
+
+    def measure(self, tensors: dict[str, Tensor]) -> dict[str, int | float]:
+        """`length` of a sample, and further sizes to be totalled in the manifest, such as seconds."""
+        return {"length": next(iter(tensors.values())).shape[-1]}
+
+    # ---- What all stages do.
+
+    @classmethod
+    def main(cls, argv: list[str] | None = None) -> dict[str, Any]:
+        """Parse, preprocess, report; returns the manifest."""
+        args = parse_arguments(cls.arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
+        logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
+        for number in (signal.SIGINT, signal.SIGTERM):  # A background shell has its children ignore SIGINT.
+            signal.signal(number, signal.default_int_handler)
+        try:
+            with explained_errors(logger):
+                return cls(args).run()
+        except KeyboardInterrupt:
+            logger.warning("stopped; what is written stays, the same command goes on from there")
+            raise SystemExit(130) from None
+
+    def run(self) -> dict[str, Any]:
+        """Write what is missing, then the manifest, which is returned.
+
+        Raises:
+            FileNotFoundError: the source is missing or empty.
+            ValueError: a folder made with other settings, too many broken files, or no sample at all.
+            OSError: a file cannot be written.
+        """
+        started = time.perf_counter()
+        sources = self.open_sources()
+        header = self.header(sources)
+        known = read_entries(self.folder, header)
+        total = sum(self.count(source) for source in sources.values())
+        outcomes, problems = [], []
+        with open_journal(self.folder, header) as journal, ProgressReport(self.name, total) as report:
+            for outcome in self.work(self.plan(sources, known)):
+                outcomes.append(outcome)
+                if outcome.broken:
+                    problems.append(outcome)
+                    self.check_broken(problems, total)
+                for entry in outcome.entries if outcome.n_written else ():
+                    journal.write(json.dumps([outcome.split, entry]) + "\n")
+                journal.flush()
+                report.advance()
+        manifest = {**header, **summary(sorted(outcomes, key=lambda outcome: outcome.number))}
+        if not manifest["entries"]["train"]:
+            raise ValueError(f"no training samples among {total} raw ones; {describe_problems(outcomes)}")
+        write_manifest(self.folder, manifest)
+        seconds, n_written = time.perf_counter() - started, sum(outcome.n_written for outcome in outcomes)
+        logger.info(
+            "%s: %d samples written in %.1f s, %s", self.folder, n_written, seconds, json.dumps(manifest["totals"])
+        )
+        if not manifest["entries"]["validation"] and self.args.validation_fraction:
+            logger.warning("no raw file fell into the validation share; a larger --validation_fraction gives some")
+        for kind in ("broken", "skipped"):
+            if manifest[kind]:
+                logger.warning("%d raw files %s, see %s", len(manifest[kind]), kind, self.folder / MANIFEST)
+        return manifest
+
+    def open_sources(self) -> dict[str, Source]:
+        """The training source and, where it has a source of its own, the validation source."""
+        args = self.args
+        options = {"suffixes": self.suffixes, "media": args.media_column, "config": args.dataset_config}
+        sources = {"train": open_source(args.dataset_name, args.dataset_split, self.media, **options)}
+        if args.validation_dataset:
+            sources["validation"] = open_source(args.validation_dataset, args.validation_split, self.media, **options)
+            if sources["validation"].identity == sources["train"].identity:
+                raise ValueError(
+                    f"training and validation would both read {sources['train'].identity}; see --validation_split"
+                )
+        for source in sources.values():
+            if not self.find_column(source, "caption_column", self.caption_columns):
+                names = " or ".join(map(repr, self.caption_columns))
+                logger.info("%s has no column %s: captions are empty", source.identity, names)
+        return sources
+
+    def find_column(self, source: Source, flag: str, usual: tuple[str, ...]) -> str:
+        """The column that a flag names, or the first usual one, or `""`.
+
+        Raises: ValueError: the source does not have the column that was asked for.
+        """
+        wanted = getattr(self.args, flag)
+        if wanted in source.columns:
+            return wanted
+        if wanted != getattr(type(self.args), flag):
+            known = ", ".join(source.columns)
+            raise ValueError(f"--{flag}={wanted!r} is no column of {source.identity}; there is: {known}")
+        return next((column for column in usual if column in source.columns), "")
+
+    def header(self, sources: dict[str, Source]) -> dict[str, Any]:
+        """What the manifest says before the samples."""
+        own = sources.get("validation")
+        validation = own.identity if own else f"{self.args.validation_fraction} of the source"
+        settings = {
+            **self.settings(),
+            "seed": self.args.seed,
+            "source": sources["train"].identity,
+            "validation": validation,
+        }
+        settings = json.loads(json.dumps(settings))
+        text = json.dumps({"schema": SCHEMA, "stage": self.name, **settings}, sort_keys=True)
+        return {
+            "schema": SCHEMA,
+            "stage": self.name,
+            "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "settings": {**settings, **self.information()},
+            "licence": sources["train"].licence,
+            "arguments": {field.name: getattr(self.args, field.name) for field in declared_fields(self.args)},
+            "command": command_words(f"preprocess_{self.name}_dataset.py", self.args),
+            "packages": {name: version(name) for name in self.packages},
+        }
+
+    def count(self, source: Source) -> int:
+        """Raw samples that are read from a source."""
+        return len(source) if self.args.limit < 0 else min(len(source), self.args.limit)
+
+    def plan(self, sources: dict[str, Source], known: dict[tuple[str, str], dict[str, Any]]) -> Iterator[Task]:
+        """The tasks in the order of the sources; those with nothing missing carry no raw file.
+
+        Args: known: entries of earlier runs by split and key.
+        """
+        number, limit = itertools.count(), None if self.args.limit < 0 else self.args.limit
+        for source_split, source in sources.items():
+            seen: Counter[str] = Counter()
+            for name, raw in itertools.islice(self.examples(source), limit):
+                split = source_split
+                if len(sources) == 1 and is_validation(name, self.args.validation_fraction):
+                    split = "validation"
+                n_copies = self.args.num_augmented_copies if split == "train" else 0
+                keys = {copy: sample_key(name, seen[name], copy) for copy in range(1 + n_copies)}
+                seen[name] += 1
+                there = {copy: self.find_entries(known, split, key, raw) for copy, key in keys.items()}
+                entries = [{**entry, **notes_of(raw, len(parts))} for parts in there.values() for entry in parts]
+                missing = {copy: key for copy, key in keys.items() if not there[copy]}
+                yield Task(next(number), split, name, raw if missing else Raw(None, ""), missing, entries)
+
+    def find_entries(
+        self, known: dict[tuple[str, str], dict[str, Any]], split: str, key: str, raw: Raw
+    ) -> list[dict[str, Any]]:
+        """The entries of all parts of a copy that an earlier run wrote; none where one is missing."""
+        n_parts = known.get((split, key), {}).get("parts", 1)
+        entries = [known.get((split, part_key(key, part))) for part in range(n_parts)]
+        there = all(self.is_there(entry, split, raw.caption) for entry in entries)
+        return [entry for entry in entries if entry] if there else []
+
+    def is_there(self, entry: dict[str, Any] | None, split: str, caption: str) -> bool:
+        """Whether an earlier run wrote a sample that still holds."""
+        if entry is None or (self.encodes_captions and entry["caption"] != caption):
+            return False
+        return self.path(split, entry["key"]).exists()
+
+    def path(self, split: str, key: str) -> Path:
+        """The file of a sample."""
+        return self.folder / split / f"{key}.pt"
+
+    def prepare(self, task: Task) -> Prepared:
+        """Decode one raw file and encode its missing copies; a file that cannot be is an outcome without entries."""
+        outcome = Outcome(task.number, task.split, task.name, list(task.entries))
+        if not task.missing:
+            return Prepared(outcome, [])
+        examples = []
+        try:
+            data = self.decode(task.raw.media)
+            for copy, key in task.missing.items():
+                generator = torch.Generator().manual_seed(seed_of(self.args.seed, key))
+                example = Example(task.name, copy, data, task.raw.caption, key, notes=task.raw.notes)
+                parts = self.encode_parts(example, generator)
+                for part, data_of_part in enumerate(parts):
+                    changes = {"key": part_key(key, part), "part": part, "n_parts": len(parts)}
+                    examples.append(dataclasses.replace(example, data=data_of_part, **changes))
+        except SkipSampleError as reason:
+            return Prepared(dataclasses.replace(outcome, entries=[], skipped=str(reason)), [])
+        except Exception as error:  # Anything may be wrong with a raw file; the manifest reports it.
+            return Prepared(dataclasses.replace(outcome, entries=[], broken=f"{type(error).__name__}: {error}"), [])
+        return Prepared(outcome, examples)
+
+    def write(self, outcome: Outcome, examples: list[Example]) -> Outcome:
+        """Write the encoded copies of one raw file. Raises: OSError: a file cannot be written."""
+        for example in examples:
+            save_tensors(self.path(outcome.split, example.key), example.data)
+            entry = {"key": example.key, "source": example.name, "copy": example.copy}
+            entry |= {**notes_of(example, example.n_parts), **self.measure(example.data)}
+            outcome.entries.append(
+                entry | ({"part": example.part, "parts": example.n_parts} if example.n_parts > 1 else {})
+            )
+        outcome.entries.sort(key=lambda entry: (entry["copy"], entry.get("part", 0)))
+        outcome.n_written = len(examples)
+        return outcome
+
+    def process(self, task: Task) -> Outcome:
+        """All that is to be done for one raw file. Raises: OSError: a file cannot be written."""
+        prepared = self.prepare(task)
+        return self.write(prepared.outcome, prepared.examples)
+
+    def work(self, tasks: Iterator[Task]) -> Iterator[Outcome]:
+        """Process tasks in this process or in several; outcomes come in any order.
+
+        Raises: ChildProcessError: a worker died.
+        """
+        return map_in_workers(self.process, tasks, self.args.num_workers)
+
+    def check_broken(self, problems: list[Outcome], total: int) -> None:
+        """Raises: ValueError: more raw files are broken than allowed."""
+        if len(problems) > self.args.max_broken_fraction * total:
+            raise ValueError(
+                f"{len(problems)} of {total} raw files are broken, more than --max_broken_fraction="
+                f"{self.args.max_broken_fraction}: {describe_problems(problems)}. Repair or remove them, or allow more"
+            )
+
+
+def command_words(script: str, args: Any) -> list[str]:
+    """The command line that gives these arguments: flags that differ from their defaults."""
+    words = [script]
+    for field in declared_fields(args):
+        value, default = getattr(args, field.name), getattr(type(args)(), field.name)
+        if value == default:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{field.name}" if value else f"--no_{field.name}")
+        else:
+            words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
+    return words

@@ -1,0 +1,43 @@
+"""What the preprocessing stages that read pictures share: flags of how a picture becomes square, and decoding."""
+
+import dataclasses
+from typing import Any
+
+from PIL import Image, ImageColor
+
+from dataset_loading.image.pixels import ResizeMode, TooSmallError, decode_image
+from utils.options import option
+from utils.preprocessing.driver import PreprocessArguments
+from utils.preprocessing.samples import SkipSampleError
+
+PICTURE_SETTINGS = ("resize_mode", "background_color", "min_image_size")
+
+
+@dataclasses.dataclass
+class PictureArguments(PreprocessArguments):
+    """Flags of all stages that read pictures."""
+
+    resize_mode: ResizeMode = option("crop", "how other proportions become square")
+    background_color: str = option("white", "behind transparent pixels, beside padded pictures; name or #rrggbb")
+    min_image_size: int = option(16, "pictures with a shorter side are left out, in pixels", gt=0)
+
+    def validate_background(self):
+        try:
+            ImageColor.getrgb(self.background_color)
+        except ValueError as error:
+            raise ValueError(f"--background_color={self.background_color!r}: {error}") from error
+
+
+def decode_picture(media: dict[str, Any] | None, args: PictureArguments, enough: int) -> Image.Image:
+    """Decode a picture file in its own size.
+
+    Args:
+        enough: pixels a side that a large JPEG need not exceed, see `decode_image`.
+    Raises:
+        SkipSampleError: the picture is smaller than --min_image_size.
+        OSError, ValueError: the file is missing, damaged, or no picture.
+    """
+    try:
+        return decode_image(media, args.background_color, enough=enough, min_side=args.min_image_size)
+    except TooSmallError as error:
+        raise SkipSampleError(str(error)) from error

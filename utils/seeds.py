@@ -1,0 +1,34 @@
+"""Random numbers that belong to a sample, not to a process."""
+
+import hashlib
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def generators(seed: int, step: int, indices: Tensor, stream: str) -> list[np.random.Generator]:
+    """One generator per sample; `stream` names the use, so that two uses never share numbers."""
+    key = (seed & 0xFFFFFFFF) << 32 | zlib.crc32(stream.encode())
+    return [np.random.Generator(np.random.Philox(key=[key, step << 40 | int(index)])) for index in indices.tolist()]
+
+
+def sample_normal(seed: int, step: int, indices: Tensor, stream: str, shape: Sequence[int]) -> Tensor:
+    """Standard normal noise, (B, *shape) float32 on the CPU; row b belongs to sample `indices[b]` at this step."""
+    rows = [
+        generator.standard_normal(shape, dtype=np.float32) for generator in generators(seed, step, indices, stream)
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
+def sample_uniform(seed: int, step: int, indices: Tensor, stream: str, shape: Sequence[int]) -> Tensor:
+    """Uniform numbers in [0, 1), (B, *shape) float32 on the CPU; row b belongs to sample `indices[b]` at this step."""
+    rows = [generator.random(shape, dtype=np.float32) for generator in generators(seed, step, indices, stream)]
+    return torch.from_numpy(np.stack(rows))
+
+
+def seed_of(seed: int, key: str) -> int:
+    """The seed of one copy of one sample."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {key}".encode()).digest()[:8], "big") >> 1

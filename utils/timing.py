@@ -1,0 +1,69 @@
+"""Time of calls: samples per second, and computing per second of sound."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+
+class Stopwatch:
+    """Time of calls on batches; the first call is a warm-up that does not count where others follow."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.calls: list[tuple[int, float]] = []
+
+    def time(self, function: Callable, batch: torch.Tensor) -> Any:
+        """Call the function on the batch."""
+        start = self.now()
+        result = function(batch)
+        self.calls.append((len(batch), self.now() - start))
+        return result
+
+    def now(self) -> float:
+        """Seconds, once the device has done its work."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def per_second(self) -> float:
+        """Samples per second."""
+        calls = self.calls[1:] or self.calls
+        return sum(count for count, _ in calls) / sum(seconds for _, seconds in calls)
+
+
+class RealTime:
+    """Seconds of computing per second of sound, of functions called by name: CPU seconds of one thread, which other
+    programs do not prolong, or seconds on the GPU."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.calls: dict[str, list[tuple[float, float]]] = {}
+
+    def run(self, name: str, seconds_of_sound: float, function: Callable[[], Any]) -> Any:
+        """Call the function, whose result is `seconds_of_sound` long."""
+        now = Stopwatch(self.device).now if self.device.type == "cuda" else time.process_time
+        with one_thread():
+            start = now()
+            result = function()
+            self.calls.setdefault(name, []).append((now() - start, seconds_of_sound))
+        return result
+
+    def factor(self, name: str) -> float | None:
+        """The factor of all calls but the first one, or of the only one; None where there is none."""
+        calls = self.calls.get(name, [])
+        calls = calls[1:] or calls
+        return sum(spent for spent, _ in calls) / sum(sound for _, sound in calls) if calls else None
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute on one thread of the CPU."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)

@@ -1,0 +1,328 @@
+"""The adversary of a GAN stage: a replicated discriminator with its own optimizer, losses, schedule and state.
+
+Every process holds the whole discriminator, outside the generator's engine. Gradients of all micro-batches are
+averaged in one flat all-reduce per update, so that weights stay identical on all processes under DDP and every ZeRO
+stage. Generator and discriminator losses share one discriminator pass over the fake sample and one over the real one:
+the generator's side is read as the gradient with respect to the fake sample (the leaf), before the discriminator's own
+backward. On optimizer steps on which the discriminator is not updated (`--discriminator_every`) no graph reaches its
+weights, and the real sample is passed through without a graph, or not at all.
+"""
+
+import contextlib
+import dataclasses
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import get_scheduler
+
+from model.criteria import (
+    AdversarialKind,
+    discriminator_loss,
+    feature_matching_loss,
+    generator_loss,
+    lecam_penalty,
+    r1_penalty,
+)
+from utils.distributed import broadcast_tensors, mean_across_ranks
+from utils.options import option
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class AdversaryArguments:
+    """Flags of a stage that trains against a discriminator."""
+
+    gan_weight: float = option(0.1, "weight of the adversarial loss; 0: no discriminator", ge=0)
+    gan_loss: AdversarialKind = option("hinge", "adversarial objective")
+    gan_start_step: int = option(5000, "step at which the discriminator starts to train", ge=0)
+    gan_warmup_steps: int = option(200, "steps the discriminator trains alone", ge=0)
+    gan_ramp_steps: int = option(1000, "steps over which the generator's adversarial weight rises from 0", ge=0)
+    use_adaptive_gan_weight: bool = option(
+        True, "scale the adversarial gradient to the reconstruction's at the output"
+    )
+    feature_matching_weight: float = option(0.0, "weight of feature matching, relative to the adversarial loss", ge=0)
+    discriminator_every: int = option(
+        1, "optimizer steps per update of the discriminator; the generator plays on all of them", gt=0
+    )
+    discriminator_learning_rate: float = option(1e-4, "peak learning rate of the discriminator", gt=0)
+    discriminator_beta1: float = option(0.5, "AdamW's first moment decay for the discriminator", ge=0, lt=1)
+    r1_weight: float = option(0.0, "weight of the R1 gradient penalty; 0: none", ge=0)
+    r1_every: int = option(16, "discriminator updates between R1 penalties", gt=0)
+    lecam_weight: float = option(0.0, "weight of the LeCAM penalty; 0: none", ge=0)
+
+
+def adversary_needs(*own_flags: str) -> dict[str, tuple]:
+    """Rows of `needs` for a stage's arguments: the adversary's flags have no effect without an adversary.
+
+    Args: own_flags: flags of the stage's own that shape its discriminator.
+    """
+    shared = [field.name for field in dataclasses.fields(AdversaryArguments) if field.name != "gan_weight"]
+    return dict.fromkeys([*shared, *own_flags], ("gan_weight", bool))
+
+
+@dataclasses.dataclass
+class AdversarialTerms:
+    """What one micro-batch's discriminator pass gives: the generator's gradient at the leaf, and detached numbers to
+    log."""
+
+    gradient: Tensor | None
+    logs: dict[str, Tensor]
+
+
+class Adversary:
+    """Owns a discriminator and everything that trains it.
+
+    Per micro-batch call `play`; after the last micro-batch of an optimizer step call `update`.
+
+    Args:
+        discriminator: module, sample -> (list of logits, list of feature maps); without batch statistics.
+        arguments: the flags of `AdversaryArguments`.
+        augment: differentiable augmentation, (samples, uniforms (B, 8)) -> samples, applied to real and fake alike.
+    """
+
+    def __init__(self, discriminator: nn.Module, arguments, augment: Callable | None = None):
+        self.discriminator = discriminator
+        self.arguments = arguments
+        self.augment = augment
+        self.optimizer = torch.optim.AdamW(
+            discriminator.parameters(),
+            lr=arguments.discriminator_learning_rate,
+            betas=(arguments.discriminator_beta1, arguments.adam_beta2),
+            weight_decay=0.0,
+        )
+        self.scheduler = None
+        self.updates = 0
+        self.skipped_updates = 0
+        # LeCAM's anchors (real, fake) and the mean squared gradients (reconstruction, adversarial) behind the
+        # adaptive weight.
+        self.statistics = {"anchors": torch.zeros(2), "gradients": torch.zeros(2)}
+        self.parameters = [p for p in discriminator.parameters() if p.requires_grad]
+        self.pending: list[Tensor] = []
+        self.trains = False  # Whether the pending micro-batches carry gradients for the discriminator.
+        self.gradient_norm = torch.zeros(())
+
+    # ---- Schedule.
+
+    def active(self, step: int) -> bool:
+        """Whether the adversary plays at this optimizer step."""
+        return self.arguments.gan_weight > 0 and step >= self.arguments.gan_start_step
+
+    def updates_at(self, step: int) -> bool:
+        """Whether the discriminator is updated at this optimizer step."""
+        since = step - self.arguments.gan_start_step
+        return self.active(step) and since % self.arguments.discriminator_every == 0
+
+    def generator_weight(self, step: int) -> float:
+        """The generator's adversarial weight before adaptation: 0 while the discriminator warms up, then a linear
+        ramp."""
+        since = step - self.arguments.gan_start_step - self.arguments.gan_warmup_steps
+        if not self.active(step) or since < 0:
+            return 0.0
+        return self.arguments.gan_weight * min(1.0, since / max(1, self.arguments.gan_ramp_steps))
+
+    def adaptive_factor(self) -> float:
+        """Norm of the reconstruction's gradient over the adversarial gradient's at the output, running means, at
+        most 1e4.
+
+        VQGAN (arXiv 2012.09841, eq. 7) takes the ratio at the last layer, in the same micro-batch. Here it is taken
+        at the output, from past steps: the weight is then the same on every process and for every split into
+        micro-batches.
+        """
+        if not self.arguments.use_adaptive_gan_weight:
+            return 1.0
+        reconstruction, adversarial = self.statistics["gradients"].tolist()
+        return min(1e4, math.sqrt(reconstruction / adversarial)) if adversarial > 0 else 0.0
+
+    def check_start(self, n_steps: int) -> None:
+        """Warn where a run of `n_steps` ends before the discriminator plays.
+
+        Raises: ValueError: `--gan_start_step` was given and asks for that.
+        """
+        start = self.arguments.gan_start_step
+        if start < n_steps:
+            return
+        message = f"--gan_start_step={start} is not reached in {n_steps} steps, so that the discriminator never plays"
+        if "gan_start_step" in getattr(self.arguments, "given", ()):
+            raise ValueError(f"{message}; give a smaller one, more steps, or --gan_weight 0")
+        logger.warning("%s in this run; give a smaller one, or --gan_weight 0", message)
+
+    # ---- One optimizer step.
+
+    def prepare(self, device: torch.device, lr_scheduler_type: str, n_steps: int) -> None:
+        """Move to the device, make all processes equal, and create the schedule over the remaining updates."""
+        self.discriminator.to(device).eval()
+        broadcast_tensors([*self.discriminator.parameters(), *self.discriminator.buffers()])
+        self.statistics = {name: value.to(device) for name, value in self.statistics.items()}
+        updates = max(1, n_steps - self.arguments.gan_start_step)
+        self.scheduler = get_scheduler(
+            lr_scheduler_type,
+            self.optimizer,
+            num_warmup_steps=min(self.arguments.gan_warmup_steps, updates // 2),
+            num_training_steps=updates,
+        )
+
+    def play(
+        self,
+        real: Tensor,
+        leaf: Tensor,
+        leaf_gradient: Tensor,
+        uniforms: Tensor | None,
+        share: float,
+        weight: float,
+        trains: bool = True,
+    ) -> AdversarialTerms:
+        """Accumulate one micro-batch into the discriminator's gradient and read the generator's gradient at the leaf.
+
+        Args:
+            real: real samples, (B, ...).
+            leaf: generated samples, detached from the generator, `requires_grad`, of the same shape, fp32.
+            leaf_gradient: gradient of the reconstruction terms there, for the adaptive weight.
+            uniforms: per-sample numbers in [0, 1) for the augmentation, (B, 8).
+            share: the micro-batch's share of the step, 1 / micro-batches.
+            weight: the generator's weight of this step; 0: no gradient for the generator is taken.
+            trains: whether this step updates the discriminator; the same for all micro-batches of a step.
+        """
+        arguments = self.arguments
+        adapts = arguments.use_adaptive_gan_weight and (
+            arguments.gan_ramp_steps == 0 or self.statistics["gradients"][1] == 0
+        )
+        guides = weight > 0 or adapts
+        if not trains and not guides:
+            self.trains = False
+            self.pending.append(leaf.new_zeros(4))  # `update` has the schedule to advance.
+            return AdversarialTerms(None, {})
+        if trains and not self.pending and hasattr(self.discriminator, "update_spectral_norms"):
+            self.discriminator.update_spectral_norms()
+        self.trains = trains
+        for parameter in self.parameters:
+            parameter.requires_grad_(trains)
+        matches = guides and arguments.feature_matching_weight > 0
+        fake_logits, fake_maps = self.look(leaf if guides else leaf.detach(), uniforms)
+        real_logits, real_maps = None, None
+        if trains or matches:
+            with torch.set_grad_enabled(trains):
+                real_logits, real_maps = self.look(real.float(), uniforms)
+
+        gradient, logs = None, {}
+        if guides:
+            terms = {"generator": generator_loss(arguments.gan_loss, fake_logits)}
+            if matches:
+                matching = feature_matching_loss(real_maps, fake_maps)
+                terms["feature_matching"] = arguments.feature_matching_weight * matching
+            (gradient,) = torch.autograd.grad(sum(terms.values()), leaf, retain_graph=trains)
+            logs.update({name: term.detach() for name, term in terms.items()})
+        statistics = leaf.new_zeros(4)
+        if gradient is not None:
+            statistics[2:] = torch.stack([(each * each.numel()).square().mean() for each in (leaf_gradient, gradient)])
+        if trains:
+            logs.update(self.accumulate(real, real_logits, fake_logits, share))
+            statistics[:2] = torch.stack([logs["logits_real"], logs["logits_fake"]])
+        self.pending.append(statistics * share)
+        return AdversarialTerms(gradient, logs)
+
+    def look(self, sample: Tensor, uniforms: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits in fp32 and feature maps of a batch of samples, augmented."""
+        if self.augment is not None:
+            sample = self.augment(sample, uniforms)
+        with self.autocast(sample.device):
+            logits, features = self.discriminator(sample)
+        return [each.float() for each in logits], features
+
+    def accumulate(
+        self, real: Tensor, real_logits: list[Tensor], fake_logits: list[Tensor], share: float
+    ) -> dict[str, Tensor]:
+        """The discriminator's loss and its backward, for one micro-batch; returns what is to be logged."""
+        arguments = self.arguments
+        loss = discriminator_loss(arguments.gan_loss, real_logits, fake_logits)
+        logs = {"discriminator": loss.detach()}
+        if arguments.lecam_weight > 0 and self.updates > 0:
+            penalty = lecam_penalty(real_logits, fake_logits, *self.statistics["anchors"])
+            loss = loss + arguments.lecam_weight * penalty
+            logs["lecam"] = penalty.detach()
+        if arguments.r1_weight > 0 and self.updates % arguments.r1_every == 0:
+            penalty = r1_penalty(self.discriminator, real.float())
+            loss = loss + 0.5 * arguments.r1_weight * arguments.r1_every * penalty
+            logs["r1"] = penalty.detach()
+        (loss * share).backward(inputs=self.parameters)
+        boundary = 0.5 if arguments.gan_loss == "least_squares" else 0.0
+        logs["logits_real"], logs["logits_fake"] = (
+            mean_of_means(each).detach() for each in (real_logits, fake_logits)
+        )
+        logs["accuracy_real"] = mean_of_means([(each > boundary).float() for each in real_logits])
+        logs["accuracy_fake"] = mean_of_means([(each < boundary).float() for each in fake_logits])
+        return logs
+
+    def update(self) -> bool:
+        """End an optimizer step: average the accumulated gradients over all processes, clip, step; a non-finite
+        gradient skips the update.
+
+        Returns: whether this step was one of the discriminator's, so that `gradient_norm` is new.
+        """
+        statistics = torch.stack(self.pending).sum(0)
+        self.pending = []
+        if not self.trains:
+            if self.arguments.use_adaptive_gan_weight:
+                self.blend_gradients(mean_across_ranks(statistics))
+            self.scheduler.step()
+            return False
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        flat = mean_across_ranks(torch.cat([statistics, *(each.reshape(-1).float() for each in gradients)]))
+        statistics, *pieces = flat.split([4, *(p.numel() for p in self.parameters)])
+        for parameter, piece in zip(self.parameters, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+        max_norm = self.arguments.max_grad_norm or float("inf")
+        self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters, max_norm)
+        if torch.isfinite(self.gradient_norm) and torch.isfinite(statistics).all():
+            self.optimizer.step()
+            self.blend("anchors", statistics[:2], 0.99)
+            self.blend_gradients(statistics)
+            self.updates += 1
+        else:
+            self.skipped_updates += 1
+        self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def blend_gradients(self, statistics: Tensor) -> None:
+        """Move the running means behind the adaptive weight, where this step has taken the generator's gradient."""
+        if statistics[3] > 0 and torch.isfinite(statistics).all():
+            self.blend("gradients", statistics[2:], 0.9)
+
+    def blend(self, name: str, value: Tensor, decay: float) -> None:
+        """Move a running mean towards `value`; the first value is taken whole."""
+        first = not self.statistics[name].any()
+        self.statistics[name] = value.clone() if first else decay * self.statistics[name] + (1 - decay) * value
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
+        """bfloat16 for the discriminator's forward where the run asks for it."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.arguments.bf16)
+
+    # ---- State.
+
+    def state_dict(self) -> dict:
+        """Everything a resumed run needs, loadable with `weights_only=True`."""
+        return {
+            "discriminator": self.discriminator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "statistics": self.statistics,
+            "updates": self.updates,
+            "skipped_updates": self.skipped_updates,
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over a state; `prepare` must have run."""
+        self.discriminator.load_state_dict(state["discriminator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.statistics = state["statistics"]
+        self.updates, self.skipped_updates = state["updates"], state["skipped_updates"]
+
+
+def mean_of_means(tensors) -> Tensor:
+    """The mean over sub-discriminators of each one's mean."""
+    return torch.stack([each.mean() for each in tensors]).mean()

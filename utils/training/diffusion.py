@@ -1,0 +1,88 @@
+"""The trainer of latent diffusion, for pictures and sound alike.  B batch, Z latent channels, K time buckets."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from utils.distributed import from_main, rank
+from utils.seeds import sample_normal, sample_uniform
+from utils.training_utils import StageTrainer
+
+TEXT_INPUTS = ("tokens", "text_states", "mask")
+
+
+class DiffusionTrainer(StageTrainer):
+    """Trains a denoiser on cached latents with captions.
+
+    The model offers `process` (see `model.diffusion_process`) and `forward(latents, time, drop, <text inputs>)`.
+    Times, noise, the choice of mirrored latents and dropped captions belong to (seed, step, sample).
+
+    Args:
+        channel_weights: weight of each latent channel in the training loss, (Z,), mean 1; None for 1 each.
+        measure_samples: metrics by name of what a model generates, called at each evaluation; None for none.
+    """
+
+    def __init__(
+        self,
+        *,
+        channel_weights: Tensor | None = None,
+        measure_samples: Callable[..., dict[str, float]] | None = None,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.channel_weights = None if channel_weights is None else channel_weights.to(self.args.device)
+        self.measure_samples = measure_samples
+
+    def draw_latents(self, inputs: dict) -> Tensor:
+        """A draw from each sample's posterior, of its mirror image for half of those that have one; (B, Z, ...)."""
+        mean, std = inputs["mean"], inputs["std"]
+        if "flipped_mean" in inputs:
+            flip = self.sample_uniforms(inputs, "flip", (1,) * (mean.ndim - 1)) < 0.5
+            mean = torch.where(flip, inputs["flipped_mean"], mean)
+            std = torch.where(flip, inputs["flipped_std"], std)
+        return mean + std * self.sample_noise(inputs, "posterior", mean.shape[1:])
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        args, process = self.stage_arguments, self.model.process
+        latents = self.draw_latents(inputs)
+        uniforms = self.sample_uniforms(inputs, "time", ())
+        time = process.training_times(uniforms, args.time_sampling, args.time_mean, args.time_std)
+        drop = self.sample_uniforms(inputs, "drop", ()) < args.caption_dropout
+        noise = self.sample_noise(inputs, "noise", latents.shape[1:])
+        errors = self.squared_errors(model, inputs, latents, noise, time, drop)
+        self.record({"loss/mse": errors.mean()})
+        if self.channel_weights is not None:
+            errors = errors * self.channel_weights
+        error = errors.mean(1)
+        loss = (process.loss_weight(time, args.loss_weighting, args.min_snr_gamma) * error).mean()
+        return loss
+
+    def squared_errors(self, model, inputs, latents, noise, time, drop=None) -> Tensor:
+        """Mean squared error of the prediction per sample and channel, (B, Z) fp32."""
+        process = self.model.process
+        text = {name: inputs[name] for name in TEXT_INPUTS if name in inputs}
+        output = model(latents=process.add_noise(latents, noise, time), time=time, drop=drop, **text)
+        target = process.target(latents, noise, time)
+        return (output.prediction.float() - target).square().flatten(2).mean(2)
+
+    def evaluation_terms(self, model, inputs):
+        """The error at one time in each of K equal parts of [0, 1]; time and noise belong to the sample alone, so that
+        evaluations compare. Channels and times weigh alike; `loss` is the mean over the parts."""
+        n_buckets, index, latents = self.stage_arguments.n_time_buckets, inputs["index"], inputs["mean"]
+        terms: dict[str, Tensor] = {}
+        for bucket in range(n_buckets):
+            within = sample_uniform(self.args.seed, 0, index, f"evaluation time {bucket}", ())
+            noise = sample_normal(self.args.seed, 0, index, f"evaluation noise {bucket}", latents.shape[1:])
+            within, noise = within.to(latents.device), noise.to(latents.device)
+            time = (bucket + within) / n_buckets
+            name = f"loss_t{bucket / n_buckets:.2f}-{(bucket + 1) / n_buckets:.2f}"
+            terms[name] = self.squared_errors(model, inputs, latents, noise, time).mean(1)
+        return {**terms, "loss": torch.stack(list(terms.values())).mean(0)}
+
+    def evaluation_extras(self, model):
+        if self.measure_samples is None:
+            return {}
+        # A plain copy with averaged weights is sampled by one process, weights that may be sharded by all.
+        takes_part = model is not self.ema_model or rank() == 0
+        return from_main(self.measure_samples(self.accelerator.unwrap_model(model)) if takes_part else {})

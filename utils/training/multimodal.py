@@ -1,0 +1,305 @@
+"""The multimodal transformer: flags; a trainer with a loss over all targets of an optimizer step and thinking steps
+drawn for each; continuations and histograms in TensorBoard."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from model.recurrent import sample_thinking_steps
+from utils.configuration import MegaTransformerConfig
+from utils.distributed import mean_across_ranks, rank
+from utils.generation.text import GenerationArguments, TextGenerator, split_windows
+from utils.megatransformer_utils import StageArguments
+from utils.metrics.text import model_inputs, ratios, window_sums, windows_at_once
+from utils.options import option
+from utils.seeds import generators
+from utils.training.text import TextArguments
+from utils.training_utils import StageTrainer
+
+GREEDY = GenerationArguments(temperature=0.0)
+SAMPLED = GenerationArguments(temperature=1.0, top_p=0.95)
+
+
+@dataclasses.dataclass
+class MultimodalArguments(TextArguments, StageArguments):
+    """Flags of the multimodal stage."""
+
+    include_modes: list[Literal["text", "audio", "image"]] = option(["text"], "what the stream holds; text so far")
+
+    learning_rate: float = option(6e-4, "peak learning rate of AdamW", gt=0)
+    num_train_epochs: float = option(1.0, "passes over the training set; ignored where max_steps is given", gt=0)
+
+    # The recurrent core in training.
+    recurrent_steps_per_rank: bool = option(False, "every process draws its own number of thinking steps")
+    recurrent_curriculum: float = option(
+        0.0, "share of the steps over which the mean number of thinking steps grows from 1; 0: none", ge=0, le=1
+    )
+
+    # What is looked at during training.
+    eval_thinking_steps: list[int] = option([], "depths that are evaluated; default: 1, 2, the mean, twice it", gt=0)
+    sample_tokens: int = option(64, "most tokens of a continuation in TensorBoard", gt=0)
+    n_samples: int = option(4, "validation prompts that are continued in TensorBoard; 0: none", ge=0)
+
+    needs = {**TextArguments.needs, "sample_tokens": ("n_samples", bool)}
+
+    def validate_modes(self):
+        missing = [mode for mode in self.include_modes if mode != "text"]
+        if missing or not self.include_modes:
+            raise ValueError(
+                f"--include_modes={self.include_modes}: text is the only mode so far; the parts that read and write "
+                f"{' and '.join(missing) or 'other modes'} do not exist yet. Give --include_modes text"
+            )
+
+    def validate_ranks(self):
+        if not (self.recurrent_steps_per_rank and self.use_deepspeed):
+            return
+        if json.loads(Path(self.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage") == 3:
+            raise ValueError(
+                f"--recurrent_steps_per_rank with ZeRO stage 3 ({self.deepspeed_config}): processes that run layers a "
+                "different number of times wait for each other for ever; use stage 2 or below, or leave it out"
+            )
+
+
+class MultimodalTrainer(StageTrainer):
+    """Trains a `MegaTransformerForCausalLM`.
+
+    The loss of an optimizer step is a sum over its targets, in all micro-batches and on all processes, divided by
+    their number: a target weighs the same however the samples are split.
+
+    Args:
+        tokenizer: saved into every checkpoint.
+    """
+
+    def __init__(self, *, tokenizer: PreTrainedTokenizerBase, **kwargs):
+        super().__init__(**kwargs)
+        self.tokenizer = tokenizer
+        # Who loads it with AutoTokenizer encodes as in training: special tokens that a text spells are characters.
+        self.tokenizer.split_special_tokens = self.tokenizer.init_kwargs["split_special_tokens"] = True
+        self.config: MegaTransformerConfig = self.model.config
+        self.is_recurrent: bool = self.config.n_recurrent_layers > 0
+        self.config.use_cache = True  # The Trainer switches it off, for whoever loads the checkpoint too.
+        self.drawn_steps: list[int] = []  # Thinking steps of the optimizer steps since the last evaluation.
+        self.used_steps: np.ndarray | None = None  # How many tokens of the last evaluation took 0, 1, 2, ... steps.
+
+    # ---- Training.
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimizer step, and the number of their targets per process (a mean)."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in batches:
+            total += self.model.count_targets(batch["input_ids"], batch["segment_ids"]).to(device)
+        return batches, mean_across_ranks(total).clamp_min(1)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of one micro-batch.
+
+        Args: num_items_in_batch: targets of the optimizer step / processes. Engines average gradients over processes,
+            so that a sum divided by this number becomes the mean over all targets.
+        Returns: the micro-batch's part of the loss, detached.
+        """
+        assert isinstance(num_items_in_batch, Tensor), "the number of targets comes from get_batch_samples"
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        output = model(**model_inputs(inputs), **self.thinking(inputs), n_targets=num_items_in_batch, use_cache=False)
+        engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(output.loss, **engine)
+        # Log lines hold means over micro-batches, and these are parts of a sum.
+        n_parts = self.current_gradient_accumulation_steps
+        terms = {"loss/cross_entropy": output.cross_entropy.sum() / num_items_in_batch, "loss/z": output.z_loss}
+        self.record({name: term * n_parts for name, term in terms.items()})
+        self.record({"targets_per_step": num_items_in_batch * self.args.world_size})
+        return output.loss.detach()
+
+    def thinking(self, inputs: dict) -> dict:
+        """The recurrent core's keywords in this optimizer step: number of steps, and noise of the first state."""
+        if not self.is_recurrent:
+            return {}
+        n_steps = self.draw_thinking_steps()
+        keywords = {"n_thinking_steps": n_steps}
+        self.record({"thinking_steps": torch.tensor(float(n_steps))})
+        if self.config.recurrent_state_initialization == "normal":
+            shape = (inputs["input_ids"].shape[1], self.config.hidden_size)
+            keywords["initial_state"] = self.sample_noise(inputs, "initial_state", shape)
+        return keywords
+
+    def draw_thinking_steps(self) -> int:
+        """The number of thinking steps of the present optimizer step, from (seed, step), and the process where
+        `--recurrent_steps_per_rank` asks for it."""
+        owner = rank() if self.stage_arguments.recurrent_steps_per_rank else 0
+        step = self.state.global_step
+        (generator,) = generators(self.args.seed, step, torch.tensor([owner]), "thinking_steps")
+        n_steps = sample_thinking_steps(self.config, generator, self.mean_thinking_steps())
+        if self.drawn_steps_until != step:
+            self.drawn_steps.append(n_steps)
+            self.drawn_steps_until = step
+        return n_steps
+
+    drawn_steps_until = -1  # The optimizer step of the last entry of `drawn_steps`.
+
+    def mean_thinking_steps(self) -> float:
+        """The mean of the present optimizer step: it grows linearly from 1 over the curriculum's steps."""
+        mean = self.config.recurrent_mean_thinking_steps
+        grown = self.stage_arguments.recurrent_curriculum * self.state.max_steps
+        return mean if grown == 0 else min(mean, 1 + (mean - 1) * self.state.global_step / grown)
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Weight decay acts on matrices: not on norms, biases, embeddings and learned states."""
+        embeddings = {
+            f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)
+        }
+        matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
+        return [name for name in super().get_decay_parameter_names(model) if name in matrices - embeddings]
+
+    def rates(self, logs, steps_per_second):
+        tokens = logs["targets_per_step"] * steps_per_second
+        return {**super().rates(logs, steps_per_second), "tokens_per_second": tokens}
+
+    # ---- Evaluation.
+
+    def evaluated_depths(self) -> list[int]:
+        """Numbers of thinking steps that have a validation loss of their own; none for flat models."""
+        if not self.is_recurrent:
+            return []
+        mean, most = self.config.recurrent_mean_thinking_steps, self.config.recurrent_max_thinking_steps
+        return sorted({min(n, most) for n in self.stage_arguments.eval_thinking_steps or [1, 2, mean, 2 * mean]})
+
+    def exits(self, model) -> bool:
+        """Whether the evaluated model lets tokens leave its core early. Where ZeRO-3 shards it it does not: processes
+        that stop at different steps would wait for each other for ever."""
+        is_sharded = self.stage_record["zero_stage"] == 3 and model is not self.ema_model
+        return self.is_recurrent and self.config.recurrent_exit_criterion != "none" and not is_sharded
+
+    def evaluation_terms(self, model, inputs):
+        """`window_sums` per sample without exits, bytes, nats at every depth, and where tokens exit early their nats
+        and steps. Passes that make all logits are split."""
+        given = model_inputs(inputs)
+        no_exit: dict = {"exit_threshold": 0.0} if self.is_recurrent else {}
+        few = windows_at_once(self.config.vocab_size, given["labels"].shape[1])
+        if not self.config.loss_chunk_size:
+            no_exit["at_once"] = few
+        terms = {**window_sums(model, given, **no_exit), "bytes": inputs["n_bytes"]}
+        for depth in self.evaluated_depths():
+            is_own = depth == (self.config.recurrent_test_thinking_steps or self.config.recurrent_mean_thinking_steps)
+            deep = terms if is_own else window_sums(model, given, n_thinking_steps=depth, **no_exit)
+            terms[f"nats_{depth}_steps"] = deep["nats"]
+        if self.exits(model):
+            found = window_sums(model, given, self.config.recurrent_max_thinking_steps, few)
+            terms |= {"nats_with_exits": found["nats"], "step_counts": found["step_counts"]}
+        return {name: value.float() for name, value in terms.items()}
+
+    def evaluation_summary(self, terms):
+        """`ratios` of sums over the validation set, and the losses at every depth and with exits."""
+        sums = {name: values.double().sum(0) for name, values in terms.items()}
+        counts = sums.pop("step_counts", None)
+        summary = ratios({name: value.item() for name, value in sums.items() if name != "steps"})
+        for name in sums:
+            if name.startswith("nats_"):
+                summary[f"loss_{name.removeprefix('nats_')}"] = (sums[name] / sums["targets"]).item()
+        if counts is not None:
+            self.used_steps = counts.numpy()
+            summary["thinking_steps"] = (counts @ torch.arange(len(counts)).double() / counts.sum()).item()
+        return summary
+
+    # ---- Checkpoints.
+
+    def save_extras(self, folder):
+        super().save_extras(folder)
+        if rank() == 0:
+            self.tokenizer.save_pretrained(folder)
+
+
+class TextSamples(TrainerCallback):
+    """After each evaluation: validation prompts with their true, the likeliest and a drawn continuation.
+
+    Args:
+        writer: None except on rank 0.
+        n_samples: prompts.
+        n_tokens: most new tokens; at most half a window is made.
+    """
+
+    trainer: Any
+
+    def __init__(self, writer: SummaryWriter | None, n_samples: int, n_tokens: int):
+        self.writer, self.n_samples, self.n_tokens = writer, n_samples, n_tokens
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        model = trainer.evaluation_model()
+        # Weights that may be sharded are run by all processes, a plain copy by the one that writes.
+        if self.writer is None and model is trainer.ema_model:
+            return
+        generator = TextGenerator(trainer.accelerator.unwrap_model(model), trainer.tokenizer)
+        n_new = min(self.n_tokens, trainer.eval_dataset.sequence_length // 2)
+        pairs = split_windows(trainer.eval_dataset, self.n_samples, n_new)
+        prompts = [prompt for prompt, _ in pairs]
+        exits = {} if trainer.exits(model) or not trainer.is_recurrent else {"exit_threshold": 0.0}
+        made = [
+            generator.continue_tokens(prompts, dataclasses.replace(settings, max_new_tokens=n_new, **exits))
+            for settings in (GREEDY, SAMPLED)
+        ]
+        for number, ((prompt, truth), greedy, sampled) in enumerate(zip(pairs, *made)):
+            parts = {"prompt": prompt, "true continuation": truth, "likeliest": greedy, "drawn": sampled}
+            if self.writer is not None:
+                shown = {name: generator.decode(ids) for name, ids in parts.items()}
+                self.writer.add_text(f"samples/{number:02}", as_markdown(shown), state.global_step)
+        if self.writer is not None:
+            self.writer.flush()
+
+
+def as_markdown(parts: dict[str, str]) -> str:
+    """Titled blocks of text as they are, which TensorBoard shows without interpreting them."""
+    blocks = []
+    for title, text in parts.items():
+        lines = "\n".join(f"    {line}" for line in text.splitlines() or [""])
+        blocks.append(f"**{title}**\n\n{lines}")
+    return "\n\n".join(blocks)
+
+
+class ThinkingStepsHistograms(TrainerCallback):
+    """After each evaluation, for recurrent models.
+
+    thinking_steps/drawn      steps of the optimizer steps since the last evaluation
+    thinking_steps/used       steps of the validation tokens, where tokens exit early
+
+    Args: writer: None except on rank 0.
+    """
+
+    trainer: Any
+
+    def __init__(self, writer: SummaryWriter | None):
+        self.writer = writer
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        drawn, used = self.trainer.drawn_steps, self.trainer.used_steps
+        if self.writer is not None and drawn:
+            add_counts(self.writer, "thinking_steps/drawn", np.bincount(drawn), state.global_step)
+        if self.writer is not None and used is not None:
+            add_counts(self.writer, "thinking_steps/used", used, state.global_step)
+        drawn.clear()
+
+
+def add_counts(writer: SummaryWriter, name: str, counts: Sequence[float] | np.ndarray, step: int) -> None:
+    """A histogram of whole numbers: `counts[k]` of them are k."""
+    counts = np.asarray(counts, dtype=np.float64)
+    numbers = np.arange(len(counts))
+    present = numbers[counts > 0]
+    writer.add_histogram_raw(
+        name,
+        min=float(present[0]),
+        max=float(present[-1]),
+        num=int(counts.sum()),
+        sum=float(counts @ numbers),
+        sum_squares=float(counts @ numbers**2),
+        bucket_limits=(numbers + 0.5).tolist(),
+        bucket_counts=counts.tolist(),
+        global_step=step,
+    )

@@ -1,0 +1,123 @@
+"""The recurrent VAE: its flags, and its trainer with a number of decoder steps per optimizer step, losses on the
+pictures in between, and evaluation at several depths."""
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from model.image.recurrent_vae import RecurrentVAEOutput
+from utils.metrics.images import psnr
+from utils.options import option
+from utils.seeds import generators
+from utils.training.image_vae import ImageVAEGANTrainer, PictureVAEArguments
+
+EVALUATED_STEPS = (1, 2, 4, 8, 16)
+
+
+@dataclasses.dataclass
+class RecurrentVAEArguments(PictureVAEArguments):
+    """Flags of the recurrent VAE-GAN stage."""
+
+    # Decoder steps of an optimizer step: truncated log-normal Poisson.
+    mean_decoder_steps: float = option(6.0, "mean number of decoder steps in training, before truncation", ge=1)
+    decoder_steps_sigma: float = option(0.5, "spread of the logarithm of the Poisson rate; 0: plain Poisson", ge=0)
+    min_decoder_steps: int = option(2, "fewest decoder steps in training", gt=0)
+    max_decoder_steps: int = option(12, "most decoder steps in training", gt=0)
+    n_backprop_steps: int = option(
+        4, "last decoder steps that gradients flow through; earlier ones keep no graph", gt=0
+    )
+
+    # Losses on the pictures of these last steps, except the deepest, which has all the others.
+    intermediate_weight: float = option(0.1, "weight of the mean absolute error of intermediate pictures", ge=0)
+    distillation_weight: float = option(0.1, "weight of their distance to the deepest picture", ge=0)
+
+    needs = {
+        **PictureVAEArguments.needs,
+        "intermediate_weight": ("n_backprop_steps", lambda n_steps: n_steps > 1),
+        "distillation_weight": ("n_backprop_steps", lambda n_steps: n_steps > 1),
+    }
+
+    def validate_decoder_steps(self):
+        if not self.min_decoder_steps <= self.mean_decoder_steps <= self.max_decoder_steps:
+            raise ValueError(
+                f"--mean_decoder_steps={self.mean_decoder_steps} must lie between "
+                f"--min_decoder_steps={self.min_decoder_steps} and --max_decoder_steps={self.max_decoder_steps}"
+            )
+        if self.n_backprop_steps > self.max_decoder_steps:
+            raise ValueError(
+                f"--n_backprop_steps={self.n_backprop_steps} has no effect beyond "
+                f"--max_decoder_steps={self.max_decoder_steps}"
+            )
+
+
+def draw_n_steps(seed: int, step: int, mean: float, sigma: float, minimum: int, maximum: int) -> int:
+    """Decoder steps of one optimizer step, from a truncated log-normal Poisson distribution (arXiv 2502.05171, 3.3).
+
+    tau ~ N(log(mean) - sigma^2 / 2, sigma), n ~ Poisson(exp(tau)), drawn anew until minimum <= n <= maximum.
+    The number depends on (seed, step) alone: it is the same on all processes, for all micro-batches, and when resumed.
+
+    Args:
+        mean: of the distribution before truncation.
+        sigma: spread of the logarithm of the Poisson rate; 0: plain Poisson.
+    Raises:
+        ValueError: not 1 <= minimum <= mean <= maximum.
+    """
+    if not 1 <= minimum <= mean <= maximum:
+        raise ValueError(f"steps must satisfy 1 <= minimum={minimum} <= mean={mean} <= maximum={maximum}")
+    (generator,) = generators(seed, step, torch.zeros(1, dtype=torch.int64), "decoder_steps")
+    while True:
+        n = int(generator.poisson(math.exp(generator.normal(math.log(mean) - sigma**2 / 2, sigma))))
+        if minimum <= n <= maximum:
+            return n
+
+
+def intermediate_terms(output: RecurrentVAEOutput, real: Tensor) -> dict[str, Tensor]:
+    """Losses on the pictures between: `intermediate`, mean absolute error to the real picture; `distillation`, mean
+    absolute difference to the last picture, through which no gradient goes. None where there are no such pictures."""
+    if not len(output.intermediates):
+        return {}
+    pictures, last = output.intermediates.float(), output.reconstruction.detach().float()
+    return {"intermediate": (pictures - real).abs().mean(), "distillation": (pictures - last).abs().mean()}
+
+
+class RecurrentVAEGANTrainer(ImageVAEGANTrainer):
+    """Trains a `RecurrentVAE`: the terms of `ImageVAEGANTrainer` on the last picture, the only one that the adversary
+    sees, and `intermediate_terms` on the pictures of the steps before it that have a graph."""
+
+    def n_steps(self) -> int:
+        """Decoder steps of the present optimizer step."""
+        args = self.stage_arguments
+        return draw_n_steps(
+            self.args.seed,
+            self.state.global_step,
+            args.mean_decoder_steps,
+            args.decoder_steps_sigma,
+            args.min_decoder_steps,
+            args.max_decoder_steps,
+        )
+
+    def generate(self, model, inputs):
+        image = inputs["image"]
+        noise = self.sample_noise(inputs, "posterior", self.model.latent_shape(image.shape[-1]))
+        n_steps = self.n_steps()
+        output = model(
+            image=image, noise=noise, n_steps=n_steps, n_backprop_steps=self.stage_arguments.n_backprop_steps
+        )
+        self.record({"decoder_steps": torch.tensor(float(n_steps))})
+        return output.reconstruction, image, output
+
+    def other_terms(self, output, real):
+        args = self.stage_arguments
+        terms = intermediate_terms(output, real)
+        weights = {"intermediate": args.intermediate_weight, "distillation": args.distillation_weight}
+        weighted = {name: weights[name] * term for name, term in terms.items() if weights[name]}
+        return {**super().other_terms(output, real), **weighted}
+
+    def evaluation_terms(self, model, inputs):
+        image = inputs["image"]
+        terms = super().evaluation_terms(model, inputs)
+        output = model(image=image, n_steps=EVALUATED_STEPS[-1])
+        pictures = [*output.intermediates, output.reconstruction]
+        return {**terms, **{f"psnr_{k}_steps": psnr(pictures[k - 1].float(), image) for k in EVALUATED_STEPS}}

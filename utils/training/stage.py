@@ -1,0 +1,232 @@
+"""The training driver: a stage says what differs (model, data, trainer parts), `Stage.main` does the rest in one
+order."""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import transformers
+from rich.console import Console
+from torch import nn
+from torch.utils.data import Dataset
+from torch.utils.tensorboard import SummaryWriter
+from transformers import TrainerCallback, set_seed
+
+from dataset_loading.collators import collate_stack
+from utils.checkpoints import (
+    check_resumable,
+    checkpoints_in,
+    load_model,
+    newest_complete,
+    provenance,
+    resolve_checkpoint,
+)
+from utils.command_line import explained_errors, parse_arguments, parse_overrides
+from utils.devices import compile_in_place
+from utils.distributed import end_processes, from_main, launched_rank, rank, world_size
+from utils.megatransformer_utils import StageArguments, training_arguments
+from utils.options import StrictConfig, declared_fields, from_preset
+from utils.training.callbacks import ScalarLogs, StopOnSignal
+from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
+
+logger = logging.getLogger(__name__)
+
+
+class Stage:
+    """One training stage. Subclasses state the class attributes and the `build_*` methods; nothing overrides
+    `main`."""
+
+    name: ClassVar[str]
+    cache_name: ClassVar[str] = ""  # The data's stage, for the default folder; default: `name`.
+    arguments_class: ClassVar[type[StageArguments]] = StageArguments
+    config_class: ClassVar[type[StrictConfig]]
+    model_class: ClassVar[type]
+    presets: ClassVar[dict[str, dict]]
+    trainer_class: ClassVar[type[StageTrainer]]
+    collator = staticmethod(collate_stack)
+
+    def __init__(self, args: Any):
+        self.args = args
+        self.run_dir = Path(args.output_dir) / self.name / args.run_name
+        self.cache_dir = Path(args.cached_dataset or f"cached_datasets/{self.cache_name or self.name}")
+
+    # ---- What a stage says.
+
+    def build_dataset(self, split: str, config: StrictConfig) -> Dataset:
+        """The `train` or `validation` part of the cache, checked against the model's configuration."""
+        raise NotImplementedError
+
+    def build_trainer_parts(self, model: nn.Module) -> dict[str, Any]:
+        """Further keywords of the trainer: loss, adversary."""
+        return {}
+
+    def build_callbacks(self, writer: SummaryWriter | None) -> list[TrainerCallback]:
+        """Callbacks of the stage's own; `writer` is None except on rank 0."""
+        return []
+
+    def extra_record(self) -> dict[str, Any]:
+        """Content of `stage.json` beyond what all stages have."""
+        return {}
+
+    # ---- What all stages do.
+
+    @classmethod
+    def main(cls, argv: list[str] | None = None) -> dict[str, float]:
+        """Parse, check, build, train or resume, save, evaluate; returns the last evaluation's metrics."""
+        args = parse_arguments(cls.arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
+        set_up_logging()
+        with explained_errors(logger):
+            metrics = cls(args).run()
+            end_processes()
+            return metrics
+
+    def run(self) -> dict[str, float]:
+        """The order of every stage."""
+        config = self.build_config()
+        datasets = {split: self.build_dataset(split, config) for split in ("train", "validation")}
+        if self.args.dry_run:
+            self.describe(config, datasets)
+            return {}
+        self.check_run_folder()
+        if self.args.compile_model and not torch.cuda.is_available():
+            raise ValueError(
+                "--compile_model needs a GPU: the CPU kernels that torch 2.11 compiles here write out of bounds"
+            )
+        training = training_arguments(self.args, self.run_dir)
+        set_seed(self.args.seed)
+        model = self.build_model(config)
+        checkpoint = from_main(str(self.find_checkpoint() or "")) or None
+        if checkpoint:
+            check_resumable(Path(checkpoint), zero_stage_of(training), world_size(), datasets["train"].fingerprint)
+            logger.info("resuming from %s", checkpoint)
+        trainer = self.build_trainer(model, datasets, training)
+        if self.args.compile_model:
+            compile_in_place(model)
+        trainer.train(resume_from_checkpoint=checkpoint)
+        made, wanted = trainer.state.global_step, trainer.state.max_steps
+        if made > wanted:
+            raise ValueError(
+                f"{checkpoint} is at step {made:,}, beyond this run's {wanted:,}; raise --max_steps or "
+                "--num_train_epochs, or go on from an earlier checkpoint"
+            )
+        if trainer.has_trained:
+            trainer._save_checkpoint(trainer.model_wrapped, None)
+        else:
+            logger.info("%s has made all its steps; nothing is trained or saved", checkpoint)
+        metrics = trainer.final_metrics()
+        logger.info("%s", {name: round(value, 4) for name, value in metrics.items()})
+        if self.writer is not None:
+            self.writer.close()  # Its thread must not outlive the run.
+        return metrics
+
+    def build_config(self) -> StrictConfig:
+        """The model's configuration from the preset and the overrides."""
+        fields = {field.name for field in declared_fields(self.config_class)}
+        return from_preset(
+            self.config_class, self.presets, self.args.config, **parse_overrides(self.args.override, fields)
+        )
+
+    def build_model(self, config: StrictConfig) -> nn.Module:
+        """A new model, or one with the weights of another run of the same shape."""
+        if not self.args.init_from:
+            return self.model_class(config)
+        model = load_model(self.model_class, self.args.init_from)
+        differing = [
+            f.name for f in declared_fields(config) if getattr(config, f.name) != getattr(model.config, f.name)
+        ]
+        if differing:
+            shown = {name: (getattr(model.config, name), getattr(config, name)) for name in differing}
+            raise ValueError(f"--init_from {self.args.init_from}: (checkpoint, this run) differ in {shown}")
+        return model
+
+    def check_run_folder(self) -> None:
+        """Refuse to mix two runs in one folder."""
+        if not self.args.resume_from_checkpoint and checkpoints_in(self.run_dir):
+            raise ValueError(
+                f"{self.run_dir} already holds {checkpoints_in(self.run_dir)[-1].name}; pass --resume_from_checkpoint "
+                "to go on with that run, or another --run_name"
+            )
+
+    def find_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from; asked for without a folder, a run that has none yet starts anew."""
+        wanted = self.args.resume_from_checkpoint
+        if not wanted:
+            return None
+        return newest_complete(self.run_dir) if wanted == "latest" else resolve_checkpoint(wanted)
+
+    def build_trainer(self, model, datasets, training) -> StageTrainer:
+        """The trainer with its parts, callbacks and the record that goes into every checkpoint."""
+        self.writer = SummaryWriter(str(self.run_dir / "tensorboard")) if rank() == 0 else None
+        callbacks = [StopOnSignal(), *self.build_callbacks(self.writer)]
+        if self.writer is not None:
+            callbacks.append(ScalarLogs(self.writer))
+            self.writer.add_text("configuration", f"```\n{model.config.describe()}\n```")
+        trainer = trainer_class_for(self.args.trainer, self.trainer_class)(
+            model=model,
+            args=training,
+            train_dataset=datasets["train"],
+            eval_dataset=datasets["validation"],
+            data_collator=self.collator,
+            callbacks=callbacks,
+            stage_arguments=self.args,
+            stage_record=self.record(datasets["train"], zero_stage_of(training)),
+            **self.build_trainer_parts(model),
+        )
+        for callback in callbacks:
+            callback.trainer = trainer
+        return trainer
+
+    def record(self, dataset: Dataset, zero_stage: int) -> dict:
+        """Content of `stage.json`."""
+        return {
+            "stage": self.name,
+            "preset": self.args.config,
+            "arguments": dataclasses.asdict(self.args),
+            "data": {"folder": str(self.cache_dir), "fingerprint": dataset.fingerprint},
+            "zero_stage": zero_stage,
+            "n_ranks": world_size(),
+            **self.extra_record(),
+            **provenance(),
+        }
+
+    def describe(self, config: StrictConfig, datasets: dict[str, Dataset]) -> None:
+        """Print what a run would be: configuration, counts, steps, memory."""
+        with torch.device("meta"):
+            model = self.model_class(config)
+            self.build_trainer_parts(model)  # Losses and discriminators refuse what they cannot work with.
+        n_parameters = sum(p.numel() for p in model.parameters())
+        n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+        per_step = self.args.batch_size * self.args.gradient_accumulation_steps * n_ranks
+        steps = expected_steps(len(datasets["train"]), per_step, self.args.num_train_epochs, self.args.max_steps)
+        # fp32 weights, gradients, two Adam moments, and the average.
+        gib = n_parameters * 4 * (4 + self.args.use_ema) / 2**30
+        console = Console(soft_wrap=True, highlight=False)
+        console.print(f"[bold]{self.name}[/bold] -> {self.run_dir}")
+        console.print(config.describe(), markup=False)
+        console.print(json.dumps(dataclasses.asdict(self.args), indent=2), markup=False)
+        console.print(f"parameters: {n_parameters:,}")
+        console.print("samples: " + ", ".join(f"{split} {len(dataset):,}" for split, dataset in datasets.items()))
+        console.print(f"optimizer steps: {steps:,} of {per_step} samples on {n_ranks} process(es)")
+        console.print(f"weights, gradients and optimizer: {gib:.2f} GiB unsharded (activations come on top)")
+
+
+def zero_stage_of(training) -> int:
+    """ZeRO stage of the run, -1 without DeepSpeed."""
+    return -1 if training.deepspeed is None else training.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+
+def set_up_logging() -> None:
+    """Log lines of rank 0 at INFO, of other ranks from WARNING on."""
+    level = logging.INFO if launched_rank() == 0 else logging.WARNING
+    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    transformers.utils.logging.set_verbosity_warning()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Kernels of 1x1 have two layouts that are the same memory; DDP sees a difference and copies them, which is right.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

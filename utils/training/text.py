@@ -1,0 +1,148 @@
+"""Texts of a stage: flags, preparation, and what keeps model, tokenizer and data together."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dataset_loading.text.tokenizers import document_ends
+from dataset_loading.text.windows import TextDataset, prepare_text
+from utils.checkpoints import read_stage, resolve_checkpoint
+from utils.configuration import MegaTransformerConfig
+from utils.generation.text import check_tokenizer
+from utils.options import option
+
+
+@dataclasses.dataclass
+class TextArguments:
+    """Flags of a stage that trains on text."""
+
+    text_dataset: str = option(
+        "", "text file, folder, .jsonl, .csv, .parquet, hub name, or python-topics; default: the cache as it is"
+    )
+    text_column: str = option("text", "column of a table or hub data set that holds the text")
+    text_config: str = option("", "configuration of a hub data set")
+    text_split: str = option("train", "split of a hub data set that is trained on")
+    validation_dataset: str = option(
+        "", "texts that are held out; default: the validation split of text_dataset, or validation_fraction of it"
+    )
+    validation_split: str = option("validation", "split of a hub data set in validation_dataset")
+    validation_fraction: float | None = option(
+        None,
+        "share of text_dataset's documents that is held out; default: its validation split, else 0.05",
+        gt=0,
+        lt=1,
+    )
+    max_broken_fraction: float = option(0.01, "share of the documents that may be unreadable or no text", ge=0, le=1)
+    tokenizer: str = option("bytes", "bytes; bpe, trained on the texts; or a tokenizer's folder or hub name")
+    tokenizer_vocab_size: int = option(4096, "tokens of a bpe vocabulary, special ones included", gt=0)
+    sequence_length: int = option(256, "tokens per sample", gt=1)
+
+    needs = {
+        **{f"text_{name}": ("text_dataset", bool) for name in ("column", "config", "split")},
+        **dict.fromkeys(("validation_dataset", "tokenizer"), ("text_dataset", bool)),
+        **dict.fromkeys(("validation_fraction", "max_broken_fraction"), ("text_dataset", bool)),
+        "validation_split": ("validation_dataset", bool),
+        "tokenizer_vocab_size": ("tokenizer", "bpe"),
+    }
+
+    def validate_held_out(self):
+        if self.validation_fraction is not None and self.validation_dataset:
+            raise ValueError(
+                f"--validation_fraction has no effect with validation_dataset={self.validation_dataset!r}"
+            )
+
+
+def prepare(args: Any, folder: Path) -> None:
+    """Tokenise the texts that the flags name into a folder, or find that they are there; nothing without a name.
+
+    Raises: FileNotFoundError: no texts are named, and the folder is not there.
+    """
+    if not args.text_dataset:
+        if not folder.exists():
+            raise FileNotFoundError(
+                f"{folder} does not exist; name texts with --text_dataset, which are prepared there"
+            )
+        return
+    prepare_text(
+        args.text_dataset,
+        folder,
+        args.tokenizer,
+        args.tokenizer_vocab_size if args.tokenizer == "bpe" else None,
+        text_column=args.text_column,
+        dataset_config=args.text_config,
+        dataset_split=args.text_split,
+        validation_source=args.validation_dataset,
+        validation_split=args.validation_split,
+        validation_fraction=args.validation_fraction,
+        max_broken_fraction=args.max_broken_fraction,
+    )
+
+
+def check_checkpoint(path: str | Path, dataset: TextDataset, resumes: bool) -> None:
+    """Refuse to go on from a checkpoint of another stage or tokenizer, or to resume with other windows.
+
+    Args:
+        path: run or checkpoint folder.
+        dataset: the texts of this run.
+        resumes: whether the run itself goes on, not a new one from its weights.
+    Raises: ValueError: names both values.
+    """
+    folder = resolve_checkpoint(path)
+    record = read_stage(folder)
+    if record["stage"] != "multimodal":
+        raise ValueError(
+            f"{folder} is of stage {record['stage']!r}, a language model goes on from checkpoints of stage "
+            "'multimodal': name one of them, or leave --init_from and --resume_from_checkpoint out"
+        )
+    advice = f"prepare them with --tokenizer {folder} and another --cached_dataset, or train a new model"
+    check_tokenizer(folder, dataset, advice)
+    length = record["arguments"]["sequence_length"]
+    if resumes and length != dataset.sequence_length:
+        raise ValueError(
+            f"{folder} was trained with --sequence_length {length}, this run has {dataset.sequence_length}: give the "
+            f"same, or start a new run from its weights with --init_from {folder}"
+        )
+
+
+def check_core_flags(args: Any, config: MegaTransformerConfig) -> None:
+    """Raises: ValueError: flags of the recurrent core for a model without one, or more steps than the core takes."""
+    names = ("recurrent_steps_per_rank", "recurrent_curriculum", "eval_thinking_steps")
+    given = [name for name in names if getattr(args, name)]
+    if given and not config.n_recurrent_layers:
+        raise ValueError(f"--{given[0]} has no effect: --config {args.config} has no recurrent core")
+    is_fixed = config.recurrent_steps_distribution == "fixed"
+    if args.recurrent_steps_per_rank and is_fixed:
+        raise ValueError("--recurrent_steps_per_rank has no effect with recurrent_steps_distribution='fixed'")
+    limit = config.recurrent_max_thinking_steps
+    if args.eval_thinking_steps and max(args.eval_thinking_steps) > limit:
+        raise ValueError(f"--eval_thinking_steps={args.eval_thinking_steps}: recurrent_max_thinking_steps={limit}")
+
+
+def fit_to_tokenizer(
+    config: MegaTransformerConfig, dataset: TextDataset, overrides: Sequence[str]
+) -> MegaTransformerConfig:
+    """The configuration with the vocabulary and special tokens of tokenised texts.
+
+    Args: overrides: the `key=value` that the user gave; one of vocab_size may round the vocabulary up.
+    Raises: ValueError: an override contradicts the tokenizer, or windows are longer than the model's positions.
+    """
+    begin, end = document_ends(dataset.tokenizer)
+    found = {"vocab_size": dataset.vocab_size, "pad_token_id": dataset.padding}
+    found |= {"bos_token_id": begin, "eos_token_id": end}
+    for name in {pair.partition("=")[0] for pair in overrides} & found.keys():
+        value = getattr(config, name)
+        if name == "vocab_size" and value >= found[name]:
+            found[name] = value
+        elif value != found[name]:
+            rule = "at least " if name == "vocab_size" else ""
+            raise ValueError(
+                f"--override {name}={value} does not fit the tokenizer of {dataset.folder}: "
+                f"{name} must be {rule}{found[name]}"
+            )
+    if dataset.sequence_length > config.max_position_embeddings:
+        raise ValueError(
+            f"--sequence_length={dataset.sequence_length} exceeds max_position_embeddings="
+            f"{config.max_position_embeddings}; give --override max_position_embeddings={dataset.sequence_length}"
+        )
+    return dataclasses.replace(config, **found)

@@ -1,0 +1,178 @@
+"""The vocoder: flags, random crops, losses on waveforms, evaluation on whole clips, clips to hear and see.  B batch,
+M mel bins, F frames, S samples."""
+
+import dataclasses
+import statistics
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.audio.lengths import crop_starts, valid_frames
+from model.audio.spectral import MelSettings
+from utils.drawing.audio import phase_picture, waveform_picture
+from utils.megatransformer_utils import StageArguments
+from utils.options import option
+from utils.timing import Stopwatch
+from utils.training.adversary import AdversaryArguments, adversary_needs
+from utils.training.audio import Listening
+from utils.training.gan import GANTrainer
+
+
+@dataclasses.dataclass
+class VocoderArguments(AdversaryArguments, StageArguments):
+    """Flags of the vocoder stage."""
+
+    segment_frames: int = option(32, "mel frames of a training crop", gt=1)
+
+    # Losses on the waveform's spectrograms.
+    mel_weight: float = option(45.0, "weight of the log-mel's mean absolute error", ge=0)
+    stft_weight: float = option(1.0, "weight of spectral convergence and of log-magnitudes", ge=0)
+    stft_resolutions: list[int] = option([512, 1024, 2048], "their frame lengths in samples")
+    phase_weight: float = option(1.0, "weight of the errors of group delay and instantaneous frequency", ge=0)
+    complex_stft_weight: float = option(0.0, "weight of the complex spectrogram's relative error", ge=0)
+
+    # Adversary. The losses' gradients on waveforms jump with silence; weights are not adapted to their norms.
+    gan_weight: float = option(1.0, "weight of the adversarial loss; 0: no discriminator", ge=0)
+    use_adaptive_gan_weight: bool = option(
+        False, "scale the adversarial gradient to the reconstruction's at the output"
+    )
+    feature_matching_weight: float = option(5.0, "weight of feature matching, relative to the adversarial loss", ge=0)
+    discriminator: Literal["thin", "full"] = option("thin", "layers of the discriminator; full: as published peers")
+    discriminator_periods: list[int] | None = option(
+        None, "periods in samples, or no value for none; default: those of --discriminator"
+    )
+    discriminator_resolutions: list[int] | None = option(
+        None, "frame lengths in samples, or no value for none; default: those of --discriminator"
+    )
+    discriminator_widening: float = option(1.0, "factor of the channels of --discriminator", gt=0)
+    discriminator_learning_rate: float = option(5e-4, "peak learning rate of the discriminator", gt=0)
+    discriminator_beta1: float = option(0.8, "AdamW's first moment decay for the discriminator", ge=0, lt=1)
+    n_logged_clips: int = option(4, "validation clips in TensorBoard; 0: none", ge=0)
+    learning_rate: float = option(5e-4, "peak learning rate of AdamW", gt=0)
+    adam_beta1: float = option(0.8, "AdamW's first moment decay", ge=0, lt=1)
+
+    needs = {
+        "stft_resolutions": ("stft_weight", bool),
+        **adversary_needs(*(f"discriminator{part}" for part in ("", "_periods", "_resolutions", "_widening"))),
+    }
+
+
+def check_segment(segment_frames: int, mel: MelSettings, min_samples: int, flag: str) -> None:
+    """Raises: ValueError: training crops are shorter than `min_samples`, which the part that the flag shapes needs."""
+    n_samples, n_needed = segment_frames * mel.hop_length, -(-min_samples // mel.hop_length)
+    if n_samples < min_samples:
+        raise ValueError(
+            f"--segment_frames={segment_frames} makes crops of {n_samples} samples, and {min_samples} are needed: "
+            f"give --segment_frames {n_needed}, or shorter {flag}"
+        )
+
+
+def crop_pairs(
+    mel: Tensor,
+    waveform: Tensor,
+    n_frames: Tensor,
+    uniforms: Tensor,
+    segment_frames: int,
+    hop_length: int,
+    log_floor: float,
+) -> tuple[Tensor, Tensor]:
+    """Aligned crops of log-mels and their waveforms, at places uniform over each clip.
+
+    Clips that are shorter than a crop are taken whole, with silence behind.
+
+    Args:
+        mel: (B, M, F), the first `n_frames` (B,) of which count.
+        waveform: (B, F * hop_length).
+        uniforms: (B,) in [0, 1).
+        log_floor: the log-mel of silence.
+    Returns: (B, M, segment_frames), (B, segment_frames * hop_length).
+    Raises: ValueError: the waveform has another length than the log-mel.
+    """
+    B, M, n_padded = mel.shape
+    if waveform.shape[1] != n_padded * hop_length:
+        raise ValueError(
+            f"waveforms of {waveform.shape[1]} samples do not belong to log-mels of {n_padded} frames, which are "
+            f"{n_padded * hop_length} samples at hop_length={hop_length}; preprocess the sounds again"
+        )
+    missing = max(0, segment_frames - n_padded)
+    if missing:
+        mel = F.pad(mel, (0, missing), value=log_floor)
+        waveform = F.pad(waveform, (0, missing * hop_length))
+    start = crop_starts(n_frames, segment_frames, uniforms)[:, None]
+    frames = start + torch.arange(segment_frames, device=mel.device)
+    samples = start * hop_length + torch.arange(segment_frames * hop_length, device=mel.device)
+    return mel.gather(2, frames[:, None].expand(B, M, segment_frames)), waveform.gather(1, samples)
+
+
+class VocoderTrainer(GANTrainer):
+    """Trains a vocoder on crops of `segment_frames` frames at places that belong to (seed, step, sample).
+
+    `criterion` is a `VocoderLoss`. Evaluation takes whole clips.
+    """
+
+    def generate(self, model, inputs):
+        uniforms = self.sample_uniforms(inputs, "crop", (1,))[:, 0]
+        mel, real = crop_pairs(
+            inputs["mel"],
+            inputs["waveform"],
+            inputs["n_frames"],
+            uniforms,
+            self.stage_arguments.segment_frames,
+            self.model.config.hop_length,
+            self.model.config.mel.log_floor,
+        )
+        generated = model(mel=mel)
+        return generated, real, generated
+
+    def evaluation_terms(self, model, inputs):
+        """The loss's distances on whole clips, unweighted, and `loss`, their weighted sum. Padding does not count: a
+        clip's numbers do not depend on the clips beside it."""
+        mel, real, hop_length = inputs["mel"], inputs["waveform"], self.model.config.hop_length
+        # Silence behind every clip, so that the longest one of a batch ends as the others do.
+        n_extra = self.model.generator.context_frames + -(-self.criterion.min_samples // hop_length)
+        mel = F.pad(mel, (0, n_extra), value=self.model.config.mel.log_floor)
+        n_samples = inputs["n_frames"] * hop_length
+        generated = model(mel=mel).float()
+        is_sound = valid_frames(n_samples, generated.shape[1])
+        real = F.pad(real, (0, n_extra * hop_length))
+        terms = self.criterion.distances(generated * is_sound, real, n_samples)
+        loss = sum(self.criterion.weights[name] * values for name, values in terms.items())
+        return {**{("mel_l1" if name == "mel" else name): values for name, values in terms.items()}, "loss": loss}
+
+
+class VocoderListening(Listening):
+    """What a vocoder makes of validation clips.
+
+    sounds/<clip>_real, _generated   players; the real ones once
+    pictures/mel                     log-mel of the recording | of the generated waveform | difference
+    pictures/waveform                both waveforms of the first clip
+    pictures/phase                   errors of its phases and of their change
+    listening/pesq, stoi, mel_l1, phase_error, frequency_error, real_time_factor (the first clip left out)
+    """
+
+    def run(self, model, sample, device):
+        watch = Stopwatch(device)
+        start = watch.now()
+        waveform = model(mel=sample["mel"][None].to(device))[0].float()
+        return waveform.cpu(), watch.now() - start
+
+    def write(self, made, device, step, is_first):
+        generated, times = [waveform for waveform, _ in made], [time for _, time in made]
+        real = [sample["waveform"] for sample in self.samples]
+        if is_first:
+            self.add_sounds("real", real, step)
+        self.add_sounds("generated", generated, step)
+        self.add_mels([self.log_mel(waveform[None])[0] for waveform in generated], step)
+        rate, n_fft, hop_length = self.settings.sample_rate, self.settings.n_fft, self.settings.hop_length
+        self.add_picture("waveform", waveform_picture({"real": real[0], "generated": generated[0]}, rate), step)
+        phases = [phase_picture(*pair, n_fft, hop_length) for pair in zip(real, generated)]
+        self.add_picture("phase", phases[0][0], step)
+        for name in ("phase", "frequency"):
+            mean = statistics.fmean(errors[name] for _, errors in phases)
+            self.writer.add_scalar(f"listening/{name}_error", mean, step)
+        self.add_scores(real, generated, step)
+        counted = slice(min(1, len(times) - 1), None)
+        factor = sum(times[counted]) / sum(len(waveform) / rate for waveform in generated[counted])
+        self.writer.add_scalar("listening/real_time_factor", factor, step)
