@@ -45,5 +45,5 @@ bench: install  ## side by side with peers; see benchmarks/README.md
 	$(BIN)/python benchmarks/audio_vae.py
 	$(BIN)/python benchmarks/transformer.py
 
-tensorboard: install  ## pictures, losses and metrics of all runs
+tensorboard: install  ## images, losses and metrics of all runs
 	$(BIN)/tensorboard --logdir runs

@@ -1,7 +1,7 @@
 """Metrics of a stage's checkpoint on held-out data: a table, metrics.json, TensorBoard, a contact sheet.
 
     python evaluate.py --checkpoint runs/image_vae/demo --contact_sheet 16
-    python evaluate.py --checkpoint runs/image_vae/demo --dataset my_pictures --max_samples 500 --output_dir out
+    python evaluate.py --checkpoint runs/image_vae/demo --dataset my_images --max_samples 500 --output_dir out
     python evaluate.py --checkpoint runs/image_diffusion/demo --contact_sheet 16 --n_steps 20 --guidance_scale 3
     python evaluate.py --checkpoint runs/image_diffusion/demo --curve --curve_steps 5 10 20 --curve_scales 1 3 5
     python evaluate.py --checkpoint runs/audio_vae/demo --contact_sheet 8 --vocoder_checkpoint runs/vocoder/demo
@@ -94,7 +94,7 @@ def evaluate(args: EvaluateArguments) -> dict:
 
 
 def write(args: EvaluateArguments, evaluator: Evaluator, evaluation: Evaluation, report: dict) -> list[Path]:
-    """metrics.json, pictures, sounds and TensorBoard; returns the paths."""
+    """metrics.json, images, sounds and TensorBoard; returns the paths."""
     run_dir = evaluator.checkpoint.parent
     output_dir = Path(args.output_dir or run_dir)
     output_dir.mkdir(parents=True, exist_ok=True)

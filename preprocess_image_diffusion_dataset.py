@@ -1,12 +1,12 @@
-r"""Turn captioned pictures into a VAE's latents and token ids; the next stage is pretrain_image_diffusion.py.
+r"""Turn captioned images into a VAE's latents and token ids; the next stage is pretrain_image_diffusion.py.
 
-    python preprocess_image_diffusion_dataset.py --dataset_name my_pictures --vae_checkpoint runs/image_vae/demo
-    python preprocess_image_diffusion_dataset.py --dataset_name my_pictures --vae_checkpoint runs/image_vae/demo \
+    python preprocess_image_diffusion_dataset.py --dataset_name my_images --vae_checkpoint runs/image_vae/demo
+    python preprocess_image_diffusion_dataset.py --dataset_name my_images --vae_checkpoint runs/image_vae/demo \
         --image_size 128 --horizontal_flip --text_encoder google/t5-v1_1-base
 
 A file holds {"mean": (Z, y, x) float16, "std": (Z, y, x) float16, "tokens": (T,) int16}: mean and deviation of the
 latents' posterior, standardised with the VAE's latent statistics, and the caption's bytes (model/text/tokenizer.py).
-With --horizontal_flip also "flipped_mean" and "flipped_std", those of the mirrored picture; with --text_encoder also
+With --horizontal_flip also "flipped_mean" and "flipped_std", those of the mirrored image; with --text_encoder also
 "text_states": (T', E) bfloat16, the last hidden states of the caption's own tokens.
 """
 
@@ -26,20 +26,20 @@ from utils.generation.text_encoder import caption_states, text_encoder_fingerpri
 from utils.options import option
 from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
 from utils.preprocessing.driver import PreprocessArguments
-from utils.preprocessing.image import PICTURE_SETTINGS, PictureArguments, decode_picture
+from utils.preprocessing.image import IMAGE_SETTINGS, ImageArguments, decode_source_image
 from utils.preprocessing.samples import Example
 
 LATENT_SETTINGS = ("horizontal_flip", "max_tokens", "bf16")
 
 
 @dataclasses.dataclass
-class ImageDiffusionPreprocessArguments(PictureArguments, BatchedPreprocessArguments):
+class ImageDiffusionPreprocessArguments(ImageArguments, BatchedPreprocessArguments):
     """Flags of this stage."""
 
     vae_checkpoint: str = option("", "run or checkpoint folder of the VAE; its averaged weights are used")
     vae_config: str = option("", "preset that the VAE must have been trained with; default: any")
-    image_size: int = option(0, "side of the pictures in pixels, divisible by the compression; 0: the VAE's", ge=0)
-    horizontal_flip: bool = option(False, "also store the latents of the mirrored picture")
+    image_size: int = option(0, "side of the images in pixels, divisible by the compression; 0: the VAE's", ge=0)
+    horizontal_flip: bool = option(False, "also store the latents of the mirrored image")
     max_tokens: int = option(128, "longest caption in tokens, bytes or the text encoder's; the rest is cut", gt=0)
     text_encoder: str = option("", "frozen text encoder whose hidden states are stored too: local folder or hub name")
 
@@ -73,7 +73,7 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
     def settings(self) -> dict[str, Any]:
         text = self.text_encoder
         return {
-            **{name: getattr(self.args, name) for name in (*PICTURE_SETTINGS, *LATENT_SETTINGS)},
+            **{name: getattr(self.args, name) for name in (*IMAGE_SETTINGS, *LATENT_SETTINGS)},
             "image_size": self.image_size,
             "latent_shape": list(self.latent_shape),
             "vae_fingerprint": self.vae_fingerprint,
@@ -85,12 +85,12 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
         return {"vae_checkpoint": self.args.vae_checkpoint, "text_encoder": self.args.text_encoder}
 
     def decode(self, media: dict[str, Any] | None) -> Image.Image:
-        return decode_picture(media, self.args, enough=3 * self.image_size)  # Three pixels for one, as in `resample`.
+        return decode_source_image(media, self.args, enough=3 * self.image_size)
 
     def encode(self, example: Example, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        picture = fit_image(example.data, self.image_size, self.args.resize_mode, self.args.background_color)
+        image = fit_image(example.data, self.image_size, self.args.resize_mode, self.args.background_color)
         tokens = encode_caption(example.caption, self.args.max_tokens)
-        return {"image": to_tensor(picture), "tokens": torch.tensor(tokens, dtype=torch.int16)}
+        return {"image": to_tensor(image), "tokens": torch.tensor(tokens, dtype=torch.int16)}
 
     @torch.inference_mode()
     def encode_batch(self, examples: list[Example]) -> list[dict[str, torch.Tensor]]:

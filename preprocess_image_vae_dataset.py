@@ -1,7 +1,7 @@
-r"""Turn pictures into square uint8 tensors; the next stage is pretrain_image_vae.py.
+r"""Turn images into square uint8 tensors; the next stage is pretrain_image_vae.py.
 
-    python preprocess_image_vae_dataset.py --dataset_name my_pictures --image_size 128
-    python preprocess_image_vae_dataset.py --dataset_name my_pictures --output_dir cached_datasets/augmented \
+    python preprocess_image_vae_dataset.py --dataset_name my_images --image_size 128
+    python preprocess_image_vae_dataset.py --dataset_name my_images --output_dir cached_datasets/augmented \
         --num_augmented_copies 2 --random_resized_crop --horizontal_flip --color_jitter --rotation
 
 A file holds {"image": (3, S, S) uint8}; the manifest holds the captions. Augmentations given without a value take a
@@ -17,17 +17,17 @@ from PIL import Image
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, Augmentation, fit_image, to_tensor
 from utils.options import option
 from utils.preprocessing.driver import Preprocess
-from utils.preprocessing.image import PICTURE_SETTINGS, PictureArguments, decode_picture
+from utils.preprocessing.image import IMAGE_SETTINGS, ImageArguments, decode_source_image
 from utils.preprocessing.samples import Example
 
 AUGMENTATIONS = [field.name for field in dataclasses.fields(Augmentation)]
 
 
 @dataclasses.dataclass
-class ImageVAEPreprocessArguments(PictureArguments):
+class ImageVAEPreprocessArguments(ImageArguments):
     """Flags of this stage."""
 
-    image_size: int = option(128, "side S of the pictures in pixels", gt=0)
+    image_size: int = option(128, "side S of the images in pixels", gt=0)
 
     # Changes of the augmented copies.
     random_resized_crop: float = option(1.0, "smallest share of the area a crop keeps; 1: off", gt=0, le=1, bare=0.5)
@@ -56,12 +56,12 @@ class ImageVAEPreprocess(Preprocess):
         self.augmentation = Augmentation(**{name: getattr(args, name) for name in AUGMENTATIONS})
 
     def settings(self) -> dict[str, Any]:
-        names = ("image_size", *PICTURE_SETTINGS, *AUGMENTATIONS)
+        names = ("image_size", *IMAGE_SETTINGS, *AUGMENTATIONS)
         return {name: getattr(self.args, name) for name in names}
 
     def decode(self, media: dict[str, Any] | None) -> Image.Image:
         enough = round(3 * self.args.image_size / self.args.random_resized_crop**0.5)  # 3 for 1, as in `resample`.
-        return decode_picture(media, self.args, enough)
+        return decode_source_image(media, self.args, enough)
 
     def encode(self, example: Example, generator: torch.Generator) -> dict[str, torch.Tensor]:
         args, image = self.args, example.data

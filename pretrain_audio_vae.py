@@ -50,7 +50,7 @@ class AudioVAEStage(AudioStage):
 
     def build_trainer(self, model, datasets, training):
         if not self.args.init_from and not self.find_checkpoint():
-            model.fit_to_data(SpreadMels(datasets["train"], self.args.statistics_samples))
+            model.fit_to_data(SpreadMels(datasets["train"], self.args.latent_statistics_samples))
         return super().build_trainer(model, datasets, training)
 
     def build_trainer_parts(self, model):
@@ -64,7 +64,11 @@ class AudioVAEStage(AudioStage):
 
     def build_callbacks(self, writer):
         args = self.args
-        return [AudioVAEListening(writer, args.n_logged_clips, args.vocoder_checkpoint)] if args.n_logged_clips else []
+        return (
+            [AudioVAEListening(writer, args.n_logged_samples, args.vocoder_checkpoint)]
+            if args.n_logged_samples
+            else []
+        )
 
 
 if __name__ == "__main__":

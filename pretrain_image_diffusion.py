@@ -49,8 +49,8 @@ class ImageDiffusionStage(Stage):
         if self.args.channel_weight_power:
             weights = self.vae.latent_std**self.args.channel_weight_power
             parts["channel_weights"] = weights / weights.mean()
-        if self.args.eval_pictures:
-            drawing = (self.vae, self.text_encoder, self.cache_dir, self.args.eval_pictures, self.args)
+        if self.args.eval_images:
+            drawing = (self.vae, self.text_encoder, self.cache_dir, self.args.eval_images, self.args)
             parts["measure_samples"] = SampleMetrics(*drawing)
         return parts
 

@@ -1,4 +1,4 @@
-r"""Image VAE-GAN: pictures to latents and back.
+r"""Image VAE-GAN: images to latents and back.
 
 Before: preprocess_image_vae_dataset.py. After: preprocess_image_diffusion_dataset.py reads the checkpoint by its path.
 
@@ -10,10 +10,10 @@ Before: preprocess_image_vae_dataset.py. After: preprocess_image_diffusion_datas
 
 from model.image.vae import ImageVAE, ImageVAEConfig
 from model.presets import IMAGE_VAE
-from utils.training.image_vae import ImageVAEGANTrainer, PictureVAEStage
+from utils.training.image_vae import ImageAutoencoderStage, ImageVAEGANTrainer
 
 
-class ImageVAEStage(PictureVAEStage):
+class ImageVAEStage(ImageAutoencoderStage):
     name = "image_vae"
     config_class = ImageVAEConfig
     model_class = ImageVAE

@@ -1,4 +1,4 @@
-r"""Recurrent image VAE-GAN: pictures to latents, and back in any number of decoder steps.
+r"""Recurrent image VAE-GAN: images to latents, and back in any number of decoder steps.
 
 Before: preprocess_image_vae_dataset.py. After: preprocess_image_diffusion_dataset.py reads the checkpoint by its path.
 
@@ -12,11 +12,11 @@ from pathlib import Path
 
 from model.image.recurrent_vae import RecurrentVAE, RecurrentVAEConfig
 from model.presets import RECURRENT_VAE
-from utils.training.image_vae import PictureVAEStage
+from utils.training.image_vae import ImageAutoencoderStage
 from utils.training.recurrent_vae import RecurrentVAEArguments, RecurrentVAEGANTrainer
 
 
-class RecurrentVAEStage(PictureVAEStage):
+class RecurrentVAEStage(ImageAutoencoderStage):
     name = "recurrent_vae"
     arguments_class = RecurrentVAEArguments
     config_class = RecurrentVAEConfig

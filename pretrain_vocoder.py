@@ -29,7 +29,7 @@ class VocoderStage(AudioStage):
     trainer_class = VocoderTrainer
 
     def build_callbacks(self, writer):
-        n_clips = self.args.n_logged_clips
+        n_clips = self.args.n_logged_samples
         return [VocoderListening(writer, n_clips)] if n_clips else []
 
     def build_trainer_parts(self, model):

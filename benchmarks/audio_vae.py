@@ -2,7 +2,7 @@
 
     python benchmarks/audio_vae.py                      # training step, then encoding and decoding of 5 s
 
-Both sides get the same log-mels, 80 bins x frames. AutoencoderKL sees them as pictures of one channel, with the blocks
+Both sides get the same log-mels, 80 bins x frames. AutoencoderKL sees them as images of one channel, with the blocks
 of AudioLDM's VAE (128, 256, 512 channels, 2 layers each, 8 latent channels, compression 4 in both axes); ours is
 `base`, which takes mel bins as channels. The step is forward and backward of L1 + KL, without discriminator.
 """

@@ -100,7 +100,7 @@ class Table:
 
 
 def compare_image_vae(table: Table) -> None:
-    """Pictures of 256 px through ours and diffusers' AutoencoderKL of Stable Diffusion's size (84 M)."""
+    """Images of 256 px through ours and diffusers' AutoencoderKL of Stable Diffusion's size (84 M)."""
     from diffusers import AutoencoderKL
 
     def theirs() -> nn.Module:

@@ -151,7 +151,7 @@ def sampling(args: BenchmarkArguments) -> None:
 
 
 def cached_latents(args: BenchmarkArguments) -> None:
-    """A step of `tiny` on cached latents of 64 px pictures, and the same step with the VAE's encoder in front."""
+    """A step of `tiny` on cached latents of 64 px images, and the same step with the VAE's encoder in front."""
     for preset, channels in (("tiny", 16), ("small", 16), ("medium", 16), ("ldm", 4)):
         vae = ImageVAE.from_preset(preset, image_size=64).eval()
         model = ImageDiffusion.from_preset("tiny", latent_channels=channels)

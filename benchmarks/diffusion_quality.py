@@ -57,7 +57,7 @@ def train_and_measure(args: argparse.Namespace, objective: str, seed: int) -> di
     every = str(args.max_steps // N_TENTHS)
     if not is_complete(run_dir / f"checkpoint-{args.max_steps}"):
         flags = ["--config", args.config, "--run_name", name, "--output_dir", args.output_dir, "--seed", str(seed)]
-        flags += ["--cached_dataset", args.cached_dataset, "--max_steps", str(args.max_steps), "--eval_pictures", "0"]
+        flags += ["--cached_dataset", args.cached_dataset, "--max_steps", str(args.max_steps), "--eval_images", "0"]
         flags += ["--batch_size", "32", "--learning_rate", "4e-3", "--channel_weight_power", "1", "--n_prompts", "0"]
         flags += ["--save_steps", every]
         flags += ["--eval_steps", str(args.max_steps), "--save_total_limit", str(N_TENTHS), "--resume_from_checkpoint"]

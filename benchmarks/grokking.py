@@ -1,6 +1,6 @@
 """Grokking: arithmetic modulo a prime, learned by heart first and understood later, with and without GrokFast.
 
-    python benchmarks/grokking.py --picture docs/grokking.png    # 2 x 3 runs, one thread, about half an hour
+    python benchmarks/grokking.py --image docs/grokking.png    # 2 x 3 runs, one thread, about half an hour
 
 A transformer of two layers sees half of all pairs (a, b) and predicts (a * b) mod p; accuracy is measured on the pairs
 that it never saw (arXiv 2201.02177). GrokFast-EMA (arXiv 2405.20233, `utils/optimizer_hooks.py`) is attached to the
@@ -31,7 +31,7 @@ from utils.options import option
 
 PLAIN, FAST = "without GrokFast", "with GrokFast-EMA"
 COLORS = {PLAIN: (38, 84, 190), FAST: (214, 96, 22)}
-WIDTH, HEIGHT, MARGIN = 640, 360, 48  # of the picture, pixels
+WIDTH, HEIGHT, MARGIN = 640, 360, 48  # of the image, pixels
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ class GrokkingArguments:
     goal: float = option(0.95, "accuracy on unseen pairs that ends a run", gt=0, le=1)
     eval_steps: int = option(50, "steps between measurements", gt=0)
     n_seeds: int = option(3, "runs of each kind", gt=0)
-    picture: str = option("", "file for the curves; empty: none")
+    image: str = option("", "file for the curves; empty: none")
 
 
 @dataclasses.dataclass
@@ -162,8 +162,8 @@ def report(args: GrokkingArguments, runs: dict[str, list[Run]]) -> None:
 
 def draw(args: GrokkingArguments, runs: dict[str, list[Run]]) -> Image.Image:
     """Accuracy over steps: unseen pairs as thick lines, seen pairs as thin ones, one line per seed."""
-    picture = Image.new("RGB", (WIDTH, HEIGHT), "white")
-    canvas, font = ImageDraw.Draw(picture), ImageFont.load_default(13)
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    canvas, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     last = max(run.steps[-1] for each in runs.values() for run in each)
     across, down = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
 
@@ -182,7 +182,7 @@ def draw(args: GrokkingArguments, runs: dict[str, list[Run]]) -> Image.Image:
         canvas.text((MARGIN, 4 + 16 * row), name, COLORS[name], font)
     rule = f"accuracy over steps, {args.operation} mod {args.modulus}; thick: unseen pairs, thin: seen pairs"
     canvas.text((MARGIN, HEIGHT - 20), rule, "black", font)
-    return picture
+    return image
 
 
 if __name__ == "__main__":
@@ -194,5 +194,5 @@ if __name__ == "__main__":
             for kind in found:
                 found[kind].append(train(arguments, number, kind == FAST))
         report(arguments, found)
-        if arguments.picture:
-            draw(arguments, found).save(arguments.picture, optimize=True)
+        if arguments.image:
+            draw(arguments, found).save(arguments.image, optimize=True)

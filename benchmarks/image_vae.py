@@ -29,7 +29,7 @@ from utils.command_line import explained_errors, parse_arguments
 from utils.metrics.images import psnr
 from utils.options import option
 from utils.training.adversary import Adversary
-from utils.training.image_vae import PictureVAEArguments
+from utils.training.image_vae import ImageAutoencoderArguments
 from utils.training_utils import EpochSampler
 
 # Blocks of diffusers' AutoencoderKL, 2 layers each, and our preset of the same size.
@@ -44,9 +44,9 @@ class BenchmarkArguments:
     repeats: int = option(7, "interleaved repeats of each side", gt=0)
     threads: int = option(1, "threads of torch", gt=0)
     quality: float = option(0.0, "CPU seconds of training per side, then held-out PSNR; 0: speed only", ge=0)
-    cached_dataset: str = option("cached_datasets/openmoji_64", "pictures for --quality")
+    cached_dataset: str = option("cached_datasets/openmoji_64", "images for --quality")
     size: str = option("5M", "pair that --quality trains, 5M or 21M")
-    batch_size: int = option(8, "pictures per step", gt=0)
+    batch_size: int = option(8, "images per step", gt=0)
     learning_rates: list[float] = option(
         [5e-4, 2e-3], "peak learning rates tried for each side; the better counts", gt=0
     )
@@ -162,7 +162,7 @@ def gan(args: BenchmarkArguments) -> None:
 
     def side(adaptive: bool) -> Callable[[], None]:
         values = {"gan_start_step": 0, "gan_warmup_steps": 0, "gan_ramp_steps": 1, "use_adaptive_gan_weight": adaptive}
-        adversary = Adversary(build_discriminator("patch", 32, 3, False), PictureVAEArguments(**values))
+        adversary = Adversary(build_discriminator("patch", 32, 3, False), ImageAutoencoderArguments(**values))
         adversary.prepare(torch.device("cpu"), "constant", 100)
 
         def run() -> None:

@@ -1,4 +1,4 @@
-"""The recurrent VAE on held-out pictures: PSNR over decoder steps, early exit, memory of the graph, and the same
+"""The recurrent VAE on held-out images: PSNR over decoder steps, early exit, memory of the graph, and the same
 network trained as a one-pass decoder, at equal optimizer steps and at equal CPU time.
 
     OMP_NUM_THREADS=1 python benchmarks/recurrent_vae.py --cached_dataset cached_datasets/openmoji_64
@@ -38,11 +38,11 @@ ONE_PASS = (
 class BenchmarkArguments:
     """Flags of the experiment."""
 
-    cached_dataset: str = option("cached_datasets/openmoji_64", "pictures")
+    cached_dataset: str = option("cached_datasets/openmoji_64", "images")
     output_dir: str = option("runs/benchmark", "folder of the runs")
     config: str = option("tiny", "preset")
     optimizer_steps: int = option(2000, "optimizer steps of the recurrent decoder", gt=0)
-    batch_size: int = option(8, "pictures per step", gt=0)
+    batch_size: int = option(8, "images per step", gt=0)
     learning_rate: float = option(2e-3, "peak learning rate", gt=0)
     seed: int = option(42, "seed of weights, data order and noise", ge=0)
 
@@ -67,13 +67,13 @@ def curve(model: RecurrentVAE, held_out: Tensor, steps: list[int]) -> list[float
     values: dict[int, list[float]] = {k: [] for k in steps}
     for image in held_out.split(46):
         mean, _ = model.encode(image)
-        for k, picture in zip(steps, model.decoder.pictures_at(mean, steps)):
-            values[k] += psnr(picture, image).tolist()
+        for k, reconstruction in zip(steps, model.decoder.images_at(mean, steps)):
+            values[k] += psnr(reconstruction, image).tolist()
     return [sum(values[k]) / len(values[k]) for k in steps]
 
 
 def exits(model: RecurrentVAE, held_out: Tensor, n_steps: int) -> None:
-    """Steps and PSNR over the threshold, and the largest difference to decoding one picture at a time."""
+    """Steps and PSNR over the threshold, and the largest difference to decoding one image at a time."""
     latents = torch.cat([model.encode(image)[0] for image in held_out.split(46)])
     (full,) = curve(model, held_out, [n_steps])
     for threshold in THRESHOLDS:
@@ -86,8 +86,8 @@ def exits(model: RecurrentVAE, held_out: Tensor, n_steps: int) -> None:
         )
     decoded, taken = model.decode_until_settled(latents[:24], 0.015, n_steps)
     alone = [model.decode_until_settled(latents[i : i + 1], 0.015, n_steps) for i in range(24)]
-    difference = (decoded - torch.cat([picture for picture, _ in alone])).abs().max().item()
-    print(f"one at a time: steps equal {taken.tolist() == [int(k) for _, k in alone]}, pictures to {difference:.1e}")
+    difference = (decoded - torch.cat([reconstruction for reconstruction, _ in alone])).abs().max().item()
+    print(f"one at a time: steps equal {taken.tolist() == [int(k) for _, k in alone]}, images to {difference:.1e}")
 
 
 def saved_bytes(model: RecurrentVAE, image: Tensor, n_steps: int) -> int:

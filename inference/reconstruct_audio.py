@@ -18,7 +18,7 @@ from dataset_loading.audio.signal import AUDIO_SUFFIXES
 from utils.checkpoints import provenance, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
-from utils.drawing.images import Group, save_picture
+from utils.drawing.images import Group, save_image
 from utils.generation.audio import (
     MEL_SUFFIX,
     AudioReconstructor,
@@ -65,7 +65,7 @@ def reconstruct(args: ReconstructionArguments) -> None:
             triple = mel_triple(mel, reconstruction, synthesizer.log_mel.settings.log_floor)
             groups.append(Group(triple, f"{distance:.3f}  {name}"))
         print(f"{folder / found['file']}  {found['seconds']:.2f} s, mean log-mel difference {distance:.3f} by the VAE")
-    save_picture(strip_sheet(groups, TRIPLE), folder / "sheet.png")
+    save_image(strip_sheet(groups, TRIPLE), folder / "sheet.png")
     settings = {**dataclasses.asdict(args), **synthesizer.record, **reconstructor.record, "files": made}
     write_json(folder / "settings.json", {**settings, **provenance()})
     print(folder / "sheet.png")

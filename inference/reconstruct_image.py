@@ -1,8 +1,8 @@
-"""Reconstruct pictures with a VAE of any stage: a PNG for each, and a sheet of input | reconstruction | difference.
+"""Reconstruct images with a VAE of any stage: a PNG for each, and a sheet of input | reconstruction | difference.
 
     python inference/reconstruct_image.py --checkpoint runs/image_vae/demo --input photo.jpg drawings/
 
-The shorter side is resized to --image_size (default: that of the model's training pictures; 0: sizes stay). Sides that
+The shorter side is resized to --image_size (default: that of the model's training images; 0: sizes stay). Sides that
 the compression does not divide are padded for the model and cropped back.
 """
 
@@ -15,11 +15,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset_loading.image.folder import find_pictures
+from dataset_loading.image.folder import find_images
 from dataset_loading.image.pixels import decode_image, to_float, to_tensor
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
-from utils.drawing.images import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_picture, triple
+from utils.drawing.images import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_image, triple
 from utils.generation.latents import load_vae
 from utils.metrics.images import psnr
 from utils.options import option
@@ -31,41 +31,41 @@ MAX_ROWS = 32  # on the sheet
 @dataclasses.dataclass
 class ReconstructionArguments:
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    input: list[str] = option([], "picture files and folders of pictures")
+    input: list[str] = option([], "image files and folders of images")
     image_size: int = option(-1, "shorter side in pixels; 0: as it is; -1: as the model was trained", ge=-1)
     background_color: str = option("white", "behind transparent pixels, name or #rrggbb")
     output_dir: str = option("inference/generated/image", "folder of the results")
 
     def validate_input(self):
         if not self.checkpoint or not self.input:
-            raise ValueError("--checkpoint and --input are needed: a run folder, and picture files or folders")
+            raise ValueError("--checkpoint and --input are needed: a run folder, and image files or folders")
 
 
 @torch.inference_mode()
 def reconstruct(args: ReconstructionArguments) -> None:
-    """Reconstruct all pictures; damaged ones are named and left out."""
-    files = find_pictures(args.input)
+    """Reconstruct all images; damaged ones are named and left out."""
+    files = find_images(args.input)
     model = load_vae(args.checkpoint, needs_statistics=False).to(compute_device())
     length = model.config.image_size if args.image_size < 0 else args.image_size
     groups = []
     for name, file in files.items():
         try:
-            picture = decode_image({"path": str(file), "bytes": None}, args.background_color)
+            source = decode_image({"path": str(file), "bytes": None}, args.background_color)
         except (OSError, ValueError, SyntaxError) as error:
             logger.warning("%s is left out: %s", file, error)
             continue
-        image = to_float(to_tensor(resize_shorter_side(picture, length) if length else picture))[None].to(model.device)
+        image = to_float(to_tensor(resize_shorter_side(source, length) if length else source))[None].to(model.device)
         reconstruction = model(image=pad_to_multiple(image, model.config.compression)).reconstruction
         reconstruction = reconstruction[..., : image.shape[2], : image.shape[3]].clamp(-1, 1)
-        pictures, value = triple(image[0], reconstruction[0]), psnr(reconstruction, image).item()
+        images, value = triple(image[0], reconstruction[0]), psnr(reconstruction, image).item()
         if len(groups) < MAX_ROWS:
-            groups.append(Group(pictures, f"{value:.1f} dB  {name}"))
+            groups.append(Group(images, f"{value:.1f} dB  {name}"))
         output = Path(args.output_dir) / f"{name}_reconstruction.png"
-        save_picture(pictures[1], output)
+        save_image(images[1], output)
         print(f"{output}  {image.shape[3]}x{image.shape[2]} pixels, PSNR {value:.2f} dB")
     if not groups:
-        raise ValueError(f"none of {len(files)} files could be read as a picture")
-    save_picture(draw_sheet(groups, TRIPLE), Path(args.output_dir) / "sheet.png")
+        raise ValueError(f"none of {len(files)} files could be read as an image")
+    save_image(draw_sheet(groups, TRIPLE), Path(args.output_dir) / "sheet.png")
     print(Path(args.output_dir) / "sheet.png")
 
 

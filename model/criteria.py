@@ -36,11 +36,11 @@ def gradient_loss(reconstruction: Tensor, target: Tensor, n_scales: int = 3) -> 
     Args:
         reconstruction, target: (B, C, Y, X); the smaller side at least 2**n_scales pixels.
     Raises:
-        ValueError: the picture is too small for the number of scales.
+        ValueError: the image is too small for the number of scales.
     """
     error = reconstruction.float() - target.float()
     if min(error.shape[-2:]) < 2**n_scales:
-        raise ValueError(f"a picture of {error.shape[-2]}x{error.shape[-1]} pixels is too small for {n_scales} scales")
+        raise ValueError(f"an image of {error.shape[-2]}x{error.shape[-1]} pixels is too small for {n_scales} scales")
     total = error.new_zeros(())
     for scale in range(n_scales):
         if scale > 0:
@@ -148,10 +148,10 @@ def feature_matching_loss(real_features: list[Tensor], fake_features: list[Tenso
 
 
 def r1_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
-    """Squared gradient of the logits with respect to real pictures (arXiv 1801.04406), without the factor gamma / 2.
+    """Squared gradient of the logits with respect to real images (arXiv 1801.04406), without the factor gamma / 2.
 
     A map of n logits counts as the sum of its logits over sqrt(n): for patches that look at different pixels this is
-    the mean squared gradient per logit, whatever the size of the picture. Sub-discriminators are averaged.
+    the mean squared gradient per logit, whatever the size of the image. Sub-discriminators are averaged.
     Args:
         discriminator: image -> (list of logits, list of features); runs in fp32 also under autocast.
         real: (B, C, Y, X).

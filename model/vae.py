@@ -63,7 +63,7 @@ class VAE(PreTrainedModel):
         return VAEOutput(reconstruction=self.decode(latents), mean=mean, logvar=logvar)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior of a picture.
+        """The posterior of an image.
 
         Args:
             image: (B, C, Y, X) in [-1, 1].
@@ -75,14 +75,14 @@ class VAE(PreTrainedModel):
         Y, X = image.shape[-2:]
         if Y % self.config.compression or X % self.config.compression:
             raise ValueError(
-                f"a picture of {Y}x{X} pixels cannot be encoded: both sides must be divisible by the "
+                f"an image of {Y}x{X} pixels cannot be encoded: both sides must be divisible by the "
                 f"compression {self.config.compression}; crop, pad or resize it"
             )
         mean, logvar = self.encoder(image).float().chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The picture of a latent.
+        """The image of a latent.
 
         Args:
             latents: (B, Z, y, x), in the units of `encode` (not standardised).
@@ -129,7 +129,7 @@ class VAE(PreTrainedModel):
         self.latent_std.copy_(std)
 
     def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(Z, y, x) of a square picture with `image_size` pixels a side; ValueError where it is not divisible."""
+        """(Z, y, x) of a square image with `image_size` pixels a side; ValueError where it is not divisible."""
         if image_size % self.config.compression:
             raise ValueError(f"image_size={image_size} is not divisible by the compression {self.config.compression}")
         side = image_size // self.config.compression

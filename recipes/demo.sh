@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to pictures drawn for captions and to speech through a vocoder and an audio VAE, on a CPU:
+# From nothing to images drawn for captions and to speech through a vocoder and an audio VAE, on a CPU:
 # embedded scenes -> cache -> image VAE-GAN -> latents -> text-to-image diffusion -> metrics and a contact sheet;
 # the same captions spoken -> cache -> vocoder -> audio VAE-GAN -> metrics, sounds and sheets of log-mels.
 # Costs about 12 minutes on 2 cores after the installation; reaches 26 dB PSNR, draws 89 % of the held-out captions so
@@ -27,10 +27,10 @@ python preprocess_image_diffusion_dataset.py --dataset_name data/scenes/train --
     --vae_checkpoint "$vae" --output_dir cached_datasets/scenes_latents
 torchrun --standalone --nproc_per_node=2 pretrain_image_diffusion.py --config tiny --run_name demo \
     --cached_dataset cached_datasets/scenes_latents --vae_checkpoint "$vae" --batch_size 16 --learning_rate 4e-3 \
-    --channel_weight_power 1 --time_mean 0.8 --time_std 1.2 --max_steps 1600 --warmup_ratio 0.01 --eval_pictures 0 \
+    --channel_weight_power 1 --time_mean 0.8 --time_std 1.2 --max_steps 1600 --warmup_ratio 0.01 --eval_images 0 \
     --logging_steps 100 --eval_steps 800 --save_steps 800 --resume_from_checkpoint latest
 python evaluate.py --checkpoint "$diffusion" --contact_sheet 16
-python inference/text_to_image.py --checkpoint "$diffusion" --n_pictures 4 \
+python inference/text_to_image.py --checkpoint "$diffusion" --n_images 4 \
     --prompts "a large frog on red" "a small house at the right on red" "a large umbrella on gray"
 
 # Sound: the same captions spoken -> log-mels -> vocoder and audio VAE-GAN -> metrics, sounds and mel sheets.
@@ -41,12 +41,12 @@ python preprocess_audio_vocoder_dataset.py --dataset_name data/speech/train --va
     --output_dir cached_datasets/speech
 torchrun --standalone --nproc_per_node=2 pretrain_vocoder.py --config tiny --run_name demo \
     --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 1e-3 --max_steps 400 --warmup_ratio 0.04 \
-    --gan_start_step 240 --gan_warmup_steps 10 --gan_ramp_steps 80 --discriminator_every 2 --n_logged_clips 2 \
+    --gan_start_step 240 --gan_warmup_steps 10 --gan_ramp_steps 80 --discriminator_every 2 --n_logged_samples 2 \
     --logging_steps 40 --eval_steps 200 --save_steps 200 --resume_from_checkpoint latest
 python evaluate.py --checkpoint "$vocoder" --metrics pesq stoi mel --max_samples 16 --contact_sheet 4
 torchrun --standalone --nproc_per_node=2 pretrain_audio_vae.py --config tiny --run_name demo \
     --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 2e-3 --max_steps 240 --warmup_ratio 0.04 \
-    --gan_start_step 160 --gan_warmup_steps 10 --gan_ramp_steps 40 --gan_weight 0.05 --n_logged_clips 2 \
+    --gan_start_step 160 --gan_warmup_steps 10 --gan_ramp_steps 40 --gan_weight 0.05 --n_logged_samples 2 \
     --vocoder_checkpoint "$vocoder" --logging_steps 40 --eval_steps 120 --save_steps 120 \
     --resume_from_checkpoint latest
 python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" --metrics pesq stoi mel \
@@ -57,7 +57,7 @@ python inference/reconstruct_audio.py --vae_checkpoint "$audio_vae" --vocoder_ch
 echo
 echo "contact sheet    $diffusion/contact_sheet.png (real | reconstruction | generated)"
 echo "metrics          $diffusion/metrics.json, $vae/metrics.json"
-echo "pictures         inference/generated/image/"
+echo "images         inference/generated/image/"
 echo "log-mels         $vocoder/contact_sheet.png, $audio_vae/contact_sheet.png (target | predicted | difference)"
 echo "sounds           $vocoder/, $audio_vae/, inference/generated/audio/"
 echo "metrics          $vocoder/metrics.json, $audio_vae/metrics.json"

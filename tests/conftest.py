@@ -1,4 +1,4 @@
-"""Shared fixtures: small real pictures on disk, their cache, and a stage run in this process."""
+"""Shared fixtures: small real images on disk, their cache, and a stage run in this process."""
 
 import logging
 import os
@@ -19,42 +19,42 @@ from PIL import Image, ImageDraw
 from preprocess_image_vae_dataset import ImageVAEPreprocess
 from pretrain_image_diffusion import ImageDiffusionStage
 from pretrain_image_vae import ImageVAEStage
-from tests.helpers.latent_cache import make_latents, save_vae, write_captioned_pictures
+from tests.helpers.latent_cache import make_latents, save_vae, write_captioned_images
 from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, run_stage
 
 torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
-def picture_folder(tmp_path_factory) -> Path:
+def image_folder(tmp_path_factory) -> Path:
     """72 drawings of 40 x 40 pixels: coloured discs and bars, no two alike."""
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     generator = torch.Generator().manual_seed(0)
     for number in range(72):
         red, green, blue, x, y, r = torch.randint(5, 35, (6,), generator=generator).tolist()
-        picture = Image.new("RGB", (40, 40), (255, 255, 255))
-        draw = ImageDraw.Draw(picture)
+        image = Image.new("RGB", (40, 40), (255, 255, 255))
+        draw = ImageDraw.Draw(image)
         draw.ellipse((x - r // 2, y - r // 2, x + r // 2, y + r // 2), fill=(red * 7, green * 7, blue * 7))
         draw.rectangle((x // 2, y, x, y + 4), fill=(blue * 7, red * 7, green * 7))
-        picture.save(folder / f"{number:03}.png")
+        image.save(folder / f"{number:03}.png")
     return folder
 
 
 @pytest.fixture(scope="session")
-def picture_cache(picture_folder, tmp_path_factory) -> Path:
-    """The pictures preprocessed at 32 px."""
+def image_cache(image_folder, tmp_path_factory) -> Path:
+    """The images preprocessed at 32 px."""
     cache = tmp_path_factory.mktemp("caches") / "image_vae"
-    words = ["--dataset_name", str(picture_folder), "--output_dir", str(cache), "--image_size", "32"]
+    words = ["--dataset_name", str(image_folder), "--output_dir", str(cache), "--image_size", "32"]
     ImageVAEPreprocess.main([*words, "--validation_fraction", "0.1", "--num_workers", "0"])
     return cache
 
 
 @pytest.fixture(scope="session")
-def latent_cache(picture_cache, tmp_path_factory) -> Path:
+def latent_cache(image_cache, tmp_path_factory) -> Path:
     """Latents and captions of 72 coloured squares, by an untrained VAE that lies beside them."""
     folder = tmp_path_factory.mktemp("latents")
-    raw = write_captioned_pictures(folder / "raw", 72)
-    make_latents(raw, save_vae(folder / "vae", picture_cache), folder / "image_diffusion", "--horizontal_flip")
+    raw = write_captioned_images(folder / "raw", 72)
+    make_latents(raw, save_vae(folder / "vae", image_cache), folder / "image_diffusion", "--horizontal_flip")
     return folder / "image_diffusion"
 
 
@@ -66,9 +66,9 @@ def fresh_logging():
 
 
 @pytest.fixture
-def train(picture_cache, tmp_path, fresh_logging):
+def train(image_cache, tmp_path, fresh_logging):
     """Runs the image VAE stage in this process: train("name", steps, *flags) -> Run."""
-    return partial(run_stage, ImageVAEStage, SMALL_RUN, picture_cache, tmp_path)
+    return partial(run_stage, ImageVAEStage, SMALL_RUN, image_cache, tmp_path)
 
 
 @pytest.fixture

@@ -261,12 +261,12 @@ def test_a_run_with_other_speakers_does_not_go_on(train, cache, tmp_path):
 
 
 def test_listening_changes_nothing_and_is_written(train, whole):
-    heard = train("heard", 4, "--batch_size", "8", "--n_logged_clips", "1", "--lr_scheduler_type", "constant")
+    heard = train("heard", 4, "--batch_size", "8", "--n_logged_samples", "1", "--lr_scheduler_type", "constant")
     plain = train("unheard", 4, "--batch_size", "8", "--lr_scheduler_type", "constant")
     assert heard.losses == plain.losses
     events = EventAccumulator(str(heard.folder.parent / "tensorboard"), {"images": 1})
     events.Reload()
-    assert "pictures/mel" in events.Tags()["images"] and "listening/mel_l1" in events.Tags()["scalars"]
+    assert "images/mel" in events.Tags()["images"] and "listening/mel_l1" in events.Tags()["scalars"]
 
 
 # ---- Refusals.
@@ -285,13 +285,13 @@ def test_another_mel_is_refused(train, whole, tmp_path):
 def test_a_vocoder_of_another_mel_and_none_are_refused_before_anything_runs(train, tmp_path):
     vocoder = save_stage_checkpoint(small_vocoder(), "vocoder", tmp_path / "other")
     with pytest.raises(ValueError) as refused:
-        train("deaf", 1, "--n_logged_clips", "1", "--vocoder_checkpoint", str(vocoder), "--dry_run")
+        train("deaf", 1, "--n_logged_samples", "1", "--vocoder_checkpoint", str(vocoder), "--dry_run")
     message = str(refused.value)
     assert SETTINGS.describe() in message and SMALL_MEL.describe() in message
     assert "--vocoder_checkpoint" in message and "preprocess_audio_vae_dataset.py" in message
     assert "--sample_rate 8000" in message
     with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere"):
-        train("deaf", 1, "--n_logged_clips", "1", "--vocoder_checkpoint", "nowhere", "--dry_run")
+        train("deaf", 1, "--n_logged_samples", "1", "--vocoder_checkpoint", "nowhere", "--dry_run")
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_vocoder_of_another_mel_and_none_are_refused_before_anything_runs(trai
         ("--ctc_weight 1", "--ctc_weight=1.0 needs --segment_frames=0"),
         ("--segment_frames 3", "--segment_frames=3 are too few for --discriminator_layers=2, which needs 4"),
         ("--gan_weight 0", "has no effect with gan_weight=0"),
-        ("--vocoder_checkpoint runs/x", "--vocoder_checkpoint has no effect with n_logged_clips=0"),
+        ("--vocoder_checkpoint runs/x", "--vocoder_checkpoint has no effect with n_logged_samples=0"),
         ("--discriminator patch", "--discriminator='patch' must be one of 'patch_1d', 'patch_2d'"),
     ],
 )

@@ -50,7 +50,7 @@ def test_resumed_equals_straight_through(train_diffusion, tmp_path):
 
 def test_training_learns_and_evaluations_compare(train_diffusion):
     run = train_diffusion(
-        "learns", 40, "--batch_size", "8", "--eval_steps", "20", "--ema_decay", "0.9", "--eval_pictures", "6"
+        "learns", 40, "--batch_size", "8", "--eval_steps", "20", "--ema_decay", "0.9", "--eval_images", "6"
     )
     history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
     values = [line["eval_loss"] for line in history if "eval_loss" in line]
@@ -114,8 +114,8 @@ def test_half_of_the_mirrored_latents_are_used(train_diffusion, latent_cache):
     assert torch.equal(trainer.draw_latents({name: value[rows] for name, value in batch.items()}), draws[rows])
 
 
-def test_another_vae_is_refused(train_diffusion, picture_cache, tmp_path):
-    other = save_vae(tmp_path / "other", picture_cache, latent_mean=0.3)
+def test_another_vae_is_refused(train_diffusion, image_cache, tmp_path):
+    other = save_vae(tmp_path / "other", image_cache, latent_mean=0.3)
     with pytest.raises(ValueError, match=r"has fingerprint \w+, but the latents in .* come from the VAE \w+"):
         train_diffusion("other", 2, "--vae_checkpoint", str(other))
     with pytest.raises(ValueError, match="preset 'tiny', not 'small'"):

@@ -68,47 +68,47 @@ ZERO_1 = pytest.param("ds_config_zero-1.json", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("launcher", ["ds_config.json", ZERO_1, "ds_config_zero-2.json", "ds_config_zero-3.json"])
-def test_two_deepspeed_processes_equal_one(launcher, train, picture_cache, tmp_path):
+def test_two_deepspeed_processes_equal_one(launcher, train, image_cache, tmp_path):
     one = train("one", 10, "--batch_size", "8")
-    assert_same(one, launch(launcher, picture_cache, tmp_path, 10, "--batch_size", "4"))
+    assert_same(one, launch(launcher, image_cache, tmp_path, 10, "--batch_size", "4"))
 
 
-def test_two_ddp_processes_equal_one_and_resume_on_two_and_on_one(train, picture_cache, tmp_path):
+def test_two_ddp_processes_equal_one_and_resume_on_two_and_on_one(train, image_cache, tmp_path):
     one = train("one", 10, "--batch_size", "8")
-    two = launch("torchrun", picture_cache, tmp_path, 10, "--batch_size", "4", "--save_steps", "4")
+    two = launch("torchrun", image_cache, tmp_path, 10, "--batch_size", "4", "--save_steps", "4")
     assert_same(one, two)
     half, resumed_dir = tmp_path / "again" / "image_vae" / "two", tmp_path / "image_vae" / "resumed"
     for folder in (half, resumed_dir):
         shutil.copytree(two.folder.parent / "checkpoint-4", folder / "checkpoint-4")
     flags = ["--batch_size", "4", "--resume_from_checkpoint"]
-    assert_same(one, launch("torchrun", picture_cache, tmp_path / "again", 10, *flags))
+    assert_same(one, launch("torchrun", image_cache, tmp_path / "again", 10, *flags))
     assert_same(one, train("resumed", 10, "--batch_size", "8", "--resume_from_checkpoint"))
 
 
-def test_accumulation_under_zero_3(train, picture_cache, tmp_path):
+def test_accumulation_under_zero_3(train, image_cache, tmp_path):
     one = train("one", 10, "--batch_size", "8")
     flags = ["--batch_size", "1", "--gradient_accumulation_steps", "4", "--use_gradient_checkpointing"]
-    assert_same(one, launch("ds_config_zero-3.json", picture_cache, tmp_path, 10, *flags))
+    assert_same(one, launch("ds_config_zero-3.json", image_cache, tmp_path, 10, *flags))
 
 
 AVERAGE = pytest.param("--trainer grokfast_ma --grokfast_window 4", marks=pytest.mark.slow)
 
 
 @pytest.mark.parametrize("flags", ["--trainer grokfast_ema", AVERAGE])
-def test_gradient_filters_under_zero_2(flags, train, picture_cache, tmp_path):
+def test_gradient_filters_under_zero_2(flags, train, image_cache, tmp_path):
     one = train("one", 20, "--batch_size", "8", *flags.split())
-    assert_same(one, launch("ds_config_zero-2.json", picture_cache, tmp_path, 20, "--batch_size", "4", *flags.split()))
+    assert_same(one, launch("ds_config_zero-2.json", image_cache, tmp_path, 20, "--batch_size", "4", *flags.split()))
 
 
-def test_bf16_keeps_fp32_weights(train, picture_cache, tmp_path):
+def test_bf16_keeps_fp32_weights(train, image_cache, tmp_path):
     one = train("one", 10, "--batch_size", "8", "--bf16")
-    two = launch("ds_config_zero-2.json", picture_cache, tmp_path, 10, "--batch_size", "4", "--bf16")
+    two = launch("ds_config_zero-2.json", image_cache, tmp_path, 10, "--batch_size", "4", "--bf16")
     assert two.losses == pytest.approx(one.losses, rel=2e-3)
     assert all(value.dtype == torch.float32 for value in [*two.weights().values(), *two.weights("ema").values()])
 
 
-def test_resume_under_zero_2_is_exact(picture_cache, tmp_path):
-    straight, resumed = launch_and_resume("image_vae", picture_cache, tmp_path, ["--batch_size", "4"])
+def test_resume_under_zero_2_is_exact(image_cache, tmp_path):
+    straight, resumed = launch_and_resume("image_vae", image_cache, tmp_path, ["--batch_size", "4"])
     for name in ("model", "ema"):
         assert largest_difference(straight.weights(name), resumed.weights(name)) == 0
     assert largest_difference(straight.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
@@ -119,7 +119,7 @@ def test_resume_under_zero_2_is_exact(picture_cache, tmp_path):
 def test_diffusion_on_two_processes_equals_one(launcher, train_diffusion, latent_cache, tmp_path):
     launcher = sharding_all(tmp_path) if launcher.endswith("json") else launcher
     one = train_diffusion("one", 8, "--batch_size", "8")
-    flags = ["--batch_size", "4", "--eval_steps", "4", "--eval_pictures", "4"]
+    flags = ["--batch_size", "4", "--eval_steps", "4", "--eval_images", "4"]
     two = launch(launcher, latent_cache, tmp_path, 8, *flags, stage="image_diffusion")
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
     for name in ("model", "ema"):
@@ -146,10 +146,10 @@ def test_diffusion_under_zero_2_equals_one_process_and_resumes_exactly(train_dif
     assert straight.losses[4:] == resumed.losses[4:]
 
 
-def test_recurrent_vae_under_zero_2_equals_one_process_and_resumes_exactly(picture_cache, tmp_path, fresh_logging):
+def test_recurrent_vae_under_zero_2_equals_one_process_and_resumes_exactly(image_cache, tmp_path, fresh_logging):
     steps = ["--mean_decoder_steps", "3", "--max_decoder_steps", "4", "--n_backprop_steps", "2"]
-    one = run_stage(RecurrentVAEStage, SMALL_RUN, picture_cache, tmp_path, "one", 8, "--batch_size", "8", *steps)
-    straight, resumed = launch_and_resume("recurrent_vae", picture_cache, tmp_path, ["--batch_size", "4", *steps])
+    one = run_stage(RecurrentVAEStage, SMALL_RUN, image_cache, tmp_path, "one", 8, "--batch_size", "8", *steps)
+    straight, resumed = launch_and_resume("recurrent_vae", image_cache, tmp_path, ["--batch_size", "4", *steps])
     # Rounding grows along the decoder's steps.
     assert straight.losses == pytest.approx(one.losses, rel=1e-4)
     for name in ("model", "ema"):
@@ -221,7 +221,7 @@ def same_vocoder(one: Run, two: Run) -> None:
 def test_audio_stages_under_zero_3_equal_one_process(stage, tmp_path, fresh_logging):
     cache = make_audio_cache(tmp_path / "cache")
     one = run_stage(stage, COMMON[stage.name], cache, tmp_path, "one", 6, "--batch_size", "8")
-    flags = ["--batch_size", "4", "--eval_steps", "3", "--n_logged_clips", "1"]
+    flags = ["--batch_size", "4", "--eval_steps", "3", "--n_logged_samples", "1"]
     two = launch(sharding_all(tmp_path), cache, tmp_path / "sharded", 6, *flags, stage=stage.name)
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
     if stage is VocoderStage:

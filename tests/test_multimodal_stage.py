@@ -205,8 +205,8 @@ def test_another_tokenizer_is_refused_with_both_fingerprints(train_text, tmp_pat
         train_text(SMALL_TEXT, "bytes", 4, "--resume_from_checkpoint", "--sequence_length", "16")
 
 
-def test_another_stages_checkpoint_is_refused(train_text, picture_cache, tmp_path):
-    vae = save_checkpoint(tmp_path / "image_vae" / "small", picture_cache)
+def test_another_stages_checkpoint_is_refused(train_text, image_cache, tmp_path):
+    vae = save_checkpoint(tmp_path / "image_vae" / "small", image_cache)
     for flag in ("--init_from", "--resume_from_checkpoint"):
         with pytest.raises(ValueError, match=r"is of stage 'image_vae', .* stage 'multimodal'"):
             train_text(SMALL_TEXT, "other_stage", 1, flag, str(vae))

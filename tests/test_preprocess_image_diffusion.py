@@ -14,7 +14,7 @@ from dataset_loading.cached import CachedDataset
 from model.text.tokenizer import decode_caption
 from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
 from tests.helpers.image_vae_checkpoint import save_checkpoint
-from tests.helpers.latent_cache import CAPTIONS, make_latents, save_vae, write_captioned_pictures
+from tests.helpers.latent_cache import CAPTIONS, make_latents, save_vae, write_captioned_images
 from tests.helpers.text_encoder_folder import save_text_encoder
 from utils.generation.latents import load_vae, vae_fingerprint
 
@@ -22,17 +22,17 @@ ULP = 2**-10  # float16's
 
 
 @pytest.fixture(scope="module")
-def vae(picture_cache, tmp_path_factory):
-    return save_vae(tmp_path_factory.mktemp("vae") / "run", picture_cache)
+def vae(image_cache, tmp_path_factory):
+    return save_vae(tmp_path_factory.mktemp("vae") / "run", image_cache)
 
 
 @pytest.fixture(scope="module")
 def raw(tmp_path_factory):
-    return write_captioned_pictures(tmp_path_factory.mktemp("raw") / "pictures", 40)
+    return write_captioned_images(tmp_path_factory.mktemp("raw") / "images", 40)
 
 
 def samples(folder):
-    """All samples of a folder by the name of the picture."""
+    """All samples of a folder by the name of the image."""
     data = [CachedDataset(folder, split) for split in ("train", "validation")]
     return {entry["source"]: (entry, part[i]) for part in data for i, entry in enumerate(part.entries)}
 
@@ -41,17 +41,17 @@ def contents(folder):
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.pt")}
 
 
-def picture(raw, name):
+def load_image(raw, name):
     return torch.from_numpy(np.array(Image.open(raw / name))).permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def test_a_file_holds_the_standardised_posterior_of_its_picture_and_the_caption(raw, vae, tmp_path):
+def test_a_file_holds_the_standardised_posterior_of_its_image_and_the_caption(raw, vae, tmp_path):
     manifest = make_latents(raw, vae, tmp_path / "out", "--horizontal_flip", "--max_tokens", "30")
     model, found = load_vae(vae), samples(tmp_path / "out")
     mean_of, std_of = model.latent_mean.view(-1, 1, 1), model.latent_std.view(-1, 1, 1)
     for name, (entry, sample) in found.items():
         assert set(sample) == {"mean", "std", "flipped_mean", "flipped_std", "tokens", "index"}
-        for prefix, image in (("", picture(raw, name)), ("flipped_", picture(raw, name).flip(-1))):
+        for prefix, image in (("", load_image(raw, name)), ("flipped_", load_image(raw, name).flip(-1))):
             with torch.no_grad():
                 mean, logvar = model.encode(image)
             stored_mean, stored_std = sample[f"{prefix}mean"], sample[f"{prefix}std"]
@@ -86,7 +86,7 @@ def test_workers_and_resuming_change_no_byte_and_batches_only_roundings(raw, vae
 
 
 def test_a_killed_run_goes_on(vae, tmp_path):
-    raw, out = write_captioned_pictures(tmp_path / "raw", 100), tmp_path / "out"
+    raw, out = write_captioned_images(tmp_path / "raw", 100), tmp_path / "out"
     flags = ("--batch_size", "1", "--horizontal_flip")
     make_latents(raw, vae, tmp_path / "whole", *flags)
     process = multiprocessing.get_context("fork").Process(target=make_latents, args=(raw, vae, out, *flags))
@@ -103,9 +103,9 @@ def test_a_killed_run_goes_on(vae, tmp_path):
     assert len(kept) >= len(written) - 1  # The last sample may not have reached the journal.
 
 
-def test_broken_and_small_pictures_are_reported_and_left_out(vae, tmp_path):
-    raw = write_captioned_pictures(tmp_path / "raw", 12)
-    (raw / "003.png").write_bytes(b"no picture")
+def test_broken_and_small_images_are_reported_and_left_out(vae, tmp_path):
+    raw = write_captioned_images(tmp_path / "raw", 12)
+    (raw / "003.png").write_bytes(b"no image")
     Image.new("RGB", (100, 10)).save(raw / "005.png")
     manifest = make_latents(raw, vae, tmp_path / "out", "--max_broken_fraction", "0.1", "--batch_size", "3")
     assert [one["source"] for one in manifest["broken"]] == ["003.png"]
@@ -113,16 +113,14 @@ def test_broken_and_small_pictures_are_reported_and_left_out(vae, tmp_path):
     assert len(samples(tmp_path / "out")) == 10
 
 
-def test_the_same_vae_elsewhere_is_the_same_cache_and_another_one_is_refused(
-    raw, vae, picture_cache, tmp_path, caplog
-):
+def test_the_same_vae_elsewhere_is_the_same_cache_and_another_one_is_refused(raw, vae, image_cache, tmp_path, caplog):
     first = make_latents(raw, vae, tmp_path / "out")
     before = contents(tmp_path / "out")
     shutil.copytree(vae, tmp_path / "moved" / vae.name)
     second = make_latents(raw, tmp_path / "moved", tmp_path / "out")
     assert second["fingerprint"] == first["fingerprint"] and contents(tmp_path / "out") == before
     assert second["settings"]["vae_checkpoint"] == str(tmp_path / "moved")
-    other = save_vae(tmp_path / "other", picture_cache, latent_mean=0.3)
+    other = save_vae(tmp_path / "other", image_cache, latent_mean=0.3)
     with pytest.raises(SystemExit):
         make_latents(raw, other, tmp_path / "out")
     message = caplog.text
@@ -182,8 +180,8 @@ def test_wrong_flags(flags, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_unfit_checkpoints_and_sizes_are_refused(raw, vae, picture_cache, tmp_path, caplog):
-    unmeasured = save_checkpoint(tmp_path / "unmeasured", picture_cache)
+def test_unfit_checkpoints_and_sizes_are_refused(raw, vae, image_cache, tmp_path, caplog):
+    unmeasured = save_checkpoint(tmp_path / "unmeasured", image_cache)
     cases = {
         (tmp_path / "gone",): "the folder does not exist",
         (unmeasured,): "has no latent statistics",
@@ -200,13 +198,13 @@ def test_unfit_checkpoints_and_sizes_are_refused(raw, vae, picture_cache, tmp_pa
 
 
 def test_a_changed_caption_is_encoded_again(raw, vae, tmp_path):
-    pictures = tmp_path / "pictures"
-    shutil.copytree(raw, pictures)
-    make_latents(pictures, vae, tmp_path / "out")
-    table = pictures / "metadata.csv"
+    images = tmp_path / "images"
+    shutil.copytree(raw, images)
+    make_latents(images, vae, tmp_path / "out")
+    table = images / "metadata.csv"
     table.write_text(table.read_text().replace("000.png,a red disc", "000.png,a blue disc"))
     before = contents(tmp_path / "out")
-    manifest = make_latents(pictures, vae, tmp_path / "out")
+    manifest = make_latents(images, vae, tmp_path / "out")
     entry, sample = samples(tmp_path / "out")["000.png"]
     assert entry["caption"] == decode_caption(sample["tokens"].tolist()) == "a blue disc"
     after = contents(tmp_path / "out")

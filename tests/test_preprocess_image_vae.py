@@ -45,14 +45,14 @@ def colour(image, x, y):
     ],
 )
 def test_modes_transparency_and_background(raw, tmp_path, mode, seen):
-    pictures, data = prepare(raw, tmp_path / "out", "--resize_mode", mode, "--background_color", "#808080")
-    assert {place: colour(pictures["seen/wide.png"], *place) for place in seen} == seen
-    turned = pictures["seen/turned.jpg"]
+    images, data = prepare(raw, tmp_path / "out", "--resize_mode", mode, "--background_color", "#808080")
+    assert {place: colour(images["seen/wide.png"], *place) for place in seen} == seen
+    turned = images["seen/turned.jpg"]
     assert colour(turned, 10, 4) == "blue" and colour(turned, 10, 16) == "red"
     assert data.manifest["settings"]["resize_mode"] == mode
 
 
-def test_files_hold_uint8_pictures_and_captions_come_from_a_column(raw, tmp_path):
+def test_files_hold_uint8_images_and_captions_come_from_a_column(raw, tmp_path):
     _, data = prepare(raw, tmp_path / "out", "--caption_column", "label")
     sample = torch.load(tmp_path / "out/train" / f"{data.entries[0]['key']}.pt", weights_only=True)
     assert list(sample) == ["image"] and sample["image"].dtype == torch.uint8
@@ -90,6 +90,6 @@ def test_noise_keeps_its_mean_when_shrunk(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (400, 400, 3), dtype=np.uint8)
     (tmp_path / "raw").mkdir()
     Image.fromarray(pixels).save(tmp_path / "raw/noise.png")
-    pictures, _ = prepare(tmp_path / "raw", tmp_path / "out")
-    assert abs(pictures["noise.png"].float().mean() - pixels.mean()) < 1
-    assert pictures["noise.png"].float().std() < 10
+    images, _ = prepare(tmp_path / "raw", tmp_path / "out")
+    assert abs(images["noise.png"].float().mean() - pixels.mean()) < 1
+    assert images["noise.png"].float().std() < 10

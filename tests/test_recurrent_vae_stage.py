@@ -18,13 +18,13 @@ from utils.training.recurrent_vae import EVALUATED_STEPS, RecurrentVAEArguments,
 
 
 @pytest.fixture(scope="module")
-def runs(picture_cache, tmp_path_factory):
+def runs(image_cache, tmp_path_factory):
     """runs("name", steps, *flags) -> Run; a run with the name and steps of an earlier one is that one."""
     folder, made = tmp_path_factory.mktemp("runs"), {}
 
     def run(name: str, steps: int, *flags: str) -> Run:
         if (name, steps) not in made:
-            made[name, steps] = run_stage(RecurrentVAEStage, SMALL_RUN, picture_cache, folder, name, steps, *flags)
+            made[name, steps] = run_stage(RecurrentVAEStage, SMALL_RUN, image_cache, folder, name, steps, *flags)
         return made[name, steps]
 
     yield run
@@ -82,14 +82,14 @@ def test_accumulation_equals_one_batch(runs, whole):
 # ---- Losses.
 
 
-def test_terms_of_intermediate_pictures_are_their_definitions():
+def test_terms_of_intermediate_images_are_their_definitions():
     generator = torch.Generator().manual_seed(0)
     real = torch.rand(2, 3, 8, 8, generator=generator)
     last = torch.rand(2, 3, 8, 8, generator=generator).requires_grad_()
     before = torch.rand(3, 2, 3, 8, 8, generator=generator).requires_grad_()
     terms = intermediate_terms(RecurrentVAEOutput(reconstruction=last, intermediates=before), real)
-    errors = [(picture - real).abs().mean().item() for picture in before]
-    distances = [(picture - last).abs().mean().item() for picture in before]
+    errors = [(image - real).abs().mean().item() for image in before]
+    distances = [(image - last).abs().mean().item() for image in before]
     assert terms["intermediate"].item() == pytest.approx(sum(errors) / 3)
     assert terms["distillation"].item() == pytest.approx(sum(distances) / 3)
     terms["distillation"].backward()
@@ -114,10 +114,10 @@ def test_all_terms_are_logged_and_validation_covers_several_depths(whole):
     dataset = ImageDataset(json.loads((whole.folder / "stage.json").read_text())["data"]["folder"], "validation")
     image = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
     with torch.no_grad():
-        pictures = model.decode_steps(model.encode(image)[0], list(EVALUATED_STEPS))
-    for k, picture in zip(EVALUATED_STEPS, pictures):
+        images = model.decode_steps(model.encode(image)[0], list(EVALUATED_STEPS))
+    for k, reconstruction in zip(EVALUATED_STEPS, images):
         (value,) = logged(whole, f"eval_psnr_{k}_steps")
-        assert value == pytest.approx(psnr(picture, image).mean().item(), abs=1e-3)
+        assert value == pytest.approx(psnr(reconstruction, image).mean().item(), abs=1e-3)
     assert logged(whole, "eval_psnr") == pytest.approx(logged(whole, "eval_psnr_8_steps"), abs=1e-3)
 
 

@@ -18,11 +18,11 @@ from utils.checkpoints import checkpoints_in, is_complete, newest_complete
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_record_and_files_of_a_checkpoint(train, picture_cache):
+def test_record_and_files_of_a_checkpoint(train, image_cache):
     run = train("record", 4)
     record = json.loads((run.folder / "stage.json").read_text())
     assert record["stage"] == "image_vae" and record["preset"] == "tiny" and record["zero_stage"] == -1
-    assert record["data"]["fingerprint"] == json.loads((picture_cache / "manifest.json").read_text())["fingerprint"]
+    assert record["data"]["fingerprint"] == json.loads((image_cache / "manifest.json").read_text())["fingerprint"]
     assert is_complete(run.folder)
     weights = run.weights()
     assert weights.keys() == run.weights("ema").keys()
@@ -90,10 +90,10 @@ DyingStage.main(argv)
 """
 
 
-def test_killed_and_resumed_equals_straight_through(train, picture_cache, tmp_path):
+def test_killed_and_resumed_equals_straight_through(train, image_cache, tmp_path):
     flags = ["--batch_size", "8", "--save_steps", "2", "--save_total_limit", "9", "--trainer", "grokfast_ema"]
     straight = train("straight", 10, *flags)
-    words = ["--cached_dataset", str(picture_cache), "--output_dir", str(tmp_path), "--run_name", "killed"]
+    words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--run_name", "killed"]
     process = run_script(KILLED_WHILE_SAVING, *SMALL_RUN, *words, "--max_steps", "10", *flags)
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
@@ -112,8 +112,8 @@ def test_killed_and_resumed_equals_straight_through(train, picture_cache, tmp_pa
     assert straight.losses[4:] == resumed.losses[4:]
 
 
-def test_sigterm_saves_and_stops(picture_cache, tmp_path):
-    words = ["--cached_dataset", str(picture_cache), "--output_dir", str(tmp_path), "--run_name", "stopped"]
+def test_sigterm_saves_and_stops(image_cache, tmp_path):
+    words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--run_name", "stopped"]
     script = "from pretrain_image_vae import ImageVAEStage; ImageVAEStage.main(argv)"
     process = run_script(script, *SMALL_RUN, *words, "--max_steps", "100000", "--batch_size", "8", "--save_steps", "3")
     run_dir = tmp_path / "image_vae" / "stopped"
@@ -137,9 +137,9 @@ ImageVAEStage.main(argv)
 """
 
 
-def test_full_disk_keeps_earlier_checkpoints(train, picture_cache, tmp_path):
+def test_full_disk_keeps_earlier_checkpoints(train, image_cache, tmp_path):
     earlier = train("full", 2, "--batch_size", "8")
-    words = ["--cached_dataset", str(picture_cache), "--output_dir", str(tmp_path), "--run_name", "full"]
+    words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--run_name", "full"]
     flags = ["--max_steps", "4", "--batch_size", "8", "--resume_from_checkpoint"]
     process = run_script(FULL_DISK, *SMALL_RUN, *words, *flags)
     _, log = process.communicate(timeout=120)
@@ -161,10 +161,10 @@ def test_full_disk_keeps_earlier_checkpoints(train, picture_cache, tmp_path):
         ("--use_deepspeed --deepspeed_config ds_config_int8.json", "implements for CUDA only"),
     ],
 )
-def test_bad_input_is_a_clear_error(words, message, picture_cache, tmp_path, caplog, monkeypatch):
+def test_bad_input_is_a_clear_error(words, message, image_cache, tmp_path, caplog, monkeypatch):
     if "int8" in words and torch.cuda.is_available():
         pytest.skip("int8 collectives run where a GPU is")
-    common = ["--cached_dataset", str(picture_cache), "--output_dir", str(tmp_path), "--max_steps", "2"]
+    common = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--max_steps", "2"]
     with pytest.raises(SystemExit) as stop:
         ImageVAEStage.main([*SMALL_RUN, *common, *words.split()])
     assert stop.value.code == 2
@@ -187,7 +187,7 @@ def test_a_finished_run_is_only_evaluated_again(train, n_steps):
         train("done", n_steps - 1, "--batch_size", "8", "--resume_from_checkpoint")
 
 
-def test_changed_data_are_refused_on_resume(train, picture_cache, tmp_path):
+def test_changed_data_are_refused_on_resume(train, image_cache, tmp_path):
     run = train("data", 2)
     record = json.loads((run.folder / "stage.json").read_text())
     record["data"]["fingerprint"] = "other"
@@ -207,8 +207,8 @@ def test_init_from_takes_the_averaged_weights(train):
     assert largest_difference({name: first.weights("ema")[name] for name in changed}, changed) < 1e-8
 
 
-def test_dry_run_prints_and_trains_nothing(picture_cache, tmp_path, capsys):
-    words = ["--cached_dataset", str(picture_cache), "--output_dir", str(tmp_path), "--dry_run", "--max_steps", "7"]
+def test_dry_run_prints_and_trains_nothing(image_cache, tmp_path, capsys):
+    words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--dry_run", "--max_steps", "7"]
     assert ImageVAEStage.main([*SMALL_RUN, *words]) == {}
     shown = capsys.readouterr().out
     for part in ("latent_channels", "parameters: ", "samples: train", "optimizer steps: 7", "GiB"):

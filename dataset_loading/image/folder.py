@@ -1,4 +1,4 @@
-"""Pictures that were not preprocessed: found, and decoded and fitted while they are read, as preprocessing does."""
+"""Images that were not preprocessed: found, and decoded and fitted while they are read, as preprocessing does."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,8 +12,8 @@ from dataset_loading.image.pixels import IMAGE_SUFFIXES, ResizeMode, decode_imag
 from dataset_loading.sources import open_source, walk
 
 
-class PictureFolder(Dataset):
-    """The pictures of a folder (and its subfolders), an index file, or a hub data set.
+class ImageFolder(Dataset):
+    """The images of a folder (and its subfolders), an index file, or a hub data set.
 
     `item["image"]` is (3, S, S) float32 in [-1, 1], `item["index"]` the number in `entries`.
 
@@ -23,7 +23,7 @@ class PictureFolder(Dataset):
         image_size: side S in pixels.
         resize_mode, background_color: see `fit_image`, `decode_image`.
     Attributes:
-        entries: one dict per picture: `key`, `caption`.
+        entries: one dict per image: `key`, `caption`.
         fingerprint: None, since files may change; there so that it can be compared with a preprocessed folder's.
     Raises:
         FileNotFoundError, ValueError: as `open_source`.
@@ -55,17 +55,17 @@ class PictureFolder(Dataset):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Raises: ValueError: the file is damaged; the message names it."""
         try:
-            picture = decode_image(self.media[index], self.background_color)
+            image = decode_image(self.media[index], self.background_color)
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(
                 f"{self.entries[index]['key']} in {self.source.identity} cannot be read ({error}); remove it"
             ) from error
-        picture = fit_image(picture, self.image_size, self.resize_mode, self.background_color)
-        return {"image": to_float(to_tensor(picture)), "index": torch.tensor(index)}
+        image = fit_image(image, self.image_size, self.resize_mode, self.background_color)
+        return {"image": to_float(to_tensor(image)), "index": torch.tensor(index)}
 
 
-def find_pictures(names: Iterable[str]) -> dict[str, Path]:
-    """Picture files named one by one or in folders, by a name that no two share.
+def find_images(names: Iterable[str]) -> dict[str, Path]:
+    """Image files named one by one or in folders, by a name that no two share.
 
     Raises: FileNotFoundError: a name does not exist, or nothing was found.
     """
@@ -77,7 +77,5 @@ def find_pictures(names: Iterable[str]) -> dict[str, Path]:
             stem = "__".join(file.relative_to(name).with_suffix("").parts) if name.is_dir() else file.stem
             found[f"{stem}_{len(found)}" if stem in found else stem] = file
     if not found:
-        raise FileNotFoundError(
-            f"no pictures in {', '.join(names)}; known endings: {' '.join(sorted(IMAGE_SUFFIXES))}"
-        )
+        raise FileNotFoundError(f"no images in {', '.join(names)}; known endings: {' '.join(sorted(IMAGE_SUFFIXES))}")
     return found

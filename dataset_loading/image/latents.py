@@ -12,7 +12,7 @@ class ImageLatentDataset(CachedDataset):
     """Preprocessed latents: items with
 
     mean, std: mean and deviation of the posterior, (Z, y, x) float32, standardised with the VAE's latent statistics.
-    flipped_mean, flipped_std: those of the mirrored picture, where the folder was made with --horizontal_flip.
+    flipped_mean, flipped_std: those of the mirrored image, where the folder was made with --horizontal_flip.
     tokens: the caption, (T,) int64, see `model.text.tokenizer`.
     text_states: the caption's frozen embeddings, (T', E) bfloat16, where it was made with --text_encoder.
     index: the place in `entries`.

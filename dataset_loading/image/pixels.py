@@ -1,6 +1,6 @@
-"""Pictures: decoding, geometry and augmentation for preprocessing, and the data set of preprocessed pictures.
+"""Images: decoding, geometry and augmentation for preprocessing, and the data set of preprocessed images.
 
-S is the side of the square pictures in a preprocessed folder.
+S is the side of the square images in a preprocessed folder.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ ResizeMode = Literal["crop", "pad", "squash"]
 
 
 class ImageDataset(CachedDataset):
-    """Preprocessed pictures: items with `image` (3, S, S) float32 in [-1, 1] and `index`, the place in `entries`."""
+    """Preprocessed images: items with `image` (3, S, S) float32 in [-1, 1] and `index`, the place in `entries`."""
 
     stage = "image_vae"
 
@@ -45,7 +45,7 @@ def to_uint8(image: Tensor) -> Tensor:
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """A picture in RGB as (3, Y, X) uint8."""
+    """An image in RGB as (3, Y, X) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
@@ -53,22 +53,22 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 class TooSmallError(ValueError):
-    """A picture is smaller than wanted, but sound."""
+    """An image is smaller than wanted, but sound."""
 
 
 def decode_image(
     media: dict[str, Any] | None, background_color: str, *, enough: int = 0, min_side: int = 0
 ) -> Image.Image:
-    """Decode a picture file of any mode to 8-bit RGB, upright, with transparency over the background colour.
+    """Decode an image file of any mode to 8-bit RGB, upright, with transparency over the background colour.
 
     Args:
         media: `{"path": ..., "bytes": ...}`, see `read_media`.
         background_color: name or `#rrggbb`, behind transparent pixels.
         enough: a JPEG may be decoded at 1/2, 1/4 or 1/8 size while both sides keep as many pixels; 0: full size.
-        min_side: pictures with a shorter side are refused, in pixels.
+        min_side: images with a shorter side are refused, in pixels.
     Raises:
         TooSmallError: see `min_side`.
-        OSError, ValueError: the file is missing, damaged, or no picture; the message says which.
+        OSError, ValueError: the file is missing, damaged, or no image; the message says which.
     """
     buffer = read_media(media)
     try:
@@ -80,11 +80,11 @@ def decode_image(
         image.load()
         image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
-        raise ValueError(f"no picture of a known format ({buffer.getbuffer().nbytes} bytes)") from error
+        raise ValueError(f"no image of a known format ({buffer.getbuffer().nbytes} bytes)") from error
     except (OSError, ValueError):
         raise
     except Exception as error:  # Pillow's readers let all kinds of errors through.
-        raise ValueError(f"damaged picture: {error!r}") from error
+        raise ValueError(f"damaged image: {error!r}") from error
     if image.mode.startswith("I"):
         image = from_16_bit(image)
     if image.mode == "F":
@@ -96,7 +96,7 @@ def decode_image(
 
 
 def from_16_bit(image: Image.Image) -> Image.Image:
-    """A grey picture of 16 bits per pixel as 8 bits, 65535 becoming 255."""
+    """A grey image of 16 bits per pixel as 8 bits, 65535 becoming 255."""
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f"32-bit pixels in [{pixels.min()}, {pixels.max()}] have no defined white")
@@ -147,7 +147,7 @@ def rotate(image: Image.Image, degrees: float) -> Image.Image:
 
 @dataclasses.dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a picture.
+    """Random changes of an image.
 
     Attributes:
         random_resized_crop: smallest share of the area that a crop keeps, in (0, 1]; the proportions stay.
@@ -163,7 +163,7 @@ class Augmentation:
     rotation: float
 
     def change_geometry(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
-        """Rotate, then crop; for the picture in its own size."""
+        """Rotate, then crop; for the image in its own size."""
         turn, share, left, top = torch.rand(4, generator=generator).tolist()
         if self.rotation:
             image = rotate(image, self.rotation * (2 * turn - 1))
@@ -173,7 +173,7 @@ class Augmentation:
         return image.crop((left, top, left + width, top + height))
 
     def change_pixels(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
-        """Flip and change the colours; for the picture in its final size."""
+        """Flip and change the colours; for the image in its final size."""
         flip, *factors = torch.rand(4, generator=generator).tolist()
         if flip < self.horizontal_flip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)

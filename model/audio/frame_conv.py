@@ -7,7 +7,7 @@ from torch import Tensor, nn
 class FrameConv(nn.Conv1d):
     """A `Conv1d` on tensors with the channels last, as linear layers and norms want them.
 
-    On a CPU it runs as a picture of one row in the memory layout "channels last", which needs no copies and, for
+    On a CPU it runs as an image of one row in the memory layout "channels last", which needs no copies and, for
     depthwise kernels, takes a tenth of `Conv1d`'s time.
     """
 

@@ -1,6 +1,6 @@
 """Discriminators for log-mels.  B batch, M mel bins, F mel frames, C channels.
 
-They see mels normalised per mel bin, so that values are about unit; the statistics are buffers. As those for pictures
+They see mels normalised per mel bin, so that values are about unit; the statistics are buffers. As those for images
 they return (list of logit maps, list of feature maps), have no batch norm, and advance spectral norms once per update.
 """
 
@@ -94,7 +94,7 @@ class MelPatchDiscriminator1d(MelDiscriminator):
 
 
 class MelPatchDiscriminator2d(MelDiscriminator):
-    """The mel as a picture: a logit sees 2**n_layers * 5 - 2 bins and frames; logits are (B, 1, m, f)."""
+    """The mel as an image: a logit sees 2**n_layers * 5 - 2 bins and frames; logits are (B, 1, m, f)."""
 
     convolution = nn.Conv2d
 

@@ -7,7 +7,7 @@ L = ceil(F / c) latent frames, m latent rows, D width, Z latent channels, V char
 - A linear path beside the network projects every patch on its Z principal patterns and back. It starts there
   (`fit_to_data`), whitened, and is trained; the network's own output starts at zero.
 - Architecture "conv1d" takes all mel bins of a patch as channels, latents are (B, Z, L). Architecture "conv2d" takes a
-  mel as a picture of one channel and cuts it into patches in frequency, too; latents are (B, Z, m, L).
+  mel as an image of one channel and cuts it into patches in frequency, too; latents are (B, Z, m, L).
 - Padding changes nothing: hidden states beyond a clip's last patch are zero before every convolution, as those before
   its first one are. Inside the last patch, padding is the log-mel of silence.
 - Speakers, where there are any, scale and shift the normalised states of every block, starting at no effect.
@@ -40,7 +40,7 @@ class AudioVAEConfig(AudioConfig):
 
     model_type = "audio_vae"
 
-    architecture: Literal["conv1d", "conv2d"] = option("conv1d", "mel bins as channels, or as rows of a picture")
+    architecture: Literal["conv1d", "conv2d"] = option("conv1d", "mel bins as channels, or as rows of an image")
     latent_channels: int = option(20, "latent channels Z", gt=0)
     patch_frames: int = option(2, "mel frames c per latent frame", gt=0)
     patch_bins: int = option(8, "conv2d only: mel bins per latent row", gt=0)

@@ -1,6 +1,6 @@
 """Differentiable augmentation (DiffAugment, arXiv 2006.10738).  B batch, C channels, Y X rows and columns.
 
-The random numbers are an argument, so that real and generated pictures, micro-batches and resumed runs can share them.
+The random numbers are an argument, so that real and generated images, micro-batches and resumed runs can share them.
 """
 
 from typing import Literal
@@ -17,12 +17,12 @@ CUTOUT_RATIO = 0.5  # side of the cut square over the side
 
 
 def diff_augment(image: Tensor, uniforms: Tensor, policy: list[AugmentationKind]) -> Tensor:
-    """Augment each picture with its own random numbers; differentiable in the picture.
+    """Augment each image with its own random numbers; differentiable in the image.
 
     Args:
         image: (B, C, Y, X) in [-1, 1].
         uniforms: (B, 8) in [0, 1).
-        policy: any of "color", "translation", "cutout", applied in this order; an empty list returns the picture.
+        policy: any of "color", "translation", "cutout", applied in this order; an empty list returns the image.
     Returns:
         (B, C, Y, X); "color" can leave [-1, 1].
     Raises:

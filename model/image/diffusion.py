@@ -1,4 +1,4 @@
-"""Text to latents of pictures.  B batch, Z latent channels, y x latent rows and columns, T text tokens, E width of
+"""Text to latents of images.  B batch, Z latent channels, y x latent rows and columns, T text tokens, E width of
 frozen embeddings.
 
 A UNet predicts what the diffusion process asks for, from noisy latents, time and caption. Architecture "residual" is
@@ -47,7 +47,7 @@ class ImageDiffusionConfig(StrictConfig):
     time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t); 1 leaves them", gt=0)
 
     latent_channels: int = option(16, "latent channels Z of the VAE", gt=0)
-    latent_size: int = option(32, "side of the training latents: picture side over the VAE's compression", gt=0)
+    latent_size: int = option(32, "side of the training latents: image side over the VAE's compression", gt=0)
 
     architecture: Literal["residual", "ldm"] = option(
         "residual", "network; ldm loads diffusers' UNet2DConditionModel weights"

@@ -1,4 +1,4 @@
-"""Discriminators for pictures.  B batch, Y X rows and columns.
+"""Discriminators for images.  B batch, Y X rows and columns.
 
 A discriminator returns (list of logit maps, one per sub-discriminator; list of feature maps) and knows nothing of the
 generator. There is no batch norm: samples stay independent, R1 and accumulation stay exact. Spectral norm is frozen in
@@ -71,7 +71,7 @@ class PatchDiscriminator(Discriminator):
         Returns: [logits (B, 1, y, x)], one feature map per layer."""
         if min(image.shape[-2:]) < 2 ** len(self.layers):
             raise ValueError(
-                f"a picture of {image.shape[-2]}x{image.shape[-1]} pixels is too small for a discriminator of "
+                f"an image of {image.shape[-2]}x{image.shape[-1]} pixels is too small for a discriminator of "
                 f"{len(self.layers)} layers: each side needs {2 ** len(self.layers)} pixels"
             )
         x = image.contiguous(memory_format=torch.channels_last)
@@ -83,11 +83,11 @@ class PatchDiscriminator(Discriminator):
 
 
 class MultiScaleDiscriminator(Discriminator):
-    """Patch discriminators on the picture and on its halves (arXiv 1711.11585).
+    """Patch discriminators on the image and on its halves (arXiv 1711.11585).
 
     Args:
         channels, n_layers, use_spectral_norm: of each `PatchDiscriminator`.
-        n_scales: number of sub-discriminators; the last one sees the picture 2**(n_scales - 1) times smaller.
+        n_scales: number of sub-discriminators; the last one sees the image 2**(n_scales - 1) times smaller.
     """
 
     def __init__(self, channels: int = 32, n_layers: int = 3, use_spectral_norm: bool = False, n_scales: int = 2):

@@ -1,8 +1,8 @@
-"""Frozen pretrained networks that look at pictures, and perceptual distances.  B batch, Y X rows and columns.
+"""Frozen pretrained networks that look at images, and perceptual distances.  B batch, Y X rows and columns.
 
 `efficientnet` uses ImageNet weights that come inside a package; `lpips_vgg` is LPIPS (arXiv 1801.03924) where the user
 has torchvision's VGG16 weights. Nothing is downloaded. The networks stay in evaluation mode, their parameters take no
-gradient; gradients flow to the picture.
+gradient; gradients flow to the image.
 """
 
 import importlib.util
@@ -27,7 +27,7 @@ def check_side(image: Tensor) -> None:
     """ValueError where a side of (B, 3, Y, X) is under 32 pixels."""
     if min(image.shape[-2:]) < MIN_SIDE:
         raise ValueError(
-            f"a picture of {image.shape[-2]}x{image.shape[-1]} pixels is too small for perceptual features: "
+            f"an image of {image.shape[-2]}x{image.shape[-1]} pixels is too small for perceptual features: "
             f"each side needs {MIN_SIDE} pixels"
         )
 

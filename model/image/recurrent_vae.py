@@ -2,7 +2,7 @@
 Z latent channels, D width of the decoder, K decoder steps, C = 3 P^2 values of a patch of the canvas.
 
 The decoder is one small network applied K times with the same weights. Each step sees the latents, its own state and
-the picture of the step before (the canvas), and corrects the picture:
+the image of the step before (the canvas), and corrects the image:
 
     missing_k = latents - code(canvas_{k-1})
     s, c      = step(k, state_{k-1}, canvas_{k-1}, latents, missing_k)
@@ -13,10 +13,10 @@ the picture of the step before (the canvas), and corrects the picture:
   step: an untrained model is the cosine code at every depth. A correction is made anew at each step and not summed
   up: errors do not pile up;
 - from step 4 on a step goes only part of the way (the averaged iteration of Krasnoselskii and Mann): doubling the
-  depth adds as much as 2.4 full steps, so that the picture stays good far beyond the depths that were trained.
+  depth adds as much as 2.4 full steps, so that the image stays good far beyond the depths that were trained.
   Training itself takes full steps, a_k = 1: a run that averaged there too, with other settings changed, was worse
   (`docs/experiments.md`);
-- `missing` is what a linear code of the canvas lacks of the latents: each step sees how its last picture is wrong;
+- `missing` is what a linear code of the canvas lacks of the latents: each step sees how its last image is wrong;
 - the canvas stays unfolded to patches with channels last, (B, Y/P, X/P, .): no step shuffles pixels, and all layers
   but the 3x3 convolution are linear layers on the last axis;
 - the step number enters as powers k^-c = exp(-c log k): smooth in log k, and nearly constant at large k;
@@ -46,9 +46,7 @@ class RecurrentVAEConfig(StrictConfig):
 
     model_type = "recurrent_vae"
 
-    image_size: int = option(
-        256, "side of the training pictures in pixels; any multiple of the compression works", gt=0
-    )
+    image_size: int = option(256, "side of the training images in pixels; any multiple of the compression works", gt=0)
     latent_channels: int = option(16, "latent channels Z", gt=0)
     patch_size: int = option(4, "side of the encoder's pixel-unshuffle, in pixels", gt=0)
 
@@ -65,7 +63,7 @@ class RecurrentVAEConfig(StrictConfig):
 
     @property
     def compression(self) -> int:
-        """Picture side over latent side: the patch and a factor 2 between stages of the encoder."""
+        """Image side over latent side: the patch and a factor 2 between stages of the encoder."""
         return self.patch_size * 2 ** (len(self.encoder_widths) - 1)
 
     def validate_encoder(self):
@@ -100,7 +98,7 @@ class RecurrentVAEOutput(VAEOutput):
     """What `RecurrentVAE.forward` returns beside the fields of `VAEOutput`.
 
     Args:
-        intermediates: (N, B, 3, Y, X) fp32, the pictures of the steps with a graph before the last one; N may be 0.
+        intermediates: (N, B, 3, Y, X) fp32, the images of the steps with a graph before the last one; N may be 0.
     """
 
     intermediates: Tensor | None = None
@@ -182,10 +180,10 @@ class DecoderStep(nn.Module):
         Args:
             log_step: (), log k.
             state: (B, Y/P, X/P, D).
-            canvas: (B, Y/P, X/P, C) fp32, the picture of the step before.
+            canvas: (B, Y/P, X/P, C) fp32, the image of the step before.
             latents: (B, y, x, Z) fp32.
         Returns:
-            new state; the picture minus that of the linear path, (B, Y/P, X/P, C) fp32.
+            new state; the image minus that of the linear path, (B, Y/P, X/P, C) fp32.
         """
         # What the code of the canvas lacks of the latents; in fp32, for bf16 would round small differences away.
         with torch.autocast(canvas.device.type, enabled=False):
@@ -214,9 +212,9 @@ class DecoderState:
 
     Args:
         latents: (B, y, x, Z) fp32; does not change.
-        base: the linear path's picture, (B, Y/P, X/P, C) fp32; does not change.
+        base: the linear path's image, (B, Y/P, X/P, C) fp32; does not change.
         state: (B, Y/P, X/P, D).
-        correction: the picture minus the base, (B, Y/P, X/P, C) fp32.
+        correction: the image minus the base, (B, Y/P, X/P, C) fp32.
     """
 
     latents: Tensor
@@ -230,9 +228,9 @@ class DecoderState:
 
 
 class RecurrentDecoder(nn.Module):
-    """Latents (B, Z, y, x) -> pictures (B, 3, Y, X), step by step."""
+    """Latents (B, Z, y, x) -> images (B, 3, Y, X), step by step."""
 
-    # Outside training step k moves state and picture by the share min(1, FULL_STEPS / k) of what the network proposes.
+    # Outside training step k moves state and image by the share min(1, FULL_STEPS / k) of what the network proposes.
     FULL_STEPS = 3.5
 
     def __init__(self, config: RecurrentVAEConfig):
@@ -260,13 +258,13 @@ class RecurrentDecoder(nn.Module):
         state = now.state + share * (state - now.state)
         return DecoderState(now.latents, now.base, state, now.correction + update), update
 
-    def picture(self, now: DecoderState) -> Tensor:
+    def image(self, now: DecoderState) -> Tensor:
         """(B, 3, Y, X) fp32."""
         return F.pixel_shuffle((now.base + now.correction).permute(0, 3, 1, 2), self.patch_size)
 
     @torch.compiler.disable(recursive=False)
     def forward(self, latents: Tensor, n_steps: int, n_backprop_steps: int) -> tuple[Tensor, Tensor]:
-        """The last picture (B, 3, Y, X), and those of the steps before it (N, B, 3, Y, X), both of the last
+        """The last image (B, 3, Y, X), and those of the steps before it (N, B, 3, Y, X), both of the last
         `n_backprop_steps` steps alone, which alone have a graph."""
         now = self.begin(latents)
         n_prefix = max(0, n_steps - n_backprop_steps)
@@ -275,32 +273,32 @@ class RecurrentDecoder(nn.Module):
                 now, _ = self.advance(now, k)
         # Weights that autocast has cast without a graph must not serve the steps that need one.
         torch.clear_autocast_cache()
-        pictures = []
+        images = []
         for k in range(n_prefix + 1, n_steps + 1):
             now, _ = self.advance(now, k)
-            pictures.append(self.picture(now))
-        *before, last = pictures
+            images.append(self.image(now))
+        *before, last = images
         return last, torch.stack(before) if before else last.new_zeros((0, *last.shape))
 
     @torch.compiler.disable(recursive=False)
-    def pictures_at(self, latents: Tensor, steps: list[int]) -> list[Tensor]:
-        """Pictures after each of these numbers of steps, in the order given; 0 is the linear path alone."""
+    def images_at(self, latents: Tensor, steps: list[int]) -> list[Tensor]:
+        """Images after each of these numbers of steps, in the order given; 0 is the linear path alone."""
         now, found = self.begin(latents), {}
         for k in range(max(steps) + 1):
             if k > 0:
                 now, _ = self.advance(now, k)
             if k in steps:
-                found[k] = self.picture(now)
+                found[k] = self.image(now)
         return [found[k] for k in steps]
 
     @torch.compiler.disable(recursive=False)
     def until_settled(self, latents: Tensor, n_steps: int, threshold: float) -> tuple[Tensor, Tensor]:
-        """Decode each sample until a step changes its picture by less than `threshold` (root mean square).
+        """Decode each sample until a step changes its image by less than `threshold` (root mean square).
 
-        Samples that have settled leave the batch. Returns pictures (B, 3, Y, X) and steps taken (B,) int64.
+        Samples that have settled leave the batch. Returns images (B, 3, Y, X) and steps taken (B,) int64.
         """
         now = self.begin(latents)
-        pictures = torch.empty_like(self.picture(now))
+        images = torch.empty_like(self.image(now))
         n_taken = torch.empty(len(latents), dtype=torch.int64, device=latents.device)
         rows = torch.arange(len(latents), device=latents.device)
         for k in range(1, n_steps + 1):
@@ -308,12 +306,12 @@ class RecurrentDecoder(nn.Module):
             settled = update.square().flatten(1).mean(1).sqrt() < threshold
             if k == n_steps:
                 settled = torch.ones_like(settled)
-            pictures[rows[settled]] = self.picture(now.select(settled))
+            images[rows[settled]] = self.image(now.select(settled))
             n_taken[rows[settled]] = k
             rows, now = rows[~settled], now.select(~settled)
             if not len(rows):
                 break
-        return pictures, n_taken
+        return images, n_taken
 
 
 class PosteriorRefiner(nn.Module):
@@ -331,7 +329,7 @@ class PosteriorRefiner(nn.Module):
         self.head = ZeroConv2d(width, 2 * config.latent_channels, 1)
 
     def forward(self, error: Tensor, posterior: Tensor) -> Tensor:
-        """error: picture minus reconstruction, (B, 3, Y, X); posterior: mean and logvar, (B, 2Z, y, x), as is the
+        """error: image minus reconstruction, (B, 3, Y, X); posterior: mean and logvar, (B, 2Z, y, x), as is the
         correction returned, in fp32."""
         error = F.pixel_unshuffle(error, self.compression).contiguous(memory_format=torch.channels_last)
         x = self.block(self.error_in(error) + self.posterior_in(posterior))
@@ -340,7 +338,7 @@ class PosteriorRefiner(nn.Module):
 
 
 class RecurrentVAE(VAE):
-    """Image VAE with a decoder that refines its picture step by step; pictures are (B, 3, Y, X) fp32 in [-1, 1]."""
+    """Image VAE with a decoder that refines its image step by step; images are (B, 3, Y, X) fp32 in [-1, 1]."""
 
     config_class = RecurrentVAEConfig
     config: RecurrentVAEConfig
@@ -369,7 +367,7 @@ class RecurrentVAE(VAE):
             image: (B, 3, Y, X) in [-1, 1]; Y and X divisible by the compression.
             noise: (B, Z, y, x) standard normal, or None to decode the posterior mean.
             n_steps: decoder steps; None: those of the configuration.
-            n_backprop_steps: the last steps, which alone have a graph and whose pictures are returned; None: all.
+            n_backprop_steps: the last steps, which alone have a graph and whose images are returned; None: all.
         Raises:
             ValueError: fewer than one step.
         """
@@ -382,7 +380,7 @@ class RecurrentVAE(VAE):
         return RecurrentVAEOutput(reconstruction=reconstruction, mean=mean, logvar=logvar, intermediates=intermediates)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        """The posterior of a picture, corrected `n_posterior_refinements` times; as `VAE.encode`."""
+        """The posterior of an image, corrected `n_posterior_refinements` times; as `VAE.encode`."""
         mean, logvar = super().encode(image)
         for _ in range(self.config.n_posterior_refinements):
             with torch.no_grad():
@@ -393,12 +391,12 @@ class RecurrentVAE(VAE):
         return mean, logvar
 
     def decode(self, latents: Tensor, n_steps: int | None = None, exit_threshold: float | None = None) -> Tensor:
-        """The picture of a latent.
+        """The image of a latent.
 
         Args:
             latents: (B, Z, y, x), in the units of `encode` (not standardised).
             n_steps: decoder steps, the most of them with a threshold; None: those of the configuration.
-            exit_threshold: each sample stops after the step that changes its picture by less than this (root mean
+            exit_threshold: each sample stops after the step that changes its image by less than this (root mean
                 square over its values, which lie in [-1, 1]); None: no sample stops early.
         Returns:
             (B, 3, Y, X) fp32, nominally in [-1, 1].
@@ -410,16 +408,16 @@ class RecurrentVAE(VAE):
         return self.decode_steps(latents, [self.config.n_steps if n_steps is None else n_steps])[0]
 
     def decode_steps(self, latents: Tensor, steps: list[int]) -> list[Tensor]:
-        """Pictures (B, 3, Y, X) after each of these numbers of steps, from one pass of the deepest; as `decode`."""
+        """Images (B, 3, Y, X) after each of these numbers of steps, from one pass of the deepest; as `decode`."""
         self.check_latents(latents)
         for number in steps:
             check_steps(n_steps=number)
-        return self.decoder.pictures_at(latents, steps)
+        return self.decoder.images_at(latents, steps)
 
     def decode_until_settled(
         self, latents: Tensor, exit_threshold: float, n_steps: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Pictures (B, 3, Y, X) and the steps that each sample took, (B,) int64; arguments as for `decode`."""
+        """Images (B, 3, Y, X) and the steps that each sample took, (B,) int64; arguments as for `decode`."""
         self.check_latents(latents)
         n_steps = self.config.n_steps if n_steps is None else n_steps
         check_steps(n_steps=n_steps)

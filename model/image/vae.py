@@ -1,10 +1,10 @@
 """Image VAE.  B batch, Y X rows and columns, D width of a stage, P patch side, Z latent channels.
 
 Architecture "residual", built for few operations at full resolution:
-- a linear path beside the network: every f x f patch of the picture (f the compression) is projected on its Z lowest
+- a linear path beside the network: every f x f patch of the image (f the compression) is projected on its Z lowest
   cosine patterns, the best fixed code of smooth patches, and back. It starts there and is trained. The network's own
   output starts at zero, so that training starts from a working codec and learns what the linear code misses;
-- the stem is a pixel-unshuffle: the first convolution runs on (Y/P, X/P), the last picture is a pixel-shuffle;
+- the stem is a pixel-unshuffle: the first convolution runs on (Y/P, X/P), the last image is a pixel-shuffle;
 - stages change resolution by space-to-channel with a shortcut that has no parameters (DC-AE, arXiv 2410.10733,
   section 3): averaged groups of channels on the way down, repeated channels on the way up;
 - residual blocks have one 3x3 and one 1x1 convolution and start as the identity.
@@ -39,9 +39,7 @@ class ImageVAEConfig(StrictConfig):
     architecture: Literal["residual", "ldm"] = option(
         "residual", "network; ldm loads diffusers' AutoencoderKL weights"
     )
-    image_size: int = option(
-        256, "side of the training pictures in pixels; any multiple of the compression works", gt=0
-    )
+    image_size: int = option(256, "side of the training images in pixels; any multiple of the compression works", gt=0)
     latent_channels: int = option(16, "latent channels Z", gt=0)
     patch_size: int = option(4, "side P of the stem's pixel-unshuffle in pixels; 1 for ldm", gt=0)
 
@@ -54,7 +52,7 @@ class ImageVAEConfig(StrictConfig):
 
     @property
     def compression(self) -> int:
-        """Picture side over latent side: the stem's patch and a factor 2 between stages."""
+        """Image side over latent side: the stem's patch and a factor 2 between stages."""
         return self.patch_size * 2 ** (len(self.encoder_widths) - 1)
 
     def validate_stages(self):
@@ -236,7 +234,7 @@ ARCHITECTURES: dict[str, tuple[Callable[[ImageVAEConfig], nn.Module], Callable[[
 
 
 class ImageVAE(VAE):
-    """Image VAE of either architecture; pictures are (B, 3, Y, X) fp32 in [-1, 1]."""
+    """Image VAE of either architecture; images are (B, 3, Y, X) fp32 in [-1, 1]."""
 
     config_class = ImageVAEConfig
     config: ImageVAEConfig

@@ -25,7 +25,7 @@ class FrozenTextEncoder:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         kind = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
         model = kind.from_pretrained(name, dtype=torch.float32)
-        model = getattr(model, "text_model", model)  # of models for text and pictures
+        model = getattr(model, "text_model", model)  # of models for text and images
         self.model = model.requires_grad_(False).eval()
         self.width: int = self.model.config.hidden_size
 

@@ -46,7 +46,7 @@ def run_both(tmp_path: Path, script: str, *words: str) -> tuple[Path, Path]:
 
 
 def pixel_difference(cpu: Path, gpu: Path, pattern: str) -> float:
-    """The largest mean difference of two pictures of the same name, in levels of 255."""
+    """The largest mean difference of two images of the same name, in levels of 255."""
     names = [file.name for file in sorted(cpu.rglob(pattern))]
     assert names and names == [file.name for file in sorted(gpu.rglob(pattern))]
     pairs = zip(sorted(cpu.rglob(pattern)), sorted(gpu.rglob(pattern)))
@@ -61,9 +61,9 @@ def test_text_to_image(latent_cache, tmp_path):
     assert pixel_difference(cpu, gpu, "*.png") <= 0.1
 
 
-def test_reconstruct_image(picture_cache, picture_folder, tmp_path):
-    save_checkpoint(tmp_path / "runs", picture_cache)
-    words = ["--checkpoint", str(tmp_path / "runs"), "--input", str(picture_folder / "000.png")]
+def test_reconstruct_image(image_cache, image_folder, tmp_path):
+    save_checkpoint(tmp_path / "runs", image_cache)
+    words = ["--checkpoint", str(tmp_path / "runs"), "--input", str(image_folder / "000.png")]
     cpu, gpu = run_both(tmp_path, "inference/reconstruct_image.py", *words)
     assert pixel_difference(cpu, gpu, "*.png") <= 0.1
 
@@ -103,9 +103,9 @@ def evaluated(tmp_path: Path, *words: str) -> tuple[dict, dict]:
     return cpu, gpu
 
 
-def test_evaluation_of_an_image_vae(picture_cache, tmp_path):
-    save_checkpoint(tmp_path / "runs", picture_cache)
-    cpu, gpu = evaluated(tmp_path, "--cached_dataset", str(picture_cache))
+def test_evaluation_of_an_image_vae(image_cache, tmp_path):
+    save_checkpoint(tmp_path / "runs", image_cache)
+    cpu, gpu = evaluated(tmp_path, "--cached_dataset", str(image_cache))
     assert gpu["scores"]["model"]["psnr_db"] == pytest.approx(cpu["scores"]["model"]["psnr_db"], rel=1e-3)
 
 

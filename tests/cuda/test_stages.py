@@ -27,8 +27,8 @@ pytestmark = [
 
 # Name -> script, flags, and the fixture or function that makes its cache.
 STAGES = {
-    "image_vae": ("image_vae", SMALL_RUN, "picture_cache"),
-    "recurrent_vae": ("recurrent_vae", [*SMALL_RUN, "--mean_decoder_steps", "3"], "picture_cache"),
+    "image_vae": ("image_vae", SMALL_RUN, "image_cache"),
+    "recurrent_vae": ("recurrent_vae", [*SMALL_RUN, "--mean_decoder_steps", "3"], "image_cache"),
     "image_diffusion": ("image_diffusion", SMALL_DIFFUSION, "latent_cache"),
     "vocoder": ("vocoder", SMALL_VOCODER, make_audio_cache),
     "audio_vae": ("audio_vae", SMALL_AUDIO_VAE, lambda folder: write_mel_cache(folder, SETTINGS)),

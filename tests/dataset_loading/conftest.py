@@ -1,4 +1,4 @@
-"""Small picture folders."""
+"""Small image folders."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +8,8 @@ from PIL import Image
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a picture of one colour under the test's folder: `picture("train/a.png", "red")`."""
+def image(tmp_path: Path) -> Callable[..., Path]:
+    """Writes an image of one colour under the test's folder: `image("train/a.png", "red")`."""
 
     def write(name: str, color="red", size=(24, 24), mode="RGB") -> Path:
         file = tmp_path / name

@@ -12,7 +12,7 @@ COMMAND = ["preprocess_image_vae_dataset.py", "--dataset_name", "raw", "--image_
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three training pictures of 4x4 pixels: all 0, all 51, all 102; no validation."""
+    """Three training images of 4x4 pixels: all 0, all 51, all 102; no validation."""
     entries = [
         {"key": f"k{i}", "source": f"{i}.png", "copy": 0, "caption": f"number {i}", "length": 4} for i in range(3)
     ]

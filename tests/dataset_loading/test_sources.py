@@ -17,10 +17,10 @@ def names_and(column, source):
     return [(name, row.get(column)) for name, row in source]
 
 
-def test_plain_folder_lists_every_picture_and_labels_by_parent(tmp_path, picture):
+def test_plain_folder_lists_every_image_and_labels_by_parent(tmp_path, image):
     for name in ("b.PNG", "cats/freight-train.png", "cats/test 1.png", "dogs/ä.png", ".hidden/x.png"):
-        picture(name)
-    (tmp_path / "notes.txt").write_text("no picture")
+        image(name)
+    (tmp_path / "notes.txt").write_text("no image")
     assert names_and("label", open_images(tmp_path)) == [
         ("b.PNG", None),
         ("cats/freight-train.png", "cats"),
@@ -29,56 +29,56 @@ def test_plain_folder_lists_every_picture_and_labels_by_parent(tmp_path, picture
     ]
 
 
-def test_metadata_csv_per_split_keeps_awkward_captions(tmp_path, picture):
+def test_metadata_csv_per_split_keeps_awkward_captions(tmp_path, image):
     for name in ("train/a.png", "train/b.png", "val/c.png"):
-        picture(name)
+        image(name)
     (tmp_path / "train/metadata.csv").write_text('\ufefffile_name,text\na.png,None\nb.png,"red, or ""null"""\n')
     (tmp_path / "val/metadata.csv").write_text("file_name,text\nc.png,\n")
     assert names_and("text", open_images(tmp_path)) == [("a.png", "None"), ("b.png", 'red, or "null"')]
     assert names_and("text", open_images(tmp_path, "validation")) == [("c.png", "")]
 
 
-def test_metadata_above_the_splits_is_divided(tmp_path, picture):
+def test_metadata_above_the_splits_is_divided(tmp_path, image):
     for name in ("train/a.png", "test/b.png"):
-        picture(name)
+        image(name)
     (tmp_path / "metadata.csv").write_text("file_name,text\ntrain/a.png,first\ntest/b.png,second\n")
     assert names_and("text", open_images(tmp_path, "test")) == [("b.png", "second")]
 
 
-def test_jsonl_alone_keeps_line_separators_inside_strings(tmp_path, picture):
-    picture("pictures/a.png")
-    line = json.dumps({"file_name": "pictures/a.png", "text": "one\u2028two"}, ensure_ascii=False)
+def test_jsonl_alone_keeps_line_separators_inside_strings(tmp_path, image):
+    image("images/a.png")
+    line = json.dumps({"file_name": "images/a.png", "text": "one\u2028two"}, ensure_ascii=False)
     (tmp_path / "list.jsonl").write_text(line + "\n\n", encoding="utf-8")
     source = open_images(tmp_path / "list.jsonl")
-    assert names_and("text", source) == [("pictures/a.png", "one\u2028two")]
+    assert names_and("text", source) == [("images/a.png", "one\u2028two")]
     assert Image.open(read_media(source.rows[0]["image"])).size == (24, 24)
 
 
-def test_one_jsonl_per_split(tmp_path, picture):
-    picture("pictures/a.png")
+def test_one_jsonl_per_split(tmp_path, image):
+    image("images/a.png")
     for split in ("train", "test"):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"image": "pictures/a.png", "text": split}) + "\n")
-    assert names_and("text", open_images(tmp_path, "test")) == [("pictures/a.png", "test")]
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"image": "images/a.png", "text": split}) + "\n")
+    assert names_and("text", open_images(tmp_path, "test")) == [("images/a.png", "test")]
 
 
-def test_nested_metadata_parquet_and_unlisted_files(tmp_path, picture, caplog):
-    picture("part1/a.png"), picture("part1/forgotten.png")
+def test_nested_metadata_parquet_and_unlisted_files(tmp_path, image, caplog):
+    image("part1/a.png"), image("part1/forgotten.png")
     datasets.Dataset.from_dict({"file_name": ["a.png"], "text": ["A"]}).to_parquet(tmp_path / "part1/metadata.parquet")
     assert names_and("text", open_images(tmp_path)) == [("part1/a.png", "A")]
     assert "1 files" in caplog.text and "forgotten.png" in caplog.text
 
 
-def test_missing_listed_file_does_not_stop_the_listing(tmp_path, picture):
-    picture("a.png")
+def test_missing_listed_file_does_not_stop_the_listing(tmp_path, image):
+    image("a.png")
     (tmp_path / "metadata.csv").write_text("file_name,text\na.png,A\ngone.png,B\n")
     (_, _), (_, gone) = open_images(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         read_media(gone["image"])
 
 
-def test_parquet_and_saved_data_sets_give_bytes_and_class_names(tmp_path, picture):
+def test_parquet_and_saved_data_sets_give_bytes_and_class_names(tmp_path, image):
     features = datasets.Features({"img": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])})
-    file = {"path": "a.png", "bytes": picture("raw/a.png", "blue").read_bytes()}
+    file = {"path": "a.png", "bytes": image("raw/a.png", "blue").read_bytes()}
     data = datasets.Dataset.from_dict({"img": [file, file], "kind": [1, 0]}, features=features)
     (tmp_path / "parquet").mkdir()
     data.to_parquet(tmp_path / "parquet/train-00000-of-00001.parquet")
@@ -89,17 +89,17 @@ def test_parquet_and_saved_data_sets_give_bytes_and_class_names(tmp_path, pictur
     assert len(open_images(tmp_path / "saved", "test", media="img")) == 2
 
 
-def test_zip_archive_is_read(tmp_path, picture):
-    file = picture("raw/a.png")
+def test_zip_archive_is_read(tmp_path, image):
+    file = image("raw/a.png")
     (tmp_path / "set").mkdir()
-    with zipfile.ZipFile(tmp_path / "set/pictures.zip", "w") as archive:
+    with zipfile.ZipFile(tmp_path / "set/images.zip", "w") as archive:
         archive.write(file, "a.png")
     ((_, row),) = open_images(tmp_path / "set")
     assert Image.open(read_media(row["image"])).size == (24, 24)
 
 
-def test_licence_is_the_first_line(tmp_path, picture):
-    picture("a.png")
+def test_licence_is_the_first_line(tmp_path, image):
+    image("a.png")
     (tmp_path / "LICENSE.txt").write_text("CC0, example.org\nmore")
     assert open_images(tmp_path).licence == "CC0, example.org"
 
@@ -113,9 +113,9 @@ def test_licence_is_the_first_line(tmp_path, picture):
         (["train/a.png", "cars/b.png"], "train", ValueError, r"others with files \(cars\)"),
     ],
 )
-def test_wrong_folders_say_what_is_there(tmp_path, picture, files, split, error, message):
+def test_wrong_folders_say_what_is_there(tmp_path, image, files, split, error, message):
     for name in files:
-        picture(name)
+        image(name)
     with pytest.raises(error, match=message):
         open_images(tmp_path, split)
 
@@ -128,8 +128,8 @@ def test_wrong_folders_say_what_is_there(tmp_path, picture, files, split, error,
         ("metadata.jsonl", '{"file_name": "a.png"}\n{"file', "line 2 is not JSON"),
     ],
 )
-def test_damaged_index_is_named_with_its_line(tmp_path, picture, file, text, message):
-    picture("a.png")
+def test_damaged_index_is_named_with_its_line(tmp_path, image, file, text, message):
+    image("a.png")
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=f"{file}: {message}"):
         open_images(tmp_path)

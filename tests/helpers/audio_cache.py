@@ -17,7 +17,7 @@ SMALL_VOCODER = """
     --config tiny --override width=32 n_layers=1 --segment_frames 8 --logging_steps 1 --eval_steps 1000
     --save_steps 1000 --gan_start_step 2 --gan_warmup_steps 1 --gan_ramp_steps 4 --stft_resolutions 256 1024
     --discriminator_periods 2 5 --discriminator_resolutions 256 --discriminator_every 2
-    --n_logged_clips 0""".split()  # noqa: SIM905
+    --n_logged_samples 0""".split()  # noqa: SIM905
 
 SPEAKERS = ("ann", "bob")
 

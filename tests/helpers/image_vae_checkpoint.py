@@ -11,7 +11,7 @@ from utils.checkpoints import EMA, STAGE, mark_complete, provenance, write_json
 
 
 def save_checkpoint(run_dir: Path, cache: Path, step: int = 4, with_average: bool = True) -> Path:
-    """Write `checkpoint-STEP` as a run on the cache does; raw weights give a black picture, averaged ones do not."""
+    """Write `checkpoint-STEP` as a run on the cache does; raw weights give a black image, averaged ones do not."""
     torch.manual_seed(0)
     model = ImageVAE.from_preset("tiny", image_size=32)
     for parameter in model.parameters():  # Away from the working codec that it starts as.

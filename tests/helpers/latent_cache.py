@@ -1,4 +1,4 @@
-"""Captioned pictures, a VAE with latent statistics, and their latents, for what reads or writes such a cache."""
+"""Captioned images, a VAE with latent statistics, and their latents, for what reads or writes such a cache."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from utils.checkpoints import mark_complete
 CAPTIONS = ("a red disc", "zwölf Bären", "", "a very long caption " * 4)
 
 
-def write_captioned_pictures(folder: Path, count: int, side: int = 32) -> Path:
-    """Different pictures of `side` pixels with a metadata.csv of captions in turn."""
+def write_captioned_images(folder: Path, count: int, side: int = 32) -> Path:
+    """Different images of `side` pixels with a metadata.csv of captions in turn."""
     folder.mkdir(parents=True)
     lines = ["file_name,text"]
     for number in range(count):
@@ -26,9 +26,9 @@ def write_captioned_pictures(folder: Path, count: int, side: int = 32) -> Path:
     return folder
 
 
-def save_vae(run_dir: Path, picture_cache: Path, latent_mean: float = 0.2) -> Path:
+def save_vae(run_dir: Path, image_cache: Path, latent_mean: float = 0.2) -> Path:
     """The checkpoint of `save_checkpoint`, with measured latent statistics; another mean is another VAE."""
-    checkpoint = save_checkpoint(run_dir, picture_cache)
+    checkpoint = save_checkpoint(run_dir, image_cache)
     for file in checkpoint.glob("*.safetensors"):
         weights = load_file(file)
         n_channels = len(weights["latent_mean"])
@@ -39,7 +39,7 @@ def save_vae(run_dir: Path, picture_cache: Path, latent_mean: float = 0.2) -> Pa
     return checkpoint
 
 
-def make_latents(pictures: Path, vae: Path, out: Path, *flags: str) -> dict:
+def make_latents(images: Path, vae: Path, out: Path, *flags: str) -> dict:
     """Preprocess in this process with a tenth for validation; returns the manifest."""
-    words = ["--dataset_name", str(pictures), "--vae_checkpoint", str(vae), "--output_dir", str(out)]
+    words = ["--dataset_name", str(images), "--vae_checkpoint", str(vae), "--output_dir", str(out)]
     return ImageDiffusionPreprocess.main([*words, "--num_workers", "0", "--validation_fraction", "0.1", *flags])

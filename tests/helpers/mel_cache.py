@@ -14,7 +14,7 @@ SMALL_AUDIO_VAE = """
     --config tiny --override width=24 latent_channels=6 n_encoder_blocks=1 n_decoder_blocks=1 --learning_rate 1e-3
     --logging_steps 1 --eval_steps 1000 --save_steps 1000 --segment_frames 32 --eval_batch_size 3
     --discriminator_channels 8 --discriminator_layers 2 --gan_start_step 2 --gan_warmup_steps 2 --gan_ramp_steps 4
-    --r1_weight 1 --r1_every 2 --n_logged_clips 0""".split()  # noqa: SIM905
+    --r1_weight 1 --r1_every 2 --n_logged_samples 0""".split()  # noqa: SIM905
 
 LETTERS = "abcd"
 SPEAKERS = ("high", "low")

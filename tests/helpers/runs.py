@@ -17,7 +17,7 @@ SMALL_RUN = """
 SMALL_DIFFUSION = """
     --config tiny --override widths=[32,64] n_blocks=[1,1] conditioning_width=64 text_width=32
     --learning_rate 1e-3 --logging_steps 1 --eval_steps 1000 --save_steps 1000 --n_steps 2 --n_prompts 2
-    --n_time_buckets 2 --eval_pictures 0""".split()  # noqa: SIM905
+    --n_time_buckets 2 --eval_images 0""".split()  # noqa: SIM905
 
 
 class Run:

@@ -137,11 +137,11 @@ def test_flags_that_are_needed_or_have_no_effect(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_another_stage_and_an_empty_file_are_refused(run, picture_cache, tmp_path):
+def test_another_stage_and_an_empty_file_are_refused(run, image_cache, tmp_path):
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match="has no line with text"):
         run("out", "--prompt_file", tmp_path / "empty.txt")
-    vae = save_checkpoint(tmp_path / "image_vae" / "small", picture_cache)
+    vae = save_checkpoint(tmp_path / "image_vae" / "small", image_cache)
     with pytest.raises(ValueError, match="text is written by checkpoints of stage 'multimodal'"):
         run("out", "--prompts", "a", of=vae)
 

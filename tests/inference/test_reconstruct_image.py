@@ -1,4 +1,4 @@
-"""Pictures of any kind and size through a small VAE."""
+"""Images of any kind and size through a small VAE."""
 
 import numpy as np
 import pytest
@@ -11,17 +11,17 @@ from model.image.vae import ImageVAE
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
-from utils.drawing.images import to_picture
+from utils.drawing.images import to_image
 
 
 @pytest.fixture(scope="module")
-def checkpoint(picture_cache, tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("runs") / "image_vae" / "small", picture_cache)
+def checkpoint(image_cache, tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("runs") / "image_vae" / "small", image_cache)
 
 
 @pytest.fixture
 def run(checkpoint, tmp_path):
-    """run(*words): reconstruct into `tmp_path / "out"` and return the sizes of the pictures there by name."""
+    """run(*words): reconstruct into `tmp_path / "out"` and return the sizes of the images there by name."""
 
     def call(*words):
         words = ["--checkpoint", str(checkpoint.parent), "--output_dir", str(tmp_path / "out"), *words]
@@ -55,7 +55,7 @@ def test_orientation_transparency_palettes_and_folders(run, tmp_path):
     sizes = run("--input", folder, "--image_size", 0, "--background_color", "blue")
     assert sizes["turned_reconstruction.png"] == (20, 40) and "deep__palette_reconstruction.png" in sizes
     sheet = np.asarray(Image.open(tmp_path / "out" / "sheet.png"))
-    assert (sheet == (0, 0, 255)).all(2).any()  # The background behind the transparent picture.
+    assert (sheet == (0, 0, 255)).all(2).any()  # The background behind the transparent image.
 
 
 def test_the_result_is_the_models_where_nothing_is_padded(run, tmp_path, checkpoint):
@@ -66,7 +66,7 @@ def test_the_result_is_the_models_where_nothing_is_padded(run, tmp_path, checkpo
         expected = load_model(ImageVAE, checkpoint)(image=to_float(pixels)[None]).reconstruction[0]
     found = np.asarray(Image.open(tmp_path / "out" / "a_reconstruction.png")).astype(int)
     # The last bit of a convolution depends on the memory layout, so that a value in between may round either way.
-    assert np.abs(found - np.asarray(to_picture(expected))).max() <= 1
+    assert np.abs(found - np.asarray(to_image(expected))).max() <= 1
 
 
 def test_damaged_files_are_left_out(run, tmp_path, caplog):

@@ -1,4 +1,4 @@
-"""Prompts to pictures with a small untrained model: files, settings, and the same picture for the same seed."""
+"""Prompts to images with a small untrained model: files, settings, and the same image for the same seed."""
 
 import json
 
@@ -18,14 +18,14 @@ def checkpoint(latent_cache, tmp_path_factory):
 
 @pytest.fixture
 def run(checkpoint, tmp_path):
-    """run(name, *words): draw into `tmp_path / name`; returns the settings and the pictures by file name."""
+    """run(name, *words): draw into `tmp_path / name`; returns the settings and the images by file name."""
 
     def call(name, *words):
         folder = tmp_path / name
         words = ["--checkpoint", checkpoint, "--output_dir", folder, "--n_steps", "3", *words]
         draw(parse_arguments(TextToImageArguments, [str(word) for word in words], ""))
-        pictures = {file.name: np.asarray(Image.open(file)).astype(int) for file in folder.glob("*.png")}
-        return json.loads((folder / "settings.json").read_text()), pictures
+        images = {file.name: np.asarray(Image.open(file)).astype(int) for file in folder.glob("*.png")}
+        return json.loads((folder / "settings.json").read_text()), images
 
     return call
 
@@ -33,33 +33,33 @@ def run(checkpoint, tmp_path):
 def test_files_and_settings(run, checkpoint, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("zwölf Bären\n\n  a red disc\n", encoding="utf-8")
     words = ["--prompts", "A key!", "--prompt_file", tmp_path / "prompts.txt", "--seeds", 7, 8]
-    settings, pictures = run("out", *words, "--sampler", "euler")
+    settings, images = run("out", *words, "--sampler", "euler")
     names = [
         f"{stem}_seed{seed}.png" for stem in ("000_a_key_", "001_zw_lf_b_ren", "002_a_red_disc") for seed in (7, 8)
     ]
-    assert pictures.keys() == {*names, "sheet.png"}
-    assert [picture["file"] for picture in settings["pictures"]] == names
-    assert settings["pictures"][2]["prompt"] == "zwölf Bären" and settings["pictures"][2]["seed"] == 7
+    assert images.keys() == {*names, "sheet.png"}
+    assert [image["file"] for image in settings["images"]] == names
+    assert settings["images"][2]["prompt"] == "zwölf Bären" and settings["images"][2]["seed"] == 7
     assert settings["sampler"] == "euler" and settings["n_steps"] == 3 and settings["seeds"] == [7, 8]
     assert settings["checkpoint"] == str(checkpoint) and settings["weights"] == "ema" and "git_commit" in settings
-    assert all(pictures[name].shape == (32, 32, 3) for name in names)
+    assert all(images[name].shape == (32, 32, 3) for name in names)
     assert all(name in capsys.readouterr().out for name in ["sheet.png"])
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
-def test_the_same_seed_gives_the_same_picture_in_every_batch(run, sampler):
-    words = ["--prompts", "a red disc", "a very long caption " * 4, "", "--n_pictures", 2, "--sampler", sampler]
+def test_the_same_seed_gives_the_same_image_in_every_batch(run, sampler):
+    words = ["--prompts", "a red disc", "a very long caption " * 4, "", "--n_images", 2, "--sampler", sampler]
     alone, together = run("alone", *words, "--batch_size", 1)[1], run("together", *words, "--batch_size", 5)[1]
     assert alone.keys() == together.keys() and len(alone) == 7
     for name in alone.keys() - {"sheet.png"}:
         # Sums in a larger batch are taken in another order: a value between two levels may round either way.
         assert np.abs(alone[name] - together[name]).max() <= 1
-    assert len({picture.tobytes() for name, picture in alone.items() if name != "sheet.png"}) == 6
+    assert len({image.tobytes() for name, image in alone.items() if name != "sheet.png"}) == 6
 
 
 def test_seeds_prompts_and_weights_matter(run):
     words = ["--prompts", "a red disc", "--seeds", 3]
-    ((name, first),) = ((name, picture) for name, picture in run("a", *words)[1].items() if name != "sheet.png")
+    ((name, first),) = ((name, image) for name, image in run("a", *words)[1].items() if name != "sheet.png")
     among_others = run("b", "--prompts", "a red disc", "a key", "--seeds", 5, 3)[1]
     assert np.abs(among_others[name] - first).max() <= 1
     assert np.abs(among_others["000_a_red_disc_seed5.png"] - first).max() > 1
@@ -78,8 +78,8 @@ def test_flags_that_are_needed_or_have_no_effect(capsys):
     for words, message in (
         (["--checkpoint", "runs/x"], "--prompts or --prompt_file are needed"),
         (
-            ["--checkpoint", "runs/x", "--prompts", "a", "--seeds", "1", "--n_pictures", "2"],
-            "--n_pictures has no effect",
+            ["--checkpoint", "runs/x", "--prompts", "a", "--seeds", "1", "--n_images", "2"],
+            "--n_images has no effect",
         ),
     ):
         with pytest.raises(SystemExit):

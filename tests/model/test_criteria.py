@@ -25,7 +25,7 @@ def mean_absolute_error(a, b):
 
 
 class LinearDiscriminator(nn.Module):
-    """One logit per 4 x 4 patch and kernel, linear in the picture."""
+    """One logit per 4 x 4 patch and kernel, linear in the image."""
 
     def __init__(self, n_kernels=1):
         super().__init__()
@@ -38,7 +38,7 @@ class LinearDiscriminator(nn.Module):
         return [F.conv2d(image, kernel, self.bias, stride=4) for kernel in self.kernels], []
 
 
-def random_pictures(n=4, side=8, seed=0):
+def random_images(n=4, side=8, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.rand(2, n, 3, side, side, generator=generator) * 2 - 1
 
@@ -58,7 +58,7 @@ def test_kl_divergence_is_zero_only_at_the_prior_and_is_fp32():
 
 
 def test_gradient_loss_equals_a_loop():
-    reconstruction, target = random_pictures(n=2)
+    reconstruction, target = random_images(n=2)
     error, scales = (reconstruction - target).double(), []
     for _ in range(3):
         B, C, Y, X = error.shape
@@ -71,18 +71,18 @@ def test_gradient_loss_equals_a_loop():
 
 
 def test_gradient_loss_ignores_a_constant_offset():
-    picture, _ = random_pictures()
-    assert gradient_loss(picture + 0.25, picture).item() == pytest.approx(0.0, abs=1e-6)
+    image, _ = random_images()
+    assert gradient_loss(image + 0.25, image).item() == pytest.approx(0.0, abs=1e-6)
 
 
-def test_gradient_loss_refuses_small_pictures():
+def test_gradient_loss_refuses_small_images():
     gradient_loss(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="8x7 pixels is too small for 3 scales"):
         gradient_loss(torch.zeros(1, 3, 8, 7), torch.zeros(1, 3, 8, 7))
 
 
 def test_reconstruction_terms_are_weighted():
-    reconstruction, target = random_pictures()
+    reconstruction, target = random_images()
     terms = ReconstructionLoss(2.0, 0.5, 3.0, mean_absolute_error)(reconstruction, target)
     l1 = (reconstruction - target).abs().mean()
     assert set(terms) == {"l1", "gradient", "perceptual"}
@@ -92,7 +92,7 @@ def test_reconstruction_terms_are_weighted():
 
 
 def test_reconstruction_terms_without_weight_are_left_out():
-    reconstruction, target = random_pictures()
+    reconstruction, target = random_images()
     assert set(ReconstructionLoss()(reconstruction, target)) == {"l1"}
     assert set(ReconstructionLoss(0.0, 1.0)(reconstruction, target)) == {"gradient"}
 
@@ -158,7 +158,7 @@ def test_feature_matching_by_hand():
 def test_r1_of_a_linear_discriminator(side):
     discriminator = LinearDiscriminator()
     (kernel,) = discriminator.kernels
-    penalty = r1_penalty(discriminator, random_pictures(side=side)[0])
+    penalty = r1_penalty(discriminator, random_images(side=side)[0])
     torch.testing.assert_close(penalty, kernel.square().sum().detach())  # at every number of patches
     penalty.backward()
     torch.testing.assert_close(kernel.grad, 2.0 * kernel.detach())
@@ -167,11 +167,11 @@ def test_r1_of_a_linear_discriminator(side):
 def test_r1_averages_sub_discriminators():
     discriminator = LinearDiscriminator(n_kernels=2)
     expected = torch.stack([kernel.square().sum() for kernel in discriminator.kernels]).mean()
-    torch.testing.assert_close(r1_penalty(discriminator, random_pictures()[0]), expected)
+    torch.testing.assert_close(r1_penalty(discriminator, random_images()[0]), expected)
 
 
 def test_r1_is_fp32_under_autocast():
-    discriminator, (real, _) = LinearDiscriminator(), random_pictures()
+    discriminator, (real, _) = LinearDiscriminator(), random_images()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         penalty = r1_penalty(discriminator, real)
     assert penalty.dtype == torch.float32
@@ -202,6 +202,6 @@ LOSSES = {
 @settings(max_examples=5, deadline=None)
 @given(n_parts=st.integers(1, 3), size=st.integers(1, 3), seed=st.integers(0, 1000))
 def test_equal_micro_batches_average_to_the_batch(name, n_parts, size, seed):
-    a, b = random_pictures(n_parts * size, seed=seed)
+    a, b = random_images(n_parts * size, seed=seed)
     parts = [LOSSES[name](*pair) for pair in zip(a.chunk(n_parts), b.chunk(n_parts))]
     torch.testing.assert_close(torch.stack(parts).mean(), LOSSES[name](a, b), rtol=1e-5, atol=1e-6)

@@ -142,7 +142,7 @@ def test_twenty_steps_are_as_good_as_diffusers_best_spacing():
     ours = relative_error(solutions("dpmpp_2m", process, mixture, (20,))[0], reference)
     assert found[False] > 0.04 and found[True] < 0.01
     assert ours < 1.5 * found[True] and ours < found[False] / 6
-    # With karras times, the same steps are taken, and so the same picture comes out.
+    # With karras times, the same steps are taken, and so the same image comes out.
     times = process.sampling_times(20, "karras")
     assert relative_error(sample("dpmpp_2m", mixture.denoiser(process), x, process, times), theirs) < 1e-3
 
@@ -209,7 +209,7 @@ def test_perfect_denoiser_is_returned_exactly(name):
 
 
 @pytest.mark.parametrize("name", list(SAMPLERS))
-def test_picture_belongs_to_its_seed_not_to_its_batch(name):
+def test_image_belongs_to_its_seed_not_to_its_batch(name):
     process, mixture = PROCESSES["rectified_flow"], Mixture()
 
     def draw(seeds: list[int]) -> Tensor:

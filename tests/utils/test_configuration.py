@@ -85,7 +85,7 @@ WRONG = [
         {**IMAGE, "image_begin_token_id": 7, "image_end_token_id": 7},
         "image_begin_token_id=7 must differ from image_end",
     ),
-    # Sound and pictures.
+    # Sound and images.
     ({"audio_n_mels": 100}, "audio_n_mels=100 has no effect with modalities=['text']"),
     ({**IMAGE, "audio_n_mels": 100}, "audio_n_mels=100 has no effect with modalities=['text', 'image']"),
     (

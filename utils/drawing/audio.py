@@ -1,4 +1,4 @@
-"""Drawing sound: log-mels, waveforms, phase errors and latents as pictures; time runs from left to right."""
+"""Drawing sound: log-mels, waveforms, phase errors and latents as images; time runs from left to right."""
 
 from collections.abc import Mapping, Sequence
 
@@ -30,7 +30,7 @@ BLUE, ORANGE = (31, 88, 163), (221, 106, 28)
 
 
 def colored(values: Tensor, low: float, high: float, palette: Sequence[tuple[int, int, int]] = WARM) -> Image.Image:
-    """A matrix as a picture, its first row at the bottom.
+    """A matrix as an image, its first row at the bottom.
 
     Args:
         values: (rows, columns); what is not finite is drawn as `low`.
@@ -44,14 +44,14 @@ def colored(values: Tensor, low: float, high: float, palette: Sequence[tuple[int
     return Image.fromarray(mixed.round().byte().numpy())
 
 
-def fit_width(picture: Image.Image, n_frames: int, height: int, longest: int = 0) -> Image.Image:
-    """A picture with one column per frame at a scale by which the longest clip of a sheet is `MAX_WIDTH` wide.
+def fit_width(image: Image.Image, n_frames: int, height: int, longest: int = 0) -> Image.Image:
+    """An image with one column per frame at a scale by which the longest clip of a sheet is `MAX_WIDTH` wide.
 
     Args: longest: frames of the longest clip; 0: this one.
     """
     width = max(1, round(n_frames * min(MAX_WIDTH / max(longest, n_frames), 4)))
-    is_larger = width >= picture.width and height >= picture.height
-    return picture.resize((width, height), Image.Resampling.NEAREST if is_larger else Image.Resampling.BOX)
+    is_larger = width >= image.width and height >= image.height
+    return image.resize((width, height), Image.Resampling.NEAREST if is_larger else Image.Resampling.BOX)
 
 
 def mel_triple(target: Tensor, predicted: Tensor, log_floor: float, longest: int = 0) -> list[Image.Image]:
@@ -67,26 +67,24 @@ def mel_triple(target: Tensor, predicted: Tensor, log_floor: float, longest: int
     M, F = len(target), min(target.shape[1], predicted.shape[1])
     target, predicted = target[:, :F], predicted[:, :F]
     high = max(target.max().item(), log_floor + 1)
-    pictures = [colored(each, log_floor, high) for each in (target, predicted)]
-    pictures.append(colored((target - predicted).abs(), 0, SPAN))
-    return [fit_width(picture, F, max(M, 80), longest) for picture in pictures]
+    images = [colored(each, log_floor, high) for each in (target, predicted)]
+    images.append(colored((target - predicted).abs(), 0, SPAN))
+    return [fit_width(image, F, max(M, 80), longest) for image in images]
 
 
 def strip_sheet(groups: Sequence[Group], labels: Sequence[str] = (), *, title: str = "") -> Image.Image:
-    """Rows of pictures of any proportions, each group a row with its caption below, columns aligned.
+    """Rows of images of any proportions, each group a row with its caption below, columns aligned.
 
     Args:
-        groups: each with as many pictures as the first one.
-        labels: one per picture of a group, above the first row.
+        groups: each with as many images as the first one.
+        labels: one per image of a group, above the first row.
         title: one line at the top.
     """
-    assert groups and all(len(group.pictures) == len(groups[0].pictures) for group in groups), "unequal groups"
+    assert groups and all(len(group.images) == len(groups[0].images) for group in groups), "unequal groups"
     font = ImageFont.load_default(13)
-    widths = [max(picture.width for picture in column) for column in zip(*(group.pictures for group in groups))]
+    widths = [max(image.width for image in column) for column in zip(*(group.images for group in groups))]
     lefts = [GAP + sum(widths[:i]) + i * GAP for i in range(len(widths))]
-    heights = [
-        max(picture.height for picture in group.pictures) + GAP + LINE * bool(group.caption) for group in groups
-    ]
+    heights = [max(image.height for image in group.images) + GAP + LINE * bool(group.caption) for group in groups]
     top = GAP + LINE * bool(title) + LINE * bool(labels)
     sheet = Image.new("RGB", (max(lefts[-1] + widths[-1] + GAP, 240), top + sum(heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
@@ -95,15 +93,15 @@ def strip_sheet(groups: Sequence[Group], labels: Sequence[str] = (), *, title: s
     for left, width, label in zip(lefts, widths, labels):
         draw.text((left, top - LINE), shorten(label, width, font), INK, font)
     for group, height in zip(groups, heights):
-        for left, picture in zip(lefts, group.pictures):
-            sheet.paste(picture, (left, top))
+        for left, image in zip(lefts, group.images):
+            sheet.paste(image, (left, top))
         if group.caption:
             draw.text((GAP, top + height - GAP - LINE), shorten(group.caption, sheet.width - 2 * GAP, font), INK, font)
         top += height
     return sheet
 
 
-def waveform_picture(waveforms: Mapping[str, Tensor], rate: int, height: int = 96) -> Image.Image:
+def waveform_image(waveforms: Mapping[str, Tensor], rate: int, height: int = 96) -> Image.Image:
     """Waveforms below each other at one scale of time and level: the range within each column of pixels.
 
     Args:
@@ -148,11 +146,11 @@ def phase_errors(real: Tensor, made: Tensor, n_fft: int, hop_length: int) -> tup
     return turn.angle().abs(), change.angle().abs(), magnitude / magnitude.max().clamp_min(1e-12)
 
 
-def phase_picture(real: Tensor, made: Tensor, n_fft: int, hop_length: int) -> tuple[Image.Image, dict[str, float]]:
+def phase_image(real: Tensor, made: Tensor, n_fft: int, hop_length: int) -> tuple[Image.Image, dict[str, float]]:
     """Phase errors of bins that can be heard, and their means weighted by magnitude.
 
     Args: real, made: (S,).
-    Returns: the picture, and `phase` and `frequency` in radians; chance gives pi / 2 and, as frames overlap, about 1.
+    Returns: the image, and `phase` and `frequency` in radians; chance gives pi / 2 and, as frames overlap, about 1.
     """
     *errors, weight = phase_errors(real, made, n_fft, hop_length)
     total = weight.sum().clamp_min(1e-12)
@@ -161,17 +159,17 @@ def phase_picture(real: Tensor, made: Tensor, n_fft: int, hop_length: int) -> tu
     captions = (f"phase error, mean {means['phase']:.2f} rad", f"of its change, mean {means['frequency']:.2f} rad")
     groups = []
     for error, caption in zip(errors, captions):
-        picture = colored(torch.where(weight > AUDIBLE, error, 0.0), 0, torch.pi)
-        groups.append(Group([fit_width(picture, error.shape[1], 128)], caption))
+        image = colored(torch.where(weight > AUDIBLE, error, 0.0), 0, torch.pi)
+        groups.append(Group([fit_width(image, error.shape[1], 128)], caption))
     return strip_sheet(groups), means
 
 
-def latent_picture(latents: Tensor, longest: int = 0) -> Image.Image:
+def latent_image(latents: Tensor, longest: int = 0) -> Image.Image:
     """Latents over time, one row per channel (and mel row within it): 2.5 deviations about its mean fill the palette.
 
     Args: latents: (Z, L), or (Z, m, L).
     """
     rows = latents.detach().float().cpu().flatten(0, -2)
     mean, std = rows.mean(1, keepdim=True), rows.std(1, keepdim=True, correction=0)
-    picture = colored((rows - mean) / (2.5 * std).clamp_min(1e-8), -1, 1, SIGNED)
-    return fit_width(picture, rows.shape[1], max(6 * len(rows), 48) if len(rows) < 64 else len(rows), longest)
+    image = colored((rows - mean) / (2.5 * std).clamp_min(1e-8), -1, 1, SIGNED)
+    return fit_width(image, rows.shape[1], max(6 * len(rows), 48) if len(rows) < 64 else len(rows), longest)

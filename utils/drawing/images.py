@@ -1,4 +1,4 @@
-"""Drawing: tensors as pictures, and sheets of labelled pictures for TensorBoard, evaluation and inference."""
+"""Drawing: tensors as images, and sheets of labelled images for TensorBoard, evaluation and inference."""
 
 import dataclasses
 import os
@@ -12,26 +12,26 @@ from torch import Tensor
 from dataset_loading.image.pixels import to_uint8
 
 TRIPLE = ("input", "reconstruction", "difference x2")
-MIN_CELL, MAX_CELL = 128, 256  # sides of drawn pictures in pixels
-GAP, LINE = 6, 18  # pixels between pictures, and height of a line of text
+MIN_CELL, MAX_CELL = 128, 256  # sides of drawn images in pixels
+GAP, LINE = 6, 18  # pixels between images, and height of a line of text
 INK, PAPER = (30, 30, 30), (236, 236, 236)
 
 
 @dataclasses.dataclass
 class Group:
-    """Pictures that belong together, drawn in one row with a caption below."""
+    """Images that belong together, drawn in one row with a caption below."""
 
-    pictures: Sequence[Image.Image]
+    images: Sequence[Image.Image]
     caption: str = ""
 
 
-def to_picture(image: Tensor) -> Image.Image:
-    """A tensor (3, Y, X) or (1, Y, X) in [-1, 1] as an 8-bit RGB picture."""
+def to_image(image: Tensor) -> Image.Image:
+    """A tensor (3, Y, X) or (1, Y, X) in [-1, 1] as an 8-bit RGB image."""
     return Image.fromarray(to_uint8(image.detach()).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())
 
 
 def difference(a: Tensor, b: Tensor) -> Tensor:
-    """Twice the absolute difference as a picture: black where equal, white from half the value range on.
+    """Twice the absolute difference as an image: black where equal, white from half the value range on.
 
     Args:
         a, b: (..., C, Y, X) in [-1, 1].
@@ -41,12 +41,12 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def triple(image: Tensor, reconstruction: Tensor) -> list[Image.Image]:
-    """Input, reconstruction and difference (see `TRIPLE`) of one picture (3, Y, X) in [-1, 1]."""
-    return [to_picture(each) for each in (image, reconstruction, difference(image, reconstruction.clamp(-1, 1)))]
+    """Input, reconstruction and difference (see `TRIPLE`) of one image (3, Y, X) in [-1, 1]."""
+    return [to_image(each) for each in (image, reconstruction, difference(image, reconstruction.clamp(-1, 1)))]
 
 
-def channel_pictures(latents: Tensor) -> Tensor:
-    """Latent channels as grey pictures: per channel, 2.5 standard deviations about the mean of the batch fill [-1, 1].
+def channel_images(latents: Tensor) -> Tensor:
+    """Latent channels as grey images: per channel, 2.5 standard deviations about the mean of the batch fill [-1, 1].
 
     Args:
         latents: (B, Z, y, x).
@@ -57,13 +57,13 @@ def channel_pictures(latents: Tensor) -> Tensor:
     return ((latents - mean) / (2.5 * std).clamp_min(1e-8)).clamp(-1, 1).unsqueeze(2)
 
 
-def fit_cell(picture: Image.Image, side: int) -> Image.Image:
-    """A picture inside a square of `side` pixels, enlarged by a whole factor or shrunk to fit."""
-    longest = max(picture.size)
+def fit_cell(image: Image.Image, side: int) -> Image.Image:
+    """An image inside a square of `side` pixels, enlarged by a whole factor or shrunk to fit."""
+    longest = max(image.size)
     factor = side // longest
     scale = factor or side / longest
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    scaled = picture.convert("RGB").resize(size, Image.Resampling.NEAREST if factor else Image.Resampling.LANCZOS)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    scaled = image.convert("RGB").resize(size, Image.Resampling.NEAREST if factor else Image.Resampling.LANCZOS)
     cell = Image.new("RGB", (side, side), PAPER)
     cell.paste(scaled, ((side - size[0]) // 2, (side - size[1]) // 2))
     return cell
@@ -86,24 +86,22 @@ def draw_sheet(
     title: str = "",
     min_cell: int = MIN_CELL,
 ) -> Image.Image:
-    """Groups of pictures side by side and below each other.
+    """Groups of images side by side and below each other.
 
     Args:
-        groups: each with the same number of pictures.
-        labels: one per picture of a group, above the first row.
+        groups: each with the same number of images.
+        labels: one per image of a group, above the first row.
         n_across: groups in one row.
         title: one line at the top.
-        min_cell: side of the square that a small picture is enlarged to, in pixels.
+        min_cell: side of the square that a small image is enlarged to, in pixels.
     """
-    assert groups and all(len(group.pictures) == len(groups[0].pictures) for group in groups), (
-        "groups of unequal length"
-    )
+    assert groups and all(len(group.images) == len(groups[0].images) for group in groups), "groups of unequal length"
     font = ImageFont.load_default(13)
-    longest = max(max(picture.size) for group in groups for picture in group.pictures)
+    longest = max(max(image.size) for group in groups for image in group.images)
     side = min(max(longest, min_cell), MAX_CELL)
     n_across = min(n_across, len(groups))
-    n_pictures = len(groups[0].pictures)
-    group_width = n_pictures * (side + GAP) + 2 * GAP
+    n_images = len(groups[0].images)
+    group_width = n_images * (side + GAP) + 2 * GAP
     row_height = side + GAP + LINE * any(group.caption for group in groups)
     top = GAP + LINE * bool(title) + LINE * bool(labels)
     n_rows = -(-len(groups) // n_across)
@@ -114,8 +112,8 @@ def draw_sheet(
     for number, group in enumerate(groups):
         row, column = divmod(number, n_across)
         left, upper = column * group_width + int(1.5 * GAP), top + row * row_height
-        for i, picture in enumerate(group.pictures):
-            sheet.paste(fit_cell(picture, side), (left + i * (side + GAP), upper))
+        for i, image in enumerate(group.images):
+            sheet.paste(fit_cell(image, side), (left + i * (side + GAP), upper))
             if labels and row == 0:
                 label = shorten(labels[i], side, font)
                 draw.text((left + i * (side + GAP), top - LINE), label, INK, font)
@@ -123,11 +121,11 @@ def draw_sheet(
     return sheet
 
 
-def save_picture(picture: Image.Image, file: Path) -> None:
+def save_image(image: Image.Image, file: Path) -> None:
     """Write a PNG under a temporary name, then rename it; folders are made."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
-    picture.save(temporary, format="PNG")
+    image.save(temporary, format="PNG")
     os.replace(temporary, file)
 
 
@@ -142,8 +140,8 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(image, (0, -X % multiple, 0, -Y % multiple), mode="replicate")
 
 
-def resize_shorter_side(picture: Image.Image, length: int) -> Image.Image:
-    """The picture with its shorter side `length` pixels long and its proportions kept."""
-    scale = length / min(picture.size)
-    size = (round(picture.width * scale), round(picture.height * scale))
-    return picture.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
+def resize_shorter_side(image: Image.Image, length: int) -> Image.Image:
+    """The image with its shorter side `length` pixels long and its proportions kept."""
+    scale = length / min(image.size)
+    size = (round(image.width * scale), round(image.height * scale))
+    return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)

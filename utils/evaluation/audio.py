@@ -247,7 +247,7 @@ class AudioEvaluator(Evaluator):
         scalars = {name: value for name, value in scores["model"].items() if value is not None}
         evaluation = Evaluation(metrics, scalars, [self.score_table(scores, n_clips, len(transcripts))], {})
         if drawn:
-            evaluation.pictures["contact_sheet.png"] = self.contact_sheet(drawn, n_clips)
+            evaluation.images["contact_sheet.png"] = self.contact_sheet(drawn, n_clips)
             for clip, _ in drawn:
                 for name, waveform in clip.rows.items():
                     sound = (waveform, self.settings.sample_rate)

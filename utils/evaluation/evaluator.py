@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from dataset_loading.audio.signal import save_waveform
 from utils.checkpoints import chosen_weights, load_model, read_stage, step_of
 from utils.devices import compute_device
-from utils.drawing.images import save_picture
+from utils.drawing.images import save_image
 from utils.drawing.players import add_sound, playable
 from utils.options import declared_fields, option
 
@@ -35,7 +35,7 @@ class EvaluationArguments:
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
     weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
     cached_dataset: str = option("", "preprocessed data set; default: the one that the run trained on")
-    dataset: str = option("", "instead: a folder of pictures, index file or hub name, resized while it is read")
+    dataset: str = option("", "instead: a folder of images, index file or hub name, resized while it is read")
     split: str = option("", "default: validation; with --dataset: its only split")
     resize_mode: Literal["crop", "pad", "squash"] = option(
         "crop", "how other proportions become square, with --dataset"
@@ -51,7 +51,7 @@ class EvaluationArguments:
         "samples drawn beside what the model makes of them, to contact_sheet.png, sounds also as wav files; 0: none",
         ge=0,
     )
-    output_dir: str = option("", "folder of metrics.json, pictures and sounds; default: the run's folder")
+    output_dir: str = option("", "folder of metrics.json, images and sounds; default: the run's folder")
 
     given: ClassVar[list[str]]  # names of the flags that were given, set by `parse_arguments`
     needs = {"resize_mode": ("dataset", bool), "cached_dataset": ("dataset", "")}
@@ -69,7 +69,7 @@ class Evaluation:
         metrics: content of metrics.json beyond what all stages have; JSON values.
         scalars: what goes to TensorBoard, by name.
         tables: what is printed.
-        pictures: what is drawn, by file name.
+        images: what is drawn, by file name.
         curves: further scalars by name, over another axis than the training step.
         sounds: waveforms (S,) in [-1, 1] with their sampling rates, by name.
     """
@@ -77,27 +77,27 @@ class Evaluation:
     metrics: dict[str, Any]
     scalars: dict[str, float]
     tables: Sequence[RenderableType]
-    pictures: dict[str, Image]
+    images: dict[str, Image]
     curves: dict[str, dict[int, float]] = dataclasses.field(default_factory=dict)
     sounds: dict[str, tuple[torch.Tensor, int]] = dataclasses.field(default_factory=dict)
 
     def save(self, folder: Path) -> list[Path]:
-        """Write pictures, and sounds as wav files; returns the files, and for sounds their folder."""
-        for name, picture in self.pictures.items():
-            save_picture(picture, folder / name)
+        """Write images, and sounds as wav files; returns the files, and for sounds their folder."""
+        for name, image in self.images.items():
+            save_image(image, folder / name)
         for name, (waveform, rate) in self.sounds.items():
             save_waveform(playable(waveform), rate, folder / SOUNDS / f"{name}.wav")
-        return [*(folder / name for name in self.pictures), *([folder / SOUNDS] if self.sounds else [])]
+        return [*(folder / name for name in self.images), *([folder / SOUNDS] if self.sounds else [])]
 
     def log(self, writer: SummaryWriter, group: str, step: int) -> None:
-        """Write scalars, curves, pictures and sounds to TensorBoard."""
+        """Write scalars, curves, images and sounds to TensorBoard."""
         for name, value in self.scalars.items():
             writer.add_scalar(f"{group}/{name}", value, step)
         for name, curve in self.curves.items():
             for position, value in curve.items():
                 writer.add_scalar(f"{group}/{name}", value, position)
-        for name, picture in self.pictures.items():
-            writer.add_image(f"{group}/{Path(name).stem}", np.asarray(picture), step, dataformats="HWC")
+        for name, image in self.images.items():
+            writer.add_image(f"{group}/{Path(name).stem}", np.asarray(image), step, dataformats="HWC")
         for name, (waveform, rate) in self.sounds.items():
             add_sound(writer, f"{group}/{name}", waveform, rate, step)
 

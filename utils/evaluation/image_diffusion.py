@@ -1,6 +1,6 @@
-"""Evaluation of text to image: pictures drawn for held-out captions beside the real ones, and curves over sampling.
+"""Evaluation of text to image: images drawn for held-out captions beside the real ones, and curves over sampling.
 
-N pictures, D features. Features are kept, pictures are not.
+N images, D features. Features are kept, images are not.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from dataset_loading.cached import spread
 from dataset_loading.collators import collate_stack
-from dataset_loading.image.folder import PictureFolder
+from dataset_loading.image.folder import ImageFolder
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
 from model.samplers import n_evaluations
-from utils.drawing.images import Group, draw_sheet, to_picture
+from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.evaluator import Evaluation, EvaluationArguments, Evaluator
 from utils.evaluation.image_diffusion_report import (
     curve_sheet,
@@ -28,11 +28,11 @@ from utils.evaluation.image_diffusion_report import (
     detail_table,
     score_table,
 )
-from utils.evaluation.source_images import SourcePictures
+from utils.evaluation.source_images import SourceImages
 from utils.generation.text_to_image import SamplingArguments, TextToImage
 from utils.metrics.caption_agreement import (
     N_POOLED,
-    PictureFeatures,
+    ImageFeatures,
     TextProbe,
     UnusableCaptionsError,
     other_captions,
@@ -45,7 +45,7 @@ from utils.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
 
-N_DRAWN = 3  # pictures per caption on the contact sheet
+N_DRAWN = 3  # images per caption on the contact sheet
 
 
 @dataclasses.dataclass
@@ -53,14 +53,14 @@ class ImageDiffusionEvaluationArguments(SamplingArguments, EvaluationArguments):
     """Flags of the evaluation of text to image."""
 
     vae_checkpoint: str = option("", "where the VAE of the latents lies now; default: where it lay in training")
-    seed: int = option(0, "seed of the generated pictures", ge=0)
+    seed: int = option(0, "seed of the generated images", ge=0)
     compare_with: Literal["real", "reconstruction"] = option(
         "real",
-        "what drawn pictures are held against: raw pictures, where they can be read, or what the VAE makes of them",
+        "what drawn images are held against: raw images, where they can be read, or what the VAE makes of them",
     )
     training_samples: int = option(
         5000,
-        "training pictures, spread evenly, that the probe and the nearest neighbours are taken from; 0: all",
+        "training images, spread evenly, that the probe and the nearest neighbours are taken from; 0: all",
         ge=0,
     )
     curve: bool = option(False, "measure every combination of steps, guidance scale and sampler")
@@ -82,13 +82,13 @@ class ImageDiffusionEvaluationArguments(SamplingArguments, EvaluationArguments):
                 raise ValueError(f"--{name} is empty; give one value or more")
 
 
-class LatentPictures(Dataset):
-    """Cached latents, and the raw pictures where they can be read.
+class LatentImages(Dataset):
+    """Cached latents, and the raw images where they can be read.
 
     Item: `mean` (Z, y, x), `image` (3, S, S) where there is a source, `index`.
     """
 
-    def __init__(self, latents: ImageLatentDataset, source: SourcePictures | None = None):
+    def __init__(self, latents: ImageLatentDataset, source: SourceImages | None = None):
         self.latents, self.source = latents, source
         self.entries, self.fingerprint = latents.entries, latents.fingerprint
 
@@ -102,20 +102,20 @@ class LatentPictures(Dataset):
 
 
 class Painter:
-    """Draws pictures for captions in batches and looks at them. Seeds belong to the sample's key, not to the batch.
+    """Draws images for captions in batches and looks at them. Seeds belong to the sample's key, not to the batch.
 
     Args:
-        seed: of the evaluation; `copy` tells several pictures of a caption apart.
+        seed: of the evaluation; `copy` tells several images of a caption apart.
     """
 
-    def __init__(self, text_to_image: TextToImage, look: PictureFeatures, seed: int, batch_size: int, bf16=False):
+    def __init__(self, text_to_image: TextToImage, look: ImageFeatures, seed: int, batch_size: int, bf16=False):
         self.text_to_image, self.look = text_to_image, look
         self.seed, self.batch_size, self.bf16 = seed, batch_size, bf16
 
     def draw(
         self, samples: Sequence[dict], settings: SamplingArguments, copy: int = 0, watch: Stopwatch | None = None
     ) -> Iterator[Tensor]:
-        """Batches (B, 3, S, S) in [-1, 1], one picture per sample, a dict with `key` and `caption`."""
+        """Batches (B, 3, S, S) in [-1, 1], one image per sample, a dict with `key` and `caption`."""
         device = self.text_to_image.device
         watch = watch or Stopwatch(device)
         for start in range(0, len(samples), self.batch_size):
@@ -123,17 +123,17 @@ class Painter:
             prompts = [sample["caption"] for sample in batch]
             seeds = [seed_of(self.seed, f"{sample['key']} {copy}") for sample in batch]
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                pictures = watch.time(
-                    lambda each, texts=prompts: self.text_to_image.pictures(texts, each, settings), seeds
+                images = watch.time(
+                    lambda each, texts=prompts: self.text_to_image.images(texts, each, settings), seeds
                 )
-            yield pictures.float()
+            yield images.float()
 
     def features(self, samples: Sequence[dict], settings: SamplingArguments, watch: Stopwatch | None = None) -> Tensor:
-        """Features of the pictures, (N, D)."""
-        return torch.cat([self.look(pictures) for pictures in self.draw(samples, settings, watch=watch)])
+        """Features of the images, (N, D)."""
+        return torch.cat([self.look(images) for images in self.draw(samples, settings, watch=watch)])
 
     def reconstruct(self, batch: dict[str, Tensor]) -> Tensor:
-        """What the VAE makes of cached latents, or of pictures, (B, 3, S, S) in [-1, 1]."""
+        """What the VAE makes of cached latents, or of images, (B, 3, S, S) in [-1, 1]."""
         vae, device = self.text_to_image.vae, self.text_to_image.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             if "mean" in batch:
@@ -159,14 +159,14 @@ def train_probe(text_to_image: TextToImage, dataset: ImageLatentDataset, n_sampl
     Raises: UnusableCaptionsError: nothing can be learned from the captions.
     """
     indices = spread(len(dataset), n_samples)
-    painter = Painter(text_to_image, PictureFeatures().to(text_to_image.device), 0, 32)
+    painter = Painter(text_to_image, ImageFeatures().to(text_to_image.device), 0, 32)
     captions = [dataset.entries[i]["caption"] for i in indices]
     return TextProbe(reconstruction_features(painter, dataset, indices), captions)
 
 
 def reconstruction_features(painter: Painter, dataset: ImageLatentDataset, indices: Sequence[int]) -> Tensor:
     """Features of what the VAE makes of cached latents, (N, D)."""
-    loader = DataLoader(Subset(LatentPictures(dataset), indices), painter.batch_size, collate_fn=collate_stack)
+    loader = DataLoader(Subset(LatentImages(dataset), indices), painter.batch_size, collate_fn=collate_stack)
     return torch.cat([painter.look(painter.reconstruct(batch)) for batch in loader])
 
 
@@ -181,13 +181,13 @@ def generation_metrics(
     seed: int = 0,
     batch_size: int = 32,
 ) -> dict[str, float]:
-    """Generated pictures against reconstructions of the same cached samples, quick enough for training.
+    """Generated images against reconstructions of the same cached samples, quick enough for training.
 
     Returns:
         frechet, kid: on pooled features, see `ImageDiffusionEvaluator.definitions`.
         agreement, words: where a probe is given, see `train_probe`, and the captions differ.
     """
-    painter = Painter(text_to_image, PictureFeatures().to(text_to_image.device), seed, batch_size)
+    painter = Painter(text_to_image, ImageFeatures().to(text_to_image.device), seed, batch_size)
     samples = [dataset.entries[i] for i in indices]
     real = reconstruction_features(painter, dataset, indices)
     drawn = painter.features(samples, settings)
@@ -203,36 +203,36 @@ class ImageDiffusionEvaluator(Evaluator):
     arguments_class = ImageDiffusionEvaluationArguments
     model_class = ImageDiffusion
     definitions: ClassVar[dict[str, str]] = {
-        "reference": "what rows are compared with. real: the raw pictures of the held-out samples, fitted as "
-        "preprocessing did, or those of --dataset; where they or the raw training pictures cannot be read, or with "
+        "reference": "what rows are compared with. real: the raw images of the held-out samples, fitted as "
+        "preprocessing did, or those of --dataset; where they or the raw training images cannot be read, or with "
         "--compare_with reconstruction: what the VAE makes of the latents",
-        "rows": "real: the held-out pictures. training: as many training pictures, spread evenly: what perfection "
-        "reaches. reconstruction: the held-out pictures through the VAE: the best for this VAE. generated: drawn for "
+        "rows": "real: the held-out images. training: as many training images, spread evenly: what perfection "
+        "reaches. reconstruction: the held-out images through the VAE: the best for this VAE. generated: drawn for "
         "the held-out captions. shuffled: the same, each held against another's caption. chance: guessing",
         "frechet": f"Frechet distance on {N_POOLED} pooled EfficientNet-Lite0 features (not Inception: not the FID of "
-        f"papers), as many pictures on both sides; biased upwards under {2 * N_POOLED} pictures",
+        f"papers), as many images on both sides; biased upwards under {2 * N_POOLED} images",
         "kid": "kernel distance on the same features, kernel (x.y / 1280 + 1)^3, U-statistic; unbiased, may be "
         "negative; its error is the jackknife's",
-        "precision": "share of pictures within the reach of a reference picture, which ends at its 3rd nearest other "
+        "precision": "share of images within the reach of a reference image, which ends at its 3rd nearest other "
         "one (arXiv 1904.06991), on the same features: realism",
         "recall": "the same with the sides exchanged: variety",
-        "to_reconstruction": "frechet and kid of generated pictures to reconstructions: without the VAE's part",
-        "memorisation": "median_ratio: median distance of generated pictures to the nearest training picture, over "
-        "that of held-out ones, all as the VAE reconstructs them; share_closer: share of generated pictures nearer "
+        "to_reconstruction": "frechet and kid of generated images to reconstructions: without the VAE's part",
+        "memorisation": "median_ratio: median distance of generated images to the nearest training image, over "
+        "that of held-out ones, all as the VAE reconstructs them; share_closer: share of generated images nearer "
         "than 95 % of the held-out ones, 0.05 where nothing is copied",
-        "agreement": "share of pictures whose own caption is the most similar of all distinct evaluated captions; a "
-        "probe (ridge regression on features, trained on the reference's training pictures) reads the words that at "
+        "agreement": "share of images whose own caption is the most similar of all distinct evaluated captions; a "
+        "probe (ridge regression on features, trained on the reference's training images) reads the words that at "
         "least 5 training captions have; similarity is the cosine of word vectors with zero mean, unit variance. "
         "captions: n_distinct evaluated; n_words the probe knows; n_without_words evaluated ones with none of these; "
         "explained: share of the words' variance predicted for training captions left out",
-        "words": "probability that a word is read more strongly in a picture whose caption has it than in one whose "
+        "words": "probability that a word is read more strongly in an image whose caption has it than in one whose "
         "caption has not, mean over words; chance is 0.5",
-        "seconds_per_picture": "text encoder, sampler and decoder, first batch left out where there are several",
+        "seconds_per_image": "text encoder, sampler and decoder, first batch left out where there are several",
     }
 
     def load_model(self):
         self.text_to_image = TextToImage.load(self.checkpoint, self.args.vae_checkpoint, self.weights, self.device)
-        look = PictureFeatures().to(self.device)
+        look = ImageFeatures().to(self.device)
         self.painter = Painter(self.text_to_image, look, self.args.seed, self.args.batch_size, self.args.bf16)
         return self.text_to_image.model
 
@@ -244,28 +244,26 @@ class ImageDiffusionEvaluator(Evaluator):
         latents = {name: ImageLatentDataset(folder, name).expect(**wanted) for name in splits}
         sources = self.open_sources(latents)
         self.reference = "real" if sources else "reconstruction"
-        self.training = LatentPictures(latents["train"], sources.get("train"))
+        self.training = LatentImages(latents["train"], sources.get("train"))
         if self.args.dataset:
             size = latents["train"].manifest["settings"]["image_size"]
-            return PictureFolder(
-                self.args.dataset, self.args.split, image_size=size, resize_mode=self.args.resize_mode
-            )
-        return LatentPictures(latents[split], sources.get(split))
+            return ImageFolder(self.args.dataset, self.args.split, image_size=size, resize_mode=self.args.resize_mode)
+        return LatentImages(latents[split], sources.get(split))
 
-    def open_sources(self, latents: dict[str, ImageLatentDataset]) -> dict[str, SourcePictures]:
-        """The raw pictures of each split; none where they cannot be read or are not wanted."""
+    def open_sources(self, latents: dict[str, ImageLatentDataset]) -> dict[str, SourceImages]:
+        """The raw images of each split; none where they cannot be read or are not wanted."""
         if self.args.compare_with == "reconstruction":
             return {}
         try:
-            return {name: SourcePictures(each) for name, each in latents.items()}
+            return {name: SourceImages(each) for name, each in latents.items()}
         except (OSError, ValueError) as error:
             if "compare_with" in self.args.given:
                 raise
-            logger.warning("raw pictures cannot be read, reconstructions stand for them: %s", error)
+            logger.warning("raw images cannot be read, reconstructions stand for them: %s", error)
             return {}
 
     def look_at(self, dataset: Any, indices: Sequence[int], on_sheet: Sequence[int] = ()):
-        """Features by row (real, reconstruction) of existing samples, and their pictures at some positions."""
+        """Features by row (real, reconstruction) of existing samples, and their images at some positions."""
         features: dict[str, list[Tensor]] = {}
         drawn: dict[int, list[Image.Image]] = {}
         loader = DataLoader(
@@ -276,11 +274,11 @@ class ImageDiffusionEvaluator(Evaluator):
             rows = {"reconstruction": self.painter.reconstruct(batch)}
             if self.reference == "real":
                 rows = {"real": batch["image"].to(self.device), **rows}
-            for name, pictures in rows.items():
-                features.setdefault(name, []).append(self.painter.look(pictures))
-            for pictures in zip(*rows.values()):
+            for name, images in rows.items():
+                features.setdefault(name, []).append(self.painter.look(images))
+            for images in zip(*rows.values()):
                 if position in on_sheet:
-                    drawn[position] = [to_picture(picture) for picture in pictures]
+                    drawn[position] = [to_image(image) for image in images]
                 position += 1
         return {name: torch.cat(parts) for name, parts in features.items()}, drawn
 
@@ -321,14 +319,14 @@ class ImageDiffusionEvaluator(Evaluator):
                 "parameters": sum(p.numel() for p in self.model.parameters()),
                 "latent_shape": list(self.model.latent_shape()),
                 "n_evaluations": n_evaluations(self.args.sampler, self.args.n_steps),
-                "seconds_per_picture": 1 / watch.per_second(),
+                "seconds_per_image": 1 / watch.per_second(),
                 "batch_size": self.args.batch_size,
             },
         }
         evaluation = Evaluation(metrics, self.scalars(metrics), [score_table(metrics, len(samples))], {})
         evaluation.tables = [*evaluation.tables, detail_table(metrics)]
         if on_sheet:
-            evaluation.pictures["contact_sheet.png"] = self.contact_sheet(samples, on_sheet, drawn)
+            evaluation.images["contact_sheet.png"] = self.contact_sheet(samples, on_sheet, drawn)
         if self.args.curve:
             self.measure_curve(evaluation, samples, rows[self.reference], probe)
         return evaluation
@@ -361,19 +359,19 @@ class ImageDiffusionEvaluator(Evaluator):
         scalars = {name: metrics["scores"]["generated"][name] for name in names}
         scalars["agreement_shuffled"] = metrics["scores"].get("shuffled", {}).get("agreement")
         scalars |= {f"memorisation_{name}": metrics["memorisation"][name] for name in ("median_ratio", "share_closer")}
-        scalars["seconds_per_picture"] = metrics["model"]["seconds_per_picture"]
+        scalars["seconds_per_image"] = metrics["model"]["seconds_per_image"]
         return {name: value for name, value in scalars.items() if value is not None}
 
     def contact_sheet(self, samples, on_sheet, drawn) -> Image.Image:
-        """One row of pictures per caption: what exists, and what is generated with three seeds."""
+        """One row of images per caption: what exists, and what is generated with three seeds."""
         chosen = [samples[position] for position in on_sheet]
         copies = [
-            [to_picture(picture) for batch in self.painter.draw(chosen, self.args, copy) for picture in batch]
+            [to_image(image) for batch in self.painter.draw(chosen, self.args, copy) for image in batch]
             for copy in range(N_DRAWN)
         ]
         labels = (["real"] if self.reference == "real" else []) + ["reconstruction"] + ["generated"] * N_DRAWN
         groups = [
-            Group([*drawn[position], *(pictures[row] for pictures in copies)], samples[position]["caption"])
+            Group([*drawn[position], *(images[row] for images in copies)], samples[position]["caption"])
             for row, position in enumerate(on_sheet)
         ]
         title = (
@@ -398,12 +396,12 @@ class ImageDiffusionEvaluator(Evaluator):
                     point = {**changes, "n_evaluations": n_evaluations(sampler, n_steps)}
                     point |= compare_sets(real, features[:, :N_POOLED])
                     point |= agreement_scores(probe, features, captions)
-                    points.append({**point, "seconds_per_picture": 1 / watch.per_second()})
-                    shown[sampler, scale, n_steps] = to_picture(next(self.painter.draw(samples[:1], settings))[0])
+                    points.append({**point, "seconds_per_image": 1 / watch.per_second()})
+                    shown[sampler, scale, n_steps] = to_image(next(self.painter.draw(samples[:1], settings))[0])
                     logger.info("curve: %s, guidance %g, %d steps", sampler, scale, n_steps)
         evaluation.metrics["curve"] = {"n_samples": len(samples), "points": points}
         evaluation.tables = [*evaluation.tables, curve_table(points, len(samples))]
-        evaluation.pictures["curve.png"] = curve_sheet(shown, captions[0])
+        evaluation.images["curve.png"] = curve_sheet(shown, captions[0])
         evaluation.curves |= curves_by_steps(points)
 
 

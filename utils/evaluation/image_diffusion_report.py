@@ -10,14 +10,14 @@ from utils.drawing.images import Group, draw_sheet
 from utils.metrics.caption_agreement import N_POOLED
 
 ROW_NAMES = {
-    "real": "held-out pictures",
-    "training": "training pictures",
+    "real": "held-out images",
+    "training": "training images",
     "reconstruction": "reconstruction",
     "generated": "generated",
     "shuffled": "shuffled captions",
     "chance": "chance",
 }
-CURVE_METRICS = ("frechet", "kid", "precision", "recall", "agreement", "words", "seconds_per_picture")
+CURVE_METRICS = ("frechet", "kid", "precision", "recall", "agreement", "words", "seconds_per_image")
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -31,13 +31,13 @@ def kid_text(row: dict[str, Any]) -> str:
 
 
 def score_table(metrics: dict[str, Any], n_samples: int) -> Table:
-    """One row per set of pictures."""
+    """One row per set of images."""
     caption = (
-        f"Frechet, KID: difference from the {metrics['reference']} pictures (0: none). precision: realism. recall: "
+        f"Frechet, KID: difference from the {metrics['reference']} images (0: none). precision: realism. recall: "
         "variety.\nagreement: a probe finds the right caption among all. words: it reads single words (0.5: chance)."
     )
     if n_samples < 2 * N_POOLED:
-        caption += f"\nFrechet is biased upwards under {2 * N_POOLED} pictures (here {n_samples}): read KID."
+        caption += f"\nFrechet is biased upwards under {2 * N_POOLED} images (here {n_samples}): read KID."
     if metrics["captions"]["problem"]:
         caption += f"\nNo agreement: {metrics['captions']['problem']}."
     table = Table(title=f"Text to image, {n_samples} held-out captions", caption=caption, box=SIMPLE_HEAD)
@@ -63,7 +63,7 @@ def detail_table(metrics: dict[str, Any]) -> Table:
         distance = f"Frechet {number(generated['frechet_to_reconstruction'], 1)}"
         table.add_row("to reconstructions", f"{distance}, KID {number(generated['kid_to_reconstruction'])}")
     table.add_row(
-        "nearest training picture",
+        "nearest training image",
         f"{copied['median_ratio']:.2f} x the distance of held-out ones; {copied['share_closer']:.0%} nearer than "
         f"95 % of them (5 %: no copies), of {copied['n_training']}",
     )
@@ -79,7 +79,7 @@ def detail_table(metrics: dict[str, Any]) -> Table:
         f"{sampling['sampler']}, {sampling['n_steps']} steps ({model['n_evaluations']} evaluations), guidance "
         f"{sampling['guidance_scale']:g}, seed {sampling['seed']}",
     )
-    table.add_row("time", f"{model['seconds_per_picture']:.3f} s per picture in batches of {model['batch_size']}")
+    table.add_row("time", f"{model['seconds_per_image']:.3f} s per image in batches of {model['batch_size']}")
     return table
 
 
@@ -88,7 +88,7 @@ def curve_table(points: list[dict[str, Any]], n_samples: int) -> Table:
     table = Table(title=f"Curve, {n_samples} captions per point", title_justify="left", box=SIMPLE_HEAD)
     for name in ("sampler", "guidance", "steps", "evaluations", "Frechet", "KID", "precision", "recall", "agreement"):
         table.add_column(name, justify="left" if name == "sampler" else "right", no_wrap=True)
-    table.add_column("s/picture", justify="right", no_wrap=True)
+    table.add_column("s/image", justify="right", no_wrap=True)
     for point in points:
         table.add_row(
             point["sampler"],
@@ -97,7 +97,7 @@ def curve_table(points: list[dict[str, Any]], n_samples: int) -> Table:
             str(point["n_evaluations"]),
             number(point["frechet"], 1),
             kid_text(point),
-            *(number(point[name]) for name in ("precision", "recall", "agreement", "seconds_per_picture")),
+            *(number(point[name]) for name in ("precision", "recall", "agreement", "seconds_per_image")),
         )
     return table
 
@@ -116,7 +116,7 @@ def curves_by_steps(points: list[dict[str, Any]]) -> dict[str, dict[int, float]]
 def curve_sheet(shown: dict[tuple[str, float, int], Image.Image], caption: str) -> Image.Image:
     """One caption and seed at every combination: a row per sampler and guidance scale, a column per number of steps.
 
-    Args: shown: pictures by (sampler, guidance scale, steps).
+    Args: shown: images by (sampler, guidance scale, steps).
     """
     steps = list(dict.fromkeys(n_steps for _, _, n_steps in shown))
     rows = dict.fromkeys((sampler, scale) for sampler, scale, _ in shown)

@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, Subset
 
 from dataset_loading.cached import spread
 from dataset_loading.collators import collate_stack
-from dataset_loading.image.folder import PictureFolder
+from dataset_loading.image.folder import ImageFolder
 from dataset_loading.image.pixels import ImageDataset, to_float, to_uint8
 from model.image.feature_extractors import PerceptualDistance
 from model.image.vae import ImageVAE
-from utils.drawing.images import Group, draw_sheet, to_picture
+from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.evaluator import Evaluation, EvaluationArguments, Evaluator
 from utils.evaluation.tables import latent_table
 from utils.metrics.images import FeatureMoments, KernelDistance, SharedFeatures, frechet_distance, psnr, ssim
@@ -45,7 +45,7 @@ class ImageVAEEvaluationArguments(EvaluationArguments):
 
     references: list[Literal["jpeg", "thumbnail"]] = option(
         ["jpeg", "thumbnail"],
-        "rows to compare with: JPEG at quality 10; a bicubic picture of the latent's rows and columns",
+        "rows to compare with: JPEG at quality 10; a bicubic image of the latent's rows and columns",
     )
 
 
@@ -55,27 +55,25 @@ class ImageVAEEvaluator(Evaluator):
     arguments_class = ImageVAEEvaluationArguments
     model_class = ImageVAE
     definitions: ClassVar[dict[str, str]] = {
-        "psnr_db": "mean over pictures of 10 log10(2^2 / mean squared error), RGB clamped to [-1, 1]",
-        "ssim": "mean over pictures, RGB channels and pixels; Gaussian window of 11 pixels, deviation 1.5",
+        "psnr_db": "mean over images of 10 log10(2^2 / mean squared error), RGB clamped to [-1, 1]",
+        "ssim": "mean over images, RGB channels and pixels; Gaussian window of 11 pixels, deviation 1.5",
         "perceptual": "squared distance of unit-length EfficientNet-Lite0 features, mean of 5 depths; in [0, 4]",
         "frechet": f"Frechet distance on {N_FEATURES} pooled EfficientNet-Lite0 features (not Inception: not the FID "
-        f"of papers); biased upwards under {2 * N_FEATURES} pictures",
-        "kid": "kernel distance on the same features, kernel (x.y / 1280 + 1)^3, U-statistic over pairs (picture, "
+        f"of papers); biased upwards under {2 * N_FEATURES} images",
+        "kid": "kernel distance on the same features, kernel (x.y / 1280 + 1)^3, U-statistic over pairs (image, "
         "reconstruction); unbiased, may be negative; its error is the jackknife's",
-        "latents": "per channel over pictures and positions: mean and std of the posterior means, posterior_std the "
+        "latents": "per channel over images and positions: mean and std of the posterior means, posterior_std the "
         "root mean posterior variance, normalized_std the std of samples over the stored one, "
         "kl to N(0, 1) in nats per position; dead: kl < 0.01 or std < 0.05",
         "compression": "input values per latent value (VAE, thumbnail), raw bytes per file byte (JPEG)",
-        "speed": "pictures per second of the model alone, first batch left out where there are several",
+        "speed": "images per second of the model alone, first batch left out where there are several",
     }
 
     def build_dataset(self):
-        """The data set at the size of the model's training pictures."""
+        """The data set at the size of the model's training images."""
         size = self.model.config.image_size
         if self.args.dataset:
-            return PictureFolder(
-                self.args.dataset, self.args.split, image_size=size, resize_mode=self.args.resize_mode
-            )
+            return ImageFolder(self.args.dataset, self.args.split, image_size=size, resize_mode=self.args.resize_mode)
         return ImageDataset(*self.cache()).expect(image_size=size)
 
     def measure(self, dataset, indices):
@@ -104,11 +102,11 @@ class ImageVAEEvaluator(Evaluator):
                 ratios[name] += ratio
             features.clear()
             real_moments.update(features.pooled(image))
-            for name, pictures in made.items():
-                rows[name].update(image, pictures, features, distance)
+            for name, images in made.items():
+                rows[name].update(image, images, features, distance)
             for index, real, fake in zip(batch["index"].tolist(), image, reconstruction):
                 if index in on_sheet:
-                    drawn[index] = (to_picture(real), to_picture(fake), psnr(real[None], fake[None]).item())
+                    drawn[index] = (to_image(real), to_image(fake), psnr(real[None], fake[None]).item())
         scores = {name: row.compute(real_moments) for name, row in rows.items()}
         for name, score in scores.items():
             score["compression"] = statistics.fmean(ratios[name])
@@ -147,10 +145,10 @@ class ImageVAEEvaluator(Evaluator):
         names = ("psnr_db", "ssim", "perceptual", "frechet", "kid")
         scalars = {name: score[name] for name in names if score[name] is not None}
         scalars["dead_channels"] = float(sum(latents["dead"]))
-        pictures = {}
+        images = {}
         if drawn:
             title = (
-                f"{self.checkpoint.parent.name}, step {self.step}: input and reconstruction of {len(drawn)} pictures "
+                f"{self.checkpoint.parent.name}, step {self.step}: input and reconstruction of {len(drawn)} images "
                 f"out of {n_samples}, mean PSNR {score['psnr_db']:.1f} dB"
             )
             groups = [
@@ -158,9 +156,9 @@ class ImageVAEEvaluator(Evaluator):
                 for index, (real, fake, value) in drawn.items()
             ]
             labels = ("input", "reconstruction")
-            pictures["contact_sheet.png"] = draw_sheet(groups, labels, n_across=4, title=title)
+            images["contact_sheet.png"] = draw_sheet(groups, labels, n_across=4, title=title)
         tables = [score_table(scores, n_samples, size), latent_table(latents), self.model_table(model)]
-        return Evaluation({"scores": scores, "latents": latents, "model": model}, scalars, tables, pictures)
+        return Evaluation({"scores": scores, "latents": latents, "model": model}, scalars, tables, images)
 
     def model_table(self, model: dict[str, Any]) -> Table:
         """Size and speed."""
@@ -172,11 +170,11 @@ class ImageVAEEvaluator(Evaluator):
         )
         precision = "bf16 autocast" if self.args.bf16 else "fp32"
         table.add_row("parameters", f"{model['parameters']:,}")
-        table.add_row("picture", f"3x{model['image_size']}x{model['image_size']} = {values:,} values")
+        table.add_row("image", f"3x{model['image_size']}x{model['image_size']} = {values:,} values")
         table.add_row("latent", f"{shape} = {int(np.prod(model['latent_shape'])):,} values")
         table.add_row("compression", f"{model['compression']:.1f} times fewer values")
-        table.add_row("encode", f"{model['encode_per_second']:.0f} pictures/s ({device}, {precision})")
-        table.add_row("decode", f"{model['decode_per_second']:.0f} pictures/s")
+        table.add_row("encode", f"{model['encode_per_second']:.0f} images/s ({device}, {precision})")
+        table.add_row("decode", f"{model['decode_per_second']:.0f} images/s")
         return table
 
 
@@ -188,7 +186,7 @@ class Scores:
         self.moments, self.kernel = FeatureMoments(), KernelDistance()
 
     def update(self, real: Tensor, fake: Tensor, features: SharedFeatures, distance: nn.Module) -> None:
-        """Add a batch of pictures, each (B, 3, Y, X) in [-1, 1]."""
+        """Add a batch of images, each (B, 3, Y, X) in [-1, 1]."""
         self.values["psnr_db"] += psnr(fake, real).tolist()
         self.values["ssim"] += ssim(fake, real).tolist()
         self.values["perceptual"] += distance(fake, real).tolist()
@@ -196,7 +194,7 @@ class Scores:
         self.kernel.update(features.pooled(real), features.pooled(fake))
 
     def compute(self, real: FeatureMoments) -> dict[str, Any]:
-        """Means, and the spread of the PSNR; distances of sets are None under 3 pictures."""
+        """Means, and the spread of the PSNR; distances of sets are None under 3 images."""
         n_samples = len(self.values["psnr_db"])
         scores: dict[str, Any] = {name: statistics.fmean(values) for name, values in self.values.items()}
         scores["psnr_db_lowest"] = min(self.values["psnr_db"])
@@ -209,18 +207,18 @@ class Scores:
 
 
 def jpeg(image: Tensor, latent_size: tuple[int, int]) -> tuple[Tensor, list[float]]:
-    """Pictures (B, 3, Y, X) through JPEG, and raw bytes per file byte."""
+    """Images (B, 3, Y, X) through JPEG, and raw bytes per file byte."""
     decoded, ratios = [], []
-    for picture in map(to_picture, image):
+    for pil_image in map(to_image, image):
         file = io.BytesIO()
-        picture.save(file, "JPEG", quality=JPEG_QUALITY)
+        pil_image.save(file, "JPEG", quality=JPEG_QUALITY)
         decoded.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
         ratios.append(image[0].numel() / file.tell())
     return to_float(torch.stack(decoded)).to(image.device), ratios
 
 
 def thumbnail(image: Tensor, latent_size: tuple[int, int]) -> tuple[Tensor, list[float]]:
-    """Pictures (B, 3, Y, X) shrunk to the latent's rows and columns and enlarged, and values per value."""
+    """Images (B, 3, Y, X) shrunk to the latent's rows and columns and enlarged, and values per value."""
     small = F.interpolate(image, size=tuple(latent_size), mode="bicubic", antialias=True).clamp(-1, 1)
     large = F.interpolate(to_float(to_uint8(small)), size=tuple(image.shape[-2:]), mode="bicubic").clamp(-1, 1)
     return large, [image[0].numel() / small[0].numel()] * len(image)
@@ -236,16 +234,16 @@ def caption_of(entry: dict[str, Any]) -> str:
 
 
 def score_table(scores: dict[str, dict[str, Any]], n_samples: int, size: int) -> Table:
-    """One row per way of storing the pictures."""
+    """One row per way of storing the images."""
     caption = (
         "PSNR, SSIM: equality of pixels. perceptual: difference of network features. Frechet, KID: difference of the\n"
-        "two sets of pictures (0: none). compression: values per latent value, or bytes per byte of the JPEG file."
+        "two sets of images (0: none). compression: values per latent value, or bytes per byte of the JPEG file."
     )
     if n_samples < 2 * N_FEATURES:
         caption += (
-            f"\nFrechet is biased upwards under {2 * N_FEATURES} pictures (here {n_samples}): read KID, which is not."
+            f"\nFrechet is biased upwards under {2 * N_FEATURES} images (here {n_samples}): read KID, which is not."
         )
-    title = f"Reconstruction of {n_samples} pictures, {size}x{size} pixels"
+    title = f"Reconstruction of {n_samples} images, {size}x{size} pixels"
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
     table.add_column("", no_wrap=True)
     for name in ("PSNR dB", "SSIM", "perceptual", f"Frechet (n={n_samples})", "KID", "compression"):

@@ -25,7 +25,7 @@ class RecurrentVAEEvaluator(ImageVAEEvaluator):
     definitions: ClassVar[dict[str, str]] = {
         **ImageVAEEvaluator.definitions,
         "decoder_steps": "mean PSNR in dB after each number of decoder steps, all from one pass of the deepest",
-        "early_exit": "each picture stops after the step that changes it by less than the threshold (root mean square "
+        "early_exit": "each image stops after the step that changes it by less than the threshold (root mean square "
         "over values in [-1, 1]), at the model's n_steps at the latest: mean steps taken, share of steps saved, mean "
         "PSNR, and its difference to no exit",
     }
@@ -43,12 +43,12 @@ class RecurrentVAEEvaluator(ImageVAEEvaluator):
             image = batch["image"].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 mean, _ = self.model.encode(image)
-                for k, picture in zip(depths, self.model.decode_steps(mean, depths)):
-                    by_depth[k] += psnr(picture, image).tolist()
+                for k, reconstruction in zip(depths, self.model.decode_steps(mean, depths)):
+                    by_depth[k] += psnr(reconstruction, image).tolist()
                 for threshold, (taken, values) in by_threshold.items():
-                    picture, steps = self.model.decode_until_settled(mean, threshold)
+                    reconstruction, steps = self.model.decode_until_settled(mean, threshold)
                     taken += steps.tolist()
-                    values += psnr(picture, image).tolist()
+                    values += psnr(reconstruction, image).tolist()
         curve = {k: statistics.fmean(values) for k, values in by_depth.items()}
         exits = []
         for threshold, (taken, values) in by_threshold.items():

@@ -1,4 +1,4 @@
-"""The raw pictures behind preprocessed latents."""
+"""The raw images behind preprocessed latents."""
 
 from collections import Counter
 
@@ -10,15 +10,15 @@ from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, fit_image
 from dataset_loading.sources import open_source
 
 
-class SourcePictures:
-    """The pictures that a preprocessed folder was made from, in the order of its samples.
+class SourceImages:
+    """The images that a preprocessed folder was made from, in the order of its samples.
 
     Item: (3, S, S) float32 in [-1, 1], fitted as preprocessing did.
 
     Args:
-        dataset: preprocessed pictures or latents.
+        dataset: preprocessed images or latents.
     Raises:
-        FileNotFoundError, ValueError: the source is not where it was, or lacks pictures of the folder.
+        FileNotFoundError, ValueError: the source is not where it was, or lacks images of the folder.
     """
 
     def __init__(self, dataset: CachedDataset):
@@ -39,7 +39,7 @@ class SourcePictures:
         missing = [key for key in self.keys if key not in rows]
         if missing:
             raise FileNotFoundError(
-                f"{self.source.identity} lacks {len(missing)} of the {len(self.keys)} pictures that "
+                f"{self.source.identity} lacks {len(missing)} of the {len(self.keys)} images that "
                 f"{dataset.folder} was made from, the first is {missing[0]}"
             )
         self.rows = [rows[key] for key in self.keys]
@@ -50,7 +50,7 @@ class SourcePictures:
     def __getitem__(self, index: int) -> Tensor:
         """Raises: ValueError: the file cannot be read; the message names it."""
         try:
-            picture = decode_image(self.source.rows[self.rows[index]][self.source.media], self.color)
+            image = decode_image(self.source.rows[self.rows[index]][self.source.media], self.color)
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"{self.keys[index]} in {self.source.identity} cannot be read ({error})") from error
-        return to_float(to_tensor(fit_image(picture, self.size, self.mode, self.color)))
+        return to_float(to_tensor(fit_image(image, self.size, self.mode, self.color)))

@@ -58,7 +58,7 @@ def vae_fingerprint(path: str | Path) -> str:
 
 
 def standardized_posterior(vae: VAE, image: Tensor) -> tuple[Tensor, Tensor]:
-    """The posterior of pictures in units of the VAE's latent statistics.
+    """The posterior of images in units of the VAE's latent statistics.
 
     Args: image: (B, C, Y, X) in [-1, 1] on the VAE's device.
     Returns: mean and deviation, each (B, Z, y, x) fp32.

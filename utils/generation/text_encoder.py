@@ -21,7 +21,7 @@ def caption_states(encoder: FrozenTextEncoder, captions: list[str], max_tokens: 
     for caption, one in zip(captions, ragged):
         if not len(one):
             raise ValueError(
-                f"the caption {caption!r} has no tokens for --text_encoder {encoder.name}; give all pictures "
+                f"the caption {caption!r} has no tokens for --text_encoder {encoder.name}; give all images "
                 "captions, or take an encoder whose tokenizer marks the end of a text, such as T5, BERT or CLIP"
             )
     return ragged

@@ -1,6 +1,6 @@
-"""Captions to pictures: text encoder and UNet, sampler, VAE decoder.
+"""Captions to images: text encoder and UNet, sampler, VAE decoder.
 
-B batch, Z latent channels, y x latent rows and columns, S side of a picture, T text tokens.
+B batch, Z latent channels, y x latent rows and columns, S side of an image, T text tokens.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ BYTES_ONLY = ("n_text_layers", "text_head_width", "n_gram_sizes", "n_gram_bucket
 
 @dataclasses.dataclass
 class SamplingArguments:
-    """Flags of everything that draws pictures."""
+    """Flags of everything that draws images."""
 
     sampler: Literal["dpmpp_2m", "ddim", "ddpm", "euler", "heun"] = option(
         "dpmpp_2m", "sampler; euler and ddim take the same steps"
@@ -110,7 +110,7 @@ class TextToImage:
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments) -> Tensor:
         """Sample latents, one per prompt and seed.
 
-        The random numbers of a picture depend on its seed alone, whatever else is in the batch and on which device.
+        The random numbers of an image depend on its seed alone, whatever else is in the batch and on which device.
         Returns: (B, Z, y, x) standardised, fp32.
         """
         assert settings.sampler in SAMPLERS and len(prompts) == len(seeds)
@@ -132,21 +132,21 @@ class TextToImage:
         return sample(settings.sampler, denoiser, noise, process, times, generators)
 
     @torch.no_grad()
-    def pictures(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments) -> Tensor:
-        """Sample and decode pictures, one per prompt and seed.
+    def images(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments) -> Tensor:
+        """Sample and decode images, one per prompt and seed.
 
         Returns: (B, 3, S, S) in [-1, 1], fp32.
-        Raises: ValueError: a picture is not finite.
+        Raises: ValueError: an image is not finite.
         """
         latents = self.latents(prompts, seeds, settings)
-        pictures = self.vae.decode(self.vae.denormalize_latents(latents))
-        finite = pictures.isfinite().flatten(1).all(1).tolist()
+        images = self.vae.decode(self.vae.denormalize_latents(latents))
+        finite = images.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             raise ValueError(
-                f"the picture of {prompts[finite.index(False)]!r} is not finite ({settings.sampler}, "
+                f"the image of {prompts[finite.index(False)]!r} is not finite ({settings.sampler}, "
                 f"{settings.n_steps} steps, guidance {settings.guidance_scale:g}): the weights are broken"
             )
-        return pictures.clamp(-1, 1)
+        return images.clamp(-1, 1)
 
 
 def load_text_encoder(latents: dict) -> FrozenTextEncoder | None:

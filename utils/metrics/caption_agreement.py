@@ -1,6 +1,6 @@
-"""Does a picture show what its caption says? A probe reads the caption's words from frozen features of the picture.
+"""Does an image show what its caption says? A probe reads the caption's words from frozen features of the image.
 
-N pictures, D features, W words, M captions. The probe is trained on real pictures and their captions in closed form:
+N images, D features, W words, M captions. The probe is trained on real images and their captions in closed form:
 the same data give the same probe. It knows single words that occur often enough, not their order.
 """
 
@@ -15,19 +15,19 @@ from torch import Tensor
 
 from model.image.feature_extractors import EfficientNetFeatures, FrozenModule
 
-N_POOLED = 1280  # the first features; distances between sets of pictures are taken on these alone
-GRID, COLOUR_GRID = 2, 4  # rows and columns that a tap, and the picture itself, are averaged to
+N_POOLED = 1280  # the first features; distances between sets of images are taken on these alone
+GRID, COLOUR_GRID = 2, 4  # rows and columns that a tap, and the image itself, are averaged to
 BLOCKS = (N_POOLED, *(GRID**2 * width for width in (16, 24, 40, 112, 320)), 3 * COLOUR_GRID**2)
 MIN_OCCURRENCES = 5  # captions that have a word, and that lack it
 MAX_WORDS, MAX_TRAINING, N_FOLDS = 1000, 5000, 10
-PENALTIES = torch.logspace(-5, 1, 13).tolist()  # in units of the mean squared length of a picture's features
+PENALTIES = torch.logspace(-5, 1, 13).tolist()  # in units of the mean squared length of an image's features
 
 
 class UnusableCaptionsError(ValueError):
     """No probe can be trained on these captions; the message says why."""
 
 
-class PictureFeatures(FrozenModule):
+class ImageFeatures(FrozenModule):
     """EfficientNet-Lite0 (ImageNet): pooled features, its taps on a grid of 2 x 2, and colours on one of 4 x 4."""
 
     def __init__(self):
@@ -64,13 +64,13 @@ def other_captions(captions: Sequence[str], seed: int) -> list[str]:
 
 
 class TextProbe:
-    """Ridge regression from the features of a picture to the words of its caption.
+    """Ridge regression from the features of an image to the words of its caption.
 
     Features are standardised and each block weighs the same; words are standardised too. The penalty is the one with
     the smallest error on captions left out, a tenth at a time (in closed form, from one decomposition).
 
     Args:
-        features: of real pictures, (N, D), see `PictureFeatures`; at most 5000 are used, spread evenly.
+        features: of real images, (N, D), see `ImageFeatures`; at most 5000 are used, spread evenly.
         captions: N texts.
     Attributes:
         words: the W words it knows.
@@ -114,15 +114,15 @@ class TextProbe:
         return self.standardise(features) @ self.weight
 
     def similarity(self, features: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosine between what each picture shows and what each caption says, (N, M)."""
+        """Cosine between what each image shows and what each caption says, (N, M)."""
         return F.normalize(self.predict(features), dim=1) @ F.normalize(self.word_vectors(captions), dim=1).T
 
     def agreement(self, features: Tensor, captions: Sequence[str]) -> dict[str, float]:
-        """How well pictures (N, D) and their N captions go together.
+        """How well images (N, D) and their N captions go together.
 
-        top1      share of pictures that are most similar to their own caption among the distinct ones; several equally
+        top1      share of images that are most similar to their own caption among the distinct ones; several equally
                   similar captions share the point
-        words     probability that a word is predicted higher for a picture whose caption has it than for one whose
+        words     probability that a word is predicted higher for an image whose caption has it than for one whose
                   caption has not, mean over the words that some but not all captions have; 0.5 is chance
         Raises: UnusableCaptionsError: all captions are equal.
         """
@@ -174,7 +174,7 @@ def thin_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def caption_folds(captions: Sequence[str]) -> list[Tensor]:
-    """Indices of the pictures in each of at most ten parts; equal captions are in one part."""
+    """Indices of the images in each of at most ten parts; equal captions are in one part."""
     distinct = sorted(set(captions), key=lambda caption: hashlib.sha256(caption.encode()).digest())
     part = {caption: i % N_FOLDS for i, caption in enumerate(distinct)}
     parts = torch.tensor([part[caption] for caption in captions])

@@ -1,6 +1,6 @@
-"""Sets of pictures compared by their features: distances, precision and recall, memorised training pictures.
+"""Sets of images compared by their features: distances, precision and recall, memorised training images.
 
-N, M pictures, D features. Everything is fp64: the distance of equal features is 0.
+N, M images, D features. Everything is fp64: the distance of equal features is 0.
 """
 
 import torch
@@ -64,26 +64,26 @@ def precision_recall(real: Tensor, generated: Tensor, n_neighbours: int = N_NEIG
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991).
 
     A set's manifold is the union of balls around its features that reach to the k-th nearest other one. Precision is
-    the share of generated pictures on the real manifold, recall the share of real ones on the generated manifold.
+    the share of generated images on the real manifold, recall the share of real ones on the generated manifold.
 
     Args:
         real, generated: (N, D), (M, D), more than k each.
     """
     if min(len(real), len(generated)) <= n_neighbours:
         raise ValueError(
-            f"precision and recall need more than {n_neighbours} pictures, got {len(real)}, {len(generated)}"
+            f"precision and recall need more than {n_neighbours} images, got {len(real)}, {len(generated)}"
         )
     precision = coverage(generated, real, neighbourhood_radii(real, n_neighbours))
     return precision, coverage(real, generated, neighbourhood_radii(generated, n_neighbours))
 
 
 def memorisation(generated: Tensor, held_out: Tensor, training: Tensor) -> dict[str, float]:
-    """Whether generated pictures are nearer to training pictures than pictures that were never trained on.
+    """Whether generated images are nearer to training images than images that were never trained on.
 
     Args: features (N, D), (M, D), (T, D).
     Returns:
-        median_ratio: median distance of generated pictures to the nearest training picture, over that of held-out ones
-        share_closer: share of generated pictures nearer than 95 % of the held-out ones; 0.05 where nothing is copied
+        median_ratio: median distance of generated images to the nearest training image, over that of held-out ones
+        share_closer: share of generated images nearer than 95 % of the held-out ones; 0.05 where nothing is copied
     """
     found, usual = nearest_distances(generated, training), nearest_distances(held_out, training)
     return {
@@ -93,7 +93,7 @@ def memorisation(generated: Tensor, held_out: Tensor, training: Tensor) -> dict[
 
 
 def compare_sets(real: Tensor, other: Tensor) -> dict[str, float | None]:
-    """Distances of a set of features (N, D) to the real ones (N, D), both of the same size; None under 4 pictures."""
+    """Distances of a set of features (N, D) to the real ones (N, D), both of the same size; None under 4 images."""
     names = ("frechet", "kid", "kid_error", "precision", "recall")
     if len(real) <= N_NEIGHBOURS:
         return dict.fromkeys(names)

@@ -1,4 +1,4 @@
-"""Metrics of pictures.  B batch, C channels, Y X rows and columns, D features."""
+"""Metrics of images.  B batch, C channels, Y X rows and columns, D features."""
 
 import math
 
@@ -8,36 +8,36 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from model.image.feature_extractors import EfficientNetFeatures
 
-MIN_MSE = 1e-10  # caps the PSNR of equal pictures at 106 dB
+MIN_MSE = 1e-10  # caps the PSNR of equal images at 106 dB
 SSIM_WINDOW = 11  # pixels, a Gaussian of standard deviation 1.5
 
 
-def check_pictures(a: Tensor, b: Tensor) -> None:
+def check_images(a: Tensor, b: Tensor) -> None:
     """ValueError where the shapes differ or are not (B, C, Y, X)."""
     if a.shape != b.shape or a.ndim != 4:
-        raise ValueError(f"pictures must have one shape (B, C, Y, X), got {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"images must have one shape (B, C, Y, X), got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
 def psnr(a: Tensor, b: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each picture in dB, both clamped to [-1, 1].
+    """Peak signal-to-noise ratio of each image in dB, both clamped to [-1, 1].
 
     Args:
         a, b: (B, C, Y, X) in [-1, 1].
     Returns: (B,) fp32, 10 log10(2^2 / mean squared error); at most 106 dB.
     """
-    check_pictures(a, b)
+    check_images(a, b)
     mse = (a.float().clamp(-1, 1) - b.float().clamp(-1, 1)).square().flatten(1).mean(1)
     return 10 * torch.log10(4 / mse.clamp_min(MIN_MSE))
 
 
 def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Structural similarity of each picture (Wang et al. 2004) over RGB, both clamped to [-1, 1].
+    """Structural similarity of each image (Wang et al. 2004) over RGB, both clamped to [-1, 1].
 
     Args:
         a, b: (B, C, Y, X) in [-1, 1], sides at least 11 pixels.
     Returns: (B,) fp32 in [-1, 1]; the mean over all pixels and channels, edges mirrored.
     """
-    check_pictures(a, b)
+    check_images(a, b)
     if min(a.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs sides of {SSIM_WINDOW} pixels, got {a.shape[-2]}x{a.shape[-1]}")
     similarity = structural_similarity_index_measure(a.float(), b.float(), data_range=(-1.0, 1.0), reduction="none")
@@ -46,7 +46,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 
 class SharedFeatures(nn.Module):
-    """EfficientNet's taps and pooled features from one pass, kept per picture tensor until `clear`."""
+    """EfficientNet's taps and pooled features from one pass, kept per image tensor until `clear`."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ class SharedFeatures(nn.Module):
 
     @torch.no_grad()
     def look(self, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The picture tensor itself (so that its id stays taken), its taps, its pooled features."""
+        """The image tensor itself (so that its id stays taken), its taps, its pooled features."""
         if id(image) not in self.passes:
             final = self.network.extract(image)
             self.passes[id(image)] = (image, self.network.taps, final.mean((2, 3)))
@@ -131,7 +131,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     1801.01401), as the U-statistic of Gretton et al. 2012 (equation 4).
 
     The U-statistic leaves a_i out of the comparison with b_i. It is therefore unbiased for independent samples and for
-    pairs (a picture and its reconstruction) alike, and exactly 0 for equal sets, where the estimator that compares all
+    pairs (an image and its reconstruction) alike, and exactly 0 for equal sets, where the estimator that compares all
     a with all b is too low. It may be negative.
 
     Args:

@@ -1,4 +1,4 @@
-"""What the preprocessing stages that read pictures share: flags of how a picture becomes square, and decoding."""
+"""What the preprocessing stages that read images share: flags of how an image becomes square, and decoding."""
 
 import dataclasses
 from typing import Any
@@ -10,16 +10,16 @@ from utils.options import option
 from utils.preprocessing.driver import PreprocessArguments
 from utils.preprocessing.samples import SkipSampleError
 
-PICTURE_SETTINGS = ("resize_mode", "background_color", "min_image_size")
+IMAGE_SETTINGS = ("resize_mode", "background_color", "min_image_size")
 
 
 @dataclasses.dataclass
-class PictureArguments(PreprocessArguments):
-    """Flags of all stages that read pictures."""
+class ImageArguments(PreprocessArguments):
+    """Flags of all stages that read images."""
 
     resize_mode: ResizeMode = option("crop", "how other proportions become square")
-    background_color: str = option("white", "behind transparent pixels, beside padded pictures; name or #rrggbb")
-    min_image_size: int = option(16, "pictures with a shorter side are left out, in pixels", gt=0)
+    background_color: str = option("white", "behind transparent pixels, beside padded images; name or #rrggbb")
+    min_image_size: int = option(16, "images with a shorter side are left out, in pixels", gt=0)
 
     def validate_background(self):
         try:
@@ -28,14 +28,14 @@ class PictureArguments(PreprocessArguments):
             raise ValueError(f"--background_color={self.background_color!r}: {error}") from error
 
 
-def decode_picture(media: dict[str, Any] | None, args: PictureArguments, enough: int) -> Image.Image:
-    """Decode a picture file in its own size.
+def decode_source_image(media: dict[str, Any] | None, args: ImageArguments, enough: int) -> Image.Image:
+    """Decode an image file in its own size.
 
     Args:
         enough: pixels a side that a large JPEG need not exceed, see `decode_image`.
     Raises:
-        SkipSampleError: the picture is smaller than --min_image_size.
-        OSError, ValueError: the file is missing, damaged, or no picture.
+        SkipSampleError: the image is smaller than --min_image_size.
+        OSError, ValueError: the file is missing, damaged, or no image.
     """
     try:
         return decode_image(media, args.background_color, enough=enough, min_side=args.min_image_size)

@@ -136,9 +136,9 @@ class Listening(TrainerCallback):
         """Everything for TensorBoard, on rank 0."""
         raise NotImplementedError
 
-    def add_picture(self, name: str, picture: Image.Image, step: int) -> None:
-        """A picture under `pictures/`."""
-        self.writer.add_image(f"pictures/{name}", np.asarray(picture), step, dataformats="HWC")
+    def add_image(self, name: str, image: Image.Image, step: int) -> None:
+        """An image under `images/`."""
+        self.writer.add_image(f"images/{name}", np.asarray(image), step, dataformats="HWC")
 
     def add_mels(self, predicted: list[Tensor], step: int) -> None:
         """Target, prediction, difference of every clip's log-mel (M, F), and their mean absolute difference."""
@@ -146,9 +146,9 @@ class Listening(TrainerCallback):
         groups, distances = [], []
         for sample, mel, name in zip(self.samples, predicted, self.names):
             distances.append((mel - sample["mel"]).abs().mean().item())
-            pictures = mel_triple(sample["mel"], mel, self.settings.log_floor, longest)
-            groups.append(Group(pictures, f"{distances[-1]:.3f}  {name}"))
-        self.add_picture("mel", strip_sheet(groups, TRIPLE), step)
+            images = mel_triple(sample["mel"], mel, self.settings.log_floor, longest)
+            groups.append(Group(images, f"{distances[-1]:.3f}  {name}"))
+        self.add_image("mel", strip_sheet(groups, TRIPLE), step)
         self.writer.add_scalar("listening/mel_l1", statistics.fmean(distances), step)
 
     def add_sounds(self, kind: str, waveforms: list[Tensor], step: int) -> None:

@@ -20,7 +20,7 @@ from model.audio.spectral import check_same_mel
 from model.audio.vae import AudioVAEOutput
 from model.criteria import kl_divergence
 from utils.distributed import mean_across_ranks, rank, world_size
-from utils.drawing.audio import latent_picture, strip_sheet
+from utils.drawing.audio import latent_image, strip_sheet
 from utils.drawing.images import Group
 from utils.generation.audio import load_vocoder
 from utils.megatransformer_utils import StageArguments
@@ -55,16 +55,16 @@ class AudioVAEArguments(AdversaryArguments, StageArguments):
     use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator")
 
     # What is measured and heard.
-    statistics_samples: int = option(
+    latent_statistics_samples: int = option(
         1024, "training clips that means and deviations of mel bins and latents are measured on", gt=0
     )
-    n_logged_clips: int = option(4, "validation clips to hear and see in TensorBoard; 0: none", ge=0)
+    n_logged_samples: int = option(4, "validation clips to hear and see in TensorBoard; 0: none", ge=0)
     vocoder_checkpoint: str = option(
         "", "run or checkpoint folder of a vocoder that they are heard by; default: Griffin-Lim"
     )
 
     needs = {
-        "vocoder_checkpoint": ("n_logged_clips", bool),
+        "vocoder_checkpoint": ("n_logged_samples", bool),
         **adversary_needs("discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm"),
     }
 
@@ -200,7 +200,7 @@ class AudioVAEGANTrainer(GANTrainer):
         """Batches of samples, spread over the whole training set, and whether they count: every process runs the same
         number of forwards, as sharded weights need."""
         n_all, batch_size = len(self.train_dataset), self.args.per_device_eval_batch_size
-        n_samples = min(self.stage_arguments.statistics_samples, n_all)
+        n_samples = min(self.stage_arguments.latent_statistics_samples, n_all)
         for start in range(rank() * batch_size, n_samples + rank() * batch_size, batch_size * world_size()):
             places = range(start, min(start + batch_size, n_samples))
             yield [self.train_dataset[i * n_all // n_samples] for i in places] or [self.train_dataset[0]], len(places)
@@ -211,8 +211,8 @@ class AudioVAEListening(Listening):
     the true ones.
 
     sounds/<clip>_real, _generated   the vocoder, or Griffin-Lim, on the true and on the VAE's log-mel
-    pictures/mel                     true log-mel | the VAE's | difference
-    pictures/latents                 posterior means over time
+    images/mel                     true log-mel | the VAE's | difference
+    images/latents                 posterior means over time
     latents/mean_<channel>, latents/posterior_std (histograms), latents/dead_channels
     listening/pesq, stoi, mel_l1
 
@@ -261,8 +261,8 @@ class AudioVAEListening(Listening):
         self.add_mels(mels, step)
         self.add_scores(self.real, generated, step)
         longest = max(mean.shape[-1] for _, mean, _ in made)
-        groups = [Group([latent_picture(mean[0], longest)], name) for (_, mean, _), name in zip(made, self.names)]
-        self.add_picture("latents", strip_sheet(groups), step)
+        groups = [Group([latent_image(mean[0], longest)], name) for (_, mean, _), name in zip(made, self.names)]
+        self.add_image("latents", strip_sheet(groups), step)
         for _, mean, logvar in made:
             health.update(mean, logvar)
         for channel in range(made[0][1].shape[1]):

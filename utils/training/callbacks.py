@@ -1,4 +1,4 @@
-"""Callbacks of the stages: clean stop on a signal; numbers, pictures and histograms for TensorBoard.
+"""Callbacks of the stages: clean stop on a signal; numbers, images and histograms for TensorBoard.
 
 `Stage` sets the attribute `trainer` of each.
 """

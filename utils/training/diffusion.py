@@ -1,4 +1,4 @@
-"""The trainer of latent diffusion, for pictures and sound alike.  B batch, Z latent channels, K time buckets."""
+"""The trainer of latent diffusion, for images and sound alike.  B batch, Z latent channels, K time buckets."""
 
 from collections.abc import Callable
 

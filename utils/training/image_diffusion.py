@@ -1,4 +1,4 @@
-"""Text to image: flags, pictures of prompts in TensorBoard, and metrics of generated pictures during training."""
+"""Text to image: flags, images of prompts in TensorBoard, and metrics of generated images during training."""
 
 import dataclasses
 import logging
@@ -15,7 +15,7 @@ from dataset_loading.cached import spread
 from dataset_loading.image.latents import ImageLatentDataset
 from model.text.feature_extractors import FrozenTextEncoder
 from model.vae import VAE
-from utils.drawing.images import Group, draw_sheet, to_picture
+from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.image_diffusion import generation_metrics, train_probe
 from utils.generation.text_to_image import SamplingArguments, TextToImage
 from utils.megatransformer_utils import StageArguments
@@ -48,10 +48,10 @@ class ImageDiffusionArguments(SamplingArguments, StageArguments):
 
     # What is looked at during training.
     n_time_buckets: int = option(5, "parts of [0, 1] whose validation loss is shown", gt=0, le=100)
-    prompts: list[str] = option([], "captions of the picture grids; default: validation captions")
-    n_prompts: int = option(8, "validation captions of the picture grids; 0: no grids", ge=0)
-    eval_pictures: int = option(64, "validation captions drawn for the metrics of each evaluation; 0: none", ge=0)
-    grid_scales: list[float] = option([1.0, 3.0], "guidance scales of the picture grids", ge=0)
+    prompts: list[str] = option([], "captions of the image grids; default: validation captions")
+    n_prompts: int = option(8, "validation captions of the image grids; 0: no grids", ge=0)
+    eval_images: int = option(64, "validation captions drawn for the metrics of each evaluation; 0: none", ge=0)
+    grid_scales: list[float] = option([1.0, 3.0], "guidance scales of the image grids", ge=0)
 
     needs = {
         "n_prompts": ("prompts", []),
@@ -62,7 +62,7 @@ class ImageDiffusionArguments(SamplingArguments, StageArguments):
 
 
 class PromptGrids(TrainerCallback):
-    """Before the first step and after each evaluation: pictures of the same prompts at several guidance scales, from
+    """Before the first step and after each evaluation: images of the same prompts at several guidance scales, from
     the same seeds, one row per prompt and one column per scale.
 
     Args:
@@ -93,7 +93,7 @@ class PromptGrids(TrainerCallback):
         seeds = list(range(len(self.prompts)))
         try:
             columns = [
-                painter.pictures(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
+                painter.images(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
                 for scale in self.args.grid_scales
             ]
         except ValueError as error:  # A run may recover from what a look at it finds.
@@ -101,9 +101,9 @@ class PromptGrids(TrainerCallback):
             return
         if self.writer is None:
             return
-        groups = [Group([to_picture(one) for one in row], prompt) for prompt, *row in zip(self.prompts, *columns)]
+        groups = [Group([to_image(one) for one in row], prompt) for prompt, *row in zip(self.prompts, *columns)]
         sheet = draw_sheet(groups, [f"guidance {scale:g}" for scale in self.args.grid_scales], n_across=2)
-        self.writer.add_image("pictures/prompts", np.asarray(sheet), step, dataformats="HWC")
+        self.writer.add_image("images/prompts", np.asarray(sheet), step, dataformats="HWC")
         self.writer.flush()
 
 
@@ -115,14 +115,14 @@ class SampleMetrics:
     Args:
         vae, text_encoder: see `TextToImage`.
         folder: preprocessed latents.
-        n_pictures: captions, spread evenly over the validation set.
+        n_images: captions, spread evenly over the validation set.
         args: sampling flags and `eval_batch_size`.
     """
 
-    def __init__(self, vae: VAE, text_encoder: FrozenTextEncoder | None, folder: Path, n_pictures: int, args: Any):
+    def __init__(self, vae: VAE, text_encoder: FrozenTextEncoder | None, folder: Path, n_images: int, args: Any):
         self.vae, self.text_encoder, self.args = vae, text_encoder, args
         self.training, self.held_out = (ImageLatentDataset(folder, split) for split in ("train", "validation"))
-        self.indices = spread(len(self.held_out), n_pictures)
+        self.indices = spread(len(self.held_out), n_images)
         self.probe: TextProbe | None = None
         self.has_probe = False
 
@@ -141,5 +141,5 @@ class SampleMetrics:
                 painter, self.held_out, self.indices, self.args, self.probe, batch_size=batch_size
             )
         except ValueError as error:  # A run may recover from what a look at it finds.
-            logger.warning("no metrics of generated pictures: %s", error)
+            logger.warning("no metrics of generated images: %s", error)
             return {}

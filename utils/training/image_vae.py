@@ -1,4 +1,4 @@
-"""The image VAE-GAN: flags, data, losses, adversary, trainer and logged pictures, most of which the recurrent VAE
+"""The image VAE-GAN: flags, data, losses, adversary, trainer and logged images, most of which the recurrent VAE
 shares."""
 
 import dataclasses
@@ -18,7 +18,7 @@ from model.image.augmentation import diff_augment
 from model.image.discriminators import build_discriminator
 from model.image.feature_extractors import build_perceptual
 from utils.distributed import mean_across_ranks, rank, world_size
-from utils.drawing.images import TRIPLE, Group, channel_pictures, draw_sheet, to_picture, triple
+from utils.drawing.images import TRIPLE, Group, channel_images, draw_sheet, to_image, triple
 from utils.megatransformer_utils import StageArguments
 from utils.metrics.images import psnr
 from utils.metrics.latents import LatentHealth
@@ -29,8 +29,8 @@ from utils.training.stage import Stage
 
 
 @dataclasses.dataclass
-class PictureVAEArguments(AdversaryArguments, StageArguments):
-    """Flags of every stage that trains a VAE on pictures."""
+class ImageAutoencoderArguments(AdversaryArguments, StageArguments):
+    """Flags of every stage that trains a VAE on images."""
 
     l1_weight: float = option(1.0, "weight of the mean absolute error", ge=0)
     gradient_weight: float = option(0.0, "weight of the multi-scale image gradient difference", ge=0)
@@ -45,19 +45,19 @@ class PictureVAEArguments(AdversaryArguments, StageArguments):
         [], "differentiable augmentations for the GAN"
     )
     latent_statistics_samples: int = option(
-        1024, "training pictures that latent means and deviations are measured on", gt=0
+        1024, "training images that latent means and deviations are measured on", gt=0
     )
-    n_logged_pictures: int = option(8, "validation pictures in TensorBoard", gt=0)
+    n_logged_samples: int = option(8, "validation images in TensorBoard", gt=0)
 
     needs = adversary_needs(
         "discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm", "diff_augment"
     )
 
 
-class PictureVAEStage(Stage):
-    """A stage that trains a VAE on pictures; subclasses state name, configuration, model, presets and trainer."""
+class ImageAutoencoderStage(Stage):
+    """A stage that trains a VAE on images; subclasses state name, configuration, model, presets and trainer."""
 
-    arguments_class = PictureVAEArguments
+    arguments_class = ImageAutoencoderArguments
 
     def build_dataset(self, split, config):
         return ImageDataset(self.cache_dir, split).expect(image_size=config.image_size)
@@ -69,7 +69,7 @@ class PictureVAEStage(Stage):
         return {"criterion": criterion, "adversary": self.build_adversary()}
 
     def build_callbacks(self, writer):
-        return [ReconstructionPictures(writer, self.args.n_logged_pictures)]
+        return [ReconstructionImages(writer, self.args.n_logged_samples)]
 
     def build_adversary(self):
         """The discriminator's side, or None where its weight is 0."""
@@ -84,7 +84,7 @@ class PictureVAEStage(Stage):
 
 
 class ImageVAEGANTrainer(GANTrainer):
-    """Trains a VAE on pictures: reconstruction and perceptual terms, KL, and an adversary.
+    """Trains a VAE on images: reconstruction and perceptual terms, KL, and an adversary.
 
     The KL term is `kl_weight` x (nats per sample, summed over the latent) / (number of input values C Y X): nats per
     input value, beside reconstruction terms that are means over input values.
@@ -142,27 +142,27 @@ class ImageVAEGANTrainer(GANTrainer):
         self.model.set_latent_statistics(mean.float(), std.float())
 
 
-class ReconstructionPictures(TrainerCallback):
-    """Before the first step and after each evaluation: what the VAE makes of the same validation pictures.
+class ReconstructionImages(TrainerCallback):
+    """Before the first step and after each evaluation: what the VAE makes of the same validation images.
 
-    pictures/reconstruction       input | reconstruction | difference, with the PSNR
-    pictures/latent_channels      posterior means, one row per picture, one column per channel
+    images/reconstruction       input | reconstruction | difference, with the PSNR
+    images/latent_channels      posterior means, one row per image, one column per channel
     latents/mean_<channel>        histogram of the posterior means
     latents/posterior_std         histogram of the posterior's standard deviations
-    latents/dead_channels         channels that carry next to nothing on these pictures
+    latents/dead_channels         channels that carry next to nothing on these images
 
     Every process runs the model, as sharded weights need; only the one with a writer writes.
 
     Args:
         writer: None except on rank 0.
-        n_pictures: spread evenly over the validation set.
+        n_images: spread evenly over the validation set.
     """
 
     trainer: Any
     max_latent_rows = 4
 
-    def __init__(self, writer: SummaryWriter | None, n_pictures: int):
-        self.writer, self.n_pictures = writer, n_pictures
+    def __init__(self, writer: SummaryWriter | None, n_images: int):
+        self.writer, self.n_images = writer, n_images
         self.image: Tensor | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -176,7 +176,7 @@ class ReconstructionPictures(TrainerCallback):
         """Run the model on every process, write on one."""
         if self.image is None:
             dataset = self.trainer.eval_dataset
-            indices = spread(len(dataset), self.n_pictures)
+            indices = spread(len(dataset), self.n_images)
             self.image = torch.stack([dataset[index]["image"] for index in indices])
         output = self.trainer.evaluation_model()(image=self.image.to(device))
         if self.writer is None:
@@ -187,13 +187,11 @@ class ReconstructionPictures(TrainerCallback):
         values = psnr(reconstruction, self.image).tolist()
         groups = [Group(triple(*pair), f"{value:.1f} dB") for *pair, value in zip(self.image, reconstruction, values)]
         sheet = draw_sheet(groups, TRIPLE, n_across=2)
-        self.writer.add_image("pictures/reconstruction", np.asarray(sheet), step, dataformats="HWC")
-        rows = [
-            Group([to_picture(channel) for channel in row]) for row in channel_pictures(mean)[: self.max_latent_rows]
-        ]
+        self.writer.add_image("images/reconstruction", np.asarray(sheet), step, dataformats="HWC")
+        rows = [Group([to_image(channel) for channel in row]) for row in channel_images(mean)[: self.max_latent_rows]]
         numbers = [str(channel) for channel in range(mean.shape[1])]
         sheet = draw_sheet(rows, numbers, min_cell=64)
-        self.writer.add_image("pictures/latent_channels", np.asarray(sheet), step, dataformats="HWC")
+        self.writer.add_image("images/latent_channels", np.asarray(sheet), step, dataformats="HWC")
         for channel in range(mean.shape[1]):
             self.writer.add_histogram(f"latents/mean_{channel:02d}", mean[:, channel], step)
         self.writer.add_histogram("latents/posterior_std", (0.5 * logvar).exp(), step)

@@ -1,5 +1,5 @@
 """The recurrent VAE: its flags, and its trainer with a number of decoder steps per optimizer step, losses on the
-pictures in between, and evaluation at several depths."""
+images in between, and evaluation at several depths."""
 
 import dataclasses
 import math
@@ -11,13 +11,13 @@ from model.image.recurrent_vae import RecurrentVAEOutput
 from utils.metrics.images import psnr
 from utils.options import option
 from utils.seeds import generators
-from utils.training.image_vae import ImageVAEGANTrainer, PictureVAEArguments
+from utils.training.image_vae import ImageAutoencoderArguments, ImageVAEGANTrainer
 
 EVALUATED_STEPS = (1, 2, 4, 8, 16)
 
 
 @dataclasses.dataclass
-class RecurrentVAEArguments(PictureVAEArguments):
+class RecurrentVAEArguments(ImageAutoencoderArguments):
     """Flags of the recurrent VAE-GAN stage."""
 
     # Decoder steps of an optimizer step: truncated log-normal Poisson.
@@ -29,12 +29,12 @@ class RecurrentVAEArguments(PictureVAEArguments):
         4, "last decoder steps that gradients flow through; earlier ones keep no graph", gt=0
     )
 
-    # Losses on the pictures of these last steps, except the deepest, which has all the others.
-    intermediate_weight: float = option(0.1, "weight of the mean absolute error of intermediate pictures", ge=0)
-    distillation_weight: float = option(0.1, "weight of their distance to the deepest picture", ge=0)
+    # Losses on the images of these last steps, except the deepest, which has all the others.
+    intermediate_weight: float = option(0.1, "weight of the mean absolute error of intermediate images", ge=0)
+    distillation_weight: float = option(0.1, "weight of their distance to the deepest image", ge=0)
 
     needs = {
-        **PictureVAEArguments.needs,
+        **ImageAutoencoderArguments.needs,
         "intermediate_weight": ("n_backprop_steps", lambda n_steps: n_steps > 1),
         "distillation_weight": ("n_backprop_steps", lambda n_steps: n_steps > 1),
     }
@@ -74,17 +74,17 @@ def draw_n_steps(seed: int, step: int, mean: float, sigma: float, minimum: int, 
 
 
 def intermediate_terms(output: RecurrentVAEOutput, real: Tensor) -> dict[str, Tensor]:
-    """Losses on the pictures between: `intermediate`, mean absolute error to the real picture; `distillation`, mean
-    absolute difference to the last picture, through which no gradient goes. None where there are no such pictures."""
+    """Losses on the images between: `intermediate`, mean absolute error to the real image; `distillation`, mean
+    absolute difference to the last image, through which no gradient goes. None where there are no such images."""
     if not len(output.intermediates):
         return {}
-    pictures, last = output.intermediates.float(), output.reconstruction.detach().float()
-    return {"intermediate": (pictures - real).abs().mean(), "distillation": (pictures - last).abs().mean()}
+    images, last = output.intermediates.float(), output.reconstruction.detach().float()
+    return {"intermediate": (images - real).abs().mean(), "distillation": (images - last).abs().mean()}
 
 
 class RecurrentVAEGANTrainer(ImageVAEGANTrainer):
-    """Trains a `RecurrentVAE`: the terms of `ImageVAEGANTrainer` on the last picture, the only one that the adversary
-    sees, and `intermediate_terms` on the pictures of the steps before it that have a graph."""
+    """Trains a `RecurrentVAE`: the terms of `ImageVAEGANTrainer` on the last image, the only one that the adversary
+    sees, and `intermediate_terms` on the images of the steps before it that have a graph."""
 
     def n_steps(self) -> int:
         """Decoder steps of the present optimizer step."""
@@ -119,5 +119,5 @@ class RecurrentVAEGANTrainer(ImageVAEGANTrainer):
         image = inputs["image"]
         terms = super().evaluation_terms(model, inputs)
         output = model(image=image, n_steps=EVALUATED_STEPS[-1])
-        pictures = [*output.intermediates, output.reconstruction]
-        return {**terms, **{f"psnr_{k}_steps": psnr(pictures[k - 1].float(), image) for k in EVALUATED_STEPS}}
+        images = [*output.intermediates, output.reconstruction]
+        return {**terms, **{f"psnr_{k}_steps": psnr(images[k - 1].float(), image) for k in EVALUATED_STEPS}}

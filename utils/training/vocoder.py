@@ -11,7 +11,7 @@ from torch import Tensor
 
 from model.audio.lengths import crop_starts, valid_frames
 from model.audio.spectral import MelSettings
-from utils.drawing.audio import phase_picture, waveform_picture
+from utils.drawing.audio import phase_image, waveform_image
 from utils.megatransformer_utils import StageArguments
 from utils.options import option
 from utils.timing import Stopwatch
@@ -49,7 +49,7 @@ class VocoderArguments(AdversaryArguments, StageArguments):
     discriminator_widening: float = option(1.0, "factor of the channels of --discriminator", gt=0)
     discriminator_learning_rate: float = option(5e-4, "peak learning rate of the discriminator", gt=0)
     discriminator_beta1: float = option(0.8, "AdamW's first moment decay for the discriminator", ge=0, lt=1)
-    n_logged_clips: int = option(4, "validation clips in TensorBoard; 0: none", ge=0)
+    n_logged_samples: int = option(4, "validation clips in TensorBoard; 0: none", ge=0)
     learning_rate: float = option(5e-4, "peak learning rate of AdamW", gt=0)
     adam_beta1: float = option(0.8, "AdamW's first moment decay", ge=0, lt=1)
 
@@ -146,9 +146,9 @@ class VocoderListening(Listening):
     """What a vocoder makes of validation clips.
 
     sounds/<clip>_real, _generated   players; the real ones once
-    pictures/mel                     log-mel of the recording | of the generated waveform | difference
-    pictures/waveform                both waveforms of the first clip
-    pictures/phase                   errors of its phases and of their change
+    images/mel                     log-mel of the recording | of the generated waveform | difference
+    images/waveform                both waveforms of the first clip
+    images/phase                   errors of its phases and of their change
     listening/pesq, stoi, mel_l1, phase_error, frequency_error, real_time_factor (the first clip left out)
     """
 
@@ -166,9 +166,9 @@ class VocoderListening(Listening):
         self.add_sounds("generated", generated, step)
         self.add_mels([self.log_mel(waveform[None])[0] for waveform in generated], step)
         rate, n_fft, hop_length = self.settings.sample_rate, self.settings.n_fft, self.settings.hop_length
-        self.add_picture("waveform", waveform_picture({"real": real[0], "generated": generated[0]}, rate), step)
-        phases = [phase_picture(*pair, n_fft, hop_length) for pair in zip(real, generated)]
-        self.add_picture("phase", phases[0][0], step)
+        self.add_image("waveform", waveform_image({"real": real[0], "generated": generated[0]}, rate), step)
+        phases = [phase_image(*pair, n_fft, hop_length) for pair in zip(real, generated)]
+        self.add_image("phase", phases[0][0], step)
         for name in ("phase", "frequency"):
             mean = statistics.fmean(errors[name] for _, errors in phases)
             self.writer.add_scalar(f"listening/{name}_error", mean, step)

@@ -91,11 +91,11 @@ def test_the_command_for_single_fields_makes_that_log_mel(caches, tmp_path):
     assert "--n_mels 80" in back and "--hop_length 256" in back and "--mel" not in back.split()
 
 
-def test_other_folders_are_refused(picture_folder, tmp_path):
+def test_other_folders_are_refused(image_folder, tmp_path):
     ImageVAEPreprocess.main(
         [
             "--dataset_name",
-            str(picture_folder),
+            str(image_folder),
             "--output_dir",
             str(tmp_path / "p"),
             "--limit",

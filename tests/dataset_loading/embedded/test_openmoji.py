@@ -26,7 +26,7 @@ def test_small_set_is_an_imagefolder_with_captions(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
-def test_building_twice_changes_nothing_and_gives_the_same_pictures(tmp_path):
+def test_building_twice_changes_nothing_and_gives_the_same_images(tmp_path):
     for name in ("a", "b", "a"):
         build_embedded(tmp_path / name, image_size=16, limit=12)
     files = [sorted((tmp_path / name).rglob("*.*")) for name in "ab"]

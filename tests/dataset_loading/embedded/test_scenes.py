@@ -21,11 +21,11 @@ def test_held_out_pairs_are_of_known_parts():
     assert all(sum(other == ground for _, other in held_out) == 3 for ground in GROUNDS)
 
 
-def ground_and_ink(picture: np.ndarray) -> tuple[np.ndarray, float]:
+def ground_and_ink(image: np.ndarray) -> tuple[np.ndarray, float]:
     """The colour of the upper left corner, and the mean column of pixels that differ from it, in [0, 1]."""
-    ground = picture[0, 0].astype(int)
-    differs = np.abs(picture.astype(int) - ground).sum(-1) > 60
-    return ground, float((differs.sum(0) * np.arange(len(picture))).sum() / differs.sum() / len(picture))
+    ground = image[0, 0].astype(int)
+    differs = np.abs(image.astype(int) - ground).sum(-1) > 60
+    return ground, float((differs.sum(0) * np.arange(len(image))).sum() / differs.sum() / len(image))
 
 
 @pytest.mark.parametrize("thing", ["fir tree", "heart"])
@@ -41,7 +41,7 @@ def test_captions_tell_ground_and_place(thing, tmp_path):
     assert left < 0.42 < middle < 0.58 < right
 
 
-def test_the_same_name_gives_the_same_picture_and_another_number_another(tmp_path):
+def test_the_same_name_gives_the_same_image_and_another_number_another(tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         for i in range(N_DRAWINGS):

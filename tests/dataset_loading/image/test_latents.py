@@ -5,16 +5,16 @@ import torch
 
 from dataset_loading.image.latents import ImageLatentDataset
 from preprocess_image_diffusion_dataset import ImageDiffusionPreprocessArguments
-from tests.helpers.latent_cache import make_latents, save_vae, write_captioned_pictures
+from tests.helpers.latent_cache import make_latents, save_vae, write_captioned_images
 from tests.helpers.text_encoder_folder import save_text_encoder
 from utils.command_line import parse_arguments
 
 
 @pytest.fixture(scope="module")
-def folder(picture_cache, tmp_path_factory):
-    """Latents of mirrored pictures and states of a text encoder."""
+def folder(image_cache, tmp_path_factory):
+    """Latents of mirrored images and states of a text encoder."""
     root = tmp_path_factory.mktemp("latents")
-    raw, vae = write_captioned_pictures(root / "raw", 20), save_vae(root / "vae", picture_cache)
+    raw, vae = write_captioned_images(root / "raw", 20), save_vae(root / "vae", image_cache)
     encoder = save_text_encoder(root / "encoder")
     make_latents(raw, vae, root / "cache", "--horizontal_flip", "--text_encoder", str(encoder))
     return root / "cache"
@@ -56,7 +56,7 @@ def test_another_vae_is_refused_with_the_flag_that_names_it(folder):
     )
 
 
-def test_another_shape_is_refused_with_the_picture_size_or_the_vae(folder):
+def test_another_shape_is_refused_with_the_image_size_or_the_vae(folder):
     args = refused(folder, latent_shape=[16, 8, 8])
     assert args.image_size == 64 and args.vae_checkpoint.endswith("checkpoint-4")
     args = refused(folder, latent_shape=[4, 4, 4])

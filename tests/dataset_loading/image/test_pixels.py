@@ -21,7 +21,7 @@ RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
 
 def stored(image: Image.Image, kind: str = "PNG", **options) -> dict:
-    """A picture as the bytes of a file."""
+    """An image as the bytes of a file."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return {"path": None, "bytes": buffer.getvalue()}
@@ -116,7 +116,7 @@ def test_random_damage_raises_nothing_else(kind):
     assert "refused" in results
 
 
-def test_small_picture_is_refused_by_its_size_on_disk():
+def test_small_image_is_refused_by_its_size_on_disk():
     media = stored(bars(300, 40), "JPEG")
     assert decode_image(media, "white", enough=16, min_side=40).height == 20
     with pytest.raises(TooSmallError, match="300x40 pixels, the shorter side is under 41"):

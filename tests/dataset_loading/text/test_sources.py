@@ -27,7 +27,7 @@ def test_a_folder_has_a_document_per_file(tmp_path):
         "a.md": b"\xef\xbb\xbf# one",
         "deep/c.py": b"x = 1\0",
         "LICENSE.txt": b"CC0\nmore",
-        "picture.png": b"no",
+        "image.png": b"no",
         ".hidden.txt": b"no",
         "latin.txt": "caf\xe9".encode("latin-1"),
         "empty.txt": b" \n",

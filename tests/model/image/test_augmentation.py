@@ -29,7 +29,7 @@ def test_empty_policy_is_the_identity():
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids="+".join)
-def test_each_picture_depends_on_its_own_row_only(policy):
+def test_each_image_depends_on_its_own_row_only(policy):
     image, uniforms = inputs()
     augmented = diff_augment(image, uniforms, policy)
     assert augmented.shape == image.shape
@@ -91,7 +91,7 @@ def test_color_stays_in_its_documented_range():
 
 
 @pytest.mark.parametrize("policy", [["translation"], ["cutout"], ["translation", "cutout"]], ids="+".join)
-def test_moved_and_cut_pictures_hold_old_values_and_zeros(policy):
+def test_moved_and_cut_images_hold_old_values_and_zeros(policy):
     image, uniforms = inputs()
     for before, after in zip(image, diff_augment(image, uniforms, policy)):
         values = set(before.flatten().tolist()) | {0.0}

@@ -186,15 +186,15 @@ def test_a_few_steps_learn_a_caption():
     model = ImageDiffusion(ImageDiffusionConfig(**TINY)).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randn(2, 4, 8, 8, generator=generator)
+    images = torch.randn(2, 4, 8, 8, generator=generator)
     tokens, mask = pad_tokens([encode_caption(caption, 32) for caption in ("sun", "moon")])
     losses = []
     for _ in range(60):
         rows = torch.randint(2, (8,), generator=generator)
         noise, time = torch.randn(8, 4, 8, 8, generator=generator), torch.rand(8, generator=generator)
-        x = model.process.add_noise(pictures[rows], noise, time)
+        x = model.process.add_noise(images[rows], noise, time)
         prediction = model(x, time, tokens=tokens[rows], mask=mask[rows]).prediction
-        loss = (prediction - model.process.target(pictures[rows], noise, time)).square().mean()
+        loss = (prediction - model.process.target(images[rows], noise, time)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -13,7 +13,7 @@ def make(kind, use_spectral_norm=False):
     return build_discriminator(kind, 8, 3, use_spectral_norm)
 
 
-def pictures(n=3, side=32):
+def images(n=3, side=32):
     return torch.rand(n, 3, side, side, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
@@ -33,20 +33,20 @@ def spectral_norms(discriminator):
 
 
 def test_patch_shapes():
-    logits, features = make("patch")(pictures(2, 32))
+    logits, features = make("patch")(images(2, 32))
     assert [tuple(x.shape) for x in logits] == [(2, 1, 4, 4)]
     assert [tuple(x.shape) for x in features] == [(2, 8, 16, 16), (2, 16, 8, 8), (2, 32, 4, 4)]
 
 
 def test_multi_scale_shapes():
-    logits, features = make("multi_scale")(pictures(2, 32))
+    logits, features = make("multi_scale")(images(2, 32))
     assert [tuple(x.shape) for x in logits] == [(2, 1, 4, 4), (2, 1, 2, 2)]
     assert [tuple(x.shape[1:]) for x in features[:3]] == [(8, 16, 16), (16, 8, 8), (32, 4, 4)]
     assert [tuple(x.shape[1:]) for x in features[3:]] == [(8, 8, 8), (16, 4, 4), (32, 2, 2)]
 
 
-def test_the_second_scale_sees_the_halved_picture():
-    discriminator, image = make("multi_scale"), pictures()
+def test_the_second_scale_sees_the_halved_image():
+    discriminator, image = make("multi_scale"), images()
     halved = image.reshape(3, 3, 16, 2, 16, 2).mean(dim=(3, 5))
     torch.testing.assert_close(discriminator(image)[0][1], discriminator.scales[1](halved)[0][0])
 
@@ -59,7 +59,7 @@ def test_width_grows_up_to_eight_times():
 @pytest.mark.parametrize("n_layers", [2, 3])
 def test_a_logit_sees_the_documented_pixels(n_layers):
     torch.manual_seed(0)
-    image = pictures(1, 64).requires_grad_()
+    image = images(1, 64).requires_grad_()
     (logits,), _ = PatchDiscriminator(4, n_layers)(image)
     middle = logits.shape[-1] // 2
     logits[0, 0, middle, middle].backward()
@@ -69,11 +69,11 @@ def test_a_logit_sees_the_documented_pixels(n_layers):
 
 
 @pytest.mark.parametrize("kind, smallest", [("patch", 8), ("multi_scale", 16)])
-def test_too_small_pictures_are_refused(kind, smallest):
+def test_too_small_images_are_refused(kind, smallest):
     discriminator = make(kind)
-    assert all(logits.shape[-1] >= 1 for logits in discriminator(pictures(1, smallest))[0])
+    assert all(logits.shape[-1] >= 1 for logits in discriminator(images(1, smallest))[0])
     with pytest.raises(ValueError, match=r"pixels is too small .* 3 layers: each side needs 8 pixels"):
-        discriminator(pictures(1, smallest - 1))
+        discriminator(images(1, smallest - 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -94,7 +94,7 @@ def test_spectral_norm_is_one_after_enough_updates(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_updates_advance_the_power_iteration(kind):
-    discriminator, image = make(kind, use_spectral_norm=True).train(), pictures()
+    discriminator, image = make(kind, use_spectral_norm=True).train(), images()
     with torch.no_grad():
         for layer in normed_layers(discriminator):
             layer.parametrizations.weight.original[0].mul_(3.0)
@@ -119,7 +119,7 @@ def test_without_spectral_norm_an_update_changes_nothing():
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_samples_are_independent(kind, use_spectral_norm):
-    discriminator, image = make(kind, use_spectral_norm).train(), pictures()
+    discriminator, image = make(kind, use_spectral_norm).train(), images()
     changed = torch.cat([image[:1], -image[1:2], image[2:]])
     for a, b in zip(everything(discriminator, image), everything(discriminator, changed), strict=True):
         assert torch.equal(a[[0, 2]], b[[0, 2]])
@@ -130,7 +130,7 @@ def test_samples_are_independent(kind, use_spectral_norm):
 @pytest.mark.parametrize("kind", KINDS)
 def test_r1_reaches_every_kernel(kind, use_spectral_norm):
     discriminator = make(kind, use_spectral_norm)
-    penalty = r1_penalty(discriminator, pictures())
+    penalty = r1_penalty(discriminator, images())
     penalty.backward()
     kernels = [p for p in discriminator.parameters() if p.ndim == 4]
     assert penalty > 0

@@ -28,8 +28,8 @@ def distance():
 @pytest.fixture(scope="module")
 def drawing():
     """A house, a tree and a sun, 64 x 64 pixels."""
-    picture = Image.new("RGB", (64, 64), (170, 210, 240))
-    draw = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (64, 64), (170, 210, 240))
+    draw = ImageDraw.Draw(image)
     draw.rectangle((0, 46, 64, 64), fill=(70, 140, 60))
     draw.rectangle((8, 30, 32, 52), fill=(200, 160, 110), outline=(40, 20, 10))
     draw.polygon([(4, 30), (20, 12), (36, 30)], fill=(160, 50, 40))
@@ -37,27 +37,27 @@ def drawing():
     draw.ellipse((44, 24, 60, 42), fill=(30, 100, 40))
     draw.line((52, 42, 52, 54), fill=(80, 50, 30), width=3)
     draw.ellipse((46, 2, 58, 14), fill=(250, 210, 60))
-    return picture
+    return image
 
 
-def as_tensor(picture):
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float()[None] / 127.5 - 1.0
+def as_tensor(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()[None] / 127.5 - 1.0
 
 
-def blurred(picture):
-    return [as_tensor(picture.filter(ImageFilter.GaussianBlur(radius))) for radius in (0.5, 1, 2, 4)]
+def blurred(image):
+    return [as_tensor(image.filter(ImageFilter.GaussianBlur(radius))) for radius in (0.5, 1, 2, 4)]
 
 
-def noisy(picture):
-    image = as_tensor(picture)
+def noisy(source):
+    image = as_tensor(source)
     noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
     return [(image + deviation * noise).clamp(-1, 1) for deviation in (0.02, 0.05, 0.15, 0.4)]
 
 
-def compressed(picture):
+def compressed(image):
     files = [io.BytesIO() for _ in range(4)]
     for file, quality in zip(files, (90, 60, 30, 5)):
-        picture.save(file, "JPEG", quality=quality)
+        image.save(file, "JPEG", quality=quality)
     return [as_tensor(Image.open(file)) for file in files]
 
 
@@ -71,7 +71,7 @@ def test_distance_grows_with_the_damage(distance, drawing, damage):
 
 
 @torch.no_grad()
-def test_equal_pictures_have_distance_zero(distance, drawing):
+def test_equal_images_have_distance_zero(distance, drawing):
     image = as_tensor(drawing)
     assert distance(image, image).tolist() == [0.0]
     others = noisy(drawing)[2]
@@ -95,19 +95,19 @@ def test_distance_by_its_definition(distance, drawing):
     torch.testing.assert_close(distance(image, damaged)[0], torch.stack(terms).mean(), rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_reaches_the_picture_and_lowers_the_distance(distance, drawing):
+def test_gradient_reaches_the_image_and_lowers_the_distance(distance, drawing):
     target = as_tensor(drawing)
-    picture = blurred(drawing)[2].requires_grad_()
-    before = distance(picture, target)
-    (gradient,) = torch.autograd.grad(before.sum(), picture)
+    image = blurred(drawing)[2].requires_grad_()
+    before = distance(image, target)
+    (gradient,) = torch.autograd.grad(before.sum(), image)
     assert gradient.isfinite().all() and gradient.abs().amax(dim=1).gt(0).float().mean() > 0.99
-    assert distance(picture - 0.05 * gradient / gradient.norm(), target) < before
+    assert distance(image - 0.05 * gradient / gradient.norm(), target) < before
 
 
-def test_gradient_at_equal_pictures_is_finite(distance, drawing):
-    picture = as_tensor(drawing).requires_grad_()
-    distance(picture, picture.detach()).sum().backward()
-    assert picture.grad.isfinite().all()
+def test_gradient_at_equal_images_is_finite(distance, drawing):
+    image = as_tensor(drawing).requires_grad_()
+    distance(image, image.detach()).sum().backward()
+    assert image.grad.isfinite().all()
 
 
 def test_unit_length():
@@ -158,7 +158,7 @@ def test_calls_leave_nothing_behind(distance, drawing):
 
 
 @pytest.mark.parametrize("shape", [(1, 3, 31, 64), (1, 3, 64, 16)])
-def test_too_small_pictures_are_refused(distance, shape):
+def test_too_small_images_are_refused(distance, shape):
     image = torch.zeros(shape)
     for call in (distance.features, distance.features.pooled, lambda x: distance(x, x)):
         with pytest.raises(ValueError, match=f"{shape[2]}x{shape[3]} pixels is too small .* needs 32 pixels"):

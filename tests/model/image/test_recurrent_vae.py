@@ -24,7 +24,7 @@ def model():
     return build()
 
 
-def pictures(n=2, height=16, width=24):
+def images(n=2, height=16, width=24):
     return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -33,9 +33,9 @@ def noise(n=2):
 
 
 def gradients(model, **arguments):
-    """Gradients of a loss on all pictures that have a graph."""
+    """Gradients of a loss on all images that have a graph."""
     model.zero_grad()
-    output = model(image=pictures(), noise=noise(), **arguments)
+    output = model(image=images(), noise=noise(), **arguments)
     (output.reconstruction.square().mean() + output.intermediates.abs().sum() / 1000).backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -51,7 +51,7 @@ def test_parameters_are_as_stated(name):
 def test_shapes_round_trip(patch_size, stages):
     f = patch_size * 2 ** (stages - 1)
     vae = build(patch_size=patch_size, encoder_widths=[8] * stages, n_encoder_blocks=[1] * stages, image_size=32)
-    output = vae(image=pictures(1, 32, 64))
+    output = vae(image=images(1, 32, 64))
     assert output.reconstruction.shape == (1, 3, 32, 64) and output.intermediates.shape == (2, 1, 3, 32, 64)
     assert output.mean.shape == output.logvar.shape == (1, *vae.latent_shape(32)[:1], 32 // f, 64 // f)
 
@@ -59,15 +59,15 @@ def test_shapes_round_trip(patch_size, stages):
 def test_starts_as_the_cosine_code_at_every_depth():
     vae = RecurrentVAE(RecurrentVAEConfig(**TINY))
     fields = {"image_size": 16, "encoder_widths": [8, 16], "decoder_widths": [8, 16], "latent_channels": 4}
-    expected = ImageVAE.from_preset("tiny", **fields)(image=pictures())
+    expected = ImageVAE.from_preset("tiny", **fields)(image=images())
     for k in (1, 2, 20):
-        output = vae(image=pictures(), n_steps=k)
+        output = vae(image=images(), n_steps=k)
         torch.testing.assert_close(output.reconstruction, expected.reconstruction, atol=1e-5, rtol=0)
     assert (output.logvar == -5).all()
 
 
 def test_decoding_is_the_recurrence_written_out(model):
-    """The same steps by hand, on whole pictures and block by block."""
+    """The same steps by hand, on whole images and block by block."""
     silu, step, latents, P, f = torch.nn.functional.silu, model.decoder.step, noise(), 2, 8
     canvas = base = model.decoder.code(latents)
     state, correction = torch.zeros(2, 8, 12, 8), 0.0
@@ -97,8 +97,8 @@ def test_decoding_is_the_recurrence_written_out(model):
         correction = (1 - share) * correction + share * corrected
         canvas = base + torch.nn.functional.pixel_shuffle(correction, P)
         found.append(canvas)
-    for k, picture in zip((5, 1, 3), model.decode_steps(latents, [5, 1, 3])):
-        torch.testing.assert_close(picture, found[k - 1], atol=1e-5, rtol=1e-5)
+    for k, image in zip((5, 1, 3), model.decode_steps(latents, [5, 1, 3])):
+        torch.testing.assert_close(image, found[k - 1], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.decode(latents, n_steps=5), found[4], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(model.decode(latents), found[2], atol=1e-5, rtol=1e-5)
 
@@ -108,26 +108,26 @@ def test_the_canvas_code_starts_as_the_code_of_the_latents():
     for module in (code, canvas_code):
         module.weight.data.copy_(module.initial_weight())
         module.bias.data.zero_()
-    canvas = torch.nn.functional.pixel_unshuffle(pictures(), 2).permute(0, 2, 3, 1)
+    canvas = torch.nn.functional.pixel_unshuffle(images(), 2).permute(0, 2, 3, 1)
     found = canvas_code(pack(canvas, 4)).permute(0, 3, 1, 2)
-    torch.testing.assert_close(found, code(pictures()), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, code(images()), atol=1e-5, rtol=0)
     assert torch.equal(unpack(pack(canvas, 4), 4), canvas)
 
 
 def test_forward_decodes_a_sample_of_the_posterior(model):
-    output = model(image=pictures(), noise=noise(), n_steps=4, n_backprop_steps=2)
+    output = model(image=images(), noise=noise(), n_steps=4, n_backprop_steps=2)
     shifted = output.mean + torch.exp(0.5 * output.logvar) * noise()
     before, last = model.decode_steps(shifted, [3, 4])
     torch.testing.assert_close(output.reconstruction, last)
     torch.testing.assert_close(output.intermediates, before[None])
-    assert not len(model(image=pictures(), n_steps=1).intermediates)
+    assert not len(model(image=images(), n_steps=1).intermediates)
 
 
 def test_training_takes_full_steps(model):
     """Averaging starts at step 4, and outside training."""
     for n_steps, same in ((3, True), (4, False)):
-        averaged = model.eval()(image=pictures(), n_steps=n_steps).reconstruction
-        full = model.train()(image=pictures(), n_steps=n_steps).reconstruction
+        averaged = model.eval()(image=images(), n_steps=n_steps).reconstruction
+        full = model.train()(image=images(), n_steps=n_steps).reconstruction
         assert torch.allclose(averaged, full, atol=1e-6) == same
     now = model.decoder.begin(noise())
     after, update = model.decoder.advance(now, 9)
@@ -148,14 +148,14 @@ def test_step_numbers_matter_less_and_less(model):
 
 
 def alone(model, latent, threshold, n_steps):
-    """One sample, decoded step by step until its picture settles: the obvious loop."""
-    previous = model.decoder.picture(model.decoder.begin(latent))
+    """One sample, decoded step by step until its image settles: the obvious loop."""
+    previous = model.decoder.image(model.decoder.begin(latent))
     for k in range(1, n_steps + 1):
-        (picture,) = model.decode_steps(latent, [k])
-        change = (picture - previous).square().mean().sqrt().item()
+        (image,) = model.decode_steps(latent, [k])
+        change = (image - previous).square().mean().sqrt().item()
         if change < threshold:
-            return picture, k
-        previous = picture
+            return image, k
+        previous = image
     return previous, n_steps
 
 
@@ -177,7 +177,7 @@ def test_exit_equals_a_loop_per_sample(model, settling):
         expected = [alone(model, latents[i : i + 1], threshold, 9) for i in range(12)]
         same = model.decode(latents, n_steps=9, exit_threshold=threshold)
     assert steps.tolist() == [k for _, k in expected] and len(set(steps.tolist())) >= 3
-    torch.testing.assert_close(decoded, torch.cat([picture for picture, _ in expected]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(decoded, torch.cat([image for image, _ in expected]), atol=1e-5, rtol=0)
     assert torch.equal(same, decoded)
 
 
@@ -211,7 +211,7 @@ def saved_bytes(model, n_steps, n_backprop_steps):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = model(image=pictures(), noise=noise(), n_steps=n_steps, n_backprop_steps=n_backprop_steps)
+        output = model(image=images(), noise=noise(), n_steps=n_steps, n_backprop_steps=n_backprop_steps)
     assert output.reconstruction.requires_grad
     return sum(size for _, size in kept)
 
@@ -231,15 +231,15 @@ def test_a_window_of_all_steps_is_the_full_graph(model):
 def test_truncated_gradient_is_that_of_the_last_steps_alone(model):
     cut = gradients(model, n_steps=5, n_backprop_steps=2)
     model.zero_grad()
-    mean, logvar = model.encode(pictures())
+    mean, logvar = model.encode(images())
     now = model.decoder.begin(mean + torch.exp(0.5 * logvar) * noise())
     for k in range(1, 4):
         now, _ = model.decoder.advance(now, k)
     now.state, now.correction = now.state.detach(), now.correction.detach()
     now, _ = model.decoder.advance(now, 4)
-    intermediate = model.decoder.picture(now)
+    intermediate = model.decoder.image(now)
     now, _ = model.decoder.advance(now, 5)
-    (model.decoder.picture(now).square().mean() + intermediate.abs().sum() / 1000).backward()
+    (model.decoder.image(now).square().mean() + intermediate.abs().sum() / 1000).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(cut[name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
 
@@ -278,7 +278,7 @@ def test_compiled_graphs_serve_every_depth():
     n_graphs = []
     with torch.no_grad():
         for n_steps in (2, 3, 9, 5):
-            arguments = {"image": pictures(), "noise": noise(), "n_steps": n_steps}
+            arguments = {"image": images(), "noise": noise(), "n_steps": n_steps}
             expected = model(**arguments).reconstruction
             torch.testing.assert_close(compiled(**arguments).reconstruction, expected)
             n_graphs.append(len(graphs))
@@ -294,10 +294,10 @@ def test_posterior_refinement_starts_at_nothing_and_is_used():
         RecurrentVAE(RecurrentVAEConfig(**TINY, n_posterior_refinements=n)).requires_grad_(False) for n in (0, 2)
     )
     refined.load_state_dict(plain.state_dict(), strict=False)
-    for first, second in zip(plain.encode(pictures()), refined.encode(pictures())):
+    for first, second in zip(plain.encode(images()), refined.encode(images())):
         assert torch.equal(first, second)
     refined.refiner.head.weight.normal_(std=0.1)
-    assert not torch.allclose(plain.encode(pictures())[0], refined.encode(pictures())[0], atol=1e-2)
+    assert not torch.allclose(plain.encode(images())[0], refined.encode(images())[0], atol=1e-2)
 
 
 def test_posterior_refinement_sees_the_error_of_the_reconstruction():
@@ -305,10 +305,10 @@ def test_posterior_refinement_sees_the_error_of_the_reconstruction():
     seen = []
     model.refiner.register_forward_hook(lambda _, inputs, output: seen.append((*inputs, output)))
     with torch.no_grad():
-        mean, _ = model.encode(pictures())
+        mean, _ = model.encode(images())
         (error, posterior, correction) = seen[0]
         before = posterior[:, :4]
-        torch.testing.assert_close(error, pictures() - model.decode(before, n_steps=model.REFINEMENT_STEPS))
+        torch.testing.assert_close(error, images() - model.decode(before, n_steps=model.REFINEMENT_STEPS))
         torch.testing.assert_close(mean, before + correction[:, :4])
 
 
@@ -324,21 +324,21 @@ def test_save_and_load_change_nothing(tmp_path):
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
     # Matrix products round differently where loaded weights lie at other offsets in memory.
-    expected, found = (each(image=pictures()).reconstruction for each in (model, loaded))
+    expected, found = (each(image=images()).reconstruction for each in (model, loaded))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
 
 
 def test_outputs_are_fp32_under_autocast(model):
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        output = model(image=pictures(), noise=noise())
+        output = model(image=images(), noise=noise())
     assert {value.dtype for value in output.values()} == {torch.float32}
-    exact = model(image=pictures(), noise=noise())
+    exact = model(image=images(), noise=noise())
     torch.testing.assert_close(output.reconstruction, exact.reconstruction, atol=0.1, rtol=0.1)
 
 
 def test_samples_are_independent(model):
-    changed = torch.cat([pictures()[:1], -pictures()[1:]])
-    assert torch.equal(model(image=pictures()).reconstruction[0], model(image=changed).reconstruction[0])
+    changed = torch.cat([images()[:1], -images()[1:]])
+    assert torch.equal(model(image=images()).reconstruction[0], model(image=changed).reconstruction[0])
 
 
 @pytest.mark.parametrize(
@@ -348,7 +348,7 @@ def test_samples_are_independent(model):
         (lambda m: m.decode(torch.zeros(1, 3, 2, 2)), r"latents of shape \(1, 3, 2, 2\) cannot be decoded"),
         (lambda m: m.decode(noise(), n_steps=0), "n_steps=0 must be >= 1"),
         (lambda m: m.decode_steps(noise(), [2, 0]), "n_steps=0 must be >= 1"),
-        (lambda m: m(image=pictures(), n_backprop_steps=0), "n_backprop_steps=0 must be >= 1"),
+        (lambda m: m(image=images(), n_backprop_steps=0), "n_backprop_steps=0 must be >= 1"),
         (lambda m: m.decode(noise(), exit_threshold=0.0), "exit_threshold=0.0 must be > 0"),
     ],
 )

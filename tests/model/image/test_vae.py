@@ -15,7 +15,7 @@ def model():
     return vae
 
 
-def pictures(n=2, height=16, width=24):
+def images(n=2, height=16, width=24):
     return torch.rand(n, 3, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
@@ -26,7 +26,7 @@ def test_shapes_round_trip(patch_size, stages):
     vae = ImageVAE(ImageVAEConfig(image_size=32, patch_size=patch_size, latent_channels=5, **widths, **blocks))
     f = patch_size * 2 ** (stages - 1)
     assert vae.config.compression == f and vae.latent_shape(32) == (5, 32 // f, 32 // f)
-    output = vae(image=pictures(1, 32, 64))
+    output = vae(image=images(1, 32, 64))
     assert output.reconstruction.shape == (1, 3, 32, 64)
     assert output.mean.shape == output.logvar.shape == (1, 5, 32 // f, 64 // f)
 
@@ -47,11 +47,11 @@ def test_patterns_are_orthonormal_and_nested():
     for module in (code, back):
         module.weight.data.copy_(module.initial_weight())
         module.bias.data.zero_()
-    torch.testing.assert_close(back(code(pictures())), pictures(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(back(code(images())), images(), atol=1e-5, rtol=0)
 
 
 def test_noise_is_in_units_of_the_posterior(model):
-    image = pictures()
+    image = images()
     output = model(image=image, noise=torch.ones(2, 4, 2, 3))
     shifted = model.decode(output.mean + torch.exp(0.5 * output.logvar))
     torch.testing.assert_close(output.reconstruction, shifted)
@@ -65,7 +65,7 @@ def test_save_and_load_change_nothing(model, tmp_path):
     assert model.state_dict().keys() == loaded.state_dict().keys()
     for name, value in model.state_dict().items():
         assert torch.equal(value, loaded.state_dict()[name]), name
-    assert torch.equal(model(image=pictures()).reconstruction, loaded(image=pictures()).reconstruction)
+    assert torch.equal(model(image=images()).reconstruction, loaded(image=images()).reconstruction)
 
 
 def test_zero_initialised_layers_stay_zero():
@@ -78,14 +78,14 @@ def test_gradient_checkpointing_runs_blocks_twice(model):
     calls = []
     model.encoder.blocks[0].conv.register_forward_hook(lambda *_: calls.append(1))
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.train()(image=pictures()).reconstruction.mean().backward()
+    model.train()(image=images()).reconstruction.mean().backward()
     assert len(calls) == 2
 
 
 def test_gradient_checkpointing_changes_nothing(model):
     def gradients():
         model.zero_grad()
-        model.train()(image=pictures(), noise=torch.ones(2, 4, 2, 3)).reconstruction.square().mean().backward()
+        model.train()(image=images(), noise=torch.ones(2, 4, 2, 3)).reconstruction.square().mean().backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     plain = gradients()
@@ -96,22 +96,22 @@ def test_gradient_checkpointing_changes_nothing(model):
 
 def test_compiles_without_graph_breaks(model):
     compiled = torch.compile(model, fullgraph=True, backend="eager")
-    expected = model(image=pictures(), noise=torch.ones(2, 4, 2, 3))
+    expected = model(image=images(), noise=torch.ones(2, 4, 2, 3))
     torch.testing.assert_close(
-        compiled(image=pictures(), noise=torch.ones(2, 4, 2, 3)).reconstruction, expected.reconstruction
+        compiled(image=images(), noise=torch.ones(2, 4, 2, 3)).reconstruction, expected.reconstruction
     )
 
 
 def test_posterior_stays_in_fp32_under_autocast(model):
     with torch.autocast("cpu", torch.bfloat16):
-        output = model(image=pictures(), noise=torch.zeros(2, 4, 2, 3))
+        output = model(image=images(), noise=torch.zeros(2, 4, 2, 3))
     assert {value.dtype for value in output.values()} == {torch.float32}
-    exact = model(image=pictures())
+    exact = model(image=images())
     torch.testing.assert_close(output.mean, exact.mean, atol=0.05, rtol=0.05)
 
 
 def test_samples_are_independent(model):
-    image = pictures()
+    image = images()
     changed = torch.cat([image[:1], -image[1:]])
     assert torch.equal(model(image=image).reconstruction[0], model(image=changed).reconstruction[0])
 

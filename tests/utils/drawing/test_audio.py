@@ -1,4 +1,4 @@
-"""Pictures of sound: what lies where, in which colour."""
+"""Images of sound: what lies where, in which colour."""
 
 import math
 
@@ -14,12 +14,12 @@ from utils.drawing.audio import (
     SIGNED,
     WARM,
     colored,
-    latent_picture,
+    latent_image,
     mel_triple,
     phase_errors,
-    phase_picture,
+    phase_image,
     strip_sheet,
-    waveform_picture,
+    waveform_image,
 )
 from utils.drawing.images import Group
 
@@ -27,12 +27,12 @@ RED = (255, 0, 0)
 
 
 def test_low_rows_are_at_the_bottom_and_values_go_along_the_palette():
-    picture = colored(torch.tensor([[0.0, 5.0], [10.0, 99.0], [math.nan, -math.inf]]), 0, 10)
-    assert picture.size == (2, 3)
-    assert picture.getpixel((0, 2)) == WARM[0] and picture.getpixel((0, 1)) == picture.getpixel((1, 1)) == WARM[-1]
-    assert picture.getpixel((0, 0)) == picture.getpixel((1, 0)) == WARM[0]  # not finite
+    image = colored(torch.tensor([[0.0, 5.0], [10.0, 99.0], [math.nan, -math.inf]]), 0, 10)
+    assert image.size == (2, 3)
+    assert image.getpixel((0, 2)) == WARM[0] and image.getpixel((0, 1)) == image.getpixel((1, 1)) == WARM[-1]
+    assert image.getpixel((0, 0)) == image.getpixel((1, 0)) == WARM[0]  # not finite
     middle = (np.array(WARM[3]) + np.array(WARM[4])) / 2
-    assert np.allclose(picture.getpixel((1, 2)), middle, atol=1)
+    assert np.allclose(image.getpixel((1, 2)), middle, atol=1)
 
 
 def test_brightness_of_the_warm_palette_rises():
@@ -56,7 +56,7 @@ def test_clips_of_one_sheet_have_one_scale_of_time():
     assert mel_triple(mel[:, :1], mel, -11.5, 4000)[0].width == 1
 
 
-def test_a_sheet_holds_pictures_of_any_size_in_columns():
+def test_a_sheet_holds_images_of_any_size_in_columns():
     groups = [
         Group([Image.new("RGB", size, RED) for size in sizes], "a caption far too long to fit " * 4)
         for sizes in ([(30, 40), (100, 20)], [(60, 10), (10, 10)])
@@ -69,12 +69,12 @@ def test_a_sheet_holds_pictures_of_any_size_in_columns():
 
 def test_waveforms_are_drawn_at_one_scale():
     loud = torch.sin(torch.arange(4800) * 0.3)
-    sheet = np.asarray(waveform_picture({"real": loud, "generated": 0.5 * loud[:2400]}, 16000))
+    sheet = np.asarray(waveform_image({"real": loud, "generated": 0.5 * loud[:2400]}, 16000))
     real, generated = ((sheet == color).all(2) for color in (BLUE, ORANGE))
     assert real.any(1).sum() > 90 and 40 < generated.any(1).sum() < 56
     tall = generated.sum(0) > 5
     assert abs(tall.sum() - MAX_WIDTH / 2) <= 2
-    assert waveform_picture({"silent": torch.zeros(10), "broken": torch.full((10,), math.nan)}, 16000).width > 0
+    assert waveform_image({"silent": torch.zeros(10), "broken": torch.full((10,), math.nan)}, 16000).width > 0
 
 
 def test_phase_errors_of_a_known_turn():
@@ -83,15 +83,15 @@ def test_phase_errors_of_a_known_turn():
         phase, frequency, weight = phase_errors(real, made, 256, 64)
         assert torch.allclose(phase, torch.full_like(phase, expected), atol=1e-3) and frequency.max() < 1e-2
         assert weight.max() == 1 and phase.shape == (129, 125)
-    picture, means = phase_picture(real, torch.randn(8000, generator=torch.Generator().manual_seed(1)), 256, 64)
-    assert picture.width > 240
+    image, means = phase_image(real, torch.randn(8000, generator=torch.Generator().manual_seed(1)), 256, 64)
+    assert image.width > 240
     assert means["phase"] == pytest.approx(math.pi / 2, abs=0.1)
     assert 0.8 < means["frequency"] < 1.3  # Frames overlap, so that chance gives less.
 
 
 def test_latents_are_normalised_per_row():
     latents = torch.randn(4, 30, generator=torch.Generator().manual_seed(0))
-    scaled = latent_picture(latents * torch.tensor([[1.0], [100], [0.01], [5]]) + 7)
-    assert np.abs(np.asarray(scaled).astype(int) - np.asarray(latent_picture(latents)).astype(int)).max() <= 1
-    assert latent_picture(torch.zeros(4, 30)).getpixel((5, 5)) == SIGNED[2]
-    assert latent_picture(torch.zeros(4, 10, 30)).height == 6 * 40
+    scaled = latent_image(latents * torch.tensor([[1.0], [100], [0.01], [5]]) + 7)
+    assert np.abs(np.asarray(scaled).astype(int) - np.asarray(latent_image(latents)).astype(int)).max() <= 1
+    assert latent_image(torch.zeros(4, 30)).getpixel((5, 5)) == SIGNED[2]
+    assert latent_image(torch.zeros(4, 10, 30)).height == 6 * 40

@@ -8,23 +8,23 @@ from PIL import Image
 from dataset_loading.cached import spread
 from utils.drawing.images import (
     Group,
-    channel_pictures,
+    channel_images,
     difference,
     draw_sheet,
     fit_cell,
     pad_to_multiple,
     resize_shorter_side,
-    save_picture,
-    to_picture,
+    save_image,
+    to_image,
 )
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
-def test_to_picture_rounds_and_clamps_and_makes_grey_rgb():
-    picture = to_picture(torch.tensor([[[-1.0, 1.0, 0.0, 7.0]]]))
-    assert [picture.getpixel((x, 0)) for x in range(4)] == [(0,) * 3, (255,) * 3, (128,) * 3, (255,) * 3]
-    assert to_picture(torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1)).getpixel((0, 0)) == RED
+def test_to_image_rounds_and_clamps_and_makes_grey_rgb():
+    image = to_image(torch.tensor([[[-1.0, 1.0, 0.0, 7.0]]]))
+    assert [image.getpixel((x, 0)) for x in range(4)] == [(0,) * 3, (255,) * 3, (128,) * 3, (255,) * 3]
+    assert to_image(torch.tensor([1.0, -1.0, -1.0]).view(3, 1, 1)).getpixel((0, 0)) == RED
 
 
 def test_difference_is_black_where_equal_and_white_from_half_the_range_on():
@@ -33,15 +33,15 @@ def test_difference_is_black_where_equal_and_white_from_half_the_range_on():
     assert difference(a, b).tolist() == [-1.0, 0.0, 1.0, 1.0]
 
 
-def test_channel_pictures_are_normalised_per_channel():
+def test_channel_images_are_normalised_per_channel():
     latents = torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(0))
-    scaled = channel_pictures(latents * torch.tensor([0.01, 100.0]).view(2, 1, 1) + 5)
-    assert torch.allclose(scaled, channel_pictures(latents), atol=1e-4) and scaled.shape == (4, 2, 1, 5, 5)
-    assert torch.equal(channel_pictures(torch.ones(1, 1, 2, 2)), torch.zeros(1, 1, 1, 2, 2))
+    scaled = channel_images(latents * torch.tensor([0.01, 100.0]).view(2, 1, 1) + 5)
+    assert torch.allclose(scaled, channel_images(latents), atol=1e-4) and scaled.shape == (4, 2, 1, 5, 5)
+    assert torch.equal(channel_images(torch.ones(1, 1, 2, 2)), torch.zeros(1, 1, 1, 2, 2))
 
 
 @pytest.mark.parametrize(("size", "inside"), [((20, 10), (60, 30)), ((300, 150), (64, 32)), ((2, 500), (1, 64))])
-def test_a_cell_holds_the_whole_picture_with_its_proportions(size, inside):
+def test_a_cell_holds_the_whole_image_with_its_proportions(size, inside):
     cell = np.asarray(fit_cell(Image.new("RGB", size, RED), 64))
     red = (cell == RED).all(2)
     assert cell.shape == (64, 64, 3) and (red.any(0).sum(), red.any(1).sum()) == inside
@@ -52,7 +52,7 @@ def test_a_sheet_places_every_group():
     sheet = draw_sheet(groups, ("input", "reconstruction"), n_across=2, title="title")
     for color in (RED, BLUE):
         assert (np.asarray(sheet) == color).all(2).sum() == 3 * 128**2
-    bare = draw_sheet([Group(group.pictures) for group in groups], n_across=2)
+    bare = draw_sheet([Group(group.images) for group in groups], n_across=2)
     assert bare.width == sheet.width and bare.height < sheet.height
 
 
@@ -70,7 +70,7 @@ def test_spread_is_even_and_without_repetition():
 
 
 @pytest.mark.parametrize("size", [(8, 16), (7, 9), (1, 1)])
-def test_padding_keeps_the_picture_in_its_corner(size):
+def test_padding_keeps_the_image_in_its_corner(size):
     image = torch.rand(2, 3, *size)
     padded = pad_to_multiple(image, 8)
     assert padded.shape[2] % 8 == padded.shape[3] % 8 == 0 and padded.shape[2] - size[0] < 8
@@ -83,9 +83,9 @@ def test_the_shorter_side_gets_the_length():
     assert resize_shorter_side(Image.new("RGB", (20, 33)), 10).size == (10, 16)
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path):
+def test_a_image_that_cannot_be_written_leaves_the_old_one(tmp_path):
     file = tmp_path / "made" / "a.png"
-    save_picture(Image.new("RGB", (2, 2), RED), file)
+    save_image(Image.new("RGB", (2, 2), RED), file)
     with pytest.raises(OSError):
-        save_picture(Image.new("F", (2, 2)), file)  # PNG has no float pixels.
+        save_image(Image.new("F", (2, 2)), file)  # PNG has no float pixels.
     assert Image.open(file).getpixel((0, 0)) == RED

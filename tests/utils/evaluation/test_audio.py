@@ -196,10 +196,10 @@ def test_bf16_changes_little(run, vocoder):
     assert report["precision"] == "bf16 autocast" and 0 < abs(difference) < 0.05
 
 
-def test_flags_of_pictures_are_refused_for_sound_and_the_reverse(refused, vocoder, vae, picture_cache, tmp_path):
+def test_flags_of_images_are_refused_for_sound_and_the_reverse(refused, vocoder, vae, image_cache, tmp_path):
     for words in (["--dataset", "x"], ["--batch_size", "3"], ["--vocoder_checkpoint", "x"], ["--references", "jpeg"]):
         assert f"{words[0]}: no effect on {vocoder}, which is of stage 'vocoder'" in refused(vocoder, *words)
-    image_vae = save_checkpoint(tmp_path / "image_vae", picture_cache)
+    image_vae = save_checkpoint(tmp_path / "image_vae", image_cache)
     assert "--metrics: no effect" in refused(image_vae, "--metrics", "mel")
     wrong = refused(vocoder, "--metrics", "mel", "pesk")
     assert "'pesk' must be one of 'pesq', 'stoi', 'mel'" in wrong and "did you mean 'pesq'?" in wrong

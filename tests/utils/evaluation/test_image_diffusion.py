@@ -13,10 +13,10 @@ import evaluate
 from dataset_loading.image.latents import ImageLatentDataset
 from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
 from tests.helpers.image_vae_checkpoint import save_checkpoint
-from utils.evaluation.image_diffusion import LatentPictures, distinct_captions, generation_metrics, train_probe
-from utils.evaluation.source_images import SourcePictures
+from utils.evaluation.image_diffusion import LatentImages, distinct_captions, generation_metrics, train_probe
+from utils.evaluation.source_images import SourceImages
 from utils.generation.text_to_image import SamplingArguments, TextToImage
-from utils.metrics.caption_agreement import N_POOLED, PictureFeatures
+from utils.metrics.caption_agreement import N_POOLED, ImageFeatures
 from utils.metrics.feature_sets import compare_sets
 from utils.seeds import seed_of
 
@@ -62,27 +62,27 @@ def test_the_report_is_complete(report, checkpoint, latent_cache):
     assert report["scores"].keys() == {"real", "training", "reconstruction", "generated", "shuffled", "chance"}
     assert report["definitions"].keys() >= {"reference", "rows", "frechet", "precision", "memorisation", "agreement"}
     assert report["sampling"]["sampler"] == "dpmpp_2m" and report["sampling"]["n_steps"] == 2
-    assert report["model"]["seconds_per_picture"] > 0 and report["memorisation"]["n_training"] > 50
+    assert report["model"]["seconds_per_image"] > 0 and report["memorisation"]["n_training"] > 50
     numbers = [value for row in report["scores"].values() for value in row.values()]
     assert all(math.isfinite(number) for number in numbers)
 
 
-def test_numbers_are_those_of_pictures_drawn_one_by_one(report, checkpoint, latent_cache):
-    text_to_image, look = TextToImage.load(checkpoint), PictureFeatures()
+def test_numbers_are_those_of_images_drawn_one_by_one(report, checkpoint, latent_cache):
+    text_to_image, look = TextToImage.load(checkpoint), ImageFeatures()
     latents = ImageLatentDataset(latent_cache, "validation")
-    source, settings = SourcePictures(latents), SamplingArguments(n_steps=2)
+    source, settings = SourceImages(latents), SamplingArguments(n_steps=2)
     real, drawn = [], []
     for index, entry in enumerate(latents.entries):
         real.append(look(source[index][None]))
-        drawn.append(look(text_to_image.pictures([entry["caption"]], [seed_of(0, f"{entry['key']} 0")], settings)))
+        drawn.append(look(text_to_image.images([entry["caption"]], [seed_of(0, f"{entry['key']} 0")], settings)))
     expected = compare_sets(torch.cat(real)[:, :N_POOLED], torch.cat(drawn)[:, :N_POOLED])
     for name in ("frechet", "kid", "precision", "recall"):
         assert report["scores"]["generated"][name] == pytest.approx(expected[name], rel=1e-3, abs=1e-6)
 
 
-def test_source_pictures_are_what_the_latents_were_made_of(checkpoint, latent_cache):
+def test_source_images_are_what_the_latents_were_made_of(checkpoint, latent_cache):
     latents = ImageLatentDataset(latent_cache, "train")
-    vae, source = TextToImage.load(checkpoint).vae, SourcePictures(latents)
+    vae, source = TextToImage.load(checkpoint).vae, SourceImages(latents)
     for index in (0, len(latents) - 1):
         mean = vae.normalize_latents(vae.encode(source[index][None])[0])[0]
         assert (mean - latents[index]["mean"]).abs().max() < 0.01 * mean.abs().max()
@@ -103,7 +103,7 @@ def test_curve_sheet_and_tensorboard(report, checkpoint):
     ]
     assert f"{group}/curve" in events.Tags()["images"] and f"{group}/agreement" in events.Tags()["scalars"]
     assert Image.open(checkpoint.parent / "curve.png").width > 2 * 128
-    assert Image.open(checkpoint.parent / "contact_sheet.png").width > 10 * 128  # Two captions, five pictures each.
+    assert Image.open(checkpoint.parent / "contact_sheet.png").width > 10 * 128  # Two captions, five images each.
 
 
 def test_seeds_and_batches(run):
@@ -139,12 +139,12 @@ def test_the_table_explains_itself(run, capsys):
         assert phrase in text
 
 
-def test_reconstructions_stand_for_pictures_that_are_gone(run, refused, latent_cache, caplog):
+def test_reconstructions_stand_for_images_that_are_gone(run, refused, latent_cache, caplog):
     raw, hidden = latent_cache.parent / "raw", latent_cache.parent / "hidden"
     raw.rename(hidden)
     try:
         report = run()
-        assert "raw pictures cannot be read" in caplog.text
+        assert "raw images cannot be read" in caplog.text
         assert "does not exist" in refused("--compare_with", "real")
     finally:
         hidden.rename(raw)
@@ -153,7 +153,7 @@ def test_reconstructions_stand_for_pictures_that_are_gone(run, refused, latent_c
     assert run("--compare_with", "reconstruction")["scores"]["generated"] == report["scores"]["generated"]
 
 
-def test_a_folder_of_captioned_pictures(run, latent_cache):
+def test_a_folder_of_captioned_images(run, latent_cache):
     report = run("--dataset", latent_cache.parent / "raw", "--max_samples", 5, "--contact_sheet", 2)
     assert report["data"]["folder"].endswith("raw") and report["data"]["n_samples"] == 5
     assert report["scores"]["generated"]["kid"] is not None
@@ -172,9 +172,9 @@ def test_captions_that_are_all_equal_are_named(run, latent_cache, tmp_path, capl
     assert "No agreement" in capsys.readouterr().out
 
 
-def test_flags_of_another_stage_are_refused(refused, picture_cache, tmp_path):
+def test_flags_of_another_stage_are_refused(refused, image_cache, tmp_path):
     assert "--references: no effect on" in refused("--references", "jpeg")
-    vae = save_checkpoint(tmp_path / "vae", picture_cache)
+    vae = save_checkpoint(tmp_path / "vae", image_cache)
     message = refused("--checkpoint", vae, "--curve", "--seed", "1")  # `run` gives --n_steps.
     assert f"--curve, --n_steps, --seed: no effect on {vae}, which is of stage 'image_vae'" in message
 
@@ -210,5 +210,5 @@ def test_rows_of_the_contact_sheet_have_different_captions():
     assert distinct_captions(samples, 0) == []
 
 
-def test_latents_without_source_have_no_picture(latent_cache):
-    assert LatentPictures(ImageLatentDataset(latent_cache, "train"))[0].keys() == {"mean", "index"}
+def test_latents_without_source_have_no_image(latent_cache):
+    assert LatentImages(ImageLatentDataset(latent_cache, "train"))[0].keys() == {"mean", "index"}

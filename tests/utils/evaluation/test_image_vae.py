@@ -19,8 +19,8 @@ from utils.metrics.images import psnr
 
 
 @pytest.fixture(scope="module")
-def checkpoint(picture_cache, tmp_path_factory):
-    return save_checkpoint(tmp_path_factory.mktemp("runs") / "image_vae" / "small", picture_cache)
+def checkpoint(image_cache, tmp_path_factory):
+    return save_checkpoint(tmp_path_factory.mktemp("runs") / "image_vae" / "small", image_cache)
 
 
 @pytest.fixture(scope="module")
@@ -48,18 +48,18 @@ def refused(run, caplog):
     return call
 
 
-def test_the_report_is_in_the_run_folder_and_complete(report, checkpoint, picture_cache):
+def test_the_report_is_in_the_run_folder_and_complete(report, checkpoint, image_cache):
     written = json.loads((checkpoint.parent / "metrics.json").read_text())
     assert written == report and written["step"] == 4 and written["weights"] == "ema"
-    n_samples = len(ImageDataset(picture_cache, "validation"))
+    n_samples = len(ImageDataset(image_cache, "validation"))
     assert written["data"]["n_samples"] == n_samples and written["data"]["is_the_runs_own"]
     assert written["model"]["latent_shape"] == [16, 4, 4] and written["model"]["compression"] == 12.0
     assert written["scores"].keys() == {"model", "jpeg", "thumbnail"}
     assert written["definitions"].keys() >= {"psnr_db", "ssim", "perceptual", "frechet", "kid"}
 
 
-def test_numbers_are_means_over_all_pictures(report, checkpoint, picture_cache):
-    dataset, model = ImageDataset(picture_cache, "validation"), load_model(ImageVAE, checkpoint)
+def test_numbers_are_means_over_all_images(report, checkpoint, image_cache):
+    dataset, model = ImageDataset(image_cache, "validation"), load_model(ImageVAE, checkpoint)
     image = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
     with torch.no_grad():
         output = model(image=image)
@@ -117,15 +117,15 @@ def test_bf16_changes_little(run):
     assert 0 < abs(difference) < 0.05
 
 
-def test_a_folder_of_pictures(run, picture_folder):
-    data = run("--dataset", picture_folder, "--max_samples", 2)["data"]
-    assert data == {"folder": str(picture_folder), "split": "", "fingerprint": None, "is_the_runs_own": False} | {
+def test_a_folder_of_images(run, image_folder):
+    data = run("--dataset", image_folder, "--max_samples", 2)["data"]
+    assert data == {"folder": str(image_folder), "split": "", "fingerprint": None, "is_the_runs_own": False} | {
         "n_samples": 2
     }
 
 
-def test_a_cache_of_another_size_is_refused_with_both(refused, picture_folder, tmp_path):
-    words = ["--dataset_name", picture_folder, "--output_dir", tmp_path / "cache", "--image_size", 16, "--limit", 9]
+def test_a_cache_of_another_size_is_refused_with_both(refused, image_folder, tmp_path):
+    words = ["--dataset_name", image_folder, "--output_dir", tmp_path / "cache", "--image_size", 16, "--limit", 9]
     ImageVAEPreprocess.main([str(word) for word in [*words, "--validation_fraction", 0.5, "--num_workers", 0]])
     message = refused("--cached_dataset", tmp_path / "cache")
     assert "image_size=16" in message and "image_size=32" in message
@@ -140,8 +140,8 @@ def test_flags_without_effect_are_refused(run, capsys):
     assert "--checkpoint is missing" in capsys.readouterr().err
 
 
-def test_absent_averaged_weights_are_refused_only_where_asked_for(picture_cache, tmp_path, caplog):
-    folder = save_checkpoint(tmp_path / "run", picture_cache, with_average=False)
+def test_absent_averaged_weights_are_refused_only_where_asked_for(image_cache, tmp_path, caplog):
+    folder = save_checkpoint(tmp_path / "run", image_cache, with_average=False)
     words = ["--checkpoint", str(folder), "--max_samples", "1", "--references"]
     assert evaluate.main(words)["weights"] == "raw"
     with pytest.raises(SystemExit):
@@ -164,8 +164,8 @@ def rewritten(checkpoint, tmp_path):
     return call
 
 
-def test_a_data_set_that_was_made_anew_is_named(rewritten, picture_cache, caplog):
-    folder = rewritten(data={"folder": str(picture_cache), "fingerprint": "another"})
+def test_a_data_set_that_was_made_anew_is_named(rewritten, image_cache, caplog):
+    folder = rewritten(data={"folder": str(image_cache), "fingerprint": "another"})
     report = evaluate.main(["--checkpoint", str(folder), "--max_samples", "1", "--references"])
     assert "was made anew since the run trained on it (fingerprint another" in caplog.text
     assert not report["data"]["is_the_runs_own"]
@@ -178,8 +178,8 @@ def test_a_stage_without_evaluator_is_refused(rewritten, caplog):
     assert "of stage 'poetry', which has no evaluator; known: image_vae" in caplog.text
 
 
-def test_broken_weights_are_named(picture_cache, tmp_path, caplog):
-    folder = save_checkpoint(tmp_path / "run", picture_cache, with_average=False)
+def test_broken_weights_are_named(image_cache, tmp_path, caplog):
+    folder = save_checkpoint(tmp_path / "run", image_cache, with_average=False)
     model = load_model(ImageVAE, folder)
     torch.nn.init.constant_(model.decoder.head.bias, float("nan"))
     model.save_pretrained(folder)

@@ -14,8 +14,8 @@ from utils.generation.latents import load_vae, standardized_posterior, vae_finge
 
 
 @pytest.fixture(scope="module")
-def checkpoint(picture_cache, tmp_path_factory):
-    return save_vae(tmp_path_factory.mktemp("vae") / "run", picture_cache)
+def checkpoint(image_cache, tmp_path_factory):
+    return save_vae(tmp_path_factory.mktemp("vae") / "run", image_cache)
 
 
 def edit_json(file, **changes):
@@ -42,14 +42,14 @@ def test_the_class_follows_the_stage(checkpoint, tmp_path):
         load_vae(tmp_path)
 
 
-def test_unfit_checkpoints_are_refused(checkpoint, picture_cache, tmp_path):
+def test_unfit_checkpoints_are_refused(checkpoint, image_cache, tmp_path):
     with pytest.raises(ValueError, match="preset 'tiny', not 'small'"):
         load_vae(checkpoint, "small")
     with pytest.raises(ValueError, match=r"no latent statistics .*pretrain_image_vae\.py"):
-        load_vae(save_checkpoint(tmp_path, picture_cache))
+        load_vae(save_checkpoint(tmp_path, image_cache))
 
 
-def test_fingerprint_names_the_used_weights_and_the_configuration(checkpoint, picture_cache, tmp_path):
+def test_fingerprint_names_the_used_weights_and_the_configuration(checkpoint, image_cache, tmp_path):
     moved = shutil.copytree(checkpoint, tmp_path / "moved" / "checkpoint-77")
     first = vae_fingerprint(checkpoint)
     assert len(first) == 16 and vae_fingerprint(moved) == vae_fingerprint(moved.parent) == first
@@ -61,7 +61,7 @@ def test_fingerprint_names_the_used_weights_and_the_configuration(checkpoint, pi
     assert vae_fingerprint(moved) == first
     edit_json(moved / "config.json", image_size=64)
     assert vae_fingerprint(moved) != first
-    assert vae_fingerprint(save_vae(tmp_path / "other", picture_cache, latent_mean=0.3)) != first
+    assert vae_fingerprint(save_vae(tmp_path / "other", image_cache, latent_mean=0.3)) != first
     raw = shutil.copytree(checkpoint, tmp_path / "raw" / "checkpoint-4")
     (raw / EMA).unlink()
     mark_complete(raw)

@@ -1,4 +1,4 @@
-"""Captions to pictures: the right VAE, the right text encoder, guidance that is what it says."""
+"""Captions to images: the right VAE, the right text encoder, guidance that is what it says."""
 
 import copy
 import shutil
@@ -27,7 +27,7 @@ def settings(**changes) -> SamplingArguments:
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
-def test_a_picture_depends_on_its_seed_and_prompt_alone(sampler, painter):
+def test_a_image_depends_on_its_seed_and_prompt_alone(sampler, painter):
     prompts, seeds = ["a red disc", "zwölf Bären", "a red disc"], [3, 4, 5]
     together = painter.latents(prompts, seeds, settings(sampler=sampler))
     alone = painter.latents(prompts[1:2], seeds[1:2], settings(sampler=sampler))
@@ -51,17 +51,17 @@ def test_guidance_outside_its_interval_is_none(painter):
     assert torch.allclose(plain, late, atol=1e-5)
 
 
-def test_pictures_are_decoded_in_the_units_of_the_vae(painter):
+def test_images_are_decoded_in_the_units_of_the_vae(painter):
     latents = painter.latents(["a red disc"], [0], settings())
     expected = painter.vae.decode(
         latents * painter.vae.latent_std.view(-1, 1, 1) + painter.vae.latent_mean.view(-1, 1, 1)
     )
-    assert torch.allclose(painter.pictures(["a red disc"], [0], settings()), expected.clamp(-1, 1), atol=1e-5)
+    assert torch.allclose(painter.images(["a red disc"], [0], settings()), expected.clamp(-1, 1), atol=1e-5)
 
 
-def test_another_vae_and_another_stage_are_refused(latent_cache, picture_cache, tmp_path):
+def test_another_vae_and_another_stage_are_refused(latent_cache, image_cache, tmp_path):
     folder = save_diffusion_checkpoint(tmp_path / "run", latent_cache)
-    other = save_vae(tmp_path / "vae", picture_cache, latent_mean=0.3)
+    other = save_vae(tmp_path / "vae", image_cache, latent_mean=0.3)
     with pytest.raises(ValueError, match=r"fingerprint \w+, but the latents that .* come from the VAE \w+"):
         TextToImage.load(folder, str(other))
     with pytest.raises(ValueError, match="stage 'image_vae'; text to image needs image_diffusion"):
@@ -90,7 +90,7 @@ def test_the_configuration_is_fitted_to_the_latents(tmp_path):
         fit_to_latents(config.replace(latent_size=4), latents, ["latent_size=4"], tmp_path)
 
 
-def test_a_model_on_frozen_text_trains_and_draws(latent_cache, picture_cache, tmp_path, fresh_logging):
+def test_a_model_on_frozen_text_trains_and_draws(latent_cache, image_cache, tmp_path, fresh_logging):
     from pretrain_image_diffusion import ImageDiffusionStage
 
     encoder = save_text_encoder(tmp_path / "encoder")
@@ -108,11 +108,11 @@ def test_a_model_on_frozen_text_trains_and_draws(latent_cache, picture_cache, tm
         TextToImage.load(run.folder)
 
 
-def test_pictures_that_are_not_finite_are_an_error(painter):
+def test_images_that_are_not_finite_are_an_error(painter):
     broken = copy.deepcopy(painter)
     torch.nn.init.constant_(broken.vae.decoder.head.bias, torch.inf)
-    with pytest.raises(ValueError, match="the picture of 'a red disc' is not finite"):
-        broken.pictures(["a red disc"], [0], settings())
+    with pytest.raises(ValueError, match="the image of 'a red disc' is not finite"):
+        broken.images(["a red disc"], [0], settings())
 
 
 @pytest.mark.parametrize(

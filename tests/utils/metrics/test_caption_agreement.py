@@ -1,11 +1,11 @@
-"""The probe of text and picture: pictures whose captions are known, and the closed forms behind it."""
+"""The probe of text and image: images whose captions are known, and the closed forms behind it."""
 
 import pytest
 import torch
 
 from utils.metrics.caption_agreement import (
     BLOCKS,
-    PictureFeatures,
+    ImageFeatures,
     TextProbe,
     UnusableCaptionsError,
     caption_folds,
@@ -31,7 +31,7 @@ def scenes():
     """Features and captions of 24 scenes, each drawn eight times; six of the 24 are held out."""
     generator = torch.Generator().manual_seed(0)
     rows = [(c, p, g) for c in COLOURS for p in PLACES for g in GROUNDS for _ in range(8)]
-    look = PictureFeatures()
+    look = ImageFeatures()
     with torch.no_grad():
         features = look(torch.stack([scene(*row, generator) for row in rows]))
     captions = [f"A {colour} square at the {place} on {ground}." for colour, place, ground in rows]
@@ -66,7 +66,7 @@ def test_shuffled_captions_are_not_found(probe, scenes):
     assert abs(probe.agreement(noise, captions)["words"] - 0.5) < 0.15
 
 
-def test_every_picture_gets_another_caption():
+def test_every_image_gets_another_caption():
     captions = ["a", "b", "a", "c", "d"]
     for seed in range(5):
         others = other_captions(captions, seed)

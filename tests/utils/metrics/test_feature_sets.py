@@ -66,14 +66,14 @@ def test_quick_frechet_distance_is_the_slow_one(sizes):
     assert frechet_of_features(a, b) == pytest.approx(frechet_distance(*moments), rel=1e-6)
 
 
-def test_sets_of_few_pictures_have_no_distance():
+def test_sets_of_few_images_have_no_distance():
     real, _ = clouds(n=3)
     assert set(compare_sets(real, real).values()) == {None}
-    with pytest.raises(ValueError, match="need more than 3 pictures, got 3, 3"):
+    with pytest.raises(ValueError, match="need more than 3 images, got 3, 3"):
         precision_recall(real, real)
 
 
-def test_copies_of_training_pictures_are_caught():
+def test_copies_of_training_images_are_caught():
     training, _ = clouds(n=400, m=1, width=8)
     held_out, fresh = (torch.randn(100, 8, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     honest = memorisation(fresh, held_out, training)

@@ -24,14 +24,14 @@ def moments(features, batch=7):
     return result
 
 
-def test_psnr_is_that_of_8_bit_pictures():
+def test_psnr_is_that_of_8_bit_images():
     a, b = torch.tensor([10, 200, 255, 0.0]), torch.tensor([12, 190, 255, 3.0])
     expected = 10 * math.log10(255**2 / ((4 + 100 + 0 + 9) / 4))
-    pictures = (each.view(1, 1, 2, 2) / 127.5 - 1 for each in (a, b))
-    assert psnr(*pictures).item() == pytest.approx(expected, abs=1e-4)
+    images = (each.view(1, 1, 2, 2) / 127.5 - 1 for each in (a, b))
+    assert psnr(*images).item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_psnr_clamps_and_is_capped_and_is_per_picture():
+def test_psnr_clamps_and_is_capped_and_is_per_image():
     a = torch.ones(2, 3, 4, 4)
     b = torch.stack([a[0] * 1.7, -a[1]])
     assert psnr(a, b).tolist() == pytest.approx([10 * math.log10(4 / 1e-10), 0.0], abs=1e-4)
@@ -63,7 +63,7 @@ def test_ssim_is_its_definition():
     assert ssim(a, b).item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_ssim_per_picture_and_its_smallest_size():
+def test_ssim_per_image_and_its_smallest_size():
     a = normal(2, 3, 16, 16).tanh()
     assert ssim(a, torch.stack([a[0], -a[1]])).tolist() == [pytest.approx(1), pytest.approx(ssim(a, -a)[1].item())]
     with pytest.raises(ValueError, match="11 pixels, got 16x10"):

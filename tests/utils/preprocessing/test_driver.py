@@ -21,17 +21,17 @@ AUGMENTED = ["--num_augmented_copies", "2", "--random_resized_crop", "--horizont
 
 @pytest.fixture
 def raw(tmp_path) -> Path:
-    """40 different pictures with captions."""
-    return write_pictures(tmp_path / "raw", 40)
+    """40 different images with captions."""
+    return write_images(tmp_path / "raw", 40)
 
 
-def write_pictures(folder: Path, count: int) -> Path:
+def write_images(folder: Path, count: int) -> Path:
     (folder / "sub").mkdir(parents=True)
     lines = ["file_name,text"]
     for i in range(count):
         pixels = np.random.default_rng(i).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"sub/picture {i}.png")
-        lines.append(f"sub/picture {i}.png,caption {i}")
+        Image.fromarray(pixels).save(folder / f"sub/image {i}.png")
+        lines.append(f"sub/image {i}.png,caption {i}")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
     return folder
 
@@ -54,8 +54,8 @@ def test_manifest_describes_every_sample(raw, tmp_path):
     n_train, n_validation = (manifest["totals"][split]["samples"] for split in ("train", "validation"))
     assert n_train + n_validation == 40 and n_validation > 0
     assert manifest["totals"]["train"]["pixels"] == n_train * 16 * 16
-    entry = manifest["entries"]["train"][0]
-    assert entry["source"] == "sub/picture 0.png" and entry["caption"] == "caption 0"
+    entry = next(entry for entry in manifest["entries"]["train"] if entry["source"] == "sub/image 1.png")
+    assert entry["caption"] == "caption 1"
     assert (entry["copy"], entry["length"], entry["pixels"]) == (0, 16, 256)
     assert not (tmp_path / "out/progress.jsonl").exists()
     assert len(ImageDataset(tmp_path / "out", "validation")) == n_validation
@@ -86,7 +86,7 @@ def test_validation_holds_no_copies_and_no_source_of_training(raw, tmp_path):
 
 
 def test_rows_of_one_file_stay_together(raw, tmp_path):
-    lines = [f"sub/picture {i}.png,view {v}" for i in range(40) for v in range(3)]
+    lines = [f"sub/image {i}.png,view {v}" for i in range(40) for v in range(3)]
     (raw / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
     entries = prepare(raw, tmp_path / "out", "--validation_fraction", "0.3")["entries"]
     sources = {split: {entry["source"] for entry in entries[split]} for split in entries}
@@ -101,7 +101,7 @@ def test_split_does_not_depend_on_other_files():
 
 
 def test_validation_set_of_its_own(raw, tmp_path):
-    own = write_pictures(tmp_path / "own/test", 3).parent
+    own = write_images(tmp_path / "own/test", 3).parent
     manifest = prepare(
         raw, tmp_path / "out", "--validation_dataset", str(own), "--validation_split", "test", "--limit", "5"
     )
@@ -111,7 +111,7 @@ def test_validation_set_of_its_own(raw, tmp_path):
 
 
 def test_same_names_in_training_and_validation_stay_apart(raw, tmp_path):
-    own = write_pictures(tmp_path / "own", 40)
+    own = write_images(tmp_path / "own", 40)
     (own / "metadata.csv").write_text((own / "metadata.csv").read_text().replace("caption", "other"))
     for _ in range(2):
         entries = prepare(raw, tmp_path / "out", "--validation_dataset", str(own))["entries"]
@@ -138,9 +138,9 @@ def test_second_run_adds_only_what_is_missing(raw, tmp_path):
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
-    """150 pictures, and what an uninterrupted run makes of them."""
+    """150 images, and what an uninterrupted run makes of them."""
     folder = tmp_path_factory.mktemp("large")
-    prepare(write_pictures(folder / "raw", 150), folder / "out", *AUGMENTED)
+    prepare(write_images(folder / "raw", 150), folder / "out", *AUGMENTED)
     return folder / "raw", contents(folder / "out")
 
 
@@ -193,7 +193,7 @@ def test_other_settings_are_refused_by_name(raw, tmp_path):
 
 def test_file_names_in_no_encoding_are_no_obstacle(raw, tmp_path):
     (raw / "metadata.csv").unlink()
-    os.rename(raw / "sub/picture 0.png", os.fsencode(raw) + b"/sub/\xff\xfe.png")
+    os.rename(raw / "sub/image 0.png", os.fsencode(raw) + b"/sub/\xff\xfe.png")
     prepare(raw, tmp_path / "out")
     entries = ImageDataset(tmp_path / "out", "train").entries
     assert any(entry["source"] == "sub/\\udcff\\udcfe.png" for entry in entries)
@@ -212,37 +212,37 @@ def test_foreign_folder_is_not_written_into(raw, tmp_path):
 
 
 def test_broken_files_are_reported_and_left_out(raw, tmp_path):
-    (raw / "sub/picture 3.png").write_bytes(b"no picture")
-    (raw / "sub/picture 5.png").unlink()
+    (raw / "sub/image 3.png").write_bytes(b"no image")
+    (raw / "sub/image 5.png").unlink()
     manifest = prepare(raw, tmp_path / "out", "--max_broken_fraction", "0.05", "--num_workers", "2")
-    assert [broken["source"] for broken in manifest["broken"]] == ["sub/picture 3.png", "sub/picture 5.png"]
-    assert manifest["broken"][0]["reason"] == "ValueError: no picture of a known format (10 bytes)"
+    assert [broken["source"] for broken in manifest["broken"]] == ["sub/image 3.png", "sub/image 5.png"]
+    assert manifest["broken"][0]["reason"] == "ValueError: no image of a known format (8 bytes)"
     assert sum(totals["samples"] for totals in manifest["totals"].values()) == 38
 
 
 def test_too_many_broken_files_stop_the_run_and_repair_finishes_it(raw, tmp_path):
-    good = (raw / "sub/picture 3.png").read_bytes()
-    (raw / "sub/picture 3.png").write_bytes(good[:100])
-    with pytest.raises(ValueError, match=r"1 of 40 raw files are broken.*sub/picture 3\.png \(OSError"):
+    good = (raw / "sub/image 3.png").read_bytes()
+    (raw / "sub/image 3.png").write_bytes(good[:100])
+    with pytest.raises(ValueError, match=r"1 of 40 raw files are broken.*sub/image 3\.png \(OSError"):
         prepare(raw, tmp_path / "out")
     assert not (tmp_path / "out/manifest.json").exists()
-    (raw / "sub/picture 3.png").write_bytes(good)
+    (raw / "sub/image 3.png").write_bytes(good)
     assert prepare(raw, tmp_path / "out")["broken"] == []
 
 
-def test_small_pictures_are_skipped_without_counting_as_broken(raw, tmp_path):
-    Image.new("RGB", (100, 10)).save(raw / "sub/picture 2.png")
+def test_small_images_are_skipped_without_counting_as_broken(raw, tmp_path):
+    Image.new("RGB", (100, 10)).save(raw / "sub/image 2.png")
     manifest = prepare(raw, tmp_path / "out", "--max_broken_fraction", "0")
     assert manifest["skipped"] == [
-        {"source": "sub/picture 2.png", "reason": "100x10 pixels, the shorter side is under 16"}
+        {"source": "sub/image 2.png", "reason": "100x10 pixels, the shorter side is under 16"}
     ]
     with pytest.raises(ValueError, match=r"no training samples among 40 raw ones; .*; and 35 more"):
         prepare(raw, tmp_path / "none", "--min_image_size", "500")
 
 
 def test_unwritable_file_stops_the_run_with_its_name(raw, tmp_path):
-    key = sample_key("sub/picture 0.png", 0, 0)
-    split = "validation" if is_validation("sub/picture 0.png", 0.05) else "train"
+    key = sample_key("sub/image 0.png", 0, 0)
+    split = "validation" if is_validation("sub/image 0.png", 0.05) else "train"
     prepare(raw, tmp_path / "out", "--limit", "1", "--validation_fraction", "0")
     (tmp_path / f"out/{split}/{key}.pt").unlink()
     (tmp_path / f"out/{split}/{key}.pt").mkdir()

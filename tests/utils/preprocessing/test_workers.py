@@ -66,34 +66,34 @@ class LengthPreprocess(BatchedPreprocess):
         return {"length": 1}
 
 
-def build(picture_folder, out, *flags):
-    argv = ["--dataset_name", str(picture_folder), "--output_dir", str(out), "--validation_fraction", "0", *flags]
+def build(image_folder, out, *flags):
+    argv = ["--dataset_name", str(image_folder), "--output_dir", str(out), "--validation_fraction", "0", *flags]
     return LengthPreprocess(parse_arguments(BatchedPreprocessArguments, argv, ""))
 
 
-def prepare(picture_folder, out, *flags):
-    manifest = build(picture_folder, out, *flags).run()
+def prepare(image_folder, out, *flags):
+    manifest = build(image_folder, out, *flags).run()
     files = [out / "train" / f"{entry['key']}.pt" for entry in manifest["entries"]["train"]]
     return manifest, [torch.load(file, weights_only=True) for file in files]
 
 
 @pytest.mark.parametrize("n_workers", ["0", "2"])
-def test_batches_follow_the_order_of_the_source(picture_folder, tmp_path, n_workers):
-    _, samples = prepare(picture_folder, tmp_path, "--batch_size", "20", "--limit", "50", "--num_workers", n_workers)
+def test_batches_follow_the_order_of_the_source(image_folder, tmp_path, n_workers):
+    _, samples = prepare(image_folder, tmp_path, "--batch_size", "20", "--limit", "50", "--num_workers", n_workers)
     expected = [[n // 20, 20 if n < 40 else 10] for n in range(50)]
     assert [sample["batch"].tolist() for sample in samples] == expected
     assert all((sample["reader"].item() == os.getpid()) == (n_workers == "0") for sample in samples)
 
 
-def test_information_is_shown_but_changes_no_fingerprint(picture_folder, tmp_path):
-    first, _ = prepare(picture_folder, tmp_path / "first", "--limit", "3", "--num_workers", "0")
-    second, _ = prepare(picture_folder, tmp_path / "second", "--limit", "3", "--num_workers", "0")
+def test_information_is_shown_but_changes_no_fingerprint(image_folder, tmp_path):
+    first, _ = prepare(image_folder, tmp_path / "first", "--limit", "3", "--num_workers", "0")
+    second, _ = prepare(image_folder, tmp_path / "second", "--limit", "3", "--num_workers", "0")
     assert first["settings"]["path"] != second["settings"]["path"]
     assert first["fingerprint"] == second["fingerprint"]
 
 
-def test_samples_hold_no_file_open_on_their_way(picture_folder, tmp_path):
-    preprocess, before = build(picture_folder, tmp_path), len(os.listdir("/proc/self/fd"))
+def test_samples_hold_no_file_open_on_their_way(image_folder, tmp_path):
+    preprocess, before = build(image_folder, tmp_path), len(os.listdir("/proc/self/fd"))
     tasks = preprocess.plan(preprocess.open_sources(), {})
     kept = list(map_in_workers(preprocess.prepare_arrays, tasks, 1))
     assert len(kept) == 72 and len(os.listdir("/proc/self/fd")) < before + 5

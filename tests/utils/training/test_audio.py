@@ -67,7 +67,7 @@ def test_a_vocoder_run_can_be_listened_to(listen, cache):
     events = read(run)
     tags = events.Tags()
     assert set(tags["audio"]) == {f"sounds/{clip}_{kind}" for clip in ("00", "01") for kind in ("real", "generated")}
-    assert {"pictures/mel", "pictures/waveform", "pictures/phase"} <= set(tags["images"])
+    assert {"images/mel", "images/waveform", "images/phase"} <= set(tags["images"])
     scores = ("pesq", "stoi", "mel_l1", "phase_error", "frequency_error", "real_time_factor")
     assert {f"listening/{name}" for name in scores} <= set(tags["scalars"])
     assert [event.step for event in events.Audio("sounds/00_generated")] == [0, 1, 2]
@@ -77,7 +77,7 @@ def test_a_vocoder_run_can_be_listened_to(listen, cache):
 
     first, *_, last = (samples_of(event) for event in events.Audio("sounds/00_generated"))
     assert len(first) == len(waveform) and not np.array_equal(first, last)
-    assert [event.step for event in events.Images("pictures/mel")] == [0, 1, 2]
+    assert [event.step for event in events.Images("images/mel")] == [0, 1, 2]
 
 
 def test_listening_does_not_change_the_training(listen):
@@ -91,7 +91,7 @@ def test_an_audio_vae_run_can_be_listened_to(listen, vocoder):
     events = read(run)
     tags = events.Tags()
     assert {"sounds/00_real", "sounds/01_generated"} <= set(tags["audio"])
-    assert {"pictures/mel", "pictures/latents"} <= set(tags["images"])
+    assert {"images/mel", "images/latents"} <= set(tags["images"])
     assert {"latents/mean_00", "latents/mean_03", "latents/posterior_std"} <= set(tags["histograms"])
     assert {"listening/mel_l1", "listening/stoi", "latents/dead_channels"} <= set(tags["scalars"])
     assert [event.step for event in events.Audio("sounds/00_generated")] == [0, 1]

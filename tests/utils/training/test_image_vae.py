@@ -11,13 +11,13 @@ from tests.helpers.runs import largest_difference
 @pytest.fixture
 def events(train):
     """Five steps, evaluated after the third and at the end."""
-    run = train("pictures", 5, "--eval_steps", "3", "--n_logged_pictures", "2", "--gan_start_step", "1")
+    run = train("images", 5, "--eval_steps", "3", "--n_logged_samples", "2", "--gan_start_step", "1")
     folder = run.folder.parent
     assert {path.name for path in folder.iterdir()} == {"checkpoint-5", "tensorboard"}
     return EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
 
 
-def test_a_run_logs_every_term_picture_and_histogram(events):
+def test_a_run_logs_every_term_image_and_histogram(events):
     tags = events.Tags()
     numbers = {"train/loss", "train/grad_norm", "train/learning_rate", "loss/l1", "loss/kl", "latents/dead_channels"}
     adversary = {"discriminator", "logits_real", "logits_fake", "accuracy_real", "accuracy_fake", "r1"}
@@ -27,16 +27,16 @@ def test_a_run_logs_every_term_picture_and_histogram(events):
         tags["histograms"]
     )
 
-    pictures = events.Images("pictures/reconstruction")
-    assert [event.step for event in pictures] == [0, 3, 5]
-    first, *_, last = (np.asarray(Image.open(io.BytesIO(event.encoded_image_string))) for event in pictures)
+    images = events.Images("images/reconstruction")
+    assert [event.step for event in images] == [0, 3, 5]
+    first, *_, last = (np.asarray(Image.open(io.BytesIO(event.encoded_image_string))) for event in images)
     inputs, reconstructions = slice(9, 137), slice(143, 271)  # columns
     assert np.array_equal(first[24:152, inputs], last[24:152, inputs])
     assert not np.array_equal(first[24:152, reconstructions], last[24:152, reconstructions])
-    assert [event.step for event in events.Images("pictures/latent_channels")] == [0, 3, 5]
+    assert [event.step for event in events.Images("images/latent_channels")] == [0, 3, 5]
 
 
-def test_pictures_do_not_change_the_training(train):
-    few, many = (train(f"pictures_{n}", 2, "--n_logged_pictures", str(n), "--eval_steps", "1") for n in (1, 6))
+def test_images_do_not_change_the_training(train):
+    few, many = (train(f"images_{n}", 2, "--n_logged_samples", str(n), "--eval_steps", "1") for n in (1, 6))
     assert largest_difference(few.weights(), many.weights()) == 0
     assert few.losses == many.losses
