@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# From nothing to images drawn for captions and to speech through a vocoder and an audio VAE, on a CPU:
+# The demo trains text to image, a vocoder and an audio VAE from scratch on a CPU:
 # embedded scenes -> cache -> image VAE-GAN -> latents -> text-to-image diffusion -> metrics and a contact sheet;
-# the same captions spoken -> cache -> vocoder -> audio VAE-GAN -> metrics, sounds and sheets of log-mels.
-# Costs about 12 minutes on 2 cores after the installation; reaches 26 dB PSNR, draws 89 % of the held-out captions so
-# that a probe finds them among 72, and a vocoder of PESQ-wb 2.85.
+# the same captions spoken -> cache -> vocoder -> audio VAE-GAN -> metrics, audio files and plots of log-mels.
+# It takes about 12 minutes on 2 cores after the installation. The VAE reaches 26 dB PSNR, 89 % of the generated images
+# match their held-out caption (a probe ranks it first of 72), and the vocoder has PESQ-wb 2.85.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cores=$(nproc)
@@ -15,7 +15,7 @@ python -m dataset_loading.embedded.scenes data/scenes --image_size 64
 python preprocess_image_vae_dataset.py --dataset_name data/scenes/train --validation_dataset data/scenes/test \
     --image_size 64 --output_dir cached_datasets/scenes
 
-# A second call goes on where an interrupted first one stopped.
+# A second call resumes where an interrupted first one stopped.
 torchrun --standalone --nproc_per_node=2 pretrain_image_vae.py --config tiny --run_name demo \
     --cached_dataset cached_datasets/scenes --batch_size 8 --learning_rate 2e-3 --kl_weight 1e-3 --max_steps 1200 \
     --perceptual_weight 0 --gan_start_step 850 --gan_warmup_steps 50 --gan_ramp_steps 100 --gan_weight 0.05 \
@@ -33,7 +33,7 @@ python evaluate.py --checkpoint "$diffusion" --contact_sheet 16
 python inference/text_to_image.py --checkpoint "$diffusion" --n_images 4 \
     --prompts "a large frog on red" "a small house at the right on red" "a large umbrella on gray"
 
-# Sound: the same captions spoken -> log-mels -> vocoder and audio VAE-GAN -> metrics, sounds and mel sheets.
+# Audio: the same captions spoken -> log-mels -> vocoder and audio VAE-GAN -> metrics, audio files, plots of log-mels.
 vocoder=runs/vocoder/demo
 audio_vae=runs/audio_vae/demo
 python -m dataset_loading.embedded.speech data/speech --limit 400
@@ -57,8 +57,8 @@ python inference/reconstruct_audio.py --vae_checkpoint "$audio_vae" --vocoder_ch
 echo
 echo "contact sheet    $diffusion/contact_sheet.png (real | reconstruction | generated)"
 echo "metrics          $diffusion/metrics.json, $vae/metrics.json"
-echo "images         inference/generated/image/"
+echo "images           inference/generated/image/"
 echo "log-mels         $vocoder/contact_sheet.png, $audio_vae/contact_sheet.png (target | predicted | difference)"
-echo "sounds           $vocoder/, $audio_vae/, inference/generated/audio/"
+echo "audio            $vocoder/, $audio_vae/, inference/generated/audio/"
 echo "metrics          $vocoder/metrics.json, $audio_vae/metrics.json"
 echo "TensorBoard      make tensorboard"
