@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole image line on several GPUs: images with captions from the hub -> image VAE-GAN -> text to image.
+# The whole image pipeline on several GPUs: images with captions from the hub -> image VAE-GAN -> text to image.
 #
 #   bash recipes/image.sh                         # 8 GPUs, 256 px, lambdalabs/naruto-blip-captions (1.2 k images)
 #   DATASET=my_images GPUS=2 bash recipes/image.sh
 #   DATASET=Norod78/cartoon-blip-captions bash recipes/image.sh
 #
-# Any data set with an image column and a caption column will do; small ones show that the chain runs, and give
-# images of their own kind only. Costs below are estimates from parameter and step counts, they have not been
-# measured; a run with measured costs is recipes/demo.sh. A second call goes on where the first one stopped.
+# Any data set with an image column and a caption column works. Small ones show that the pipeline runs, and give only
+# images of their own domain. The costs below are estimates from parameter and step counts, not measurements;
+# recipes/demo.sh has measured costs. A second call resumes where the first one stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATASET=${DATASET:-lambdalabs/naruto-blip-captions}
@@ -36,6 +36,6 @@ deepspeed --num_gpus="$GPUS" pretrain_image_diffusion.py --use_deepspeed --deeps
     --vae_checkpoint "runs/image_vae/$RUN" --vae_config medium \
     --batch_size 32 --learning_rate 2e-4 --max_steps 50000 --ema_decay 0.9999 --eval_steps 2500 --save_steps 2500
 
-# 5. Metrics, curves over steps and guidance, images.
+# 5. Metrics, curves over steps and guidance scales, generated images.
 python evaluate.py --checkpoint "runs/image_diffusion/$RUN" --contact_sheet 16 --curve
 python inference/text_to_image.py --checkpoint "runs/image_diffusion/$RUN" --prompts "a man with a blue headband" --seeds 1 2 3 4
