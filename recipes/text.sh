@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# The whole text line on several GPUs: texts from the hub -> BPE tokens -> a flat and a recurrent-depth language model.
+# The whole text pipeline on several GPUs: texts from the hub -> BPE tokens -> flat and recurrent-depth language models.
 #
 #   bash recipes/text.sh                          # 8 GPUs, TinyStories (2 GB, about half a billion tokens)
 #   DATASET=Salesforce/wikitext SUBSET=wikitext-103-raw-v1 bash recipes/text.sh
 #   DATASET=my_texts GPUS=2 bash recipes/text.sh
 #
-# Any folder of texts, table or hub data set with a text column will do. Files and rows are documents, which no context
-# crosses: choose a set with a whole document per row, as TinyStories has; wikitext's rows are single paragraphs. Held
-# out is the data set's own validation split, or 5 % of the documents where it has none. Costs below are estimates
-# from parameter and token counts, they have not been measured. A second call goes on where the first one stopped.
+# Any folder of texts, table or hub data set with a text column works. Each file or row is one document, and attention
+# does not cross documents: choose a data set with a whole document per row, such as TinyStories (wikitext's rows are
+# single paragraphs). Validation uses the data set's own split, or 5 % of the documents if it has none. The costs below
+# are estimates from parameter and token counts, not measurements. A second call resumes where the first one stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 DATASET=${DATASET:-roneneldan/TinyStories}
@@ -16,8 +16,8 @@ SUBSET=${SUBSET:-}
 GPUS=${GPUS:-8}
 RUN=${RUN:-hub}
 
-# 1. A BPE of 32,000 ids is trained on the training texts, and they are tokenised: minutes on the CPU. Then 12 layers of
-#    width 768, 100 M parameters, 6,000 steps of 256 windows of 1,024 tokens: half an hour on 8 H100.
+# 1. Train a BPE tokenizer of 32,000 ids and tokenise the texts: minutes on the CPU. Then train 12 layers of width 768,
+#    100 M parameters, 6,000 steps of 256 windows of 1,024 tokens: half an hour on 8 H100.
 deepspeed --num_gpus="$GPUS" pretrain_multimodal.py --use_deepspeed --deepspeed_config ds_config_zero-2.json --bf16 \
     --config medium --run_name "$RUN" --cached_dataset "cached_datasets/${RUN}_text" --resume_from_checkpoint latest \
     --text_dataset "$DATASET" --text_config "$SUBSET" --tokenizer bpe --tokenizer_vocab_size 32000 \
@@ -25,7 +25,7 @@ deepspeed --num_gpus="$GPUS" pretrain_multimodal.py --use_deepspeed --deepspeed_
     --override loss_chunk_size=4096 z_loss_weight=1e-4 --eval_steps 1000 --save_steps 1000
 python evaluate.py --checkpoint "runs/multimodal/$RUN"
 
-# 2. As many layers, 6 of them in a core that is run 8 times on average: about 4 times the computing of step 1.
+# 2. The same number of layers, 6 of them in a core that runs 8 times on average: about 4 times the compute of step 1.
 deepspeed --num_gpus="$GPUS" pretrain_multimodal.py --use_deepspeed --deepspeed_config ds_config_zero-2.json --bf16 \
     --config recurrent-medium --run_name "${RUN}_recurrent" --cached_dataset "cached_datasets/${RUN}_text" \
     --resume_from_checkpoint latest \
@@ -35,7 +35,7 @@ deepspeed --num_gpus="$GPUS" pretrain_multimodal.py --use_deepspeed --deepspeed_
 python evaluate.py --checkpoint "runs/multimodal/${RUN}_recurrent" --thinking_steps 1 2 4 8 16 32 \
     --exit_thresholds 0.0001 0.001 0.01 --max_thinking_steps 32
 
-# 3. Texts.
+# 3. Generation.
 python inference/generate_text.py --checkpoint "runs/multimodal/$RUN" --prompts "Once upon a time" --temperature 0.8 --top_p 0.95
 python inference/generate_text.py --checkpoint "runs/multimodal/${RUN}_recurrent" --prompts "Once upon a time" --temperature 0.8 \
     --top_p 0.95 --thinking_steps 16 --exit_threshold 0.001
