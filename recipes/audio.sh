@@ -4,8 +4,8 @@
 #   bash recipes/audio.sh                         # 8 GPUs, 24 kHz, mythicinfinity/libritts_r (54 hours, 247 speakers)
 #   DATASET=my_speech CONFIG= SPLIT=train MEL=22k GPUS=2 bash recipes/audio.sh
 #
-# Any data set with an audio column works if it consists of parquet files (data sets with a loading script are no longer
-# supported). MikhailT/lj-speech (split full) has 24 hours of one speaker, for MEL=22k. The costs below are estimates from
+# Any data set with an audio column works if it consists of parquet files (loading scripts are no longer supported).
+# MikhailT/lj-speech (split full) has 24 hours of one speaker, for MEL=22k. The costs below are estimates from
 # parameter and step counts, not measurements. A second call resumes where the first one stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole text pipeline on several GPUs: texts from the hub -> BPE tokens -> flat and recurrent-depth language models.
+# The whole text pipeline on several GPUs: texts from the hub -> BPE tokens -> flat and recurrent language models.
 #
 #   bash recipes/text.sh                          # 8 GPUs, TinyStories (2 GB, about half a billion tokens)
 #   DATASET=Salesforce/wikitext SUBSET=wikitext-103-raw-v1 bash recipes/text.sh
