@@ -52,8 +52,6 @@ class EvaluateArguments(
 ):
     """The flags of all stages."""
 
-    needs = {**ImageVAEEvaluationArguments.needs, **ImageDiffusionEvaluationArguments.needs}
-
 
 def build_evaluator(args: EvaluateArguments) -> Evaluator:
     """The evaluator of the stage that wrote the checkpoint."""

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from utils.options import declared_fields, suggest, type_name, validate_fields
+from utils.options import check_effects, declared_fields, suggest, type_name, validate_fields
 
 
 @contextlib.contextmanager
@@ -66,7 +66,7 @@ def parse_arguments(arguments_class: type, argv: list[str] | None, description: 
     parsed.given = sorted(values)
     try:
         validate_fields(parsed, "--{}")
-        check_effect(parsed)
+        check_effects(parsed, parsed.given, "--{name}")
     except ValueError as error:
         parser.error(str(error))
     return parsed
@@ -94,31 +94,6 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, default:
         parser.add_argument(
             f"--{field.name}", type=kind, help=text, **({} if bare is None else {"nargs": "?", "const": bare})
         )
-
-
-NEEDS = {
-    "deepspeed_config": ("use_deepspeed", True),
-    "ema_decay": ("use_ema", True),
-    "grokfast_alpha": ("trainer", "grokfast_ema"),
-    "grokfast_window": ("trainer", "grokfast_ma"),
-}
-
-
-def check_effect(arguments: Any) -> None:
-    """Refuse flags that were given but cannot take effect beside the others.
-
-    A dataclass may add rows of its own in a class attribute `needs`, `{flag: (other flag, value it must have)}`; the
-    value may also be a tuple of possible values, or a callable.
-    """
-    for name, (other, wanted) in {**NEEDS, **getattr(arguments, "needs", {})}.items():
-        if name not in arguments.given or not hasattr(arguments, other):
-            continue
-        value = getattr(arguments, other)
-        holds = (
-            wanted(value) if callable(wanted) else value in wanted if isinstance(wanted, tuple) else value == wanted
-        )
-        if not holds:
-            raise ValueError(f"--{name} has no effect with {other}={value!r}")
 
 
 def parse_overrides(pairs: list[str], config_fields: dict[str, Any]) -> dict[str, Any]:

@@ -34,11 +34,13 @@ class EvaluationArguments:
     # What is evaluated, on what.
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
     weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
-    cached_dataset: str = option("", "preprocessed data set; default: the one that the run trained on")
+    cached_dataset: str = option(
+        "", "preprocessed data set; default: the one that the run trained on", only_with=("dataset", "")
+    )
     dataset: str = option("", "instead: a folder of images, index file or hub name, resized while it is read")
     split: str = option("", "default: validation; with --dataset: its only split")
     resize_mode: Literal["crop", "pad", "squash"] = option(
-        "crop", "how other proportions become square, with --dataset"
+        "crop", "how other proportions become square, with --dataset", only_with=("dataset", bool)
     )
     max_samples: int = option(0, "samples, spread evenly over the split; 0: all", ge=0)
 
@@ -54,7 +56,6 @@ class EvaluationArguments:
     output_dir: str = option("", "folder of metrics.json, images and sounds; default: the run's folder")
 
     given: ClassVar[list[str]]  # names of the flags that were given, set by `parse_arguments`
-    needs = {"resize_mode": ("dataset", bool), "cached_dataset": ("dataset", "")}
 
     def validate_checkpoint(self):
         if not self.checkpoint:

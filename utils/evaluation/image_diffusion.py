@@ -55,26 +55,20 @@ class ImageDiffusionEvaluationArguments(SamplingArguments, EvaluationArguments):
     vae_checkpoint: str = option("", "where the VAE of the latents lies now; default: where it lay in training")
     seed: int = option(0, "seed of the generated images", ge=0)
     compare_with: Literal["real", "reconstruction"] = option(
-        "real",
-        "what drawn images are held against: raw images, where they can be read, or what the VAE makes of them",
+        "real", "what drawn images are held against: raw images, where they can be read, or what the VAE makes of them"
     )
     training_samples: int = option(
-        5000,
-        "training images, spread evenly, that the probe and the nearest neighbours are taken from; 0: all",
-        ge=0,
+        5000, "training images, spread evenly, that the probe and the nearest neighbours are taken from; 0: all", ge=0
     )
     curve: bool = option(False, "measure every combination of steps, guidance scale and sampler")
-    curve_steps: list[int] = option([5, 10, 20, 50], "sampling steps of the curve", gt=0)
-    curve_scales: list[float] = option([1.0, 2.0, 3.0, 5.0], "guidance scales of the curve", ge=0)
-    curve_samplers: list[Literal["dpmpp_2m", "ddim", "ddpm", "euler", "heun"]] = option(
-        ["dpmpp_2m"], "samplers of the curve"
+    curve_steps: list[int] = option([5, 10, 20, 50], "sampling steps of the curve", gt=0, only_with=("curve", True))
+    curve_scales: list[float] = option(
+        [1.0, 2.0, 3.0, 5.0], "guidance scales of the curve", ge=0, only_with=("curve", True)
     )
-    curve_samples: int = option(64, "captions per point of the curve, spread evenly", gt=0)
-
-    needs = {
-        **EvaluationArguments.needs,
-        **dict.fromkeys(("curve_steps", "curve_scales", "curve_samplers", "curve_samples"), ("curve", True)),
-    }
+    curve_samplers: list[Literal["dpmpp_2m", "ddim", "ddpm", "euler", "heun"]] = option(
+        ["dpmpp_2m"], "samplers of the curve", only_with=("curve", True)
+    )
+    curve_samples: int = option(64, "captions per point of the curve, spread evenly", gt=0, only_with=("curve", True))
 
     def validate_curve(self):
         for name in ("curve_steps", "curve_scales", "curve_samplers"):

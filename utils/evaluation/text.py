@@ -39,16 +39,15 @@ class TextEvaluationArguments(EvaluationArguments):
 
     thinking_steps: list[int] = option([], "recurrent models: depths whose loss is measured", gt=0)
     exit_thresholds: list[float] = option([], "recurrent models: early exits to measure; nats (kl) or share", gt=0)
-    exit_criterion: Literal["own", "kl", "latent_difference"] = option("own", "what ends thinking; own: the model's")
-    max_thinking_steps: int = option(0, "most steps with exits; 0: the model's own number", ge=0)
+    exit_criterion: Literal["own", "kl", "latent_difference"] = option(
+        "own", "what ends thinking; own: the model's", only_with=("exit_thresholds", bool)
+    )
+    max_thinking_steps: int = option(
+        0, "most steps with exits; 0: the model's own number", ge=0, only_with=("exit_thresholds", bool)
+    )
     speed_tokens: int = option(
         64, "tokens per prompt to time generation with, at most half a window; 0: not timed", ge=0
     )
-
-    def validate_exits(self):
-        for name in ("exit_criterion", "max_thinking_steps"):
-            if name in self.given and not self.exit_thresholds:
-                raise ValueError(f"--{name} has no effect without --exit_thresholds")
 
 
 class TextEvaluator(Evaluator):

@@ -26,7 +26,7 @@ from utils.generation.audio import load_vocoder
 from utils.megatransformer_utils import StageArguments
 from utils.metrics.latents import LatentHealth
 from utils.options import option
-from utils.training.adversary import AdversaryArguments, adversary_needs
+from utils.training.adversary import WITH_ADVERSARY, AdversaryArguments
 from utils.training.audio import Listening
 from utils.training.gan import GANTrainer
 
@@ -49,10 +49,14 @@ class AudioVAEArguments(AdversaryArguments, StageArguments):
     )
 
     # The adversary.
-    discriminator: Literal["patch_1d", "patch_2d"] = option("patch_2d", "kind of discriminator")
-    discriminator_channels: int = option(32, "channels of the discriminator's first layer", gt=0)
-    discriminator_layers: int = option(3, "strided layers of the discriminator", gt=0)
-    use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator")
+    discriminator: Literal["patch_1d", "patch_2d"] = option(
+        "patch_2d", "kind of discriminator", only_with=WITH_ADVERSARY
+    )
+    discriminator_channels: int = option(
+        32, "channels of the discriminator's first layer", gt=0, only_with=WITH_ADVERSARY
+    )
+    discriminator_layers: int = option(3, "strided layers of the discriminator", gt=0, only_with=WITH_ADVERSARY)
+    use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator", only_with=WITH_ADVERSARY)
 
     # What is measured and heard.
     latent_statistics_samples: int = option(
@@ -60,13 +64,10 @@ class AudioVAEArguments(AdversaryArguments, StageArguments):
     )
     n_logged_samples: int = option(4, "validation clips to hear and see in TensorBoard; 0: none", ge=0)
     vocoder_checkpoint: str = option(
-        "", "run or checkpoint folder of a vocoder that they are heard by; default: Griffin-Lim"
+        "",
+        "run or checkpoint folder of a vocoder that they are heard by; default: Griffin-Lim",
+        only_with=("n_logged_samples", bool),
     )
-
-    needs = {
-        "vocoder_checkpoint": ("n_logged_samples", bool),
-        **adversary_needs("discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm"),
-    }
 
     def validate_segments(self):
         if self.ctc_weight > 0 and self.segment_frames:

@@ -23,7 +23,7 @@ from utils.megatransformer_utils import StageArguments
 from utils.metrics.images import psnr
 from utils.metrics.latents import LatentHealth
 from utils.options import option
-from utils.training.adversary import Adversary, AdversaryArguments, adversary_needs
+from utils.training.adversary import WITH_ADVERSARY, Adversary, AdversaryArguments
 from utils.training.gan import GANTrainer
 from utils.training.stage import Stage
 
@@ -37,21 +37,19 @@ class ImageAutoencoderArguments(AdversaryArguments, StageArguments):
     perceptual_weight: float = option(0.5, "weight of the perceptual distance; 0: no perceptual network", ge=0)
     perceptual: Literal["efficientnet", "lpips_vgg"] = option("efficientnet", "network of the perceptual distance")
     kl_weight: float = option(1e-6, "weight of the KL divergence in nats per input value", ge=0)
-    discriminator: Literal["patch", "multi_scale"] = option("patch", "kind of discriminator")
-    discriminator_channels: int = option(32, "channels of the discriminator's first layer", gt=0)
-    discriminator_layers: int = option(3, "strided layers of each discriminator", gt=0)
-    use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator")
+    discriminator: Literal["patch", "multi_scale"] = option("patch", "kind of discriminator", only_with=WITH_ADVERSARY)
+    discriminator_channels: int = option(
+        32, "channels of the discriminator's first layer", gt=0, only_with=WITH_ADVERSARY
+    )
+    discriminator_layers: int = option(3, "strided layers of each discriminator", gt=0, only_with=WITH_ADVERSARY)
+    use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator", only_with=WITH_ADVERSARY)
     diff_augment: list[Literal["color", "translation", "cutout"]] = option(
-        [], "differentiable augmentations for the GAN"
+        [], "differentiable augmentations for the GAN", only_with=WITH_ADVERSARY
     )
     latent_statistics_samples: int = option(
         1024, "training images that latent means and deviations are measured on", gt=0
     )
     n_logged_samples: int = option(8, "validation images in TensorBoard", gt=0)
-
-    needs = adversary_needs(
-        "discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm", "diff_augment"
-    )
 
 
 class ImageAutoencoderStage(Stage):

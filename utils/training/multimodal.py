@@ -45,10 +45,10 @@ class MultimodalArguments(TextArguments, StageArguments):
 
     # What is looked at during training.
     eval_thinking_steps: list[int] = option([], "depths that are evaluated; default: 1, 2, the mean, twice it", gt=0)
-    sample_tokens: int = option(64, "most tokens of a continuation in TensorBoard", gt=0)
+    sample_tokens: int = option(
+        64, "most tokens of a continuation in TensorBoard", gt=0, only_with=("n_samples", bool)
+    )
     n_samples: int = option(4, "validation prompts that are continued in TensorBoard; 0: none", ge=0)
-
-    needs = {**TextArguments.needs, "sample_tokens": ("n_samples", bool)}
 
     def validate_modes(self):
         missing = [mode for mode in self.include_modes if mode != "text"]
