@@ -1,4 +1,4 @@
-"""Every class of declared options in the repository: its conditions name existing fields."""
+"""Every class of declared options: conditions name existing fields, former names are free and still work."""
 
 import dataclasses
 import importlib
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from utils.options import declared_fields, effect_conditions
+from utils.command_line import parse_arguments
+from utils.options import declared_fields, effect_conditions, inherited
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,3 +41,31 @@ def test_conditions_name_other_existing_fields(owner):
     for name, conditions in effect_conditions(owner).items():
         for other, _ in conditions:
             assert other in known - {name}, f"{name} is only with {other!r}, which {owner.__name__} does not declare"
+
+
+@pytest.mark.parametrize("owner", CLASSES.values(), ids=CLASSES)
+def test_former_names_are_nobodys_name_now(owner):
+    known = [field.name for field in declared_fields(owner)]
+    former = [alias for name in known for alias in inherited(owner, name, "aliases") or ()]
+    assert len({*known, *former}) == len(known) + len(former)
+
+
+@pytest.mark.parametrize(
+    ("owner", "former", "name"),
+    [
+        ("utils.training.image_vae.ImageAutoencoderArguments", "n_logged_pictures", "n_logged_samples"),
+        ("utils.training.recurrent_vae.RecurrentVAEArguments", "n_logged_pictures", "n_logged_samples"),
+        ("utils.training.vocoder.VocoderArguments", "n_logged_clips", "n_logged_samples"),
+        ("utils.training.audio_vae.AudioVAEArguments", "n_logged_clips", "n_logged_samples"),
+        ("utils.training.audio_vae.AudioVAEArguments", "statistics_samples", "latent_statistics_samples"),
+        ("utils.training.image_diffusion.ImageDiffusionArguments", "eval_pictures", "eval_images"),
+        ("inference.text_to_image.TextToImageArguments", "n_pictures", "n_images"),
+    ],
+)
+def test_former_flags_still_work(owner, former, name, caplog):
+    words = ["--checkpoint", "runs/x", "--prompts", "a"] if owner.startswith("inference") else []
+    args = parse_arguments(CLASSES[owner], [*words, f"--{former}", "3"], "test")
+    assert getattr(args, name) == 3 and name in args.given
+    (notice,) = caplog.messages
+    assert f"--{former} is now called --{name}" in notice
+    assert getattr(parse_arguments(CLASSES[owner], [*words, f"--{former}=4"], "test"), name) == 4

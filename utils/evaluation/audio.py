@@ -21,7 +21,7 @@ from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel, MelSettings
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
-from utils.evaluation.evaluator import Evaluation, EvaluationArguments, Evaluator
+from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator
 from utils.metrics.audio import (
     N_CEPSTRA,
     PACKAGES,
@@ -80,7 +80,7 @@ DEFINITIONS = {
 
 
 @dataclasses.dataclass
-class AudioEvaluationArguments(EvaluationArguments):
+class AudioEvaluationArguments(ContactSheetArguments, EvaluationArguments):
     """Flags of the evaluation of everything that makes sound."""
 
     metrics: list[Literal["pesq", "stoi", "mel", "stft", "pitch", "speaker", "wer"]] = option(
@@ -165,7 +165,6 @@ class ClipScorer:
 class AudioEvaluator(Evaluator):
     """Clips are taken whole and one at a time. Subclasses state `row_names`, `build_dataset` and `clip`."""
 
-    refused_flags = ("dataset", "resize_mode", "batch_size", "num_workers")
     arguments_class = AudioEvaluationArguments
     row_names: dict[str, str]  # row -> how the table names it; "model" among them
     title: ClassVar[str]

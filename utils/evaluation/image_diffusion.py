@@ -20,7 +20,7 @@ from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
 from model.samplers import n_evaluations
 from utils.drawing.images import Group, draw_sheet, to_image
-from utils.evaluation.evaluator import Evaluation, EvaluationArguments, Evaluator
+from utils.evaluation.evaluator import Evaluation, ImageEvaluationArguments, ImageEvaluator
 from utils.evaluation.image_diffusion_report import (
     curve_sheet,
     curve_table,
@@ -49,7 +49,7 @@ N_DRAWN = 3  # images per caption on the contact sheet
 
 
 @dataclasses.dataclass
-class ImageDiffusionEvaluationArguments(SamplingArguments, EvaluationArguments):
+class ImageDiffusionEvaluationArguments(SamplingArguments, ImageEvaluationArguments):
     """Flags of the evaluation of text to image."""
 
     vae_checkpoint: str = option("", "where the VAE of the latents lies now; default: where it lay in training")
@@ -191,7 +191,7 @@ def generation_metrics(
     return {name: value for name, value in scores.items() if value is not None}
 
 
-class ImageDiffusionEvaluator(Evaluator):
+class ImageDiffusionEvaluator(ImageEvaluator):
     """Everything random belongs to --seed and the samples' keys."""
 
     arguments_class = ImageDiffusionEvaluationArguments

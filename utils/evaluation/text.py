@@ -14,7 +14,7 @@ from dataset_loading.collators import collate_stack
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.language_head import IGNORED, next_token_targets
-from utils.evaluation.evaluator import Evaluation, EvaluationArguments, Evaluator
+from utils.evaluation.evaluator import BatchedEvaluationArguments, Evaluation, Evaluator
 from utils.generation.text import GenerationArguments, TextGenerator, check_tokenizer, split_windows
 from utils.metrics.text import (
     compressed_bits_per_byte,
@@ -34,7 +34,7 @@ DECODED_TOKENS = 1 << 20  # At once.
 
 
 @dataclasses.dataclass
-class TextEvaluationArguments(EvaluationArguments):
+class TextEvaluationArguments(BatchedEvaluationArguments):
     """Flags for language models."""
 
     thinking_steps: list[int] = option([], "recurrent models: depths whose loss is measured", gt=0)
@@ -54,7 +54,6 @@ class TextEvaluator(Evaluator):
     """Nothing is random: generation is timed with the likeliest tokens."""
 
     arguments_class = TextEvaluationArguments
-    refused_flags = ("dataset", "resize_mode", "contact_sheet")
     model_class = MegaTransformerForCausalLM
     definitions: ClassVar[dict[str, str]] = {
         "loss": "nats per target token: sum over all evaluated targets / their number; perplexity is its exponential",

@@ -60,9 +60,14 @@ class AudioVAEArguments(AdversaryArguments, StageArguments):
 
     # What is measured and heard.
     latent_statistics_samples: int = option(
-        1024, "training clips that means and deviations of mel bins and latents are measured on", gt=0
+        1024,
+        "training clips that means and deviations of mel bins and latents are measured on",
+        gt=0,
+        aliases=("statistics_samples",),
     )
-    n_logged_samples: int = option(4, "validation clips to hear and see in TensorBoard; 0: none", ge=0)
+    n_logged_samples: int = option(
+        4, "validation clips to hear and see in TensorBoard; 0: none", ge=0, aliases=("n_logged_clips",)
+    )
     vocoder_checkpoint: str = option(
         "",
         "run or checkpoint folder of a vocoder that they are heard by; default: Griffin-Lim",

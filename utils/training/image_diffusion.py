@@ -57,7 +57,9 @@ class ImageDiffusionArguments(SamplingArguments, StageArguments):
     n_time_buckets: int = option(5, "parts of [0, 1] whose validation loss is shown", gt=0, le=100)
     prompts: list[str] = option([], "captions of the image grids; default: validation captions")
     n_prompts: int = option(8, "validation captions of the image grids; 0: no grids", ge=0, only_with=("prompts", []))
-    eval_images: int = option(64, "validation captions drawn for the metrics of each evaluation; 0: none", ge=0)
+    eval_images: int = option(
+        64, "validation captions drawn for the metrics of each evaluation; 0: none", ge=0, aliases=("eval_pictures",)
+    )
     grid_scales: list[float] = option([1.0, 3.0], "guidance scales of the image grids", ge=0)
 
 

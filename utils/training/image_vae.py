@@ -49,7 +49,7 @@ class ImageAutoencoderArguments(AdversaryArguments, StageArguments):
     latent_statistics_samples: int = option(
         1024, "training images that latent means and deviations are measured on", gt=0
     )
-    n_logged_samples: int = option(8, "validation images in TensorBoard", gt=0)
+    n_logged_samples: int = option(8, "validation images in TensorBoard", gt=0, aliases=("n_logged_pictures",))
 
 
 class ImageAutoencoderStage(Stage):

@@ -57,7 +57,7 @@ class VocoderArguments(AdversaryArguments, StageArguments):
     )
     discriminator_learning_rate: float = option(5e-4, "peak learning rate of the discriminator", gt=0)
     discriminator_beta1: float = option(0.8, "AdamW's first moment decay for the discriminator", ge=0, lt=1)
-    n_logged_samples: int = option(4, "validation clips in TensorBoard; 0: none", ge=0)
+    n_logged_samples: int = option(4, "validation clips in TensorBoard; 0: none", ge=0, aliases=("n_logged_clips",))
     learning_rate: float = option(5e-4, "peak learning rate of AdamW", gt=0)
     adam_beta1: float = option(0.8, "AdamW's first moment decay", ge=0, lt=1)
 
