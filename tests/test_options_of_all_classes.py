@@ -4,11 +4,25 @@ import dataclasses
 import importlib
 import subprocess
 from pathlib import Path
+from typing import get_args
 
 import pytest
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
+from model.audio.mel_discriminators import MEL_DISCRIMINATORS, MelDiscriminatorKind
+from model.audio.spectral import MEL_PRESETS, MelPreset
+from model.audio.waveform_discriminators import DISCRIMINATORS as WAVEFORM_DISCRIMINATORS
+from model.audio.waveform_discriminators import WaveformDiscriminatorKind
+from model.diffusion_process import DiffusionProcess, Prediction, Schedule, TimeSampling
+from model.image.augmentation import AUGMENTATIONS, AugmentationKind
+from model.image.discriminators import DISCRIMINATORS, DiscriminatorKind
+from model.image.feature_extractors import PERCEPTUAL_DISTANCES, PerceptualKind
+from model.samplers import SAMPLERS, SamplerKind
 from utils.command_line import parse_arguments
+from utils.configuration import FlowPrediction, FlowSampler, FlowTimes
+from utils.megatransformer_utils import SchedulerKind, TrainerKind
 from utils.options import declared_fields, effect_conditions, inherited
+from utils.training_utils import StageTrainer, trainer_class_for
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -69,3 +83,43 @@ def test_former_flags_still_work(owner, former, name, caplog):
     (notice,) = caplog.messages
     assert f"--{former} is now called --{name}" in notice
     assert getattr(parse_arguments(CLASSES[owner], [*words, f"--{former}=4"], "test"), name) == 4
+
+
+@pytest.mark.parametrize(
+    ("kind", "registry"),
+    [
+        (SamplerKind, SAMPLERS),
+        (DiscriminatorKind, DISCRIMINATORS),
+        (MelDiscriminatorKind, MEL_DISCRIMINATORS),
+        (WaveformDiscriminatorKind, WAVEFORM_DISCRIMINATORS),
+        (AugmentationKind, AUGMENTATIONS),
+        (PerceptualKind, PERCEPTUAL_DISTANCES),
+        (MelPreset, MEL_PRESETS),
+    ],
+)
+def test_names_in_a_flag_are_those_of_its_table(kind, registry):
+    assert set(get_args(kind)) == set(registry)
+
+
+def test_every_trainer_and_scheduler_exists():
+    trainers = {trainer_class_for(name, StageTrainer) for name in get_args(TrainerKind)}
+    assert len(trainers) == len(get_args(TrainerKind)) and all(issubclass(each, StageTrainer) for each in trainers)
+    assert set(get_args(SchedulerKind)) <= {name.value for name in TYPE_TO_SCHEDULER_FUNCTION}
+
+
+@pytest.mark.parametrize("schedule", get_args(Schedule))
+def test_every_schedule_has_a_prediction(schedule):
+    def is_accepted(prediction):
+        try:
+            return bool(DiffusionProcess(schedule, prediction))
+        except ValueError:
+            return False
+
+    assert any(is_accepted(prediction) for prediction in get_args(Prediction))
+
+
+def test_the_flow_of_the_transformer_is_known_to_the_diffusion_modules():
+    assert set(get_args(FlowSampler)) <= set(SAMPLERS)
+    assert set(get_args(FlowTimes)) == set(get_args(TimeSampling))
+    for prediction in get_args(FlowPrediction):
+        DiffusionProcess("rectified_flow", prediction)

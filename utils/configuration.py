@@ -4,6 +4,11 @@ from typing import ClassVar, Literal
 
 from utils.options import Section, StrictConfig, declared_fields, option
 
+# Of `model/samplers.py` and `model/diffusion_process.py`, which lie above this module, what suits rectified flows.
+FlowSampler = Literal["euler", "heun"]
+FlowPrediction = Literal["velocity", "x0"]
+FlowTimes = Literal["logit_normal", "uniform"]
+
 # Conditions of several fields, see `option`: (other field, its value).
 ROTATES = ("use_rotary_embedding", True)
 IS_RECURRENT = ("n_recurrent_layers", bool)
@@ -133,8 +138,8 @@ class MegaTransformerConfig(StrictConfig):
     audio_begin_token_id: int | None = option(None, "token in front of a block", ge=0)
     audio_end_token_id: int | None = option(None, "token that ends a sound", ge=0)
     audio_loss_weight: float = option(1.0, "weight of the flow's mean squared error beside the cross-entropy", ge=0)
-    audio_prediction: Literal["velocity", "x0"] = option("velocity", "what the coda predicts; x0: clean latents")
-    audio_time_sampling: Literal["logit_normal", "uniform"] = option("logit_normal", "times of training")
+    audio_prediction: FlowPrediction = option("velocity", "what the coda predicts; x0: clean latents")
+    audio_time_sampling: FlowTimes = option("logit_normal", "times of training")
     audio_time_mean: float = option(
         0.0, "mean of the times' logits; above 0: more noise", only_with=AUDIO_TIMES_ARE_NORMAL
     )
@@ -142,7 +147,7 @@ class MegaTransformerConfig(StrictConfig):
     audio_time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t); 1 leaves them", gt=0)
     audio_n_noise_copies: int = option(2, "noisy copies of a block per training step, beside the clean one", gt=0)
     audio_condition_dropout: float = option(0.1, "share of blocks trained without the text before them", ge=0, lt=1)
-    audio_sampler: Literal["euler", "heun"] = option("euler", "solver of the flow")
+    audio_sampler: FlowSampler = option("euler", "solver of the flow")
     audio_n_sampling_steps: int = option(16, "steps of the solver per block", gt=0)
     audio_guidance_scale: float = option(
         1.0, "classifier-free guidance; 1: none", ge=1, only_with=("audio_condition_dropout", bool)
@@ -168,10 +173,8 @@ class MegaTransformerConfig(StrictConfig):
     image_decoder_width: int | None = option(None, "width of what it reads; None: D", gt=0, only_with=IS_UNET)
     image_decoder_n_tokens: int = option(64, "learned queries whose coda states it reads", gt=0, only_with=IS_UNET)
     image_loss_weight: float = option(1.0, "weight of the flow's mean squared error beside the cross-entropy", ge=0)
-    image_prediction: Literal["velocity", "x0"] = option("velocity", "what the coda predicts", only_with=IS_FLOW)
-    image_time_sampling: Literal["logit_normal", "uniform"] = option(
-        "logit_normal", "times of training", only_with=IS_FLOW
-    )
+    image_prediction: FlowPrediction = option("velocity", "what the coda predicts", only_with=IS_FLOW)
+    image_time_sampling: FlowTimes = option("logit_normal", "times of training", only_with=IS_FLOW)
     image_time_mean: float = option(
         0.0, "mean of the times' logits; above 0: more noise", only_with=[IS_FLOW, IMAGE_TIMES_ARE_NORMAL]
     )
@@ -181,7 +184,7 @@ class MegaTransformerConfig(StrictConfig):
     image_time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t)", gt=0, only_with=IS_FLOW)
     image_n_noise_copies: int = option(2, "noisy copies of an image per training step", gt=0, only_with=IS_FLOW)
     image_condition_dropout: float = option(0.1, "share of images trained without the text before them", ge=0, lt=1)
-    image_sampler: Literal["euler", "heun"] = option("euler", "solver of the flow")
+    image_sampler: FlowSampler = option("euler", "solver of the flow")
     image_n_sampling_steps: int = option(32, "steps of the solver per image", gt=0)
     image_guidance_scale: float = option(
         1.0, "classifier-free guidance; 1: none", ge=1, only_with=("image_condition_dropout", bool)

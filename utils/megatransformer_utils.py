@@ -13,6 +13,9 @@ from utils.devices import set_fp32_precision, use_deterministic_kernels
 from utils.distributed import launch_settings
 from utils.options import option
 
+SchedulerKind = Literal["constant", "constant_with_warmup", "linear", "cosine"]  # of transformers' schedulers
+TrainerKind = Literal["default", "grokfast_ema", "grokfast_ma"]  # see `trainer_class_for`
+
 
 @dataclasses.dataclass
 class StageArguments:
@@ -45,9 +48,9 @@ class StageArguments:
     adam_beta1: float = option(0.9, "AdamW's first moment decay", ge=0, lt=1)
     adam_beta2: float = option(0.99, "AdamW's second moment decay", ge=0, lt=1)
     max_grad_norm: float = option(1.0, "gradient norm clip; 0: none", ge=0)
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option("cosine", "schedule")
+    lr_scheduler_type: SchedulerKind = option("cosine", "schedule")
     warmup_ratio: float = option(0.02, "share of the steps with linear warm-up", ge=0, lt=1)
-    trainer: Literal["default", "grokfast_ema", "grokfast_ma"] = option("default", "gradient filter")
+    trainer: TrainerKind = option("default", "gradient filter")
     grokfast_alpha: float = option(
         0.98, "decay of the GrokFast EMA filter", ge=0, lt=1, only_with=("trainer", "grokfast_ema")
     )

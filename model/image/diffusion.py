@@ -27,7 +27,7 @@ from model.diffusion import (
     init_diffusion_weights,
     pool,
 )
-from model.diffusion_process import DiffusionProcess
+from model.diffusion_process import DiffusionProcess, Prediction, Schedule
 from model.image.ldm_unet import LDMUNet, config_from_diffusers, rename_diffusers_weights
 from model.presets import IMAGE_DIFFUSION
 from model.text.tokenizer import TOKENS_MULTIPLE
@@ -39,10 +39,8 @@ class ImageDiffusionConfig(StrictConfig):
 
     model_type = "image_diffusion"
 
-    schedule: Literal["rectified_flow", "cosine", "linear", "scaled_linear", "edm"] = option(
-        "rectified_flow", "how noise grows with time"
-    )
-    prediction: Literal["velocity", "v", "epsilon", "x0"] = option("velocity", "what the network predicts")
+    schedule: Schedule = option("rectified_flow", "how noise grows with time")
+    prediction: Prediction = option("velocity", "what the network predicts")
     zero_terminal_snr: bool = option(False, "rescale the schedule so that time 1 is pure noise (arXiv 2305.08891)")
     time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t); 1 leaves them", gt=0)
 

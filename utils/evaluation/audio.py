@@ -8,7 +8,7 @@ import logging
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from PIL import Image
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 GRIFFIN_LIM_ITERATIONS = 60
 MIN_WORDS = 4  # Shorter transcripts are not recognised: one word alone is a matter of luck.
 Scores = dict[str, float | None]
+Metric = Literal["pesq", "stoi", "mel", "stft", "pitch", "speaker", "wer"]
 # fmt: off
 COLUMNS = {  # score -> title in the table, which values are good, digits
     "pesq_wb":            ("PESQ-wb",  "high", 2),
@@ -83,8 +84,8 @@ DEFINITIONS = {
 class AudioEvaluationArguments(ContactSheetArguments, EvaluationArguments):
     """Flags of the evaluation of everything that makes sound."""
 
-    metrics: list[Literal["pesq", "stoi", "mel", "stft", "pitch", "speaker", "wer"]] = option(
-        ["pesq", "stoi", "mel", "stft", "pitch", "speaker", "wer"],
+    metrics: list[Metric] = option(
+        list(get_args(Metric)),
         "what is measured; wer is the slowest, about a second per clip and row; mel: mel-L1 and MCD",
     )
 

@@ -16,6 +16,7 @@ from rich.console import RenderableType
 from torch.utils.tensorboard import SummaryWriter
 
 from dataset_loading.audio.signal import save_waveform
+from dataset_loading.image.pixels import ResizeMode
 from utils.checkpoints import chosen_weights, load_model, read_stage, step_of
 from utils.devices import compute_device
 from utils.drawing.images import save_image
@@ -75,7 +76,7 @@ class ImageEvaluationArguments(ContactSheetArguments, BatchedEvaluationArguments
         "instead of a preprocessed data set: folder of images, index file or hub name; --split: its only one",
         only_with=("cached_dataset", ""),
     )
-    resize_mode: Literal["crop", "pad", "squash"] = option(
+    resize_mode: ResizeMode = option(
         "crop", "how images of --dataset that are not square become square", only_with=("dataset", bool)
     )
 

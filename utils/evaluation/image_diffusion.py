@@ -18,7 +18,7 @@ from dataset_loading.collators import collate_stack
 from dataset_loading.image.folder import ImageFolder
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
-from model.samplers import n_evaluations
+from model.samplers import SamplerKind, n_evaluations
 from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.evaluator import Evaluation, ImageEvaluationArguments, ImageEvaluator
 from utils.evaluation.image_diffusion_report import (
@@ -65,9 +65,7 @@ class ImageDiffusionEvaluationArguments(SamplingArguments, ImageEvaluationArgume
     curve_scales: list[float] = option(
         [1.0, 2.0, 3.0, 5.0], "guidance scales of the curve", ge=0, only_with=("curve", True)
     )
-    curve_samplers: list[Literal["dpmpp_2m", "ddim", "ddpm", "euler", "heun"]] = option(
-        ["dpmpp_2m"], "samplers of the curve", only_with=("curve", True)
-    )
+    curve_samplers: list[SamplerKind] = option(["dpmpp_2m"], "samplers of the curve", only_with=("curve", True))
     curve_samples: int = option(64, "captions per point of the curve, spread evenly", gt=0, only_with=("curve", True))
 
     def validate_curve(self):

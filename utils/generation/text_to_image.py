@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
-from model.samplers import SAMPLERS, guided_denoiser, initial_noise, sample
+from model.samplers import SAMPLERS, SamplerKind, guided_denoiser, initial_noise, sample
 from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import TOKENS_MULTIPLE, encode_caption, pad_tokens
 from model.vae import VAE
@@ -31,9 +31,7 @@ BYTES_ONLY = ("n_text_layers", "text_head_width", "n_gram_sizes", "n_gram_bucket
 class SamplingArguments:
     """Flags of everything that draws images."""
 
-    sampler: Literal["dpmpp_2m", "ddim", "ddpm", "euler", "heun"] = option(
-        "dpmpp_2m", "sampler; euler and ddim take the same steps"
-    )
+    sampler: SamplerKind = option("dpmpp_2m", "sampler; euler and ddim take the same steps")
     n_steps: int = option(20, "sampling steps", gt=0)
     guidance_scale: float = option(3.0, "classifier-free guidance; 1: none", ge=0)
     guidance_interval: list[float] = option(

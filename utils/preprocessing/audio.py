@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from dataset_loading.audio.signal import (
     trim_silence,
 )
 from dataset_loading.sources import Source
-from model.audio.spectral import LogMel, MelSettings, mel_preset
+from model.audio.spectral import LogMel, MelPreset, MelSettings, mel_preset
 from utils.options import option, other_than_none
 from utils.preprocessing.driver import PACKAGES, Preprocess, PreprocessArguments
 from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of
@@ -56,7 +56,7 @@ class AudioPreprocessArguments(PreprocessArguments):
     speaker_column: str = option("", f"column with the speakers; default: the first of {', '.join(SPEAKER_COLUMNS)}")
 
     # The log-mel: a preset, and fields that replace the preset's.
-    mel: Literal["16k", "22k", "24k", "44k", "48k"] = option("16k", "log-mel by its sampling rate")
+    mel: MelPreset = option("16k", "log-mel by its sampling rate")
     sample_rate: int | None = option(None, "sampling rate in Hz", gt=0)
     n_fft: int | None = option(None, "samples of a frame", gt=0)
     hop_length: int | None = option(None, "samples between frames", gt=0)

@@ -5,7 +5,6 @@ B batch, M mel bins, F mel frames, Z latent channels, L latent frames, V charact
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from model.audio.griffin_lim import griffin_lim
 from model.audio.lengths import crop_starts, masked_mean, valid_frames
 from model.audio.mel_criteria import character_loss
+from model.audio.mel_discriminators import MelDiscriminatorKind
 from model.audio.spectral import check_same_mel
 from model.audio.vae import AudioVAEOutput
 from model.criteria import kl_divergence
@@ -49,9 +49,7 @@ class AudioVAEArguments(AdversaryArguments, StageArguments):
     )
 
     # The adversary.
-    discriminator: Literal["patch_1d", "patch_2d"] = option(
-        "patch_2d", "kind of discriminator", only_with=WITH_ADVERSARY
-    )
+    discriminator: MelDiscriminatorKind = option("patch_2d", "kind of discriminator", only_with=WITH_ADVERSARY)
     discriminator_channels: int = option(
         32, "channels of the discriminator's first layer", gt=0, only_with=WITH_ADVERSARY
     )

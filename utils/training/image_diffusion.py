@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from dataset_loading.cached import spread
 from dataset_loading.image.latents import ImageLatentDataset
+from model.diffusion_process import TimeSampling, Weighting
 from model.text.feature_extractors import FrozenTextEncoder
 from model.vae import VAE
 from utils.drawing.images import Group, draw_sheet, to_image
@@ -37,12 +38,12 @@ class ImageDiffusionArguments(SamplingArguments, StageArguments):
 
     # What is learned.
     caption_dropout: float = option(0.1, "share of captions replaced by the null condition", ge=0, lt=1)
-    time_sampling: Literal["logit_normal", "uniform"] = option("logit_normal", "distribution of training times")
+    time_sampling: TimeSampling = option("logit_normal", "distribution of training times")
     time_mean: float = option(0.0, "mean of the logit-normal times", only_with=("time_sampling", "logit_normal"))
     time_std: float = option(
         1.0, "deviation of the logit-normal times", gt=0, only_with=("time_sampling", "logit_normal")
     )
-    loss_weighting: Literal["none", "min_snr"] = option("none", "weight of the loss over times")
+    loss_weighting: Weighting = option("none", "weight of the loss over times")
     min_snr_gamma: float = option(
         5.0,
         "largest signal-to-noise ratio that weighs in min_snr (arXiv 2303.09556)",

@@ -3,7 +3,7 @@ shares."""
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 from dataset_loading.cached import spread
 from dataset_loading.image.pixels import ImageDataset
 from model.criteria import ReconstructionLoss, kl_divergence
-from model.image.augmentation import diff_augment
-from model.image.discriminators import build_discriminator
-from model.image.feature_extractors import build_perceptual
+from model.image.augmentation import AugmentationKind, diff_augment
+from model.image.discriminators import DiscriminatorKind, build_discriminator
+from model.image.feature_extractors import PerceptualKind, build_perceptual
 from utils.distributed import mean_across_ranks, rank, world_size
 from utils.drawing.images import TRIPLE, Group, channel_images, draw_sheet, to_image, triple
 from utils.megatransformer_utils import StageArguments
@@ -35,15 +35,15 @@ class ImageAutoencoderArguments(AdversaryArguments, StageArguments):
     l1_weight: float = option(1.0, "weight of the mean absolute error", ge=0)
     gradient_weight: float = option(0.0, "weight of the multi-scale image gradient difference", ge=0)
     perceptual_weight: float = option(0.5, "weight of the perceptual distance; 0: no perceptual network", ge=0)
-    perceptual: Literal["efficientnet", "lpips_vgg"] = option("efficientnet", "network of the perceptual distance")
+    perceptual: PerceptualKind = option("efficientnet", "network of the perceptual distance")
     kl_weight: float = option(1e-6, "weight of the KL divergence in nats per input value", ge=0)
-    discriminator: Literal["patch", "multi_scale"] = option("patch", "kind of discriminator", only_with=WITH_ADVERSARY)
+    discriminator: DiscriminatorKind = option("patch", "kind of discriminator", only_with=WITH_ADVERSARY)
     discriminator_channels: int = option(
         32, "channels of the discriminator's first layer", gt=0, only_with=WITH_ADVERSARY
     )
     discriminator_layers: int = option(3, "strided layers of each discriminator", gt=0, only_with=WITH_ADVERSARY)
     use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator", only_with=WITH_ADVERSARY)
-    diff_augment: list[Literal["color", "translation", "cutout"]] = option(
+    diff_augment: list[AugmentationKind] = option(
         [], "differentiable augmentations for the GAN", only_with=WITH_ADVERSARY
     )
     latent_statistics_samples: int = option(

@@ -3,7 +3,6 @@ M mel bins, F frames, S samples."""
 
 import dataclasses
 import statistics
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from model.audio.lengths import crop_starts, valid_frames
 from model.audio.spectral import MelSettings
+from model.audio.waveform_discriminators import WaveformDiscriminatorKind
 from utils.drawing.audio import phase_image, waveform_image
 from utils.megatransformer_utils import StageArguments
 from utils.options import option
@@ -41,7 +41,7 @@ class VocoderArguments(AdversaryArguments, StageArguments):
         False, "scale the adversarial gradient to the reconstruction's at the output"
     )
     feature_matching_weight: float = option(5.0, "weight of feature matching, relative to the adversarial loss", ge=0)
-    discriminator: Literal["thin", "full"] = option(
+    discriminator: WaveformDiscriminatorKind = option(
         "thin", "layers of the discriminator; full: as published peers", only_with=WITH_ADVERSARY
     )
     discriminator_periods: list[int] | None = option(
