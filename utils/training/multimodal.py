@@ -136,7 +136,7 @@ class MultimodalTrainer(StageTrainer):
         `--recurrent_steps_per_rank` asks for it."""
         owner = rank() if self.stage_arguments.recurrent_steps_per_rank else 0
         step = self.state.global_step
-        (generator,) = generators(self.args.seed, step, torch.tensor([owner]), "thinking_steps")
+        (generator,) = generators(self.args.seed, step, torch.tensor([owner]), stream="thinking_steps")
         n_steps = sample_thinking_steps(self.config, generator, self.mean_thinking_steps())
         if self.drawn_steps_until != step:
             self.drawn_steps.append(n_steps)

@@ -67,7 +67,7 @@ def draw_n_steps(seed: int, step: int, mean: float, sigma: float, minimum: int, 
     """
     if not 1 <= minimum <= mean <= maximum:
         raise ValueError(f"steps must satisfy 1 <= minimum={minimum} <= mean={mean} <= maximum={maximum}")
-    (generator,) = generators(seed, step, torch.zeros(1, dtype=torch.int64), "decoder_steps")
+    (generator,) = generators(seed, step, torch.zeros(1, dtype=torch.int64), stream="decoder_steps")
     while True:
         n = int(generator.poisson(math.exp(generator.normal(math.log(mean) - sigma**2 / 2, sigma))))
         if minimum <= n <= maximum:
