@@ -7,8 +7,8 @@
     python evaluate.py --checkpoint runs/audio_vae/demo --contact_sheet 8 --vocoder_checkpoint runs/vocoder/demo
     python evaluate.py --checkpoint runs/multimodal/demo --thinking_steps 1 2 4 8 16
 
-The stage is read from the checkpoint; flags of another stage are refused. Results go to the run's folder, or to
---output_dir.
+The stage is read from the checkpoint; flags that its evaluator does not read are refused. Results go to the run's
+folder, or to --output_dir.
 """
 
 import dataclasses
@@ -51,8 +51,6 @@ class EvaluateArguments(
     TextEvaluationArguments,
 ):
     """The flags of all stages."""
-
-    needs = {**ImageVAEEvaluationArguments.needs, **ImageDiffusionEvaluationArguments.needs}
 
 
 def build_evaluator(args: EvaluateArguments) -> Evaluator:

@@ -25,7 +25,6 @@ from utils.generation.latents import load_vae, standardized_posterior, vae_finge
 from utils.generation.text_encoder import caption_states, text_encoder_fingerprint
 from utils.options import option
 from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
-from utils.preprocessing.driver import PreprocessArguments
 from utils.preprocessing.image import IMAGE_SETTINGS, ImageArguments, decode_source_image
 from utils.preprocessing.samples import Example
 
@@ -43,7 +42,7 @@ class ImageDiffusionPreprocessArguments(ImageArguments, BatchedPreprocessArgumen
     max_tokens: int = option(128, "longest caption in tokens, bytes or the text encoder's; the rest is cut", gt=0)
     text_encoder: str = option("", "frozen text encoder whose hidden states are stored too: local folder or hub name")
 
-    needs = {**PreprocessArguments.needs, "seed": ("num_augmented_copies", bool)}
+    seed: int = option(42, "seed of the random changes", ge=0, only_with=("num_augmented_copies", bool))
 
     def validate_vae(self):
         if not self.vae_checkpoint:

@@ -30,15 +30,31 @@ class ImageVAEPreprocessArguments(ImageArguments):
     image_size: int = option(128, "side S of the images in pixels", gt=0)
 
     # Changes of the augmented copies.
-    random_resized_crop: float = option(1.0, "smallest share of the area a crop keeps; 1: off", gt=0, le=1, bare=0.5)
-    horizontal_flip: float = option(0.0, "probability of a flip", ge=0, le=1, bare=0.5)
-    color_jitter: float = option(0.0, "largest change of brightness, contrast, saturation", ge=0, lt=1, bare=0.2)
-    rotation: float = option(0.0, "largest rotation in degrees", ge=0, le=45, bare=10.0)
+    random_resized_crop: float = option(
+        1.0,
+        "smallest share of the area a crop keeps; 1: off",
+        gt=0,
+        le=1,
+        bare=0.5,
+        only_with=("num_augmented_copies", bool),
+    )
+    horizontal_flip: float = option(
+        0.0, "probability of a flip", ge=0, le=1, bare=0.5, only_with=("num_augmented_copies", bool)
+    )
+    color_jitter: float = option(
+        0.0,
+        "largest change of brightness, contrast, saturation",
+        ge=0,
+        lt=1,
+        bare=0.2,
+        only_with=("num_augmented_copies", bool),
+    )
+    rotation: float = option(
+        0.0, "largest rotation in degrees", ge=0, le=45, bare=10.0, only_with=("num_augmented_copies", bool)
+    )
 
     def validate_augmentation(self):
         used = [name for name in AUGMENTATIONS if getattr(self, name) != getattr(type(self), name)]
-        if used and not self.num_augmented_copies:
-            raise ValueError(f"--{used[0]} has no effect without --num_augmented_copies")
         if self.num_augmented_copies and not used:
             raise ValueError(
                 f"--num_augmented_copies needs one of --{', --'.join(AUGMENTATIONS)}, or copies are equal"

@@ -54,7 +54,7 @@ class GrokkingArguments:
     goal: float = option(0.95, "accuracy on unseen pairs that ends a run", gt=0, le=1)
     eval_steps: int = option(50, "steps between measurements", gt=0)
     n_seeds: int = option(3, "runs of each kind", gt=0)
-    image: str = option("", "file for the curves; empty: none")
+    image: str = option("", "file for the curves; empty: none", aliases=("picture",))
 
 
 @dataclasses.dataclass

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import interleave, report
 from benchmarks.vocoder_peers import HifiGANRecipe, TransposedInput, Vocos, VocosRecipe
-from benchmarks.vocoder_quality import MEASURING_FLAGS, TRAINING_FLAGS, QualityArguments, quality
+from benchmarks.vocoder_quality import MEASURING_FLAGS, QualityArguments, quality
 from model.audio.spectral import LogMel, mel_preset
 from model.audio.vocoders import Vocoder
 from pretrain_vocoder import VocoderStage
@@ -51,8 +51,6 @@ class BenchmarkArguments(QualityArguments):
     segment_frames: int = option(32, "frames of a crop in the speed comparison", gt=1)
     threads: int = option(1, "threads of torch", gt=0)
     bf16: bool = option(False, "bfloat16 autocast on all sides in the inference comparison")
-
-    needs = dict.fromkeys(TRAINING_FLAGS, ("quality", bool))
 
     def validate_bf16(self):
         if self.bf16 and (self.only == "training" or self.quality or self.run_dirs):

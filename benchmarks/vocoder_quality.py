@@ -50,15 +50,21 @@ class QualityArguments:
     quality: list[float] = option([], "CPU minutes of training at which quality is measured", gt=0)
     cached_dataset: str = option("cached_datasets/audio_vocoder", "clips")
     output_dir: str = option("runs/benchmark", "folder of the runs")
-    side: Literal["", "ours", "vocos"] = option("", "train only one side now, and measure the runs that are there")
+    side: Literal["", "ours", "vocos"] = option(
+        "", "train only one side now, and measure the runs that are there", only_with=("quality", bool)
+    )
     config: str = option("small", "our preset")
-    flags: str = option("", "further flags of pretrain_vocoder.py, in one string")
-    max_steps: int = option(0, "steps of our schedule, a cosine; 0: a constant rate", ge=0)
-    peer_batch_size: int = option(16, "crops per step of Vocos' recipe", gt=0)
-    peer_segment_frames: int = option(64, "frames of its crops", gt=1)
-    peer_learning_rate: float = option(5e-4, "its peak learning rate, on a cosine over the CPU time", gt=0)
+    flags: str = option("", "further flags of pretrain_vocoder.py, in one string", only_with=("quality", bool))
+    max_steps: int = option(
+        0, "steps of our schedule, a cosine; 0: a constant rate", ge=0, only_with=("quality", bool)
+    )
+    peer_batch_size: int = option(16, "crops per step of Vocos' recipe", gt=0, only_with=("quality", bool))
+    peer_segment_frames: int = option(64, "frames of its crops", gt=1, only_with=("quality", bool))
+    peer_learning_rate: float = option(
+        5e-4, "its peak learning rate, on a cosine over the CPU time", gt=0, only_with=("quality", bool)
+    )
     n_clips: int = option(10, "held-out clips that are measured", gt=0)
-    seed: int = option(42, "seed of weights, data order and crops", ge=0)
+    seed: int = option(42, "seed of weights, data order and crops", ge=0, only_with=("quality", bool))
     run_dirs: list[str] = option([], "measure these folders of runs of either side, whatever minutes; train nothing")
 
     def validate_run_dirs(self):
@@ -67,11 +73,6 @@ class QualityArguments:
 
 
 MEASURING_FLAGS = ("cached_dataset", "output_dir", "config", "n_clips")
-TRAINING_FLAGS = tuple(
-    field.name
-    for field in dataclasses.fields(QualityArguments)
-    if field.name not in ("quality", "run_dirs", *MEASURING_FLAGS)
-)
 
 
 class Clock:

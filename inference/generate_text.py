@@ -29,11 +29,11 @@ class GenerateTextArguments(GenerationArguments):
     weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
     prompts: list[str] = option([], "texts to continue")
     prompt_file: str = option("", "further texts, one per line")
-    n_texts: int = option(1, "drawn continuations per prompt, each with a seed of its own", gt=0)
+    n_texts: int = option(
+        1, "drawn continuations per prompt, each with a seed of its own", gt=0, only_with=("temperature", bool)
+    )
     batch_size: int = option(16, "texts made at once", gt=0)
     output_dir: str = option("inference/generated/text", "folder of the results")
-
-    needs = {**GenerationArguments.needs, "n_texts": ("temperature", bool)}
 
     def validate_prompts(self):
         if not self.checkpoint or not (self.prompts or self.prompt_file):

@@ -32,12 +32,12 @@ class TextToImageArguments(SamplingArguments):
     weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
     prompts: list[str] = option([], "captions to draw")
     prompt_file: str = option("", "further captions, one per line")
-    n_images: int = option(1, "images per prompt, with seeds 0, 1, 2, ...", gt=0)
+    n_images: int = option(
+        1, "images per prompt, with seeds 0, 1, 2, ...", gt=0, only_with=("seeds", []), aliases=("n_pictures",)
+    )
     seeds: list[int] = option([], "instead: the seeds of each prompt's images", ge=0)
     batch_size: int = option(16, "images drawn at once", gt=0)
     output_dir: str = option("inference/generated/image", "folder of the results")
-
-    needs = {"n_images": ("seeds", [])}
 
     def validate_prompts(self):
         if not self.checkpoint or not (self.prompts or self.prompt_file):

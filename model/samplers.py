@@ -7,7 +7,7 @@ noise (alpha = 0) is legal, and the last step, to t = 0, returns the last estima
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -149,7 +149,8 @@ def dpmpp_2m(
     return x
 
 
-SAMPLERS: dict[str, Callable[..., Tensor]] = {
+SamplerKind = Literal["dpmpp_2m", "ddim", "ddpm", "euler", "heun"]
+SAMPLERS: dict[SamplerKind, Callable[..., Tensor]] = {
     "ddpm": ddpm,
     "ddim": ddim,
     "dpmpp_2m": dpmpp_2m,
@@ -158,13 +159,13 @@ SAMPLERS: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def n_evaluations(name: str, n_steps: int) -> int:
+def n_evaluations(name: SamplerKind, n_steps: int) -> int:
     """How often sampler `name` calls its denoiser in n_steps steps."""
     return 2 * n_steps - 1 if name == "heun" else n_steps
 
 
 def sample(
-    name: str,
+    name: SamplerKind,
     denoiser: Denoiser,
     x: Tensor,
     process: DiffusionProcess,

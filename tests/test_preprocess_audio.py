@@ -218,7 +218,7 @@ def test_licence_of_a_split_lies_beside_its_folder(raw, tmp_path):
         (["--notch_hz", "55"], "--notch_hz=55 must be 0, 50 or 60"),
         (["--loudness_measure", "bs1770"], "--loudness_measure has no effect with loudness_db=None"),
         (["--loudness_db", "3"], "--loudness_db=3.0 must be < 0"),
-        (["--time_stretch"], "--time_stretch changes augmented copies only"),
+        (["--time_stretch"], "--time_stretch has no effect with num_augmented_copies=0"),
         (["--num_augmented_copies", "1"], "copies are equal without --time_stretch"),
         (["--segment_seconds", "0.5"], "--segment_seconds=0.5 must be at least three times"),
         (["--trim_dB", "3"], "did you mean '--trim_db'"),

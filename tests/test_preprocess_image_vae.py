@@ -73,7 +73,7 @@ def test_every_augmentation_changes_copies(raw, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--rotation"], "--rotation has no effect without --num_augmented_copies"),
+        (["--rotation"], "--rotation has no effect with num_augmented_copies=0"),
         (["--num_augmented_copies", "2"], "needs one of --random_resized_crop"),
         (["--background_color", "wite"], "--background_color='wite': unknown color"),
         (["--resize_mode", "croop"], "did you mean 'crop'"),

@@ -6,12 +6,15 @@ import dataclasses
 import json
 import logging
 import os
+import sys
 import types
 import typing
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from utils.options import declared_fields, suggest, type_name, validate_fields
+from utils.options import check_effects, declared_fields, inherited, suggest, type_name, validate_fields
+
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -30,10 +33,27 @@ def explained_errors(logger: logging.Logger) -> Iterator[None]:
 
 
 class StrictParser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaint about an unknown flag suggests the closest known one."""
+    """An ArgumentParser that suggests the closest known flag for an unknown one, and accepts former names of flags.
+
+    Attributes:
+        renamed: former flag -> flag, such as `{"--n_pictures": "--n_images"}`. `--help` does not show the former ones.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.renamed: dict[str, str] = {}
+
+    def current_name(self, word: str) -> str:
+        """A word of the command line, a former flag in it replaced by today's, with a notice."""
+        flag, equals, value = word.partition("=")
+        if flag not in self.renamed:
+            return word
+        logger.warning("%s is now called %s; the former name still works", flag, self.renamed[flag])
+        return f"{self.renamed[flag]}{equals}{value}"
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
-        parsed, unknown = self.parse_known_args(args, namespace)
+        words = [self.current_name(word) for word in (sys.argv[1:] if args is None else args)]
+        parsed, unknown = self.parse_known_args(words, namespace)
         if unknown:
             flags = [text for action in self._actions for text in action.option_strings]
             self.error(f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], flags)}")
@@ -59,6 +79,8 @@ def parse_arguments(arguments_class: type, argv: list[str] | None, description: 
     defaults = arguments_class()
     for field in declared_fields(arguments_class):
         add_flag(parser, field, getattr(defaults, field.name))
+        aliases = inherited(arguments_class, field.name, "aliases") or ()
+        parser.renamed |= {f"--{alias}": f"--{field.name}" for alias in aliases}
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
     values = vars(parser.parse_args(argv))
     values.pop("local_rank", None)
@@ -66,7 +88,7 @@ def parse_arguments(arguments_class: type, argv: list[str] | None, description: 
     parsed.given = sorted(values)
     try:
         validate_fields(parsed, "--{}")
-        check_effect(parsed)
+        check_effects(parsed, parsed.given, "--{name}")
     except ValueError as error:
         parser.error(str(error))
     return parsed
@@ -94,31 +116,6 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, default:
         parser.add_argument(
             f"--{field.name}", type=kind, help=text, **({} if bare is None else {"nargs": "?", "const": bare})
         )
-
-
-NEEDS = {
-    "deepspeed_config": ("use_deepspeed", True),
-    "ema_decay": ("use_ema", True),
-    "grokfast_alpha": ("trainer", "grokfast_ema"),
-    "grokfast_window": ("trainer", "grokfast_ma"),
-}
-
-
-def check_effect(arguments: Any) -> None:
-    """Refuse flags that were given but cannot take effect beside the others.
-
-    A dataclass may add rows of its own in a class attribute `needs`, `{flag: (other flag, value it must have)}`; the
-    value may also be a tuple of possible values, or a callable.
-    """
-    for name, (other, wanted) in {**NEEDS, **getattr(arguments, "needs", {})}.items():
-        if name not in arguments.given or not hasattr(arguments, other):
-            continue
-        value = getattr(arguments, other)
-        holds = (
-            wanted(value) if callable(wanted) else value in wanted if isinstance(wanted, tuple) else value == wanted
-        )
-        if not holds:
-            raise ValueError(f"--{name} has no effect with {other}={value!r}")
 
 
 def parse_overrides(pairs: list[str], config_fields: dict[str, Any]) -> dict[str, Any]:

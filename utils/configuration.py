@@ -2,7 +2,22 @@
 
 from typing import ClassVar, Literal
 
-from utils.options import StrictConfig, declared_fields, option
+from utils.options import Section, StrictConfig, declared_fields, option
+
+# Of `model/samplers.py` and `model/diffusion_process.py`, which lie above this module, what suits rectified flows.
+FlowSampler = Literal["euler", "heun"]
+FlowPrediction = Literal["velocity", "x0"]
+FlowTimes = Literal["logit_normal", "uniform"]
+
+# Conditions of several fields, see `option`: (other field, its value).
+ROTATES = ("use_rotary_embedding", True)
+IS_RECURRENT = ("n_recurrent_layers", bool)
+SAMPLES_STEPS = ("recurrent_steps_distribution", "lognormal_poisson")
+EXITS_EARLY = ("recurrent_exit_criterion", ("kl", "latent_difference"))
+IS_FLOW = ("image_decoder_type", "flow")
+IS_UNET = ("image_decoder_type", "unet")
+AUDIO_TIMES_ARE_NORMAL = ("audio_time_sampling", "logit_normal")
+IMAGE_TIMES_ARE_NORMAL = ("image_time_sampling", "logit_normal")
 
 
 class MegaTransformerConfig(StrictConfig):
@@ -16,7 +31,7 @@ class MegaTransformerConfig(StrictConfig):
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"num_attention_heads": "n_heads", "num_key_value_heads": "groups", "head_dim": "width_per_head"}
 
-    SECTION_STACK: ClassVar[str] = "Stack"
+    SECTION_STACK: ClassVar = Section("Stack")
     modalities: list[Literal["text", "audio", "image"]] = option(["text"], "what the stream holds, always text")
     hidden_size: int = option(256, "width D of the stream", gt=0)
     n_layers: int = option(8, "main layers, each run once", ge=0)
@@ -30,7 +45,7 @@ class MegaTransformerConfig(StrictConfig):
     use_cache: bool = option(True, "keep keys and values while generating")
     tie_word_embeddings: bool = option(True, "one matrix embeds tokens and predicts them")
 
-    SECTION_ATTENTION: ClassVar[str] = "Attention"
+    SECTION_ATTENTION: ClassVar = Section("Attention")
     n_heads: int = option(8, "query heads H", gt=0)
     n_query_groups: int | None = option(None, "key/value heads G, each shared by H / G query heads; None: H", gt=0)
     head_width: int | None = option(None, "width K of a head; None: D / H", gt=0)
@@ -38,26 +53,30 @@ class MegaTransformerConfig(StrictConfig):
     use_qk_norm: bool = option(False, "normalise queries and keys per head, before the rotation")
     attention_dropout: float = option(0.0, "share of dropped attention weights", ge=0, lt=1)
 
-    SECTION_POSITION: ClassVar[str] = "Position"
+    SECTION_POSITION: ClassVar = Section("Position")
     use_rotary_embedding: bool = option(True, "rotate queries and keys by their position (arXiv 2104.09864)")
-    rotary_theta: float = option(10000.0, "base of the rotation's wavelengths", gt=1)
-    rotary_fraction: float = option(1.0, "share of the head width K that is rotated", gt=0, le=1)
-    rotary_interpolation: float = option(1.0, "positions are divided by this (arXiv 2306.15595); 1: as they are", ge=1)
-    rotary_ntk_factor: float = option(1.0, "context is stretched by this through a larger base; 1: as it is", ge=1)
+    rotary_theta: float = option(10000.0, "base of the rotation's wavelengths", gt=1, only_with=ROTATES)
+    rotary_fraction: float = option(1.0, "share of the head width K that is rotated", gt=0, le=1, only_with=ROTATES)
+    rotary_interpolation: float = option(
+        1.0, "positions are divided by this (arXiv 2306.15595); 1: as they are", ge=1, only_with=ROTATES
+    )
+    rotary_ntk_factor: float = option(
+        1.0, "context is stretched by this through a larger base; 1: as it is", ge=1, only_with=ROTATES
+    )
     use_alibi_bias: bool = option(False, "bias scores by distance, a slope per head (arXiv 2108.12409)")
     position_embedding: Literal["none", "sinusoidal", "learned"] = option("none", "added to the embedded tokens")
 
-    SECTION_NORM: ClassVar[str] = "Norm"
+    SECTION_NORM: ClassVar = Section("Norm")
     norm_type: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "every norm of the stream")
     norm_eps: float = option(1e-6, "added to the mean square", gt=0)
-    use_norm_bias: bool = option(False, "layernorm only: biases")
+    use_norm_bias: bool = option(False, "biases", only_with=("norm_type", "layernorm"))
     use_pre_attention_norm: bool = option(True, "normalise the input of attention")
     use_post_attention_norm: bool = option(False, "normalise attention's output; without a pre norm, the sum")
     use_pre_ffn_norm: bool = option(True, "normalise the input of the feed-forward network")
     use_post_ffn_norm: bool = option(False, "normalise its output; without a pre norm, the sum")
     use_final_norm: bool = option(True, "normalise the stream before the prediction")
 
-    SECTION_FEED_FORWARD: ClassVar[str] = "Feed-forward"
+    SECTION_FEED_FORWARD: ClassVar = Section("Feed-forward")
     intermediate_size: int | None = option(None, "inner width; None: 4 D, gated 8/3 D up to a multiple of 64", gt=0)
     ffn_activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu_squared", "silu"] = option(
         "swiglu", "activation; swiglu and geglu are gated"
@@ -65,10 +84,12 @@ class MegaTransformerConfig(StrictConfig):
     use_ffn_bias: bool = option(False, "biases in its projections")
     ffn_dropout: float = option(0.0, "share of dropped inner values", ge=0, lt=1)
 
-    SECTION_RECURRENT: ClassVar[str] = "Recurrent core"
+    SECTION_RECURRENT: ClassVar = Section("Recurrent core", only_with=IS_RECURRENT)
     recurrent_mean_thinking_steps: int = option(8, "mean steps in training (arXiv 2502.05171)", gt=0)
-    recurrent_sigma: float = option(0.5, "deviation of the logarithm of the Poisson rate", ge=0)
-    recurrent_min_thinking_steps: int = option(1, "fewest steps in training", gt=0)
+    recurrent_sigma: float = option(
+        0.5, "deviation of the logarithm of the Poisson rate", ge=0, only_with=SAMPLES_STEPS
+    )
+    recurrent_min_thinking_steps: int = option(1, "fewest steps in training", gt=0, only_with=SAMPLES_STEPS)
     recurrent_max_thinking_steps: int = option(32, "most steps, in training and generation", gt=0)
     recurrent_steps_distribution: Literal["lognormal_poisson", "fixed"] = option(
         "lognormal_poisson", "how training draws its steps; fixed: always the mean"
@@ -79,24 +100,30 @@ class MegaTransformerConfig(StrictConfig):
     recurrent_state_initialization: Literal["zeros", "normal", "embedding", "learned"] = option(
         "zeros", "first state; normal: zeros in evaluation"
     )
-    recurrent_state_std: float = option(0.02, "normal and learned: deviation of the first state", gt=0)
+    recurrent_state_std: float = option(
+        0.02, "deviation of the first state", gt=0, only_with=("recurrent_state_initialization", ("normal", "learned"))
+    )
     recurrent_use_sandwich_norm: bool = option(True, "pre and post norms in the core, whatever the stack has")
     recurrent_use_state_norm: bool = option(True, "normalise the state after every step")
     recurrent_exit_criterion: Literal["none", "kl", "latent_difference"] = option("none", "what ends steps early")
-    recurrent_exit_criteria_threshold: float = option(1e-3, "exit below: nats, or relative norm of the change", gt=0)
-    recurrent_exit_min_steps: int = option(2, "steps before the first exit", gt=0)
+    recurrent_exit_criteria_threshold: float = option(
+        1e-3, "exit below: nats, or relative norm of the change", gt=0, only_with=EXITS_EARLY
+    )
+    recurrent_exit_min_steps: int = option(2, "steps before the first exit", gt=0, only_with=EXITS_EARLY)
     recurrent_cache_steps: int | None = option(None, "cache slots c, step r in r mod c; None: all, exact", gt=0)
 
-    SECTION_TEXT: ClassVar[str] = "Text"
+    SECTION_TEXT: ClassVar = Section("Text")
     vocab_size: int = option(258, "tokens V of the vocabulary", gt=0)
     pad_token_id: int | None = option(0, "token of padding", ge=0)
     bos_token_id: int | None = option(1, "token that begins a document", ge=0)
     eos_token_id: int | None = option(None, "token that ends a document and generation", ge=0)
-    null_token_id: int | None = option(None, "audio, image: token that stands for dropped text, for guidance", ge=0)
+    null_token_id: int | None = option(
+        None, "token that stands for dropped text, for guidance", ge=0, only_with=("modalities", ("audio", "image"))
+    )
     z_loss_weight: float = option(0.0, "weight of the squared log of the softmax's denominator", ge=0)
     loss_chunk_size: int = option(0, "tokens per piece of the loss, to hold few logits at once; 0: all at once", ge=0)
 
-    SECTION_AUDIO: ClassVar[str] = "Audio"
+    SECTION_AUDIO: ClassVar = Section("Audio", only_with=("modalities", "audio"))
     audio_sample_rate: int = option(16000, "samples per second", gt=0)
     audio_n_fft: int = option(1024, "samples of a frame of the log-mel", gt=0)
     audio_hop_length: int = option(256, "samples between frames", gt=0)
@@ -111,20 +138,28 @@ class MegaTransformerConfig(StrictConfig):
     audio_begin_token_id: int | None = option(None, "token in front of a block", ge=0)
     audio_end_token_id: int | None = option(None, "token that ends a sound", ge=0)
     audio_loss_weight: float = option(1.0, "weight of the flow's mean squared error beside the cross-entropy", ge=0)
-    audio_prediction: Literal["velocity", "x0"] = option("velocity", "what the coda predicts; x0: clean latents")
-    audio_time_sampling: Literal["logit_normal", "uniform"] = option("logit_normal", "times of training")
-    audio_time_mean: float = option(0.0, "logit_normal: mean of the times' logits; above 0: more noise")
-    audio_time_std: float = option(1.0, "logit_normal: deviation of the times' logits", gt=0)
+    audio_prediction: FlowPrediction = option("velocity", "what the coda predicts; x0: clean latents")
+    audio_time_sampling: FlowTimes = option("logit_normal", "times of training")
+    audio_time_mean: float = option(
+        0.0, "mean of the times' logits; above 0: more noise", only_with=AUDIO_TIMES_ARE_NORMAL
+    )
+    audio_time_std: float = option(1.0, "deviation of the times' logits", gt=0, only_with=AUDIO_TIMES_ARE_NORMAL)
     audio_time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t); 1 leaves them", gt=0)
     audio_n_noise_copies: int = option(2, "noisy copies of a block per training step, beside the clean one", gt=0)
     audio_condition_dropout: float = option(0.1, "share of blocks trained without the text before them", ge=0, lt=1)
-    audio_sampler: Literal["euler", "heun"] = option("euler", "solver of the flow")
+    audio_sampler: FlowSampler = option("euler", "solver of the flow")
     audio_n_sampling_steps: int = option(16, "steps of the solver per block", gt=0)
-    audio_guidance_scale: float = option(1.0, "classifier-free guidance; 1: none", ge=1)
-    audio_exit_threshold: float = option(0.0, "relative change of the state that ends thinking; 0: never", ge=0, lt=1)
-    audio_carried_thinking_steps: int | None = option(None, "core steps of later solver steps; None: all anew", gt=0)
+    audio_guidance_scale: float = option(
+        1.0, "classifier-free guidance; 1: none", ge=1, only_with=("audio_condition_dropout", bool)
+    )
+    audio_exit_threshold: float = option(
+        0.0, "relative change of the state that ends thinking; 0: never", ge=0, lt=1, only_with=IS_RECURRENT
+    )
+    audio_carried_thinking_steps: int | None = option(
+        None, "core steps of later solver steps; None: all anew", gt=0, only_with=IS_RECURRENT
+    )
 
-    SECTION_IMAGE: ClassVar[str] = "Image"
+    SECTION_IMAGE: ClassVar = Section("Image", only_with=("modalities", "image"))
     image_size: int = option(64, "side of the images in pixels", gt=0)
     image_compression: int = option(8, "pixels per latent side of the image VAE", gt=0)
     image_latent_channels: int = option(16, "latent channels Z of the image VAE", gt=0)
@@ -135,47 +170,39 @@ class MegaTransformerConfig(StrictConfig):
     image_begin_token_id: int | None = option(None, "token in front of an image", ge=0)
     image_end_token_id: int | None = option(None, "token behind an image", ge=0)
     image_decoder_type: Literal["flow", "unet"] = option("flow", "denoised by the stream, or by a UNet that reads it")
-    image_decoder_width: int | None = option(None, "unet only: width of what it reads; None: D", gt=0)
-    image_decoder_n_tokens: int = option(64, "unet only: learned queries whose coda states it reads", gt=0)
+    image_decoder_width: int | None = option(None, "width of what it reads; None: D", gt=0, only_with=IS_UNET)
+    image_decoder_n_tokens: int = option(64, "learned queries whose coda states it reads", gt=0, only_with=IS_UNET)
     image_loss_weight: float = option(1.0, "weight of the flow's mean squared error beside the cross-entropy", ge=0)
-    image_prediction: Literal["velocity", "x0"] = option("velocity", "flow only: what the coda predicts")
-    image_time_sampling: Literal["logit_normal", "uniform"] = option("logit_normal", "flow only: times of training")
-    image_time_mean: float = option(0.0, "logit_normal: mean of the times' logits; above 0: more noise")
-    image_time_std: float = option(1.0, "logit_normal: deviation of the times' logits", gt=0)
-    image_time_shift: float = option(1.0, "flow only: shift s of the times, t -> s t / (1 + (s - 1) t)", gt=0)
-    image_n_noise_copies: int = option(2, "flow only: noisy copies of an image per training step", gt=0)
+    image_prediction: FlowPrediction = option("velocity", "what the coda predicts", only_with=IS_FLOW)
+    image_time_sampling: FlowTimes = option("logit_normal", "times of training", only_with=IS_FLOW)
+    image_time_mean: float = option(
+        0.0, "mean of the times' logits; above 0: more noise", only_with=[IS_FLOW, IMAGE_TIMES_ARE_NORMAL]
+    )
+    image_time_std: float = option(
+        1.0, "deviation of the times' logits", gt=0, only_with=[IS_FLOW, IMAGE_TIMES_ARE_NORMAL]
+    )
+    image_time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t)", gt=0, only_with=IS_FLOW)
+    image_n_noise_copies: int = option(2, "noisy copies of an image per training step", gt=0, only_with=IS_FLOW)
     image_condition_dropout: float = option(0.1, "share of images trained without the text before them", ge=0, lt=1)
-    image_sampler: Literal["euler", "heun"] = option("euler", "solver of the flow")
+    image_sampler: FlowSampler = option("euler", "solver of the flow")
     image_n_sampling_steps: int = option(32, "steps of the solver per image", gt=0)
-    image_guidance_scale: float = option(1.0, "classifier-free guidance; 1: none", ge=1)
-    image_exit_threshold: float = option(0.0, "relative change of the state that ends thinking; 0: never", ge=0, lt=1)
-    image_carried_thinking_steps: int | None = option(None, "core steps of later solver steps; None: all anew", gt=0)
+    image_guidance_scale: float = option(
+        1.0, "classifier-free guidance; 1: none", ge=1, only_with=("image_condition_dropout", bool)
+    )
+    image_exit_threshold: float = option(
+        0.0, "relative change of the state that ends thinking; 0: never", ge=0, lt=1, only_with=[IS_FLOW, IS_RECURRENT]
+    )
+    image_carried_thinking_steps: int | None = option(
+        None, "core steps of later solver steps; None: all anew", gt=0, only_with=[IS_FLOW, IS_RECURRENT]
+    )
 
-    SECTION_INITIALISATION: ClassVar[str] = "Initialisation"
+    SECTION_INITIALISATION: ClassVar = Section("Initialisation")
     initializer_range: float = option(0.02, "deviation of the projections' weights", gt=0)
     embedding_initializer_range: float = option(0.02, "deviation of the embeddings", gt=0)
-    use_depth_scaled_initialization: bool = option(True, "branches' last projections: over sqrt(2 x layers)")
+    use_depth_scaled_initialization: bool = option(
+        True, "branches' last projections: over sqrt(2 x layers)", only_with=("use_zero_output_initialization", False)
+    )
     use_zero_output_initialization: bool = option(False, "start the branches' last projections at zero")
-
-    EFFECTS: ClassVar = [
-        ("rotary_*", "use_rotary_embedding", True),
-        ("use_norm_bias", "norm_type", "layernorm"),
-        ("recurrent_* *_exit_threshold *_carried_thinking_steps", "n_recurrent_layers", True),
-        ("recurrent_sigma recurrent_min_thinking_steps", "recurrent_steps_distribution", "lognormal_poisson"),
-        ("recurrent_state_std", "recurrent_state_initialization", "normal", "learned"),
-        ("recurrent_exit_criteria_* recurrent_exit_min_*", "recurrent_exit_criterion", "kl", "latent_difference"),
-        ("null_token_id", "modalities", "audio", "image"),
-        ("audio_*", "modalities", "audio"),
-        ("audio_time_mean audio_time_std", "audio_time_sampling", "logit_normal"),
-        ("audio_guidance_scale", "audio_condition_dropout", True),
-        ("image_*", "modalities", "image"),
-        ("image_prediction image_time_* image_n_noise_copies", "image_decoder_type", "flow"),
-        ("image_exit_* image_carried_*", "image_decoder_type", "flow"),
-        ("image_time_mean image_time_std", "image_time_sampling", "logit_normal"),
-        ("image_guidance_scale", "image_condition_dropout", True),
-        ("image_decoder_width image_decoder_n_tokens", "image_decoder_type", "unet"),
-        ("use_depth_scaled_initialization", "use_zero_output_initialization", False),
-    ]
 
     @property
     def groups(self) -> int:

@@ -13,6 +13,9 @@ from utils.devices import set_fp32_precision, use_deterministic_kernels
 from utils.distributed import launch_settings
 from utils.options import option
 
+SchedulerKind = Literal["constant", "constant_with_warmup", "linear", "cosine"]  # of transformers' schedulers
+TrainerKind = Literal["default", "grokfast_ema", "grokfast_ma"]  # see `trainer_class_for`
+
 
 @dataclasses.dataclass
 class StageArguments:
@@ -45,17 +48,26 @@ class StageArguments:
     adam_beta1: float = option(0.9, "AdamW's first moment decay", ge=0, lt=1)
     adam_beta2: float = option(0.99, "AdamW's second moment decay", ge=0, lt=1)
     max_grad_norm: float = option(1.0, "gradient norm clip; 0: none", ge=0)
-    lr_scheduler_type: Literal["constant", "constant_with_warmup", "linear", "cosine"] = option("cosine", "schedule")
+    lr_scheduler_type: SchedulerKind = option("cosine", "schedule")
     warmup_ratio: float = option(0.02, "share of the steps with linear warm-up", ge=0, lt=1)
-    trainer: Literal["default", "grokfast_ema", "grokfast_ma"] = option("default", "gradient filter")
-    grokfast_alpha: float = option(0.98, "decay of the GrokFast EMA filter", ge=0, lt=1)
-    grokfast_lambda: float = option(2.0, "amplification of the slow gradient by GrokFast", ge=0)
-    grokfast_window: int = option(100, "steps in the GrokFast MA window", gt=0)
+    trainer: TrainerKind = option("default", "gradient filter")
+    grokfast_alpha: float = option(
+        0.98, "decay of the GrokFast EMA filter", ge=0, lt=1, only_with=("trainer", "grokfast_ema")
+    )
+    grokfast_lambda: float = option(
+        2.0,
+        "amplification of the slow gradient by GrokFast",
+        ge=0,
+        only_with=("trainer", ("grokfast_ema", "grokfast_ma")),
+    )
+    grokfast_window: int = option(100, "steps in the GrokFast MA window", gt=0, only_with=("trainer", "grokfast_ma"))
     max_skipped_steps: int = option(10, "non-finite optimizer steps in a row that end the run", gt=0)
 
     # Averaged weights.
     use_ema: bool = option(True, "keep an exponential moving average of the weights; evaluation and saving use it")
-    ema_decay: float = option(0.999, "decay of the weight EMA after its warm-up", ge=0, lt=1)
+    ema_decay: float = option(
+        0.999, "decay of the weight EMA after its warm-up", ge=0, lt=1, only_with=("use_ema", True)
+    )
 
     # Speed and memory.
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
@@ -66,7 +78,11 @@ class StageArguments:
     use_gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass to save memory")
     compile_model: bool = option(False, "torch.compile: the blocks of a transformer, other models as a whole")
     use_deepspeed: bool = option(False, "train with the DeepSpeed engine")
-    deepspeed_config: str = option("ds_config_zero-2.json", "DeepSpeed configuration file, with --use_deepspeed")
+    deepspeed_config: str = option(
+        "ds_config_zero-2.json",
+        "DeepSpeed configuration file, with --use_deepspeed",
+        only_with=("use_deepspeed", True),
+    )
 
     # Logs and checkpoints.
     logging_steps: int = option(10, "steps between log lines", gt=0)

@@ -1,18 +1,19 @@
-"""Declared options: each field of a configuration states its type, default, meaning and bounds once.
+"""Declared options: each field of a configuration states its type, default, meaning, bounds and conditions once.
 
-`option()` declares a field, `validate_fields()` checks a whole object, and `StrictConfig` is the base of every model
-configuration: a transformers `PreTrainedConfig` that refuses unknown names instead of storing them.
+`option()` declares a field, `validate_fields()` checks a whole object, `check_effects()` refuses options that the
+others switch off, and `StrictConfig` is the base of every model configuration: a transformers `PreTrainedConfig` that
+refuses unknown names instead of storing them.
 The stages' command-line flags (`megatransformer_utils.StageArguments`) are declared with the same `option()`.
 """
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import types
 import typing
-from collections.abc import Iterable
-from fnmatch import fnmatch
-from typing import Any, ClassVar, Literal
+from collections.abc import Collection, Iterable
+from typing import Any, Literal
 
 from transformers import PreTrainedConfig
 
@@ -24,21 +25,47 @@ BOUNDS = {
 }
 
 
-def option(default: Any, meaning: str, *, bare: Any = None, **bounds: float) -> Any:
-    """A dataclass field with its meaning and bounds.
+Condition = tuple[str, Any]  # (name of another option, its value, a tuple of values, or a predicate of it)
+
+
+def option(
+    default: Any,
+    meaning: str,
+    *,
+    bare: Any = None,
+    only_with: Condition | list[Condition] | None = None,
+    aliases: tuple[str, ...] | None = None,
+    **bounds: float,
+) -> Any:
+    """A dataclass field with its meaning, bounds and conditions.
+
+    A subclass that declares the option anew, such as with another default, inherits `only_with` and `aliases` unless
+    it states its own.
 
     Args:
         default: the default; a list or dict is copied for each object.
         meaning: one line with the unit, shown by `--help` and in the generated documentation.
         bare: what the command-line flag means when it is given without a value.
+        only_with: condition of another option without which this one has no effect, such as `("use_ema", True)`; a
+            list of conditions must hold together; `[]` lifts inherited ones. See `is_met`.
+        aliases: former names, which the command line still accepts.
         bounds: any of `gt`, `ge`, `lt`, `le`; None values and non-numbers are not compared.
     """
     unknown = set(bounds) - set(BOUNDS)
     assert not unknown, f"option() takes {sorted(BOUNDS)}, not {sorted(unknown)}"
-    metadata = {"meaning": meaning, "bounds": bounds, "bare": bare}
+    conditions = [only_with] if isinstance(only_with, tuple) else only_with
+    metadata = {"meaning": meaning, "bounds": bounds, "bare": bare, "only_with": conditions, "aliases": aliases}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """Title of the options below it, and a condition that all of them share. See `declared_sections`."""
+
+    title: str = ""
+    only_with: Condition | None = None
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -78,21 +105,100 @@ def declared_fields(owner: Any) -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(owner) if "meaning" in field.metadata]
 
 
-def declared_sections(owner: Any) -> dict[str, list[dataclasses.Field]]:
+def declared_sections(owner: Any) -> dict[Section, list[dataclasses.Field]]:
     """The declared fields by section, in order of declaration.
 
-    A section begins at a class variable `SECTION_...`, whose value is its title. Fields in front of any have title "".
+    A section begins at a class variable `SECTION_...`, whose value is a `Section`. Fields before the first one are in
+    a section without a title.
     """
     fields = {field.name: field for field in declared_fields(owner)}
-    sections: dict[str, list[dataclasses.Field]] = {}
+    sections: dict[Section, list[dataclasses.Field]] = {}
     for base in reversed((owner if isinstance(owner, type) else type(owner)).__mro__):
-        title = ""
+        section = Section()
         for name in inspect.get_annotations(base):
             if name.startswith("SECTION_"):
-                title = getattr(base, name)
+                section = getattr(base, name)
             elif name in fields:
-                sections.setdefault(title, []).append(fields.pop(name))
+                sections.setdefault(section, []).append(fields.pop(name))
     return sections
+
+
+def inherited(owner: type, name: str, key: str) -> Any:
+    """What the nearest declaration of an option says under a key of its metadata; None where none says anything."""
+    for base in owner.__mro__:
+        field = vars(base).get("__dataclass_fields__", {}).get(name)
+        if field is not None and field.metadata.get(key) is not None:
+            return field.metadata[key]
+    return None
+
+
+@functools.cache
+def effect_conditions(owner: type) -> dict[str, list[Condition]]:
+    """The conditions under which the options of a class have an effect: those of their section, and their own."""
+    conditions = {}
+    for section, fields in declared_sections(owner).items():
+        shared = [section.only_with] if section.only_with else []
+        for field in fields:
+            conditions[field.name] = [*shared, *(inherited(owner, field.name, "only_with") or [])]
+    return {name: rows for name, rows in conditions.items() if rows}
+
+
+def other_than_none(value: Any) -> bool:
+    """A predicate for `only_with`; errors quote its name."""
+    return value is not None
+
+
+def other_than_one(value: float) -> bool:
+    """A predicate for `only_with`; errors quote its name."""
+    return value != 1
+
+
+def above_one(value: float) -> bool:
+    """A predicate for `only_with`; errors quote its name."""
+    return value > 1
+
+
+def is_met(required: Any, value: Any) -> bool:
+    """Whether an option's value meets a condition.
+
+    A tuple lists acceptable values, a function decides (`bool`: neither zero nor empty), and of an option that is a
+    list one entry must be the required value.
+    """
+    if callable(required):
+        return bool(required(value))
+    if isinstance(required, tuple):
+        return any(is_met(choice, value) for choice in required)
+    return value == required or (isinstance(value, list) and required in value)
+
+
+def condition_text(condition: Condition) -> str:
+    """A condition as a reader writes it: `use_ema=True`, `kind='a' or 'b'`."""
+    name, required = condition
+    if required is bool:
+        return f"{name} other than 0 or empty"
+    if callable(required):
+        return f"{name} {required.__name__.replace('_', ' ')}"
+    choices = required if isinstance(required, tuple) else (required,)
+    return f"{name}={' or '.join(map(repr, choices))}"
+
+
+def check_effects(owner: Any, names: Collection[str], spelling: str = "{name}={value!r}") -> None:
+    """Check that options have an effect beside the others, by the `only_with` of their declarations.
+
+    Args:
+        owner: the object with all options.
+        names: the options that were set by somebody.
+        spelling: how the message writes an option, `"--{name}"` for flags.
+    Raises:
+        ValueError: names the option, and the other one that switches it off.
+    """
+    for name, conditions in effect_conditions(type(owner)).items():
+        for other, required in conditions if name in names else ():
+            value = getattr(owner, other)
+            if not is_met(required, value):
+                subject = spelling.format(name=name, value=getattr(owner, name))
+                remedy = condition_text((other, required))
+                raise ValueError(f"{subject} has no effect with {other}={value!r}; it needs {remedy}")
 
 
 def default_value(field: dataclasses.Field) -> Any:
@@ -153,10 +259,6 @@ class StrictConfig(PreTrainedConfig):
     trips; keys that transformers itself writes are accepted.
     """
 
-    # Fields (with * as in file names), the field that switches them, and the values of it that give them an effect.
-    # True and False stand for any value that is so; of a list, one entry is enough.
-    EFFECTS: ClassVar[list[tuple]] = []
-
     def __post_init__(self, **kwargs: Any):
         known = {field.name for field in declared_fields(self)}
         aliases = {name for name, own in self.attribute_map.items() if own in known}
@@ -177,22 +279,17 @@ class StrictConfig(PreTrainedConfig):
             raise ValueError(f"{name}={getattr(self, name)!r} {rule}")
 
     def validate_effects(self):
-        """Refuse fields that differ from their defaults while what they set is off, by the table EFFECTS."""
-        for patterns, switch, *needed in self.EFFECTS:
-            value = getattr(self, switch)
-            held = value if isinstance(value, list) else [bool(value) if isinstance(needed[0], bool) else value]
-            for field in [] if set(held) & set(needed) else declared_fields(self):
-                is_meant = any(fnmatch(field.name, pattern) for pattern in patterns.split())
-                is_default = getattr(self, field.name) == default_value(field)
-                self.expect(is_default or not is_meant, field.name, f"has no effect with {switch}={value!r}")
+        """Refuse fields that differ from their defaults although other fields switch them off."""
+        fields = declared_fields(self)
+        check_effects(self, [field.name for field in fields if getattr(self, field.name) != default_value(field)])
 
     def describe(self) -> str:
         """All declared fields, one per line: `name = value   # meaning`, below the titles of their sections."""
         lines = []
-        for title, fields in declared_sections(self).items():
+        for section, fields in declared_sections(self).items():
             rows = [(f"{field.name} = {getattr(self, field.name)!r}", field.metadata["meaning"]) for field in fields]
             width = max(len(setting) for setting, _ in rows)
-            lines += ["", f"[{title}]"] if title else []
+            lines += ["", f"[{section.title}]"] if section.title else []
             lines += [f"{setting:<{width}}  # {meaning}" for setting, meaning in rows]
         return "\n".join(lines).lstrip("\n")
 

@@ -114,12 +114,12 @@ class StageTrainer(Trainer):
 
     def sample_noise(self, inputs: dict, stream: str, shape) -> Tensor:
         """Standard normal noise (B, *shape) that belongs to this step's samples, on the training device."""
-        noise = sample_normal(self.args.seed, self.state.global_step, inputs["index"], stream, shape)
+        noise = sample_normal(self.args.seed, self.state.global_step, inputs["index"], stream=stream, shape=shape)
         return noise.to(self.args.device)
 
     def sample_uniforms(self, inputs: dict, stream: str, shape) -> Tensor:
         """Uniform numbers in [0, 1), (B, *shape), that belong to this step's samples, on the training device."""
-        numbers = sample_uniform(self.args.seed, self.state.global_step, inputs["index"], stream, shape)
+        numbers = sample_uniform(self.args.seed, self.state.global_step, inputs["index"], stream=stream, shape=shape)
         return numbers.to(self.args.device)
 
     # ---- Optimizer.

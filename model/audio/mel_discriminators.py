@@ -105,11 +105,15 @@ class MelPatchDiscriminator2d(MelDiscriminator):
         return mel[:, None].contiguous(memory_format=torch.channels_last)
 
 
-MEL_DISCRIMINATORS = {"patch_1d": MelPatchDiscriminator1d, "patch_2d": MelPatchDiscriminator2d}
+MelDiscriminatorKind = Literal["patch_1d", "patch_2d"]
+MEL_DISCRIMINATORS: dict[MelDiscriminatorKind, type] = {
+    "patch_1d": MelPatchDiscriminator1d,
+    "patch_2d": MelPatchDiscriminator2d,
+}
 
 
 def build_mel_discriminator(
-    kind: Literal["patch_1d", "patch_2d"],
+    kind: MelDiscriminatorKind,
     band_mean: Tensor,
     band_std: Tensor,
     channels: int,

@@ -8,7 +8,7 @@ autocast.
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -71,8 +71,9 @@ class MelSettings:
         return " ".join(f"{name}={value}" for name, value in self.as_dict().items())
 
 
+MelPreset = Literal["16k", "22k", "24k", "44k", "48k"]
 # fmt: off
-MEL_PRESETS = {
+MEL_PRESETS: dict[MelPreset, MelSettings] = {
     "16k":   MelSettings(),
     "22k":   MelSettings(sample_rate=22050, n_fft=1024, hop_length=256, n_mels=80,  f_max=8000.0),
     "24k":   MelSettings(sample_rate=24000, n_fft=1024, hop_length=256, n_mels=100, f_max=12000.0),

@@ -43,7 +43,7 @@ class AudioVAEConfig(AudioConfig):
     architecture: Literal["conv1d", "conv2d"] = option("conv1d", "mel bins as channels, or as rows of an image")
     latent_channels: int = option(20, "latent channels Z", gt=0)
     patch_frames: int = option(2, "mel frames c per latent frame", gt=0)
-    patch_bins: int = option(8, "conv2d only: mel bins per latent row", gt=0)
+    patch_bins: int = option(8, "mel bins per latent row", gt=0, only_with=("architecture", "conv2d"))
 
     width: int = option(256, "channels D of the network", gt=0)
     n_encoder_blocks: int = option(2, "residual blocks of the encoder", ge=0)
@@ -77,8 +77,6 @@ class AudioVAEConfig(AudioConfig):
     def validate_patches(self):
         if self.architecture == "conv2d" and self.n_mels % self.patch_bins:
             raise ValueError(f"patch_bins={self.patch_bins} must divide n_mels={self.n_mels} for conv2d")
-        if self.architecture == "conv1d" and self.patch_bins != 8:
-            raise ValueError(f"patch_bins={self.patch_bins} has no effect in architecture='conv1d'")
         if self.latent_channels > self.patch_size:
             raise ValueError(
                 f"latent_channels={self.latent_channels} exceed the {self.patch_size} mel values of a patch"

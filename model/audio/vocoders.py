@@ -14,18 +14,17 @@ Architecture "istft" starts from what signal processing knows and learns the res
 Architecture "hifigan" (`hifigan.py`) is the generator of HiFi-GAN, which upsamples step by step.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, initialization
 
-from model.audio.configuration import MEL_FIELDS, AudioConfig
+from model.audio.configuration import AudioConfig
 from model.audio.frame_conv import FrameConv
 from model.audio.griffin_lim import inversion_matrices, mel_gain, mel_to_magnitude, starting_magnitude
 from model.audio.hifigan import HiFiGANGenerator
@@ -33,7 +32,7 @@ from model.audio.spectral import istft, stft
 from model.checkpointing import GradientCheckpointingLayer
 from model.layers import ZeroLinear, init_layer
 from model.presets import VOCODER
-from utils.options import declared_fields, from_preset, option
+from utils.options import Section, from_preset, option
 
 EPSILON = 1e-8  # added to the power whose phase is taken: bins without sound have none
 
@@ -45,7 +44,7 @@ class VocoderConfig(AudioConfig):
 
     architecture: Literal["istft", "hifigan"] = option("istft", "network")
 
-    # Architecture istft.
+    SECTION_ISTFT: ClassVar = Section("Architecture istft", only_with=("architecture", "istft"))
     width: int = option(256, "channels D of the backbone", gt=0)
     n_layers: int = option(8, "ConvNeXt blocks", gt=0)
     expansion: int = option(3, "hidden over outer channels of a block", gt=0)
@@ -57,21 +56,11 @@ class VocoderConfig(AudioConfig):
     f0_min: float = option(65.0, "lowest fundamental frequency of the phase prior in Hz", gt=0)
     f0_max: float = option(500.0, "highest fundamental frequency of the phase prior in Hz", gt=0)
 
-    # Architecture hifigan.
+    SECTION_HIFIGAN: ClassVar = Section("Architecture hifigan", only_with=("architecture", "hifigan"))
     hifigan_width: int = option(512, "channels at frame rate, halved at each upsampling", gt=0)
     hifigan_factors: list[int] = option([8, 8, 2, 2], "upsampling factors; their product is hop_length", gt=0)
     hifigan_kernel_sizes: list[int] = option([3, 7, 11], "samples that the residual stacks' kernels see, odd", gt=0)
     hifigan_activation: Literal["leaky_relu", "snake"] = option("leaky_relu", "activation")
-
-    def validate_architecture(self):
-        own = [field for field in declared_fields(self) if field.name not in ("architecture", *MEL_FIELDS)]
-        for field in own:
-            default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-            is_used = field.name.startswith("hifigan_") == (self.architecture == "hifigan")
-            if not is_used and getattr(self, field.name) != default:
-                raise ValueError(
-                    f"{field.name}={getattr(self, field.name)} has no effect in architecture={self.architecture!r}"
-                )
 
     def validate_hifigan(self):
         if self.architecture != "hifigan":

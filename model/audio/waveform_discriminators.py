@@ -166,9 +166,10 @@ class WaveformDiscriminator(nn.Module):
         return logits, features
 
 
+WaveformDiscriminatorKind = Literal["thin", "full"]
 # "full" has the layers of HiFi-GAN's multi-period (arXiv 2010.05646) and of Vocos' multi-resolution discriminator
 # (arXiv 2306.00814); "thin" takes about a hundredth of its operations.
-DISCRIMINATORS = {
+DISCRIMINATORS: dict[WaveformDiscriminatorKind, dict] = {
     "thin": {
         "periods": (2, 5, 11),
         "resolutions": (512, 1024, 2048),
@@ -193,7 +194,7 @@ DISCRIMINATORS = {
 
 
 def build_waveform_discriminator(
-    kind: Literal["thin", "full"],
+    kind: WaveformDiscriminatorKind,
     periods: Sequence[int] | None = None,
     resolutions: Sequence[int] | None = None,
     widening: float = 1.0,

@@ -27,7 +27,7 @@ from model.diffusion import (
     init_diffusion_weights,
     pool,
 )
-from model.diffusion_process import DiffusionProcess
+from model.diffusion_process import DiffusionProcess, Prediction, Schedule
 from model.image.ldm_unet import LDMUNet, config_from_diffusers, rename_diffusers_weights
 from model.presets import IMAGE_DIFFUSION
 from model.text.tokenizer import TOKENS_MULTIPLE
@@ -39,10 +39,8 @@ class ImageDiffusionConfig(StrictConfig):
 
     model_type = "image_diffusion"
 
-    schedule: Literal["rectified_flow", "cosine", "linear", "scaled_linear", "edm"] = option(
-        "rectified_flow", "how noise grows with time"
-    )
-    prediction: Literal["velocity", "v", "epsilon", "x0"] = option("velocity", "what the network predicts")
+    schedule: Schedule = option("rectified_flow", "how noise grows with time")
+    prediction: Prediction = option("velocity", "what the network predicts")
     zero_terminal_snr: bool = option(False, "rescale the schedule so that time 1 is pure noise (arXiv 2305.08891)")
     time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t); 1 leaves them", gt=0)
 
@@ -61,9 +59,13 @@ class ImageDiffusionConfig(StrictConfig):
     use_attention: list[bool] = option([False, True], "levels with attention to themselves and to the text")
     head_width: int = option(32, "width of an attention head; ldm with n_heads derives its own", gt=0)
     conditioning_width: int | None = option(None, "width of the time embedding; None: 4 x the first width", gt=0)
-    n_heads: int | None = option(None, "ldm only: heads of every attention, instead of head_width", gt=0)
-    n_norm_groups: int = option(32, "ldm only: groups of each GroupNorm", gt=0)
-    use_linear_projection: bool = option(False, "ldm only: linear layers around attention, not 1x1 convolutions")
+    n_heads: int | None = option(
+        None, "heads of every attention, instead of head_width", gt=0, only_with=("architecture", "ldm")
+    )
+    n_norm_groups: int = option(32, "groups of each GroupNorm", gt=0, only_with=("architecture", "ldm"))
+    use_linear_projection: bool = option(
+        False, "linear layers around attention, not 1x1 convolutions", only_with=("architecture", "ldm")
+    )
 
     text_encoder: Literal["bytes", "frozen"] = option(
         "bytes", "bytes: a transformer over bytes, trained with the network; frozen: embeddings from the cache"
@@ -74,7 +76,9 @@ class ImageDiffusionConfig(StrictConfig):
     text_head_width: int = option(32, "bytes only: width of an attention head of the text transformer", gt=0)
     n_gram_sizes: list[int] = option([3, 4, 5, 6], "bytes only: lengths of the hashed n-grams; [] for none", ge=2)
     n_gram_buckets: int = option(1024, "bytes only: rows of the n-gram table for each length", gt=0)
-    text_embedding_width: int | None = option(None, "frozen only: width E of the embeddings", gt=0)
+    text_embedding_width: int | None = option(
+        None, "width E of the embeddings", gt=0, only_with=("text_encoder", "frozen")
+    )
 
     @property
     def time_width(self) -> int:
@@ -100,11 +104,6 @@ class ImageDiffusionConfig(StrictConfig):
         if self.architecture == "ldm":
             self._validate_ldm()
             return
-        for name, default in (("n_heads", None), ("n_norm_groups", 32), ("use_linear_projection", False)):
-            if getattr(self, name) != default:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} has no effect in architecture='residual'; it belongs to 'ldm'"
-                )
         for fine, coarse in zip(self.widths, self.widths[1:]):
             if 4 * fine % coarse:
                 raise ValueError(
@@ -133,10 +132,6 @@ class ImageDiffusionConfig(StrictConfig):
                 f"max_tokens={self.max_tokens} must be divisible by {TOKENS_MULTIPLE}, to which captions are padded"
             )
         if self.text_encoder == "bytes":
-            if self.text_embedding_width is not None:
-                raise ValueError(
-                    f"text_embedding_width={self.text_embedding_width} has no effect with text_encoder='bytes'"
-                )
             if self.n_text_layers > 0 and self.text_width % self.text_head_width:
                 raise ValueError(f"text_head_width={self.text_head_width} must divide text_width={self.text_width}")
         elif self.text_embedding_width is None:

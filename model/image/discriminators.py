@@ -109,11 +109,12 @@ class MultiScaleDiscriminator(Discriminator):
         return logits, features
 
 
-DISCRIMINATORS = {"patch": PatchDiscriminator, "multi_scale": MultiScaleDiscriminator}
+DiscriminatorKind = Literal["patch", "multi_scale"]
+DISCRIMINATORS: dict[DiscriminatorKind, type] = {"patch": PatchDiscriminator, "multi_scale": MultiScaleDiscriminator}
 
 
 def build_discriminator(
-    kind: Literal["patch", "multi_scale"], channels: int = 32, n_layers: int = 3, use_spectral_norm: bool = False
+    kind: DiscriminatorKind, channels: int = 32, n_layers: int = 3, use_spectral_norm: bool = False
 ) -> Discriminator:
     """A discriminator by name; ValueError with a suggestion for an unknown one."""
     if kind not in DISCRIMINATORS:

@@ -6,6 +6,7 @@ gradient; gradients flow to the image.
 """
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -166,14 +167,20 @@ def build_lpips_vgg() -> LPIPSDistance:
     return LPIPSDistance(vgg_weights, Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth")
 
 
-def build_perceptual(name: Literal["efficientnet", "lpips_vgg"]) -> nn.Module:
+PerceptualKind = Literal["efficientnet", "lpips_vgg"]
+PERCEPTUAL_DISTANCES: dict[PerceptualKind, Callable[[], nn.Module]] = {
+    "efficientnet": lambda: PerceptualDistance(EfficientNetFeatures()),
+    "lpips_vgg": build_lpips_vgg,
+}
+
+
+def build_perceptual(name: PerceptualKind) -> nn.Module:
     """A perceptual distance (a, b) -> (B,) by name.
 
     Raises:
         ValueError: unknown name.
         FileNotFoundError: the weights that it needs are not on this machine.
     """
-    builders = {"efficientnet": lambda: PerceptualDistance(EfficientNetFeatures()), "lpips_vgg": build_lpips_vgg}
-    if name not in builders:
-        raise ValueError(f"perceptual distance {name!r} is not known{suggest(name, builders)}")
-    return builders[name]()
+    if name not in PERCEPTUAL_DISTANCES:
+        raise ValueError(f"perceptual distance {name!r} is not known{suggest(name, PERCEPTUAL_DISTANCES)}")
+    return PERCEPTUAL_DISTANCES[name]()

@@ -47,8 +47,10 @@ class ImageVAEConfig(StrictConfig):
     decoder_widths: list[int] = option([64, 128], "channels of the decoder's stages", gt=0)
     n_encoder_blocks: list[int] = option([1, 1], "residual blocks of the encoder's stages", ge=0)
     n_decoder_blocks: list[int] = option([1, 2], "residual blocks of the decoder's stages", ge=0)
-    n_norm_groups: int = option(32, "ldm only: groups of each GroupNorm", gt=0)
-    use_quant_conv: bool = option(False, "ldm only: 1x1 convolutions on both sides of the latents")
+    n_norm_groups: int = option(32, "groups of each GroupNorm", gt=0, only_with=("architecture", "ldm"))
+    use_quant_conv: bool = option(
+        False, "1x1 convolutions on both sides of the latents", only_with=("architecture", "ldm")
+    )
 
     @property
     def compression(self) -> int:
@@ -78,12 +80,6 @@ class ImageVAEConfig(StrictConfig):
                 f"latent_channels={self.latent_channels} exceed the {3 * self.compression**2} values of a patch of "
                 f"{self.compression}x{self.compression} pixels"
             )
-        if self.n_norm_groups != 32:
-            raise ValueError(
-                f"n_norm_groups={self.n_norm_groups} has no effect in architecture='residual'; it belongs to 'ldm'"
-            )
-        if self.use_quant_conv:
-            raise ValueError("use_quant_conv=True has no effect in architecture='residual'; it belongs to 'ldm'")
         for name in ("encoder_widths", "decoder_widths"):
             widths = getattr(self, name)
             for fine, coarse in zip(widths, widths[1:]):

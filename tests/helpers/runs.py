@@ -7,6 +7,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
+from utils.options import effect_conditions
+from utils.training.adversary import WITH_ADVERSARY
+
 # The seed command's rates at a size that trains in seconds; the discriminator joins at step 2.
 SMALL_RUN = """
     --config tiny --override image_size=32 --learning_rate 1e-4 --logging_steps 1 --eval_steps 1000 --save_steps 1000
@@ -61,10 +64,10 @@ def run_stage(
 
 def without_adversary(words: list[str], stage: type) -> list[str]:
     """The flags without those that need an adversary."""
-    needs, kept, keeps = stage.arguments_class.needs, [], True
+    conditions, kept, keeps = effect_conditions(stage.arguments_class), [], True
     for word in words:
         if word.startswith("--"):
-            keeps = needs.get(word[2:], ("",))[0] != "gan_weight"
+            keeps = WITH_ADVERSARY not in conditions.get(word[2:], [])
         kept += [word] if keeps else []
     return kept
 

@@ -28,6 +28,7 @@ def test_published_command_line():
         ("--use_deepspeed --deepspeed_config no.json", "--deepspeed_config='no.json' does not exist"),
         ("--no_use_ema --ema_decay 0.9", "--ema_decay has no effect with use_ema=False"),
         ("--grokfast_window 5", "--grokfast_window has no effect with trainer='default'"),
+        ("--grokfast_lambda 5", "it needs trainer='grokfast_ema' or 'grokfast_ma'"),
     ],
 )
 def test_wrong_flags_end_with_a_message(words, message, capsys):

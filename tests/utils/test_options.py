@@ -1,8 +1,18 @@
-from typing import Literal
+import dataclasses
+from typing import ClassVar, Literal
 
 import pytest
 
-from utils.options import StrictConfig, from_preset, option
+from utils.options import (
+    Section,
+    StrictConfig,
+    above_one,
+    check_effects,
+    declared_sections,
+    effect_conditions,
+    from_preset,
+    option,
+)
 
 
 class Example(StrictConfig):
@@ -74,3 +84,77 @@ def test_unknown_preset_is_suggested():
     with pytest.raises(ValueError, match="unknown preset 'tiyn'; did you mean 'tiny'"):
         from_preset(Example, {"tiny": {}}, "tiyn")
     assert from_preset(Example, {"tiny": {"hidden_size": 2}}, "tiny", rate=0.5).hidden_size == 2
+
+
+class Switched(StrictConfig):
+    """Every form of a condition, and a section whose fields share one."""
+
+    model_type = "switched"
+
+    use_head: bool = option(False, "switch")
+    kinds: list[Literal["a", "b", "c"]] = option(["a"], "switch")
+    depth: int = option(0, "switch", ge=0)
+    by_value: int = option(1, "value", only_with=("use_head", True))
+    by_choice: int = option(1, "one entry of a list is enough", only_with=("kinds", ("b", "c")))
+    by_bool: int = option(1, "truth", only_with=("depth", bool))
+    by_predicate: int = option(1, "function", only_with=("depth", above_one))
+    by_two: int = option(1, "both", only_with=[("use_head", True), ("depth", bool)])
+
+    SECTION_B: ClassVar = Section("B", only_with=("kinds", "b"))
+    in_section: int = option(1, "shared condition")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "switch", "remedy"),
+    [
+        ({"by_value": 2}, "use_head=False", "use_head=True"),
+        ({"by_choice": 2}, r"kinds=\['a'\]", "kinds='b' or 'c'"),
+        ({"by_bool": 2}, "depth=0", "depth other than 0 or empty"),
+        ({"by_predicate": 2, "depth": 1}, "depth=1", "depth above one"),
+        ({"by_two": 2, "use_head": True}, "depth=0", "depth other than 0 or empty"),
+        ({"in_section": 2}, r"kinds=\['a'\]", "kinds='b'"),
+    ],
+)
+def test_options_that_others_switch_off_are_refused(wrong, switch, remedy):
+    name = next(iter(wrong))
+    with pytest.raises(ValueError, match=f"^{name}=2 has no effect with {switch}; it needs {remedy}$"):
+        Switched(**wrong)
+
+
+def test_options_that_are_switched_on_or_at_their_defaults_are_accepted():
+    settings = dict.fromkeys(("by_value", "by_choice", "by_bool", "by_predicate", "by_two", "in_section"), 2)
+    assert Switched(use_head=True, kinds=["a", "b"], depth=2, **settings).by_two == 2
+    assert Switched(by_value=1).by_value == 1
+
+
+def test_a_restated_option_keeps_its_condition():
+    @dataclasses.dataclass
+    class First:
+        use_ema: bool = option(False, "switch")
+        decay: float = option(0.9, "decay", only_with=("use_ema", True))
+
+    @dataclasses.dataclass
+    class Mixin:
+        rate: float = option(1.0, "rate")
+
+    @dataclasses.dataclass
+    class Second(Mixin, First):
+        decay: float = option(0.5, "decay with another default")
+
+    @dataclasses.dataclass
+    class Third(Second):
+        decay: float = option(0.5, "decay without the switch", only_with=[])
+
+    assert effect_conditions(Second) == {"decay": [("use_ema", True)]}
+    with pytest.raises(ValueError, match="--decay has no effect with use_ema=False"):
+        check_effects(Second(), ["decay"], "--{name}")
+    check_effects(Second(), ["rate"], "--{name}")
+    assert effect_conditions(Third) == {}
+
+
+def test_sections_are_in_order_of_declaration():
+    sections = {
+        section.title: [field.name for field in fields] for section, fields in declared_sections(Switched).items()
+    }
+    assert sections["B"] == ["in_section"] and sections[""][0] == "use_head"
+    assert Switched().describe().index("[B]") < Switched().describe().index("in_section = 1")

@@ -4,14 +4,14 @@ from utils.seeds import sample_normal, sample_uniform
 
 
 def test_rows_belong_to_samples_not_to_batches():
-    both = sample_normal(1, 5, torch.tensor([3, 8]), "posterior", (2, 4))
-    alone = sample_normal(1, 5, torch.tensor([8]), "posterior", (2, 4))
+    both = sample_normal(1, 5, torch.tensor([3, 8]), stream="posterior", shape=(2, 4))
+    alone = sample_normal(1, 5, torch.tensor([8]), stream="posterior", shape=(2, 4))
     assert torch.equal(both[1:], alone)
 
 
 def test_every_part_of_the_key_matters():
     draws = [
-        sample_normal(seed, step, torch.tensor([index]), stream, (8,))
+        sample_normal(seed, step, torch.tensor([index]), stream=stream, shape=(8,))
         for seed, step, index, stream in [
             (1, 5, 3, "a"),
             (2, 5, 3, "a"),
@@ -24,7 +24,7 @@ def test_every_part_of_the_key_matters():
 
 
 def test_moments():
-    noise = sample_normal(0, 0, torch.arange(64), "posterior", (256,))
+    noise = sample_normal(0, 0, torch.arange(64), stream="posterior", shape=(256,))
     assert abs(noise.mean()) < 0.03 and abs(noise.std() - 1) < 0.03
-    uniform = sample_uniform(0, 0, torch.arange(64), "augment", (256,))
+    uniform = sample_uniform(0, 0, torch.arange(64), stream="augment", shape=(256,))
     assert uniform.min() >= 0 and uniform.max() < 1 and abs(uniform.mean() - 0.5) < 0.02

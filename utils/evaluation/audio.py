@@ -8,7 +8,7 @@ import logging
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from PIL import Image
@@ -21,7 +21,7 @@ from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel, MelSettings
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
-from utils.evaluation.evaluator import Evaluation, EvaluationArguments, Evaluator
+from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator
 from utils.metrics.audio import (
     N_CEPSTRA,
     PACKAGES,
@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 GRIFFIN_LIM_ITERATIONS = 60
 MIN_WORDS = 4  # Shorter transcripts are not recognised: one word alone is a matter of luck.
 Scores = dict[str, float | None]
+Metric = Literal["pesq", "stoi", "mel", "stft", "pitch", "speaker", "wer"]
 # fmt: off
 COLUMNS = {  # score -> title in the table, which values are good, digits
     "pesq_wb":            ("PESQ-wb",  "high", 2),
@@ -80,11 +81,11 @@ DEFINITIONS = {
 
 
 @dataclasses.dataclass
-class AudioEvaluationArguments(EvaluationArguments):
+class AudioEvaluationArguments(ContactSheetArguments, EvaluationArguments):
     """Flags of the evaluation of everything that makes sound."""
 
-    metrics: list[Literal["pesq", "stoi", "mel", "stft", "pitch", "speaker", "wer"]] = option(
-        ["pesq", "stoi", "mel", "stft", "pitch", "speaker", "wer"],
+    metrics: list[Metric] = option(
+        list(get_args(Metric)),
         "what is measured; wer is the slowest, about a second per clip and row; mel: mel-L1 and MCD",
     )
 
@@ -165,7 +166,6 @@ class ClipScorer:
 class AudioEvaluator(Evaluator):
     """Clips are taken whole and one at a time. Subclasses state `row_names`, `build_dataset` and `clip`."""
 
-    refused_flags = ("dataset", "resize_mode", "batch_size", "num_workers")
     arguments_class = AudioEvaluationArguments
     row_names: dict[str, str]  # row -> how the table names it; "model" among them
     title: ClassVar[str]

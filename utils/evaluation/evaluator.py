@@ -16,6 +16,7 @@ from rich.console import RenderableType
 from torch.utils.tensorboard import SummaryWriter
 
 from dataset_loading.audio.signal import save_waveform
+from dataset_loading.image.pixels import ResizeMode
 from utils.checkpoints import chosen_weights, load_model, read_stage, step_of
 from utils.devices import compute_device
 from utils.drawing.images import save_image
@@ -29,36 +30,55 @@ SOUNDS = "sounds"  # folder of wav files under the output folder
 
 @dataclasses.dataclass
 class EvaluationArguments:
-    """Flags of `evaluate.py` for every stage; a stage's own are a subclass, which its evaluator names."""
+    """Flags of `evaluate.py` for every stage. A stage's evaluator names the subclass with all flags that it reads."""
 
-    # What is evaluated, on what.
+    # What is evaluated, on which data.
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
     weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
     cached_dataset: str = option("", "preprocessed data set; default: the one that the run trained on")
-    dataset: str = option("", "instead: a folder of images, index file or hub name, resized while it is read")
-    split: str = option("", "default: validation; with --dataset: its only split")
-    resize_mode: Literal["crop", "pad", "squash"] = option(
-        "crop", "how other proportions become square, with --dataset"
-    )
-    max_samples: int = option(0, "samples, spread evenly over the split; 0: all", ge=0)
+    split: str = option("", "split of the data set; default: validation")
+    max_samples: int = option(0, "maximum number of samples, spread evenly over the split; 0: all", ge=0)
 
-    # How, and where it goes.
-    batch_size: int = option(32, "samples per forward pass", gt=0)
-    num_workers: int = option(0, "data loading processes; 0: the main process loads", ge=0)
+    # How, and where the results go.
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
-    contact_sheet: int = option(
-        0,
-        "samples drawn beside what the model makes of them, to contact_sheet.png, sounds also as wav files; 0: none",
-        ge=0,
-    )
-    output_dir: str = option("", "folder of metrics.json, images and sounds; default: the run's folder")
+    output_dir: str = option("", "folder of metrics.json, images and audio; default: the run's folder")
 
     given: ClassVar[list[str]]  # names of the flags that were given, set by `parse_arguments`
-    needs = {"resize_mode": ("dataset", bool), "cached_dataset": ("dataset", "")}
 
     def validate_checkpoint(self):
         if not self.checkpoint:
             raise ValueError("--checkpoint is missing: give a run folder such as runs/image_vae/<run>")
+
+
+@dataclasses.dataclass
+class BatchedEvaluationArguments(EvaluationArguments):
+    """Flags of evaluators that read samples in batches."""
+
+    batch_size: int = option(32, "samples per forward pass", gt=0)
+    num_workers: int = option(0, "data loading processes; 0: the main process loads", ge=0)
+
+
+@dataclasses.dataclass
+class ContactSheetArguments:
+    """Flag of evaluators whose samples can be drawn."""
+
+    contact_sheet: int = option(
+        0, "samples drawn next to the model's output in contact_sheet.png, audio also as wav files; 0: none", ge=0
+    )
+
+
+@dataclasses.dataclass
+class ImageEvaluationArguments(ContactSheetArguments, BatchedEvaluationArguments):
+    """Flags of evaluators of images, which may also be read without preprocessing."""
+
+    dataset: str = option(
+        "",
+        "instead of a preprocessed data set: folder of images, index file or hub name; --split: its only one",
+        only_with=("cached_dataset", ""),
+    )
+    resize_mode: ResizeMode = option(
+        "crop", "how images of --dataset that are not square become square", only_with=("dataset", bool)
+    )
 
 
 @dataclasses.dataclass
@@ -113,15 +133,14 @@ class Evaluator:
             no averaged weights.
     """
 
-    arguments_class: ClassVar[type[EvaluationArguments]]  # other flags are refused
-    refused_flags: ClassVar[tuple[str, ...]] = ()  # of these, too
+    arguments_class: ClassVar[type[EvaluationArguments]]  # Other flags are refused.
     model_class: ClassVar[type]
     definitions: ClassVar[dict[str, str]]  # name of a metric -> how it is defined
 
     def __init__(self, args: Any, checkpoint: Path):
         self.args, self.checkpoint = args, checkpoint
         self.record = read_stage(checkpoint)
-        known = {field.name for field in declared_fields(self.arguments_class)} - set(self.refused_flags)
+        known = {field.name for field in declared_fields(self.arguments_class)}
         foreign = ", ".join(f"--{name}" for name in args.given if name not in known)
         if foreign:
             raise ValueError(f"{foreign}: no effect on {checkpoint}, which is of stage {self.record['stage']!r}")
@@ -160,9 +179,13 @@ class Evaluator:
         """Folder and split of the preprocessed data set."""
         return self.args.cached_dataset or self.record["data"]["folder"], self.args.split or "validation"
 
+    def source(self) -> tuple[str, str]:
+        """Folder and split of the evaluated samples."""
+        return self.cache()
+
     def describe_data(self, dataset: Any, n_samples: int) -> dict[str, Any]:
         """Which samples were evaluated, for metrics.json; warns where the run's own data set has changed since."""
-        folder, split = (self.args.dataset, self.args.split) if self.args.dataset else self.cache()
+        folder, split = self.source()
         trained_on = self.record["data"]
         is_same = dataset.fingerprint == trained_on["fingerprint"].partition("+")[0]  # Without conditions.
         if folder == trained_on["folder"] and not is_same:
@@ -179,3 +202,10 @@ class Evaluator:
             "is_the_runs_own": is_same,
             "n_samples": n_samples,
         }
+
+
+class ImageEvaluator(Evaluator):
+    """Evaluates a model of images, preprocessed or not (`--dataset`)."""
+
+    def source(self):
+        return (self.args.dataset, self.args.split) if self.args.dataset else super().source()

@@ -18,9 +18,9 @@ from dataset_loading.collators import collate_stack
 from dataset_loading.image.folder import ImageFolder
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
-from model.samplers import n_evaluations
+from model.samplers import SamplerKind, n_evaluations
 from utils.drawing.images import Group, draw_sheet, to_image
-from utils.evaluation.evaluator import Evaluation, EvaluationArguments, Evaluator
+from utils.evaluation.evaluator import Evaluation, ImageEvaluationArguments, ImageEvaluator
 from utils.evaluation.image_diffusion_report import (
     curve_sheet,
     curve_table,
@@ -49,32 +49,24 @@ N_DRAWN = 3  # images per caption on the contact sheet
 
 
 @dataclasses.dataclass
-class ImageDiffusionEvaluationArguments(SamplingArguments, EvaluationArguments):
+class ImageDiffusionEvaluationArguments(SamplingArguments, ImageEvaluationArguments):
     """Flags of the evaluation of text to image."""
 
     vae_checkpoint: str = option("", "where the VAE of the latents lies now; default: where it lay in training")
     seed: int = option(0, "seed of the generated images", ge=0)
     compare_with: Literal["real", "reconstruction"] = option(
-        "real",
-        "what drawn images are held against: raw images, where they can be read, or what the VAE makes of them",
+        "real", "what drawn images are held against: raw images, where they can be read, or what the VAE makes of them"
     )
     training_samples: int = option(
-        5000,
-        "training images, spread evenly, that the probe and the nearest neighbours are taken from; 0: all",
-        ge=0,
+        5000, "training images, spread evenly, that the probe and the nearest neighbours are taken from; 0: all", ge=0
     )
     curve: bool = option(False, "measure every combination of steps, guidance scale and sampler")
-    curve_steps: list[int] = option([5, 10, 20, 50], "sampling steps of the curve", gt=0)
-    curve_scales: list[float] = option([1.0, 2.0, 3.0, 5.0], "guidance scales of the curve", ge=0)
-    curve_samplers: list[Literal["dpmpp_2m", "ddim", "ddpm", "euler", "heun"]] = option(
-        ["dpmpp_2m"], "samplers of the curve"
+    curve_steps: list[int] = option([5, 10, 20, 50], "sampling steps of the curve", gt=0, only_with=("curve", True))
+    curve_scales: list[float] = option(
+        [1.0, 2.0, 3.0, 5.0], "guidance scales of the curve", ge=0, only_with=("curve", True)
     )
-    curve_samples: int = option(64, "captions per point of the curve, spread evenly", gt=0)
-
-    needs = {
-        **EvaluationArguments.needs,
-        **dict.fromkeys(("curve_steps", "curve_scales", "curve_samplers", "curve_samples"), ("curve", True)),
-    }
+    curve_samplers: list[SamplerKind] = option(["dpmpp_2m"], "samplers of the curve", only_with=("curve", True))
+    curve_samples: int = option(64, "captions per point of the curve, spread evenly", gt=0, only_with=("curve", True))
 
     def validate_curve(self):
         for name in ("curve_steps", "curve_scales", "curve_samplers"):
@@ -197,7 +189,7 @@ def generation_metrics(
     return {name: value for name, value in scores.items() if value is not None}
 
 
-class ImageDiffusionEvaluator(Evaluator):
+class ImageDiffusionEvaluator(ImageEvaluator):
     """Everything random belongs to --seed and the samples' keys."""
 
     arguments_class = ImageDiffusionEvaluationArguments

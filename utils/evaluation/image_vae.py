@@ -26,7 +26,7 @@ from dataset_loading.image.pixels import ImageDataset, to_float, to_uint8
 from model.image.feature_extractors import PerceptualDistance
 from model.image.vae import ImageVAE
 from utils.drawing.images import Group, draw_sheet, to_image
-from utils.evaluation.evaluator import Evaluation, EvaluationArguments, Evaluator
+from utils.evaluation.evaluator import Evaluation, ImageEvaluationArguments, ImageEvaluator
 from utils.evaluation.tables import latent_table
 from utils.metrics.images import FeatureMoments, KernelDistance, SharedFeatures, frechet_distance, psnr, ssim
 from utils.metrics.latents import LatentHealth
@@ -40,7 +40,7 @@ JPEG_QUALITY = 10
 
 
 @dataclasses.dataclass
-class ImageVAEEvaluationArguments(EvaluationArguments):
+class ImageVAEEvaluationArguments(ImageEvaluationArguments):
     """Flags of the evaluation of image VAEs."""
 
     references: list[Literal["jpeg", "thumbnail"]] = option(
@@ -49,7 +49,7 @@ class ImageVAEEvaluationArguments(EvaluationArguments):
     )
 
 
-class ImageVAEEvaluator(Evaluator):
+class ImageVAEEvaluator(ImageEvaluator):
     """Posterior means are decoded: nothing is random."""
 
     arguments_class = ImageVAEEvaluationArguments

@@ -14,7 +14,7 @@ from dataset_loading.collators import collate_stack
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.language_head import IGNORED, next_token_targets
-from utils.evaluation.evaluator import Evaluation, EvaluationArguments, Evaluator
+from utils.evaluation.evaluator import BatchedEvaluationArguments, Evaluation, Evaluator
 from utils.generation.text import GenerationArguments, TextGenerator, check_tokenizer, split_windows
 from utils.metrics.text import (
     compressed_bits_per_byte,
@@ -34,28 +34,26 @@ DECODED_TOKENS = 1 << 20  # At once.
 
 
 @dataclasses.dataclass
-class TextEvaluationArguments(EvaluationArguments):
+class TextEvaluationArguments(BatchedEvaluationArguments):
     """Flags for language models."""
 
     thinking_steps: list[int] = option([], "recurrent models: depths whose loss is measured", gt=0)
     exit_thresholds: list[float] = option([], "recurrent models: early exits to measure; nats (kl) or share", gt=0)
-    exit_criterion: Literal["own", "kl", "latent_difference"] = option("own", "what ends thinking; own: the model's")
-    max_thinking_steps: int = option(0, "most steps with exits; 0: the model's own number", ge=0)
+    exit_criterion: Literal["own", "kl", "latent_difference"] = option(
+        "own", "what ends thinking; own: the model's", only_with=("exit_thresholds", bool)
+    )
+    max_thinking_steps: int = option(
+        0, "most steps with exits; 0: the model's own number", ge=0, only_with=("exit_thresholds", bool)
+    )
     speed_tokens: int = option(
         64, "tokens per prompt to time generation with, at most half a window; 0: not timed", ge=0
     )
-
-    def validate_exits(self):
-        for name in ("exit_criterion", "max_thinking_steps"):
-            if name in self.given and not self.exit_thresholds:
-                raise ValueError(f"--{name} has no effect without --exit_thresholds")
 
 
 class TextEvaluator(Evaluator):
     """Nothing is random: generation is timed with the likeliest tokens."""
 
     arguments_class = TextEvaluationArguments
-    refused_flags = ("dataset", "resize_mode", "contact_sheet")
     model_class = MegaTransformerForCausalLM
     definitions: ClassVar[dict[str, str]] = {
         "loss": "nats per target token: sum over all evaluated targets / their number; perplexity is its exponential",

@@ -42,20 +42,20 @@ class GenerationArguments:
 
     max_new_tokens: int = option(200, "most tokens per continuation; fewer where the document ends", gt=0)
     temperature: float = option(1.0, "divides the logits before tokens are drawn; 0: always the likeliest token", ge=0)
-    top_k: int = option(0, "draw among so many likeliest tokens; 0: among all", ge=0)
-    top_p: float = option(1.0, "draw among the likeliest tokens that have this probability together", gt=0, le=1)
+    top_k: int = option(0, "draw among so many likeliest tokens; 0: among all", ge=0, only_with=("temperature", bool))
+    top_p: float = option(
+        1.0,
+        "draw among the likeliest tokens that have this probability together",
+        gt=0,
+        le=1,
+        only_with=("temperature", bool),
+    )
     n_beams: int = option(1, "beams of a search for the likeliest continuation; 1: none", gt=0)
-    seed: int = option(0, "of the drawn tokens", ge=0)
+    seed: int = option(0, "of the drawn tokens", ge=0, only_with=("temperature", bool))
     thinking_steps: int = option(0, "recurrent models: steps per token, the most with exits; 0: the model's own", ge=0)
     exit_threshold: float = option(
         -1.0, "recurrent models: a token stops thinking below this; 0: never; -1: as the model says", ge=-1
     )
-
-    needs = {
-        "top_k": ("temperature", bool),
-        "top_p": ("temperature", bool),
-        "seed": ("temperature", bool),
-    }
 
     def validate_generation(self):
         if self.n_beams > 1 and self.temperature:

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
-from model.samplers import SAMPLERS, guided_denoiser, initial_noise, sample
+from model.samplers import SAMPLERS, SamplerKind, guided_denoiser, initial_noise, sample
 from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import TOKENS_MULTIPLE, encode_caption, pad_tokens
 from model.vae import VAE
 from utils.checkpoints import load_model, read_stage
 from utils.generation.latents import check_vae, load_vae
 from utils.generation.text_encoder import text_encoder_fingerprint
-from utils.options import option
+from utils.options import option, other_than_one
 
 logger = logging.getLogger(__name__)
 
@@ -31,23 +31,26 @@ BYTES_ONLY = ("n_text_layers", "text_head_width", "n_gram_sizes", "n_gram_bucket
 class SamplingArguments:
     """Flags of everything that draws images."""
 
-    sampler: Literal["dpmpp_2m", "ddim", "ddpm", "euler", "heun"] = option(
-        "dpmpp_2m", "sampler; euler and ddim take the same steps"
-    )
+    sampler: SamplerKind = option("dpmpp_2m", "sampler; euler and ddim take the same steps")
     n_steps: int = option(20, "sampling steps", gt=0)
     guidance_scale: float = option(3.0, "classifier-free guidance; 1: none", ge=0)
-    guidance_interval: list[float] = option([0.0, 1.0], "times between which guidance acts; 0: data, 1: noise")
+    guidance_interval: list[float] = option(
+        [0.0, 1.0],
+        "times between which guidance acts; 0: data, 1: noise",
+        only_with=("guidance_scale", other_than_one),
+    )
     guidance_rescale: float = option(
-        0.0, "share of the guided deviation that is scaled back (arXiv 2305.08891)", ge=0, le=1
+        0.0,
+        "share of the guided deviation that is scaled back (arXiv 2305.08891)",
+        ge=0,
+        le=1,
+        only_with=("guidance_scale", other_than_one),
     )
 
     def validate_sampling(self):
         bounds = self.guidance_interval
         if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
             raise ValueError(f"--guidance_interval={bounds} must be two times with 0 <= first < second <= 1")
-        for name, neutral in (("guidance_rescale", 0), ("guidance_interval", [0, 1])):
-            if self.guidance_scale == 1 and getattr(self, name) != neutral:
-                raise ValueError(f"--{name} has no effect with --guidance_scale 1")
 
     def settings(self) -> dict[str, Any]:
         """The sampling flags by name, for reports."""

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,8 @@ from dataset_loading.audio.signal import (
     trim_silence,
 )
 from dataset_loading.sources import Source
-from model.audio.spectral import LogMel, MelSettings, mel_preset
-from utils.options import option
+from model.audio.spectral import LogMel, MelPreset, MelSettings, mel_preset
+from utils.options import option, other_than_none
 from utils.preprocessing.driver import PACKAGES, Preprocess, PreprocessArguments
 from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of
 
@@ -56,7 +56,7 @@ class AudioPreprocessArguments(PreprocessArguments):
     speaker_column: str = option("", f"column with the speakers; default: the first of {', '.join(SPEAKER_COLUMNS)}")
 
     # The log-mel: a preset, and fields that replace the preset's.
-    mel: Literal["16k", "22k", "24k", "44k", "48k"] = option("16k", "log-mel by its sampling rate")
+    mel: MelPreset = option("16k", "log-mel by its sampling rate")
     sample_rate: int | None = option(None, "sampling rate in Hz", gt=0)
     n_fft: int | None = option(None, "samples of a frame", gt=0)
     hop_length: int | None = option(None, "samples between frames", gt=0)
@@ -72,17 +72,33 @@ class AudioPreprocessArguments(PreprocessArguments):
     notch_hz: int = option(0, "frequency of the mains whose hum is removed, 50 or 60 Hz; 0: off")
     trim_db: float = option(0.0, "ends that far below the loudest part are cut off; dB, 0: off", ge=0, bare=40.0)
     loudness_db: float | None = option(None, "loudness that clips are scaled to, such as -23, in dBFS", lt=0)
-    loudness_measure: LoudnessMeasure = option("active", "active: RMS without pauses; bs1770: LUFS of ITU-R BS.1770")
-
-    # Changes of the augmented copies.
-    time_stretch: float = option(0.0, "largest change of speed, at the same pitch", ge=0, le=1, bare=0.1)
-    pitch_shift: float = option(0.0, "largest change of pitch in semitones", ge=0, le=12, bare=1.0)
-    gain_db: float = option(0.0, "largest gain and attenuation in dB", ge=0, le=40, bare=6.0)
-    noise_snr_db: float | None = option(
-        None, "smallest ratio of sound to white noise in dB; largest: 20 more", bare=20.0
+    loudness_measure: LoudnessMeasure = option(
+        "active",
+        "active: RMS without pauses; bs1770: LUFS of ITU-R BS.1770",
+        only_with=("loudness_db", other_than_none),
     )
 
-    needs = {**PreprocessArguments.needs, "loudness_measure": ("loudness_db", lambda value: value is not None)}
+    # Changes of the augmented copies.
+    time_stretch: float = option(
+        0.0,
+        "largest change of speed, at the same pitch",
+        ge=0,
+        le=1,
+        bare=0.1,
+        only_with=("num_augmented_copies", bool),
+    )
+    pitch_shift: float = option(
+        0.0, "largest change of pitch in semitones", ge=0, le=12, bare=1.0, only_with=("num_augmented_copies", bool)
+    )
+    gain_db: float = option(
+        0.0, "largest gain and attenuation in dB", ge=0, le=40, bare=6.0, only_with=("num_augmented_copies", bool)
+    )
+    noise_snr_db: float | None = option(
+        None,
+        "smallest ratio of sound to white noise in dB; largest: 20 more",
+        bare=20.0,
+        only_with=("num_augmented_copies", bool),
+    )
 
     @property
     def mel_settings(self) -> MelSettings:
@@ -112,8 +128,6 @@ class AudioPreprocessArguments(PreprocessArguments):
     def validate_augmentation(self):
         used = [name for name in AUGMENTATIONS if getattr(self, name) != getattr(type(self), name)]
         flags = ", ".join(f"--{name}" for name in AUGMENTATIONS)
-        if used and not self.num_augmented_copies:
-            raise ValueError(f"--{used[0]} changes augmented copies only; give --num_augmented_copies")
         if self.num_augmented_copies and not used:
             raise ValueError(f"--num_augmented_copies={self.num_augmented_copies}: copies are equal without {flags}")
 

@@ -62,9 +62,17 @@ class PreprocessArguments:
     limit: int = option(-1, "raw samples that are read, from the first; -1: all", ge=-1)
 
     # Which part validates.
-    validation_fraction: float = option(0.05, "share for validation, by a hash of the raw file's name", ge=0, lt=1)
+    validation_fraction: float = option(
+        0.05,
+        "share for validation, by a hash of the raw file's name",
+        ge=0,
+        lt=1,
+        only_with=("validation_dataset", ""),
+    )
     validation_dataset: str = option("", "hub name or folder of a validation set of its own")
-    validation_split: str = option("", "split of the validation set; default: its only one")
+    validation_split: str = option(
+        "", "split of the validation set; default: its only one", only_with=("validation_dataset", bool)
+    )
 
     # How it is written.
     output_dir: str = option("", "folder that is written; default: cached_datasets/<stage>")
@@ -72,8 +80,6 @@ class PreprocessArguments:
     seed: int = option(42, "seed of the random changes", ge=0)
     num_workers: int = option(-1, "worker processes; 0: none, the main process works; -1: one per CPU", ge=-1)
     max_broken_fraction: float = option(0.01, "share of raw files that may be broken", ge=0, le=1)
-
-    needs = {"validation_fraction": ("validation_dataset", ""), "validation_split": ("validation_dataset", bool)}
 
     def validate_source(self):
         if not self.dataset_name:

@@ -31,37 +31,43 @@ from utils.options import option
 
 logger = logging.getLogger(__name__)
 
+WITH_ADVERSARY = ("gan_weight", bool)  # Condition of all flags that shape or train a discriminator, see `option`.
+
 
 @dataclasses.dataclass
 class AdversaryArguments:
     """Flags of a stage that trains against a discriminator."""
 
     gan_weight: float = option(0.1, "weight of the adversarial loss; 0: no discriminator", ge=0)
-    gan_loss: AdversarialKind = option("hinge", "adversarial objective")
-    gan_start_step: int = option(5000, "step at which the discriminator starts to train", ge=0)
-    gan_warmup_steps: int = option(200, "steps the discriminator trains alone", ge=0)
-    gan_ramp_steps: int = option(1000, "steps over which the generator's adversarial weight rises from 0", ge=0)
+    gan_loss: AdversarialKind = option("hinge", "adversarial objective", only_with=WITH_ADVERSARY)
+    gan_start_step: int = option(
+        5000, "step at which the discriminator starts to train", ge=0, only_with=WITH_ADVERSARY
+    )
+    gan_warmup_steps: int = option(200, "steps the discriminator trains alone", ge=0, only_with=WITH_ADVERSARY)
+    gan_ramp_steps: int = option(
+        1000, "steps over which the generator's adversarial weight rises from 0", ge=0, only_with=WITH_ADVERSARY
+    )
     use_adaptive_gan_weight: bool = option(
-        True, "scale the adversarial gradient to the reconstruction's at the output"
+        True, "scale the adversarial gradient to the reconstruction's at the output", only_with=WITH_ADVERSARY
     )
-    feature_matching_weight: float = option(0.0, "weight of feature matching, relative to the adversarial loss", ge=0)
+    feature_matching_weight: float = option(
+        0.0, "weight of feature matching, relative to the adversarial loss", ge=0, only_with=WITH_ADVERSARY
+    )
     discriminator_every: int = option(
-        1, "optimizer steps per update of the discriminator; the generator plays on all of them", gt=0
+        1,
+        "optimizer steps per update of the discriminator; the generator plays on all of them",
+        gt=0,
+        only_with=WITH_ADVERSARY,
     )
-    discriminator_learning_rate: float = option(1e-4, "peak learning rate of the discriminator", gt=0)
-    discriminator_beta1: float = option(0.5, "AdamW's first moment decay for the discriminator", ge=0, lt=1)
-    r1_weight: float = option(0.0, "weight of the R1 gradient penalty; 0: none", ge=0)
-    r1_every: int = option(16, "discriminator updates between R1 penalties", gt=0)
-    lecam_weight: float = option(0.0, "weight of the LeCAM penalty; 0: none", ge=0)
-
-
-def adversary_needs(*own_flags: str) -> dict[str, tuple]:
-    """Rows of `needs` for a stage's arguments: the adversary's flags have no effect without an adversary.
-
-    Args: own_flags: flags of the stage's own that shape its discriminator.
-    """
-    shared = [field.name for field in dataclasses.fields(AdversaryArguments) if field.name != "gan_weight"]
-    return dict.fromkeys([*shared, *own_flags], ("gan_weight", bool))
+    discriminator_learning_rate: float = option(
+        1e-4, "peak learning rate of the discriminator", gt=0, only_with=WITH_ADVERSARY
+    )
+    discriminator_beta1: float = option(
+        0.5, "AdamW's first moment decay for the discriminator", ge=0, lt=1, only_with=WITH_ADVERSARY
+    )
+    r1_weight: float = option(0.0, "weight of the R1 gradient penalty; 0: none", ge=0, only_with=WITH_ADVERSARY)
+    r1_every: int = option(16, "discriminator updates between R1 penalties", gt=0, only_with=WITH_ADVERSARY)
+    lecam_weight: float = option(0.0, "weight of the LeCAM penalty; 0: none", ge=0, only_with=WITH_ADVERSARY)
 
 
 @dataclasses.dataclass

@@ -5,7 +5,6 @@ B batch, M mel bins, F mel frames, Z latent channels, L latent frames, V charact
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 from model.audio.griffin_lim import griffin_lim
 from model.audio.lengths import crop_starts, masked_mean, valid_frames
 from model.audio.mel_criteria import character_loss
+from model.audio.mel_discriminators import MelDiscriminatorKind
 from model.audio.spectral import check_same_mel
 from model.audio.vae import AudioVAEOutput
 from model.criteria import kl_divergence
@@ -26,7 +26,7 @@ from utils.generation.audio import load_vocoder
 from utils.megatransformer_utils import StageArguments
 from utils.metrics.latents import LatentHealth
 from utils.options import option
-from utils.training.adversary import AdversaryArguments, adversary_needs
+from utils.training.adversary import WITH_ADVERSARY, AdversaryArguments
 from utils.training.audio import Listening
 from utils.training.gan import GANTrainer
 
@@ -49,24 +49,28 @@ class AudioVAEArguments(AdversaryArguments, StageArguments):
     )
 
     # The adversary.
-    discriminator: Literal["patch_1d", "patch_2d"] = option("patch_2d", "kind of discriminator")
-    discriminator_channels: int = option(32, "channels of the discriminator's first layer", gt=0)
-    discriminator_layers: int = option(3, "strided layers of the discriminator", gt=0)
-    use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator")
+    discriminator: MelDiscriminatorKind = option("patch_2d", "kind of discriminator", only_with=WITH_ADVERSARY)
+    discriminator_channels: int = option(
+        32, "channels of the discriminator's first layer", gt=0, only_with=WITH_ADVERSARY
+    )
+    discriminator_layers: int = option(3, "strided layers of the discriminator", gt=0, only_with=WITH_ADVERSARY)
+    use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator", only_with=WITH_ADVERSARY)
 
     # What is measured and heard.
     latent_statistics_samples: int = option(
-        1024, "training clips that means and deviations of mel bins and latents are measured on", gt=0
+        1024,
+        "training clips that means and deviations of mel bins and latents are measured on",
+        gt=0,
+        aliases=("statistics_samples",),
     )
-    n_logged_samples: int = option(4, "validation clips to hear and see in TensorBoard; 0: none", ge=0)
+    n_logged_samples: int = option(
+        4, "validation clips to hear and see in TensorBoard; 0: none", ge=0, aliases=("n_logged_clips",)
+    )
     vocoder_checkpoint: str = option(
-        "", "run or checkpoint folder of a vocoder that they are heard by; default: Griffin-Lim"
+        "",
+        "run or checkpoint folder of a vocoder that they are heard by; default: Griffin-Lim",
+        only_with=("n_logged_samples", bool),
     )
-
-    needs = {
-        "vocoder_checkpoint": ("n_logged_samples", bool),
-        **adversary_needs("discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm"),
-    }
 
     def validate_segments(self):
         if self.ctc_weight > 0 and self.segment_frames:

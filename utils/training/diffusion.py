@@ -72,8 +72,10 @@ class DiffusionTrainer(StageTrainer):
         n_buckets, index, latents = self.stage_arguments.n_time_buckets, inputs["index"], inputs["mean"]
         terms: dict[str, Tensor] = {}
         for bucket in range(n_buckets):
-            within = sample_uniform(self.args.seed, 0, index, f"evaluation time {bucket}", ())
-            noise = sample_normal(self.args.seed, 0, index, f"evaluation noise {bucket}", latents.shape[1:])
+            within = sample_uniform(self.args.seed, 0, index, stream=f"evaluation time {bucket}", shape=())
+            noise = sample_normal(
+                self.args.seed, 0, index, stream=f"evaluation noise {bucket}", shape=latents.shape[1:]
+            )
             within, noise = within.to(latents.device), noise.to(latents.device)
             time = (bucket + within) / n_buckets
             name = f"loss_t{bucket / n_buckets:.2f}-{(bucket + 1) / n_buckets:.2f}"

@@ -4,7 +4,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from dataset_loading.cached import spread
 from dataset_loading.image.latents import ImageLatentDataset
+from model.diffusion_process import TimeSampling, Weighting
 from model.text.feature_extractors import FrozenTextEncoder
 from model.vae import VAE
 from utils.drawing.images import Group, draw_sheet, to_image
@@ -37,11 +38,18 @@ class ImageDiffusionArguments(SamplingArguments, StageArguments):
 
     # What is learned.
     caption_dropout: float = option(0.1, "share of captions replaced by the null condition", ge=0, lt=1)
-    time_sampling: Literal["logit_normal", "uniform"] = option("logit_normal", "distribution of training times")
-    time_mean: float = option(0.0, "mean of the logit-normal times")
-    time_std: float = option(1.0, "deviation of the logit-normal times", gt=0)
-    loss_weighting: Literal["none", "min_snr"] = option("none", "weight of the loss over times")
-    min_snr_gamma: float = option(5.0, "largest signal-to-noise ratio that weighs in min_snr (arXiv 2303.09556)", gt=0)
+    time_sampling: TimeSampling = option("logit_normal", "distribution of training times")
+    time_mean: float = option(0.0, "mean of the logit-normal times", only_with=("time_sampling", "logit_normal"))
+    time_std: float = option(
+        1.0, "deviation of the logit-normal times", gt=0, only_with=("time_sampling", "logit_normal")
+    )
+    loss_weighting: Weighting = option("none", "weight of the loss over times")
+    min_snr_gamma: float = option(
+        5.0,
+        "largest signal-to-noise ratio that weighs in min_snr (arXiv 2303.09556)",
+        gt=0,
+        only_with=("loss_weighting", "min_snr"),
+    )
     channel_weight_power: float = option(
         0.0, "weight of a latent channel in the loss: this power of its deviation in the VAE; 0: all alike", ge=0
     )
@@ -49,16 +57,11 @@ class ImageDiffusionArguments(SamplingArguments, StageArguments):
     # What is looked at during training.
     n_time_buckets: int = option(5, "parts of [0, 1] whose validation loss is shown", gt=0, le=100)
     prompts: list[str] = option([], "captions of the image grids; default: validation captions")
-    n_prompts: int = option(8, "validation captions of the image grids; 0: no grids", ge=0)
-    eval_images: int = option(64, "validation captions drawn for the metrics of each evaluation; 0: none", ge=0)
+    n_prompts: int = option(8, "validation captions of the image grids; 0: no grids", ge=0, only_with=("prompts", []))
+    eval_images: int = option(
+        64, "validation captions drawn for the metrics of each evaluation; 0: none", ge=0, aliases=("eval_pictures",)
+    )
     grid_scales: list[float] = option([1.0, 3.0], "guidance scales of the image grids", ge=0)
-
-    needs = {
-        "n_prompts": ("prompts", []),
-        "time_mean": ("time_sampling", "logit_normal"),
-        "time_std": ("time_sampling", "logit_normal"),
-        "min_snr_gamma": ("loss_weighting", "min_snr"),
-    }
 
 
 class PromptGrids(TrainerCallback):

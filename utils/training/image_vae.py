@@ -3,7 +3,7 @@ shares."""
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +14,16 @@ from transformers import TrainerCallback
 from dataset_loading.cached import spread
 from dataset_loading.image.pixels import ImageDataset
 from model.criteria import ReconstructionLoss, kl_divergence
-from model.image.augmentation import diff_augment
-from model.image.discriminators import build_discriminator
-from model.image.feature_extractors import build_perceptual
+from model.image.augmentation import AugmentationKind, diff_augment
+from model.image.discriminators import DiscriminatorKind, build_discriminator
+from model.image.feature_extractors import PerceptualKind, build_perceptual
 from utils.distributed import mean_across_ranks, rank, world_size
 from utils.drawing.images import TRIPLE, Group, channel_images, draw_sheet, to_image, triple
 from utils.megatransformer_utils import StageArguments
 from utils.metrics.images import psnr
 from utils.metrics.latents import LatentHealth
 from utils.options import option
-from utils.training.adversary import Adversary, AdversaryArguments, adversary_needs
+from utils.training.adversary import WITH_ADVERSARY, Adversary, AdversaryArguments
 from utils.training.gan import GANTrainer
 from utils.training.stage import Stage
 
@@ -35,23 +35,21 @@ class ImageAutoencoderArguments(AdversaryArguments, StageArguments):
     l1_weight: float = option(1.0, "weight of the mean absolute error", ge=0)
     gradient_weight: float = option(0.0, "weight of the multi-scale image gradient difference", ge=0)
     perceptual_weight: float = option(0.5, "weight of the perceptual distance; 0: no perceptual network", ge=0)
-    perceptual: Literal["efficientnet", "lpips_vgg"] = option("efficientnet", "network of the perceptual distance")
+    perceptual: PerceptualKind = option("efficientnet", "network of the perceptual distance")
     kl_weight: float = option(1e-6, "weight of the KL divergence in nats per input value", ge=0)
-    discriminator: Literal["patch", "multi_scale"] = option("patch", "kind of discriminator")
-    discriminator_channels: int = option(32, "channels of the discriminator's first layer", gt=0)
-    discriminator_layers: int = option(3, "strided layers of each discriminator", gt=0)
-    use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator")
-    diff_augment: list[Literal["color", "translation", "cutout"]] = option(
-        [], "differentiable augmentations for the GAN"
+    discriminator: DiscriminatorKind = option("patch", "kind of discriminator", only_with=WITH_ADVERSARY)
+    discriminator_channels: int = option(
+        32, "channels of the discriminator's first layer", gt=0, only_with=WITH_ADVERSARY
+    )
+    discriminator_layers: int = option(3, "strided layers of each discriminator", gt=0, only_with=WITH_ADVERSARY)
+    use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator", only_with=WITH_ADVERSARY)
+    diff_augment: list[AugmentationKind] = option(
+        [], "differentiable augmentations for the GAN", only_with=WITH_ADVERSARY
     )
     latent_statistics_samples: int = option(
         1024, "training images that latent means and deviations are measured on", gt=0
     )
-    n_logged_samples: int = option(8, "validation images in TensorBoard", gt=0)
-
-    needs = adversary_needs(
-        "discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm", "diff_augment"
-    )
+    n_logged_samples: int = option(8, "validation images in TensorBoard", gt=0, aliases=("n_logged_pictures",))
 
 
 class ImageAutoencoderStage(Stage):

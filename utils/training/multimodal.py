@@ -45,10 +45,10 @@ class MultimodalArguments(TextArguments, StageArguments):
 
     # What is looked at during training.
     eval_thinking_steps: list[int] = option([], "depths that are evaluated; default: 1, 2, the mean, twice it", gt=0)
-    sample_tokens: int = option(64, "most tokens of a continuation in TensorBoard", gt=0)
+    sample_tokens: int = option(
+        64, "most tokens of a continuation in TensorBoard", gt=0, only_with=("n_samples", bool)
+    )
     n_samples: int = option(4, "validation prompts that are continued in TensorBoard; 0: none", ge=0)
-
-    needs = {**TextArguments.needs, "sample_tokens": ("n_samples", bool)}
 
     def validate_modes(self):
         missing = [mode for mode in self.include_modes if mode != "text"]
@@ -136,7 +136,7 @@ class MultimodalTrainer(StageTrainer):
         `--recurrent_steps_per_rank` asks for it."""
         owner = rank() if self.stage_arguments.recurrent_steps_per_rank else 0
         step = self.state.global_step
-        (generator,) = generators(self.args.seed, step, torch.tensor([owner]), "thinking_steps")
+        (generator,) = generators(self.args.seed, step, torch.tensor([owner]), stream="thinking_steps")
         n_steps = sample_thinking_steps(self.config, generator, self.mean_thinking_steps())
         if self.drawn_steps_until != step:
             self.drawn_steps.append(n_steps)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.image.recurrent_vae import RecurrentVAEOutput
 from utils.metrics.images import psnr
-from utils.options import option
+from utils.options import above_one, option
 from utils.seeds import generators
 from utils.training.image_vae import ImageAutoencoderArguments, ImageVAEGANTrainer
 
@@ -30,14 +30,15 @@ class RecurrentVAEArguments(ImageAutoencoderArguments):
     )
 
     # Losses on the images of these last steps, except the deepest, which has all the others.
-    intermediate_weight: float = option(0.1, "weight of the mean absolute error of intermediate images", ge=0)
-    distillation_weight: float = option(0.1, "weight of their distance to the deepest image", ge=0)
-
-    needs = {
-        **ImageAutoencoderArguments.needs,
-        "intermediate_weight": ("n_backprop_steps", lambda n_steps: n_steps > 1),
-        "distillation_weight": ("n_backprop_steps", lambda n_steps: n_steps > 1),
-    }
+    intermediate_weight: float = option(
+        0.1,
+        "weight of the mean absolute error of intermediate images",
+        ge=0,
+        only_with=("n_backprop_steps", above_one),
+    )
+    distillation_weight: float = option(
+        0.1, "weight of their distance to the deepest image", ge=0, only_with=("n_backprop_steps", above_one)
+    )
 
     def validate_decoder_steps(self):
         if not self.min_decoder_steps <= self.mean_decoder_steps <= self.max_decoder_steps:
@@ -66,7 +67,7 @@ def draw_n_steps(seed: int, step: int, mean: float, sigma: float, minimum: int, 
     """
     if not 1 <= minimum <= mean <= maximum:
         raise ValueError(f"steps must satisfy 1 <= minimum={minimum} <= mean={mean} <= maximum={maximum}")
-    (generator,) = generators(seed, step, torch.zeros(1, dtype=torch.int64), "decoder_steps")
+    (generator,) = generators(seed, step, torch.zeros(1, dtype=torch.int64), stream="decoder_steps")
     while True:
         n = int(generator.poisson(math.exp(generator.normal(math.log(mean) - sigma**2 / 2, sigma))))
         if minimum <= n <= maximum:

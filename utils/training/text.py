@@ -20,37 +20,38 @@ class TextArguments:
     text_dataset: str = option(
         "", "text file, folder, .jsonl, .csv, .parquet, hub name, or python-topics; default: the cache as it is"
     )
-    text_column: str = option("text", "column of a table or hub data set that holds the text")
-    text_config: str = option("", "configuration of a hub data set")
-    text_split: str = option("train", "split of a hub data set that is trained on")
-    validation_dataset: str = option(
-        "", "texts that are held out; default: the validation split of text_dataset, or validation_fraction of it"
+    text_column: str = option(
+        "text", "column of a table or hub data set that holds the text", only_with=("text_dataset", bool)
     )
-    validation_split: str = option("validation", "split of a hub data set in validation_dataset")
+    text_config: str = option("", "configuration of a hub data set", only_with=("text_dataset", bool))
+    text_split: str = option("train", "split of a hub data set that is trained on", only_with=("text_dataset", bool))
+    validation_dataset: str = option(
+        "",
+        "texts that are held out; default: the validation split of text_dataset, or validation_fraction of it",
+        only_with=("text_dataset", bool),
+    )
+    validation_split: str = option(
+        "validation", "split of a hub data set in validation_dataset", only_with=("validation_dataset", bool)
+    )
     validation_fraction: float | None = option(
         None,
         "share of text_dataset's documents that is held out; default: its validation split, else 0.05",
         gt=0,
         lt=1,
+        only_with=[("text_dataset", bool), ("validation_dataset", "")],
     )
-    max_broken_fraction: float = option(0.01, "share of the documents that may be unreadable or no text", ge=0, le=1)
-    tokenizer: str = option("bytes", "bytes; bpe, trained on the texts; or a tokenizer's folder or hub name")
-    tokenizer_vocab_size: int = option(4096, "tokens of a bpe vocabulary, special ones included", gt=0)
+    max_broken_fraction: float = option(
+        0.01, "share of the documents that may be unreadable or no text", ge=0, le=1, only_with=("text_dataset", bool)
+    )
+    tokenizer: str = option(
+        "bytes",
+        "bytes; bpe, trained on the texts; or a tokenizer's folder or hub name",
+        only_with=("text_dataset", bool),
+    )
+    tokenizer_vocab_size: int = option(
+        4096, "tokens of a bpe vocabulary, special ones included", gt=0, only_with=("tokenizer", "bpe")
+    )
     sequence_length: int = option(256, "tokens per sample", gt=1)
-
-    needs = {
-        **{f"text_{name}": ("text_dataset", bool) for name in ("column", "config", "split")},
-        **dict.fromkeys(("validation_dataset", "tokenizer"), ("text_dataset", bool)),
-        **dict.fromkeys(("validation_fraction", "max_broken_fraction"), ("text_dataset", bool)),
-        "validation_split": ("validation_dataset", bool),
-        "tokenizer_vocab_size": ("tokenizer", "bpe"),
-    }
-
-    def validate_held_out(self):
-        if self.validation_fraction is not None and self.validation_dataset:
-            raise ValueError(
-                f"--validation_fraction has no effect with validation_dataset={self.validation_dataset!r}"
-            )
 
 
 def prepare(args: Any, folder: Path) -> None:

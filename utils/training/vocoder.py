@@ -3,7 +3,6 @@ M mel bins, F frames, S samples."""
 
 import dataclasses
 import statistics
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -11,11 +10,12 @@ from torch import Tensor
 
 from model.audio.lengths import crop_starts, valid_frames
 from model.audio.spectral import MelSettings
+from model.audio.waveform_discriminators import WaveformDiscriminatorKind
 from utils.drawing.audio import phase_image, waveform_image
 from utils.megatransformer_utils import StageArguments
 from utils.options import option
 from utils.timing import Stopwatch
-from utils.training.adversary import AdversaryArguments, adversary_needs
+from utils.training.adversary import WITH_ADVERSARY, AdversaryArguments
 from utils.training.audio import Listening
 from utils.training.gan import GANTrainer
 
@@ -29,7 +29,9 @@ class VocoderArguments(AdversaryArguments, StageArguments):
     # Losses on the waveform's spectrograms.
     mel_weight: float = option(45.0, "weight of the log-mel's mean absolute error", ge=0)
     stft_weight: float = option(1.0, "weight of spectral convergence and of log-magnitudes", ge=0)
-    stft_resolutions: list[int] = option([512, 1024, 2048], "their frame lengths in samples")
+    stft_resolutions: list[int] = option(
+        [512, 1024, 2048], "their frame lengths in samples", only_with=("stft_weight", bool)
+    )
     phase_weight: float = option(1.0, "weight of the errors of group delay and instantaneous frequency", ge=0)
     complex_stft_weight: float = option(0.0, "weight of the complex spectrogram's relative error", ge=0)
 
@@ -39,24 +41,25 @@ class VocoderArguments(AdversaryArguments, StageArguments):
         False, "scale the adversarial gradient to the reconstruction's at the output"
     )
     feature_matching_weight: float = option(5.0, "weight of feature matching, relative to the adversarial loss", ge=0)
-    discriminator: Literal["thin", "full"] = option("thin", "layers of the discriminator; full: as published peers")
+    discriminator: WaveformDiscriminatorKind = option(
+        "thin", "layers of the discriminator; full: as published peers", only_with=WITH_ADVERSARY
+    )
     discriminator_periods: list[int] | None = option(
-        None, "periods in samples, or no value for none; default: those of --discriminator"
+        None, "periods in samples, or no value for none; default: those of --discriminator", only_with=WITH_ADVERSARY
     )
     discriminator_resolutions: list[int] | None = option(
-        None, "frame lengths in samples, or no value for none; default: those of --discriminator"
+        None,
+        "frame lengths in samples, or no value for none; default: those of --discriminator",
+        only_with=WITH_ADVERSARY,
     )
-    discriminator_widening: float = option(1.0, "factor of the channels of --discriminator", gt=0)
+    discriminator_widening: float = option(
+        1.0, "factor of the channels of --discriminator", gt=0, only_with=WITH_ADVERSARY
+    )
     discriminator_learning_rate: float = option(5e-4, "peak learning rate of the discriminator", gt=0)
     discriminator_beta1: float = option(0.8, "AdamW's first moment decay for the discriminator", ge=0, lt=1)
-    n_logged_samples: int = option(4, "validation clips in TensorBoard; 0: none", ge=0)
+    n_logged_samples: int = option(4, "validation clips in TensorBoard; 0: none", ge=0, aliases=("n_logged_clips",))
     learning_rate: float = option(5e-4, "peak learning rate of AdamW", gt=0)
     adam_beta1: float = option(0.8, "AdamW's first moment decay", ge=0, lt=1)
-
-    needs = {
-        "stft_resolutions": ("stft_weight", bool),
-        **adversary_needs(*(f"discriminator{part}" for part in ("", "_periods", "_resolutions", "_widening"))),
-    }
 
 
 def check_segment(segment_frames: int, mel: MelSettings, min_samples: int, flag: str) -> None:

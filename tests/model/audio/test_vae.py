@@ -260,7 +260,7 @@ def test_characters_can_be_read(model):
     "wrong, message",
     [
         ({"latent_channels": 33}, "latent_channels=33 exceed the 32 mel values of a patch"),
-        ({"patch_bins": 4}, "patch_bins=4 has no effect in architecture='conv1d'"),
+        ({"patch_bins": 4}, "patch_bins=4 has no effect with architecture='conv1d'"),
         ({"architecture": "conv2d", "patch_bins": 5}, "patch_bins=5 must divide n_mels=16"),
         ({"architecture": "conv3d"}, "architecture='conv3d' must be one of"),
         ({"kernel_size": 4}, "kernel_size=4 must be odd"),

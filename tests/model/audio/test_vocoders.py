@@ -249,8 +249,8 @@ def test_impossible_mels_are_refused(shape, message):
     [
         ({"kernel_size": 4}, "kernel_size=4 must be odd"),
         ({"f0_min": 20.0}, "f0_min=20.0"),
-        ({"hifigan_width": 256}, "hifigan_width=256 has no effect in architecture='istft'"),
-        ({"architecture": "hifigan", "width": 64}, "width=64 has no effect in architecture='hifigan'"),
+        ({"hifigan_width": 256}, "hifigan_width=256 has no effect with architecture='istft'"),
+        ({"architecture": "hifigan", "width": 64}, "width=64 has no effect with architecture='hifigan'"),
         ({"architecture": "hifigan", "hifigan_factors": [8, 8]}, "must be hop_length=256"),
         ({"architecture": "hifigan", "hifigan_width": 24}, "hifigan_width=24 must be divisible"),
         ({"architecture": "hifigan", "hifigan_kernel_sizes": [4]}, "must be odd"),

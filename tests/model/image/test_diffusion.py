@@ -212,7 +212,7 @@ def test_a_few_steps_learn_a_caption():
         ({"widths": [7, 14], "use_attention": [False] * 2}, r"widths=\[7, 14\]: the first must be even"),
         ({"widths": [8, 12]}, r"widths=\[8, 12\]: 12 must divide 4 \* 8"),
         ({"head_width": 6}, "head_width=6 must divide every width with attention, not 16"),
-        ({"n_heads": 2}, "n_heads=2 has no effect in architecture='residual'"),
+        ({"n_heads": 2}, "n_heads=2 has no effect with architecture='residual'"),
         ({"n_norm_groups": 4}, "n_norm_groups=4 has no effect"),
         ({"use_linear_projection": True}, "use_linear_projection=True has no effect"),
         ({"max_tokens": 30}, "max_tokens=30 must be divisible by 8"),

@@ -136,6 +136,9 @@ def test_flags_without_effect_are_refused(run, capsys):
         run("--resize_mode", "pad")
     assert "--resize_mode has no effect with dataset=''" in capsys.readouterr().err
     with pytest.raises(SystemExit):
+        run("--cached_dataset", "x", "--dataset", "y")
+    assert "--dataset has no effect with cached_dataset='x'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
         evaluate.main([])
     assert "--checkpoint is missing" in capsys.readouterr().err
 
