@@ -6,7 +6,6 @@ loading clips do.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -25,8 +24,9 @@ from transformers import TrainerCallback
 
 from benchmarks.vocoder_peers import Vocos, VocosRecipe
 from dataset_loading.audio.cached import VocoderDataset
-from dataset_loading.cached import read_manifest, spread
+from dataset_loading.cached import spread
 from dataset_loading.collators import collate_audio
+from dataset_loading.files import fingerprint, read_manifest
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel
 from model.audio.vocoders import Vocoder
@@ -140,7 +140,7 @@ def run_folder(args: QualityArguments, side: str) -> Path:
     else:  # Its rate is a cosine over all of the minutes.
         name = f"vocos_{args.peer_batch_size}x{args.peer_segment_frames}_{args.peer_learning_rate:g}_{args.seed}"
         shape = [f"{max(args.quality):g}"]
-    digest = hashlib.sha256(json.dumps([name, data, shape]).encode()).hexdigest()[:8]
+    digest = fingerprint([name, data, shape], n_digits=8)
     return Path(args.output_dir) / "vocoder" / f"{name}_{digest}"
 
 

@@ -1,7 +1,6 @@
 """The writing side of a preprocessed folder: whole files only, a journal to go on from, the manifest last."""
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -13,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset_loading.cached import JOURNAL, MANIFEST, read_manifest
-from dataset_loading.files import replace_file
+from dataset_loading.files import JOURNAL, MANIFEST, fingerprint_of_bytes, read_manifest, replace_file
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -107,7 +105,7 @@ def dump(value: Any) -> str:
 def sample_key(name: str, occurrence: int, copy: int) -> str:
     """A file name, safe on every file system and unique for (name, occurrence, copy); begins with what is legible."""
     stem = re.sub(r"[^A-Za-z0-9_]+", "_", os.path.splitext(name)[0]).strip("_")[-60:] or "sample"
-    digest = hashlib.sha256(f"{name}\n{occurrence}".encode()).hexdigest()[:12]
+    digest = fingerprint_of_bytes([f"{name}\n{occurrence}".encode()], n_digits=12)
     return f"{stem}-{digest}" + (f"-copy{copy}" if copy else "")
 
 

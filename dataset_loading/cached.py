@@ -8,7 +8,6 @@
 `cache_writer.py` writes such a folder; the manifest comes last, so a folder with a manifest is complete.
 """
 
-import json
 import os
 import pickle
 import shlex
@@ -19,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
-JOURNAL = "progress.jsonl"
+from dataset_loading.files import read_manifest
+
 MMAP_BYTES = 4 << 20  # Reading is faster than mapping below this size.
 KEPT_BYTES = 256 << 20  # A split whose files are smaller than this altogether stays in memory once it is read.
 
@@ -115,38 +113,6 @@ class CachedDataset(Dataset):
                 del words[start:stop]
             words += [f"--no_{name}" if value is False else flag] if isinstance(value, bool) else [flag, str(value)]
         return shlex.join(["python", *words])
-
-
-def read_manifest(folder: Path, stage: str | None) -> dict[str, Any]:
-    """The manifest of a complete preprocessed folder.
-
-    Raises:
-        FileNotFoundError: there is no complete folder; the message says what is there and which command to run.
-        ValueError: the manifest cannot be read, or is of another schema or stage.
-    """
-    script = f"preprocess_{stage or '<stage>'}_dataset.py"
-    make = f"make it with: python {script} --dataset_name <hub name or folder> --output_dir {folder}"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist; {make}")
-    if not (folder / MANIFEST).exists():
-        if (folder / JOURNAL).exists():
-            raise FileNotFoundError(
-                f"{folder} is incomplete, its preprocessing was interrupted; run {script} again to finish"
-            )
-        state = "is not a preprocessed folder (no manifest.json)" if any(folder.iterdir()) else "is empty"
-        raise FileNotFoundError(f"{folder} {state}; {make}")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        schema, found_stage = manifest["schema"], manifest["stage"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged ({error!r}); delete the folder and {make}") from error
-    if schema != SCHEMA:
-        raise ValueError(
-            f"{folder} has schema version {schema}, this code reads {SCHEMA}; delete the folder and {make}"
-        )
-    if stage is not None and found_stage != stage:
-        raise ValueError(f"{folder} was made for stage {found_stage!r}, not for {stage!r}; {make}")
-    return manifest
 
 
 def spread(n_total: int, n: int) -> list[int]:

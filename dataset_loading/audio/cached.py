@@ -5,7 +5,8 @@ from typing import Self
 
 from torch import Tensor
 
-from dataset_loading.cached import MANIFEST, CachedDataset
+from dataset_loading.cached import CachedDataset
+from dataset_loading.files import MANIFEST
 from model.audio.spectral import MEL_PRESETS, MelSettings, check_same_mel
 
 

@@ -1,7 +1,5 @@
 """Log-mels with what is known of them: who speaks, and what is said.  T text tokens."""
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dataset_loading.audio.cached import AudioVAEDataset
+from dataset_loading.files import fingerprint
 from model.text.tokenizer import encode_caption
 
 MAX_TOKENS = 1 << 20  # Transcripts are never cut.
@@ -47,8 +46,7 @@ class DescribedAudioDataset(AudioVAEDataset):
             )
         if self.places or use_tokens:
             served = [[entry["key"], *self.conditions(entry)] for entry in self.entries]
-            digest = hashlib.sha256(json.dumps([speaker_names, served]).encode()).hexdigest()[:16]
-            self.fingerprint = f"{self.fingerprint}+{digest}"
+            self.fingerprint = f"{self.fingerprint}+{fingerprint([speaker_names, served])}"
 
     def conditions(self, entry: dict[str, Any]) -> tuple[int | None, str | None]:
         """The place of a clip's speaker, and its transcript, each None where items do not have it."""

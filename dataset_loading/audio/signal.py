@@ -3,7 +3,6 @@
 import functools
 import io
 import math
-import os
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from torchaudio.functional import bandreject_biquad, loudness
 from torchaudio.transforms import Resample
 
+from dataset_loading.files import replacing
 from dataset_loading.sources import read_media
 
 # fmt: off
@@ -212,12 +212,11 @@ def cut_at_pauses(waveform: Tensor, rate: int, max_samples: int) -> list[Tensor]
 
 
 def save_waveform(waveform: Tensor, sample_rate: int, file: Path) -> float:
-    """Write (S,) in [-1, 1] as a 16-bit WAV file under a temporary name, then rename it.
+    """Write (S,) in [-1, 1] as a 16-bit WAV file atomically.
 
     Returns: the share of samples beyond [-1, 1], which are cut off there.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    soundfile.write(temporary, waveform.clamp(-1, 1).numpy(), sample_rate, "PCM_16", format="WAV")
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        soundfile.write(temporary, waveform.clamp(-1, 1).numpy(), sample_rate, "PCM_16", format="WAV")
     return (waveform.abs() > 1).float().mean().item()

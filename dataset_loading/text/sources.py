@@ -11,7 +11,6 @@ changed: no stripping, no Unicode normalisation, line endings as they are; only 
 
 import csv
 import dataclasses
-import hashlib
 import json
 import logging
 import platform
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dataset_loading.files import fingerprint, fingerprint_of_bytes
 from dataset_loading.sources import SPLIT_NAMES, choose_split, find_splits, read_licence, walk
 from dataset_loading.text.digests import Digests
 
@@ -129,10 +129,8 @@ def list_files(folder: Path, split: str) -> list[Path]:
 
 def digest_files(root: Path, files: list[Path], digests: Digests) -> str:
     """A hash of the names and contents of files, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for file, content in zip(files, digests.of(files)):
-        digest.update(f"{name_of(root, file)}\n{content}\n".encode())
-    return digest.hexdigest()[:16]
+    lines = (f"{name_of(root, file)}\n{content}\n" for file, content in zip(files, digests.of(files)))
+    return fingerprint_of_bytes(line.encode() for line in lines)
 
 
 def name_of(root: Path, file: Path) -> str:
@@ -266,9 +264,10 @@ def open_topics() -> TextSource:
     """The help texts of the running Python, a document per topic."""
     from pydoc_data.topics import topics
 
-    digest = hashlib.sha256(json.dumps(topics, sort_keys=True).encode()).hexdigest()[:16]
     licence = f"Python {platform.python_version()} documentation, PSF License"
-    return TextSource(f"{EMBEDDED}@{digest}", licence, lambda: (document(key, topics[key]) for key in sorted(topics)))
+    return TextSource(
+        f"{EMBEDDED}@{fingerprint(topics)}", licence, lambda: (document(key, topics[key]) for key in sorted(topics))
+    )
 
 
 def cut_document(whole: Document, size: int) -> Iterator[Document]:

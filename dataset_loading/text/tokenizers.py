@@ -9,7 +9,6 @@ a document in front, as in training.
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dataset_loading.files import fingerprint_of_bytes
 from model.text.tokenizer import BEGIN_OF_TEXT, FIRST_BYTE, PADDING
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -130,7 +130,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """16 hexadecimal digits of all that shapes the ids of a document."""
     text = f"{document_encoder(tokenizer).to_str()} {document_ends(tokenizer)}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return fingerprint_of_bytes([text.encode()])
 
 
 def document_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:

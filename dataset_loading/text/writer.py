@@ -1,11 +1,9 @@
 """Tokenises documents once: `prepare_text`. `dataset_loading/text/windows.py` describes the layout of the folder."""
 
 import array
-import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -18,8 +16,15 @@ from filelock import FileLock
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from dataset_loading.cached import MANIFEST, SCHEMA
-from dataset_loading.files import replace_file
+from dataset_loading.files import (
+    MANIFEST,
+    SCHEMA,
+    fingerprint,
+    read_manifest,
+    remove_leftovers,
+    replace_file,
+    replacing,
+)
 from dataset_loading.text import tokenizers
 from dataset_loading.text.digests import Digests
 from dataset_loading.text.sources import Document, TextSource, cut_document, open_text, own_validation
@@ -162,18 +167,7 @@ def read_text_manifest(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such folder.
         ValueError: the manifest is damaged, of another stage or of another version.
     """
-    make = "make it with dataset_loading.text.writer.prepare_text"
-    if not (folder / MANIFEST).exists():
-        state = "has no manifest.json and is no prepared text" if folder.exists() else "does not exist"
-        raise FileNotFoundError(f"{folder} {state}; {make}")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        found = manifest["schema"], manifest["stage"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged ({error!r}); delete the folder and {make}") from error
-    if found != (SCHEMA, STAGE):
-        raise ValueError(f"{folder} is of schema and stage {found}, this code reads {(SCHEMA, STAGE)}; {make}")
-    return manifest
+    return read_manifest(folder, STAGE, remedy="make it with dataset_loading.text.writer.prepare_text")
 
 
 def write_folder(
@@ -190,10 +184,9 @@ def write_folder(
     """
     started = time.perf_counter()
     survey = survey_documents(sources, rules)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # A killed run's.
-    temporary.mkdir()
-    try:
+    remove_leftovers(folder)
+    with replacing(folder) as temporary:
+        temporary.mkdir()
         is_ours = tokenizer is None or settings["tokenizer"] == "bytes"
         if tokenizer is None:
             training = (one.text for one, split in kept(sources, survey, rules) if split == 0)
@@ -212,11 +205,10 @@ def write_folder(
         identified = {"schema": SCHEMA, "stage": STAGE, **settings, "hash": described["hash"]}
         if pieces and not pieces["is_exact"]:
             identified["piece_bytes"] = BATCH_BYTES
-        text = json.dumps(identified, sort_keys=True)
         manifest = {
             "schema": SCHEMA,
             "stage": STAGE,
-            "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "fingerprint": fingerprint(identified),
             "settings": settings,
             "tokenizer": described,
             "totals": totals,
@@ -232,9 +224,6 @@ def write_folder(
         }
         content = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
         replace_file(temporary / MANIFEST, content.encode("utf-8", "backslashreplace"), sync=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     logger.info("%s: %s in %.1f s", folder, json.dumps(totals), time.perf_counter() - started)
     if survey.n_broken:
         logger.warning("%d documents have no text, see %s", survey.n_broken, folder / MANIFEST)

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dataset_loading.cache_writer import save_tensors
-from dataset_loading.cached import MANIFEST, SCHEMA
+from dataset_loading.files import MANIFEST, SCHEMA
 from model.audio.spectral import MelSettings
 
 SETTINGS = MelSettings(n_mels=16)

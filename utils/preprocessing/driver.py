@@ -6,7 +6,6 @@ seed, the sample and the copy only, never on the number of workers.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dataset_loading.cache_writer import open_journal, part_key, read_entries, sample_key, save_tensors, write_manifest
-from dataset_loading.cached import MANIFEST, SCHEMA
+from dataset_loading.files import MANIFEST, SCHEMA, fingerprint
 from dataset_loading.sources import Source, open_source
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import declared_fields, option
@@ -225,11 +224,11 @@ class Preprocess:
             "validation": validation,
         }
         settings = json.loads(json.dumps(settings))
-        text = json.dumps({"schema": SCHEMA, "stage": self.name, **settings}, sort_keys=True)
+        identity = {"schema": SCHEMA, "stage": self.name, **settings}
         return {
             "schema": SCHEMA,
             "stage": self.name,
-            "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "fingerprint": fingerprint(identity),
             "settings": {**settings, **self.information()},
             "licence": sources["train"].licence,
             "arguments": {field.name: getattr(self.args, field.name) for field in declared_fields(self.args)},

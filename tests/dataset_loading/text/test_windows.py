@@ -339,10 +339,10 @@ def test_a_failed_run_leaves_nothing_that_counts(tmp_path, rows):
 
 
 def test_what_a_killed_run_left_is_replaced(tmp_path, rows):
-    (tmp_path / ".set.tmp").mkdir()
-    (tmp_path / ".set.tmp/train.bin").write_text("half")
+    (tmp_path / ".set.123.tmp").mkdir()
+    (tmp_path / ".set.123.tmp/train.bin").write_text("half")
     assert len(documents(prepare(rows, tmp_path / "set"), "train")) == 285
-    assert not (tmp_path / ".set.tmp").exists()
+    assert not (tmp_path / ".set.123.tmp").exists()
 
 
 def test_folders_of_something_else_are_refused(tmp_path, rows):
