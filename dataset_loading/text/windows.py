@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from dataset_loading.text.survey import SPLITS
 from dataset_loading.text.tokenizers import byte_lengths, load_tokenizer
-from dataset_loading.text.writer import SPLITS, prepare_text, read_text_manifest
+from dataset_loading.text.writer import prepare_text, read_text_manifest
 
 __all__ = ["TextDataset", "bits_per_byte", "prepare_text"]
 

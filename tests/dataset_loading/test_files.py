@@ -120,7 +120,7 @@ def test_fingerprint_of_prepared_text(tmp_path):
     (tmp_path / "a.txt").write_text("some text")
     folder = prepare_text(str(tmp_path / "a.txt"), tmp_path / "set", "bytes", validation_fraction=0.0)
     manifest, tokenizer = json.loads((folder / "manifest.json").read_text()), byte_tokenizer()
-    shape = f"{document_encoder(tokenizer).to_str()} {document_ends(tokenizer)}"
+    shape = f"{document_encoder(tokenizer).to_str()} {tuple(document_ends(tokenizer))}"
     assert manifest["tokenizer"]["hash"] == tokenizer_hash(tokenizer) == sha256(shape.encode())[:16]
     identity = {"schema": 1, "stage": "text", **manifest["settings"], "hash": tokenizer_hash(tokenizer)}
     assert manifest["fingerprint"] == sha256(json.dumps(identity, sort_keys=True).encode())[:16]

@@ -19,7 +19,9 @@ SMALL_CORE = """
     --n_samples 0""".split()  # noqa: SIM905
 
 
-def make_text(folder: Path, n_documents: int = 120, tokenizer: str = "bytes", vocab_size: int | None = None) -> Path:
+def make_text(
+    folder: Path, n_documents: int = 120, *, tokenizer: str = "bytes", vocab_size: int | None = None
+) -> Path:
     """Documents of 2 to 40 words, prepared beside their raw text; returns the prepared folder."""
     draw = random.Random(0)
     raw = folder.with_name(f"{folder.name}_raw")
@@ -27,4 +29,4 @@ def make_text(folder: Path, n_documents: int = 120, tokenizer: str = "bytes", vo
     for number in range(n_documents):
         text = " ".join(draw.choice(WORDS) for _ in range(draw.randint(2, 40)))
         (raw / f"{number:03}.txt").write_text(f"{number} {text}\n", encoding="utf-8")
-    return prepare_text(str(raw), folder, tokenizer, vocab_size, validation_fraction=0.2)
+    return prepare_text(str(raw), folder, tokenizer, vocab_size=vocab_size, validation_fraction=0.2)
