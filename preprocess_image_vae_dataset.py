@@ -67,7 +67,7 @@ class ImageVAEPreprocess(Preprocess):
         args, image = self.args, example.data
         if example.copy:
             image = self.augmentation.change_geometry(image, generator)
-        image = fit_image(image, args.image_size, args.resize_mode, args.background_color)
+        image = fit_image(image, args.image_size, args.resize_mode, background_color=args.background_color)
         if example.copy:
             image = self.augmentation.change_pixels(image, generator)
         return {"image": to_tensor(image)}

@@ -24,7 +24,7 @@ from transformers import TrainerCallback
 
 from benchmarks.vocoder_peers import Vocos, VocosRecipe
 from dataset_loading.audio.cached import VocoderDataset
-from dataset_loading.cached import spread
+from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_audio
 from dataset_loading.files import fingerprint, read_manifest
 from model.audio.griffin_lim import griffin_lim
@@ -228,7 +228,7 @@ def load_saved(path: Path, dataset: VocoderDataset) -> torch.nn.Module:
 def measure(args: QualityArguments, folders: list[Path]) -> tuple[int, dict[str, dict[str, float | None]]]:
     """Number of held-out clips, and means over them by row: the real sound, Griffin-Lim, everything in the folders."""
     dataset = VocoderDataset(args.cached_dataset, "validation")
-    clips = [dataset[i] for i in spread(len(dataset), args.n_clips)]
+    clips = [dataset[i] for i in evenly_spaced(len(dataset), args.n_clips)]
     names = [folder.resolve().name for folder in folders]
     saved = {}
     for folder, name in zip(folders, names):

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 EMBEDDED = "python-topics"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
-EMPTY = "empty"  # The problem of a document that is blank, which is no mistake of the source.
+EMPTY = "empty"  # The problem of a blank document, which is no mistake of the source.
 CELL_BYTES = 1 << 30  # The csv module refuses cells above 128 KiB by default.
 SEPARATORS = (b"\n\n", b"\n\r\n", b"\n", b" ")  # Where a long document is cut: the first that is found.
 
@@ -85,7 +85,7 @@ def open_text(
     if not path.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in known:
             raise FileNotFoundError(f"{name} does not exist")
-        return open_hub(name, text_column, config, split)
+        return open_hub(name, split, text_column=text_column, config=config)
     files = [path] if path.is_file() else list_files(path, split)
     if not files or (path.is_file() and path.suffix.lower() not in known):
         raise FileNotFoundError(f"{name} holds no text; known endings: {' '.join(known)}")
@@ -93,19 +93,18 @@ def open_text(
     for file in files:
         check_column(file, text_column)
     digest = digest_files(root, files, digests or Digests())
-    splits = (
-        [one for one in find_splits(path, known) if one == split or list_files(path, one)] if path.is_dir() else []
-    )
+    names = find_splits(path, known) if path.is_dir() else ()
+    splits = [name for name in names if name == split or list_files(path, name)]
     return TextSource(
         f"{path.resolve().name}@{digest}", read_licence(path), lambda: read_files(root, files, text_column), splits
     )
 
 
 def own_validation(source: TextSource, split: str) -> str:
-    """The validation split (or valid, val, dev) beside the split that is trained on, `""` where there is none."""
+    """The source's split for validation (or valid, val, dev), `""` where there is none or training reads it."""
     trained = {part.strip().partition("[")[0] for part in split.split("+")}  # Such as train[:10%]+test.
-    found = [one for one in source.splits if SPLIT_NAMES.get(one.lower()) == "validation"]
-    return "" if not found or trained & set(found) else found[0]
+    names = [name for name in source.splits if SPLIT_NAMES.get(name.lower()) == "validation"]
+    return "" if not names or trained & set(names) else names[0]
 
 
 def list_files(folder: Path, split: str) -> list[Path]:
@@ -188,6 +187,7 @@ def document(key: str, value: Any) -> Document:
 
 def read_jsonl(file: Path, column: str) -> Iterator[Any]:
     """The column's value of every line that is not blank, or a ValueError as a value."""
+    # Surrogates stand for bytes that are not UTF-8, so that one bad line does not end the reading.
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
         for line in lines:
             if not line.strip():
@@ -200,8 +200,8 @@ def read_jsonl(file: Path, column: str) -> Iterator[Any]:
             if isinstance(row, dict) and column in row:
                 yield row[column]
             else:
-                there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                yield ValueError(f"no {column!r}; there is: {there}")
+                columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                yield ValueError(f"no {column!r}; there is: {columns}")
 
 
 def read_csv(file: Path, column: str) -> Iterator[Any]:
@@ -229,7 +229,7 @@ def read_parquet(file: Path, column: str) -> Iterator[Any]:
                     yield ValueError(f"not UTF-8: {error}")
 
 
-def open_hub(name: str, text_column: str, config: str, split: str) -> TextSource:
+def open_hub(name: str, split: str, *, text_column: str = "text", config: str = "") -> TextSource:
     """One split of a hub data set, which lies on disk and not in memory."""
     import datasets
     from datasets.exceptions import DatasetsError
@@ -249,8 +249,8 @@ def open_hub(name: str, text_column: str, config: str, split: str) -> TextSource
 def from_rows(rows: Any, identity: str, text_column: str) -> TextSource:
     """The documents of a `datasets.Dataset`. Raises: ValueError: it lacks the column; the message lists its own."""
     if text_column not in rows.column_names:
-        known = ", ".join(rows.column_names)
-        raise ValueError(f"text_column={text_column!r} is no column of {identity}; there is: {known}")
+        columns = ", ".join(rows.column_names)
+        raise ValueError(f"text_column={text_column!r} is no column of {identity}; there is: {columns}")
     rows = rows.select_columns([text_column])
 
     def read() -> Iterator[Document]:
@@ -274,13 +274,14 @@ def cut_document(whole: Document, size: int) -> Iterator[Document]:
     """Cut a document at paragraphs, else at lines, spaces, or between characters; together the parts are the whole.
 
     Args:
-        size: bytes of a part at most; the last part may have half as many more. A part has at least half as many.
+        size: maximum bytes of a part; the last part may have half as many more. A part has at least half as many.
     """
     text, start, parts = whole.text.encode(), 0, []
     while len(text) - start > size + size // 2:
-        found = (text.rfind(mark, start + size // 2, start + size) + len(mark) for mark in SEPARATORS)
-        end = next((end for mark, end in zip(SEPARATORS, found) if end >= len(mark)), start + size)
-        while text[end] & 0xC0 == 0x80:  # Within a character.
+        # After the last separator in the second half of the part, the best kind first; else at the maximum.
+        ends = (text.rfind(mark, start + size // 2, start + size) + len(mark) for mark in SEPARATORS)
+        end = next((end for mark, end in zip(SEPARATORS, ends) if end >= len(mark)), start + size)
+        while text[end] & 0xC0 == 0x80:  # A continuation byte of UTF-8: the cut is within a character.
             end -= 1
         parts.append(text[start:end])
         start = end

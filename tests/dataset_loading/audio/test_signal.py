@@ -74,8 +74,8 @@ def test_formats_from_path_and_bytes(tmp_path, options, tolerance):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no sound of a known format"),
-        (b"RIFF and nothing else", "no sound of a known format"),
+        (b"", "no audio of a known format"),
+        (b"RIFF and nothing else", "no audio of a known format"),
         (encoded(tone(440).numpy(), format="WAV")[:9000], "cut off: .* of 32000 bytes"),
         (encoded(tone(440).numpy(), format="AIFF")[:9000], "cut off"),
         (encoded(tone(440).numpy(), format="FLAC")[:9000], "damaged"),
@@ -167,14 +167,14 @@ def test_silence_and_clipping_are_seen():
 @pytest.mark.parametrize("measure", ["active", "bs1770"])
 def test_loudness_reaches_its_target(measure):
     sound = torch.cat([tone(440, amplitude=0.02), torch.zeros(RATE)])
-    assert measured_loudness(normalize_loudness(sound, RATE, -23, measure), RATE, measure) == pytest.approx(
+    assert measured_loudness(normalize_loudness(sound, RATE, -23, measure=measure), RATE, measure) == pytest.approx(
         -23, abs=0.1
     )
 
 
 def test_loudness_stops_at_full_scale():
     sound = torch.cat([tone(440, amplitude=0.05), torch.tensor([0.9])])
-    assert normalize_loudness(sound, RATE, -9, "active").abs().max() == pytest.approx(1.0)
+    assert normalize_loudness(sound, RATE, -9, measure="active").abs().max() == pytest.approx(1.0)
     assert torch.equal(limit_peak(sound), sound)
 
 
