@@ -64,6 +64,7 @@ class ImageVAEPreprocess(Preprocess):
         return decode_source_image(media, self.args, enough)
 
     def encode(self, example: Example, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        # Geometry in the original size, so that nothing is resized twice; colours in the final size, which is faster.
         args, image = self.args, example.data
         if example.copy:
             image = self.augmentation.change_geometry(image, generator)

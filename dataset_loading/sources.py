@@ -210,6 +210,7 @@ def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
 
     Raises: ValueError: a line cannot be read, or names no file.
     """
+    # LJSpeech's index has the same name as a table with a header, so it is tried first.
     rows = []
     for number, row in enumerate(read_ljspeech(index) or read_records(index), start=1):
         column = "file_name" if "file_name" in row else kind
@@ -255,6 +256,7 @@ def read_ljspeech(index: Path) -> list[dict[str, Any]]:
     """
     if index.name != "metadata.csv" or not (index.parent / "wavs").is_dir():
         return []
+    # Fields between bars, without a header; a table of the usual kind has "file_name" in its first line.
     lines = [line for line in read_text(index).split("\n") if line.strip()]
     if not lines or "|" not in lines[0] or "file_name" in lines[0]:
         return []

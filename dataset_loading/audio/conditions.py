@@ -39,6 +39,7 @@ class DescribedAudioDataset(AudioVAEDataset):
         super().__init__(folder, split)
         self.speaker_indices = {name: index for index, name in enumerate(speaker_names)}
         self.use_tokens = use_tokens
+        # Every clip must have a speaker that the model knows; some transcripts may be missing, but not all.
         for entry in self.entries if speaker_names else []:
             if entry["speaker"] not in self.speaker_indices:
                 raise ValueError(

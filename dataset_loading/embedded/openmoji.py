@@ -93,6 +93,7 @@ def build_once(
 
 def named_pictograms() -> dict[str, str]:
     """Captions by code points, such as `{"1F436": "dog face"}`, without skin tones and unnamed glyphs."""
+    # A file is named after its code points in hexadecimal, such as 1F468-200D-1F373.svg.
     captions = {}
     for file in SVG_FOLDER.glob("*.svg"):
         points = [int(part, 16) for part in file.stem.split("-")]

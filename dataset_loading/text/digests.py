@@ -34,6 +34,7 @@ class Digests:
         unchanged = {name for name, stamp in stamps.items() if self.known.get(name, [])[:2] == stamp}
         if new := [size for name, (size, _) in stamps.items() if name not in unchanged]:
             logger.info("hashing %.1f MB of texts in %d files", sum(new) / 1e6, len(new))
+        # Only changed files are read.
         for name, stamp in stamps.items():
             self.used[name] = self.known[name] if name in unchanged else [*stamp, digest_file(name).hex()]
         return [self.used[str(file.resolve())][2] for file in files]

@@ -80,6 +80,7 @@ def open_text(
     """
     if name == EMBEDDED:
         return open_topics()
+    # A name that looks like a path is one; any other may be a hub name.
     path = Path(name).expanduser()
     known = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
     if not path.exists():
@@ -89,6 +90,7 @@ def open_text(
     files = [path] if path.is_file() else list_files(path, split)
     if not files or (path.is_file() and path.suffix.lower() not in known):
         raise FileNotFoundError(f"{name} holds no text; known endings: {' '.join(known)}")
+    # Columns are checked now, so that a wrong one is an error at the start; texts are read when they are needed.
     root = path if path.is_dir() else path.parent
     for file in files:
         check_column(file, text_column)
@@ -100,7 +102,7 @@ def open_text(
     )
 
 
-def own_validation(source: TextSource, split: str) -> str:
+def find_validation_split(source: TextSource, split: str) -> str:
     """The source's split for validation (or valid, val, dev), `""` where there is none or training reads it."""
     trained = {part.strip().partition("[")[0] for part in split.split("+")}  # Such as train[:10%]+test.
     names = [name for name in source.splits if SPLIT_NAMES.get(name.lower()) == "validation"]
@@ -113,6 +115,7 @@ def list_files(folder: Path, split: str) -> list[Path]:
     root = splits[choose_split(str(folder), split, list(splits))] if splits else folder
     if root.is_file():
         return [root]
+    # Tables hold the texts, if there are any; text files next to them are notes about the data.
     tables = list(walk(root, TABLE_SUFFIXES))
     texts = [
         file
@@ -251,6 +254,7 @@ def from_rows(rows: Any, identity: str, text_column: str) -> TextSource:
     if text_column not in rows.column_names:
         columns = ", ".join(rows.column_names)
         raise ValueError(f"text_column={text_column!r} is no column of {identity}; there is: {columns}")
+    # Only this column is read from the disk.
     rows = rows.select_columns([text_column])
 
     def read() -> Iterator[Document]:

@@ -166,6 +166,7 @@ def smallest(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """Which of N hashes are the smallest fraction of them, (N,) bool; at least one and not all, where that can be."""
     if fraction == 0 or len(hashes) < 2:
         return np.zeros(len(hashes), dtype=bool)
+    # The n-th smallest hash is the bound; equal hashes are equal texts, which stay on the same side.
     n = min(max(1, round(fraction * len(hashes))), len(hashes) - 1)
     return hashes <= np.partition(hashes, n - 1)[n - 1]
 
@@ -217,6 +218,7 @@ def sample_texts(texts: Iterable[str], n_bytes: int, *, seed: int) -> list[str]:
     total, bound = 0, 1 << 64  # Bytes in the heap, and the hash from which on parts cannot enter it any more.
     for text in texts:
         for part in cut_document(Document("", text), SAMPLE_PART_BYTES):
+            # The second half of the digest: the first one decides the split, and they must be independent.
             priority = int.from_bytes(text_digest(part.text, seed)[8:], "big")
             if priority >= bound:
                 continue

@@ -65,6 +65,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         raise ValueError(f"vocab_size={vocab_size} must be at least {SMALLEST_BPE}: 256 bytes and 3 special tokens")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    # All bytes are in the alphabet, so that every text has ids, also one of characters that training never saw.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -162,6 +163,7 @@ def document_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """Bytes per id of a tokenizer that was built here, (V,) int64; special tokens have none."""
+    # A token of a byte-level vocabulary has one visible character per byte.
     lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     for token, number in tokenizer.get_vocab().items():
         lengths[number] = 0 if number in tokenizer.all_special_ids else len(token)

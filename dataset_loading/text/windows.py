@@ -87,6 +87,7 @@ class TextDataset(Dataset):
                     f"{self.folder / name} has {size_on_disk} bytes, the manifest says {size}; delete "
                     f"{self.folder} and prepare it again"
                 )
+        # Like the entries of other datasets, for code that names samples by their keys.
         self.entries = WindowEntries(split, len(self))
 
     def __len__(self) -> int:
@@ -102,6 +103,7 @@ class TextDataset(Dataset):
             padding is neither input nor target of anything; `n_bytes` () int64, UTF-8 bytes of the window's targets;
             `index` () int64.
         """
+        # The tokens from `start` to `stop` of the split.
         index = range(len(self))[index]
         start = index * (self.sequence_length - 1)
         stop = min(start + self.sequence_length, self.n_tokens)
@@ -116,6 +118,7 @@ class TextDataset(Dataset):
         return {
             "input_ids": torch.from_numpy(ids),
             "segment_ids": torch.from_numpy(segments),
+            # The first token is no target, so its bytes do not count.
             "n_bytes": torch.tensor(int(self.bytes_of(start + 1, stop).sum())),
             "index": torch.tensor(index),
         }
@@ -147,6 +150,7 @@ class TextDataset(Dataset):
         candidates = np.flatnonzero(sizes >= length)
         if len(candidates) < n:  # The n longest documents, in their order.
             candidates = np.sort(np.argsort(-sizes, kind="stable")[:n])
+        # At even distances, the first and the last one included.
         chosen = candidates[np.linspace(0, len(candidates) - 1, min(n, len(candidates))).astype(int)]
         return [self.document(int(number))[: min(length, int(sizes[number]))] for number in chosen]
 

@@ -23,7 +23,7 @@ from dataset_loading.files import (
 from dataset_loading.text import tokenizers
 from dataset_loading.text.digests import Digests
 from dataset_loading.text.encoding import BATCH_BYTES, write_splits
-from dataset_loading.text.sources import open_text, own_validation
+from dataset_loading.text.sources import find_validation_split, open_text
 from dataset_loading.text.survey import (
     Corpus,
     Rules,
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 STAGE = "text"
 PACKAGES = ("tokenizers", "transformers", "datasets", "numpy")  # Their versions are noted in the manifest.
-BPE_SIZE = 4096
-VALIDATION_FRACTION = 0.05
+BPE_SIZE = 4096  # Ids of a tokenizer trained here, where the caller names no number.
+VALIDATION_FRACTION = 0.05  # Share of a source without a validation split, likewise.
 
 
 def prepare_text(
@@ -97,16 +97,21 @@ def prepare_text(
         max_broken_fraction=max_broken_fraction,
         limit=limit,
     )
+    # Wrong arguments are errors before anything is read.
     check_rules(rules)
     check_tokenizer_arguments(tokenizer, vocab_size, tokenizer_sample_bytes)
+
+    # The sources: validation from a separate one, from the training source's own split, or from its documents.
     digests = Digests(folder)
     read = partial(open_text, text_column=text_column, config=dataset_config, digests=digests)
     corpus = Corpus(read(source, split=dataset_split))
     if validation_source:
         corpus.validation = read(validation_source, split=validation_split)
-    elif validation_fraction is None and (split := own_validation(corpus.training, dataset_split)):
+    elif validation_fraction is None and (split := find_validation_split(corpus.training, dataset_split)):
         logger.info("%s: its own split %r is held out; validation_fraction is unused", source, split)
         corpus.validation, corpus.own_split = read(source, split=split), split
+
+    # Everything that shapes the folder. A tokenizer that exists is known by its content, not by its path.
     existing = None if tokenizer == "bpe" else load(tokenizer)
     settings = {
         "source": corpus.training.identity,
@@ -161,6 +166,7 @@ def is_prepared(folder: Path, settings: dict[str, Any]) -> bool:
         return False
     if not (folder / MANIFEST).exists():
         raise ValueError(f"{folder} is not empty and no prepared text (no {MANIFEST}); choose another folder")
+    # Complete, since the folder was renamed as a whole; the settings must agree, name by name.
     old = read_text_manifest(folder)["settings"]
     names = sorted(name for name in old.keys() | settings.keys() if old.get(name) != settings.get(name))
     if names:
@@ -284,5 +290,6 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerFast, is_byte_level: bool) 
         "end": ends.end,
         "padding": tokenizer.pad_token_id,
         "is_byte_level": is_byte_level,
+        # The smallest type that holds every id.
         "dtype": "uint16" if size <= 1 << 16 else "uint32",
     }

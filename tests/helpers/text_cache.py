@@ -22,7 +22,7 @@ SMALL_CORE = """
 def make_text(
     folder: Path, n_documents: int = 120, *, tokenizer: str = "bytes", vocab_size: int | None = None
 ) -> Path:
-    """Documents of 2 to 40 words, prepared beside their raw text; returns the prepared folder."""
+    """Documents of 2 to 40 words, prepared next to their raw text; returns the prepared folder."""
     draw = random.Random(0)
     raw = folder.with_name(f"{folder.name}_raw")
     raw.mkdir(parents=True)

@@ -102,6 +102,7 @@ class AudioPreprocessArguments(PreprocessArguments):
     def min_samples(self) -> int:
         """Samples of the shortest clip that is kept: it has a log-mel when it is cut to whole frames."""
         settings = self.mel_settings
+        # Whole frames that cover the shortest waveform that has a log-mel.
         frames = math.ceil(settings.min_samples / settings.hop_length)
         return max(frames * settings.hop_length, round(self.min_seconds * settings.sample_rate))
 
@@ -201,7 +202,7 @@ class AudioPreprocess(Preprocess):
         return [self.encode(dataclasses.replace(example, data=segment), generator) for segment in whole]
 
     def measure(self, tensors: dict[str, Tensor]) -> dict[str, int | float]:
-        n_frames = tensors["mel"].shape[-1]
+        n_frames = tensors["mel"].shape[-1]  # (M, F)
         return {"length": n_frames, "seconds": round(n_frames * self.mel.hop_length / self.mel.sample_rate, 4)}
 
 

@@ -44,6 +44,7 @@ class BatchedPreprocess(Preprocess):
 
     def work(self, tasks: Iterator[Task]) -> Iterator[Outcome]:
         """As `Preprocess.work`; outcomes with nothing to write come at once, the others batch by batch."""
+        # Tasks whose examples do not fill a batch yet, in the order of the source.
         waiting: list[Prepared] = []
         for prepared in map_in_workers(self.prepare_arrays, tasks, self.args.num_workers):
             if not prepared.examples:

@@ -320,6 +320,7 @@ class Preprocess:
         """Write the encoded copies of one raw file. Raises: OSError: a file cannot be written."""
         entries = list(outcome.entries)
         for example in examples:
+            # File first, then the entry: an interrupted run may have files without entries, never the reverse.
             save_tensors(self.path(outcome.split, example.key), example.data)
             entry = {"key": example.key, "source": example.name, "copy": example.copy}
             entry |= {**notes_of(example, example.n_parts), **self.measure(example.data)}

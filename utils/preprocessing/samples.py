@@ -76,6 +76,7 @@ class SkipSampleError(ValueError):
 
 def caption_of(value: Any) -> str:
     """A caption as text; the first of several; nothing is `""`."""
+    # Some datasets have several captions per image.
     if isinstance(value, list | tuple):
         value = value[0] if value else None
     return "" if value is None else str(value)

@@ -9,10 +9,10 @@ from dataset_loading.text.sources import (
     SEPARATORS,
     Document,
     cut_document,
+    find_validation_split,
     from_rows,
     open_hub,
     open_text,
-    own_validation,
 )
 
 
@@ -83,7 +83,10 @@ def test_hub_sets_are_known_by_their_revision_and_splits(tmp_path, monkeypatch):
     source = open_hub(str(tmp_path / "set"), "train")
     assert re.fullmatch(r".*/set:train@[0-9a-f]{16}", source.identity) and next(source.read()).text == "one"
     assert source.identity == open_hub(str(tmp_path / "set"), "train").identity
-    assert [own_validation(source, split) for split in ("train[:9]", "test+validation[:5%]")] == ["validation", ""]
+    assert [find_validation_split(source, split) for split in ("train[:9]", "test+validation[:5%]")] == [
+        "validation",
+        "",
+    ]
     (tmp_path / "set/train.jsonl").write_text('{"text": "other"}\n')
     assert open_hub(str(tmp_path / "set"), "train").identity != source.identity
 
