@@ -41,7 +41,7 @@ SPLIT_INDEX_SUFFIXES = (".csv", ".jsonl")  # A file train.parquet holds the samp
 
 @dataclasses.dataclass
 class Source:
-    """One split of a data set.
+    """One split of a dataset.
 
     Attributes:
         identity: where it comes from: resolved folder or hub name, and split.
@@ -49,7 +49,7 @@ class Source:
         media: column with the file of a row.
         columns: names of all columns.
         rows: a sequence of dicts, the media column being `{"path": str | None, "bytes": bytes | None}`.
-        root: folder that names are relative to; None for hub data sets.
+        root: folder that names are relative to; None for hub datasets.
         labels: names of the classes in columns that hold class numbers.
     """
 
@@ -83,15 +83,15 @@ class Source:
 def open_source(
     name: str, split: str, kind: str, *, suffixes: Collection[str], media: str = "", config: str = ""
 ) -> Source:
-    """Open one split of a hub data set or of a local folder or index file.
+    """Open one split of a hub dataset or of a local folder or index file.
 
     Args:
         name: hub name, folder, or index file (.csv, .jsonl).
         split: `""` takes the only split there is.
         kind: `"image"` or `"audio"`; name of the column with the files in local layouts.
         suffixes: endings of the files of that kind, with the dot, in lower case.
-        media: column with the files of a hub data set; `""` takes the only one of that kind.
-        config: configuration of a hub data set.
+        media: column with the files of a hub dataset; `""` takes the only one of that kind.
+        config: configuration of a hub dataset.
     Raises:
         FileNotFoundError: nothing is there, or it holds no files of that kind.
         ValueError: the split or the column does not exist, or an index cannot be read; the message lists what exists.
@@ -278,7 +278,7 @@ def read_licence(folder: Path) -> str:
 
 
 def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: str) -> Source:
-    """Open a hub data set, or a folder of parquet files or archives, with the `datasets` package."""
+    """Open a hub dataset, or a folder of parquet files or archives, with the `datasets` package."""
     import datasets
     from datasets.exceptions import DatasetsError
 

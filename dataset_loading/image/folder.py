@@ -13,7 +13,7 @@ from dataset_loading.sources import open_source, walk
 
 
 class ImageFolderDataset(Dataset):
-    """The images of a folder (and its subfolders), an index file, or a hub data set.
+    """The images of a folder (and its subfolders), an index file, or a hub dataset.
 
     `item["image"]` is (3, S, S) float32 in [-1, 1], `item["index"]` the index in `entries`.
 

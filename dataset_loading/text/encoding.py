@@ -27,10 +27,10 @@ LOG_SECONDS = 30  # Between two lines of progress.
 
 @dataclasses.dataclass
 class WrittenSplits:
-    """What `write_splits` wrote.
+    """The result of `write_splits`.
 
     Attributes:
-        totals: what the manifest says of each split, by its name.
+        totals: the manifest's entry on each split, by its name.
         n_in_pieces: documents that were too long to be encoded at once.
     """
 
@@ -160,7 +160,7 @@ class SplitWriter:
         self.files["tokens"].write(np.asarray(ids, dtype=self.description["dtype"]).tobytes())
 
     def close(self) -> dict[str, Any]:
-        """Write the offsets and flush all files to the disk; returns what the manifest says of the split."""
+        """Write the offsets and flush all files to the disk; returns the manifest's entry on the split."""
         np.save(self.files["offsets"], np.frombuffer(self.offsets, dtype=np.int64))
         for file in self.files.values():
             file.flush()

@@ -1,8 +1,8 @@
-"""Raw text: documents out of text files, tables with a text column, and hub data sets, read one by one.
+"""Raw text: documents out of text files, tables with a text column, and hub datasets, read one by one.
 
     notes.txt, book.md, code.py, folder/**/*.txt     a document per file
     rows.jsonl, rows.csv, rows.parquet, folders      a document per row, the column `text`
-    anything else                                    the name of a hub data set, read by the `datasets` package
+    anything else                                    the name of a hub dataset, read by the `datasets` package
     python-topics                                    the help texts that Python carries with it (0.4 MB)
 
 What cannot be read is handed out as a document with a problem, so that one broken file stops nothing. Text is never
@@ -46,10 +46,10 @@ class TextSource:
     """Documents that can be read any number of times, always in the same order.
 
     Attributes:
-        identity: name and, for what is on this machine, a hash of the contents.
+        identity: name and, for local files, a hash of the contents.
         licence: the first line of its licence, `""` where unknown.
         read: begins to read from the start.
-        splits: names of all splits that the same file, folder or hub data set has; none where there are no splits.
+        splits: names of all splits that the same file, folder or hub dataset has; none where there are no splits.
     """
 
     identity: str
@@ -70,9 +70,9 @@ def open_text(
 
     Args:
         name: file, folder, hub name, or "python-topics".
-        text_column: column with the text in tables and hub data sets.
-        config: configuration of a hub data set.
-        split: split of a hub data set, or of a folder that has `train/`, `validation/`, ...
+        text_column: column with the text in tables and hub datasets.
+        config: configuration of a hub dataset.
+        split: split of a hub dataset, or of a folder that has `train/`, `validation/`, ...
         digests: hashes of files that an earlier start remembered.
     Raises:
         FileNotFoundError: there is nothing, or nothing that is known as text; the message lists the endings.
@@ -176,7 +176,7 @@ def read_text_file(name: str, file: Path) -> Document:
 
 
 def document(key: str, value: Any) -> Document:
-    """A document, or what is wrong with it. Exceptions stand for values that could not be read."""
+    """A document of a value; one with a problem where it is no text. Exceptions stand for unreadable values."""
     if not isinstance(value, str):
         return Document(key, "", str(value) if isinstance(value, Exception) else f"no text but {value!r:.40}")
     if not value.strip():
@@ -233,7 +233,7 @@ def read_parquet(file: Path, column: str) -> Iterator[Any]:
 
 
 def open_hub(name: str, split: str, *, text_column: str = "text", config: str = "") -> TextSource:
-    """One split of a hub data set, which lies on disk and not in memory."""
+    """One split of a hub dataset; it stays on disk and is not loaded into memory."""
     import datasets
     from datasets.exceptions import DatasetsError
 

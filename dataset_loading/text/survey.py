@@ -184,7 +184,7 @@ def check_broken(survey: Survey, rules: Rules) -> None:
 
 
 def describe_cut(survey: Survey, rules: Rules) -> dict[str, Any] | None:
-    """What the manifest says where long documents were cut."""
+    """Manifest entry on long documents that were cut; None where none were."""
     if not survey.is_cut:
         return None
     return {

@@ -43,8 +43,8 @@ class TextDataset(Dataset):
     """Windows of L tokens that overlap by one token, so that each token but a document's first is a target once.
 
     Window i has the tokens from i (L - 1) on; its targets are all but its first, where input and target lie in the
-    same document. A document that goes on in the next window has lost its context there except for one token. The last
-    window is filled up with padding.
+    same document. A document that continues in the next window has one token of context there. The last window is
+    padded.
 
     Args:
         folder: what `prepare_text` returns.

@@ -71,7 +71,7 @@ def prepare_text(
         folder: the folder that is written.
         tokenizer: "bytes", "bpe" (trained on the training split), or a fast tokenizer's folder or hub name.
         vocab_size: ids of "bpe", special tokens included; None: 4096.
-        text_column, dataset_config, dataset_split: of tables and hub data sets.
+        text_column, dataset_config, dataset_split: of tables and hub datasets.
         validation_source, validation_split: a separate source for validation; `validation_fraction` is unused then.
         validation_fraction: share of the documents for validation, those with the smallest hashes of (seed, text): it
             depends neither on order nor on names, and equal texts are never on both sides. None: the validation split
@@ -265,7 +265,7 @@ def write_folder(
 
 
 def describe_pieces(n_documents: int, tokenizer: str) -> dict[str, Any] | None:
-    """What the manifest says where documents were too long to be encoded at once."""
+    """Manifest entry on documents that were too long to be encoded at once; None where there are none."""
     if not n_documents:
         return None
     return {
@@ -278,7 +278,7 @@ def describe_pieces(n_documents: int, tokenizer: str) -> dict[str, Any] | None:
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerFast, is_byte_level: bool) -> dict[str, Any]:
-    """What the manifest says of a tokenizer.
+    """Manifest entry on a tokenizer.
 
     Args: is_byte_level: it was built here, so that an id tells how many bytes it stands for.
     """

@@ -1,4 +1,4 @@
-"""A small text data set whose windows have unequal numbers of targets, and flags of runs that take seconds."""
+"""A small text dataset whose windows have unequal numbers of targets, and flags of runs that take seconds."""
 
 import random
 from pathlib import Path

@@ -145,7 +145,7 @@ class Preprocess:
             raise SystemExit(130) from None
 
     def run(self) -> dict[str, Any]:
-        """Write what is missing, then the manifest, which is returned.
+        """Write the missing samples, then the manifest, which is returned.
 
         Raises:
             FileNotFoundError: the source is missing or empty.

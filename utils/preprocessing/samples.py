@@ -83,7 +83,7 @@ def caption_of(value: Any) -> str:
 
 
 def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, str]:
-    """What the manifest says of a sample's meaning. A caption is of the whole; nobody knows which part holds what."""
+    """Caption and notes of a sample for the manifest. A part has no caption, since it is unknown what it holds."""
     return {"caption": sample.caption if n_parts == 1 else "", **sample.notes}
 
 
@@ -95,7 +95,7 @@ def is_validation(name: str, fraction: float) -> bool:
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:
-    """What the manifest says about the samples."""
+    """The manifest's entries, totals, and lists of samples that were left out."""
     splits = ("train", "validation")
     entries = {
         split: [entry for outcome in outcomes if outcome.split == split for entry in outcome.entries]
