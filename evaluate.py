@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
-from dataset_loading.cached import spread
+from dataset_loading.cached import evenly_spaced
 from utils.checkpoints import provenance, read_stage, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.evaluation.audio_vae import AudioVAEEvaluationArguments, AudioVAEEvaluator
@@ -67,7 +67,7 @@ def evaluate(args: EvaluateArguments) -> dict:
     start = time.perf_counter()
     evaluator = build_evaluator(args)
     dataset = evaluator.build_dataset()
-    indices = spread(len(dataset), args.max_samples or len(dataset))
+    indices = evenly_spaced(len(dataset), args.max_samples or len(dataset))
     data = evaluator.describe_data(dataset, len(indices))
     with torch.inference_mode():
         evaluation = evaluator.measure(dataset, indices)

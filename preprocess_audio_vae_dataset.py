@@ -1,4 +1,4 @@
-r"""Turn sound into log-mels; the next stage is pretrain_audio_vae.py.
+r"""Turn audio into log-mels; the next stage is pretrain_audio_vae.py.
 
     python preprocess_audio_vae_dataset.py --dataset_name my_speech --mel 22k --segment_seconds 10 --trim_db 40
     python preprocess_audio_vae_dataset.py --dataset_name my_speech --output_dir cached_datasets/augmented \

@@ -4,7 +4,7 @@ r"""Turn captioned images into a VAE's latents and token ids; the next stage is 
     python preprocess_image_diffusion_dataset.py --dataset_name my_images --vae_checkpoint runs/image_vae/demo \
         --image_size 128 --horizontal_flip --text_encoder google/t5-v1_1-base
 
-A file holds {"mean": (Z, y, x) float16, "std": (Z, y, x) float16, "tokens": (T,) int16}: mean and deviation of the
+A file holds {"mean": (Z, y, x) float16, "std": (Z, y, x) float16, "tokens": (T,) int16}: mean and std of the
 latents' posterior, standardised with the VAE's latent statistics, and the caption's bytes (model/text/tokenizer.py).
 With --horizontal_flip also "flipped_mean" and "flipped_std", those of the mirrored image; with --text_encoder also
 "text_states": (T', E) bfloat16, the last hidden states of the caption's own tokens.
@@ -87,19 +87,20 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
         return decode_source_image(media, self.args, enough=3 * self.image_size)
 
     def encode(self, example: Example, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        image = fit_image(example.data, self.image_size, self.args.resize_mode, self.args.background_color)
+        mode, color = self.args.resize_mode, self.args.background_color
+        image = fit_image(example.data, self.image_size, mode, background_color=color)
         tokens = encode_caption(example.caption, self.args.max_tokens)
         return {"image": to_tensor(image), "tokens": torch.tensor(tokens, dtype=torch.int16)}
 
     @torch.inference_mode()
     def encode_batch(self, examples: list[Example]) -> list[dict[str, torch.Tensor]]:
         vae = self.vae.to(compute_device())
-        # Always a full batch: kernels choose by its size how they round.
+        # Images (B, 3, S, S). Always a full batch: kernels choose by its size how they round.
         images = torch.zeros(self.args.batch_size, 3, self.image_size, self.image_size, dtype=torch.uint8)
         images[: len(examples)] = torch.stack([example.data["image"] for example in examples])
         images = to_float(images.to(vae.device))
         with torch.autocast(vae.device.type, torch.bfloat16, enabled=self.args.bf16):
-            columns: dict[str, Any] = dict(zip(("mean", "std"), standardized_posterior(vae, images)))
+            columns: dict[str, Any] = dict(zip(("mean", "std"), standardized_posterior(vae, images)))  # (B, Z, y, x)
             if self.args.horizontal_flip:
                 columns |= zip(("flipped_mean", "flipped_std"), standardized_posterior(vae, images.flip(-1)))
             columns = {name: column.half().cpu() for name, column in columns.items()}
@@ -108,11 +109,10 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
                 self.text_encoder.model.to(vae.device)
                 texts = [example.caption for example in examples]
                 columns["text_states"] = caption_states(self.text_encoder, texts, self.args.max_tokens)
-        return [dict(zip(columns, row)) for row in zip(*columns.values())]
+        return [dict(zip(columns, row)) for row in zip(*columns.values())]  # Without the rows that filled the batch.
 
     def measure(self, tensors: dict[str, torch.Tensor]) -> dict[str, int | float]:
-        n_tokens = len(tensors["tokens"])
-        return {"length": n_tokens, "tokens": n_tokens}
+        return dict.fromkeys(("length", "tokens"), len(tensors["tokens"]))
 
 
 if __name__ == "__main__":

@@ -80,10 +80,11 @@ class ImageVAEPreprocess(Preprocess):
         return decode_source_image(media, self.args, enough)
 
     def encode(self, example: Example, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        # Geometry in the original size, so that nothing is resized twice; colours in the final size, which is faster.
         args, image = self.args, example.data
         if example.copy:
             image = self.augmentation.change_geometry(image, generator)
-        image = fit_image(image, args.image_size, args.resize_mode, args.background_color)
+        image = fit_image(image, args.image_size, args.resize_mode, background_color=args.background_color)
         if example.copy:
             image = self.augmentation.change_pixels(image, generator)
         return {"image": to_tensor(image)}

@@ -45,7 +45,7 @@ class AudioVAEStage(AudioStage):
         return super().build_config().replace(speakers=speakers, use_ctc=self.args.ctc_weight > 0)
 
     def build_dataset(self, split, config):
-        dataset = DescribedAudioDataset(self.cache_dir, split, config.speakers, config.use_ctc)
+        dataset = DescribedAudioDataset(self.cache_dir, split, config.speakers, use_tokens=config.use_ctc)
         return dataset.expect_mel(config.mel, "the model")
 
     def build_trainer(self, model, datasets, training):

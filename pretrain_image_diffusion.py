@@ -7,8 +7,9 @@ Before: preprocess_image_diffusion_dataset.py. After: evaluate.py, inference/tex
         --vae_checkpoint runs/image_vae/base --vae_config small --deepspeed_config ds_config_zero-2.json
 """
 
-from dataset_loading.cached import read_manifest, spread
+from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_captioned
+from dataset_loading.files import read_manifest
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.presets import IMAGE_DIFFUSION
@@ -58,7 +59,7 @@ class ImageDiffusionStage(Stage):
         prompts = self.args.prompts
         if not prompts:
             captions = [entry["caption"] for entry in ImageLatentDataset(self.cache_dir, "validation").entries]
-            prompts = [captions[index] for index in spread(len(captions), self.args.n_prompts)]
+            prompts = [captions[index] for index in evenly_spaced(len(captions), self.args.n_prompts)]
         return [PromptGrids(writer, self.vae, self.text_encoder, prompts, self.args)] if prompts else []
 
     def extra_record(self):

@@ -6,7 +6,6 @@ loading clips do.
 """
 
 import dataclasses
-import hashlib
 import json
 import logging
 import math
@@ -25,8 +24,9 @@ from transformers import TrainerCallback
 
 from benchmarks.vocoder_peers import Vocos, VocosRecipe
 from dataset_loading.audio.cached import VocoderDataset
-from dataset_loading.cached import read_manifest, spread
+from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_audio
+from dataset_loading.files import fingerprint, read_manifest
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel
 from model.audio.vocoders import Vocoder
@@ -141,7 +141,7 @@ def run_folder(args: QualityArguments, side: str) -> Path:
     else:  # Its rate is a cosine over all of the minutes.
         name = f"vocos_{args.peer_batch_size}x{args.peer_segment_frames}_{args.peer_learning_rate:g}_{args.seed}"
         shape = [f"{max(args.quality):g}"]
-    digest = hashlib.sha256(json.dumps([name, data, shape]).encode()).hexdigest()[:8]
+    digest = fingerprint([name, data, shape], n_digits=8)
     return Path(args.output_dir) / "vocoder" / f"{name}_{digest}"
 
 
@@ -229,7 +229,7 @@ def load_saved(path: Path, dataset: VocoderDataset) -> torch.nn.Module:
 def measure(args: QualityArguments, folders: list[Path]) -> tuple[int, dict[str, dict[str, float | None]]]:
     """Number of held-out clips, and means over them by row: the real sound, Griffin-Lim, everything in the folders."""
     dataset = VocoderDataset(args.cached_dataset, "validation")
-    clips = [dataset[i] for i in spread(len(dataset), args.n_clips)]
+    clips = [dataset[i] for i in evenly_spaced(len(dataset), args.n_clips)]
     names = [folder.resolve().name for folder in folders]
     saved = {}
     for folder, name in zip(folders, names):

@@ -1,7 +1,6 @@
-"""The writing side of a preprocessed folder: whole files only, a journal to go on from, the manifest last."""
+"""The writing side of a preprocessed folder: atomic files, a journal to continue from, the manifest last."""
 
 import contextlib
-import hashlib
 import io
 import json
 import os
@@ -13,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dataset_loading.cached import JOURNAL, MANIFEST, read_manifest
-from dataset_loading.files import replace_file
+from dataset_loading.files import JOURNAL, MANIFEST, fingerprint_of_bytes, read_manifest, replace_file
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a sample's file, which is either whole or absent; equal tensors give equal bytes."""
+    """Write a sample's file atomically; equal tensors give equal bytes."""
+    # `clone`: a view would be written with the whole storage that it lies in.
     buffer = io.BytesIO()
     torch.save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, buffer)
     replace_file(path, buffer.getvalue())
@@ -36,18 +35,21 @@ def read_entries(folder: Path, header: dict[str, Any]) -> dict[tuple[str, str], 
         raise ValueError(f"--output_dir {folder} is a file")
     if folder.exists() and not manifest_file.exists() and not journal_file.exists() and any(folder.iterdir()):
         raise ValueError(f"--output_dir {folder} is not empty and no preprocessed folder; choose another one")
-    known = {}
+    entries_by_key = {}
+    # A complete folder, to which samples may be added.
     if manifest_file.exists():
         manifest = read_manifest(folder, None)
         check_same(folder, manifest, header)
-        known = {(split, entry["key"]): entry for split, entries in manifest["entries"].items() for entry in entries}
+        rows = ((split, entry) for split, entries in manifest["entries"].items() for entry in entries)
+        entries_by_key = {(split, entry["key"]): entry for split, entry in rows}
+    # An interrupted run: what it wrote since the manifest, if there is one.
     for value in read_journal(journal_file) if journal_file.exists() else ():
         if isinstance(value, dict):
             check_same(folder, value, header)
         else:
             split, entry = value
-            known[split, entry["key"]] = entry
-    return known
+            entries_by_key[split, entry["key"]] = entry
+    return entries_by_key
 
 
 def read_journal(file: Path) -> Iterator[Any]:
@@ -57,27 +59,28 @@ def read_journal(file: Path) -> Iterator[Any]:
             yield json.loads(line)
 
 
-def check_same(folder: Path, found: dict[str, Any], header: dict[str, Any]) -> None:
+def check_same(folder: Path, old_header: dict[str, Any], header: dict[str, Any]) -> None:
     """Raises: ValueError: the folder's fingerprint is another one."""
-    if found["fingerprint"] == header["fingerprint"]:
+    if old_header["fingerprint"] == header["fingerprint"]:
         return
     pairs = {}
-    for name in ("schema", "stage", *found["settings"].keys() | header["settings"].keys()):
-        old, new = ({**side, **side["settings"]}.get(name) for side in (found, header))
+    for name in ("schema", "stage", *old_header["settings"].keys() | header["settings"].keys()):
+        old, new = ({**side, **side["settings"]}.get(name) for side in (old_header, header))
         if old != new:
             pairs[name] = f"{name}={old!r} there, {new!r} now"
     raise ValueError(
-        f"{folder} has fingerprint {found['fingerprint']}, this run has {header['fingerprint']}: "
+        f"{folder} has fingerprint {old_header['fingerprint']}, this run has {header['fingerprint']}: "
         f"{'; '.join(pairs[name] for name in sorted(pairs))}. Choose another --output_dir, or delete the folder first"
     )
 
 
 def open_journal(folder: Path, header: dict[str, Any]) -> io.TextIOWrapper:
-    """Make the folder ready for writing and open its journal for appending, with the header of this run."""
+    """Prepare the folder for writing and open its journal for appending, with the header of this run."""
     for split in ("train", "validation"):
         (folder / split).mkdir(parents=True, exist_ok=True)
         for leftover in (folder / split).glob(".*.tmp"):
             leftover.unlink()
+    # A line break first: the last line of a killed run may be cut off.
     journal = open(folder / JOURNAL, "a", encoding="utf-8")  # noqa: SIM115
     journal.write(f"\n{json.dumps(header)}\n")
     journal.flush()
@@ -86,6 +89,7 @@ def open_journal(folder: Path, header: dict[str, Any]) -> io.TextIOWrapper:
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest, one line per sample, and remove the journal."""
+    # By hand, since json.dumps gives either one line for everything or a line for every single value.
     fields = []
     for name, value in manifest.items():
         if name == "entries":
@@ -105,9 +109,10 @@ def dump(value: Any) -> str:
 
 
 def sample_key(name: str, occurrence: int, copy: int) -> str:
-    """A file name, safe on every file system and unique for (name, occurrence, copy); begins with what is legible."""
+    """A legible file name, safe on every file system and unique for (name, occurrence, copy)."""
+    # The occurrence tells files of the same name apart, such as those of a table that lists one twice.
     stem = re.sub(r"[^A-Za-z0-9_]+", "_", os.path.splitext(name)[0]).strip("_")[-60:] or "sample"
-    digest = hashlib.sha256(f"{name}\n{occurrence}".encode()).hexdigest()[:12]
+    digest = fingerprint_of_bytes([f"{name}\n{occurrence}".encode()], n_digits=12)
     return f"{stem}-{digest}" + (f"-copy{copy}" if copy else "")
 
 

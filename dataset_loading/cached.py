@@ -8,7 +8,6 @@
 `cache_writer.py` writes such a folder; the manifest comes last, so a folder with a manifest is complete.
 """
 
-import json
 import os
 import pickle
 import shlex
@@ -19,11 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-SCHEMA = 1
-MANIFEST = "manifest.json"
-JOURNAL = "progress.jsonl"
+from dataset_loading.files import read_manifest
+
 MMAP_BYTES = 4 << 20  # Reading is faster than mapping below this size.
-KEPT_BYTES = 256 << 20  # A split whose files are smaller than this altogether stays in memory once it is read.
+IN_MEMORY_BYTES = 256 << 20  # A split whose files have fewer bytes together stays in memory once it is read.
 
 
 class CachedDataset(Dataset):
@@ -54,6 +52,7 @@ class CachedDataset(Dataset):
                 f"{self.folder} has no samples in split {split!r} (it has {counts}); a validation split comes from "
                 f"--validation_fraction or --validation_dataset: {self.command()}"
             )
+        # One listing of the folder instead of a call per file: there may be millions.
         files = os.scandir(self.folder / split) if (self.folder / split).is_dir() else ()
         present = {file.name: file.stat().st_size for file in files}
         missing = [entry["key"] for entry in self.entries if f"{entry['key']}.pt" not in present]
@@ -63,16 +62,17 @@ class CachedDataset(Dataset):
                 f"{missing[0]}.pt; this adds them: {self.command()}"
             )
 
-        self.kept: dict[int, dict[str, Tensor]] | None = {} if sum(present.values()) < KEPT_BYTES else None
+        # Samples that stay in memory once they are read, by index; None: the split is too large for it.
+        self.in_memory: dict[int, dict[str, Tensor]] | None = {} if sum(present.values()) < IN_MEMORY_BYTES else None
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         """Raises: ValueError: the file cannot be read; the message names it and the command that writes it again."""
-        index = range(len(self.entries))[index]
-        if self.kept is not None and index in self.kept:
-            return dict(self.kept[index])
+        index = range(len(self.entries))[index]  # Negative ones from the end; IndexError beyond it.
+        if self.in_memory is not None and index in self.in_memory:
+            return dict(self.in_memory[index])  # A copy of the dict, so that callers may change it.
         path = self.folder / self.split / f"{self.entries[index]['key']}.pt"
         try:
             mmap = os.path.getsize(path) >= MMAP_BYTES
@@ -80,35 +80,36 @@ class CachedDataset(Dataset):
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise ValueError(f"{path} is damaged ({error}); delete it and run: {self.command()}") from error
         sample = {**sample, "index": torch.tensor(index)}
-        if self.kept is not None:
-            self.kept[index] = sample
+        if self.in_memory is not None:
+            self.in_memory[index] = sample
         return dict(sample)
 
     def expect(self, **settings: Any) -> Self:
-        """Check settings that shaped the tensors, such as `image_size=64`, against those that a model needs.
+        """Compare settings that shaped the tensors, such as `image_size=64`, with those that a model needs.
 
-        Returns: this data set.
+        Returns: this dataset.
         Raises: ValueError: a setting differs; the message shows both values and the command that makes what is needed.
         """
-        for name, wanted in settings.items():
+        for name, value in settings.items():
             assert name in self.manifest["settings"], f"{name} is not among {sorted(self.manifest['settings'])}"
-            found = self.manifest["settings"][name]
-            if found != wanted:
+            value_of_folder = self.manifest["settings"][name]
+            if value_of_folder != value:
                 raise ValueError(
-                    f"{self.folder} was made with {name}={found!r}, but {name}={wanted!r} is needed; "
-                    f"this makes it: {self.command(**self.remedy(name, wanted))}"
+                    f"{self.folder} was made with {name}={value_of_folder!r}, but {name}={value!r} is needed; "
+                    f"this makes it: {self.command(**self.remedy(name, value))}"
                 )
         return self
 
-    def remedy(self, name: str, wanted: Any) -> dict[str, Any]:
+    def remedy(self, name: str, value: Any) -> dict[str, Any]:
         """The flags of the command that makes a folder with another value of a setting."""
-        return {name: wanted, "output_dir": f"{str(self.folder).rstrip('/')}_{name}_{wanted}"}
+        return {name: value, "output_dir": f"{str(self.folder).rstrip('/')}_{name}_{value}"}
 
     def command(self, **changes: Any) -> str:
         """The command that made the folder, with some flags replaced."""
         words = list(self.manifest["command"])
         for name, value in changes.items():
             flag = f"--{name}"
+            # Drop the flag with all its values, up to the next flag, then append it with the new value.
             if flag in words:
                 start = words.index(flag)
                 stop = next((n for n in range(start + 1, len(words)) if words[n].startswith("--")), len(words))
@@ -117,39 +118,7 @@ class CachedDataset(Dataset):
         return shlex.join(["python", *words])
 
 
-def read_manifest(folder: Path, stage: str | None) -> dict[str, Any]:
-    """The manifest of a complete preprocessed folder.
-
-    Raises:
-        FileNotFoundError: there is no complete folder; the message says what is there and which command to run.
-        ValueError: the manifest cannot be read, or is of another schema or stage.
-    """
-    script = f"preprocess_{stage or '<stage>'}_dataset.py"
-    make = f"make it with: python {script} --dataset_name <hub name or folder> --output_dir {folder}"
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist; {make}")
-    if not (folder / MANIFEST).exists():
-        if (folder / JOURNAL).exists():
-            raise FileNotFoundError(
-                f"{folder} is incomplete, its preprocessing was interrupted; run {script} again to finish"
-            )
-        state = "is not a preprocessed folder (no manifest.json)" if any(folder.iterdir()) else "is empty"
-        raise FileNotFoundError(f"{folder} {state}; {make}")
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        schema, found_stage = manifest["schema"], manifest["stage"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder / MANIFEST} is damaged ({error!r}); delete the folder and {make}") from error
-    if schema != SCHEMA:
-        raise ValueError(
-            f"{folder} has schema version {schema}, this code reads {SCHEMA}; delete the folder and {make}"
-        )
-    if stage is not None and found_stage != stage:
-        raise ValueError(f"{folder} was made for stage {found_stage!r}, not for {stage!r}; {make}")
-    return manifest
-
-
-def spread(n_total: int, n: int) -> list[int]:
-    """`n` indices spread evenly over `n_total`, or all of them where there are fewer; the same ones each time."""
+def evenly_spaced(n_total: int, n: int) -> list[int]:
+    """`n` indices at even distances in `range(n_total)`, or all of them where there are fewer."""
     n = min(n, n_total)
     return [i * n_total // n for i in range(n)]

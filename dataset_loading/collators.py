@@ -32,17 +32,21 @@ def collate_captioned(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]
     Args:
         samples: `tokens` (T,), optionally `text_states` (T', E), and tensors that `collate_stack` takes.
     Returns:
-        the stacked tensors; `tokens` (B, T) int64, or `text_states` (B, T, E) with zeros behind where there are any;
-        and `mask` (B, T) bool, True where the one that is there has a token. T is a multiple of 8.
+        the stacked tensors; `tokens` (B, T) int64, or `text_states` (B, T, E) padded with zeros where there are any;
+        and `mask` (B, T) bool, True where a caption has a token. T is a multiple of 8.
     Raises:
         ValueError: keys or shapes differ between samples, or a caption has no token.
     """
     check_keys(samples)
     text = ("tokens", "text_states")
     stacked = collate_stack([{name: sample[name] for name in sample if name not in text} for sample in samples])
+
+    # Captions as byte tokens, (B, T). A folder with a text encoder's states uses these instead.
     if "text_states" not in samples[0]:
         tokens, mask = pad_tokens([sample["tokens"] for sample in samples], TOKENS_MULTIPLE)
         return {**stacked, "tokens": tokens, "mask": mask}
+
+    # Captions as states of a frozen text encoder, (B, T, E). Ones stand for its tokens to get the padded shape.
     positions, mask = pad_tokens([torch.ones(len(sample["text_states"])) for sample in samples], TOKENS_MULTIPLE)
     states = samples[0]["text_states"].new_zeros(*positions.shape, samples[0]["text_states"].shape[1])
     for row, sample in zip(states, samples):
@@ -51,24 +55,28 @@ def collate_captioned(samples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]
 
 
 def collate_audio(samples: Sequence[dict[str, Tensor]], log_floor: float) -> dict[str, Tensor]:
-    """Stack sounds of different lengths, which are padded.  B batch, M mel bins, F frames, S samples, T text tokens.
+    """Stack clips of different lengths, which are padded.  B batch, M mel bins, F frames, S samples, T text tokens.
 
     Args:
         samples: `mel` (M, F), optionally `waveform` (S,) and `tokens` (T,), and tensors that `collate_stack` takes.
         log_floor: the log-mel of silence, `MelSettings.log_floor`.
     Returns:
-        the stacked tensors; `mel` (B, M, F) with `log_floor` behind, `n_frames` (B,) int64; `waveform` (B, S) with
-        zeros behind; `tokens` (B, T) int64 with zeros behind and `token_lengths` (B,) int64.
+        the stacked tensors; `mel` (B, M, F) padded with `log_floor` at the end, `n_frames` (B,) int64; `waveform`
+        (B, S) and `tokens` (B, T) int64 padded with zeros at the end; `token_lengths` (B,) int64.
     Raises:
         ValueError: keys, or shapes of what is not padded, differ between samples.
     """
     check_keys(samples)
     padded = ("mel", "waveform", "tokens")
     batch = collate_stack([{name: sample[name] for name in sample if name not in padded} for sample in samples])
+
+    # Log-mels: pad_sequence pads the first axis, so (M, F) -> (F, M) -> (B, F, M) -> (B, M, F).
     mels = [sample["mel"] for sample in samples]
-    batch["mel"] = pad_sequence([mel.T for mel in mels], batch_first=True, padding_value=log_floor).transpose(1, 2)
-    batch["mel"] = batch["mel"].contiguous()
+    mel = pad_sequence([mel.T for mel in mels], batch_first=True, padding_value=log_floor).transpose(1, 2)
+    batch["mel"] = mel.contiguous()
     batch["n_frames"] = torch.tensor([mel.shape[1] for mel in mels])
+
+    # Waveforms (B, S) and transcripts (B, T), where the samples have them. Their zeros are silence and no token.
     if "waveform" in samples[0]:
         batch["waveform"] = pad_sequence([sample["waveform"] for sample in samples], batch_first=True)
     if "tokens" in samples[0]:
@@ -82,4 +90,5 @@ def check_keys(samples: Sequence[dict[str, Tensor]]) -> None:
     keys = samples[0].keys()
     for sample in samples:
         if sample.keys() != keys:
+            # A folder whose samples were made in two ways, such as with and without --horizontal_flip.
             raise ValueError(f"samples of one batch have different keys: {sorted(keys)} and {sorted(sample)}")

@@ -1,21 +1,129 @@
-"""Files that are either whole or absent."""
+"""Files on disk: atomic writes, fingerprints of what shaped them, and the manifests that describe a folder of them."""
 
+import contextlib
+import glob
+import hashlib
+import json
 import os
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+JOURNAL = "progress.jsonl"
+
+
+# ---- Atomic writes: a reader sees the old file, the new one, or none, but never half of one.
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
+    """Yield a temporary path in the same folder. What the block writes there, a file or a folder, is renamed to `path`
+    when the block ends, and deleted if it raises.
+
+    Args:
+        sync: flush the file to the disk before the renaming, so that it survives a loss of power.
+    """
+    # The process id keeps processes that write the same file apart; the dot hides the file from listings.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        if sync:
+            sync_to_disk(temporary)
+        os.replace(temporary, path)
+    except OSError as error:
+        # A full disk gives no name, other failures the temporary one; users know the final one.
+        if error.errno is not None and error.filename in (None, str(temporary)):
+            error.filename = str(path)
+        raise
+    finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
 
 
 def replace_file(path: Path, content: bytes, *, sync: bool = False) -> None:
-    """Write a file under a temporary name, optionally flush it to the disk, and rename it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Write a file atomically, see `replacing`."""
+    with replacing(path, sync=sync) as temporary:
+        temporary.write_bytes(content)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Delete what killed processes left of `replacing(path)`; the caller holds a lock, so that nobody else writes."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if leftover.name.removeprefix(f".{path.name}.").removesuffix(".tmp").isdigit():
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def sync_to_disk(file: Path) -> None:
+    """Flush a file that is already written from the page cache to the disk."""
+    descriptor = os.open(file, os.O_RDONLY)
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            if sync:
-                file.flush()
-                os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:  # A full disk gives no name.
-        error.filename = str(path)
-        raise
+        os.fsync(descriptor)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+# ---- Fingerprints: equal contents, and only those, have equal ones.
+
+
+def fingerprint(value: Any, *, n_digits: int = 16) -> str:
+    """The hash of a JSON value, such as settings; the order of keys does not matter."""
+    return fingerprint_of_bytes([json.dumps(value, sort_keys=True).encode()], n_digits=n_digits)
+
+
+def fingerprint_of_bytes(chunks: Iterable[Any], *, n_digits: int = 16) -> str:
+    """The first hexadecimal digits of the SHA-256 of chunks of bytes, one after the other; 64 are all of them."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()[:n_digits]
+
+
+def digest_file(file: str | Path) -> bytes:
+    """The SHA-256 of a file's contents, read in blocks."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+# ---- Manifests: written last, so that a folder with a manifest is complete.
+
+
+def read_manifest(folder: Path, stage: str | None, *, remedy: str = "") -> dict[str, Any]:
+    """The manifest of a complete preprocessed folder.
+
+    Args:
+        folder: the folder that a preprocessing script or `prepare_text` wrote.
+        stage: the only stage whose folders are accepted; None accepts all.
+        remedy: how to make the folder, for the message; default: the command of the preprocessing script.
+    Raises:
+        FileNotFoundError: there is no complete folder; the message says what is there and which command to run.
+        ValueError: the manifest cannot be read, or is of another schema or stage.
+    """
+    script = f"preprocess_{stage or '<stage>'}_dataset.py"
+    remedy = remedy or f"make it with: python {script} --dataset_name <hub name or folder> --output_dir {folder}"
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; {remedy}")
+    if not file.exists():
+        if (folder / JOURNAL).exists():
+            raise FileNotFoundError(
+                f"{folder} is incomplete, its preprocessing was interrupted; run {script} again to finish"
+            )
+        state = f"is not a preprocessed folder (it has no {MANIFEST})" if any(folder.iterdir()) else "is empty"
+        raise FileNotFoundError(f"{folder} {state}; {remedy}")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        schema, stage_of_folder = manifest["schema"], manifest["stage"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); delete the folder and {remedy}") from error
+    if schema != SCHEMA:
+        raise ValueError(
+            f"{folder} has schema version {schema}, this code reads {SCHEMA}; delete the folder and {remedy}"
+        )
+    if stage is not None and stage_of_folder != stage:
+        raise ValueError(f"{folder} was made for stage {stage_of_folder!r}, not for {stage!r}; {remedy}")
+    return manifest

@@ -1,10 +1,10 @@
-"""Raw data sets: hub names and local folders, listed but not decoded, so that a broken file stops nothing.
+"""Raw datasets: hub names and local folders, listed but not decoded, so that a broken file stops nothing.
 
 Local layouts:
 
     folder/[train|validation|test/]**/*.png          files, with their parent folder as `label`
     folder/[train|validation|test/]metadata.csv      columns file_name, text, ...; also metadata.jsonl and .parquet
-    folder/metadata.csv                              beside split folders: file_name begins with the split's folder
+    folder/metadata.csv                              next to split folders: file_name begins with the split's folder
     folder/train.jsonl, folder/test.jsonl            one index per split; also .csv
     index.jsonl                                      an index alone
     folder/metadata.csv with folder/wavs/            LJSpeech: lines `id|text|normalised text` without a header
@@ -41,7 +41,7 @@ SPLIT_INDEX_SUFFIXES = (".csv", ".jsonl")  # A file train.parquet holds the samp
 
 @dataclasses.dataclass
 class Source:
-    """One split of a data set.
+    """One split of a dataset.
 
     Attributes:
         identity: where it comes from: resolved folder or hub name, and split.
@@ -49,7 +49,7 @@ class Source:
         media: column with the file of a row.
         columns: names of all columns.
         rows: a sequence of dicts, the media column being `{"path": str | None, "bytes": bytes | None}`.
-        root: folder that names are relative to; None for hub data sets.
+        root: folder that names are relative to; None for hub datasets.
         labels: names of the classes in columns that hold class numbers.
     """
 
@@ -67,6 +67,7 @@ class Source:
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields (name, row). Rows of the same file have the same name; names do not depend on the machine."""
         for index, row in enumerate(self.rows):
+            # Relative to the root, else the path within an archive, else the row's number.
             path = row[self.media]["path"] if row[self.media] else None
             if path and self.root:
                 relative = Path(os.path.relpath(path, self.root)).as_posix()
@@ -82,36 +83,38 @@ class Source:
 def open_source(
     name: str, split: str, kind: str, *, suffixes: Collection[str], media: str = "", config: str = ""
 ) -> Source:
-    """Open one split of a hub data set or of a local folder or index file.
+    """Open one split of a hub dataset or of a local folder or index file.
 
     Args:
         name: hub name, folder, or index file (.csv, .jsonl).
         split: `""` takes the only split there is.
         kind: `"image"` or `"audio"`; name of the column with the files in local layouts.
         suffixes: endings of the files of that kind, with the dot, in lower case.
-        media: column with the files of a hub data set; `""` takes the only one of that kind.
-        config: configuration of a hub data set.
+        media: column with the files of a hub dataset; `""` takes the only one of that kind.
+        config: configuration of a hub dataset.
     Raises:
         FileNotFoundError: nothing is there, or it holds no files of that kind.
         ValueError: the split or the column does not exist, or an index cannot be read; the message lists what exists.
     """
     path = Path(os.path.normpath(Path(name).expanduser()))
+    # A layout of ours; other folders may still be what the datasets package knows.
     if path.exists():
         splits = find_splits(path, suffixes)
         if splits:
-            return open_local(path, splits, split, kind, suffixes)
+            return open_local(path, splits, split, kind=kind, suffixes=suffixes)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in INDEX_SUFFIXES:
         raise FileNotFoundError(f"{name} does not exist")
-    return open_with_datasets(name, split, kind, media, config)
+    return open_with_datasets(name, split, kind, media=media, config=config)
 
 
 def find_splits(path: Path, suffixes: Collection[str]) -> dict[str, Path]:
     """Splits of a local layout with the folder or index file of each; empty where the layout is none of ours.
 
-    Raises: ValueError: there are files of that kind beside the splits' folders.
+    Raises: ValueError: there are files of that kind next to the splits' folders.
     """
     if path.is_file():
         return {"train": path} if path.suffix in SPLIT_INDEX_SUFFIXES else {}
+    # Children named like a split, and other folders that hold files of the kind.
     splits, others = {}, []
     for child in sorted(path.iterdir()):
         is_index = child.suffix in SPLIT_INDEX_SUFFIXES and child.is_file()
@@ -125,9 +128,10 @@ def find_splits(path: Path, suffixes: Collection[str]) -> dict[str, Path]:
             f"{path} holds folders of splits ({', '.join(splits)}) and others with files ({', '.join(others)}); "
             f"name the split's folder itself, such as {path / 'train'}, or rename class folders called like a split"
         )
-    found = splits or {"train": path}
-    has_files = any(root.is_file() or next(walk(root, suffixes), None) for root in found.values())
-    return found if has_files or find_index(path) else {}
+    # Without such children the folder itself is the only split.
+    splits = splits or {"train": path}
+    has_files = any(root.is_file() or next(walk(root, suffixes), None) for root in splits.values())
+    return splits if has_files or find_index(path) else {}
 
 
 def walk(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
@@ -144,10 +148,11 @@ def find_index(folder: Path) -> Path | None:
     return next((file for suffix in INDEX_SUFFIXES if (file := folder / f"metadata{suffix}").is_file()), None)
 
 
-def open_local(path: Path, splits: dict[str, Path], split: str, kind: str, suffixes: Collection[str]) -> Source:
+def open_local(path: Path, splits: dict[str, Path], split: str, *, kind: str, suffixes: Collection[str]) -> Source:
     """Open one split of a local layout."""
     split = choose_split(str(path), split, list(splits))
     root, shared_index = splits[split], find_index(path) if path.is_dir() else None
+    # The rows of the split: from its own index, from that of the folder above, or from the files themselves.
     if root.is_file():
         rows, root = read_index(root, kind), root.parent
     elif root != path and shared_index:
@@ -161,7 +166,9 @@ def open_local(path: Path, splits: dict[str, Path], split: str, kind: str, suffi
 
 
 def choose_split(name: str, split: str, known: list[str]) -> str:
-    """The wanted split, or the only one where none is named.
+    """The named split, or the only one where none is named.
+
+    Args: known: names of the splits that there are.
 
     Raises: ValueError: the split does not exist, or none is named and there are several.
     """
@@ -169,13 +176,14 @@ def choose_split(name: str, split: str, known: list[str]) -> str:
         return split
     if not split and len(known) == 1:
         return known[0]
-    wanted = f"has no split {split!r}" if split else "has several splits, and none is named"
-    raise ValueError(f"{name} {wanted}; there is: {', '.join(known)}")
+    problem = f"has no split {split!r}" if split else "has several splits, and none is named"
+    raise ValueError(f"{name} {problem}; there is: {', '.join(known)}")
 
 
 def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> list[dict[str, Any]]:
     """Rows of a folder's metadata files, or of its files where there is no metadata."""
     files = list(walk(folder, suffixes))
+    # Metadata files by their folder; of several in one folder the first in order of name counts.
     indices: dict[Path, Path] = {}
     for file in walk(folder, INDEX_SUFFIXES):
         if file.stem == "metadata":
@@ -189,6 +197,7 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> list[dict
                 "%d files under %s are left out, no metadata names them: %s", len(unlisted), folder, unlisted[0]
             )
         return rows
+    # Without metadata, the name of a file's folder is its class.
     rows = []
     for file in files:
         label = {"label": file.parent.name} if file.parent != folder else {}
@@ -201,6 +210,7 @@ def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
 
     Raises: ValueError: a line cannot be read, or names no file.
     """
+    # LJSpeech's index has the same name as a table with a header, so it is tried first.
     rows = []
     for number, row in enumerate(read_ljspeech(index) or read_records(index), start=1):
         column = "file_name" if "file_name" in row else kind
@@ -239,13 +249,14 @@ def read_text(index: Path) -> str:
 
 
 def read_ljspeech(index: Path) -> list[dict[str, Any]]:
-    """The rows of an LJSpeech metadata.csv beside its folder wavs/, none for any other index.
+    """The rows of an LJSpeech metadata.csv next to its folder wavs/, none for any other index.
 
     Returns: `file_name`, `text` (the normalised text where there is one), `original_text`. Quotes mean nothing there.
     Raises: ValueError: a line has no text.
     """
     if index.name != "metadata.csv" or not (index.parent / "wavs").is_dir():
         return []
+    # Fields between bars, without a header; a table of the usual kind has "file_name" in its first line.
     lines = [line for line in read_text(index).split("\n") if line.strip()]
     if not lines or "|" not in lines[0] or "file_name" in lines[0]:
         return []
@@ -260,17 +271,18 @@ def read_ljspeech(index: Path) -> list[dict[str, Any]]:
 
 
 def read_licence(folder: Path) -> str:
-    """First line of a LICENSE or LICENCE file beside the data, or beside the folder of a split."""
+    """First line of a LICENSE or LICENCE file in the folder, or in its parent where it is the folder of a split."""
     folders = [folder, folder.parent] if folder.name.lower() in SPLIT_NAMES else [folder]
-    files = [file for one in folders if one.is_dir() for file in sorted(one.glob("LICEN[CS]E*"))]
+    files = [file for parent in folders if parent.is_dir() for file in sorted(parent.glob("LICEN[CS]E*"))]
     return files[0].read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0] if files else ""
 
 
-def open_with_datasets(name: str, split: str, kind: str, media: str, config: str) -> Source:
-    """Open a hub data set, or a folder of parquet files or archives, with the `datasets` package."""
+def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: str) -> Source:
+    """Open a hub dataset, or a folder of parquet files or archives, with the `datasets` package."""
     import datasets
     from datasets.exceptions import DatasetsError
 
+    # Load all splits, and choose one.
     feature = {"image": datasets.Image, "audio": datasets.Audio}[kind]
     try:
         if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
@@ -282,15 +294,17 @@ def open_with_datasets(name: str, split: str, kind: str, media: str, config: str
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(f"{place}, and the datasets package cannot load it: {reason}") from error
     splits = {str(loaded.split or "train"): loaded} if isinstance(loaded, datasets.Dataset) else loaded
-    split = choose_split(name, split, [str(known) for known in splits])
+    split = choose_split(name, split, list(map(str, splits)))
     rows = splits[split]
+    # The column with the files, by its type.
     candidates = [column for column, type_of in rows.features.items() if isinstance(type_of, feature)]
     if media and media not in rows.column_names:
         raise ValueError(f"--media_column={media!r} is no column of {name}; there is: {', '.join(rows.column_names)}")
     if not media and len(candidates) != 1:
-        found = f"{len(candidates)} {kind} columns among {', '.join(rows.column_names)}"
-        raise ValueError(f"{name} has {found}; name the one to use with --media_column")
+        counts = f"{len(candidates)} {kind} columns among {', '.join(rows.column_names)}"
+        raise ValueError(f"{name} has {counts}; name the one to use with --media_column")
     media = media or candidates[0]
+    # Class numbers become names; files stay undecoded, so that a broken one stops nothing.
     types = rows.features.items()
     labels = {column: type_of.names for column, type_of in types if isinstance(type_of, datasets.ClassLabel)}
     rows = rows.cast_column(media, feature(decode=False))

@@ -10,13 +10,13 @@ Needs the packages in requirements-eval.txt.
 
 import dataclasses
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from dataset_loading.files import replacing
 from model.audio.vocoder_export import export_onnx
 from utils.checkpoints import chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
@@ -47,8 +47,7 @@ def export(args: ExportArguments) -> None:
     checkpoint, output = resolve_checkpoint(args.checkpoint), Path(args.output)
     vocoder = load_vocoder(checkpoint, chosen_weights(checkpoint, args))
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    try:
+    with replacing(output) as temporary:
         export_onnx(vocoder, temporary)
         comparisons = compare_with_onnx(vocoder, temporary)
         for row in comparisons:
@@ -58,9 +57,6 @@ def export(args: ExportArguments) -> None:
                 scale = "of full scale" if row.peak <= 1 else "of the peak"
                 rule = f"more than --tolerance {args.tolerance:g}"
                 raise ValueError(f"the export differs by {row.share:.1e} {scale}, {rule}")
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)
     last, mel = comparisons[-1], vocoder.config.mel
     seconds = last.n_batch * last.n_frames * mel.hop_length / mel.sample_rate
     speed = f"PyTorch {last.model_seconds / seconds:.3f}, onnxruntime {last.runtime_seconds / seconds:.3f}"

@@ -96,7 +96,7 @@ def test_it_trains_and_logs_all_terms(whole):
 
 def test_evaluation_is_over_whole_clips(whole, cache):
     model = load_model(AudioVAE, whole.folder)
-    dataset = DescribedAudioDataset(cache, "validation", [], False)
+    dataset = DescribedAudioDataset(cache, "validation", [], use_tokens=False)
     errors, nats = [], []
     with torch.no_grad():
         for i in range(len(dataset)):
@@ -114,7 +114,7 @@ def test_evaluation_is_over_whole_clips(whole, cache):
 
 def test_mel_statistics_are_those_of_the_training_set(whole, cache):
     model = load_model(AudioVAE, whole.folder)
-    everything = torch.cat([*SpreadMels(DescribedAudioDataset(cache, "train", [], False), 10**6)], 1)
+    everything = torch.cat([*SpreadMels(DescribedAudioDataset(cache, "train", [], use_tokens=False), 10**6)], 1)
     torch.testing.assert_close(model.band_mean, everything.mean(1), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(model.band_std, everything.std(1, correction=0), rtol=1e-4, atol=1e-4)
 
@@ -126,7 +126,7 @@ def test_latent_statistics_are_those_of_a_loop_and_standardise(architecture, tra
         fields = ["architecture=conv2d", "patch_frames=4", "patch_bins=4", "latent_channels=3", "width=16"]
         run = train("conv2d", 4, "--batch_size", "8", "--override", *fields)
     model = load_model(AudioVAE, run.folder)
-    dataset, generator = DescribedAudioDataset(cache, "train", [], False), torch.Generator().manual_seed(0)
+    dataset, generator = DescribedAudioDataset(cache, "train", [], use_tokens=False), torch.Generator().manual_seed(0)
     means, draws = [], []
     with torch.no_grad():
         for mel in SpreadMels(dataset, 10**6):
@@ -204,7 +204,7 @@ def test_speakers_are_told_and_matter(train, cache):
     run = train("speakers", 12, "--batch_size", "8", "--use_speakers", "--learning_rate", "1e-2", "--gan_weight", "0")
     model = load_model(AudioVAE, run.folder, "raw")
     assert model.config.speakers == ["high", "low"]
-    sample = DescribedAudioDataset(cache, "validation", model.config.speakers, False)[0]
+    sample = DescribedAudioDataset(cache, "validation", model.config.speakers, use_tokens=False)[0]
     assert sample["speaker"] == model.config.speakers.index("low")
     batch = collate_audio([sample], SETTINGS.log_floor)
     with torch.no_grad():
@@ -218,14 +218,14 @@ def test_characters_become_legible(train, cache):
     losses = logged(run, "loss/ctc")
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
     assert logged(run, "eval_ctc")[-1] > 0
-    dataset = DescribedAudioDataset(cache, "train", [], True)
+    dataset = DescribedAudioDataset(cache, "train", [], use_tokens=True)
     tokens = dataset[2]["tokens"]
     assert tokens.tolist() == encode_caption(dataset.entries[2]["caption"], 99) and len(tokens) == 4
 
 
 def test_other_transcripts_and_speakers_are_other_data(cache, tmp_path):
     plain = AudioVAEDataset(cache, "train").fingerprint
-    assert DescribedAudioDataset(cache, "train", [], False).fingerprint == plain
+    assert DescribedAudioDataset(cache, "train", [], use_tokens=False).fingerprint == plain
     manifest = json.loads((cache / "manifest.json").read_text())
     entries = manifest["entries"]["train"]
     entries[0] |= {"caption": entries[0]["caption"].upper() + " "}  # Reads the same.
@@ -234,11 +234,15 @@ def test_other_transcripts_and_speakers_are_other_data(cache, tmp_path):
     (tmp_path / "changed" / "manifest.json").write_text(json.dumps(manifest))
     folders = (cache, tmp_path / "changed")
     for speakers, use_tokens, same in (([], False, True), ([], True, False), (["high", "low"], False, False)):
-        first, second = (DescribedAudioDataset(each, "train", speakers, use_tokens).fingerprint for each in folders)
+        first, second = (
+            DescribedAudioDataset(each, "train", speakers, use_tokens=use_tokens).fingerprint for each in folders
+        )
         assert (first == second) == same and first.partition("+")[0] == plain
     entries[1] |= {"caption": "other", "speaker": "low"}
     (tmp_path / "changed" / "manifest.json").write_text(json.dumps(manifest))
-    first, second = (DescribedAudioDataset(each, "train", ["high", "low"], False).fingerprint for each in folders)
+    first, second = (
+        DescribedAudioDataset(each, "train", ["high", "low"], use_tokens=False).fingerprint for each in folders
+    )
     assert first == second  # Transcripts that are not served do not count.
 
 
@@ -315,7 +319,7 @@ def test_conditions_that_the_cache_lacks_are_refused(train, tmp_path):
     with pytest.raises(ValueError, match="nameless names no speakers; train without --use_speakers"):
         train("nameless", 1, "--cached_dataset", nameless, "--use_speakers")
     with pytest.raises(ValueError, match="speaker '', which is not among the model's 1 speakers"):
-        DescribedAudioDataset(nameless, "train", ["high"], False)
+        DescribedAudioDataset(nameless, "train", ["high"], use_tokens=False)
     with pytest.raises(ValueError, match="use_ctc: it follows from --use_speakers and --ctc_weight"):
         train("overridden", 1, "--override", "use_ctc=true")
 

@@ -1,4 +1,4 @@
-"""Sound to caches: what is written, what is left out and why, which flags do what."""
+"""Audio to caches: what is written, what is left out and why, which flags do what."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from utils.preprocessing.audio import AudioPreprocessArguments
 RATE = 16000
 
 
-def tone(frequency=300.0, seconds=1.0, amplitude=0.3, rate=RATE):
+def tone(frequency=300.0, seconds=1.0, amplitude=0.3, *, rate=RATE):
     return amplitude * np.sin(2 * np.pi * frequency * np.arange(round(seconds * rate)) / rate)
 
 
@@ -130,7 +130,7 @@ def test_every_augmentation_changes_copies_and_leaves_the_plain_one(raw, tmp_pat
 
 
 def test_gain_loses_no_segment_of_a_copy(tmp_path):
-    # A word, a long pause, and a word that is hardly a sound: gains of up to -40 dB leave nothing above silence.
+    # A word, a long pause, and a word that is hardly audible: gains of up to -40 dB leave nothing above silence.
     quiet = np.concatenate([tone(200, 1.0, 0.02), np.zeros(RATE), tone(300, 1.0, 0.002)])
     save(tmp_path / "raw/a.wav", quiet)
     flags = ("--num_augmented_copies", "8", "--gain_db", "40", "--segment_seconds", "1")

@@ -1,8 +1,5 @@
-import multiprocessing
-import os
 import shutil
 import signal
-import time
 
 import numpy as np
 import pytest
@@ -15,10 +12,13 @@ from model.text.tokenizer import decode_caption
 from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.latent_cache import CAPTIONS, make_latents, save_vae, write_captioned_images
+from tests.helpers.processes import has_files, run_until
 from tests.helpers.text_encoder_folder import save_text_encoder
 from utils.generation.latents import load_vae, vae_fingerprint
 
-ULP = 2**-10  # float16's
+# Two units in the last place of float16, which has 10 stored bits: half a unit for rounding, and one for a value that
+# a GPU or another batch size moved across the boundary between two neighbours.
+RTOL = 2**-9
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +56,8 @@ def test_a_file_holds_the_standardised_posterior_of_its_image_and_the_caption(ra
                 mean, logvar = model.encode(image)
             stored_mean, stored_std = sample[f"{prefix}mean"], sample[f"{prefix}std"]
             assert stored_mean.dtype == stored_std.dtype == torch.float16
-            assert torch.allclose(stored_mean.float(), (mean[0] - mean_of) / std_of, rtol=ULP, atol=1e-6)
-            assert torch.allclose(stored_std.float(), (logvar[0] / 2).exp() / std_of, rtol=ULP, atol=1e-6)
+            assert torch.allclose(stored_mean.float(), (mean[0] - mean_of) / std_of, rtol=RTOL, atol=1e-6)
+            assert torch.allclose(stored_std.float(), (logvar[0] / 2).exp() / std_of, rtol=RTOL, atol=1e-6)
         assert sample["tokens"].dtype == torch.int16 and sample["tokens"][0] == 1
         assert decode_caption(sample["tokens"].tolist()) == entry["caption"][:29] and len(sample["tokens"]) <= 30
         assert entry["length"] == len(sample["tokens"])
@@ -82,19 +82,14 @@ def test_workers_and_resuming_change_no_byte_and_batches_only_roundings(raw, vae
     make_latents(raw, vae, tmp_path / "single", "--horizontal_flip", "--batch_size", "1")
     single = samples(tmp_path / "single")
     for name, (_, sample) in samples(tmp_path / "0").items():
-        assert torch.allclose(sample["std"], single[name][1]["std"], rtol=ULP, atol=1e-6)
+        assert torch.allclose(sample["std"], single[name][1]["std"], rtol=RTOL, atol=1e-6)
 
 
 def test_a_killed_run_goes_on(vae, tmp_path):
     raw, out = write_captioned_images(tmp_path / "raw", 100), tmp_path / "out"
     flags = ("--batch_size", "1", "--horizontal_flip")
     make_latents(raw, vae, tmp_path / "whole", *flags)
-    process = multiprocessing.get_context("fork").Process(target=make_latents, args=(raw, vae, out, *flags))
-    process.start()
-    while len(list(out.glob("train/*.pt"))) < 10:
-        time.sleep(0.002)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join(20)
+    run_until(has_files(out / "train", 10), signal.SIGKILL, target=make_latents, args=(raw, vae, out, *flags))
     written = {name: (out / name).stat().st_mtime_ns for name in contents(out)}
     assert 10 <= len(written) < 100 and not (out / "manifest.json").exists()
     make_latents(raw, vae, out, *flags)

@@ -6,7 +6,6 @@ sizes. A run that is killed while it writes leaves a folder without it, which re
 
 import json
 import logging
-import os
 import platform
 import shutil
 import subprocess
@@ -18,6 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from dataset_loading.files import replace_file, sync_to_disk
+
 logger = logging.getLogger(__name__)
 
 COMPLETE = "COMPLETE.json"
@@ -26,22 +27,15 @@ EMA = "ema.safetensors"
 
 
 def write_json(file: Path, content: Any) -> None:
-    """Write a JSON file under a temporary name, flush it to the disk, then rename it."""
-    temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "w") as stream:
-        json.dump(content, stream, indent=2, sort_keys=True)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, file)
+    """Write a JSON file atomically and flush it to the disk."""
+    replace_file(file, json.dumps(content, indent=2, sort_keys=True).encode(), sync=True)
 
 
 def mark_complete(folder: Path) -> None:
     """Flush all files of a checkpoint to the disk, then list them with their sizes in COMPLETE.json."""
     sizes = {}
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE):
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        sync_to_disk(file)
         sizes[str(file.relative_to(folder))] = file.stat().st_size
     write_json(folder / COMPLETE, {"files": sizes})
 

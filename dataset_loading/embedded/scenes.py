@@ -12,6 +12,7 @@ import io
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import resvg_py
@@ -62,26 +63,36 @@ def build_scenes(folder: str | Path, image_size: int = 128) -> dict[str, int]:
 
     def write(temporary: Path) -> dict[str, int]:
         rows: dict[str, list[tuple[str, ...]]] = {"train": [], "test": []}
-        for split, name, text in list_scenes():
-            rows[split].append((f"{name}.png", text))
+        for scene in list_scenes():
+            rows[scene.split].append((f"{scene.name}.png", scene.caption))
         return write_splits(temporary, rows, partial(draw_scene, image_size=image_size))
 
-    wanted = {"package": PACKAGE, "image_size": image_size, "scenes": 2}
-    return build_once(Path(folder), wanted, licence_text(image_size), write)
+    settings = {"package": PACKAGE, "image_size": image_size, "scenes": 2}
+    return build_once(Path(folder), settings, licence=licence_text(image_size), write=write)
 
 
-def list_scenes() -> Iterator[tuple[str, str, str]]:
-    """Yields (split, name, caption) of all scenes; the name ends with the number of the drawing."""
+class Scene(NamedTuple):
+    """A scene before it is drawn; `name` describes it and ends with the number of the drawing."""
+
+    split: str
+    name: str
+    caption: str
+
+
+def list_scenes() -> Iterator[Scene]:
+    """All scenes, the drawings of the same caption one after the other."""
     for thing in OBJECTS:
         for ground in GROUNDS:
             split = "test" if is_held_out(thing, ground) else "train"
             for number, place in enumerate(PLACES):
                 for drawing in range(N_DRAWINGS):
-                    yield split, f"{thing.replace(' ', '-')}_{ground}_{number}_{drawing}", place.format(thing, ground)
+                    name = f"{thing.replace(' ', '-')}_{ground}_{number}_{drawing}"
+                    yield Scene(split, name, place.format(thing, ground))
 
 
 def is_held_out(thing: str, ground: str) -> bool:
     """Whether the pair belongs to `test/`: for each object one ground."""
+    # Steps of 3, which has no divisor in common with the 8 grounds, spread the held-out ones over all of them.
     return list(GROUNDS)[list(OBJECTS).index(thing) * 3 % len(GROUNDS)] == ground
 
 
@@ -89,8 +100,10 @@ def draw_scene(target: Path, image_size: int) -> None:
     """Draw the scene that the file is named after; the same name gives the same image."""
     thing, ground, number, _ = target.stem.split("_")
     scale, center = list(PLACES.values())[int(number)]
+    # Small random changes of angle, size and position, seeded by the name.
     random = np.random.default_rng(int.from_bytes(hashlib.sha1(target.stem.encode()).digest()[:8], "big"))
     turn, size, right, down = random.uniform(-1, 1, 4)
+    # Drawn four times larger than it is written, so that the edges are smooth.
     whole = image_size * OVERSAMPLING
     side = round(whole * scale * (1 + 0.03 * size))
     svg = str(SVG_FOLDER / f"{OBJECTS[thing.replace('-', ' ')]}.svg")
@@ -100,6 +113,7 @@ def draw_scene(target: Path, image_size: int) -> None:
     layer.paste(
         drawing, tuple(round(whole * (at + 0.015 * move)) - side // 2 for at, move in ((center, right), (0.5, down)))
     )
+    # Pictogram over ground, then down to the final size.
     canvas = Image.new("RGBA", (whole, whole), ImageColor.getrgb(GROUNDS[ground]))
     scene = Image.alpha_composite(canvas, layer).convert("RGB")
     scene.resize((image_size, image_size), Image.Resampling.LANCZOS).save(target)
@@ -107,7 +121,7 @@ def draw_scene(target: Path, image_size: int) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
-    run_command(argv, __doc__ or "", build_scenes, {"image_size": IMAGE_SIZE})
+    run_command(argv, build_scenes, description=__doc__ or "", numbers={"image_size": IMAGE_SIZE})
 
 
 if __name__ == "__main__":

@@ -3,9 +3,9 @@
     python -m dataset_loading.embedded.speech data/speech --limit 400
 
 makes an audiofolder: `train/` and `test/` with FLAC files and a metadata.csv with the columns file_name, text and
-speaker. A file is named after the scene that it describes, so that one item has an image, a text and a sound; the
-captions of the scenes held out are in `test/`. Four voices take turns, each sentence a little slower or faster, lower
-or higher than the last. The package `espeakng-loader` brings the program.
+speaker. A file is named after the scene that it describes, so that one item has an image, a text and a waveform;
+the captions of the held-out scenes are in `test/`. Four voices take turns, each sentence a little slower or faster,
+lower or higher than the last. The package `espeakng-loader` brings the program.
 """
 
 import ctypes
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from dataset_loading.audio.signal import limit_peak, resample, trim_silence
 from dataset_loading.embedded.openmoji import COLUMNS, build_once, run_command, write_splits
-from dataset_loading.embedded.scenes import N_DRAWINGS, list_scenes
+from dataset_loading.embedded.scenes import N_DRAWINGS, Scene, list_scenes
 
 PACKAGE = f"espeakng-loader {version('espeakng-loader')}"
 # fmt: off
@@ -51,27 +51,33 @@ def build_speech(folder: str | Path, sample_rate: int = 16000, limit: int | None
     Args:
         folder: the new folder; it appears when it is complete.
         sample_rate: in Hz; the voices have 22,050.
-        limit: sentences that are spoken, evenly spread over objects, grounds, places and voices; None means all.
+        limit: number of sentences, balanced over objects, grounds, places and voices; None means all.
     Returns: sentences per split.
     Raises: ValueError: the folder exists and is something else, or a set of another kind.
     """
 
     def write(temporary: Path) -> dict[str, int]:
         rows: dict[str, list[tuple[str, ...]]] = {"train": [], "test": []}
-        for split, name, text in spread_scenes()[:limit]:
-            rows[split].append((f"{name}.flac", text, voice_of(name)))
+        for scene in mixed_scenes()[:limit]:
+            rows[scene.split].append((f"{scene.name}.flac", scene.caption, voice_of(scene.name)))
         texts = {row[0]: row[1] for listed in rows.values() for row in listed}
         # One process speaks everything in turn, since a sentence depends a little on those before it.
-        return write_splits(temporary, rows, partial(say, texts, sample_rate), (*COLUMNS, "speaker"), n_workers=1)
+        return write_splits(
+            temporary, rows, partial(say, texts, sample_rate), columns=(*COLUMNS, "speaker"), n_workers=1
+        )
 
-    return build_once(Path(folder), {"package": PACKAGE, "sample_rate": sample_rate, "limit": limit}, LICENCE, write)
+    settings = {"package": PACKAGE, "sample_rate": sample_rate, "limit": limit}
+    return build_once(Path(folder), settings, licence=LICENCE, write=write)
 
 
-def spread_scenes() -> list[tuple[str, str, str]]:
-    """`list_scenes` in such an order that the first of them are spread over everything; each caption comes once in a
-    round, with another voice in the next."""
+def mixed_scenes() -> list[Scene]:
+    """`list_scenes` in an order whose beginning covers all objects, grounds, places and voices evenly.
+
+    A round has each caption once; the next round has them with another voice.
+    """
     scenes = list(list_scenes())
     n_captions = len(scenes) // N_DRAWINGS
+    # Steps of STRIDE visit every caption once per round; the drawing changes with the position and with the round.
     places = [k * STRIDE % n_captions * N_DRAWINGS + (k + k // n_captions) % N_DRAWINGS for k in range(len(scenes))]
     return [scenes[place] for place in places]
 
@@ -85,10 +91,13 @@ def say(texts: dict[str, str], sample_rate: int, target: Path) -> None:
     """Write one sentence as 16-bit FLAC, with rate and pitch that depend on its name."""
     voice = voice_of(target.stem)
     rate, pitch = VOICES[voice]
+    # Up to 10 % slower or faster and 5 points lower or higher, seeded by the name.
     random = np.random.default_rng(int.from_bytes(hashlib.sha1(target.stem.encode()).digest()[:8], "big"))
     faster, higher = random.uniform(-1, 1, 2)
     speaker = load_speaker()
-    spoken = speaker.speak(texts[target.name], voice, round(rate * (1 + 0.1 * faster)), round(pitch + 5 * higher))
+    spoken = speaker.speak(
+        texts[target.name], voice, rate=round(rate * (1 + 0.1 * faster)), pitch=round(pitch + 5 * higher)
+    )
     waveform = limit_peak(resample(spoken, speaker.sample_rate, sample_rate))
     soundfile.write(target, trim_silence(waveform, sample_rate, TRIM_DB).numpy(), sample_rate, subtype="PCM_16")
 
@@ -114,6 +123,7 @@ class Speaker:
             raise OSError(f"eSpeak NG finds no voices in {data.decode()}; reinstall espeakng-loader")
         self.pieces: list[np.ndarray] = []
         self.library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
+        # text, size, position, position type, end position, flags, identifier, user data
         self.library.espeak_Synth.argtypes = [
             *(ctypes.c_char_p, ctypes.c_size_t, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_uint),
             *(ctypes.c_void_p, ctypes.c_void_p),
@@ -123,16 +133,16 @@ class Speaker:
         self.library.espeak_SetSynthCallback(self.callback)
 
     def receive(self, samples, n_samples: int, events) -> int:
-        """What the library calls with each piece of sound; 0 lets it go on."""
+        """The callback of the library, which gets each piece of audio; returning 0 lets it continue."""
         if samples and n_samples > 0:
             self.pieces.append(np.ctypeslib.as_array(samples, (n_samples,)).copy())
         return 0
 
-    def speak(self, text: str, voice: str, rate: int, pitch: int) -> Tensor:
+    def speak(self, text: str, voice: str, *, rate: int, pitch: int) -> Tensor:
         """A sentence as (S,) float32 in [-1, 1].
 
         Args:
-            voice: name of a language, with a variant behind `+`.
+            voice: name of a language, followed by `+` and a variant.
             rate: words per minute.
             pitch: 0 to 99, 50 being the voice's own.
         Raises: ValueError: there is no such voice, or nothing was said.
@@ -141,18 +151,18 @@ class Speaker:
             raise ValueError(f"eSpeak NG has no voice {voice!r}")
         self.library.espeak_SetParameter(RATE, rate, 0)
         self.library.espeak_SetParameter(PITCH, pitch, 0)
-        self.library.espeak_ng_SetRandSeed(
-            1
-        )  # Breath is random; without this by the time at which the program starts.
+        # Breath noise is random; without a fixed seed it depends on the time at which the program starts.
+        self.library.espeak_ng_SetRandSeed(1)
         self.pieces.clear()
         content = text.encode()
         self.library.espeak_Synth(content, len(content) + 1, 0, POSITION_CHARACTER, 0, UTF8, None, None)
         if not self.pieces:
             raise ValueError(f"eSpeak NG says nothing for {text!r}")
+        # int16 -> float32 in [-1, 1), (S,).
         return torch.from_numpy(np.concatenate(self.pieces).astype(np.float32) / 32768)
 
 
-LICENCE = f"""Synthetic speech by eSpeak NG; the sound is free of conditions.
+LICENCE = f"""Synthetic speech by eSpeak NG; the audio is free of conditions.
 
 Made with {PACKAGE} (https://github.com/espeak-ng/espeak-ng). The program is under GPL-3.0-or-later, which does not
 extend to what the program says. The sentences are those of dataset_loading/embedded/scenes.py.
@@ -163,9 +173,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     numbers = {
         "sample_rate": (16000, "sampling rate in Hz"),
-        "limit": (None, "sentences that are spoken, evenly spread"),
+        "limit": (None, "number of sentences, balanced over objects, grounds, places and voices"),
     }
-    run_command(argv, __doc__ or "", build_speech, numbers)
+    run_command(argv, build_speech, description=__doc__ or "", numbers=numbers)
 
 
 if __name__ == "__main__":

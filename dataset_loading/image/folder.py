@@ -1,4 +1,4 @@
-"""Images that were not preprocessed: found, and decoded and fitted while they are read, as preprocessing does."""
+"""Images that were not preprocessed: each is decoded and fitted when it is read, as preprocessing does."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,10 +12,10 @@ from dataset_loading.image.pixels import IMAGE_SUFFIXES, ResizeMode, decode_imag
 from dataset_loading.sources import open_source, walk
 
 
-class ImageFolder(Dataset):
-    """The images of a folder (and its subfolders), an index file, or a hub data set.
+class ImageFolderDataset(Dataset):
+    """The images of a folder (and its subfolders), an index file, or a hub dataset.
 
-    `item["image"]` is (3, S, S) float32 in [-1, 1], `item["index"]` the number in `entries`.
+    `item["image"]` is (3, S, S) float32 in [-1, 1], `item["index"]` the index in `entries`.
 
     Args:
         name: folder, index file or hub name, see `dataset_loading.sources`.
@@ -24,7 +24,7 @@ class ImageFolder(Dataset):
         resize_mode, background_color: see `fit_image`, `decode_image`.
     Attributes:
         entries: one dict per image: `key`, `caption`.
-        fingerprint: None, since files may change; there so that it can be compared with a preprocessed folder's.
+        fingerprint: None, since files may change; callers compare it with that of a preprocessed folder.
     Raises:
         FileNotFoundError, ValueError: as `open_source`.
     """
@@ -41,6 +41,7 @@ class ImageFolder(Dataset):
         background_color: str = "white",
     ):
         self.source = open_source(name, split, "image", suffixes=IMAGE_SUFFIXES)
+        # Listed at once, decoded on access.
         self.media: list[dict[str, Any]] = []
         self.entries: list[dict[str, Any]] = []
         for key, row in self.source:
@@ -56,11 +57,11 @@ class ImageFolder(Dataset):
         """Raises: ValueError: the file is damaged; the message names it."""
         try:
             image = decode_image(self.media[index], self.background_color)
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG files.
             raise ValueError(
                 f"{self.entries[index]['key']} in {self.source.identity} cannot be read ({error}); remove it"
             ) from error
-        image = fit_image(image, self.image_size, self.resize_mode, self.background_color)
+        image = fit_image(image, self.image_size, self.resize_mode, background_color=self.background_color)
         return {"image": to_float(to_tensor(image)), "index": torch.tensor(index)}
 
 
@@ -69,13 +70,14 @@ def find_images(names: Iterable[str]) -> dict[str, Path]:
 
     Raises: FileNotFoundError: a name does not exist, or nothing was found.
     """
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for name in map(Path, names):
         if not name.exists():
             raise FileNotFoundError(f"{name} does not exist")
         for file in walk(name, IMAGE_SUFFIXES) if name.is_dir() else [name]:
+            # Subfolders become part of the name; a number tells equal names of several folders apart.
             stem = "__".join(file.relative_to(name).with_suffix("").parts) if name.is_dir() else file.stem
-            found[f"{stem}_{len(found)}" if stem in found else stem] = file
-    if not found:
+            files[f"{stem}_{len(files)}" if stem in files else stem] = file
+    if not files:
         raise FileNotFoundError(f"no images in {', '.join(names)}; known endings: {' '.join(sorted(IMAGE_SUFFIXES))}")
-    return found
+    return files

@@ -1,4 +1,4 @@
-"""The data set of preprocessed latents and captions.  Z latent channels, y x latent rows and columns, T text tokens,
+"""The dataset of preprocessed latents and captions.  Z latent channels, y x latent rows and columns, T text tokens,
 E width of frozen text embeddings."""
 
 from typing import Any, Self
@@ -11,17 +11,18 @@ from dataset_loading.cached import CachedDataset
 class ImageLatentDataset(CachedDataset):
     """Preprocessed latents: items with
 
-    mean, std: mean and deviation of the posterior, (Z, y, x) float32, standardised with the VAE's latent statistics.
+    mean, std: of the posterior, (Z, y, x) float32, standardised with the VAE's latent statistics.
     flipped_mean, flipped_std: those of the mirrored image, where the folder was made with --horizontal_flip.
     tokens: the caption, (T,) int64, see `model.text.tokenizer`.
     text_states: the caption's frozen embeddings, (T', E) bfloat16, where it was made with --text_encoder.
-    index: the place in `entries`.
+    index: the index in `entries`.
     """
 
     stage = "image_diffusion"
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = super().__getitem__(index)
+        # Stored as float16 to halve the folder; models compute in float32.
         latents = {name: sample[name].float() for name in sample if name.endswith(("mean", "std"))}
         return {**sample, **latents, "tokens": sample["tokens"].long()}
 
@@ -30,19 +31,21 @@ class ImageLatentDataset(CachedDataset):
         self.vae_checkpoint = vae_checkpoint
         return super().expect(**settings)
 
-    def remedy(self, name: str, wanted: Any) -> dict[str, Any]:
+    def remedy(self, name: str, value: Any) -> dict[str, Any]:
         """The flags that change a setting: those that name another model where the setting is the model's own."""
-        settings, flags = self.manifest["settings"], super().remedy(name, wanted)
+        settings, flags = self.manifest["settings"], super().remedy(name, value)
         output_dir = flags["output_dir"]
-        if name == "latent_shape" and settings[name][0] == wanted[0]:
-            return super().remedy("image_size", settings["image_size"] // settings[name][1] * wanted[1])
+        # Latents (Z, y, x) of another size only: the same VAE, on images of another size.
+        if name == "latent_shape" and settings[name][0] == value[0]:
+            return super().remedy("image_size", settings["image_size"] // settings[name][1] * value[1])
+        # Other channels, or other weights: another VAE.
         if name == "latent_shape":
-            vae, output_dir = f"<a VAE with latent_channels={wanted[0]}>", f"{self.folder}_z{wanted[0]}"
+            vae, output_dir = f"<a VAE with latent_channels={value[0]}>", f"{self.folder}_z{value[0]}"
             return {"vae_checkpoint": self.vae_checkpoint or vae, "output_dir": output_dir}
         if name == "vae_fingerprint":
-            vae = f"<the VAE with fingerprint {wanted}>"
+            vae = f"<the VAE with fingerprint {value}>"
             return {"vae_checkpoint": self.vae_checkpoint or vae, "output_dir": output_dir}
         if name in ("text_encoder_fingerprint", "text_embedding_width"):
-            encoder = f"<an encoder with {name}={wanted}>" if wanted else ""
+            encoder = f"<an encoder with {name}={value}>" if value else ""
             return {"text_encoder": encoder, "output_dir": output_dir}
         return flags

@@ -1,4 +1,4 @@
-"""Images: decoding, geometry and augmentation for preprocessing, and the data set of preprocessed images.
+"""Images: decoding, geometry and augmentation for preprocessing, and the dataset of preprocessed images.
 
 S is the side of the square images in a preprocessed folder.
 """
@@ -25,7 +25,7 @@ ResizeMode = Literal["crop", "pad", "squash"]
 
 
 class ImageDataset(CachedDataset):
-    """Preprocessed images: items with `image` (3, S, S) float32 in [-1, 1] and `index`, the place in `entries`."""
+    """Preprocessed images: items with `image` (3, S, S) float32 in [-1, 1] and `index`, the index in `entries`."""
 
     stage = "image_vae"
 
@@ -53,7 +53,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 class TooSmallError(ValueError):
-    """An image is smaller than wanted, but sound."""
+    """An image is intact, but smaller than the limit."""
 
 
 def decode_image(
@@ -63,7 +63,7 @@ def decode_image(
 
     Args:
         media: `{"path": ..., "bytes": ...}`, see `read_media`.
-        background_color: name or `#rrggbb`, behind transparent pixels.
+        background_color: name or `#rrggbb`, which shows through transparent pixels.
         enough: a JPEG may be decoded at 1/2, 1/4 or 1/8 size while both sides keep as many pixels; 0: full size.
         min_side: images with a shorter side are refused, in pixels.
     Raises:
@@ -72,10 +72,11 @@ def decode_image(
     """
     buffer = read_media(media)
     try:
-        image = Image.open(buffer)
+        image = Image.open(buffer)  # Reads the header alone, so that small images are not decoded.
         if min(image.size) < min_side:
             raise TooSmallError(f"{image.width}x{image.height} pixels, the shorter side is under {min_side}")
         if enough and image.format == "JPEG":
+            # The JPEG decoder scales by powers of two almost for free.
             image.draft(None, (enough, enough))
         image.load()
         image = ImageOps.exif_transpose(image)
@@ -85,6 +86,7 @@ def decode_image(
         raise
     except Exception as error:  # Pillow's readers let all kinds of errors through.
         raise ValueError(f"damaged image: {error!r}") from error
+    # Any mode to 8-bit RGB; transparency is composited in RGBA.
     if image.mode.startswith("I"):
         image = from_16_bit(image)
     if image.mode == "F":
@@ -100,13 +102,14 @@ def from_16_bit(image: Image.Image) -> Image.Image:
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f"32-bit pixels in [{pixels.min()}, {pixels.max()}] have no defined white")
+    # 65535 = 255 * 257, so this rounds to the nearest of 256 levels.
     return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
 
 
 # ---- Geometry.
 
 
-def fit_image(image: Image.Image, size: int, mode: ResizeMode, background_color: str) -> Image.Image:
+def fit_image(image: Image.Image, size: int, mode: ResizeMode, *, background_color: str) -> Image.Image:
     """Resize to (size, size) pixels, antialiased.
 
     Args:
@@ -114,12 +117,14 @@ def fit_image(image: Image.Image, size: int, mode: ResizeMode, background_color:
             keeps everything and changes the proportions.
     """
     width, height = image.size
+    # The longer side becomes `size`, and bars of the background fill the rest.
     if mode == "pad":
         inner_width, inner_height = (max(1, round(side * size / max(width, height))) for side in image.size)
         canvas = Image.new("RGB", (size, size), ImageColor.getrgb(background_color)[:3])
         inner = resample(image, (inner_width, inner_height), (0, 0, width, height))
         canvas.paste(inner, ((size - inner_width) // 2, (size - inner_height) // 2))
         return canvas
+    # The region that is stretched to the square: the centre, or everything.
     square = min(width, height)
     left, top = (width - square) / 2, (height - square) / 2
     box = (left, top, left + square, top + square) if mode == "crop" else (0, 0, width, height)
@@ -135,6 +140,7 @@ def rotate(image: Image.Image, degrees: float) -> Image.Image:
     """Rotate about the centre by at most 90 degrees and keep the largest upright part of the same proportions."""
     width, height = image.size
     angle = math.radians(abs(degrees))
+    # The largest rectangle of the same proportions inside the rotated one has its sides scaled by this.
     shrink = 1 / (math.cos(angle) + math.sin(angle) * max(width / height, height / width))
     inner_width, inner_height = (max(1, int(side * shrink) - 1) for side in image.size)
     left, top = (width - inner_width) // 2, (height - inner_height) // 2
@@ -164,9 +170,11 @@ class Augmentation:
 
     def change_geometry(self, image: Image.Image, generator: torch.Generator) -> Image.Image:
         """Rotate, then crop; for the image in its own size."""
+        # Always four numbers, so that one augmentation does not change the others.
         turn, share, left, top = torch.rand(4, generator=generator).tolist()
         if self.rotation:
             image = rotate(image, self.rotation * (2 * turn - 1))
+        # The share of the area is uniform in [random_resized_crop, 1], and a side is its square root.
         scale = math.sqrt(self.random_resized_crop + (1 - self.random_resized_crop) * share)
         width, height = (max(1, round(side * scale)) for side in image.size)
         left, top = round(left * (image.width - width)), round(top * (image.height - height))

@@ -1,12 +1,11 @@
-"""Hashes of source files that are remembered beside the prepared text, so that a later start reads no file again."""
+"""Hashes of source files, stored with the prepared text, so that a later start does not read the files again."""
 
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from dataset_loading.files import replace_file
+from dataset_loading.files import digest_file, replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -17,11 +16,12 @@ class Digests:
     """SHA-256 of files, computed again only where path, size or time of the last change differ from the last time.
 
     Args:
-        folder: prepared text, with `digests.json` or without; None: nothing is remembered.
+        folder: prepared text, with `digests.json` or without; None: nothing is stored.
     """
 
     def __init__(self, folder: Path | None = None):
         self.file = folder and folder / DIGESTS
+        # Size, time of change (ns) and hash by path: of the last start, and of this one.
         self.known: dict[str, list] = {}
         self.used: dict[str, list] = {}
         if self.file and self.file.exists():
@@ -31,27 +31,22 @@ class Digests:
         """The hash of each file's contents, hexadecimal."""
         states = [file.stat() for file in files]  # Before reading: what changes now is new the next time.
         stamps = {str(file.resolve()): [state.st_size, state.st_mtime_ns] for file, state in zip(files, states)}
-        known = {name for name, stamp in stamps.items() if self.known.get(name, [])[:2] == stamp}
-        if new := [size for name, (size, _) in stamps.items() if name not in known]:
+        unchanged = {name for name, stamp in stamps.items() if self.known.get(name, [])[:2] == stamp}
+        if new := [size for name, (size, _) in stamps.items() if name not in unchanged]:
             logger.info("hashing %.1f MB of texts in %d files", sum(new) / 1e6, len(new))
+        # Only changed files are read.
         for name, stamp in stamps.items():
-            self.used[name] = self.known[name] if name in known else [*stamp, digest_file(name)]
+            self.used[name] = self.known[name] if name in unchanged else [*stamp, digest_file(name).hex()]
         return [self.used[str(file.resolve())][2] for file in files]
 
     def save(self) -> None:
-        """Remember what `of` gave; a folder that cannot be written is left as it is."""
+        """Store the hashes that `of` returned; a folder that cannot be written is left as it is."""
         if not self.file or not self.used or self.used == self.known:
             return
         try:
             replace_file(self.file, (json.dumps(self.used, indent=1) + "\n").encode())
         except OSError as error:
             logger.info("the hashes of the texts are not remembered: %s", error)
-
-
-def digest_file(name: str) -> str:
-    """SHA-256 of a file's contents, hexadecimal."""
-    with open(name, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_digests(file: Path) -> dict[str, list]:

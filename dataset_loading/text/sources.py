@@ -1,8 +1,8 @@
-"""Raw text: documents out of text files, tables with a text column, and hub data sets, read one by one.
+"""Raw text: documents out of text files, tables with a text column, and hub datasets, read one by one.
 
     notes.txt, book.md, code.py, folder/**/*.txt     a document per file
     rows.jsonl, rows.csv, rows.parquet, folders      a document per row, the column `text`
-    anything else                                    the name of a hub data set, read by the `datasets` package
+    anything else                                    the name of a hub dataset, read by the `datasets` package
     python-topics                                    the help texts that Python carries with it (0.4 MB)
 
 What cannot be read is handed out as a document with a problem, so that one broken file stops nothing. Text is never
@@ -11,7 +11,6 @@ changed: no stripping, no Unicode normalisation, line endings as they are; only 
 
 import csv
 import dataclasses
-import hashlib
 import json
 import logging
 import platform
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from dataset_loading.files import fingerprint, fingerprint_of_bytes
 from dataset_loading.sources import SPLIT_NAMES, choose_split, find_splits, read_licence, walk
 from dataset_loading.text.digests import Digests
 
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 EMBEDDED = "python-topics"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
-EMPTY = "empty"  # The problem of a document that is blank, which is no mistake of the source.
+EMPTY = "empty"  # The problem of a blank document, which is no mistake of the source.
 CELL_BYTES = 1 << 30  # The csv module refuses cells above 128 KiB by default.
 SEPARATORS = (b"\n\n", b"\n\r\n", b"\n", b" ")  # Where a long document is cut: the first that is found.
 
@@ -46,10 +46,10 @@ class TextSource:
     """Documents that can be read any number of times, always in the same order.
 
     Attributes:
-        identity: name and, for what is on this machine, a hash of the contents.
+        identity: name and, for local files, a hash of the contents.
         licence: the first line of its licence, `""` where unknown.
         read: begins to read from the start.
-        splits: names of all splits that the same file, folder or hub data set has; none where there are no splits.
+        splits: names of all splits that the same file, folder or hub dataset has; none where there are no splits.
     """
 
     identity: str
@@ -70,9 +70,9 @@ def open_text(
 
     Args:
         name: file, folder, hub name, or "python-topics".
-        text_column: column with the text in tables and hub data sets.
-        config: configuration of a hub data set.
-        split: split of a hub data set, or of a folder that has `train/`, `validation/`, ...
+        text_column: column with the text in tables and hub datasets.
+        config: configuration of a hub dataset.
+        split: split of a hub dataset, or of a folder that has `train/`, `validation/`, ...
         digests: hashes of files that an earlier start remembered.
     Raises:
         FileNotFoundError: there is nothing, or nothing that is known as text; the message lists the endings.
@@ -80,32 +80,33 @@ def open_text(
     """
     if name == EMBEDDED:
         return open_topics()
+    # A name that looks like a path is one; any other may be a hub name.
     path = Path(name).expanduser()
     known = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
     if not path.exists():
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in known:
             raise FileNotFoundError(f"{name} does not exist")
-        return open_hub(name, text_column, config, split)
+        return open_hub(name, split, text_column=text_column, config=config)
     files = [path] if path.is_file() else list_files(path, split)
     if not files or (path.is_file() and path.suffix.lower() not in known):
         raise FileNotFoundError(f"{name} holds no text; known endings: {' '.join(known)}")
+    # Columns are checked now, so that a wrong one is an error at the start; texts are read when they are needed.
     root = path if path.is_dir() else path.parent
     for file in files:
         check_column(file, text_column)
     digest = digest_files(root, files, digests or Digests())
-    splits = (
-        [one for one in find_splits(path, known) if one == split or list_files(path, one)] if path.is_dir() else []
-    )
+    names = find_splits(path, known) if path.is_dir() else ()
+    splits = [name for name in names if name == split or list_files(path, name)]
     return TextSource(
         f"{path.resolve().name}@{digest}", read_licence(path), lambda: read_files(root, files, text_column), splits
     )
 
 
-def own_validation(source: TextSource, split: str) -> str:
-    """The validation split (or valid, val, dev) beside the split that is trained on, `""` where there is none."""
+def find_validation_split(source: TextSource, split: str) -> str:
+    """The source's split for validation (or valid, val, dev), `""` where there is none or training reads it."""
     trained = {part.strip().partition("[")[0] for part in split.split("+")}  # Such as train[:10%]+test.
-    found = [one for one in source.splits if SPLIT_NAMES.get(one.lower()) == "validation"]
-    return "" if not found or trained & set(found) else found[0]
+    names = [name for name in source.splits if SPLIT_NAMES.get(name.lower()) == "validation"]
+    return "" if not names or trained & set(names) else names[0]
 
 
 def list_files(folder: Path, split: str) -> list[Path]:
@@ -114,6 +115,7 @@ def list_files(folder: Path, split: str) -> list[Path]:
     root = splits[choose_split(str(folder), split, list(splits))] if splits else folder
     if root.is_file():
         return [root]
+    # Tables hold the texts, if there are any; text files next to them are notes about the data.
     tables = list(walk(root, TABLE_SUFFIXES))
     texts = [
         file
@@ -129,10 +131,8 @@ def list_files(folder: Path, split: str) -> list[Path]:
 
 def digest_files(root: Path, files: list[Path], digests: Digests) -> str:
     """A hash of the names and contents of files, 16 hexadecimal digits."""
-    digest = hashlib.sha256()
-    for file, content in zip(files, digests.of(files)):
-        digest.update(f"{name_of(root, file)}\n{content}\n".encode())
-    return digest.hexdigest()[:16]
+    lines = (f"{name_of(root, file)}\n{content}\n" for file, content in zip(files, digests.of(files)))
+    return fingerprint_of_bytes(line.encode() for line in lines)
 
 
 def name_of(root: Path, file: Path) -> str:
@@ -176,7 +176,7 @@ def read_text_file(name: str, file: Path) -> Document:
 
 
 def document(key: str, value: Any) -> Document:
-    """A document, or what is wrong with it. Exceptions stand for values that could not be read."""
+    """A document of a value; one with a problem where it is no text. Exceptions stand for unreadable values."""
     if not isinstance(value, str):
         return Document(key, "", str(value) if isinstance(value, Exception) else f"no text but {value!r:.40}")
     if not value.strip():
@@ -190,6 +190,7 @@ def document(key: str, value: Any) -> Document:
 
 def read_jsonl(file: Path, column: str) -> Iterator[Any]:
     """The column's value of every line that is not blank, or a ValueError as a value."""
+    # Surrogates stand for bytes that are not UTF-8, so that one bad line does not end the reading.
     with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
         for line in lines:
             if not line.strip():
@@ -202,8 +203,8 @@ def read_jsonl(file: Path, column: str) -> Iterator[Any]:
             if isinstance(row, dict) and column in row:
                 yield row[column]
             else:
-                there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                yield ValueError(f"no {column!r}; there is: {there}")
+                columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+                yield ValueError(f"no {column!r}; there is: {columns}")
 
 
 def read_csv(file: Path, column: str) -> Iterator[Any]:
@@ -231,8 +232,8 @@ def read_parquet(file: Path, column: str) -> Iterator[Any]:
                     yield ValueError(f"not UTF-8: {error}")
 
 
-def open_hub(name: str, text_column: str, config: str, split: str) -> TextSource:
-    """One split of a hub data set, which lies on disk and not in memory."""
+def open_hub(name: str, split: str, *, text_column: str = "text", config: str = "") -> TextSource:
+    """One split of a hub dataset; it stays on disk and is not loaded into memory."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -251,8 +252,9 @@ def open_hub(name: str, text_column: str, config: str, split: str) -> TextSource
 def from_rows(rows: Any, identity: str, text_column: str) -> TextSource:
     """The documents of a `datasets.Dataset`. Raises: ValueError: it lacks the column; the message lists its own."""
     if text_column not in rows.column_names:
-        known = ", ".join(rows.column_names)
-        raise ValueError(f"text_column={text_column!r} is no column of {identity}; there is: {known}")
+        columns = ", ".join(rows.column_names)
+        raise ValueError(f"text_column={text_column!r} is no column of {identity}; there is: {columns}")
+    # Only this column is read from the disk.
     rows = rows.select_columns([text_column])
 
     def read() -> Iterator[Document]:
@@ -266,22 +268,24 @@ def open_topics() -> TextSource:
     """The help texts of the running Python, a document per topic."""
     from pydoc_data.topics import topics
 
-    digest = hashlib.sha256(json.dumps(topics, sort_keys=True).encode()).hexdigest()[:16]
     licence = f"Python {platform.python_version()} documentation, PSF License"
-    return TextSource(f"{EMBEDDED}@{digest}", licence, lambda: (document(key, topics[key]) for key in sorted(topics)))
+    return TextSource(
+        f"{EMBEDDED}@{fingerprint(topics)}", licence, lambda: (document(key, topics[key]) for key in sorted(topics))
+    )
 
 
 def cut_document(whole: Document, size: int) -> Iterator[Document]:
     """Cut a document at paragraphs, else at lines, spaces, or between characters; together the parts are the whole.
 
     Args:
-        size: bytes of a part at most; the last part may have half as many more. A part has at least half as many.
+        size: maximum bytes of a part; the last part may have half as many more. A part has at least half as many.
     """
     text, start, parts = whole.text.encode(), 0, []
     while len(text) - start > size + size // 2:
-        found = (text.rfind(mark, start + size // 2, start + size) + len(mark) for mark in SEPARATORS)
-        end = next((end for mark, end in zip(SEPARATORS, found) if end >= len(mark)), start + size)
-        while text[end] & 0xC0 == 0x80:  # Within a character.
+        # After the last separator in the second half of the part, the best kind first; else at the maximum.
+        ends = (text.rfind(mark, start + size // 2, start + size) + len(mark) for mark in SEPARATORS)
+        end = next((end for mark, end in zip(SEPARATORS, ends) if end >= len(mark)), start + size)
+        while text[end] & 0xC0 == 0x80:  # A continuation byte of UTF-8: the cut is within a character.
             end -= 1
         parts.append(text[start:end])
         start = end

@@ -7,7 +7,7 @@ import heapq
 import itertools
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,9 +15,38 @@ from dataset_loading.text.sources import EMPTY, Document, TextSource, cut_docume
 
 logger = logging.getLogger(__name__)
 
+SPLITS = ("train", "validation")
 FEWEST_DOCUMENTS = 10  # In the validation split, else long documents are cut.
-SAMPLE_PART_BYTES = 8192
+SAMPLE_PART_BYTES = 8192  # Size of the parts that the sample for a tokenizer is made of.
 REPORTED = 1000  # Broken documents that are listed.
+
+
+@dataclasses.dataclass
+class Corpus:
+    """The sources of one prepared folder.
+
+    Attributes:
+        training: the source of the training split.
+        validation: a separate source of the validation split; None: documents of the training source are held out.
+        own_split: the name of that split where it is one of the training source itself, `""`: it is not.
+    """
+
+    training: TextSource
+    validation: TextSource | None = None
+    own_split: str = ""
+
+    def __iter__(self) -> Iterator[tuple[int, TextSource]]:
+        """Yields (index in SPLITS, source). Validation first, so that its duplicates leave the training split."""
+        if self.validation:
+            yield 1, self.validation
+        yield 0, self.training
+
+
+class SplitDocument(NamedTuple):
+    """A document and the index in SPLITS of the split that it belongs to, 0 while that is not decided."""
+
+    document: Document
+    split: int
 
 
 @dataclasses.dataclass
@@ -34,7 +63,7 @@ class Rules:
 
 @dataclasses.dataclass
 class Survey:
-    """What a first reading finds, before anything is encoded.
+    """The result of a first reading, before anything is encoded.
 
     Attributes:
         is_cut: whether long documents are cut.
@@ -44,7 +73,7 @@ class Survey:
         broken: the first thousand of these, with the reason.
         n_bytes: UTF-8 bytes of the documents that are kept.
         duplicates: numbers of the documents that equal an earlier one.
-        splits: 0 (train) or 1 (validation) of every document that is kept, in order.
+        splits: index in SPLITS of every document that is kept, in order, (number of documents,) uint8.
     """
 
     is_cut: bool
@@ -57,37 +86,39 @@ class Survey:
     splits: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.uint8))
 
 
-def read_documents(
-    sources: list[tuple[int, TextSource]], rules: Rules, is_cut: bool
-) -> Iterator[tuple[int, Document]]:
-    """Yields (0 or the split that the source is for, document), broken ones included."""
-    for forced, source in sources:
-        for one in itertools.islice(source.read(), None if rules.limit < 0 else rules.limit):
-            for part in cut_document(one, rules.document_bytes) if is_cut and not one.problem else (one,):
-                yield forced, part
+def read_documents(corpus: Corpus, rules: Rules, is_cut: bool) -> Iterator[SplitDocument]:
+    """All documents with the split of their source, broken ones included; long ones in parts where `is_cut`."""
+    for split, source in corpus:
+        for document in itertools.islice(source.read(), None if rules.limit < 0 else rules.limit):
+            is_part = is_cut and not document.problem
+            for part in cut_document(document, rules.document_bytes) if is_part else (document,):
+                yield SplitDocument(part, split)
 
 
-def survey_documents(sources: list[tuple[int, TextSource]], rules: Rules) -> Survey:
-    """Read everything once: what is broken, equal, to be cut, and which documents validate.
+def survey_documents(corpus: Corpus, rules: Rules) -> Survey:
+    """Read everything once: find what is broken, equal or to be cut, and choose the documents for validation.
 
     Raises: ValueError: too many documents are broken, or none is left for training, or none to be held out.
     """
-    survey = survey_once(sources, rules, is_cut=False)
+    survey = survey_once(corpus, rules, is_cut=False)
     check_broken(survey, rules)
-    wants_split = rules.validation_fraction > 0 and len(sources) == 1
-    if wants_split and len(survey.splits) * rules.validation_fraction < FEWEST_DOCUMENTS:
-        cut = survey_once(sources, rules, is_cut=True)
+    # Few documents, such as one book, are cut into parts, so that validation is more than one of them.
+    is_held_out = rules.validation_fraction > 0 and not corpus.validation
+    if is_held_out and len(survey.splits) * rules.validation_fraction < FEWEST_DOCUMENTS:
+        cut = survey_once(corpus, rules, is_cut=True)
         survey = cut if len(cut.splits) > len(survey.splits) else survey
+
+    # Neither split may be empty.
     if not (survey.splits == 0).any():
         raise ValueError(
-            f"{sources[-1][1].identity} gives no training document: {survey.n_read} read, {survey.n_empty} "
+            f"{corpus.training.identity} gives no training document: {survey.n_read} read, {survey.n_empty} "
             f"empty, {survey.n_broken} broken, {len(survey.duplicates)} duplicates; choose another source"
         )
-    if len(sources) > 1 and not survey.splits.any():
+    if corpus.validation and not survey.splits.any():
         raise ValueError(
-            f"{sources[0][1].identity} gives no validation document; add text or give another --validation_dataset"
+            f"{corpus.validation.identity} gives no validation document; add text or give another --validation_dataset"
         )
-    if wants_split and not survey.splits.any():
+    if is_held_out and not survey.splits.any():
         raise ValueError(
             f"too little text: {survey.n_bytes} bytes in 1 document, of which no part can be held out "
             f"(document_bytes={rules.document_bytes}); add text or give --validation_dataset"
@@ -97,29 +128,31 @@ def survey_documents(sources: list[tuple[int, TextSource]], rules: Rules) -> Sur
     return survey
 
 
-def survey_once(sources: list[tuple[int, TextSource]], rules: Rules, *, is_cut: bool) -> Survey:
+def survey_once(corpus: Corpus, rules: Rules, *, is_cut: bool) -> Survey:
     """One reading of everything."""
     survey, seen, hashes, splits = Survey(is_cut), set(), array.array("Q"), bytearray()
-    for number, (split, one) in enumerate(read_documents(sources, rules, is_cut)):
+    for number, (document, split) in enumerate(read_documents(corpus, rules, is_cut)):
         survey.n_read = number + 1
-        if one.problem == EMPTY:
+        # Blank and broken documents are counted and left out.
+        if document.problem == EMPTY:
             survey.n_empty += 1
             continue
-        if one.problem:
+        if document.problem:
             survey.n_broken += 1
             if survey.n_broken <= REPORTED:
-                survey.broken.append({"source": one.key, "reason": one.problem})
+                survey.broken.append({"source": document.key, "reason": document.problem})
             continue
-        digest = text_digest(one.text, rules.seed)
+        # Of equal documents the first is kept.
+        digest = text_digest(document.text, rules.seed)
         if not rules.keep_duplicates and digest in seen:
             survey.duplicates.add(number)
             continue
         seen.add(digest)
         hashes.append(int.from_bytes(digest[:8], "big"))
         splits.append(split)
-        survey.n_bytes += len(one.text.encode())
+        survey.n_bytes += len(document.text.encode())
     survey.splits = np.frombuffer(splits, dtype=np.uint8)
-    if len(sources) == 1:
+    if not corpus.validation:  # Hold out the documents with the smallest hashes.
         survey.splits = smallest(np.frombuffer(hashes, dtype=np.uint64), rules.validation_fraction).astype(np.uint8)
     return survey
 
@@ -133,6 +166,7 @@ def smallest(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """Which of N hashes are the smallest fraction of them, (N,) bool; at least one and not all, where that can be."""
     if fraction == 0 or len(hashes) < 2:
         return np.zeros(len(hashes), dtype=bool)
+    # The n-th smallest hash is the bound; equal hashes are equal texts, which stay on the same side.
     n = min(max(1, round(fraction * len(hashes))), len(hashes) - 1)
     return hashes <= np.partition(hashes, n - 1)[n - 1]
 
@@ -141,7 +175,7 @@ def check_broken(survey: Survey, rules: Rules) -> None:
     """Raises: ValueError: more of the documents that are not empty are broken than allowed; names the first five."""
     n_read = survey.n_read - survey.n_empty
     if survey.n_broken > rules.max_broken_fraction * n_read:
-        shown = "; ".join(f"{one['source']} ({one['reason']})" for one in survey.broken[:5])
+        shown = "; ".join(f"{entry['source']} ({entry['reason']})" for entry in survey.broken[:5])
         more = f"; and {survey.n_broken - 5} more" if survey.n_broken > 5 else ""
         raise ValueError(
             f"{survey.n_broken} of {n_read} documents have no text, more than --max_broken_fraction="
@@ -150,7 +184,7 @@ def check_broken(survey: Survey, rules: Rules) -> None:
 
 
 def describe_cut(survey: Survey, rules: Rules) -> dict[str, Any] | None:
-    """What the manifest says where long documents were cut."""
+    """Manifest entry on long documents that were cut; None where none were."""
     if not survey.is_cut:
         return None
     return {
@@ -161,28 +195,30 @@ def describe_cut(survey: Survey, rules: Rules) -> dict[str, Any] | None:
     }
 
 
-def kept(sources: list[tuple[int, TextSource]], survey: Survey, rules: Rules) -> Iterator[tuple[Document, int]]:
-    """Yields (document, split) of what the survey kept, reading everything again.
+def assigned_documents(corpus: Corpus, survey: Survey, rules: Rules) -> Iterator[SplitDocument]:
+    """The documents that the survey keeps, each with its split, reading everything again.
 
     Raises: ValueError: the source has changed since.
     """
     splits = iter(survey.splits)
-    for number, (_, one) in enumerate(read_documents(sources, rules, survey.is_cut)):
-        if not one.problem and number not in survey.duplicates:
+    for number, (document, _) in enumerate(read_documents(corpus, rules, survey.is_cut)):
+        if not document.problem and number not in survey.duplicates:
             split = next(splits, None)
             if split is None:
-                raise ValueError(f"{one.key} is new: the source has changed while it was read; begin again")
-            yield one, int(split)
+                raise ValueError(f"{document.key} is new: the source has changed while it was read; begin again")
+            yield SplitDocument(document, int(split))
     if next(splits, None) is not None:
         raise ValueError("documents are gone: the source has changed while it was read; begin again")
 
 
-def sample_texts(texts: Iterable[str], n_bytes: int, seed: int) -> list[str]:
+def sample_texts(texts: Iterable[str], n_bytes: int, *, seed: int) -> list[str]:
     """Parts of texts, about 8 KiB each, up to so many bytes: those with the smallest hashes, in their order."""
-    heap: list[tuple[int, int, str]] = []  # The part with the largest hash is in front.
-    total, bound = 0, 1 << 64
+    # A heap of (negative hash, bytes, text): the part with the largest hash is first, so that it leaves first.
+    heap: list[tuple[int, int, str]] = []
+    total, bound = 0, 1 << 64  # Bytes in the heap, and the hash from which on parts cannot enter it any more.
     for text in texts:
         for part in cut_document(Document("", text), SAMPLE_PART_BYTES):
+            # The second half of the digest: the first one decides the split, and they must be independent.
             priority = int.from_bytes(text_digest(part.text, seed)[8:], "big")
             if priority >= bound:
                 continue

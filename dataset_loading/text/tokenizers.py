@@ -9,15 +9,16 @@ a document in front, as in training.
 """
 
 import contextlib
-import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dataset_loading.files import fingerprint_of_bytes
 from model.text.tokenizer import BEGIN_OF_TEXT, FIRST_BYTE, PADDING
 
 PAD, BOS, EOS = "<pad>", "<bos>", "<eos>"
@@ -25,6 +26,20 @@ SMALLEST_BPE = 3 + 256  # Special tokens and bytes.
 NO_LIMIT = 1 << 40  # Tokens of a text: transformers warns of longer ones.
 PARALLEL, OURS = "TOKENIZERS_PARALLELISM", "off"  # Users write "false" or "0".
 IMPORTED_IN = os.getpid()
+
+
+class DocumentEnds(NamedTuple):
+    """The ids of the first and the last token of a document."""
+
+    begin: int
+    end: int
+
+
+class EncodedText(NamedTuple):
+    """A text's ids, and the UTF-8 bytes that each id stands for; both (L,) int64."""
+
+    ids: np.ndarray
+    widths: np.ndarray
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -50,6 +65,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         raise ValueError(f"vocab_size={vocab_size} must be at least {SMALLEST_BPE}: 256 bytes and 3 special tokens")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    # All bytes are in the alphabet, so that every text has ids, also one of characters that training never saw.
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         min_frequency=2,
@@ -80,6 +96,7 @@ def wrap(backend: Tokenizer, end: str) -> PreTrainedTokenizerFast:
 
 def byte_characters() -> list[str]:
     """The visible character that stands for each byte in byte-level tokenizers, as in GPT-2."""
+    # GPT-2's table: printable characters stand for themselves, the other bytes for characters from U+0100 on.
     visible = {*range(33, 127), *range(161, 173), *range(174, 256)}
     hidden = (chr(256 + number) for number in range(256 - len(visible)))
     return [chr(byte) if byte in visible else next(hidden) for byte in range(256)]
@@ -108,18 +125,18 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def document_ends(tokenizer: PreTrainedTokenizerFast) -> tuple[int, int]:
-    """The ids of the first and the last token of a document; a tokenizer with only one of them uses it for both.
+def document_ends(tokenizer: PreTrainedTokenizerFast) -> DocumentEnds:
+    """The ids that begin and end a document; a tokenizer with only one of them uses it for both.
 
     Raises: ValueError: it has neither.
     """
-    ends = [one for one in (tokenizer.bos_token_id, tokenizer.eos_token_id) if isinstance(one, int)]
+    ends = [number for number in (tokenizer.bos_token_id, tokenizer.eos_token_id) if isinstance(number, int)]
     if not ends:
         raise ValueError(
             f"tokenizer {tokenizer.name_or_path or type(tokenizer).__name__!r} has neither eos_token nor bos_token; "
             "documents need one: set it and save the tokenizer, or choose 'bytes' or 'bpe'"
         )
-    return ends[0], ends[-1]
+    return DocumentEnds(ends[0], ends[-1])
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -129,12 +146,13 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerFast) -> str:
     """16 hexadecimal digits of all that shapes the ids of a document."""
-    text = f"{document_encoder(tokenizer).to_str()} {document_ends(tokenizer)}"
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    text = f"{document_encoder(tokenizer).to_str()} {tuple(document_ends(tokenizer))}"
+    return fingerprint_of_bytes([text.encode()])
 
 
 def document_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
     """A copy of the tokenizer's core that encodes whole texts and nothing else: uncut, unpadded, no token added."""
+    # By its JSON: what is changed below must not reach the caller's tokenizer.
     core = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     core.no_truncation()
     core.no_padding()
@@ -145,27 +163,28 @@ def document_encoder(tokenizer: PreTrainedTokenizerFast) -> Tokenizer:
 
 def byte_lengths(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """Bytes per id of a tokenizer that was built here, (V,) int64; special tokens have none."""
+    # A token of a byte-level vocabulary has one visible character per byte.
     lengths = np.zeros(vocabulary_size(tokenizer), dtype=np.int64)
     for token, number in tokenizer.get_vocab().items():
         lengths[number] = 0 if number in tokenizer.all_special_ids else len(token)
     return lengths
 
 
-def encode_texts(core: Tokenizer, texts: Sequence[str], lengths: np.ndarray | None) -> Iterator[tuple]:
+def encode_texts(core: Tokenizer, texts: Sequence[str], lengths: np.ndarray | None) -> Iterator[EncodedText]:
     """Encode a batch of texts with the core that `document_encoder` gives.
 
     Args:
         lengths: what `byte_lengths` gives, or None for other tokenizers, where the offsets tell.
     Yields:
-        for each text its ids (L,) int64 and the UTF-8 bytes that each id stands for (L,) int64; their sum is the
-        text's length, except that bytes which no id covers are missing from it.
+        for each text its ids and their bytes, whose sum is the text's length, except that bytes which no id covers
+        are missing from it.
     """
     with parallel_tokenizers():
         encode = core.encode_batch if lengths is None else core.encode_batch_fast
         encodings = encode(list(texts), add_special_tokens=False)
     for text, encoding in zip(texts, encodings):
         ids = np.asarray(encoding.ids, dtype=np.int64)
-        yield ids, bytes_by_offsets(text, encoding.offsets) if lengths is None else lengths[ids]
+        yield EncodedText(ids, bytes_by_offsets(text, encoding.offsets) if lengths is None else lengths[ids])
 
 
 def bytes_by_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarray:
@@ -173,8 +192,10 @@ def bytes_by_offsets(text: str, offsets: Sequence[tuple[int, int]]) -> np.ndarra
 
     Of several tokens within one character the first has all its bytes; blanks that no token covers belong to the next.
     """
-    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+    points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")  # (characters,)
+    # UTF-8 takes 1 byte for ASCII, 2 below U+0800, 3 below U+10000, else 4.
     widths = 1 + (points >= 0x80) + (points >= 0x800) + (points >= 0x10000)
+    # Offsets count characters: the end of each token in bytes, (L,), which never goes back.
     ends = np.concatenate(([0], np.cumsum(widths)))[[end for _, end in offsets]] if offsets else np.zeros(0, np.int64)
     return np.diff(np.maximum.accumulate(ends), prepend=0).astype(np.int64)
 

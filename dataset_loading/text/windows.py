@@ -27,8 +27,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from dataset_loading.text.survey import SPLITS
 from dataset_loading.text.tokenizers import byte_lengths, load_tokenizer
-from dataset_loading.text.writer import SPLITS, prepare_text, read_text_manifest
+from dataset_loading.text.writer import prepare_text, read_text_manifest
 
 __all__ = ["TextDataset", "bits_per_byte", "prepare_text"]
 
@@ -42,8 +43,8 @@ class TextDataset(Dataset):
     """Windows of L tokens that overlap by one token, so that each token but a document's first is a target once.
 
     Window i has the tokens from i (L - 1) on; its targets are all but its first, where input and target lie in the
-    same document. A document that goes on in the next window has lost its context there except for one token. The last
-    window is filled up with padding.
+    same document. A document that continues in the next window has one token of context there. The last window is
+    padded.
 
     Args:
         folder: what `prepare_text` returns.
@@ -78,16 +79,19 @@ class TextDataset(Dataset):
             )
         self.n_documents, self.n_tokens, self.n_bytes = (totals[split][n] for n in ("documents", "tokens", "bytes"))
         self.n_targets = self.n_tokens - self.n_documents
+        # A file of another size was cut off, or was not copied to its end.
         for name, size in totals[split]["files"].items():
-            found = (self.folder / name).stat().st_size if (self.folder / name).exists() else 0
-            if found != size:
+            size_on_disk = (self.folder / name).stat().st_size if (self.folder / name).exists() else 0
+            if size_on_disk != size:
                 raise ValueError(
-                    f"{self.folder / name} has {found} bytes, the manifest says {size}; delete {self.folder} and "
-                    "prepare it again"
+                    f"{self.folder / name} has {size_on_disk} bytes, the manifest says {size}; delete "
+                    f"{self.folder} and prepare it again"
                 )
+        # Like the entries of other datasets, for code that names samples by their keys.
         self.entries = WindowEntries(split, len(self))
 
     def __len__(self) -> int:
+        # Windows overlap by one token: L of them, then L - 1 new ones each; the last may be short.
         return -(-(self.n_tokens - 1) // (self.sequence_length - 1))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -99,11 +103,14 @@ class TextDataset(Dataset):
             padding is neither input nor target of anything; `n_bytes` () int64, UTF-8 bytes of the window's targets;
             `index` () int64.
         """
+        # The tokens from `start` to `stop` of the split.
         index = range(len(self))[index]
         start = index * (self.sequence_length - 1)
         stop = min(start + self.sequence_length, self.n_tokens)
+        # Ids, (L,), padded at the end.
         ids = np.full(self.sequence_length, self.padding, dtype=np.int64)
         ids[: stop - start] = self.tokens[start:stop]
+        # Segments, (L,): the document of each token, counted from the window's first; padding positions -1, -2, ...
         documents = np.searchsorted(self.offsets, np.arange(start, stop), side="right")
         segments = -1 - np.arange(self.sequence_length)
         segments[: stop - start] = documents - documents[0]
@@ -111,6 +118,7 @@ class TextDataset(Dataset):
         return {
             "input_ids": torch.from_numpy(ids),
             "segment_ids": torch.from_numpy(segments),
+            # The first token is no target, so its bytes do not count.
             "n_bytes": torch.tensor(int(self.bytes_of(start + 1, stop).sum())),
             "index": torch.tensor(index),
         }
@@ -131,32 +139,33 @@ class TextDataset(Dataset):
         """The beginnings of documents, evenly spread over the split, to be continued by a model.
 
         Args:
-            n: prompts at most; there are fewer where there are fewer documents.
+            n: maximum of prompts; there are fewer where there are fewer documents.
             length: tokens of a prompt, the document's first token among them.
         Returns: tensors (length,) int64, shorter only where no n documents have so many before their last token.
         Raises: ValueError: n or length is below 1.
         """
         if n < 1 or length < 1:
             raise ValueError(f"n={n} and length={length} must be at least 1")
-        sizes = np.diff(self.offsets) - 1
+        sizes = np.diff(self.offsets) - 1  # Without the last token, which ends a document.
         candidates = np.flatnonzero(sizes >= length)
-        if len(candidates) < n:
+        if len(candidates) < n:  # The n longest documents, in their order.
             candidates = np.sort(np.argsort(-sizes, kind="stable")[:n])
+        # At even distances, the first and the last one included.
         chosen = candidates[np.linspace(0, len(candidates) - 1, min(n, len(candidates))).astype(int)]
         return [self.document(int(number))[: min(length, int(sizes[number]))] for number in chosen]
 
     def expect(self, **settings: Any) -> Self:
-        """Check settings of the manifest, such as `vocab_size=4096`, against those that are needed.
+        """Compare settings of the manifest, such as `vocab_size=4096`, with those that are needed.
 
-        Returns: this data set.
+        Returns: this dataset.
         Raises: ValueError: a setting differs; the message shows both values.
         """
-        known = {**self.manifest["settings"], **self.manifest["tokenizer"]}
-        for name, wanted in settings.items():
-            assert name in known, f"{name} is not among {sorted(known)}"
-            if known[name] != wanted:
+        current = {**self.manifest["settings"], **self.manifest["tokenizer"]}
+        for name, value in settings.items():
+            assert name in current, f"{name} is not among {sorted(current)}"
+            if current[name] != value:
                 raise ValueError(
-                    f"{self.folder} was made with {name}={known[name]!r}, but {name}={wanted!r} is needed; "
+                    f"{self.folder} was made with {name}={current[name]!r}, but {name}={value!r} is needed; "
                     "prepare the text into another folder, or delete this one first"
                 )
         return self
@@ -188,18 +197,18 @@ class TextDataset(Dataset):
 
     @property
     def padding(self) -> int:
-        """The id behind the end of the last window; without a padding token the one that ends a document."""
+        """The id that fills up the last window; without a padding token the one that ends a document."""
         names = self.manifest["tokenizer"]
         return names["end"] if names["padding"] is None else names["padding"]
 
     def __getstate__(self) -> dict[str, Any]:
-        """Worker processes open the files themselves."""
+        """Workers get no open files; each opens its own."""
         opened = ("tokens", "widths", "offsets", "tokenizer")
         return {name: value for name, value in self.__dict__.items() if name not in opened}
 
 
 class WindowEntries(Sequence):
-    """A dict with `key` per window, made when it is asked for."""
+    """A dict with `key` per window, built on access, since there may be millions of windows."""
 
     def __init__(self, split: str, n_windows: int):
         self.split, self.n_windows = split, n_windows

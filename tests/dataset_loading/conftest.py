@@ -11,7 +11,7 @@ from PIL import Image
 def image(tmp_path: Path) -> Callable[..., Path]:
     """Writes an image of one colour under the test's folder: `image("train/a.png", "red")`."""
 
-    def write(name: str, color="red", size=(24, 24), mode="RGB") -> Path:
+    def write(name: str, color="red", *, size=(24, 24), mode="RGB") -> Path:
         file = tmp_path / name
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new(mode, size, color).save(file)

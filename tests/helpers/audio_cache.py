@@ -1,4 +1,4 @@
-"""Small real caches of sound: spoken-like clips as files, preprocessed, and clips that go wrong."""
+"""Small real caches of audio: speech-like clips as files, preprocessed, and faulty clips."""
 
 import csv
 from pathlib import Path
@@ -22,7 +22,7 @@ SMALL_VOCODER = """
 SPEAKERS = ("ann", "bob")
 
 
-def gliding_tone(n_samples: int, f0: float, generator: torch.Generator, sample_rate: int = 16000) -> Tensor:
+def gliding_tone(n_samples: int, f0: float, generator: torch.Generator, *, sample_rate: int = 16000) -> Tensor:
     """A gliding harmonic tone with pauses and breath, (n_samples,) in [-1, 1]."""
     seconds = torch.arange(n_samples, dtype=torch.float64) / sample_rate
     glide = 1 + 0.2 * torch.sin(2 * torch.pi * 1.5 * seconds)
@@ -33,7 +33,7 @@ def gliding_tone(n_samples: int, f0: float, generator: torch.Generator, sample_r
     return (0.25 * tone * loudness + breath * (1.1 - loudness)).clamp(-1, 1).float()
 
 
-def write_sounds(folder: Path, count: int, sample_rate: int = 16000) -> Path:
+def write_clips(folder: Path, count: int, sample_rate: int = 16000) -> Path:
     """`count` WAV files of 0.3 to 1 second by two speakers, with transcripts in metadata.csv."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
@@ -42,15 +42,15 @@ def write_sounds(folder: Path, count: int, sample_rate: int = 16000) -> Path:
         rows.writerow(["file_name", "transcription", "speaker"])
         for number in range(count):
             n_samples = int(sample_rate * (0.3 + 0.7 * (number * 7 % count) / count))
-            waveform = gliding_tone(n_samples, 90 + 160 * number / count, generator, sample_rate)
+            waveform = gliding_tone(n_samples, 90 + 160 * number / count, generator, sample_rate=sample_rate)
             soundfile.write(folder / f"{number:03}.wav", waveform.numpy(), sample_rate)
             rows.writerow([f"{number:03}.wav", f"clip {number}", SPEAKERS[number % len(SPEAKERS)]])
     return folder
 
 
 def make_audio_cache(out: Path, count: int = 36, *flags: str) -> Path:
-    """Write and preprocess `count` sounds for vocoders, a sixth of them or so for validation."""
-    raw = write_sounds(out.parent / f"{out.name}_raw", count)
+    """Write and preprocess `count` clips for vocoders, a sixth of them or so for validation."""
+    raw = write_clips(out.parent / f"{out.name}_raw", count)
     words = ["--dataset_name", str(raw), "--output_dir", str(out), "--num_workers", "0"]
     AudioVocoderPreprocess.main([*words, "--validation_fraction", "0.15", *flags])
     return out

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from dataset_loading.cache_writer import save_tensors
-from dataset_loading.cached import MANIFEST, SCHEMA
+from dataset_loading.files import MANIFEST, SCHEMA
 from model.audio.spectral import MelSettings
 
 SETTINGS = MelSettings(n_mels=16)
@@ -20,7 +20,7 @@ LETTERS = "abcd"
 SPEAKERS = ("high", "low")
 
 
-def letters_mel(text: str, frames_per_letter: int, level: float, settings: MelSettings, seed: int) -> torch.Tensor:
+def letters_mel(text: str, settings: MelSettings, *, frames_per_letter: int, level: float, seed: int) -> torch.Tensor:
     """(M, F): a pattern per letter, silence between letters, at a speaker's level, with a little noise."""
     bins = torch.arange(settings.n_mels) / settings.n_mels
     patterns = [3 * torch.cos(2 * torch.pi * (k + 1) * bins) for k in range(len(LETTERS))]
@@ -31,14 +31,16 @@ def letters_mel(text: str, frames_per_letter: int, level: float, settings: MelSe
     return (mel + 0.3 * noise).clamp_min(settings.log_floor)
 
 
-def write_mel_cache(folder: Path, settings: MelSettings, n_clips: int = 40, speakers: bool = True) -> Path:
+def write_mel_cache(folder: Path, settings: MelSettings, n_clips: int = 40, *, speakers: bool = True) -> Path:
     """Clips of 8 to 60 frames, a tenth for validation; among them one of silence, one constant, one of one frame."""
     entries: dict[str, list[dict]] = {"train": [], "validation": []}
     for i in range(n_clips):
         split = "validation" if i % 10 == 9 else "train"
         text = "".join(LETTERS[(i * 7 + j * j + i * j) % 4] for j in range(1 + i % 7))
         speaker = SPEAKERS[i % 2]
-        mel = letters_mel(text, 4 + i % 3, 1.0 if speaker == "high" else -1.0, settings, i)
+        mel = letters_mel(
+            text, settings, frames_per_letter=4 + i % 3, level=1.0 if speaker == "high" else -1.0, seed=i
+        )
         if i in (4, 5, 6):
             mel = [torch.full_like(mel, settings.log_floor), torch.full_like(mel, -4.0), mel[:, :1]][i - 4].clone()
         key = f"{i:03}"

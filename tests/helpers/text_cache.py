@@ -1,4 +1,4 @@
-"""A small text data set whose windows have unequal numbers of targets, and flags of runs that take seconds."""
+"""A small text dataset whose windows have unequal numbers of targets, and flags of runs that take seconds."""
 
 import random
 from pathlib import Path
@@ -19,12 +19,14 @@ SMALL_CORE = """
     --n_samples 0""".split()  # noqa: SIM905
 
 
-def make_text(folder: Path, n_documents: int = 120, tokenizer: str = "bytes", vocab_size: int | None = None) -> Path:
-    """Documents of 2 to 40 words, prepared beside their raw text; returns the prepared folder."""
+def make_text(
+    folder: Path, n_documents: int = 120, *, tokenizer: str = "bytes", vocab_size: int | None = None
+) -> Path:
+    """Documents of 2 to 40 words, prepared next to their raw text; returns the prepared folder."""
     draw = random.Random(0)
     raw = folder.with_name(f"{folder.name}_raw")
     raw.mkdir(parents=True)
     for number in range(n_documents):
         text = " ".join(draw.choice(WORDS) for _ in range(draw.randint(2, 40)))
         (raw / f"{number:03}.txt").write_text(f"{number} {text}\n", encoding="utf-8")
-    return prepare_text(str(raw), folder, tokenizer, vocab_size, validation_fraction=0.2)
+    return prepare_text(str(raw), folder, tokenizer, vocab_size=vocab_size, validation_fraction=0.2)

@@ -1,7 +1,6 @@
 """Drawing: tensors as images, and sheets of labelled images for TensorBoard, evaluation and inference."""
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dataset_loading.files import replacing
 from dataset_loading.image.pixels import to_uint8
 
 TRIPLE = ("input", "reconstruction", "difference x2")
@@ -122,11 +122,10 @@ def draw_sheet(
 
 
 def save_image(image: Image.Image, file: Path) -> None:
-    """Write a PNG under a temporary name, then rename it; folders are made."""
+    """Write a PNG atomically; folders are made."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    image.save(temporary, format="PNG")
-    os.replace(temporary, file)
+    with replacing(file) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:

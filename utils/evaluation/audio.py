@@ -16,7 +16,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
-from dataset_loading.cached import spread
+from dataset_loading.cached import evenly_spaced
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel, MelSettings
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
@@ -204,7 +204,7 @@ class AudioEvaluator(Evaluator):
         return made.float().cpu()
 
     def measure(self, dataset, indices):
-        on_sheet = {indices[i] for i in spread(len(indices), self.args.contact_sheet)}
+        on_sheet = {indices[i] for i in evenly_spaced(len(indices), self.args.contact_sheet)}
         values: dict[str, list[Scores]] = {}
         transcripts: list[dict[str, Any]] = []
         drawn: list[tuple[Clip, Scores]] = []

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from dataset_loading.audio.cached import AudioVAEDataset, VocoderDataset
-from dataset_loading.cached import read_manifest
+from dataset_loading.files import read_manifest
 from model.audio.spectral import check_same_mel
 from model.audio.vae import AudioVAE
 from utils.checkpoints import EMA, resolve_checkpoint

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
-from dataset_loading.cached import spread
+from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_stack
-from dataset_loading.image.folder import ImageFolder
+from dataset_loading.image.folder import ImageFolderDataset
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
 from model.samplers import SamplerKind, n_evaluations
@@ -150,7 +150,7 @@ def train_probe(text_to_image: TextToImage, dataset: ImageLatentDataset, n_sampl
 
     Raises: UnusableCaptionsError: nothing can be learned from the captions.
     """
-    indices = spread(len(dataset), n_samples)
+    indices = evenly_spaced(len(dataset), n_samples)
     painter = Painter(text_to_image, ImageFeatures().to(text_to_image.device), 0, 32)
     captions = [dataset.entries[i]["caption"] for i in indices]
     return TextProbe(reconstruction_features(painter, dataset, indices), captions)
@@ -239,7 +239,9 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         self.training = LatentImages(latents["train"], sources.get("train"))
         if self.args.dataset:
             size = latents["train"].manifest["settings"]["image_size"]
-            return ImageFolder(self.args.dataset, self.args.split, image_size=size, resize_mode=self.args.resize_mode)
+            return ImageFolderDataset(
+                self.args.dataset, self.args.split, image_size=size, resize_mode=self.args.resize_mode
+            )
         return LatentImages(latents[split], sources.get(split))
 
     def open_sources(self, latents: dict[str, ImageLatentDataset]) -> dict[str, SourceImages]:
@@ -277,7 +279,7 @@ class ImageDiffusionEvaluator(ImageEvaluator):
     def measure(self, dataset, indices):
         samples = [dataset.entries[index] for index in indices]
         on_sheet = distinct_captions(samples, self.args.contact_sheet)
-        chosen = spread(len(self.training), self.args.training_samples or len(self.training))
+        chosen = evenly_spaced(len(self.training), self.args.training_samples or len(self.training))
         training, _ = self.look_at(self.training, chosen)
         probe, problem = None, ""
         try:
@@ -328,7 +330,7 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         captions = [sample["caption"] for sample in samples]
         pooled = {name: each[:, :N_POOLED] for name, each in rows.items()}
         real, reconstruction = pooled[self.reference], pooled["reconstruction"]
-        same = training[self.reference][spread(len(training[self.reference]), len(samples)), :N_POOLED]
+        same = training[self.reference][evenly_spaced(len(training[self.reference]), len(samples)), :N_POOLED]
         scores: dict[str, dict[str, float | None]] = {}
         if len(same) == len(real):
             scores["training"] = compare_sets(real, same)
@@ -375,7 +377,7 @@ class ImageDiffusionEvaluator(ImageEvaluator):
     def measure_curve(self, evaluation: Evaluation, samples, reference: Tensor, probe: TextProbe | None) -> None:
         """Add every combination of steps, guidance scale and sampler to the evaluation."""
         args, points = self.args, []
-        chosen = spread(len(samples), args.curve_samples)
+        chosen = evenly_spaced(len(samples), args.curve_samples)
         samples, real = [samples[i] for i in chosen], reference[chosen, :N_POOLED]
         captions, shown = [sample["caption"] for sample in samples], {}
         for sampler in args.curve_samplers:
@@ -403,4 +405,4 @@ def distinct_captions(samples: Sequence[dict], n: int) -> list[int]:
     for position, sample in enumerate(samples):
         first.setdefault(sample["caption"], position)
     positions = list(first.values())
-    return [positions[i] for i in spread(len(positions), n)] if n else []
+    return [positions[i] for i in evenly_spaced(len(positions), n)] if n else []

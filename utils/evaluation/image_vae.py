@@ -19,9 +19,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from dataset_loading.cached import spread
+from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_stack
-from dataset_loading.image.folder import ImageFolder
+from dataset_loading.image.folder import ImageFolderDataset
 from dataset_loading.image.pixels import ImageDataset, to_float, to_uint8
 from model.image.feature_extractors import PerceptualDistance
 from model.image.vae import ImageVAE
@@ -73,7 +73,9 @@ class ImageVAEEvaluator(ImageEvaluator):
         """The data set at the size of the model's training images."""
         size = self.model.config.image_size
         if self.args.dataset:
-            return ImageFolder(self.args.dataset, self.args.split, image_size=size, resize_mode=self.args.resize_mode)
+            return ImageFolderDataset(
+                self.args.dataset, self.args.split, image_size=size, resize_mode=self.args.resize_mode
+            )
         return ImageDataset(*self.cache()).expect(image_size=size)
 
     def measure(self, dataset, indices):
@@ -84,7 +86,7 @@ class ImageVAEEvaluator(ImageEvaluator):
         ratios: dict[str, list[float]] = {name: [] for name in rows}
         real_moments, health, drawn = FeatureMoments(), LatentHealth(), {}
         encode_watch, decode_watch = Stopwatch(self.device), Stopwatch(self.device)
-        on_sheet = {indices[i] for i in spread(len(indices), self.args.contact_sheet)}
+        on_sheet = {indices[i] for i in evenly_spaced(len(indices), self.args.contact_sheet)}
         loader = DataLoader(
             Subset(dataset, indices), self.args.batch_size, num_workers=self.args.num_workers, collate_fn=collate_stack
         )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dataset_loading.audio.cached import AudioDataset
 from dataset_loading.audio.signal import decode_audio, resample, save_waveform
-from dataset_loading.cached import MANIFEST
+from dataset_loading.files import MANIFEST
 from dataset_loading.sources import walk
 from model.audio.spectral import LogMel, MelSettings, check_same_mel
 from model.audio.vae import AudioVAE

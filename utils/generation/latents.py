@@ -1,12 +1,12 @@
 """The VAE that other stages build on: loaded by path, whatever stage trained it, and named by its content."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dataset_loading.files import digest_file, fingerprint_of_bytes
 from model.image.recurrent_vae import RecurrentVAE
 from model.image.vae import ImageVAE
 from model.vae import VAE
@@ -49,12 +49,9 @@ def vae_fingerprint(path: str | Path) -> str:
     folder = resolve_checkpoint(path)
     config = json.loads((folder / "config.json").read_text())
     config.pop("transformers_version", None)
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     averaged = folder / EMA
-    for file in [averaged] if averaged.is_file() else sorted(folder.glob("model*.safetensors")):
-        with open(file, "rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    return digest.hexdigest()[:16]
+    files = [averaged] if averaged.is_file() else sorted(folder.glob("model*.safetensors"))
+    return fingerprint_of_bytes([json.dumps(config, sort_keys=True).encode(), *map(digest_file, files)])
 
 
 def standardized_posterior(vae: VAE, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from dataset_loading.cached import spread
+from dataset_loading.cached import evenly_spaced
 from dataset_loading.text.tokenizers import (
     document_encoder,
     document_ends,
@@ -258,7 +258,7 @@ def split_windows(dataset: Any, n_samples: int, n_new: int) -> list[tuple[list[i
         prompt and n_new tokens fit into a window if n_new is at most half of one.
     """
     pairs = []
-    for index in spread(len(dataset), n_samples):
+    for index in evenly_spaced(len(dataset), n_samples):
         sample = dataset[index]
         runs = np.split(sample["input_ids"].numpy(), np.flatnonzero(np.diff(sample["segment_ids"].numpy())) + 1)
         document = max(runs, key=len).tolist()

@@ -1,10 +1,11 @@
 """Captions as hidden states of a frozen text encoder, for the cache.  T text tokens, E width."""
 
-import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from dataset_loading.files import fingerprint_of_bytes
 from model.text.feature_extractors import FrozenTextEncoder
 
 
@@ -29,8 +30,11 @@ def caption_states(encoder: FrozenTextEncoder, captions: list[str], max_tokens: 
 
 def text_encoder_fingerprint(encoder: FrozenTextEncoder) -> str:
     """16 hexadecimal digits that name the encoder's weights and vocabulary, not its path."""
-    digest = hashlib.sha256(repr(sorted(encoder.tokenizer.get_vocab().items())).encode())
-    for name, tensor in sorted(encoder.model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy())
-    return digest.hexdigest()[:16]
+
+    def chunks() -> Iterator[object]:
+        yield repr(sorted(encoder.tokenizer.get_vocab().items())).encode()
+        for name, tensor in sorted(encoder.model.state_dict().items()):
+            yield name.encode()
+            yield tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy()
+
+    return fingerprint_of_bytes(chunks())

@@ -1,4 +1,4 @@
-"""What the preprocessing stages that read sound share: flags, and the way from a file to waveforms."""
+"""Shared by the preprocessing stages that read audio: flags, and the way from a file to conditioned waveforms."""
 
 import dataclasses
 import functools
@@ -118,6 +118,7 @@ class AudioPreprocessArguments(PreprocessArguments):
     def min_samples(self) -> int:
         """Samples of the shortest clip that is kept: it has a log-mel when it is cut to whole frames."""
         settings = self.mel_settings
+        # Whole frames that cover the shortest waveform that has a log-mel.
         frames = math.ceil(settings.min_samples / settings.hop_length)
         return max(frames * settings.hop_length, round(self.min_seconds * settings.sample_rate))
 
@@ -133,7 +134,7 @@ class AudioPreprocessArguments(PreprocessArguments):
 
 
 class AudioPreprocess(Preprocess):
-    """Preprocessing of one stage that reads sound. Subclasses state `name` and `encode`.
+    """Preprocessing of one stage that reads audio. Subclasses state `name` and `encode`.
 
     `encode` gets a mono waveform (S,) float32 in [-1, 1] at the rate of the log-mel, S a multiple of hop_length.
     """
@@ -169,21 +170,24 @@ class AudioPreprocess(Preprocess):
     def decode(self, media: dict[str, Any] | None) -> Tensor:
         """A conditioned waveform at the rate of the log-mel."""
         args, rate = self.args, self.mel.sample_rate
-        samples, own_rate = decode_audio(media)
+        samples, rate_of_file = decode_audio(media)  # (channels, S)
+        # Clipping is measured before channels are averaged, which would hide it.
         share = clipped_share(samples)
         if share > MAX_CLIPPED and not args.keep_clipped:
             raise SkipSampleError(f"clipped: {share:.2%} of the samples are at full scale; --keep_clipped keeps it")
-        waveform = resample(samples.mean(0), own_rate, rate)
+        # Mono at the rate of the log-mel, (S,).
+        waveform = resample(samples.mean(0), rate_of_file, rate)
         self.check_length(waveform)
         if args.notch_hz:
             waveform = remove_hum(waveform, rate, args.notch_hz)
+        # After the hum is gone: it would make silence loud, and hide where speech begins.
         if is_silent(waveform, rate):
             raise SkipSampleError("silent")
         if args.trim_db:
             waveform = trim_silence(waveform, rate, args.trim_db)
             self.check_length(waveform)
         if args.loudness_db is not None:
-            waveform = normalize_loudness(waveform, rate, args.loudness_db, args.loudness_measure)
+            waveform = normalize_loudness(waveform, rate, args.loudness_db, measure=args.loudness_measure)
         return limit_peak(waveform)
 
     def check_length(self, waveform: Tensor) -> None:
@@ -195,22 +199,24 @@ class AudioPreprocess(Preprocess):
     def encode_parts(self, example: Example, generator: torch.Generator) -> list[dict[str, Tensor]]:
         """Change a copy at random, cut it into segments, leave out the silent ones, and encode the others.
 
-        Segments of a copy are judged at the level of the plain clip: gain makes none silent. A clip with sound keeps
-        all segments where each one falls just short of it.
+        A segment of a copy is silent if it would be at the level of the plain clip, so that gain removes none. Where
+        every segment counts as silent, though the whole clip does not, all are kept.
         """
+        # The waveform of this copy, and its level compared with the plain one.
         waveform, rate, level = example.data, self.mel.sample_rate, 1.0
         if example.copy:
             waveform = self.augmentation(waveform, rate, generator)
             level = example.data.abs().max() / waveform.abs().max().clamp_min(1e-12)
             waveform = F.pad(waveform, (0, max(0, self.args.min_samples - len(waveform))))
+        # Segments, each cut to whole frames: S = F * hop_length.
         limit = round(self.args.segment_seconds * rate) or len(waveform)
-        parts = cut_at_pauses(waveform, rate, limit)
-        parts = [part for part in parts if not is_silent(level * part, rate)] or parts
-        whole = [part[: len(part) // self.mel.hop_length * self.mel.hop_length] for part in parts]
-        return [self.encode(dataclasses.replace(example, data=part), generator) for part in whole]
+        segments = cut_at_pauses(waveform, rate, limit)
+        segments = [segment for segment in segments if not is_silent(level * segment, rate)] or segments
+        whole = [segment[: len(segment) // self.mel.hop_length * self.mel.hop_length] for segment in segments]
+        return [self.encode(dataclasses.replace(example, data=segment), generator) for segment in whole]
 
     def measure(self, tensors: dict[str, Tensor]) -> dict[str, int | float]:
-        n_frames = tensors["mel"].shape[-1]
+        n_frames = tensors["mel"].shape[-1]  # (M, F)
         return {"length": n_frames, "seconds": round(n_frames * self.mel.hop_length / self.mel.sample_rate, 4)}
 
 

@@ -5,6 +5,7 @@ source, so the tensors do not depend on the number of workers.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -34,22 +35,23 @@ class BatchedPreprocess(Preprocess):
     models: ClassVar[tuple[str, ...]] = ()  # Attributes that stay in the main process.
 
     def encode_batch(self, examples: list[Example]) -> list[dict[str, Tensor]]:
-        """The tensors that are written, of at most `--batch_size` examples whose `data` is what `encode` returned."""
+        """The tensors to write for each example; at most `--batch_size` examples, whose `data` `encode` returned."""
         raise NotImplementedError
 
     def __getstate__(self) -> dict[str, Any]:
-        """What workers get."""
+        """The state that workers get: without the models, which stay in the main process."""
         return {name: value for name, value in vars(self).items() if name not in self.models}
 
     def work(self, tasks: Iterator[Task]) -> Iterator[Outcome]:
         """As `Preprocess.work`; outcomes with nothing to write come at once, the others batch by batch."""
+        # Tasks whose examples do not fill a batch yet, in the order of the source.
         waiting: list[Prepared] = []
         for prepared in map_in_workers(self.prepare_arrays, tasks, self.args.num_workers):
             if not prepared.examples:
                 yield prepared.outcome
                 continue
             waiting.append(prepared)
-            if sum(len(one.examples) for one in waiting) >= self.args.batch_size:
+            if sum(len(prepared.examples) for prepared in waiting) >= self.args.batch_size:
                 yield from self.encode_and_write(waiting)
                 waiting = []
         yield from self.encode_and_write(waiting)
@@ -57,18 +59,27 @@ class BatchedPreprocess(Preprocess):
     def prepare_arrays(self, task: Task) -> Prepared:
         """`prepare` with arrays, since every tensor would hold a file open on its way to the main process."""
         prepared = self.prepare(task)
-        for example in prepared.examples:
-            example.data = {name: tensor.numpy() for name, tensor in example.data.items()}
-        return prepared
+        examples = [
+            dataclasses.replace(example, data={name: tensor.numpy() for name, tensor in example.data.items()})
+            for example in prepared.examples
+        ]
+        return dataclasses.replace(prepared, examples=examples)
 
     def encode_and_write(self, waiting: list[Prepared]) -> Iterator[Outcome]:
         """Encode the examples of some tasks in batches, then write them task by task."""
-        examples = [example for prepared in waiting for example in prepared.examples]
-        for example in examples:
-            example.data = {name: torch.from_numpy(array) for name, array in example.data.items()}
+        # What the workers sent as arrays, as tensors again.
+        examples = [
+            dataclasses.replace(example, data={name: torch.from_numpy(array) for name, array in example.data.items()})
+            for prepared in waiting
+            for example in prepared.examples
+        ]
+        # The model's outputs; a batch may hold examples of several tasks, and a task may span two batches.
+        encoded: list[Example] = []
         for start in range(0, len(examples), self.args.batch_size):
             batch = examples[start : start + self.args.batch_size]
-            for example, tensors in zip(batch, self.encode_batch(batch), strict=True):
-                example.data = tensors
+            outputs = zip(batch, self.encode_batch(batch), strict=True)
+            encoded += [dataclasses.replace(example, data=tensors) for example, tensors in outputs]
+        # Back to the tasks they came from, in the same order.
+        remaining = iter(encoded)
         for prepared in waiting:
-            yield self.write(prepared.outcome, prepared.examples)
+            yield self.write(prepared.outcome, list(itertools.islice(remaining, len(prepared.examples))))

@@ -1,12 +1,11 @@
-"""The preprocessing driver: a stage says how one raw file becomes tensors, `Preprocess` does the rest.
+"""The preprocessing driver: a stage defines how one raw file becomes tensors, `Preprocess` does the rest.
 
 It reads the source, splits off validation samples by a hash of the raw file's name, runs worker processes, writes one
-file per sample, goes on where an interrupted run stopped, and writes the manifest last. The tensors depend on the
+file per sample, continues where an interrupted run stopped, and writes the manifest last. The tensors depend on the
 seed, the sample and the copy only, never on the number of workers.
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
 import logging
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from dataset_loading.cache_writer import open_journal, part_key, read_entries, sample_key, save_tensors, write_manifest
-from dataset_loading.cached import MANIFEST, SCHEMA
+from dataset_loading.files import MANIFEST, SCHEMA, fingerprint
 from dataset_loading.sources import Source, open_source
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import declared_fields, option
@@ -103,7 +102,7 @@ class Preprocess:
         self.args = args
         self.folder = Path(args.output_dir or f"cached_datasets/{self.name}")
 
-    # ---- What a stage says.
+    # ---- What a stage defines.
 
     def settings(self) -> dict[str, Any]:
         """The arguments that shape the tensors, as JSON values. Two runs may share a folder only if they agree."""
@@ -135,7 +134,7 @@ class Preprocess:
         """`length` of a sample, and further sizes to be totalled in the manifest, such as seconds."""
         return {"length": next(iter(tensors.values())).shape[-1]}
 
-    # ---- What all stages do.
+    # ---- What all stages share.
 
     @classmethod
     def main(cls, argv: list[str] | None = None) -> dict[str, Any]:
@@ -148,11 +147,11 @@ class Preprocess:
             with explained_errors(logger):
                 return cls(args).run()
         except KeyboardInterrupt:
-            logger.warning("stopped; what is written stays, the same command goes on from there")
+            logger.warning("stopped; the same command continues from here")
             raise SystemExit(130) from None
 
     def run(self) -> dict[str, Any]:
-        """Write what is missing, then the manifest, which is returned.
+        """Write the missing samples, then the manifest, which is returned.
 
         Raises:
             FileNotFoundError: the source is missing or empty.
@@ -162,11 +161,13 @@ class Preprocess:
         started = time.perf_counter()
         sources = self.open_sources()
         header = self.header(sources)
-        known = read_entries(self.folder, header)
+        earlier_entries = read_entries(self.folder, header)
+
+        # Process what is missing. The journal gets every sample as soon as its file is written.
         total = sum(self.count(source) for source in sources.values())
         outcomes, problems = [], []
         with open_journal(self.folder, header) as journal, ProgressReport(self.name, total) as report:
-            for outcome in self.work(self.plan(sources, known)):
+            for outcome in self.work(self.plan(sources, earlier_entries)):
                 outcomes.append(outcome)
                 if outcome.broken:
                     problems.append(outcome)
@@ -175,10 +176,14 @@ class Preprocess:
                     journal.write(json.dumps([outcome.split, entry]) + "\n")
                 journal.flush()
                 report.advance()
+
+        # The manifest, in the order of the source.
         manifest = {**header, **summary(sorted(outcomes, key=lambda outcome: outcome.number))}
         if not manifest["entries"]["train"]:
             raise ValueError(f"no training samples among {total} raw ones; {describe_problems(outcomes)}")
         write_manifest(self.folder, manifest)
+
+        # What the user should know.
         seconds, n_written = time.perf_counter() - started, sum(outcome.n_written for outcome in outcomes)
         logger.info(
             "%s: %d samples written in %.1f s, %s", self.folder, n_written, seconds, json.dumps(manifest["totals"])
@@ -191,7 +196,7 @@ class Preprocess:
         return manifest
 
     def open_sources(self) -> dict[str, Source]:
-        """The training source and, where it has a source of its own, the validation source."""
+        """The training source and, where --validation_dataset names one, the validation source."""
         args = self.args
         options = {"suffixes": self.suffixes, "media": args.media_column, "config": args.dataset_config}
         sources = {"train": open_source(args.dataset_name, args.dataset_split, self.media, **options)}
@@ -212,30 +217,31 @@ class Preprocess:
 
         Raises: ValueError: the source does not have the column that was asked for.
         """
-        wanted = getattr(self.args, flag)
-        if wanted in source.columns:
-            return wanted
-        if wanted != getattr(type(self.args), flag):
-            known = ", ".join(source.columns)
-            raise ValueError(f"--{flag}={wanted!r} is no column of {source.identity}; there is: {known}")
+        column = getattr(self.args, flag)
+        if column in source.columns:
+            return column
+        if column != getattr(type(self.args), flag):
+            columns = ", ".join(source.columns)
+            raise ValueError(f"--{flag}={column!r} is no column of {source.identity}; there is: {columns}")
         return next((column for column in usual if column in source.columns), "")
 
     def header(self, sources: dict[str, Source]) -> dict[str, Any]:
-        """What the manifest says before the samples."""
-        own = sources.get("validation")
-        validation = own.identity if own else f"{self.args.validation_fraction} of the source"
+        """The manifest without the samples: settings, fingerprint, command, versions."""
+        separate = sources.get("validation")
+        validation = separate.identity if separate else f"{self.args.validation_fraction} of the source"
+        # Everything that shapes the tensors or the split, and nothing else, is in the fingerprint.
         settings = {
             **self.settings(),
             "seed": self.args.seed,
             "source": sources["train"].identity,
             "validation": validation,
         }
-        settings = json.loads(json.dumps(settings))
-        text = json.dumps({"schema": SCHEMA, "stage": self.name, **settings}, sort_keys=True)
+        settings = json.loads(json.dumps(settings))  # As it will be read again: lists instead of tuples.
+        identity = {"schema": SCHEMA, "stage": self.name, **settings}
         return {
             "schema": SCHEMA,
             "stage": self.name,
-            "fingerprint": hashlib.sha256(text.encode()).hexdigest()[:16],
+            "fingerprint": fingerprint(identity),
             "settings": {**settings, **self.information()},
             "licence": sources["train"].licence,
             "arguments": {field.name: getattr(self.args, field.name) for field in declared_fields(self.args)},
@@ -247,37 +253,45 @@ class Preprocess:
         """Raw samples that are read from a source."""
         return len(source) if self.args.limit < 0 else min(len(source), self.args.limit)
 
-    def plan(self, sources: dict[str, Source], known: dict[tuple[str, str], dict[str, Any]]) -> Iterator[Task]:
+    def plan(self, sources: dict[str, Source], earlier: dict[tuple[str, str], dict[str, Any]]) -> Iterator[Task]:
         """The tasks in the order of the sources; those with nothing missing carry no raw file.
 
-        Args: known: entries of earlier runs by split and key.
+        Args: earlier: entries of earlier runs by split and key.
         """
         number, limit = itertools.count(), None if self.args.limit < 0 else self.args.limit
         for source_split, source in sources.items():
             seen: Counter[str] = Counter()
             for name, raw in itertools.islice(self.examples(source), limit):
+                # Split and keys of the sample's copies; validation has the plain copy alone.
                 split = source_split
                 if len(sources) == 1 and is_validation(name, self.args.validation_fraction):
                     split = "validation"
                 n_copies = self.args.num_augmented_copies if split == "train" else 0
                 keys = {copy: sample_key(name, seen[name], copy) for copy in range(1 + n_copies)}
                 seen[name] += 1
-                there = {copy: self.find_entries(known, split, key, raw) for copy, key in keys.items()}
-                entries = [{**entry, **notes_of(raw, len(parts))} for parts in there.values() for entry in parts]
-                missing = {copy: key for copy, key in keys.items() if not there[copy]}
+                # Entries of the copies that earlier runs wrote, with the captions of now; the others are missing.
+                existing = {copy: self.find_entries(earlier, (split, key), raw) for copy, key in keys.items()}
+                entries = [{**entry, **notes_of(raw, len(parts))} for parts in existing.values() for entry in parts]
+                missing = {copy: key for copy, key in keys.items() if not existing[copy]}
                 yield Task(next(number), split, name, raw if missing else Raw(None, ""), missing, entries)
 
     def find_entries(
-        self, known: dict[tuple[str, str], dict[str, Any]], split: str, key: str, raw: Raw
+        self, earlier: dict[tuple[str, str], dict[str, Any]], name: tuple[str, str], raw: Raw
     ) -> list[dict[str, Any]]:
-        """The entries of all parts of a copy that an earlier run wrote; none where one is missing."""
-        n_parts = known.get((split, key), {}).get("parts", 1)
-        entries = [known.get((split, part_key(key, part))) for part in range(n_parts)]
-        there = all(self.is_there(entry, split, raw.caption) for entry in entries)
-        return [entry for entry in entries if entry] if there else []
+        """The entries of all parts of a copy that an earlier run wrote; none where one is missing.
 
-    def is_there(self, entry: dict[str, Any] | None, split: str, caption: str) -> bool:
-        """Whether an earlier run wrote a sample that still holds."""
+        Args:
+            earlier: entries of earlier runs by split and key.
+            name: split and key of the copy.
+        """
+        split, key = name
+        n_parts = earlier.get(name, {}).get("parts", 1)
+        entries = [earlier.get((split, part_key(key, part))) for part in range(n_parts)]
+        is_whole = all(self.is_valid(entry, split, raw.caption) for entry in entries)
+        return [entry for entry in entries if entry] if is_whole else []
+
+    def is_valid(self, entry: dict[str, Any] | None, split: str, caption: str) -> bool:
+        """Whether an earlier run wrote a sample, its file exists, and its caption, if encoded, has not changed."""
         if entry is None or (self.encodes_captions and entry["caption"] != caption):
             return False
         return self.path(split, entry["key"]).exists()
@@ -295,6 +309,7 @@ class Preprocess:
         try:
             data = self.decode(task.raw.media)
             for copy, key in task.missing.items():
+                # Seeded by the key, so that a copy does not depend on what was processed before it.
                 generator = torch.Generator().manual_seed(seed_of(self.args.seed, key))
                 example = Example(task.name, copy, data, task.raw.caption, key, notes=task.raw.notes)
                 parts = self.encode_parts(example, generator)
@@ -309,19 +324,18 @@ class Preprocess:
 
     def write(self, outcome: Outcome, examples: list[Example]) -> Outcome:
         """Write the encoded copies of one raw file. Raises: OSError: a file cannot be written."""
+        entries = list(outcome.entries)
         for example in examples:
+            # File first, then the entry: an interrupted run may have files without entries, never the reverse.
             save_tensors(self.path(outcome.split, example.key), example.data)
             entry = {"key": example.key, "source": example.name, "copy": example.copy}
             entry |= {**notes_of(example, example.n_parts), **self.measure(example.data)}
-            outcome.entries.append(
-                entry | ({"part": example.part, "parts": example.n_parts} if example.n_parts > 1 else {})
-            )
-        outcome.entries.sort(key=lambda entry: (entry["copy"], entry.get("part", 0)))
-        outcome.n_written = len(examples)
-        return outcome
+            entries.append(entry | ({"part": example.part, "parts": example.n_parts} if example.n_parts > 1 else {}))
+        entries.sort(key=lambda entry: (entry["copy"], entry.get("part", 0)))
+        return dataclasses.replace(outcome, entries=entries, n_written=len(examples))
 
     def process(self, task: Task) -> Outcome:
-        """All that is to be done for one raw file. Raises: OSError: a file cannot be written."""
+        """Prepare and write one raw file. Raises: OSError: a file cannot be written."""
         prepared = self.prepare(task)
         return self.write(prepared.outcome, prepared.examples)
 

@@ -1,4 +1,4 @@
-"""What the preprocessing stages that read images share: flags of how an image becomes square, and decoding."""
+"""Shared by the preprocessing stages that read images: flags of how an image becomes square, and decoding."""
 
 import dataclasses
 from typing import Any

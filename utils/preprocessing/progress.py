@@ -16,7 +16,8 @@ class ProgressReport:
     def __init__(self, name: str, total: int):
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        # Without a refreshing thread, so that worker processes can be forked safely.
+        # No refreshing thread: worker processes are forked later, and a forked process has the locks of its parent's
+        # threads, but not the threads.
         self.bar = Progress(*columns, console=console, auto_refresh=False, disable=not console.is_terminal)
         self.task = self.bar.add_task(name, total=total)
         self.name, self.total, self.done = name, total, 0
@@ -32,7 +33,7 @@ class ProgressReport:
         self.bar.stop()
 
     def advance(self) -> None:
-        """Count one more."""
+        """Count one raw sample."""
         self.done += 1
         if time.monotonic() > self.shown + self.interval:
             self.show()

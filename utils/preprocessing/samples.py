@@ -1,5 +1,5 @@
-"""Samples on their way through the preprocessing driver: raw, decoded, encoded, written; and what the manifest says
-of them."""
+"""Samples on their way through the preprocessing driver (raw, decoded, encoded, written), and their manifest
+entries."""
 
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ class Example:
 class Raw:
     """A raw sample as listed: `media` is `{"path": ..., "bytes": ...}`, see `dataset_loading.sources`.
 
-    `notes` go into the manifest beside the caption, such as the speaker.
+    `notes` go into the manifest with the caption, such as the speaker.
     """
 
     media: dict[str, Any] | None
@@ -51,7 +51,7 @@ class Task:
 
 @dataclasses.dataclass
 class Outcome:
-    """What became of a task: entries of all its copies, or the reason why there are none."""
+    """The result of a task: entries of all its copies, or the reason why there are none."""
 
     number: int
     split: str
@@ -71,39 +71,50 @@ class Prepared:
 
 
 class SkipSampleError(ValueError):
-    """Raised by `decode` or `encode` to leave out a sound sample; it is reported but does not count as broken."""
+    """Raised by `decode` or `encode` to leave out an intact sample; it is reported but does not count as broken."""
 
 
 def caption_of(value: Any) -> str:
     """A caption as text; the first of several; nothing is `""`."""
+    # Some datasets have several captions per image.
     if isinstance(value, list | tuple):
         value = value[0] if value else None
     return "" if value is None else str(value)
 
 
 def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, str]:
-    """What the manifest says of a sample's meaning. A caption is of the whole; nobody knows which part holds what."""
+    """Caption and notes of a sample for the manifest. A part has no caption, since it is unknown what it holds."""
     return {"caption": sample.caption if n_parts == 1 else "", **sample.notes}
 
 
 def is_validation(name: str, fraction: float) -> bool:
     """Whether a raw file's name falls into the validation share; independent of seed, order and other files."""
+    # The first 8 bytes as a number that is uniform in [0, 2**64).
     digest = hashlib.sha256(f"validation {name}".encode()).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:
-    """What the manifest says about the samples."""
+    """The manifest's entries, totals, and lists of samples that were left out."""
     splits = ("train", "validation")
-    entries = {split: [entry for one in outcomes if one.split == split for entry in one.entries] for split in splits}
+    entries = {
+        split: [entry for outcome in outcomes if outcome.split == split for entry in outcome.entries]
+        for split in splits
+    }
+    # Number of samples, and sums of the sizes that `measure` gave, such as seconds.
     totals: dict[str, Any] = {}
     for split in splits:
         totals[split] = {"samples": len(entries[split])}
         for name, value in entries[split][0].items() if entries[split] else ():
             if name not in ("copy", "length", "part", "parts") and isinstance(value, int | float):
                 totals[split][name] = round(sum(entry[name] for entry in entries[split]), 3)
+    # Raw files that gave no sample, with the reasons.
     left_out = {
-        kind: [{"source": one.name, "reason": getattr(one, kind)} for one in outcomes if getattr(one, kind)]
+        kind: [
+            {"source": outcome.name, "reason": getattr(outcome, kind)}
+            for outcome in outcomes
+            if getattr(outcome, kind)
+        ]
         for kind in ("broken", "skipped")
     }
     return {"totals": totals, **left_out, "entries": entries}
@@ -111,5 +122,5 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
 
 def describe_problems(outcomes: Iterable[Outcome]) -> str:
     """The first few raw files that gave no sample, with the reasons."""
-    found = [f"{one.name} ({one.broken or one.skipped})" for one in outcomes if one.broken or one.skipped]
-    return "; ".join(found[:5]) + (f"; and {len(found) - 5} more" if len(found) > 5 else "")
+    problems = [f"{outcome.name} ({reason})" for outcome in outcomes if (reason := outcome.broken or outcome.skipped)]
+    return "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")

@@ -28,6 +28,7 @@ def map_in_workers(function: Callable[[Any], Any], tasks: Iterable[Any], n_worke
     if n_workers == 0:
         yield from map(function, tasks)
         return
+    # About two chunks per worker are pending: workers never wait, and the source is not read far ahead.
     tasks, pool = iter(tasks), ProcessPoolExecutor(n_workers, initializer=start_worker)
     pending: deque[Future] = deque()
     try:
@@ -47,6 +48,7 @@ def map_in_workers(function: Callable[[Any], Any], tasks: Iterable[Any], n_worke
 
 def usable_cpus() -> int:
     """CPUs that this process may use."""
+    # The affinity, where the system knows it: a container may have fewer CPUs than the machine.
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -56,6 +58,7 @@ def start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
+    # A killed main process cannot end its workers; each watches for that itself.
     parent = parent_process()
     assert parent is not None, "start_worker runs in a worker process"
 

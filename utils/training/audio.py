@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
 from dataset_loading.audio.cached import AudioDataset
-from dataset_loading.cached import spread
+from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_audio
 from model.audio.configuration import MEL_FIELDS, AudioConfig
 from model.audio.spectral import LogMel, MelSettings
@@ -118,7 +118,7 @@ class Listening(TrainerCallback):
     def collect(self) -> None:
         """The clips, at most `MAX_FRAMES` frames of each."""
         dataset, hop_length = self.trainer.eval_dataset, self.settings.hop_length
-        for index in spread(len(dataset), self.n_clips):
+        for index in evenly_spaced(len(dataset), self.n_clips):
             sample = dict(dataset[index])
             sample["mel"] = sample["mel"][:, :MAX_FRAMES]
             if "waveform" in sample:

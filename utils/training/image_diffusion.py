@@ -11,7 +11,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-from dataset_loading.cached import spread
+from dataset_loading.cached import evenly_spaced
 from dataset_loading.image.latents import ImageLatentDataset
 from model.diffusion_process import TimeSampling, Weighting
 from model.text.feature_extractors import FrozenTextEncoder
@@ -125,7 +125,7 @@ class SampleMetrics:
     def __init__(self, vae: VAE, text_encoder: FrozenTextEncoder | None, folder: Path, n_images: int, args: Any):
         self.vae, self.text_encoder, self.args = vae, text_encoder, args
         self.training, self.held_out = (ImageLatentDataset(folder, split) for split in ("train", "validation"))
-        self.indices = spread(len(self.held_out), n_images)
+        self.indices = evenly_spaced(len(self.held_out), n_images)
         self.probe: TextProbe | None = None
         self.has_probe = False
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-from dataset_loading.cached import spread
+from dataset_loading.cached import evenly_spaced
 from dataset_loading.image.pixels import ImageDataset
 from model.criteria import ReconstructionLoss, kl_divergence
 from model.image.augmentation import AugmentationKind, diff_augment
@@ -174,7 +174,7 @@ class ReconstructionImages(TrainerCallback):
         """Run the model on every process, write on one."""
         if self.image is None:
             dataset = self.trainer.eval_dataset
-            indices = spread(len(dataset), self.n_images)
+            indices = evenly_spaced(len(dataset), self.n_images)
             self.image = torch.stack([dataset[index]["image"] for index in indices])
         output = self.trainer.evaluation_model()(image=self.image.to(device))
         if self.writer is None:

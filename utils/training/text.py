@@ -69,7 +69,7 @@ def prepare(args: Any, folder: Path) -> None:
         args.text_dataset,
         folder,
         args.tokenizer,
-        args.tokenizer_vocab_size if args.tokenizer == "bpe" else None,
+        vocab_size=args.tokenizer_vocab_size if args.tokenizer == "bpe" else None,
         text_column=args.text_column,
         dataset_config=args.text_config,
         dataset_split=args.text_split,

@@ -34,9 +34,9 @@ def test_stretching_changes_the_length_alone(speed):
 
 
 def test_stretching_moves_events_and_speed_one_changes_nothing():
-    sound = torch.cat([torch.zeros(8000), tone(300, 0.5)])
+    waveform = torch.cat([torch.zeros(8000), tone(300, 0.5)])
     for speed in (0.8, 1.25):
-        onset = int((time_stretch(sound, RATE, speed).abs() > 0.05).nonzero()[0])
+        onset = int((time_stretch(waveform, RATE, speed).abs() > 0.05).nonzero()[0])
         assert onset == pytest.approx(8000 / speed, abs=0.02 * RATE)
     noise = torch.randn(5000, generator=generator())
     assert torch.allclose(time_stretch(noise, RATE, 1.0), noise, atol=1e-5)
@@ -54,9 +54,9 @@ def test_shifting_changes_the_pitch_alone(semitones):
 
 @pytest.mark.parametrize("snr_db", [-5.0, 10.0, 30.0])
 def test_noise_has_its_ratio_and_no_colour(snr_db):
-    sound = tone(440)
-    noise = add_noise(sound, snr_db, generator()) - sound
-    ratio = 10 * math.log10(sound.square().mean() / noise.square().mean())
+    waveform = tone(440)
+    noise = add_noise(waveform, snr_db, generator()) - waveform
+    ratio = 10 * math.log10(waveform.square().mean() / noise.square().mean())
     assert ratio == pytest.approx(snr_db, abs=0.01)
     low, high = torch.fft.rfft(noise).abs().square().tensor_split(2)
     assert low.sum() == pytest.approx(high.sum().item(), rel=0.1)

@@ -1,4 +1,4 @@
-"""Preprocessed sound as items and batches, and refusals of folders with other log-mels."""
+"""Preprocessed audio as items and batches, and refusals of folders with other log-mels."""
 
 import math
 
@@ -114,14 +114,14 @@ def test_other_folders_are_refused(image_folder, tmp_path):
 # ---- Batches.
 
 
-def sound(n_frames, **more):
+def clip(n_frames, **more):
     mel = torch.full((4, n_frames), float(n_frames))
     return {"mel": mel, "waveform": torch.ones(n_frames * 8), "index": torch.tensor(n_frames), **more}
 
 
 def test_batches_are_padded_with_silence():
     floor = math.log(1e-5)
-    batch = collate_audio([sound(3), sound(5), sound(2)], floor)
+    batch = collate_audio([clip(3), clip(5), clip(2)], floor)
     assert batch.keys() == {"mel", "n_frames", "waveform", "index"}
     assert batch["mel"].shape == (3, 4, 5) and batch["mel"].is_contiguous() and batch["waveform"].shape == (3, 40)
     assert (
@@ -133,11 +133,11 @@ def test_batches_are_padded_with_silence():
 
 
 def test_speakers_and_tokens_are_batched():
-    samples = [sound(2, speaker=torch.tensor(n), tokens=torch.arange(n, dtype=torch.int16)) for n in (3, 0)]
+    samples = [clip(2, speaker=torch.tensor(n), tokens=torch.arange(n, dtype=torch.int16)) for n in (3, 0)]
     for sample in samples:
         del sample["waveform"]
     batch = collate_audio(samples, -11.5)
     assert batch["speaker"].tolist() == [3, 0] and batch["token_lengths"].tolist() == [3, 0]
     assert batch["tokens"].tolist() == [[0, 1, 2], [0, 0, 0]] and batch["tokens"].dtype == torch.int64
     with pytest.raises(ValueError, match="different keys"):
-        collate_audio([samples[0], sound(2)], -11.5)
+        collate_audio([samples[0], clip(2)], -11.5)

@@ -27,7 +27,7 @@ from dataset_loading.audio.signal import (
 RATE = 16000
 
 
-def tone(frequency, seconds=1.0, rate=RATE, amplitude=0.5):
+def tone(frequency, seconds=1.0, rate=RATE, *, amplitude=0.5):
     return amplitude * torch.sin(2 * math.pi * frequency * torch.arange(round(seconds * rate)).double() / rate).float()
 
 
@@ -74,8 +74,8 @@ def test_formats_from_path_and_bytes(tmp_path, options, tolerance):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "no sound of a known format"),
-        (b"RIFF and nothing else", "no sound of a known format"),
+        (b"", "no audio of a known format"),
+        (b"RIFF and nothing else", "no audio of a known format"),
         (encoded(tone(440).numpy(), format="WAV")[:9000], "cut off: .* of 32000 bytes"),
         (encoded(tone(440).numpy(), format="AIFF")[:9000], "cut off"),
         (encoded(tone(440).numpy(), format="FLAC")[:9000], "damaged"),
@@ -141,15 +141,15 @@ def test_levels_are_those_of_a_loop():
 
 
 def test_pauses_do_not_count_as_active():
-    sound = tone(440)
-    assert active_level(sound, RATE) == pytest.approx(-9.03, abs=0.02)
-    assert active_level(torch.cat([sound, torch.zeros(3 * RATE)]), RATE) == pytest.approx(-9.03, abs=0.02)
+    waveform = tone(440)
+    assert active_level(waveform, RATE) == pytest.approx(-9.03, abs=0.02)
+    assert active_level(torch.cat([waveform, torch.zeros(3 * RATE)]), RATE) == pytest.approx(-9.03, abs=0.02)
 
 
-def test_bs1770_gives_the_standards_example_and_short_sounds_their_own():
-    loudness = measured_loudness(tone(997, 2.0, 48000, 1.0), 48000, "bs1770")
+def test_bs1770_gives_the_standards_example_and_short_waveforms_theirs():
+    loudness = measured_loudness(tone(997, 2.0, 48000, amplitude=1.0), 48000, "bs1770")
     assert loudness == pytest.approx(-3.01, abs=0.3)  # BS.1770-4, annex 1; torchaudio's filter is 0.27 dB off.
-    assert measured_loudness(tone(997, 0.2, 48000, 1.0), 48000, "bs1770") == pytest.approx(loudness, abs=0.2)
+    assert measured_loudness(tone(997, 0.2, 48000, amplitude=1.0), 48000, "bs1770") == pytest.approx(loudness, abs=0.2)
 
 
 def test_silence_and_clipping_are_seen():
@@ -166,24 +166,24 @@ def test_silence_and_clipping_are_seen():
 
 @pytest.mark.parametrize("measure", ["active", "bs1770"])
 def test_loudness_reaches_its_target(measure):
-    sound = torch.cat([tone(440, amplitude=0.02), torch.zeros(RATE)])
-    assert measured_loudness(normalize_loudness(sound, RATE, -23, measure), RATE, measure) == pytest.approx(
+    waveform = torch.cat([tone(440, amplitude=0.02), torch.zeros(RATE)])
+    assert measured_loudness(normalize_loudness(waveform, RATE, -23, measure=measure), RATE, measure) == pytest.approx(
         -23, abs=0.1
     )
 
 
 def test_loudness_stops_at_full_scale():
-    sound = torch.cat([tone(440, amplitude=0.05), torch.tensor([0.9])])
-    assert normalize_loudness(sound, RATE, -9, "active").abs().max() == pytest.approx(1.0)
-    assert torch.equal(limit_peak(sound), sound)
+    waveform = torch.cat([tone(440, amplitude=0.05), torch.tensor([0.9])])
+    assert normalize_loudness(waveform, RATE, -9, measure="active").abs().max() == pytest.approx(1.0)
+    assert torch.equal(limit_peak(waveform), waveform)
 
 
 def test_trimming_leaves_the_margin():
     quiet = 1e-3 * torch.randn(RATE, generator=torch.Generator().manual_seed(0))
-    sound = torch.cat([quiet[:8000], tone(440, 0.5), quiet])
-    trimmed = trim_silence(sound, RATE, 40)
+    waveform = torch.cat([quiet[:8000], tone(440, 0.5), quiet])
+    trimmed = trim_silence(waveform, RATE, 40)
     assert len(trimmed) == pytest.approx(8000 + 2 * 0.05 * RATE, abs=640)
-    assert torch.equal(trim_silence(sound, RATE, 90), sound)
+    assert torch.equal(trim_silence(waveform, RATE, 90), waveform)
     assert torch.equal(trim_silence(tone(440), RATE, 40), tone(440))
 
 
@@ -203,24 +203,24 @@ def test_hum_and_harmonics_go_and_the_voice_stays(mains):
 
 def test_cuts_fall_into_pauses_and_nothing_is_lost():
     words, pauses = [0.9, 1.6, 0.7, 1.2, 2.0, 0.4], 0.2
-    sound = torch.cat([torch.cat([tone(300, word), torch.zeros(round(pauses * RATE))]) for word in words])
-    pieces = cut_at_pauses(sound, RATE, 3 * RATE)
-    assert torch.equal(torch.cat(pieces), sound) and len(pieces) > 2
+    waveform = torch.cat([torch.cat([tone(300, word), torch.zeros(round(pauses * RATE))]) for word in words])
+    pieces = cut_at_pauses(waveform, RATE, 3 * RATE)
+    assert torch.equal(torch.cat(pieces), waveform) and len(pieces) > 2
     for piece in pieces[:-1]:
         assert piece[-1] == 0 and RATE <= len(piece) <= 3 * RATE
 
 
 @pytest.mark.parametrize("length", [100, 999, 1000, 1001, 1499, 1500, 1501, 2600, 12345])
 def test_pieces_of_any_length_are_within_bounds(length):
-    sound = torch.randn(length, generator=torch.Generator().manual_seed(length))
-    pieces = cut_at_pauses(sound, 8000, 1000)
-    assert torch.equal(torch.cat(pieces), sound)
+    waveform = torch.randn(length, generator=torch.Generator().manual_seed(length))
+    pieces = cut_at_pauses(waveform, 8000, 1000)
+    assert torch.equal(torch.cat(pieces), waveform)
     assert max(map(len, pieces)) <= 1000
     assert length <= 1000 or min(map(len, pieces)) >= 333
 
 
 @pytest.mark.parametrize("scale", [0.1, 0.5])
-def test_filters_do_not_clip_loud_sounds(scale):
+def test_filters_do_not_clip_loud_waveforms(scale):
     square = 0.95 * torch.sin(2 * torch.pi * 333 * torch.arange(16000) / 16000 + 0.3).sign()
     assert (remove_hum(scale * square, 16000, 50) - scale * remove_hum(square, 16000, 50)).abs().max() < 1e-4
     quieter = measured_loudness(scale * square, 16000, "bs1770") - measured_loudness(square, 16000, "bs1770")

@@ -10,7 +10,7 @@ import torch
 
 from dataset_loading.audio.signal import frame_levels
 from dataset_loading.embedded.scenes import list_scenes
-from dataset_loading.embedded.speech import VOICES, build_speech, main, spread_scenes, voice_of
+from dataset_loading.embedded.speech import VOICES, build_speech, main, mixed_scenes, voice_of
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def test_building_twice_gives_the_same_and_other_folders_are_refused(speech, tmp
 
 @pytest.mark.parametrize("limit", [96, 200, 400, 576, 2304])
 def test_limits_are_spread_over_everything(limit):
-    chosen = spread_scenes()[:limit]
+    chosen = mixed_scenes()[:limit]
     assert len({name for _, name, _ in chosen}) == limit
     assert len({text for _, _, text in chosen}) == min(limit, 576)
     parts = [name.split("_") for _, name, _ in chosen]

@@ -131,31 +131,35 @@ def test_reduced_jpeg_decoding_changes_little():
     )
     whole, reduced = decode_image(media, "white"), decode_image(media, "white", enough=192)
     assert whole.size == (800, 800) and reduced.size == (200, 200)
-    pair = [np.asarray(fit_image(image, 64, "squash", "white")).astype(int) for image in (whole, reduced)]
+    pair = [
+        np.asarray(fit_image(image, 64, "squash", background_color="white")).astype(int) for image in (whole, reduced)
+    ]
     assert np.abs(pair[0] - pair[1]).max() <= 3
 
 
 @pytest.mark.parametrize("size", [(90, 30), (30, 90)])
 def test_crop_keeps_the_centre(size):
     image = bars(90, 30) if size[0] > size[1] else bars(90, 30).rotate(90, expand=True)
-    assert set(fit_image(image, 30, "crop", "white").get_flattened_data()) == {GREEN}
+    assert set(fit_image(image, 30, "crop", background_color="white").get_flattened_data()) == {GREEN}
 
 
 def test_squash_keeps_everything():
-    image = fit_image(bars(90, 30), 30, "squash", "white")
+    image = fit_image(bars(90, 30), 30, "squash", background_color="white")
     assert [image.getpixel((x, 15)) for x in (2, 15, 27)] == [RED, GREEN, BLUE]
     assert image.getpixel((2, 0)) == RED
 
 
 def test_pad_keeps_proportions_between_bars():
-    image = fit_image(bars(90, 30), 30, "pad", "yellow")
+    image = fit_image(bars(90, 30), 30, "pad", background_color="yellow")
     assert [image.getpixel((15, y)) for y in (5, 12, 18, 25)] == [(255, 255, 0), GREEN, GREEN, (255, 255, 0)]
     assert image.getpixel((2, 15)) == RED
 
 
 def test_shrinking_averages_instead_of_picking():
     checkers = np.indices((512, 512)).sum(0) % 2 * 255
-    shrunk = np.asarray(fit_image(Image.fromarray(checkers.astype(np.uint8)).convert("RGB"), 32, "crop", "white"))
+    shrunk = np.asarray(
+        fit_image(Image.fromarray(checkers.astype(np.uint8)).convert("RGB"), 32, "crop", background_color="white")
+    )
     assert abs(shrunk.astype(int) - 127).max() <= 2
 
 

@@ -9,10 +9,10 @@ from dataset_loading.text.sources import (
     SEPARATORS,
     Document,
     cut_document,
+    find_validation_split,
     from_rows,
     open_hub,
     open_text,
-    own_validation,
 )
 
 
@@ -80,19 +80,22 @@ def test_hub_sets_are_known_by_their_revision_and_splits(tmp_path, monkeypatch):
     (tmp_path / "set").mkdir()
     for name in ("train", "validation"):
         (tmp_path / f"set/{name}.jsonl").write_text('{"text": "one"}\n')
-    source = open_hub(str(tmp_path / "set"), "text", "", "train")
+    source = open_hub(str(tmp_path / "set"), "train")
     assert re.fullmatch(r".*/set:train@[0-9a-f]{16}", source.identity) and next(source.read()).text == "one"
-    assert source.identity == open_hub(str(tmp_path / "set"), "text", "", "train").identity
-    assert [own_validation(source, split) for split in ("train[:9]", "test+validation[:5%]")] == ["validation", ""]
+    assert source.identity == open_hub(str(tmp_path / "set"), "train").identity
+    assert [find_validation_split(source, split) for split in ("train[:9]", "test+validation[:5%]")] == [
+        "validation",
+        "",
+    ]
     (tmp_path / "set/train.jsonl").write_text('{"text": "other"}\n')
-    assert open_hub(str(tmp_path / "set"), "text", "", "train").identity != source.identity
+    assert open_hub(str(tmp_path / "set"), "train").identity != source.identity
 
 
 def test_hub_sets_that_are_scripts_are_explained(tmp_path):
     (tmp_path / "old").mkdir()
     (tmp_path / "old/old.py").write_text("")
     with pytest.raises(FileNotFoundError, match=r"cannot load its split 'train': Dataset scripts are no longer supp"):
-        open_hub(str(tmp_path / "old"), "text", "", "train")
+        open_hub(str(tmp_path / "old"), "train")
 
 
 def test_tables_leave_out_the_texts_beside_them(tmp_path):

@@ -15,10 +15,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
 
 from dataset_loading.collators import collate_stack
+from dataset_loading.text.encoding import encode_pieces
 from dataset_loading.text.survey import sample_texts, smallest
 from dataset_loading.text.tokenizers import byte_lengths, byte_tokenizer, document_encoder
 from dataset_loading.text.windows import TextDataset, bits_per_byte, prepare_text
-from dataset_loading.text.writer import encode_pieces
 
 TEXTS = [f"Document {number}: {'word ' * (number % 13)}end of {number * 7}.\n" for number in range(300)]
 
@@ -52,7 +52,7 @@ def manifest(folder):
 
 
 def test_python_topics_need_no_download(tmp_path):
-    ds = TextDataset(prepare("python-topics", tmp_path / "a", "bpe", 600), "validation", 128)
+    ds = TextDataset(prepare("python-topics", tmp_path / "a", "bpe", vocab_size=600), "validation", 128)
     assert ds.manifest["cut"]["document_bytes"] == 8192 and "PSF" in ds.manifest["licence"]
     assert ds.vocab_size == 600 and ds.n_documents >= 3 and ds.n_bytes / ds.n_targets > 2
 
@@ -60,7 +60,7 @@ def test_python_topics_need_no_download(tmp_path):
 @pytest.mark.parametrize(("tokenizer", "size"), [("bytes", None), ("bpe", 290)])
 def test_documents_come_back_between_their_ends(tmp_path, rows, tokenizer, size):
     odd = ["\0\r\n🙂 é", "<bos> </s>\u2028 ", "e\u0301 東京" * 100]
-    folder = prepare(write_rows(rows, TEXTS + odd), tmp_path / "set", tokenizer, size)
+    folder = prepare(write_rows(rows, TEXTS + odd), tmp_path / "set", tokenizer, vocab_size=size)
     train, validation = documents(folder, "train"), documents(folder, "validation")
     assert len(validation) == 15 and sorted(train + validation) == sorted(TEXTS + odd)
     assert [text for text in TEXTS + odd if text in set(train)] == train  # In the order of the source.
@@ -88,7 +88,7 @@ def test_the_validation_share_is_exact(n, fraction, expected):
 
 def test_no_validation_document_reaches_the_trained_tokenizer(tmp_path):
     texts = [f"{number:03} " + chr(0x4E00 + number) * 60 for number in range(250)]  # A character for each document.
-    folder = prepare(write_rows(tmp_path / "rows.jsonl", texts), tmp_path / "set", "bpe", 1400)
+    folder = prepare(write_rows(tmp_path / "rows.jsonl", texts), tmp_path / "set", "bpe", vocab_size=1400)
     assert len(documents(folder, "validation")) == 12
     ds = TextDataset(folder, "train", 8)
     for split in ("train", "validation"):
@@ -175,7 +175,7 @@ def test_a_validation_split_of_the_sources_own_is_held_out(tmp_path, caplog, lay
     folder = prepare(tmp_path / "raw", tmp_path / "set")
     assert documents(folder, "validation") == ["held", "out"] and documents(folder, "train") == TEXTS
     assert manifest(folder)["own_validation"] == "validation"
-    assert "has a split 'validation' of its own, which is held out" in caplog.text
+    assert "its own split 'validation' is held out; validation_fraction is unused" in caplog.text
     drawn = prepare(tmp_path / "raw", tmp_path / "drawn", validation_fraction=0.1)
     assert len(documents(drawn, "validation")) == 30 and manifest(drawn)["own_validation"] is None
     other = prepare(tmp_path / "raw", tmp_path / "other", dataset_split="validation")
@@ -233,7 +233,7 @@ def documents_of(rows, folder):
 def test_long_documents_are_encoded_in_pieces(tmp_path, tokenizer, size):
     long = "東京 long words\n\n" * 50000
     file = write_rows(tmp_path / "rows.jsonl", ["short", long, "after"])
-    folder = prepare(file, tmp_path / "set", tokenizer, size, validation_fraction=0.0)
+    folder = prepare(file, tmp_path / "set", tokenizer, vocab_size=size, validation_fraction=0.0)
     assert documents(folder, "train") == ["short", long, "after"]
     pieces, ds = manifest(folder)["pieces"], TextDataset(folder, "train", 8)
     assert (pieces["documents"], pieces["is_exact"]) == (1, tokenizer == "bytes")
@@ -250,7 +250,7 @@ def test_pieces_have_the_bytes_of_the_whole(end):
         lengths = byte_lengths(tokenizer) if tokenizer.eos_token == "<bos>" else None
         core = document_encoder(tokenizer)
         ((whole, widths),) = encode_pieces(core, text, lengths)
-        pieces = list(encode_pieces(core, text, lengths, 100))
+        pieces = list(encode_pieces(core, text, lengths, size=100))
         assert len(pieces) > 5 and np.concatenate([ids for ids, _ in pieces]).tolist() == whole.tolist()
         assert sum(widths.sum() for _, widths in pieces) == widths.sum()
 
@@ -259,11 +259,13 @@ def test_pieces_have_the_bytes_of_the_whole(end):
 
 
 def test_equal_settings_return_at_once(tmp_path, rows):
-    folder = prepare(rows, tmp_path / "set", "bpe", 300)
+    folder = prepare(rows, tmp_path / "set", "bpe", vocab_size=300)
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    assert prepare(rows, folder, "bpe", 300, max_broken_fraction=0.5) == folder
+    assert prepare(rows, folder, "bpe", vocab_size=300, max_broken_fraction=0.5) == folder
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
-    assert prepare(rows, tmp_path / "again", "bpe", 300) and manifest(tmp_path / "again") == manifest(folder)
+    assert prepare(rows, tmp_path / "again", "bpe", vocab_size=300) and manifest(tmp_path / "again") == manifest(
+        folder
+    )
 
 
 @pytest.mark.parametrize(
@@ -339,10 +341,10 @@ def test_a_failed_run_leaves_nothing_that_counts(tmp_path, rows):
 
 
 def test_what_a_killed_run_left_is_replaced(tmp_path, rows):
-    (tmp_path / ".set.tmp").mkdir()
-    (tmp_path / ".set.tmp/train.bin").write_text("half")
+    (tmp_path / ".set.123.tmp").mkdir()
+    (tmp_path / ".set.123.tmp/train.bin").write_text("half")
     assert len(documents(prepare(rows, tmp_path / "set"), "train")) == 285
-    assert not (tmp_path / ".set.tmp").exists()
+    assert not (tmp_path / ".set.123.tmp").exists()
 
 
 def test_folders_of_something_else_are_refused(tmp_path, rows):

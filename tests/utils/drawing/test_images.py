@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from dataset_loading.cached import spread
+from dataset_loading.cached import evenly_spaced
 from utils.drawing.images import (
     Group,
     channel_images,
@@ -64,9 +64,9 @@ def test_long_captions_stay_inside_the_sheet():
 
 
 def test_spread_is_even_and_without_repetition():
-    assert spread(10, 5) == [0, 2, 4, 6, 8]
-    assert spread(3, 8) == [0, 1, 2] and spread(5, 0) == []
-    assert all(len(set(spread(n, k))) == k for n in range(1, 20) for k in range(1, n + 1))
+    assert evenly_spaced(10, 5) == [0, 2, 4, 6, 8]
+    assert evenly_spaced(3, 8) == [0, 1, 2] and evenly_spaced(5, 0) == []
+    assert all(len(set(evenly_spaced(n, k))) == k for n in range(1, 20) for k in range(1, n + 1))
 
 
 @pytest.mark.parametrize("size", [(8, 16), (7, 9), (1, 1)])

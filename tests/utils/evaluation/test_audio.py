@@ -44,7 +44,7 @@ def write_speech(folder: Path, speaker: str) -> Path:
         rows = csv.writer(file)
         rows.writerow(["file_name", "transcription", "speaker"])
         for number, text in enumerate(SENTENCES):
-            waveform = resample(voice.speak(text, "en-us+f2", 160, 50), voice.sample_rate, 16000)
+            waveform = resample(voice.speak(text, "en-us+f2", rate=160, pitch=50), voice.sample_rate, 16000)
             soundfile.write(folder / f"{number}.wav", waveform.numpy(), 16000)
             rows.writerow([f"{number}.wav", text, speaker])
     return folder

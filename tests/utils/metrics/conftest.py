@@ -11,4 +11,4 @@ from tests.helpers.spoken import RATE, SENTENCE
 def speech():
     """One spoken sentence at 16 kHz, (S,)."""
     speaker = load_speaker()
-    return resample(speaker.speak(SENTENCE, "en-us+f2", 150, 50), speaker.sample_rate, RATE)
+    return resample(speaker.speak(SENTENCE, "en-us+f2", rate=150, pitch=50), speaker.sample_rate, RATE)

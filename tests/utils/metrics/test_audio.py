@@ -155,7 +155,9 @@ def test_mcd_is_the_difference_in_decibels_and_leaves_the_level_out():
 
 def test_a_voice_resembles_itself_more_than_another(speech):
     speaker, encoder = load_speaker(), SpeakerEncoder()
-    other = resample(speaker.speak("Something else is said here.", "en-us+m7", 140, 20), speaker.sample_rate, RATE)
+    other = resample(
+        speaker.speak("Something else is said here.", "en-us+m7", rate=140, pitch=20), speaker.sample_rate, RATE
+    )
     assert encoder.similarity(speech, speech, RATE) == pytest.approx(1, abs=1e-5)
     assert encoder.similarity(speech, speech * 0.1, RATE) > 0.9 > encoder.similarity(speech, other, RATE)
     assert encoder.similarity(speech, torch.zeros(RATE), RATE) is None

@@ -1,5 +1,4 @@
 import json
-import multiprocessing
 import os
 import signal
 import time
@@ -12,6 +11,7 @@ from PIL import Image
 from dataset_loading.cache_writer import sample_key
 from dataset_loading.image.pixels import ImageDataset
 from preprocess_image_vae_dataset import ImageVAEPreprocess
+from tests.helpers.processes import has_files, run_until
 from utils.command_line import parse_arguments
 from utils.preprocessing.driver import PreprocessArguments, command_words
 from utils.preprocessing.samples import is_validation
@@ -144,6 +144,11 @@ def large(tmp_path_factory) -> tuple[Path, dict[str, bytes]]:
     return folder / "raw", contents(folder / "out")
 
 
+def test_a_process_that_ends_by_itself_is_not_waited_for():
+    with pytest.raises(AssertionError, match="ended too early, with exit code 3"):
+        run_until(lambda: False, signal.SIGKILL, target=os._exit, args=(3,))
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_interrupted_run_is_finished_by_the_next(tmp_path, large, number):
     (raw, whole), out = large, tmp_path / "out"
@@ -158,13 +163,8 @@ def test_interrupted_run_is_finished_by_the_next(tmp_path, large, number):
         "1",
         *AUGMENTED,
     ]
-    process = multiprocessing.get_context("fork").Process(target=ImageVAEPreprocess.main, args=(argv,))
-    process.start()
-    while len(list(out.glob("train/*.pt"))) < 20:
-        time.sleep(0.002)
-    os.kill(process.pid, number)
-    process.join(20)
-    assert process.exitcode == (-number if number == signal.SIGKILL else 130)
+    exit_code = run_until(has_files(out / "train", 20), number, target=ImageVAEPreprocess.main, args=(argv,))
+    assert exit_code == (-number if number == signal.SIGKILL else 130)
     time.sleep(0.1)  # The worker of a killed process ends by itself.
     written = len(contents(out))
     assert written < 400 and not (out / "manifest.json").exists()
