@@ -48,10 +48,13 @@ class AudioVAEStage(AudioStage):
         dataset = DescribedAudioDataset(self.cache_dir, split, config.speakers, config.use_ctc)
         return dataset.expect_mel(config.mel, "the model")
 
-    def build_trainer(self, model, datasets, training):
+    def build_model(self, config):
+        """A new model starts from the mel bins' statistics and the principal components of the training set."""
+        model = super().build_model(config)
         if not self.args.init_from and not self.find_checkpoint():
-            model.fit_to_data(SpreadMels(datasets["train"], self.args.latent_statistics_samples))
-        return super().build_trainer(model, datasets, training)
+            dataset = self.build_dataset("train", config)
+            model.fit_to_data(SpreadMels(dataset, self.args.latent_statistics_samples))
+        return model
 
     def build_trainer_parts(self, model):
         args = self.args

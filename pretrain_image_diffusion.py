@@ -7,6 +7,8 @@ Before: preprocess_image_diffusion_dataset.py. After: evaluate.py, inference/tex
         --vae_checkpoint runs/image_vae/base --vae_config small --deepspeed_config ds_config_zero-2.json
 """
 
+from functools import cached_property
+
 from dataset_loading.cached import read_manifest, spread
 from dataset_loading.collators import collate_captioned
 from dataset_loading.image.latents import ImageLatentDataset
@@ -26,32 +28,39 @@ class ImageDiffusionStage(Stage):
     model_class = ImageDiffusion
     presets = IMAGE_DIFFUSION
     trainer_class = DiffusionTrainer
-    collator = staticmethod(collate_captioned)
 
-    def __init__(self, args: ImageDiffusionArguments):
-        super().__init__(args)
-        self.latents = read_manifest(self.cache_dir, self.name)["settings"]
-        self.latents["vae_checkpoint"] = args.vae_checkpoint or self.latents["vae_checkpoint"]
+    @cached_property
+    def latents(self) -> dict:
+        """How the latents of the cache were made, and the folder of their VAE."""
+        settings = read_manifest(self.cache_dir, self.name)["settings"]
+        return {**settings, "vae_checkpoint": self.args.vae_checkpoint or settings["vae_checkpoint"]}
+
+    def prepare(self):
+        """Load the frozen networks: the latents' VAE, and the text encoder where captions are its states."""
+        self.vae = load_vae(self.latents["vae_checkpoint"], self.args.vae_config).requires_grad_(False)
+        self.text_encoder = load_text_encoder(self.latents)
 
     def build_config(self):
         """The preset with what the latents determine; the VAE, or an override, that does not fit them is refused."""
-        path, latents = self.latents["vae_checkpoint"], self.latents
-        check_vae(path, latents["vae_fingerprint"], f"the latents in {self.cache_dir}")
-        self.vae = load_vae(path, self.args.vae_config).requires_grad_(False)
-        self.text_encoder = load_text_encoder(latents)
-        return fit_to_latents(super().build_config(), latents, self.args.override, self.cache_dir)
+        made = f"the latents in {self.cache_dir}"
+        check_vae(self.latents["vae_checkpoint"], self.latents["vae_fingerprint"], made)
+        return fit_to_latents(super().build_config(), self.latents, self.args.override, self.cache_dir)
 
     def build_dataset(self, split, config):
         return ImageLatentDataset(self.cache_dir, split)
 
+    def build_collator(self, config):
+        return collate_captioned
+
     def build_trainer_parts(self, model):
         parts = {}
+        if self.args.dry_run:  # All parts are made of the frozen networks, which `prepare` loads.
+            return parts
         if self.args.channel_weight_power:
             weights = self.vae.latent_std**self.args.channel_weight_power
             parts["channel_weights"] = weights / weights.mean()
         if self.args.eval_images:
-            drawing = (self.vae, self.text_encoder, self.cache_dir, self.args.eval_images, self.args)
-            parts["measure_samples"] = SampleMetrics(*drawing)
+            parts["measure_samples"] = SampleMetrics(self.vae, self.text_encoder, self.cache_dir, args=self.args)
         return parts
 
     def build_callbacks(self, writer):

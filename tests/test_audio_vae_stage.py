@@ -323,13 +323,3 @@ def test_conditions_that_the_cache_lacks_are_refused(train, tmp_path):
 def test_segments_of_any_length_train_without_a_discriminator():
     words = ["--gan_weight", "0", "--segment_frames", "3"]
     assert parse_arguments(AudioVAEArguments, words, "").segment_frames == 3
-
-
-def test_dry_run_prints_and_trains_nothing(train, cache, tmp_path, capsys):
-    AudioVAEStage.main([*SMALL_AUDIO_VAE, "--cached_dataset", str(cache), "--output_dir", str(tmp_path), "--dry_run"])
-    text = capsys.readouterr().out
-    assert (
-        "segment_frames" in text
-        and "samples: train 36, validation 4" in text
-        and not (tmp_path / "audio_vae").exists()
-    )

@@ -58,8 +58,10 @@ class AudioStage(Stage):
         mel = {} if overrides.keys() & set(MEL_FIELDS) else dataset.mel.as_dict()
         config = from_preset(self.config_class, self.presets, self.args.config, **{**mel, **overrides})
         dataset.expect_mel(config.mel, "this run's --override")
-        self.collator = partial(collate_audio, log_floor=config.mel.log_floor)
         return config
+
+    def build_collator(self, config):
+        return partial(collate_audio, log_floor=config.mel.log_floor)
 
     def check_checkpoint(self, dataset: AudioDataset) -> None:
         """Raises: ValueError: the checkpoint to start from or go on with has another log-mel than the cache."""

@@ -115,14 +115,13 @@ class SampleMetrics:
     Args:
         vae, text_encoder: see `TextToImage`.
         folder: preprocessed latents.
-        n_images: captions, spread evenly over the validation set.
-        args: sampling flags and `eval_batch_size`.
+        args: sampling flags, `eval_batch_size`, and `eval_images`: captions, spread evenly over the validation set.
     """
 
-    def __init__(self, vae: VAE, text_encoder: FrozenTextEncoder | None, folder: Path, n_images: int, args: Any):
+    def __init__(self, vae: VAE, text_encoder: FrozenTextEncoder | None, folder: Path, *, args: Any):
         self.vae, self.text_encoder, self.args = vae, text_encoder, args
         self.training, self.held_out = (ImageLatentDataset(folder, split) for split in ("train", "validation"))
-        self.indices = spread(len(self.held_out), n_images)
+        self.indices = spread(len(self.held_out), args.eval_images)
         self.probe: TextProbe | None = None
         self.has_probe = False
 

@@ -53,16 +53,13 @@ class TextArguments:
             )
 
 
-def prepare(args: Any, folder: Path) -> None:
+def tokenize_texts(args: Any, folder: Path) -> None:
     """Tokenise the texts that the flags name into a folder, or find that they are there; nothing without a name.
 
     Raises: FileNotFoundError: no texts are named, and the folder is not there.
     """
+    untokenized(args, folder)
     if not args.text_dataset:
-        if not folder.exists():
-            raise FileNotFoundError(
-                f"{folder} does not exist; name texts with --text_dataset, which are prepared there"
-            )
         return
     prepare_text(
         args.text_dataset,
@@ -77,6 +74,19 @@ def prepare(args: Any, folder: Path) -> None:
         validation_fraction=args.validation_fraction,
         max_broken_fraction=args.max_broken_fraction,
     )
+
+
+def untokenized(args: Any, folder: Path) -> str:
+    """What `tokenize_texts` would write, in words; "" where the folder is there.
+
+    Raises: FileNotFoundError: no texts are named, and the folder is not there.
+    """
+    if folder.exists():
+        return ""
+    if not args.text_dataset:
+        raise FileNotFoundError(f"{folder} does not exist; name texts with --text_dataset, which are prepared there")
+    trained = f", which is trained for {args.tokenizer_vocab_size:,} tokens" if args.tokenizer == "bpe" else ""
+    return f"{args.text_dataset}, tokenised by {args.tokenizer!r}{trained}, in {folder}"
 
 
 def check_checkpoint(path: str | Path, dataset: TextDataset, resumes: bool) -> None:
