@@ -170,7 +170,7 @@ def gan(args: BenchmarkArguments) -> None:
             output = model(image=image, noise=noise)
             leaf = output.reconstruction.detach().requires_grad_()
             (gradient,) = torch.autograd.grad((leaf - image).abs().mean(), leaf)
-            played = adversary.play(image, leaf, gradient, None, 1.0, 0.1)
+            played = adversary.play(leaf, image, gradient, weight=0.1)
             (output.reconstruction * (gradient + adversary.adaptive_factor() * 0.1 * played.gradient)).sum().backward()
             adversary.update()
 

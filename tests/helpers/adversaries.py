@@ -18,7 +18,7 @@ def make(**changes):
 def batch(n=4):
     generator = torch.Generator().manual_seed(1)
     real, fake, gradient = (torch.randn(n, 3, 16, 16, generator=generator) for _ in range(3))
-    return real, fake.requires_grad_(), gradient / fake.numel()
+    return fake.requires_grad_(), real, gradient / fake.numel()
 
 
 def flat_gradient(module):

@@ -3,7 +3,8 @@ shares."""
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -17,14 +18,15 @@ from model.criteria import ReconstructionLoss, kl_divergence
 from model.image.augmentation import diff_augment
 from model.image.discriminators import build_discriminator
 from model.image.feature_extractors import build_perceptual
-from utils.distributed import mean_across_ranks, rank, world_size
+from model.vae import VAEOutput
 from utils.drawing.images import TRIPLE, Group, channel_images, draw_sheet, to_image, triple
 from utils.megatransformer_utils import StageArguments
 from utils.metrics.images import psnr
 from utils.metrics.latents import LatentHealth
 from utils.options import option
 from utils.training.adversary import Adversary, AdversaryArguments, adversary_needs
-from utils.training.gan import GANTrainer
+from utils.training.gan import GANTrainer, Generation
+from utils.training.latent_statistics import image_moments, measure_latent_statistics
 from utils.training.stage import Stage
 
 
@@ -83,22 +85,38 @@ class ImageAutoencoderStage(Stage):
         return Adversary(discriminator, args, augment)
 
 
-class ImageVAEGANTrainer(GANTrainer):
-    """Trains a VAE on images: reconstruction and perceptual terms, KL, and an adversary.
+def kl_per_value(output: VAEOutput, target: Tensor) -> Tensor:
+    """KL divergence of the posterior in nats per input value, a scalar."""
+    return kl_divergence(output.mean, output.logvar).mean() / target[0].numel()
 
-    The KL term is `kl_weight` x (nats per sample, summed over the latent) / (number of input values C Y X): nats per
-    input value, beside reconstruction terms that are means over input values.
+
+class ImageVAEGANTrainer(GANTrainer):
+    """Trains a VAE on images x (B, C, Y, X), reconstructed as x_hat.
+
+        loss = l1_weight * |x_hat - x| + gradient_weight * |difference of their gradients|
+             + perceptual_weight * perceptual(x_hat, x)
+             + kl_weight * KL / (C Y X)
+             + gan_weight(step) * adaptive_factor * (adversarial + feature_matching_weight * feature_matching)
+
+    The KL divergence is in nats per sample, summed over the latent: over C Y X it is in nats per input value, like the
+    reconstruction terms, which are means over input values.
     """
+
+    # Loss terms beside those of the reconstruction, (output, target) -> scalar, None where there is nothing to
+    # measure; the weight of each is the flag `<name>_weight`.
+    TERMS: ClassVar[dict[str, Callable[..., Tensor | None]]] = {"kl": kl_per_value}
 
     def generate(self, model, inputs):
         image = inputs["image"]
         noise = self.sample_noise(inputs, "posterior", self.model.latent_shape(image.shape[-1]))
-        output = model(image=image, noise=noise)
-        return output.reconstruction, image, output
+        output = model(image=image, noise=noise, **self.decoder_options())
+        terms = {name: term(output, image) for name, term in self.TERMS.items()}
+        terms = self.weighted({name: term for name, term in terms.items() if term is not None})
+        return Generation(output.reconstruction, image, terms)
 
-    def other_terms(self, output, real):
-        kl = kl_divergence(output.mean, output.logvar).mean() / real[0].numel()
-        return {"kl": self.stage_arguments.kl_weight * kl}
+    def decoder_options(self) -> dict[str, Any]:
+        """Further keywords of the model's forward in this optimizer step."""
+        return {}
 
     def evaluation_terms(self, model, inputs):
         image = inputs["image"]
@@ -107,39 +125,21 @@ class ImageVAEGANTrainer(GANTrainer):
         mse = (reconstruction - image).square().flatten(1).mean(1)
         terms = {
             "l1": (reconstruction - image).abs().flatten(1).mean(1),
-            "psnr": 10 * torch.log10(4.0 / mse.clamp_min(1e-10)),
+            "psnr": 10 * torch.log10(4.0 / mse.clamp_min(1e-10)),  # Of a range of 2, from -1 to 1.
             "kl": kl_divergence(output.mean, output.logvar) / image[0].numel(),
         }
         if self.criterion.perceptual is not None:
             terms["perceptual"] = self.criterion.perceptual(reconstruction, image)
         return {**terms, "loss": terms["l1"] + self.stage_arguments.kl_weight * terms["kl"]}
 
-    @torch.no_grad()
     def before_saving(self):
-        """Measure the latents' mean and standard deviation per channel on the training set, for the next stage."""
-        model = self.evaluation_model()
-        n_samples = min(self.stage_arguments.latent_statistics_samples, len(self.train_dataset))
-        moments = torch.zeros(3, self.model.config.latent_channels, dtype=torch.float64, device=self.args.device)
-        batch_size = self.args.per_device_eval_batch_size
-        for start in range(0, n_samples, batch_size * world_size()):
-            # Every process runs the same number of forwards; beyond the end it counts nothing.
-            first = start + rank() * batch_size
-            # Spread over the whole set, whose order often goes by kind.
-            indices = [
-                i * len(self.train_dataset) // n_samples for i in range(first, min(first + batch_size, n_samples))
-            ]
-            samples = [self.train_dataset[i] for i in indices] or [self.train_dataset[0]]
-            inputs = self._prepare_inputs(self.data_collator(samples))
-            output = model(image=inputs["image"])
-            mean, variance = output.mean.double(), output.logvar.double().exp()
-            if len(indices):
-                moments += torch.stack(
-                    [part.mean((2, 3)).sum(0) for part in (mean, mean.square() + variance, mean * 0 + 1)]
-                )
-        total = mean_across_ranks(moments)
-        mean = total[0] / total[2]
-        std = (total[1] / total[2] - mean.square()).clamp_min(1e-12).sqrt()
-        self.model.set_latent_statistics(mean.float(), std.float())
+        """Measure the statistics of the latents, for the next stage."""
+        self.model.set_latent_statistics(*measure_latent_statistics(self, self.latent_moments))
+
+    def latent_moments(self, model, inputs: dict) -> Tensor:
+        """What a batch adds to the statistics, (3, Z)."""
+        output = model(image=inputs["image"])
+        return image_moments(output.mean, output.logvar)
 
 
 class ReconstructionImages(TrainerCallback):

@@ -17,7 +17,7 @@ from utils.options import option
 from utils.timing import Stopwatch
 from utils.training.adversary import AdversaryArguments, adversary_needs
 from utils.training.audio import Listening
-from utils.training.gan import GANTrainer
+from utils.training.gan import GANTrainer, Generation
 
 
 @dataclasses.dataclass
@@ -73,6 +73,7 @@ def crop_pairs(
     mel: Tensor,
     waveform: Tensor,
     n_frames: Tensor,
+    *,
     uniforms: Tensor,
     segment_frames: int,
     hop_length: int,
@@ -80,7 +81,7 @@ def crop_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Aligned crops of log-mels and their waveforms, at places uniform over each clip.
 
-    Clips that are shorter than a crop are taken whole, with silence behind.
+    Clips that are shorter than a crop are taken whole, with silence after them.
 
     Args:
         mel: (B, M, F), the first `n_frames` (B,) of which count.
@@ -94,50 +95,56 @@ def crop_pairs(
     if waveform.shape[1] != n_padded * hop_length:
         raise ValueError(
             f"waveforms of {waveform.shape[1]} samples do not belong to log-mels of {n_padded} frames, which are "
-            f"{n_padded * hop_length} samples at hop_length={hop_length}; preprocess the sounds again"
+            f"{n_padded * hop_length} samples at hop_length={hop_length}; preprocess the audio again"
         )
     missing = max(0, segment_frames - n_padded)
     if missing:
         mel = F.pad(mel, (0, missing), value=log_floor)
         waveform = F.pad(waveform, (0, missing * hop_length))
-    start = crop_starts(n_frames, segment_frames, uniforms)[:, None]
+    start = crop_starts(n_frames, segment_frames, uniforms)[:, None]  # (B, 1)
     frames = start + torch.arange(segment_frames, device=mel.device)
     samples = start * hop_length + torch.arange(segment_frames * hop_length, device=mel.device)
     return mel.gather(2, frames[:, None].expand(B, M, segment_frames)), waveform.gather(1, samples)
 
 
 class VocoderTrainer(GANTrainer):
-    """Trains a vocoder on crops of `segment_frames` frames at places that belong to (seed, step, sample).
+    """Trains a vocoder from log-mels to waveforms x_hat, compared with recordings x.
 
-    `criterion` is a `VocoderLoss`. Evaluation takes whole clips.
+        loss = mel_weight * |mel(x_hat) - mel(x)|
+             + stft_weight * (spectral convergence + |log-magnitudes|), means over `--stft_resolutions`
+             + phase_weight * (group delay + instantaneous frequency)
+             + complex_stft_weight * |complex spectrograms| / |that of x|
+             + gan_weight(step) * adaptive_factor * (adversarial + feature_matching_weight * feature_matching)
+
+    A step takes crops of `segment_frames` frames at places that belong to (seed, step, sample); evaluation takes whole
+    clips. `criterion` is a `VocoderLoss`.
     """
 
     def generate(self, model, inputs):
-        uniforms = self.sample_uniforms(inputs, "crop", (1,))[:, 0]
-        mel, real = crop_pairs(
+        mel, target = crop_pairs(
             inputs["mel"],
             inputs["waveform"],
             inputs["n_frames"],
-            uniforms,
-            self.stage_arguments.segment_frames,
-            self.model.config.hop_length,
-            self.model.config.mel.log_floor,
+            uniforms=self.sample_uniforms(inputs, "crop", (1,))[:, 0],
+            segment_frames=self.stage_arguments.segment_frames,
+            hop_length=self.model.config.hop_length,
+            log_floor=self.model.config.mel.log_floor,
         )
-        generated = model(mel=mel)
-        return generated, real, generated
+        return Generation(model(mel=mel), target)
 
     def evaluation_terms(self, model, inputs):
         """The loss's distances on whole clips, unweighted, and `loss`, their weighted sum. Padding does not count: a
         clip's numbers do not depend on the clips beside it."""
-        mel, real, hop_length = inputs["mel"], inputs["waveform"], self.model.config.hop_length
-        # Silence behind every clip, so that the longest one of a batch ends as the others do.
+        mel, target, hop_length = inputs["mel"], inputs["waveform"], self.model.config.hop_length
+        # Silence after every clip, so that the longest one of a batch ends as the others do.
         n_extra = self.model.generator.context_frames + -(-self.criterion.min_samples // hop_length)
         mel = F.pad(mel, (0, n_extra), value=self.model.config.mel.log_floor)
         n_samples = inputs["n_frames"] * hop_length
         generated = model(mel=mel).float()
-        is_sound = valid_frames(n_samples, generated.shape[1])
-        real = F.pad(real, (0, n_extra * hop_length))
-        terms = self.criterion.distances(generated * is_sound, real, n_samples)
+        valid = valid_frames(n_samples, generated.shape[1])  # (B, S)
+        target = F.pad(target, (0, n_extra * hop_length))
+
+        terms = self.criterion.distances(generated * valid, target, n_samples)
         loss = sum(self.criterion.weights[name] * values for name, values in terms.items())
         return {**{("mel_l1" if name == "mel" else name): values for name, values in terms.items()}, "loss": loss}
 
