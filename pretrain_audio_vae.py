@@ -18,7 +18,7 @@ from model.presets import AUDIO_VAE
 from utils.generation.audio import load_vocoder
 from utils.training.adversary import Adversary
 from utils.training.audio import AudioStage
-from utils.training.audio_vae import AudioVAEArguments, AudioVAEGANTrainer, AudioVAEListening, SpreadMels
+from utils.training.audio_vae import AudioReconstructionCallback, AudioVAEArguments, AudioVAEGANTrainer, SpreadMels
 
 
 class AudioVAEStage(AudioStage):
@@ -65,13 +65,11 @@ class AudioVAEStage(AudioStage):
             parts["adversary"] = Adversary(discriminator, args)
         return parts
 
-    def build_callbacks(self, writer):
-        args = self.args
-        return (
-            [AudioVAEListening(writer, args.n_logged_samples, args.vocoder_checkpoint)]
-            if args.n_logged_samples
-            else []
-        )
+    def build_callbacks(self, trainer, writer):
+        if not self.args.n_logged_samples:
+            return []
+        settings = {"n_clips": self.args.n_logged_samples, "vocoder_checkpoint": self.args.vocoder_checkpoint}
+        return [AudioReconstructionCallback(trainer, writer, **settings)]
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from model.presets import IMAGE_DIFFUSION
 from utils.generation.latents import check_vae, load_vae
 from utils.generation.text_to_image import fit_to_latents, load_text_encoder
 from utils.training.diffusion import DiffusionTrainer
-from utils.training.image_diffusion import ImageDiffusionArguments, PromptGrids, SampleMetrics
+from utils.training.image_diffusion import ImageDiffusionArguments, PromptGridCallback, SampleMetrics
 from utils.training.stage import Stage
 
 
@@ -63,12 +63,15 @@ class ImageDiffusionStage(Stage):
             parts["measure_samples"] = SampleMetrics(self.vae, self.text_encoder, self.cache_dir, args=self.args)
         return parts
 
-    def build_callbacks(self, writer):
+    def build_callbacks(self, trainer, writer):
         prompts = self.args.prompts
         if not prompts:
             captions = [entry["caption"] for entry in ImageLatentDataset(self.cache_dir, "validation").entries]
             prompts = [captions[index] for index in spread(len(captions), self.args.n_prompts)]
-        return [PromptGrids(writer, self.vae, self.text_encoder, prompts, self.args)] if prompts else []
+        if not prompts:
+            return []
+        networks = {"vae": self.vae, "text_encoder": self.text_encoder}
+        return [PromptGridCallback(trainer, writer, **networks, prompts=prompts, args=self.args)]
 
     def extra_record(self):
         return {"latents": self.latents}

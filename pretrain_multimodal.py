@@ -15,7 +15,12 @@ from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.presets import MEGATRANSFORMER
 from utils.configuration import MegaTransformerConfig
-from utils.training.multimodal import MultimodalArguments, MultimodalTrainer, TextSamples, ThinkingStepsHistograms
+from utils.training.multimodal import (
+    MultimodalArguments,
+    MultimodalTrainer,
+    TextSamplesCallback,
+    ThinkingStepsCallback,
+)
 from utils.training.stage import Stage
 from utils.training.text import check_checkpoint, check_core_flags, fit_to_tokenizer, tokenize_texts, untokenized
 
@@ -54,9 +59,12 @@ class MultimodalStage(Stage):
     def build_trainer_parts(self, model):
         return {"tokenizer": self.texts.tokenizer}
 
-    def build_callbacks(self, writer):
-        samples = [TextSamples(writer, self.args.n_samples, self.args.sample_tokens)] if self.args.n_samples else []
-        return [*samples, ThinkingStepsHistograms(writer)]
+    def build_callbacks(self, trainer, writer):
+        callbacks = [ThinkingStepsCallback(trainer, writer)]
+        if self.args.n_samples:
+            settings = {"n_samples": self.args.n_samples, "n_tokens": self.args.sample_tokens}
+            callbacks.append(TextSamplesCallback(trainer, writer, **settings))
+        return callbacks
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from model.audio.waveform_discriminators import build_waveform_discriminator
 from model.presets import VOCODER
 from utils.training.adversary import Adversary
 from utils.training.audio import AudioStage
-from utils.training.vocoder import VocoderArguments, VocoderListening, VocoderTrainer, check_segment
+from utils.training.vocoder import VocoderArguments, VocoderCallback, VocoderTrainer, check_segment
 
 
 class VocoderStage(AudioStage):
@@ -28,9 +28,9 @@ class VocoderStage(AudioStage):
     presets = VOCODER
     trainer_class = VocoderTrainer
 
-    def build_callbacks(self, writer):
+    def build_callbacks(self, trainer, writer):
         n_clips = self.args.n_logged_samples
-        return [VocoderListening(writer, n_clips)] if n_clips else []
+        return [VocoderCallback(trainer, writer, n_clips=n_clips)] if n_clips else []
 
     def build_trainer_parts(self, model):
         args, mel = self.args, model.config.mel

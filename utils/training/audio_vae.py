@@ -1,17 +1,17 @@
-"""The audio VAE: flags, segments of clips, losses over valid frames, characters read out of latents, clips to hear.
+"""The audio VAE: flags, segments of clips, losses over valid frames, characters read out of latents, logged clips.
 
 B batch, M mel bins, F mel frames, Z latent channels, L latent frames, V characters, T text tokens.
 """
 
 import dataclasses
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
 
 from dataset_loading.cached import spread
 from model.audio.griffin_lim import griffin_lim
@@ -27,7 +27,7 @@ from utils.megatransformer_utils import StageArguments
 from utils.metrics.latents import LatentHealth
 from utils.options import option
 from utils.training.adversary import AdversaryArguments, adversary_needs
-from utils.training.audio import Listening
+from utils.training.audio import AudioCallback
 from utils.training.gan import GANTrainer, Generation
 from utils.training.latent_statistics import measure_latent_statistics, sequence_moments
 
@@ -177,9 +177,9 @@ class AudioVAEGANTrainer(GANTrainer):
         return sequence_moments(output.mean, output.logvar, self.model.latents_lengths(inputs["n_frames"]))
 
 
-class AudioVAEListening(Listening):
-    """What an audio VAE makes of validation clips; PESQ and STOI hold the resynthesis of its log-mels against that of
-    the true ones.
+class AudioReconstructionCallback(AudioCallback):
+    """Logs reconstructions of validation clips. PESQ and STOI compare the vocoded reconstruction with the vocoded
+    ground truth.
 
     sounds/<clip>_real, _generated   the vocoder, or Griffin-Lim, on the true and on the VAE's log-mel
     images/mel                     true log-mel | the VAE's | difference
@@ -189,56 +189,61 @@ class AudioVAEListening(Listening):
 
     Args:
         vocoder_checkpoint: run or checkpoint folder of a vocoder of the same log-mel; "" for Griffin-Lim.
-    Raises: ValueError, FileNotFoundError: no checkpoint of a vocoder; when training begins: one of another log-mel.
+    Raises: ValueError, FileNotFoundError: no checkpoint of a vocoder, or one of another log-mel.
     """
 
-    def __init__(self, writer: SummaryWriter | None, n_clips: int, vocoder_checkpoint: str = ""):
-        super().__init__(writer, n_clips)
-        self.vocoder_checkpoint = vocoder_checkpoint
+    def __init__(self, trainer, writer, *, n_clips: int, vocoder_checkpoint: str = ""):
+        super().__init__(trainer, writer, n_clips=n_clips)
         self.vocoder = load_vocoder(vocoder_checkpoint) if vocoder_checkpoint else None
-        self.real: list[Tensor] = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
         if self.vocoder is not None:
-            name = f"the vocoder {self.vocoder_checkpoint}"
+            name = f"the vocoder {vocoder_checkpoint}"
             remedy = "use a vocoder that was trained on the same log-mels"
             check_same_mel(self.settings, "the model", self.vocoder.config.mel, name, remedy)
-        super().on_train_begin(args, state, control, **kwargs)
+
+    @cached_property
+    def real(self) -> list[Tensor]:
+        """The waveforms that the true log-mels become."""
+        return [self.vocode(sample["mel"]) for sample in self.samples]
 
     def run(self, model, sample, device):
         speaker = sample["speaker"][None].to(device) if "speaker" in sample else None
         mel = sample["mel"][None].to(device)
         output = model(mel=mel, n_frames=torch.tensor([mel.shape[-1]], device=device), speaker=speaker)
         reconstruction = output.reconstruction[0].float().clamp_min(self.settings.log_floor)
-        return tuple(each.float().cpu() for each in (reconstruction, output.mean, output.logvar))
+        return tuple(tensor.float().cpu() for tensor in (reconstruction, output.mean, output.logvar))
 
-    def vocode(self, mel: Tensor, device: torch.device) -> Tensor:
+    def vocode(self, mel: Tensor) -> Tensor:
         """(M, F) -> (S,) on the CPU; the log-mel of silence where it is too short, or where it is not finite."""
         log_floor, min_samples = self.settings.log_floor, self.settings.min_samples
+        device = self.trainer.args.device
         missing = max(0, -(-min_samples // self.settings.hop_length) - mel.shape[1])
-        mel = torch.nn.functional.pad(mel.nan_to_num(log_floor, log_floor, log_floor), (0, missing), value=log_floor)
-        mel = mel[None].to(device)
+        mel = F.pad(mel.nan_to_num(log_floor, log_floor, log_floor), (0, missing), value=log_floor)[None].to(device)
         if self.vocoder is None:
             return griffin_lim(mel, self.settings)[0].cpu()
         return self.vocoder.to(device)(mel)[0].float().cpu()
 
-    def write(self, made, device, step, is_first):
-        mels, health = [mel for mel, _, _ in made], LatentHealth()
-        if is_first:
-            self.real = [self.vocode(sample["mel"], device) for sample in self.samples]
+    def write(self, content, step):
+        # Players, log-mels and scores of the reconstructions.
+        mels = [mel for mel, _, _ in content]
+        generated = [self.vocode(mel) for mel in mels]
+        if self.is_first:
             self.add_sounds("real", self.real, step)
-        generated = [self.vocode(mel, device) for mel in mels]
+            self.is_first = False
         self.add_sounds("generated", generated, step)
         self.add_mels(mels, step)
-        self.add_scores(self.real, generated, step)
-        longest = max(mean.shape[-1] for _, mean, _ in made)
-        groups = [Group([latent_image(mean[0], longest)], name) for (_, mean, _), name in zip(made, self.names)]
+        self.add_scores(generated, self.real, step)
+
+        # Posteriors: means (1, Z, ..., L) as images, their histograms by channel, and channels that carry nothing.
+        means, logvars = [mean for _, mean, _ in content], [logvar for _, _, logvar in content]
+        longest = max(mean.shape[-1] for mean in means)
+        groups = [Group([latent_image(mean[0], longest)], name) for mean, name in zip(means, self.names)]
         self.add_image("latents", strip_sheet(groups), step)
-        for _, mean, logvar in made:
-            health.update(mean, logvar)
-        for channel in range(made[0][1].shape[1]):
-            values = torch.cat([mean[0, channel].flatten() for _, mean, _ in made])
+        for channel in range(means[0].shape[1]):
+            values = torch.cat([mean[0, channel].flatten() for mean in means])
             self.writer.add_histogram(f"latents/mean_{channel:02d}", values, step)
-        deviations = torch.cat([(0.5 * logvar).exp().flatten() for _, _, logvar in made])
-        self.writer.add_histogram("latents/posterior_std", deviations, step)
+        stds = torch.cat([(0.5 * logvar).exp().flatten() for logvar in logvars])
+        self.writer.add_histogram("latents/posterior_std", stds, step)
+        health = LatentHealth()
+        for mean, logvar in zip(means, logvars):
+            health.update(mean, logvar)
         self.writer.add_scalar("latents/dead_channels", sum(health.compute()["dead"]), step)

@@ -6,11 +6,8 @@ import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback
 
 from dataset_loading.cached import spread
 from dataset_loading.image.pixels import ImageDataset
@@ -25,6 +22,7 @@ from utils.metrics.images import psnr
 from utils.metrics.latents import LatentHealth
 from utils.options import option
 from utils.training.adversary import Adversary, AdversaryArguments, adversary_needs
+from utils.training.callbacks import EvaluationCallback
 from utils.training.gan import GANTrainer, Generation
 from utils.training.latent_statistics import image_moments, measure_latent_statistics
 from utils.training.stage import Stage
@@ -70,8 +68,8 @@ class ImageAutoencoderStage(Stage):
         criterion = ReconstructionLoss(args.l1_weight, args.gradient_weight, args.perceptual_weight, perceptual)
         return {"criterion": criterion, "adversary": self.build_adversary()}
 
-    def build_callbacks(self, writer):
-        return [ReconstructionImages(writer, self.args.n_logged_samples)]
+    def build_callbacks(self, trainer, writer):
+        return [ImageReconstructionCallback(trainer, writer, n_images=self.args.n_logged_samples)]
 
     def build_adversary(self):
         """The discriminator's side, or None where its weight is 0."""
@@ -142,8 +140,8 @@ class ImageVAEGANTrainer(GANTrainer):
         return image_moments(output.mean, output.logvar)
 
 
-class ReconstructionImages(TrainerCallback):
-    """Before the first step and after each evaluation: what the VAE makes of the same validation images.
+class ImageReconstructionCallback(EvaluationCallback):
+    """Logs reconstructions of the same validation images.
 
     images/reconstruction       input | reconstruction | difference, with the PSNR
     images/latent_channels      posterior means, one row per image, one column per channel
@@ -151,51 +149,40 @@ class ReconstructionImages(TrainerCallback):
     latents/posterior_std         histogram of the posterior's standard deviations
     latents/dead_channels         channels that carry next to nothing on these images
 
-    Every process runs the model, as sharded weights need; only the one with a writer writes.
-
     Args:
-        writer: None except on rank 0.
         n_images: spread evenly over the validation set.
     """
 
-    trainer: Any
     max_latent_rows = 4
 
-    def __init__(self, writer: SummaryWriter | None, n_images: int):
-        self.writer, self.n_images = writer, n_images
-        self.image: Tensor | None = None
+    def __init__(self, trainer, writer, *, n_images: int):
+        super().__init__(trainer, writer)
+        self.n_images = n_images
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.show(args.device, state.global_step)
+    @functools.cached_property
+    def image(self) -> Tensor:
+        """The images, (B, C, Y, X)."""
+        dataset = self.trainer.eval_dataset
+        return torch.stack([dataset[index]["image"] for index in spread(len(dataset), self.n_images)])
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.show(args.device, state.global_step)
+    def compute(self, model):
+        output = model(image=self.image.to(self.trainer.args.device))
+        return tuple(tensor.float().cpu() for tensor in (output.reconstruction, output.mean, output.logvar))
 
-    @torch.no_grad()
-    def show(self, device: torch.device, step: int) -> None:
-        """Run the model on every process, write on one."""
-        if self.image is None:
-            dataset = self.trainer.eval_dataset
-            indices = spread(len(dataset), self.n_images)
-            self.image = torch.stack([dataset[index]["image"] for index in indices])
-        output = self.trainer.evaluation_model()(image=self.image.to(device))
-        if self.writer is None:
-            return
-        reconstruction, mean, logvar = (
-            each.float().cpu() for each in (output.reconstruction, output.mean, output.logvar)
-        )
+    def write(self, content, step):
+        reconstruction, mean, logvar = content
+        # Inputs, reconstructions and differences.
         values = psnr(reconstruction, self.image).tolist()
         groups = [Group(triple(*pair), f"{value:.1f} dB") for *pair, value in zip(self.image, reconstruction, values)]
-        sheet = draw_sheet(groups, TRIPLE, n_across=2)
-        self.writer.add_image("images/reconstruction", np.asarray(sheet), step, dataformats="HWC")
+        self.add_image("reconstruction", draw_sheet(groups, TRIPLE, n_across=2), step)
+
+        # Posteriors: means as images, their histograms by channel, and channels that carry nothing.
         rows = [Group([to_image(channel) for channel in row]) for row in channel_images(mean)[: self.max_latent_rows]]
         numbers = [str(channel) for channel in range(mean.shape[1])]
-        sheet = draw_sheet(rows, numbers, min_cell=64)
-        self.writer.add_image("images/latent_channels", np.asarray(sheet), step, dataformats="HWC")
+        self.add_image("latent_channels", draw_sheet(rows, numbers, min_cell=64), step)
         for channel in range(mean.shape[1]):
             self.writer.add_histogram(f"latents/mean_{channel:02d}", mean[:, channel], step)
         self.writer.add_histogram("latents/posterior_std", (0.5 * logvar).exp(), step)
         health = LatentHealth()
         health.update(mean, logvar)
         self.writer.add_scalar("latents/dead_channels", sum(health.compute()["dead"]), step)
-        self.writer.flush()

@@ -5,13 +5,13 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from model.recurrent import sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
@@ -21,6 +21,7 @@ from utils.megatransformer_utils import StageArguments
 from utils.metrics.text import model_inputs, ratios, window_sums, windows_at_once
 from utils.options import option
 from utils.seeds import generators
+from utils.training.callbacks import EvaluationCallback
 from utils.training.text import TextArguments
 from utils.training_utils import StageTrainer
 
@@ -217,74 +218,65 @@ class MultimodalTrainer(StageTrainer):
             self.tokenizer.save_pretrained(folder)
 
 
-class TextSamples(TrainerCallback):
-    """After each evaluation: validation prompts with their true, the likeliest and a drawn continuation.
+class TextSamplesCallback(EvaluationCallback):
+    """Logs validation prompts with their true, a greedy and a sampled continuation.
 
     Args:
-        writer: None except on rank 0.
         n_samples: prompts.
-        n_tokens: most new tokens; at most half a window is made.
+        n_tokens: maximum of new tokens; at most half a window is generated.
     """
 
-    trainer: Any
+    before_training = False
 
-    def __init__(self, writer: SummaryWriter | None, n_samples: int, n_tokens: int):
-        self.writer, self.n_samples, self.n_tokens = writer, n_samples, n_tokens
+    def __init__(self, trainer, writer, *, n_samples: int, n_tokens: int):
+        super().__init__(trainer, writer)
+        self.n_samples, self.n_tokens = n_samples, n_tokens
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def compute(self, model):
         trainer = self.trainer
-        model = trainer.evaluation_model()
-        # Weights that may be sharded are run by all processes, a plain copy by the one that writes.
-        if self.writer is None and model is trainer.ema_model:
-            return
         generator = TextGenerator(trainer.accelerator.unwrap_model(model), trainer.tokenizer)
         n_new = min(self.n_tokens, trainer.eval_dataset.sequence_length // 2)
         pairs = split_windows(trainer.eval_dataset, self.n_samples, n_new)
         prompts = [prompt for prompt, _ in pairs]
         exits = {} if trainer.exits(model) or not trainer.is_recurrent else {"exit_threshold": 0.0}
-        made = [
+        greedy, sampled = (
             generator.continue_tokens(prompts, dataclasses.replace(settings, max_new_tokens=n_new, **exits))
             for settings in (GREEDY, SAMPLED)
-        ]
-        for number, ((prompt, truth), greedy, sampled) in enumerate(zip(pairs, *made)):
-            parts = {"prompt": prompt, "true continuation": truth, "likeliest": greedy, "drawn": sampled}
-            if self.writer is not None:
-                shown = {name: generator.decode(ids) for name, ids in parts.items()}
-                self.writer.add_text(f"samples/{number:02}", as_markdown(shown), state.global_step)
-        if self.writer is not None:
-            self.writer.flush()
+        )
+        names = ("prompt", "true continuation", "greedy", "sampled")
+        rows = [dict(zip(names, (*pair, *ids), strict=True)) for pair, *ids in zip(pairs, greedy, sampled)]
+        return [{name: generator.decode(ids) for name, ids in row.items()} for row in rows]
+
+    def write(self, content, step):
+        for number, texts in enumerate(content):
+            self.writer.add_text(f"samples/{number:02}", as_markdown(texts), step)
 
 
-def as_markdown(parts: dict[str, str]) -> str:
-    """Titled blocks of text as they are, which TensorBoard shows without interpreting them."""
+def as_markdown(texts: dict[str, str]) -> str:
+    """Blocks of text under their titles, which TensorBoard shows without interpreting them."""
     blocks = []
-    for title, text in parts.items():
+    for title, text in texts.items():
         lines = "\n".join(f"    {line}" for line in text.splitlines() or [""])
         blocks.append(f"**{title}**\n\n{lines}")
     return "\n\n".join(blocks)
 
 
-class ThinkingStepsHistograms(TrainerCallback):
-    """After each evaluation, for recurrent models.
+class ThinkingStepsCallback(EvaluationCallback):
+    """Logs histograms of the number of thinking steps of a recurrent model.
 
     thinking_steps/drawn      steps of the optimizer steps since the last evaluation
     thinking_steps/used       steps of the validation tokens, where tokens exit early
-
-    Args: writer: None except on rank 0.
     """
 
-    trainer: Any
+    before_training = False
 
-    def __init__(self, writer: SummaryWriter | None):
-        self.writer = writer
-
-    def on_evaluate(self, args, state, control, **kwargs):
+    def show(self, step):
         drawn, used = self.trainer.drawn_steps, self.trainer.used_steps
         if self.writer is not None and drawn:
-            add_counts(self.writer, "thinking_steps/drawn", np.bincount(drawn), state.global_step)
+            add_counts(self.writer, "thinking_steps/drawn", np.bincount(drawn), step)
         if self.writer is not None and used is not None:
-            add_counts(self.writer, "thinking_steps/used", used, state.global_step)
-        drawn.clear()
+            add_counts(self.writer, "thinking_steps/used", used, step)
+        drawn.clear()  # On every process, all of which collect them.
 
 
 def add_counts(writer: SummaryWriter, name: str, counts: Sequence[float] | np.ndarray, step: int) -> None:

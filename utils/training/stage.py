@@ -33,7 +33,7 @@ from utils.devices import compile_in_place
 from utils.distributed import end_processes, from_main, launched_rank, rank, world_size
 from utils.megatransformer_utils import StageArguments, training_arguments
 from utils.options import StrictConfig, declared_fields, from_preset
-from utils.training.callbacks import ScalarLogs, StopOnSignal
+from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
 logger = logging.getLogger(__name__)
@@ -80,8 +80,8 @@ class Stage:
         """Further keywords of the trainer: loss, adversary."""
         return {}
 
-    def build_callbacks(self, writer: SummaryWriter | None) -> list[TrainerCallback]:
-        """Callbacks of the stage's own; `writer` is None except on rank 0."""
+    def build_callbacks(self, trainer: StageTrainer, writer: SummaryWriter | None) -> list[EvaluationCallback]:
+        """What the stage shows of its model in TensorBoard; `writer` is None except on rank 0."""
         return []
 
     def extra_record(self) -> dict[str, Any]:
@@ -190,9 +190,9 @@ class Stage:
     def build_trainer(self, model, datasets, training) -> StageTrainer:
         """The trainer with its parts, callbacks and the record that goes into every checkpoint."""
         self.writer = SummaryWriter(str(self.run_dir / "tensorboard")) if rank() == 0 else None
-        callbacks = [StopOnSignal(), *self.build_callbacks(self.writer)]
+        callbacks: list[TrainerCallback] = [StopOnSignalCallback()]
         if self.writer is not None:
-            callbacks.append(ScalarLogs(self.writer))
+            callbacks.append(ScalarLogsCallback(self.writer))
             self.writer.add_text("configuration", f"```\n{model.config.describe()}\n```")
         trainer = trainer_class_for(self.args.trainer, self.trainer_class)(
             model=model,
@@ -205,8 +205,8 @@ class Stage:
             stage_record=self.record(datasets["train"], zero_stage_of(training)),
             **self.build_trainer_parts(model),
         )
-        for callback in callbacks:
-            callback.trainer = trainer
+        for callback in self.build_callbacks(trainer, self.writer):
+            trainer.add_callback(callback)
         return trainer
 
     def record(self, dataset: Dataset, zero_stage: int) -> dict:

@@ -1,5 +1,7 @@
-"""The vocoder: flags, random crops, losses on waveforms, evaluation on whole clips, clips to hear and see.  B batch,
-M mel bins, F frames, S samples."""
+"""The vocoder: flags, random crops, losses on waveforms, evaluation on whole clips, logged clips.
+
+B batch, M mel bins, F frames, S samples.
+"""
 
 import dataclasses
 import statistics
@@ -10,13 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.audio.lengths import crop_starts, valid_frames
-from model.audio.spectral import MelSettings
+from model.audio.spectral import LogMel, MelSettings
 from utils.drawing.audio import phase_image, waveform_image
 from utils.megatransformer_utils import StageArguments
 from utils.options import option
 from utils.timing import Stopwatch
 from utils.training.adversary import AdversaryArguments, adversary_needs
-from utils.training.audio import Listening
+from utils.training.audio import AudioCallback
 from utils.training.gan import GANTrainer, Generation
 
 
@@ -149,8 +151,8 @@ class VocoderTrainer(GANTrainer):
         return {**{("mel_l1" if name == "mel" else name): values for name, values in terms.items()}, "loss": loss}
 
 
-class VocoderListening(Listening):
-    """What a vocoder makes of validation clips.
+class VocoderCallback(AudioCallback):
+    """Logs waveforms that a vocoder generates from the log-mels of validation clips.
 
     sounds/<clip>_real, _generated   players; the real ones once
     images/mel                     log-mel of the recording | of the generated waveform | difference
@@ -165,21 +167,28 @@ class VocoderListening(Listening):
         waveform = model(mel=sample["mel"][None].to(device))[0].float()
         return waveform.cpu(), watch.now() - start
 
-    def write(self, made, device, step, is_first):
-        generated, times = [waveform for waveform, _ in made], [time for _, time in made]
+    def write(self, content, step):
+        generated, times = [waveform for waveform, _ in content], [time for _, time in content]
         real = [sample["waveform"] for sample in self.samples]
-        if is_first:
-            self.add_sounds("real", real, step)
-        self.add_sounds("generated", generated, step)
-        self.add_mels([self.log_mel(waveform[None])[0] for waveform in generated], step)
         rate, n_fft, hop_length = self.settings.sample_rate, self.settings.n_fft, self.settings.hop_length
+        # Players and log-mels.
+        if self.is_first:
+            self.add_sounds("real", real, step)
+            self.is_first = False
+        self.add_sounds("generated", generated, step)
+        log_mel = LogMel(self.settings)
+        self.add_mels([log_mel(waveform[None])[0] for waveform in generated], step)
+
+        # Waveforms and phases of the first clip; scores of all.
         self.add_image("waveform", waveform_image({"real": real[0], "generated": generated[0]}, rate), step)
         phases = [phase_image(*pair, n_fft, hop_length) for pair in zip(real, generated)]
         self.add_image("phase", phases[0][0], step)
         for name in ("phase", "frequency"):
             mean = statistics.fmean(errors[name] for _, errors in phases)
             self.writer.add_scalar(f"listening/{name}_error", mean, step)
-        self.add_scores(real, generated, step)
+        self.add_scores(generated, real, step)
+
+        # Seconds of computation per second of audio; the first clip pays for what happens once.
         counted = slice(min(1, len(times) - 1), None)
         factor = sum(times[counted]) / sum(len(waveform) / rate for waveform in generated[counted])
         self.writer.add_scalar("listening/real_time_factor", factor, step)
