@@ -58,12 +58,18 @@ class AudioVAEStage(AudioStage):
 
     def build_trainer_parts(self, model):
         args = self.args
-        parts = {"criterion": MelLoss(args.l1_weight, args.l2_weight, args.gradient_weight), "adversary": None}
-        if args.gan_weight > 0:
-            size = (args.discriminator_channels, args.discriminator_layers, args.use_spectral_norm)
-            discriminator = build_mel_discriminator(args.discriminator, model.band_mean, model.band_std, *size)
-            parts["adversary"] = Adversary(discriminator, args)
-        return parts
+        criterion = MelLoss(l1_weight=args.l1_weight, l2_weight=args.l2_weight, gradient_weight=args.gradient_weight)
+        if args.gan_weight == 0:
+            return {"criterion": criterion}
+        discriminator = build_mel_discriminator(
+            args.discriminator,
+            model.band_mean,
+            model.band_std,
+            args.discriminator_channels,
+            args.discriminator_layers,
+            args.use_spectral_norm,
+        )
+        return {"criterion": criterion, "adversary": Adversary(discriminator, args)}
 
     def build_callbacks(self, trainer, writer):
         if not self.args.n_logged_samples:

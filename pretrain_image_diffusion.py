@@ -42,8 +42,8 @@ class ImageDiffusionStage(Stage):
 
     def build_config(self):
         """The preset with what the latents determine; the VAE, or an override, that does not fit them is refused."""
-        made = f"the latents in {self.cache_dir}"
-        check_vae(self.latents["vae_checkpoint"], self.latents["vae_fingerprint"], made)
+        source = f"the latents in {self.cache_dir}"
+        check_vae(self.latents["vae_checkpoint"], self.latents["vae_fingerprint"], source)
         return fit_to_latents(super().build_config(), self.latents, self.args.override, self.cache_dir)
 
     def build_dataset(self, split, config):
@@ -53,9 +53,9 @@ class ImageDiffusionStage(Stage):
         return collate_captioned
 
     def build_trainer_parts(self, model):
+        if self.args.dry_run:  # All parts need the frozen networks, which `prepare` loads.
+            return {}
         parts = {}
-        if self.args.dry_run:  # All parts are made of the frozen networks, which `prepare` loads.
-            return parts
         if self.args.channel_weight_power:
             weights = self.vae.latent_std**self.args.channel_weight_power
             parts["channel_weights"] = weights / weights.mean()

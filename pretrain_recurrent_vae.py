@@ -10,11 +10,11 @@ Before: preprocess_image_vae_dataset.py. After: preprocess_image_diffusion_datas
 
 from model.image.recurrent_vae import RecurrentVAE, RecurrentVAEConfig
 from model.presets import RECURRENT_VAE
-from utils.training.image_vae import ImageAutoencoderStage
+from utils.training.image_vae import ImageVAEGANStage
 from utils.training.recurrent_vae import RecurrentVAEArguments, RecurrentVAEGANTrainer
 
 
-class RecurrentVAEStage(ImageAutoencoderStage):
+class RecurrentVAEStage(ImageVAEGANStage):
     name = "recurrent_vae"
     cache_name = "image_vae"
     arguments_class = RecurrentVAEArguments

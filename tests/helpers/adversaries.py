@@ -4,13 +4,13 @@ import torch
 
 from model.image.discriminators import build_discriminator
 from utils.training.adversary import Adversary
-from utils.training.image_vae import ImageAutoencoderArguments
+from utils.training.image_vae import ImageVAEGANArguments
 
 
 def make(**changes):
     values = {"gan_start_step": 0, "gan_warmup_steps": 0, "gan_ramp_steps": 0, "max_grad_norm": 0.0, **changes}
     torch.manual_seed(0)
-    adversary = Adversary(build_discriminator("patch", 8, 2, False), ImageAutoencoderArguments(**values))
+    adversary = Adversary(build_discriminator("patch", 8, 2, False), ImageVAEGANArguments(**values))
     adversary.prepare(torch.device("cpu"), "constant", 100)
     return adversary
 

@@ -1,9 +1,9 @@
-"""The adversary of a GAN stage: a replicated discriminator with its own optimizer, losses, schedule and state.
+"""The adversary of a GAN stage: a replicated discriminator with an optimizer, losses, a schedule and a state.
 
 Every process holds the whole discriminator, outside the generator's engine. Gradients of all micro-batches are
-averaged in one flat all-reduce per update, so that weights stay identical on all processes under DDP and every ZeRO
+averaged in one flat all-reduce per update; weights therefore stay identical on all processes under DDP and every ZeRO
 stage. Generator and discriminator losses share one discriminator pass over the fake sample and one over the real one:
-the generator's side is read as the gradient with respect to the fake sample (the leaf), before the discriminator's own
+the generator's side is read as the gradient with respect to the fake sample (the leaf), before the discriminator's
 backward. On optimizer steps on which the discriminator is not updated (`--discriminator_every`) no graph reaches its
 weights, and the real sample is passed through without a graph, or not at all.
 """
@@ -66,8 +66,12 @@ def adversary_needs(*own_flags: str) -> dict[str, tuple]:
 
 @dataclasses.dataclass
 class AdversarialTerms:
-    """What one micro-batch's discriminator pass gives: the generator's gradient at the leaf, and detached numbers to
-    log."""
+    """Result of one micro-batch's discriminator pass.
+
+    Attributes:
+        gradient: the generator's gradient at the leaf; None where it is not taken.
+        logs: detached numbers by name.
+    """
 
     gradient: Tensor | None
     logs: dict[str, Tensor]
@@ -75,6 +79,9 @@ class AdversarialTerms:
 
 class Adversary:
     """Owns a discriminator and everything that trains it.
+
+        loss = discriminator_loss(real, generated) + lecam_weight * lecam
+             + r1_weight / 2 * |gradient at the real sample|^2            (every `r1_every` updates, r1_every-fold)
 
     Per micro-batch call `play`; after the last micro-batch of an optimizer step call `update`.
 
@@ -97,8 +104,8 @@ class Adversary:
         self.scheduler = None
         self.updates = 0
         self.skipped_updates = 0
-        # LeCAM's anchors (real, fake) and the mean squared gradients (reconstruction, adversarial) behind the
-        # adaptive weight.
+        # LeCAM's anchors (real, fake) and the mean squared gradients (reconstruction, adversarial) for the
+        # adaptive factor.
         self.statistics = {"anchors": torch.zeros(2), "gradients": torch.zeros(2)}
         self.parameters = [p for p in discriminator.parameters() if p.requires_grad]
         self.pending: list[Tensor] = []
@@ -181,7 +188,7 @@ class Adversary:
         Args:
             leaf: generated samples, detached from the generator, `requires_grad`, (B, ...) fp32.
             real: real samples, of the same shape.
-            leaf_gradient: gradient of the reconstruction terms at the leaf, for the adaptive weight.
+            leaf_gradient: gradient of the reconstruction terms at the leaf, for the adaptive factor.
             weight: the generator's weight of this step; 0: no gradient for the generator is taken.
             share: the micro-batch's share of the step, 1 / micro-batches.
             trains: whether this step updates the discriminator; the same for all micro-batches of a step.
@@ -304,7 +311,7 @@ class Adversary:
         return True
 
     def blend_gradients(self, statistics: Tensor) -> None:
-        """Move the running means behind the adaptive weight, where this step has taken the generator's gradient."""
+        """Move the running means of the adaptive factor, where this step has taken the generator's gradient."""
         if statistics[3] > 0 and torch.isfinite(statistics).all():
             self.blend("gradients", statistics[2:], decay=0.9)
 

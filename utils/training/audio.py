@@ -37,8 +37,8 @@ class AudioStage(Stage):
     """A stage whose model reads or writes log-mels; subclasses state name, configuration, model, presets, trainer and
     data set.
 
-    A new model takes the log-mel of the cache. Where `--override` names a field of it, or a checkpoint is gone on
-    from, the two must be equal.
+    A new model takes the log-mel of the cache. Where `--override` names a field of it, or the run starts from a
+    checkpoint, the two must be equal.
     """
 
     config_class: ClassVar[type[AudioConfig]]
@@ -58,7 +58,7 @@ class AudioStage(Stage):
         return partial(collate_audio, log_floor=config.mel.log_floor)
 
     def check_checkpoint(self, dataset: AudioDataset) -> None:
-        """Raises: ValueError: the checkpoint to start from or go on with has another log-mel than the cache."""
+        """Raises: ValueError: the checkpoint to start from or to resume has another log-mel than the cache."""
         named = {"--init_from": self.args.init_from, "--resume_from_checkpoint": self.find_checkpoint()}
         for flag, path in named.items():
             if path:
@@ -114,11 +114,11 @@ class AudioCallback(EvaluationCallback):
         """What the model makes of one clip, on every process."""
         raise NotImplementedError
 
-    def add_mels(self, predicted: list[Tensor], step: int) -> None:
-        """Target, prediction, difference of every clip's log-mel (M, F), and their mean absolute difference."""
+    def add_mels(self, generated: list[Tensor], step: int) -> None:
+        """True and generated log-mel (M, F) of every clip, their difference, and its mean absolute value."""
         longest = max(sample["mel"].shape[1] for sample in self.samples)
         groups, distances = [], []
-        for sample, mel, name in zip(self.samples, predicted, self.names):
+        for sample, mel, name in zip(self.samples, generated, self.names):
             distances.append((mel - sample["mel"]).abs().mean().item())
             images = mel_triple(sample["mel"], mel, self.settings.log_floor, longest)
             groups.append(Group(images, f"{distances[-1]:.3f}  {name}"))

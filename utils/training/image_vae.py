@@ -1,5 +1,5 @@
 """The image VAE-GAN: flags, data, losses, adversary, trainer and logged images, most of which the recurrent VAE
-shares."""
+shares.  B batch, C channels, Y X rows and columns, Z latent channels."""
 
 import dataclasses
 import functools
@@ -29,8 +29,8 @@ from utils.training.stage import Stage
 
 
 @dataclasses.dataclass
-class ImageAutoencoderArguments(AdversaryArguments, StageArguments):
-    """Flags of every stage that trains a VAE on images."""
+class ImageVAEGANArguments(AdversaryArguments, StageArguments):
+    """Flags of every stage that trains a VAE-GAN on images."""
 
     l1_weight: float = option(1.0, "weight of the mean absolute error", ge=0)
     gradient_weight: float = option(0.0, "weight of the multi-scale image gradient difference", ge=0)
@@ -54,10 +54,10 @@ class ImageAutoencoderArguments(AdversaryArguments, StageArguments):
     )
 
 
-class ImageAutoencoderStage(Stage):
-    """A stage that trains a VAE on images; subclasses state name, configuration, model, presets and trainer."""
+class ImageVAEGANStage(Stage):
+    """A stage that trains a VAE-GAN on images; subclasses state name, configuration, model, presets and trainer."""
 
-    arguments_class = ImageAutoencoderArguments
+    arguments_class = ImageVAEGANArguments
 
     def build_dataset(self, split, config):
         return ImageDataset(self.cache_dir, split).expect(image_size=config.image_size)
@@ -65,14 +65,19 @@ class ImageAutoencoderStage(Stage):
     def build_trainer_parts(self, model):
         args = self.args
         perceptual = build_perceptual(args.perceptual) if args.perceptual_weight > 0 else None
-        criterion = ReconstructionLoss(args.l1_weight, args.gradient_weight, args.perceptual_weight, perceptual)
+        criterion = ReconstructionLoss(
+            l1_weight=args.l1_weight,
+            gradient_weight=args.gradient_weight,
+            perceptual_weight=args.perceptual_weight,
+            perceptual=perceptual,
+        )
         return {"criterion": criterion, "adversary": self.build_adversary()}
 
     def build_callbacks(self, trainer, writer):
         return [ImageReconstructionCallback(trainer, writer, n_images=self.args.n_logged_samples)]
 
     def build_adversary(self):
-        """The discriminator's side, or None where its weight is 0."""
+        """The discriminator with what trains it; None where its weight is 0."""
         args = self.args
         if args.gan_weight == 0:
             return None

@@ -1,5 +1,5 @@
-"""The multimodal transformer: flags; a trainer with a loss over all targets of an optimizer step and thinking steps
-drawn for each; continuations and histograms in TensorBoard."""
+"""The multimodal transformer: flags; a trainer with a loss over all targets of an optimizer step, each of which draws
+its number of thinking steps; continuations and histograms in TensorBoard.  B batch, L sequence."""
 
 import dataclasses
 import json
@@ -72,8 +72,10 @@ class MultimodalArguments(TextArguments, StageArguments):
 class MultimodalTrainer(StageTrainer):
     """Trains a `MegaTransformerForCausalLM`.
 
-    The loss of an optimizer step is a sum over its targets, in all micro-batches and on all processes, divided by
-    their number: a target weighs the same however the samples are split.
+        loss = sum over targets of (cross_entropy + z_loss_weight * (log of the softmax's denominator)^2) / n_targets
+
+    Sum and number of targets are those of an optimizer step, over all micro-batches and processes: a target weighs the same
+    however the samples are split.
 
     Args:
         tokenizer: saved into every checkpoint.
@@ -82,11 +84,12 @@ class MultimodalTrainer(StageTrainer):
     def __init__(self, *, tokenizer: PreTrainedTokenizerBase, **kwargs):
         super().__init__(**kwargs)
         self.tokenizer = tokenizer
-        # Who loads it with AutoTokenizer encodes as in training: special tokens that a text spells are characters.
+        # Saved with the tokenizer, so that AutoTokenizer encodes as in training: special tokens that a text spells are
+        # characters.
         self.tokenizer.split_special_tokens = self.tokenizer.init_kwargs["split_special_tokens"] = True
         self.config: MegaTransformerConfig = self.model.config
         self.is_recurrent: bool = self.config.n_recurrent_layers > 0
-        self.config.use_cache = True  # The Trainer switches it off, for whoever loads the checkpoint too.
+        self.config.use_cache = True  # The Trainer switches it off, which the checkpoint would keep.
         self.drawn_steps: list[int] = []  # Thinking steps of the optimizer steps since the last evaluation.
         self.used_steps: np.ndarray | None = None  # How many tokens of the last evaluation took 0, 1, 2, ... steps.
 
@@ -110,9 +113,11 @@ class MultimodalTrainer(StageTrainer):
         assert isinstance(num_items_in_batch, Tensor), "the number of targets comes from get_batch_samples"
         model.train()
         inputs = self._prepare_inputs(inputs)
+        # Forward and backward; the loss is a sum over targets already divided by their number.
         output = model(**model_inputs(inputs), **self.thinking(inputs), n_targets=num_items_in_batch, use_cache=False)
         engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(output.loss, **engine)
+
         # Log lines hold means over micro-batches, and these are parts of a sum.
         n_parts = self.current_gradient_accumulation_steps
         terms = {"loss/cross_entropy": output.cross_entropy.sum() / num_items_in_batch, "loss/z": output.z_loss}
@@ -170,31 +175,36 @@ class MultimodalTrainer(StageTrainer):
         """Numbers of thinking steps that have a validation loss of their own; none for flat models."""
         if not self.is_recurrent:
             return []
-        mean, most = self.config.recurrent_mean_thinking_steps, self.config.recurrent_max_thinking_steps
-        return sorted({min(n, most) for n in self.stage_arguments.eval_thinking_steps or [1, 2, mean, 2 * mean]})
+        mean, maximum = self.config.recurrent_mean_thinking_steps, self.config.recurrent_max_thinking_steps
+        return sorted({min(n, maximum) for n in self.stage_arguments.eval_thinking_steps or [1, 2, mean, 2 * mean]})
 
     def exits(self, model) -> bool:
-        """Whether the evaluated model lets tokens leave its core early. Where ZeRO-3 shards it it does not: processes
-        that stop at different steps would wait for each other for ever."""
+        """Whether the evaluated model lets tokens leave its core early. It does not where ZeRO-3 shards it: processes
+        that stop at different steps would wait for each other forever."""
         is_sharded = self.stage_record["zero_stage"] == 3 and model is not self.ema_model
         return self.is_recurrent and self.config.recurrent_exit_criterion != "none" and not is_sharded
 
     def evaluation_terms(self, model, inputs):
         """`window_sums` per sample without exits, bytes, nats at every depth, and where tokens exit early their nats
         and steps. Passes that make all logits are split."""
+        # Sums without exits; logits (B, L, V) may be too large for all windows at once.
         given = model_inputs(inputs)
         no_exit: dict = {"exit_threshold": 0.0} if self.is_recurrent else {}
         few = windows_at_once(self.config.vocab_size, given["labels"].shape[1])
         if not self.config.loss_chunk_size:
             no_exit["at_once"] = few
         terms = {**window_sums(model, given, **no_exit), "bytes": inputs["n_bytes"]}
+
+        # Nats at every depth; the depth of the pass above needs no other one.
         for depth in self.evaluated_depths():
-            is_own = depth == (self.config.recurrent_test_thinking_steps or self.config.recurrent_mean_thinking_steps)
-            deep = terms if is_own else window_sums(model, given, n_thinking_steps=depth, **no_exit)
+            is_default = depth == (
+                self.config.recurrent_test_thinking_steps or self.config.recurrent_mean_thinking_steps
+            )
+            deep = terms if is_default else window_sums(model, given, n_thinking_steps=depth, **no_exit)
             terms[f"nats_{depth}_steps"] = deep["nats"]
         if self.exits(model):
-            found = window_sums(model, given, self.config.recurrent_max_thinking_steps, few)
-            terms |= {"nats_with_exits": found["nats"], "step_counts": found["step_counts"]}
+            exited = window_sums(model, given, self.config.recurrent_max_thinking_steps, few)
+            terms |= {"nats_with_exits": exited["nats"], "step_counts": exited["step_counts"]}
         return {name: value.float() for name, value in terms.items()}
 
     def evaluation_summary(self, terms):

@@ -11,13 +11,13 @@ from model.image.recurrent_vae import RecurrentVAEOutput
 from utils.metrics.images import psnr
 from utils.options import option
 from utils.seeds import generators
-from utils.training.image_vae import ImageAutoencoderArguments, ImageVAEGANTrainer
+from utils.training.image_vae import ImageVAEGANArguments, ImageVAEGANTrainer
 
 EVALUATED_STEPS = (1, 2, 4, 8, 16)
 
 
 @dataclasses.dataclass
-class RecurrentVAEArguments(ImageAutoencoderArguments):
+class RecurrentVAEArguments(ImageVAEGANArguments):
     """Flags of the recurrent VAE-GAN stage."""
 
     # Decoder steps of an optimizer step: truncated log-normal Poisson.
@@ -34,7 +34,7 @@ class RecurrentVAEArguments(ImageAutoencoderArguments):
     distillation_weight: float = option(0.1, "weight of their distance to the deepest image", ge=0)
 
     needs = {
-        **ImageAutoencoderArguments.needs,
+        **ImageVAEGANArguments.needs,
         "intermediate_weight": ("n_backprop_steps", lambda n_steps: n_steps > 1),
         "distillation_weight": ("n_backprop_steps", lambda n_steps: n_steps > 1),
     }

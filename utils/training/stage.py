@@ -1,5 +1,4 @@
-"""The training driver: a stage says what differs (model, data, trainer parts), `Stage.main` does the rest in one
-order."""
+"""The training driver: a stage states what differs (model, data, losses), `Stage.main` does the rest in one order."""
 
 import dataclasses
 import json
@@ -56,12 +55,12 @@ class Stage:
         self.run_dir = Path(args.output_dir) / self.name / args.run_name
         self.cache_dir = Path(args.cached_dataset or f"cached_datasets/{self.cache_name or self.name}")
 
-    # ---- What a stage says.
+    # ---- What a stage states.
 
     def prepare(self) -> None:
-        """Everything that must happen before the configuration is known or a model can be built: texts are tokenised,
-        frozen networks are loaded. It is the only method of a stage with such side effects, and a dry run skips it.
-        All processes call it, before they are connected."""
+        """Tokenise texts, load frozen networks: whatever must be there before the configuration is known or a model
+        can be built. No other method that a stage states has side effects, and a dry run skips this one. All processes
+        call it, before they are connected."""
 
     def unprepared(self) -> str:
         """What `prepare` would write to the disk, in words, "" for nothing; a dry run can count only in the latter
@@ -73,7 +72,7 @@ class Stage:
         raise NotImplementedError
 
     def build_collator(self, config: StrictConfig) -> Callable[[list[dict]], dict]:
-        """What makes a batch of samples."""
+        """The function that joins samples into a batch."""
         return collate_stack
 
     def build_trainer_parts(self, model: nn.Module) -> dict[str, Any]:
@@ -116,7 +115,12 @@ class Stage:
         model = self.build_model(config)
         checkpoint = from_main(str(self.find_checkpoint() or "")) or None
         if checkpoint:
-            check_resumable(Path(checkpoint), zero_stage_of(training), world_size(), datasets["train"].fingerprint)
+            check_resumable(
+                Path(checkpoint),
+                zero_stage=zero_stage_of(training),
+                n_ranks=world_size(),
+                fingerprint=datasets["train"].fingerprint,
+            )
             logger.info("resuming from %s", checkpoint)
         trainer = self.build_trainer(model, datasets, training)
         if self.args.compile_model:
@@ -156,7 +160,7 @@ class Stage:
         return model
 
     def build_datasets(self, config: StrictConfig) -> dict[str, Dataset]:
-        """Both parts of the cache by name."""
+        """Training and validation set by name."""
         return {split: self.build_dataset(split, config) for split in ("train", "validation")}
 
     def check_run(self) -> None:
@@ -181,7 +185,7 @@ class Stage:
             )
 
     def find_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from; asked for without a folder, a run that has none yet starts anew."""
+        """The checkpoint to resume from, None for a new run: `latest` of a run that has no checkpoint yet is one."""
         path = self.args.resume_from_checkpoint
         if not path:
             return None
@@ -242,7 +246,9 @@ class Stage:
         n_parameters = sum(p.numel() for p in model.parameters())
         n_ranks = int(os.environ.get("WORLD_SIZE", 1))
         per_step = self.args.batch_size * self.args.gradient_accumulation_steps * n_ranks
-        steps = expected_steps(len(datasets["train"]), per_step, self.args.num_train_epochs, self.args.max_steps)
+        steps = expected_steps(
+            len(datasets["train"]), per_step, epochs=self.args.num_train_epochs, max_steps=self.args.max_steps
+        )
         gib = n_parameters * 4 * (4 + self.args.use_ema) / 2**30
         console.print(config.describe(), markup=False)
         console.print(f"parameters: {n_parameters:,}")

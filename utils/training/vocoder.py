@@ -61,8 +61,14 @@ class VocoderArguments(AdversaryArguments, StageArguments):
     }
 
 
-def check_segment(segment_frames: int, mel: MelSettings, min_samples: int, flag: str) -> None:
-    """Raises: ValueError: training crops are shorter than `min_samples`, which the part that the flag shapes needs."""
+def check_segment(segment_frames: int, mel: MelSettings, *, min_samples: int, flag: str) -> None:
+    """Check the length of training crops.
+
+    Args:
+        min_samples: what a loss or a discriminator needs.
+        flag: that shapes it, for the remedy.
+    Raises: ValueError: training crops are shorter.
+    """
     n_samples, n_needed = segment_frames * mel.hop_length, -(-min_samples // mel.hop_length)
     if n_samples < min_samples:
         raise ValueError(
