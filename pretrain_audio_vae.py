@@ -18,7 +18,7 @@ from model.presets import AUDIO_VAE
 from utils.generation.audio import load_vocoder
 from utils.training.adversary import Adversary
 from utils.training.audio import AudioStage
-from utils.training.audio_vae import AudioVAEArguments, AudioVAEGANTrainer, AudioVAEListening, SpreadMels
+from utils.training.audio_vae import AudioReconstructionCallback, AudioVAEArguments, AudioVAEGANTrainer, SpreadMels
 
 
 class AudioVAEStage(AudioStage):
@@ -48,27 +48,34 @@ class AudioVAEStage(AudioStage):
         dataset = DescribedAudioDataset(self.cache_dir, split, config.speakers, use_tokens=config.use_ctc)
         return dataset.expect_mel(config.mel, "the model")
 
-    def build_trainer(self, model, datasets, training):
+    def build_model(self, config):
+        """A new model starts from the mel bins' statistics and the principal components of the training set."""
+        model = super().build_model(config)
         if not self.args.init_from and not self.find_checkpoint():
-            model.fit_to_data(SpreadMels(datasets["train"], self.args.latent_statistics_samples))
-        return super().build_trainer(model, datasets, training)
+            dataset = self.build_dataset("train", config)
+            model.fit_to_data(SpreadMels(dataset, self.args.latent_statistics_samples))
+        return model
 
     def build_trainer_parts(self, model):
         args = self.args
-        parts = {"criterion": MelLoss(args.l1_weight, args.l2_weight, args.gradient_weight), "adversary": None}
-        if args.gan_weight > 0:
-            size = (args.discriminator_channels, args.discriminator_layers, args.use_spectral_norm)
-            discriminator = build_mel_discriminator(args.discriminator, model.band_mean, model.band_std, *size)
-            parts["adversary"] = Adversary(discriminator, args)
-        return parts
-
-    def build_callbacks(self, writer):
-        args = self.args
-        return (
-            [AudioVAEListening(writer, args.n_logged_samples, args.vocoder_checkpoint)]
-            if args.n_logged_samples
-            else []
+        criterion = MelLoss(l1_weight=args.l1_weight, l2_weight=args.l2_weight, gradient_weight=args.gradient_weight)
+        if args.gan_weight == 0:
+            return {"criterion": criterion}
+        discriminator = build_mel_discriminator(
+            args.discriminator,
+            model.band_mean,
+            model.band_std,
+            args.discriminator_channels,
+            args.discriminator_layers,
+            args.use_spectral_norm,
         )
+        return {"criterion": criterion, "adversary": Adversary(discriminator, args)}
+
+    def build_callbacks(self, trainer, writer):
+        if not self.args.n_logged_samples:
+            return []
+        settings = {"n_clips": self.args.n_logged_samples, "vocoder_checkpoint": self.args.vocoder_checkpoint}
+        return [AudioReconstructionCallback(trainer, writer, **settings)]
 
 
 if __name__ == "__main__":

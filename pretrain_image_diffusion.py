@@ -7,6 +7,8 @@ Before: preprocess_image_diffusion_dataset.py. After: evaluate.py, inference/tex
         --vae_checkpoint runs/image_vae/base --vae_config small --deepspeed_config ds_config_zero-2.json
 """
 
+from functools import cached_property
+
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_captioned
 from dataset_loading.files import read_manifest
@@ -16,7 +18,7 @@ from model.presets import IMAGE_DIFFUSION
 from utils.generation.latents import check_vae, load_vae
 from utils.generation.text_to_image import fit_to_latents, load_text_encoder
 from utils.training.diffusion import DiffusionTrainer
-from utils.training.image_diffusion import ImageDiffusionArguments, PromptGrids, SampleMetrics
+from utils.training.image_diffusion import ImageDiffusionArguments, PromptGridCallback, SampleMetrics
 from utils.training.stage import Stage
 
 
@@ -27,40 +29,50 @@ class ImageDiffusionStage(Stage):
     model_class = ImageDiffusion
     presets = IMAGE_DIFFUSION
     trainer_class = DiffusionTrainer
-    collator = staticmethod(collate_captioned)
 
-    def __init__(self, args: ImageDiffusionArguments):
-        super().__init__(args)
-        self.latents = read_manifest(self.cache_dir, self.name)["settings"]
-        self.latents["vae_checkpoint"] = args.vae_checkpoint or self.latents["vae_checkpoint"]
+    @cached_property
+    def latents(self) -> dict:
+        """How the latents of the cache were made, and the folder of their VAE."""
+        settings = read_manifest(self.cache_dir, self.name)["settings"]
+        return {**settings, "vae_checkpoint": self.args.vae_checkpoint or settings["vae_checkpoint"]}
+
+    def prepare(self):
+        """Load the frozen networks: the latents' VAE, and the text encoder where captions are its states."""
+        self.vae = load_vae(self.latents["vae_checkpoint"], self.args.vae_config).requires_grad_(False)
+        self.text_encoder = load_text_encoder(self.latents)
 
     def build_config(self):
         """The preset with what the latents determine; the VAE, or an override, that does not fit them is refused."""
-        path, latents = self.latents["vae_checkpoint"], self.latents
-        check_vae(path, latents["vae_fingerprint"], f"the latents in {self.cache_dir}")
-        self.vae = load_vae(path, self.args.vae_config).requires_grad_(False)
-        self.text_encoder = load_text_encoder(latents)
-        return fit_to_latents(super().build_config(), latents, self.args.override, self.cache_dir)
+        source = f"the latents in {self.cache_dir}"
+        check_vae(self.latents["vae_checkpoint"], self.latents["vae_fingerprint"], source)
+        return fit_to_latents(super().build_config(), self.latents, self.args.override, self.cache_dir)
 
     def build_dataset(self, split, config):
         return ImageLatentDataset(self.cache_dir, split)
 
+    def build_collator(self, config):
+        return collate_captioned
+
     def build_trainer_parts(self, model):
+        if self.args.dry_run:  # All parts need the frozen networks, which `prepare` loads.
+            return {}
         parts = {}
         if self.args.channel_weight_power:
             weights = self.vae.latent_std**self.args.channel_weight_power
             parts["channel_weights"] = weights / weights.mean()
         if self.args.eval_images:
-            drawing = (self.vae, self.text_encoder, self.cache_dir, self.args.eval_images, self.args)
-            parts["measure_samples"] = SampleMetrics(*drawing)
+            parts["measure_samples"] = SampleMetrics(self.vae, self.text_encoder, self.cache_dir, args=self.args)
         return parts
 
-    def build_callbacks(self, writer):
+    def build_callbacks(self, trainer, writer):
         prompts = self.args.prompts
         if not prompts:
             captions = [entry["caption"] for entry in ImageLatentDataset(self.cache_dir, "validation").entries]
             prompts = [captions[index] for index in evenly_spaced(len(captions), self.args.n_prompts)]
-        return [PromptGrids(writer, self.vae, self.text_encoder, prompts, self.args)] if prompts else []
+        if not prompts:
+            return []
+        networks = {"vae": self.vae, "text_encoder": self.text_encoder}
+        return [PromptGridCallback(trainer, writer, **networks, prompts=prompts, args=self.args)]
 
     def extra_record(self):
         return {"latents": self.latents}

@@ -10,10 +10,10 @@ Before: preprocess_image_vae_dataset.py. After: preprocess_image_diffusion_datas
 
 from model.image.vae import ImageVAE, ImageVAEConfig
 from model.presets import IMAGE_VAE
-from utils.training.image_vae import ImageAutoencoderStage, ImageVAEGANTrainer
+from utils.training.image_vae import ImageVAEGANStage, ImageVAEGANTrainer
 
 
-class ImageVAEStage(ImageAutoencoderStage):
+class ImageVAEStage(ImageVAEGANStage):
     name = "image_vae"
     config_class = ImageVAEConfig
     model_class = ImageVAE

@@ -9,13 +9,20 @@ Before: nothing, texts are tokenised by the first run on them. After: evaluate.p
         --deepspeed_config ds_config_zero-2.json
 """
 
+from functools import cached_property
+
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.presets import MEGATRANSFORMER
 from utils.configuration import MegaTransformerConfig
-from utils.training.multimodal import MultimodalArguments, MultimodalTrainer, TextSamples, ThinkingStepsHistograms
+from utils.training.multimodal import (
+    MultimodalArguments,
+    MultimodalTrainer,
+    TextSamplesCallback,
+    ThinkingStepsCallback,
+)
 from utils.training.stage import Stage
-from utils.training.text import check_checkpoint, check_core_flags, fit_to_tokenizer, prepare
+from utils.training.text import check_checkpoint, check_core_flags, fit_to_tokenizer, tokenize_texts, untokenized
 
 
 class MultimodalStage(Stage):
@@ -27,14 +34,22 @@ class MultimodalStage(Stage):
     presets = MEGATRANSFORMER
     trainer_class = MultimodalTrainer
 
+    def prepare(self):
+        tokenize_texts(self.args, self.cache_dir)
+
+    def unprepared(self):
+        return untokenized(self.args, self.cache_dir)
+
+    @cached_property
+    def texts(self) -> TextDataset:
+        """The training set, once it is prepared: its tokenizer determines the vocabulary."""
+        return TextDataset(self.cache_dir, "train", self.args.sequence_length)
+
     def build_config(self):
-        """The preset with what the texts determine. They are tokenised here, before the processes meet."""
-        prepare(self.args, self.cache_dir)
-        texts = TextDataset(self.cache_dir, "train", self.args.sequence_length)
-        self.tokenizer = texts.tokenizer
+        """The preset with what the texts determine."""
         for path in filter(None, (self.args.init_from, self.find_checkpoint())):
-            check_checkpoint(path, texts, resumes=path != self.args.init_from)
-        config = fit_to_tokenizer(super().build_config(), texts, self.args.override)
+            check_checkpoint(path, self.texts, resumes=path != self.args.init_from)
+        config = fit_to_tokenizer(super().build_config(), self.texts, self.args.override)
         check_core_flags(self.args, config)
         return config
 
@@ -42,11 +57,14 @@ class MultimodalStage(Stage):
         return TextDataset(self.cache_dir, split, self.args.sequence_length)
 
     def build_trainer_parts(self, model):
-        return {"tokenizer": self.tokenizer}
+        return {"tokenizer": self.texts.tokenizer}
 
-    def build_callbacks(self, writer):
-        samples = [TextSamples(writer, self.args.n_samples, self.args.sample_tokens)] if self.args.n_samples else []
-        return [*samples, ThinkingStepsHistograms(writer)]
+    def build_callbacks(self, trainer, writer):
+        callbacks = [ThinkingStepsCallback(trainer, writer)]
+        if self.args.n_samples:
+            settings = {"n_samples": self.args.n_samples, "n_tokens": self.args.sample_tokens}
+            callbacks.append(TextSamplesCallback(trainer, writer, **settings))
+        return callbacks
 
 
 if __name__ == "__main__":

@@ -8,25 +8,20 @@ Before: preprocess_image_vae_dataset.py. After: preprocess_image_diffusion_datas
         --num_train_epochs 100 --batch_size 64 --learning_rate 1e-4 --deepspeed_config ds_config_zero-2.json
 """
 
-from pathlib import Path
-
 from model.image.recurrent_vae import RecurrentVAE, RecurrentVAEConfig
 from model.presets import RECURRENT_VAE
-from utils.training.image_vae import ImageAutoencoderStage
+from utils.training.image_vae import ImageVAEGANStage
 from utils.training.recurrent_vae import RecurrentVAEArguments, RecurrentVAEGANTrainer
 
 
-class RecurrentVAEStage(ImageAutoencoderStage):
+class RecurrentVAEStage(ImageVAEGANStage):
     name = "recurrent_vae"
+    cache_name = "image_vae"
     arguments_class = RecurrentVAEArguments
     config_class = RecurrentVAEConfig
     model_class = RecurrentVAE
     presets = RECURRENT_VAE
     trainer_class = RecurrentVAEGANTrainer
-
-    def __init__(self, args):
-        super().__init__(args)
-        self.cache_dir = Path(args.cached_dataset or "cached_datasets/image_vae")
 
 
 if __name__ == "__main__":

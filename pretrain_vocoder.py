@@ -15,7 +15,7 @@ from model.audio.waveform_discriminators import build_waveform_discriminator
 from model.presets import VOCODER
 from utils.training.adversary import Adversary
 from utils.training.audio import AudioStage
-from utils.training.vocoder import VocoderArguments, VocoderListening, VocoderTrainer, check_segment
+from utils.training.vocoder import VocoderArguments, VocoderCallback, VocoderTrainer, check_segment
 
 
 class VocoderStage(AudioStage):
@@ -28,22 +28,28 @@ class VocoderStage(AudioStage):
     presets = VOCODER
     trainer_class = VocoderTrainer
 
-    def build_callbacks(self, writer):
+    def build_callbacks(self, trainer, writer):
         n_clips = self.args.n_logged_samples
-        return [VocoderListening(writer, n_clips)] if n_clips else []
+        return [VocoderCallback(trainer, writer, n_clips=n_clips)] if n_clips else []
 
     def build_trainer_parts(self, model):
         args, mel = self.args, model.config.mel
-        weights = (args.mel_weight, args.stft_weight, args.phase_weight, args.complex_stft_weight)
-        criterion = VocoderLoss(mel, *weights, args.stft_resolutions)
-        check_segment(args.segment_frames, mel, criterion.min_samples, "--stft_resolutions")
+        criterion = VocoderLoss(
+            mel,
+            mel_weight=args.mel_weight,
+            stft_weight=args.stft_weight,
+            phase_weight=args.phase_weight,
+            complex_stft_weight=args.complex_stft_weight,
+            resolutions=args.stft_resolutions,
+        )
+        check_segment(args.segment_frames, mel, min_samples=criterion.min_samples, flag="--stft_resolutions")
         if args.gan_weight == 0:
             return {"criterion": criterion}
-        parts = ("discriminator_periods", "discriminator_resolutions")
-        chosen = (getattr(args, name) for name in parts)
-        discriminator = build_waveform_discriminator(args.discriminator, *chosen, args.discriminator_widening)
-        flags = " and ".join(f"--{name}" for name in parts)
-        check_segment(args.segment_frames, mel, discriminator.min_samples, flags)
+        discriminator = build_waveform_discriminator(
+            args.discriminator, args.discriminator_periods, args.discriminator_resolutions, args.discriminator_widening
+        )
+        flags = "--discriminator_periods and --discriminator_resolutions"
+        check_segment(args.segment_frames, mel, min_samples=discriminator.min_samples, flag=flags)
         return {"criterion": criterion, "adversary": Adversary(discriminator, args)}
 
 

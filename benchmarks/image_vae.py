@@ -29,7 +29,7 @@ from utils.command_line import explained_errors, parse_arguments
 from utils.metrics.images import psnr
 from utils.options import option
 from utils.training.adversary import Adversary
-from utils.training.image_vae import ImageAutoencoderArguments
+from utils.training.image_vae import ImageVAEGANArguments
 from utils.training_utils import EpochSampler
 
 # Blocks of diffusers' AutoencoderKL, 2 layers each, and our preset of the same size.
@@ -162,7 +162,7 @@ def gan(args: BenchmarkArguments) -> None:
 
     def side(adaptive: bool) -> Callable[[], None]:
         values = {"gan_start_step": 0, "gan_warmup_steps": 0, "gan_ramp_steps": 1, "use_adaptive_gan_weight": adaptive}
-        adversary = Adversary(build_discriminator("patch", 32, 3, False), ImageAutoencoderArguments(**values))
+        adversary = Adversary(build_discriminator("patch", 32, 3, False), ImageVAEGANArguments(**values))
         adversary.prepare(torch.device("cpu"), "constant", 100)
 
         def run() -> None:
@@ -170,7 +170,7 @@ def gan(args: BenchmarkArguments) -> None:
             output = model(image=image, noise=noise)
             leaf = output.reconstruction.detach().requires_grad_()
             (gradient,) = torch.autograd.grad((leaf - image).abs().mean(), leaf)
-            played = adversary.play(image, leaf, gradient, None, 1.0, 0.1)
+            played = adversary.play(leaf, image, gradient, weight=0.1)
             (output.reconstruction * (gradient + adversary.adaptive_factor() * 0.1 * played.gradient)).sum().backward()
             adversary.update()
 

@@ -121,7 +121,7 @@ class OurStep:
         leaf = fake.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(sum(self.criterion(leaf, waveform).values()), leaf)
         trains, weight = self.adversary.updates_at(self.step_number), self.arguments.gan_weight
-        played = self.adversary.play(waveform, leaf, gradient, None, 1.0, weight, trains)
+        played = self.adversary.play(leaf, waveform, gradient, weight=weight, trains=trains)
         self.optimizer.zero_grad()
         (fake * (gradient + weight * played.gradient)).sum().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)

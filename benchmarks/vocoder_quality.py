@@ -178,8 +178,15 @@ def train_vocos(args: QualityArguments) -> None:
             samples = [dataset[i] for i in order[first : first + args.peer_batch_size]]
             batch, floor = collate_audio(samples, dataset.mel.log_floor), dataset.mel.log_floor
             places = torch.rand(len(samples), generator=generator)
-            length = (batch["mel"], batch["waveform"], batch["n_frames"], places, args.peer_segment_frames)
-            _, waveform = crop_pairs(*length, dataset.mel.hop_length, floor)
+            _, waveform = crop_pairs(
+                batch["mel"],
+                batch["waveform"],
+                batch["n_frames"],
+                uniforms=places,
+                segment_frames=args.peer_segment_frames,
+                hop_length=dataset.mel.hop_length,
+                log_floor=floor,
+            )
             recipe.set_rate(0.5 * (1 + math.cos(math.pi * min(1.0, clock.seconds() / total))))
             terms = recipe.step(waveform)
             step += 1

@@ -175,7 +175,7 @@ def test_tensorboard_shows_texts_losses_and_steps(train_text):
     used = events.Histograms("thinking_steps/used")[-1].histogram_value
     assert used.min == used.max == 2
     shown = events.Tensors("samples/01/text_summary")[-1].tensor_proto.string_val[0].decode()
-    assert all(title in shown for title in ("**prompt**", "**true continuation**", "**likeliest**", "**drawn**"))
+    assert all(title in shown for title in ("**prompt**", "**true continuation**", "**greedy**", "**sampled**"))
 
 
 def test_the_vocabulary_comes_from_the_tokenizer_and_may_be_rounded_up(tmp_path, fresh_logging):

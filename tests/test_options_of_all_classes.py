@@ -67,7 +67,7 @@ def test_former_names_are_nobodys_name_now(owner):
 @pytest.mark.parametrize(
     ("owner", "former", "name"),
     [
-        ("utils.training.image_vae.ImageAutoencoderArguments", "n_logged_pictures", "n_logged_samples"),
+        ("utils.training.image_vae.ImageVAEGANArguments", "n_logged_pictures", "n_logged_samples"),
         ("utils.training.recurrent_vae.RecurrentVAEArguments", "n_logged_pictures", "n_logged_samples"),
         ("utils.training.vocoder.VocoderArguments", "n_logged_clips", "n_logged_samples"),
         ("utils.training.audio_vae.AudioVAEArguments", "n_logged_clips", "n_logged_samples"),

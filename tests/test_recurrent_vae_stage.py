@@ -14,7 +14,13 @@ from utils.checkpoints import load_model
 from utils.evaluation.image_vae import ImageVAEEvaluationArguments
 from utils.evaluation.recurrent_vae import RecurrentVAEEvaluator
 from utils.metrics.images import psnr
-from utils.training.recurrent_vae import EVALUATED_STEPS, RecurrentVAEArguments, draw_n_steps, intermediate_terms
+from utils.training.recurrent_vae import (
+    EVALUATED_STEPS,
+    RecurrentVAEArguments,
+    distillation_error,
+    draw_n_steps,
+    intermediate_error,
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,8 @@ def logged(run: Run, name: str) -> list[float]:
 
 
 def test_drawn_steps_have_the_distribution_asked_for():
-    numbers = [draw_n_steps(0, step, 6.0, 0.5, 2, 12) for step in range(2000)]
+    steps = {"mean": 6.0, "sigma": 0.5, "minimum": 2, "maximum": 12}
+    numbers = [draw_n_steps(0, step, **steps) for step in range(2000)]
     assert min(numbers) == 2 and max(numbers) == 12
     # The same by numerical integration over the log-normal rate.
     log_rates = torch.linspace(-4, 4, 4001, dtype=torch.float64)
@@ -55,20 +62,21 @@ def test_drawn_steps_have_the_distribution_asked_for():
     chances = (weights[:, None] * torch.distributions.Poisson(rates[:, None]).log_prob(k).exp()).sum(0)
     expected = (chances * k).sum() / chances.sum()
     assert sum(numbers) / len(numbers) == pytest.approx(expected.item(), abs=0.25)
-    assert len({draw_n_steps(seed, 0, 6.0, 0.5, 2, 12) for seed in range(30)}) > 5
-    assert draw_n_steps(3, 9, 1.0, 0.0, 1, 1) == 1
+    assert len({draw_n_steps(seed, 0, **steps) for seed in range(30)}) > 5
+    assert draw_n_steps(3, 9, mean=1.0, sigma=0.0, minimum=1, maximum=1) == 1
 
 
-@pytest.mark.parametrize("wrong", [(6.0, 0.5, 0, 12), (6.0, 0.5, 7, 12), (6.0, 0.5, 2, 5)])
-def test_bounds_that_exclude_the_mean_are_refused(wrong):
+@pytest.mark.parametrize(("minimum", "maximum"), [(0, 12), (7, 12), (2, 5)])
+def test_bounds_that_exclude_the_mean_are_refused(minimum, maximum):
     with pytest.raises(ValueError, match=r"1 <= minimum=\d <= mean=6\.0 <= maximum"):
-        draw_n_steps(0, 0, *wrong)
+        draw_n_steps(0, 0, mean=6.0, sigma=0.5, minimum=minimum, maximum=maximum)
 
 
 def test_steps_belong_to_seed_and_optimizer_step(whole):
     args = RecurrentVAEArguments()
-    flags = (args.mean_decoder_steps, args.decoder_steps_sigma, args.min_decoder_steps, args.max_decoder_steps)
-    assert logged(whole, "decoder_steps") == [draw_n_steps(42, step, *flags) for step in range(6)]
+    steps = {"mean": args.mean_decoder_steps, "sigma": args.decoder_steps_sigma}
+    steps |= {"minimum": args.min_decoder_steps, "maximum": args.max_decoder_steps}
+    assert logged(whole, "decoder_steps") == [draw_n_steps(42, step, **steps) for step in range(6)]
 
 
 def test_accumulation_equals_one_batch(runs, whole):
@@ -87,14 +95,16 @@ def test_terms_of_intermediate_images_are_their_definitions():
     real = torch.rand(2, 3, 8, 8, generator=generator)
     last = torch.rand(2, 3, 8, 8, generator=generator).requires_grad_()
     before = torch.rand(3, 2, 3, 8, 8, generator=generator).requires_grad_()
-    terms = intermediate_terms(RecurrentVAEOutput(reconstruction=last, intermediates=before), real)
+    output = RecurrentVAEOutput(reconstruction=last, intermediates=before)
     errors = [(image - real).abs().mean().item() for image in before]
     distances = [(image - last).abs().mean().item() for image in before]
-    assert terms["intermediate"].item() == pytest.approx(sum(errors) / 3)
-    assert terms["distillation"].item() == pytest.approx(sum(distances) / 3)
-    terms["distillation"].backward()
+    assert intermediate_error(output, real).item() == pytest.approx(sum(errors) / 3)
+    distillation = distillation_error(output, real)
+    assert distillation.item() == pytest.approx(sum(distances) / 3)
+    distillation.backward()
     assert before.grad.abs().sum() > 0 and last.grad is None
-    assert intermediate_terms(RecurrentVAEOutput(reconstruction=last, intermediates=before[:0]), real) == {}
+    output.intermediates = before[:0]
+    assert intermediate_error(output, real) is distillation_error(output, real) is None
 
 
 def test_terms_are_weighted(runs, whole):

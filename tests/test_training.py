@@ -205,12 +205,3 @@ def test_init_from_takes_the_averaged_weights(train):
     assert largest_difference(first.weights("ema"), {**second.weights()}) < 1e-2
     changed = {name: value for name, value in second.weights().items() if not name.startswith("latent_")}
     assert largest_difference({name: first.weights("ema")[name] for name in changed}, changed) < 1e-8
-
-
-def test_dry_run_prints_and_trains_nothing(image_cache, tmp_path, capsys):
-    words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--dry_run", "--max_steps", "7"]
-    assert ImageVAEStage.main([*SMALL_RUN, *words]) == {}
-    shown = capsys.readouterr().out
-    for part in ("latent_channels", "parameters: ", "samples: train", "optimizer steps: 7", "GiB"):
-        assert part in shown
-    assert not list(tmp_path.iterdir())

@@ -48,6 +48,11 @@ def whole(runs):
 # ---- Crops.
 
 
+def crop(mel, waveform, n_frames, uniforms, segment_frames, hop_length=16):
+    settings = {"segment_frames": segment_frames, "hop_length": hop_length, "log_floor": -9.0}
+    return crop_pairs(mel, waveform, n_frames, uniforms=uniforms, **settings)
+
+
 def test_crops_are_aligned_slices_at_the_drawn_places():
     generator = torch.Generator().manual_seed(0)
     n_frames = torch.tensor([20, 9, 5])
@@ -56,12 +61,12 @@ def test_crops_are_aligned_slices_at_the_drawn_places():
     for row, count in enumerate(n_frames):
         mel[row, :, count:], waveform[row, 16 * count :] = -9.0, 0.0
     for uniforms in ([0.0, 0.0, 0.0], [0.999999, 0.5, 0.7], [1 - 2**-24] * 3):
-        crops, sounds = crop_pairs(mel, waveform, n_frames, torch.tensor(uniforms), 8, 16, -9.0)
+        crops, sounds = crop(mel, waveform, n_frames, torch.tensor(uniforms), 8)
         for row, (count, uniform) in enumerate(zip(n_frames.tolist(), uniforms)):
             start = math.floor(uniform * max(1, count - 8 + 1))
             assert torch.equal(crops[row], mel[row, :, start : start + 8])
             assert torch.equal(sounds[row], waveform[row, 16 * start : 16 * (start + 8)])
-    crops, sounds = crop_pairs(mel, waveform, n_frames, torch.zeros(3), 32, 16, -9.0)
+    crops, sounds = crop(mel, waveform, n_frames, torch.zeros(3), 32)
     assert crops.shape == (3, 4, 32) and sounds.shape == (3, 32 * 16)
     assert (crops[..., 20:] == -9).all() and not sounds[:, 320:].any() and torch.equal(crops[..., :20], mel)
 
@@ -69,7 +74,7 @@ def test_crops_are_aligned_slices_at_the_drawn_places():
 def test_waveforms_of_another_length_are_refused():
     mel, waveform, n_frames = torch.zeros(1, 4, 20), torch.zeros(1, 20 * 16 + 5), torch.tensor([20])
     with pytest.raises(ValueError, match=r"waveforms of 325 samples .* 20 frames, which are 320 samples"):
-        crop_pairs(mel, waveform, n_frames, torch.zeros(1), 8, 16, -9.0)
+        crop(mel, waveform, n_frames, torch.zeros(1), 8)
 
 
 def test_crops_never_begin_beyond_the_last_place():
@@ -80,7 +85,7 @@ def test_crops_never_begin_beyond_the_last_place():
 def test_every_place_is_as_likely():
     uniforms = torch.rand(4000, generator=torch.Generator().manual_seed(0))
     places = torch.arange(12.0).expand(4000, 1, 12).contiguous()
-    starts = crop_pairs(places, torch.zeros(4000, 12), torch.full((4000,), 12), uniforms, 8, 1, 0.0)[0][:, 0, 0]
+    starts = crop(places, torch.zeros(4000, 12), torch.full((4000,), 12), uniforms, 8, hop_length=1)[0][:, 0, 0]
     counts = torch.bincount(starts.long())
     assert len(counts) == 5 and (counts / 800 - 1).abs().max() < 0.15
 

@@ -1,7 +1,7 @@
-"""Checkpoints that are either complete or never picked up, and how the next stage finds and loads them.
+"""Checkpoints that are complete or ignored, and how the next stage finds and loads them.
 
 A folder `checkpoint-STEP` counts as a checkpoint once `COMPLETE.json`, written last, lists its files with their
-sizes. A run that is killed while it writes leaves a folder without it, which resuming and loading pass over.
+sizes. A run that is killed while it writes leaves a folder without it, which resuming and loading ignore.
 """
 
 import json
@@ -66,7 +66,7 @@ def newest_complete(run_dir: Path) -> Path | None:
     for folder in reversed(checkpoints_in(run_dir)):
         if is_complete(folder):
             return folder
-        logger.warning("passing over %s: it was not written to its end", folder)
+        logger.warning("ignoring %s: it was not written completely", folder)
     return None
 
 
@@ -82,7 +82,7 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if step_of(folder) >= 0:
         if not is_complete(folder):
             raise FileNotFoundError(
-                f"{folder} was not written to its end ({COMPLETE} is missing or does not fit); use an older one"
+                f"{folder} was not written completely ({COMPLETE} is missing or does not fit); use an older one"
             )
         return folder
     newest = newest_complete(folder)
@@ -155,8 +155,8 @@ def rotate(run_dir: Path, limit: int) -> None:
         shutil.rmtree(folder)
 
 
-def check_resumable(folder: Path, zero_stage: int, n_ranks: int, fingerprint: str) -> None:
-    """Refuse a resume that the engine would fail or get wrong.
+def check_resumable(folder: Path, *, zero_stage: int, n_ranks: int, fingerprint: str) -> None:
+    """Check that a run can be resumed from a checkpoint by this engine.
 
     Raises:
         ValueError: the checkpoint was trained on other data, by another engine, or by another number of processes
@@ -186,7 +186,7 @@ def check_resumable(folder: Path, zero_stage: int, n_ranks: int, fingerprint: st
 
 
 def provenance() -> dict:
-    """Commit of the code and versions of the packages that shape a run."""
+    """Commit of the code, and versions of the packages that a run depends on."""
     root = Path(__file__).resolve().parent.parent
     git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
     packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")}

@@ -1,7 +1,7 @@
 """Trainers: transformers' `Trainer` plus what every stage needs (exact data order, optimizer hooks, complete
 checkpoints, evaluation on averaged weights, named loss terms), and the GrokFast mixins.
 
-The trainers of the stages stand in `utils/training/` and can be imported from here.
+The trainers of the stages are in `utils/training/` and can be imported from here.
 """
 
 import importlib
@@ -141,7 +141,7 @@ class StageTrainer(Trainer):
         return self.optimizer
 
     def check_hooks_fired(self) -> None:
-        """Refuse to go on where an engine has swapped the optimizer and dropped the hooks without a word."""
+        """Raise if the engine replaced the optimizer and silently dropped the hooks."""
         silent = [type(hook).__name__ for hook in self.hooks if hook.fired == 0]
         if silent:
             raise RuntimeError(
@@ -191,7 +191,7 @@ class StageTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def rates(self, logs: dict[str, float], steps_per_second: float) -> dict[str, float]:
-        """What is logged of the speed of training, beside the other numbers `logs` of the line."""
+        """Speeds of training to log, next to the other numbers `logs` of the line."""
         per_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         return {"samples_per_second": per_step * steps_per_second}
 
@@ -229,6 +229,7 @@ class StageTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """`evaluation_summary` of `evaluation_terms` over the validation set, each sample counted once whatever the
         number of processes."""
+        # Terms per sample, gathered from all processes: those that only fill up the last batch are left out.
         self._memory_tracker.start()
         model = self.evaluation_model()
         gathered: dict[str, list[Tensor]] = {}
@@ -236,6 +237,8 @@ class StageTrainer(Trainer):
             terms = self.evaluation_terms(model, self._prepare_inputs(inputs))
             for name, values in self.accelerator.gather_for_metrics(terms).items():
                 gathered.setdefault(name, []).append(values.float().cpu())
+
+        # Summary, log line and callbacks; their time does not count as training.
         summary = self.evaluation_summary({name: torch.cat(values) for name, values in gathered.items()})
         summary |= self.evaluation_extras(model)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in summary.items()}
@@ -249,11 +252,11 @@ class StageTrainer(Trainer):
         return {name: values.mean().item() for name, values in terms.items()}
 
     def evaluation_extras(self, model) -> dict[str, float]:
-        """Metrics of an evaluation that are no means over samples; every process calls it with the same model."""
+        """Metrics of an evaluation that are not means over samples. Every process calls it with the same model."""
         return {}
 
     def final_metrics(self) -> dict[str, float]:
-        """The last step's evaluation, made now unless the schedule of evaluations has."""
+        """The metrics of the last step; it is evaluated now unless the schedule of evaluations did so."""
         for line in self.state.log_history:
             if line["step"] == self.state.global_step and "eval_loss" in line:
                 return {name: value for name, value in line.items() if name.startswith("eval_")}
@@ -307,9 +310,8 @@ class StageTrainer(Trainer):
         state = self.extra_state()
         if rank() == 0:
             if averaged is not None:
-                averaged = {
-                    name: each.cpu().contiguous() for name, each in without_copies(self.model, averaged).items()
-                }
+                averaged = without_copies(self.model, averaged)
+                averaged = {name: tensor.cpu().contiguous() for name, tensor in averaged.items()}
                 save_file(averaged, folder / EMA, {"format": "pt"})
             if state is not None:
                 torch.save(state, folder / "stage_state.pt")
@@ -352,7 +354,7 @@ def trainer_class_for(name: str, base: type) -> type:
     return base if mixin is None else type(f"{mixin.__name__}{base.__name__}", (mixin, base), {})
 
 
-def expected_steps(n_samples: int, samples_per_step: int, epochs: float, max_steps: int) -> int:
+def expected_steps(n_samples: int, samples_per_step: int, *, epochs: float, max_steps: int) -> int:
     """Optimizer steps of a run, as the Trainer counts them."""
     per_epoch = n_samples // samples_per_step
     return max_steps if max_steps > 0 else math.ceil(epochs * per_epoch)

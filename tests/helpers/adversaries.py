@@ -4,13 +4,13 @@ import torch
 
 from model.image.discriminators import build_discriminator
 from utils.training.adversary import Adversary
-from utils.training.image_vae import ImageAutoencoderArguments
+from utils.training.image_vae import ImageVAEGANArguments
 
 
 def make(**changes):
     values = {"gan_start_step": 0, "gan_warmup_steps": 0, "gan_ramp_steps": 0, "max_grad_norm": 0.0, **changes}
     torch.manual_seed(0)
-    adversary = Adversary(build_discriminator("patch", 8, 2, False), ImageAutoencoderArguments(**values))
+    adversary = Adversary(build_discriminator("patch", 8, 2, False), ImageVAEGANArguments(**values))
     adversary.prepare(torch.device("cpu"), "constant", 100)
     return adversary
 
@@ -18,7 +18,7 @@ def make(**changes):
 def batch(n=4):
     generator = torch.Generator().manual_seed(1)
     real, fake, gradient = (torch.randn(n, 3, 16, 16, generator=generator) for _ in range(3))
-    return real, fake.requires_grad_(), gradient / fake.numel()
+    return fake.requires_grad_(), real, gradient / fake.numel()
 
 
 def flat_gradient(module):

@@ -1,9 +1,9 @@
-"""The adversary of a GAN stage: a replicated discriminator with its own optimizer, losses, schedule and state.
+"""The adversary of a GAN stage: a replicated discriminator with an optimizer, losses, a schedule and a state.
 
 Every process holds the whole discriminator, outside the generator's engine. Gradients of all micro-batches are
-averaged in one flat all-reduce per update, so that weights stay identical on all processes under DDP and every ZeRO
+averaged in one flat all-reduce per update; weights therefore stay identical on all processes under DDP and every ZeRO
 stage. Generator and discriminator losses share one discriminator pass over the fake sample and one over the real one:
-the generator's side is read as the gradient with respect to the fake sample (the leaf), before the discriminator's own
+the generator's side is read as the gradient with respect to the fake sample (the leaf), before the discriminator's
 backward. On optimizer steps on which the discriminator is not updated (`--discriminator_every`) no graph reaches its
 weights, and the real sample is passed through without a graph, or not at all.
 """
@@ -72,8 +72,12 @@ class AdversaryArguments:
 
 @dataclasses.dataclass
 class AdversarialTerms:
-    """What one micro-batch's discriminator pass gives: the generator's gradient at the leaf, and detached numbers to
-    log."""
+    """Result of one micro-batch's discriminator pass.
+
+    Attributes:
+        gradient: the generator's gradient at the leaf; None where it is not taken.
+        logs: detached numbers by name.
+    """
 
     gradient: Tensor | None
     logs: dict[str, Tensor]
@@ -81,6 +85,9 @@ class AdversarialTerms:
 
 class Adversary:
     """Owns a discriminator and everything that trains it.
+
+        loss = discriminator_loss(real, generated) + lecam_weight * lecam
+             + r1_weight / 2 * |gradient at the real sample|^2            (every `r1_every` updates, r1_every-fold)
 
     Per micro-batch call `play`; after the last micro-batch of an optimizer step call `update`.
 
@@ -103,8 +110,8 @@ class Adversary:
         self.scheduler = None
         self.updates = 0
         self.skipped_updates = 0
-        # LeCAM's anchors (real, fake) and the mean squared gradients (reconstruction, adversarial) behind the
-        # adaptive weight.
+        # LeCAM's anchors (real, fake) and the mean squared gradients (reconstruction, adversarial) for the
+        # adaptive factor.
         self.statistics = {"anchors": torch.zeros(2), "gradients": torch.zeros(2)}
         self.parameters = [p for p in discriminator.parameters() if p.requires_grad]
         self.pending: list[Tensor] = []
@@ -173,26 +180,29 @@ class Adversary:
 
     def play(
         self,
-        real: Tensor,
         leaf: Tensor,
+        real: Tensor,
         leaf_gradient: Tensor,
-        uniforms: Tensor | None,
-        share: float,
+        *,
         weight: float,
+        share: float = 1.0,
         trains: bool = True,
+        uniforms: Tensor | None = None,
     ) -> AdversarialTerms:
         """Accumulate one micro-batch into the discriminator's gradient and read the generator's gradient at the leaf.
 
         Args:
-            real: real samples, (B, ...).
-            leaf: generated samples, detached from the generator, `requires_grad`, of the same shape, fp32.
-            leaf_gradient: gradient of the reconstruction terms there, for the adaptive weight.
-            uniforms: per-sample numbers in [0, 1) for the augmentation, (B, 8).
-            share: the micro-batch's share of the step, 1 / micro-batches.
+            leaf: generated samples, detached from the generator, `requires_grad`, (B, ...) fp32.
+            real: real samples, of the same shape.
+            leaf_gradient: gradient of the reconstruction terms at the leaf, for the adaptive factor.
             weight: the generator's weight of this step; 0: no gradient for the generator is taken.
+            share: the micro-batch's share of the step, 1 / micro-batches.
             trains: whether this step updates the discriminator; the same for all micro-batches of a step.
+            uniforms: per-sample numbers in [0, 1) for the augmentation, (B, 8).
         """
         arguments = self.arguments
+        # The adaptive factor must be known before the weight acts: it is measured once while the weight is 0, and
+        # where the weight rises without a ramp at every step.
         adapts = arguments.use_adaptive_gan_weight and (
             arguments.gan_ramp_steps == 0 or self.statistics["gradients"][1] == 0
         )
@@ -201,18 +211,21 @@ class Adversary:
             self.trains = False
             self.pending.append(leaf.new_zeros(4))  # `update` has the schedule to advance.
             return AdversarialTerms(None, {})
+
+        # One pass of the discriminator over the generated samples, one over the real ones where they are needed.
         if trains and not self.pending and hasattr(self.discriminator, "update_spectral_norms"):
             self.discriminator.update_spectral_norms()
         self.trains = trains
         for parameter in self.parameters:
             parameter.requires_grad_(trains)
         matches = guides and arguments.feature_matching_weight > 0
-        fake_logits, fake_maps = self.look(leaf if guides else leaf.detach(), uniforms)
+        fake_logits, fake_maps = self.discriminate(leaf if guides else leaf.detach(), uniforms)
         real_logits, real_maps = None, None
         if trains or matches:
             with torch.set_grad_enabled(trains):
-                real_logits, real_maps = self.look(real.float(), uniforms)
+                real_logits, real_maps = self.discriminate(real.float(), uniforms)
 
+        # The generator's side: losses, and their gradient at the leaf.
         gradient, logs = None, {}
         if guides:
             terms = {"generator": generator_loss(arguments.gan_loss, fake_logits)}
@@ -221,25 +234,29 @@ class Adversary:
                 terms["feature_matching"] = arguments.feature_matching_weight * matching
             (gradient,) = torch.autograd.grad(sum(terms.values()), leaf, retain_graph=trains)
             logs.update({name: term.detach() for name, term in terms.items()})
+
+        # The discriminator's side, and the numbers that `update` averages: mean logits of real and generated samples,
+        # and mean squared gradients of the reconstruction and of the adversarial loss, (4,).
         statistics = leaf.new_zeros(4)
         if gradient is not None:
-            statistics[2:] = torch.stack([(each * each.numel()).square().mean() for each in (leaf_gradient, gradient)])
+            # A loss that is a mean has gradients that shrink with the number of values; numel makes up for it.
+            statistics[2:] = torch.stack([(g * g.numel()).square().mean() for g in (leaf_gradient, gradient)])
         if trains:
-            logs.update(self.accumulate(real, real_logits, fake_logits, share))
+            logs.update(self.accumulate(real, real_logits, fake_logits, share=share))
             statistics[:2] = torch.stack([logs["logits_real"], logs["logits_fake"]])
         self.pending.append(statistics * share)
         return AdversarialTerms(gradient, logs)
 
-    def look(self, sample: Tensor, uniforms: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+    def discriminate(self, sample: Tensor, uniforms: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """Logits in fp32 and feature maps of a batch of samples, augmented."""
         if self.augment is not None:
             sample = self.augment(sample, uniforms)
         with self.autocast(sample.device):
             logits, features = self.discriminator(sample)
-        return [each.float() for each in logits], features
+        return [values.float() for values in logits], features
 
     def accumulate(
-        self, real: Tensor, real_logits: list[Tensor], fake_logits: list[Tensor], share: float
+        self, real: Tensor, real_logits: list[Tensor], fake_logits: list[Tensor], *, share: float
     ) -> dict[str, Tensor]:
         """The discriminator's loss and its backward, for one micro-batch; returns what is to be logged."""
         arguments = self.arguments
@@ -250,16 +267,18 @@ class Adversary:
             loss = loss + arguments.lecam_weight * penalty
             logs["lecam"] = penalty.detach()
         if arguments.r1_weight > 0 and self.updates % arguments.r1_every == 0:
+            # Lazy regularisation (arXiv 1912.04958, appendix B): a rarer penalty weighs more.
             penalty = r1_penalty(self.discriminator, real.float())
             loss = loss + 0.5 * arguments.r1_weight * arguments.r1_every * penalty
             logs["r1"] = penalty.detach()
         (loss * share).backward(inputs=self.parameters)
+
+        # How well it tells them apart; least squares aims at 1 and 0, the other losses at either side of 0.
         boundary = 0.5 if arguments.gan_loss == "least_squares" else 0.0
-        logs["logits_real"], logs["logits_fake"] = (
-            mean_of_means(each).detach() for each in (real_logits, fake_logits)
-        )
-        logs["accuracy_real"] = mean_of_means([(each > boundary).float() for each in real_logits])
-        logs["accuracy_fake"] = mean_of_means([(each < boundary).float() for each in fake_logits])
+        logs["logits_real"] = mean_of_means(real_logits).detach()
+        logs["logits_fake"] = mean_of_means(fake_logits).detach()
+        logs["accuracy_real"] = mean_of_means([(logits > boundary).float() for logits in real_logits])
+        logs["accuracy_fake"] = mean_of_means([(logits < boundary).float() for logits in fake_logits])
         return logs
 
     def update(self) -> bool:
@@ -268,23 +287,27 @@ class Adversary:
 
         Returns: whether this step was one of the discriminator's, so that `gradient_norm` is new.
         """
-        statistics = torch.stack(self.pending).sum(0)
+        statistics = torch.stack(self.pending).sum(0)  # (4,), see `play`
         self.pending = []
         if not self.trains:
             if self.arguments.use_adaptive_gan_weight:
                 self.blend_gradients(mean_across_ranks(statistics))
             self.scheduler.step()
             return False
+
+        # Average over all processes: statistics and gradients travel in one flat tensor.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        flat = mean_across_ranks(torch.cat([statistics, *(each.reshape(-1).float() for each in gradients)]))
+        flat = mean_across_ranks(torch.cat([statistics, *(g.reshape(-1).float() for g in gradients)]))
         statistics, *pieces = flat.split([4, *(p.numel() for p in self.parameters)])
         for parameter, piece in zip(self.parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
+
+        # Clip, step, and move the running means; all processes see the same numbers and decide alike.
         max_norm = self.arguments.max_grad_norm or float("inf")
         self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters, max_norm)
         if torch.isfinite(self.gradient_norm) and torch.isfinite(statistics).all():
             self.optimizer.step()
-            self.blend("anchors", statistics[:2], 0.99)
+            self.blend("anchors", statistics[:2], decay=0.99)
             self.blend_gradients(statistics)
             self.updates += 1
         else:
@@ -294,14 +317,14 @@ class Adversary:
         return True
 
     def blend_gradients(self, statistics: Tensor) -> None:
-        """Move the running means behind the adaptive weight, where this step has taken the generator's gradient."""
+        """Move the running means of the adaptive factor, where this step has taken the generator's gradient."""
         if statistics[3] > 0 and torch.isfinite(statistics).all():
-            self.blend("gradients", statistics[2:], 0.9)
+            self.blend("gradients", statistics[2:], decay=0.9)
 
-    def blend(self, name: str, value: Tensor, decay: float) -> None:
+    def blend(self, name: str, value: Tensor, *, decay: float) -> None:
         """Move a running mean towards `value`; the first value is taken whole."""
-        first = not self.statistics[name].any()
-        self.statistics[name] = value.clone() if first else decay * self.statistics[name] + (1 - decay) * value
+        is_first = not self.statistics[name].any()
+        self.statistics[name] = value.clone() if is_first else decay * self.statistics[name] + (1 - decay) * value
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager:
         """bfloat16 for the discriminator's forward where the run asks for it."""
@@ -329,6 +352,6 @@ class Adversary:
         self.updates, self.skipped_updates = state["updates"], state["skipped_updates"]
 
 
-def mean_of_means(tensors) -> Tensor:
-    """The mean over sub-discriminators of each one's mean."""
-    return torch.stack([each.mean() for each in tensors]).mean()
+def mean_of_means(tensors: list[Tensor]) -> Tensor:
+    """The mean over sub-discriminators of the mean of each."""
+    return torch.stack([tensor.mean() for tensor in tensors]).mean()

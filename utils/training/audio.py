@@ -1,28 +1,21 @@
-"""What the stages that train on preprocessed sound share: one definition of the log-mel in cache, model and
-checkpoints; clips to hear and see in TensorBoard.
-
-S samples, M mel bins, F frames. `Stage` sets the attribute `trainer` of each callback.
-"""
+"""What the stages that train on preprocessed audio share: one definition of the log-mel in cache, model and
+checkpoints; validation clips in TensorBoard.  S samples, M mel bins, F frames."""
 
 import importlib.util
 import logging
 import statistics
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback
 
 from dataset_loading.audio.cached import AudioDataset
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_audio
 from model.audio.configuration import MEL_FIELDS, AudioConfig
-from model.audio.spectral import LogMel, MelSettings
+from model.audio.spectral import MelSettings
 from utils.checkpoints import resolve_checkpoint
 from utils.command_line import parse_overrides
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
@@ -30,6 +23,7 @@ from utils.drawing.images import Group
 from utils.drawing.players import add_sound
 from utils.metrics.audio import PACKAGES, pesq_wb, stoi
 from utils.options import declared_fields, from_preset
+from utils.training.callbacks import EvaluationCallback
 from utils.training.stage import Stage
 
 logger = logging.getLogger(__name__)
@@ -43,8 +37,8 @@ class AudioStage(Stage):
     """A stage whose model reads or writes log-mels; subclasses state name, configuration, model, presets, trainer and
     data set.
 
-    A new model takes the log-mel of the cache. Where `--override` names a field of it, or a checkpoint is gone on
-    from, the two must be equal.
+    A new model takes the log-mel of the cache. Where `--override` names a field of it, or the run starts from a
+    checkpoint, the two must be equal.
     """
 
     config_class: ClassVar[type[AudioConfig]]
@@ -58,11 +52,13 @@ class AudioStage(Stage):
         mel = {} if overrides.keys() & set(MEL_FIELDS) else dataset.mel.as_dict()
         config = from_preset(self.config_class, self.presets, self.args.config, **{**mel, **overrides})
         dataset.expect_mel(config.mel, "this run's --override")
-        self.collator = partial(collate_audio, log_floor=config.mel.log_floor)
         return config
 
+    def build_collator(self, config):
+        return partial(collate_audio, log_floor=config.mel.log_floor)
+
     def check_checkpoint(self, dataset: AudioDataset) -> None:
-        """Raises: ValueError: the checkpoint to start from or go on with has another log-mel than the cache."""
+        """Raises: ValueError: the checkpoint to start from or to resume has another log-mel than the cache."""
         named = {"--init_from": self.args.init_from, "--resume_from_checkpoint": self.find_checkpoint()}
         for flag, path in named.items():
             if path:
@@ -73,78 +69,56 @@ class AudioStage(Stage):
         return self.dataset_class(self.cache_dir, split).expect_mel(config.mel, "the model")
 
 
-class Listening(TrainerCallback):
-    """Before the first step and after each evaluation: what the model makes of the same validation clips.
+class AudioCallback(EvaluationCallback):
+    """Logs what a model makes of the same validation clips, one at a time, so that nothing is padded.
 
-    Every process runs the model, as sharded weights need; only the one with a writer writes. Clips are taken one at a
-    time, so that nothing is padded. Subclasses say what is made: `run` and `write`.
+    Subclasses say what it makes of a clip: `run`, and what is written: `write`.
 
     Args:
-        writer: None except on rank 0.
         n_clips: spread evenly over the validation set.
     """
 
-    trainer: Any
-
-    def __init__(self, writer: SummaryWriter | None, n_clips: int):
-        self.writer, self.n_clips = writer, n_clips
-        self.samples: list[dict[str, Tensor]] = []
-        self.names: list[str] = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.show(args.device, state.global_step)
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.show(args.device, state.global_step)
+    def __init__(self, trainer, writer, *, n_clips: int):
+        super().__init__(trainer, writer)
+        self.n_clips = n_clips
+        self.is_first = True  # What does not change is written once.
 
     @property
     def settings(self) -> MelSettings:
         """The model's log-mel."""
         return self.trainer.model.config.mel
 
-    @torch.no_grad()
-    def show(self, device: torch.device, step: int) -> None:
-        """Run the model on every process, write on one."""
-        is_first = not self.samples
-        if is_first:
-            self.collect()
-        model = self.trainer.evaluation_model()
-        made = [self.run(model, sample, device) for sample in self.samples]
-        if self.writer is None:
-            return
-        self.write(made, device, step, is_first)
-        self.writer.flush()
-
-    def collect(self) -> None:
+    @cached_property
+    def samples(self) -> list[dict[str, Tensor]]:
         """The clips, at most `MAX_FRAMES` frames of each."""
-        dataset, hop_length = self.trainer.eval_dataset, self.settings.hop_length
+        dataset, hop_length, samples = self.trainer.eval_dataset, self.settings.hop_length, []
         for index in evenly_spaced(len(dataset), self.n_clips):
             sample = dict(dataset[index])
             sample["mel"] = sample["mel"][:, :MAX_FRAMES]
             if "waveform" in sample:
                 sample["waveform"] = sample["waveform"][: MAX_FRAMES * hop_length]
-            self.samples.append(sample)
-            self.names.append(dataset.entries[index]["caption"] or dataset.entries[index]["key"])
-        if self.writer is not None:
-            self.log_mel = LogMel(self.settings)
+            samples.append(sample)
+        return samples
+
+    @cached_property
+    def names(self) -> list[str]:
+        """A title of each clip."""
+        entries = self.trainer.eval_dataset.entries
+        chosen = [entries[index] for index in evenly_spaced(len(self.trainer.eval_dataset), self.n_clips)]
+        return [entry["caption"] or entry["key"] for entry in chosen]
+
+    def compute(self, model):
+        return [self.run(model, sample, self.trainer.args.device) for sample in self.samples]
 
     def run(self, model, sample: dict[str, Tensor], device: torch.device) -> Any:
         """What the model makes of one clip, on every process."""
         raise NotImplementedError
 
-    def write(self, made: list[Any], device: torch.device, step: int, is_first: bool) -> None:
-        """Everything for TensorBoard, on rank 0."""
-        raise NotImplementedError
-
-    def add_image(self, name: str, image: Image.Image, step: int) -> None:
-        """An image under `images/`."""
-        self.writer.add_image(f"images/{name}", np.asarray(image), step, dataformats="HWC")
-
-    def add_mels(self, predicted: list[Tensor], step: int) -> None:
-        """Target, prediction, difference of every clip's log-mel (M, F), and their mean absolute difference."""
+    def add_mels(self, generated: list[Tensor], step: int) -> None:
+        """True and generated log-mel (M, F) of every clip, their difference, and its mean absolute value."""
         longest = max(sample["mel"].shape[1] for sample in self.samples)
         groups, distances = [], []
-        for sample, mel, name in zip(self.samples, predicted, self.names):
+        for sample, mel, name in zip(self.samples, generated, self.names):
             distances.append((mel - sample["mel"]).abs().mean().item())
             images = mel_triple(sample["mel"], mel, self.settings.log_floor, longest)
             groups.append(Group(images, f"{distances[-1]:.3f}  {name}"))
@@ -156,9 +130,9 @@ class Listening(TrainerCallback):
         for number, waveform in enumerate(waveforms):
             add_sound(self.writer, f"sounds/{number:02d}_{kind}", waveform, self.settings.sample_rate, step)
 
-    def add_scores(self, real: list[Tensor], made: list[Tensor], step: int) -> None:
+    def add_scores(self, generated: list[Tensor], real: list[Tensor], step: int) -> None:
         """PESQ and STOI of the first clips, where their packages are installed and the waveforms are finite."""
-        pairs = [pair for pair in zip(real[:N_SCORED], made[:N_SCORED]) if pair[1].isfinite().all()]
+        pairs = [pair for pair in zip(real[:N_SCORED], generated[:N_SCORED]) if pair[1].isfinite().all()]
         for name, score in SCORES.items():
             if not all(importlib.util.find_spec(package) for package in PACKAGES[name]):
                 continue

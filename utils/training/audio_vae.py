@@ -1,25 +1,25 @@
-"""The audio VAE: flags, segments of clips, losses over valid frames, characters read out of latents, clips to hear.
+"""The audio VAE: flags, segments of clips, losses over valid frames, characters read out of latents, logged clips.
 
 B batch, M mel bins, F mel frames, Z latent channels, L latent frames, V characters, T text tokens.
 """
 
 import dataclasses
 from collections.abc import Iterator
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
 
+from dataset_loading.cached import evenly_spaced
 from model.audio.griffin_lim import griffin_lim
-from model.audio.lengths import crop_starts, masked_mean, valid_frames
+from model.audio.lengths import crop_starts, masked_mean
 from model.audio.mel_criteria import character_loss
 from model.audio.mel_discriminators import MelDiscriminatorKind
 from model.audio.spectral import check_same_mel
 from model.audio.vae import AudioVAEOutput
 from model.criteria import kl_divergence
-from utils.distributed import mean_across_ranks, rank, world_size
 from utils.drawing.audio import latent_image, strip_sheet
 from utils.drawing.images import Group
 from utils.generation.audio import load_vocoder
@@ -27,8 +27,9 @@ from utils.megatransformer_utils import StageArguments
 from utils.metrics.latents import LatentHealth
 from utils.options import option
 from utils.training.adversary import WITH_ADVERSARY, AdversaryArguments
-from utils.training.audio import Listening
-from utils.training.gan import GANTrainer
+from utils.training.audio import AudioCallback
+from utils.training.gan import GANTrainer, Generation
+from utils.training.latent_statistics import measure_latent_statistics, sequence_moments
 
 
 @dataclasses.dataclass
@@ -89,18 +90,20 @@ class SpreadMels:
 
     Args:
         dataset: items with `mel` (M, F).
-        n_clips: how many, at most all.
+        n_clips: number of clips, at most all.
     """
 
     def __init__(self, dataset: Dataset, n_clips: int):
-        self.dataset, self.n_clips = dataset, min(n_clips, len(dataset))
+        self.dataset, self.n_clips = dataset, n_clips
 
     def __iter__(self) -> Iterator[Tensor]:
-        for i in range(self.n_clips):
-            yield self.dataset[i * len(self.dataset) // self.n_clips]["mel"]
+        for index in evenly_spaced(len(self.dataset), self.n_clips):
+            yield self.dataset[index]["mel"]
 
 
-def crop_segments(mel: Tensor, n_frames: Tensor, uniforms: Tensor, length: int, log_floor: float):
+def crop_segments(
+    mel: Tensor, n_frames: Tensor, uniforms: Tensor, *, length: int, log_floor: float
+) -> tuple[Tensor, Tensor]:
     """One segment of each clip.
 
     Args:
@@ -110,29 +113,33 @@ def crop_segments(mel: Tensor, n_frames: Tensor, uniforms: Tensor, length: int, 
         length: frames of the segments; a shorter clip is taken whole and padded with `log_floor`.
     Returns: segments (B, M, length) and their valid frames (B,).
     """
-    places = crop_starts(n_frames, length, uniforms)[:, None] + torch.arange(length, device=mel.device)
-    valid = places < n_frames[:, None]
-    places = places.clamp_max(mel.shape[-1] - 1)[:, None].expand(-1, mel.shape[1], -1)
-    return mel.gather(-1, places).where(valid[:, None], log_floor), n_frames.clamp_max(length)
+    frames = crop_starts(n_frames, length, uniforms)[:, None] + torch.arange(length, device=mel.device)  # (B, length)
+    valid = frames < n_frames[:, None]
+    frames = frames.clamp_max(mel.shape[-1] - 1)[:, None].expand(-1, mel.shape[1], -1)  # (B, M, length)
+    return mel.gather(-1, frames).where(valid[:, None], log_floor), n_frames.clamp_max(length)
 
 
 class AudioVAEGANTrainer(GANTrainer):
-    """Trains an `AudioVAE`: distances of log-mels over valid frames, KL, an adversary on mels, and characters.
+    """Trains an `AudioVAE` on log-mels x (B, M, F), reconstructed as x_hat.
 
-    Segments and noise belong to (seed, step, sample). Losses are means of each sample's own mean. The KL term is
-    `kl_weight` x nats per input value: a sample's nats over its valid latents, over M x its valid frames. In training
-    a segment is padded to its full length, in real and generated mels alike, so that the adversary sees no difference
-    there.
+        loss = l1_weight * |x_hat - x| + l2_weight * (x_hat - x)^2 + gradient_weight * |gradient of x_hat - x|
+             + kl_weight * KL / (M F) + ctc_weight * nats per character of the transcript, read out of the latents
+             + gan_weight(step) * adaptive_factor * (adversarial + feature_matching_weight * feature_matching)
+
+    Every term is the mean over samples of each sample's own mean over its F valid frames; KL is a sum over its valid
+    latents. Segments and noise belong to (seed, step, sample). In training a segment is padded to its full length, in
+    real and generated mels alike, so that the adversary sees no difference there.
     """
 
     def generate(self, model, inputs):
         mel, n_frames = self.segments(inputs)
-        inputs.update(mel=mel, n_frames=n_frames)
         shape = self.model.latent_shape(mel.shape[-1])
         # Drawn with time first: a sample's noise does not depend on how its batch is padded.
         noise = self.sample_noise(inputs, "posterior", (shape[-1], *shape[:-1])).movedim(1, -1)
         output = model(mel=mel, n_frames=n_frames, noise=noise, speaker=inputs.get("speaker"))
-        return output.reconstruction, mel, (output, inputs)
+        terms = self.latent_terms(output, {**inputs, "mel": mel, "n_frames": n_frames})
+        terms = self.weighted({name: values.mean() for name, values in terms.items()})
+        return Generation(output.reconstruction, mel, terms, n_frames)
 
     def segments(self, inputs: dict) -> tuple[Tensor, Tensor]:
         """The part of each clip that this step trains on, and its valid frames."""
@@ -142,77 +149,41 @@ class AudioVAEGANTrainer(GANTrainer):
             # The discriminator needs a few frames, which a batch of short clips may not have.
             return F.pad(mel, (0, max(0, 2**args.discriminator_layers - mel.shape[-1])), value=log_floor), n_frames
         uniforms = self.sample_uniforms(inputs, "segment", ())
-        return crop_segments(mel, n_frames, uniforms, args.segment_frames, log_floor)
+        return crop_segments(mel, n_frames, uniforms, length=args.segment_frames, log_floor=log_floor)
 
-    def leaf_terms(self, leaf, real, inputs):
-        return self.criterion(leaf, real, inputs["n_frames"])
+    def sample_terms(self, leaf, generation):
+        return self.criterion(leaf, generation.target, generation.n_frames)
 
-    def other_terms(self, output, real):
-        output, inputs = output
-        args = self.stage_arguments
-        terms = {"kl": args.kl_weight * self.kl_per_value(output, inputs).mean()}
-        if args.ctc_weight:
-            terms["ctc"] = args.ctc_weight * self.character_losses(output, inputs).mean()
+    def latent_terms(self, output: AudioVAEOutput, batch: dict) -> dict[str, Tensor]:
+        """Loss terms of the latents, name -> (B,), to be weighted by `<name>_weight`: `kl`, nats per input value, to
+        which latents in padding add nothing, and `ctc`, nats per character, where the model has such a head."""
+        terms = {"kl": kl_divergence(output.mean, output.logvar) / (batch["mel"].shape[1] * batch["n_frames"])}
+        if self.stage_arguments.ctc_weight:
+            lengths = self.model.latents_lengths(batch["n_frames"])
+            terms["ctc"] = character_loss(output.character_logits, lengths, batch["tokens"], batch["token_lengths"])
         return terms
 
-    def kl_per_value(self, output: AudioVAEOutput, inputs: dict) -> Tensor:
-        """Nats per input value, (B,); latents in padding have none."""
-        return kl_divergence(output.mean, output.logvar) / (inputs["mel"].shape[1] * inputs["n_frames"])
-
-    def character_losses(self, output: AudioVAEOutput, inputs: dict) -> Tensor:
-        """`character_loss` of each sample, (B,)."""
-        lengths = self.model.latents_lengths(inputs["n_frames"])
-        return character_loss(output.character_logits, lengths, inputs["tokens"], inputs["token_lengths"])
-
     def evaluation_terms(self, model, inputs):
-        mel, n_frames, args = inputs["mel"], inputs["n_frames"], self.stage_arguments
+        mel, n_frames = inputs["mel"], inputs["n_frames"]
         output = model(mel=mel, n_frames=n_frames, speaker=inputs.get("speaker"))
         reconstruction = output.reconstruction.float().clamp_min(self.model.config.mel.log_floor)
-        terms = {
-            "mel_l1": masked_mean((reconstruction - mel).abs(), n_frames),
-            "kl": self.kl_per_value(output, inputs),
-        }
-        loss = terms["mel_l1"] + args.kl_weight * terms["kl"]
-        if args.ctc_weight:
-            terms["ctc"] = self.character_losses(output, inputs)
-            loss = loss + args.ctc_weight * terms["ctc"]
-        return {**terms, "loss": loss}
+        mel_l1 = masked_mean((reconstruction - mel).abs(), n_frames)
+        terms = self.latent_terms(output, inputs)
+        return {"mel_l1": mel_l1, **terms, "loss": sum(self.weighted(terms).values(), mel_l1)}
 
-    @torch.no_grad()
     def before_saving(self):
-        """Measure the latents' mean and standard deviation per channel over valid frames of the training set, the
-        posterior's variance included, for the next stage."""
-        model = self.evaluation_model()
-        moments = torch.zeros(3, self.model.config.latent_channels, dtype=torch.float64, device=self.args.device)
-        for batch, counts in self.statistics_batches():
-            inputs = self._prepare_inputs(self.data_collator(batch))
-            output = model(mel=inputs["mel"], n_frames=inputs["n_frames"], speaker=inputs.get("speaker"))
-            if not counts:
-                continue
-            mean, second = output.mean.double(), output.mean.double().square() + output.logvar.double().exp()
-            lengths = self.model.latents_lengths(inputs["n_frames"])
-            valid = valid_frames(lengths, mean.shape[-1])
-            valid = valid.view(len(mean), *[1] * (mean.ndim - 2), -1).expand_as(mean).double()
-            parts = ((values * valid).transpose(0, 1).flatten(1).sum(1) for values in (mean, second, valid))
-            moments += torch.stack([*parts])
-        total = mean_across_ranks(moments)
-        mean = total[0] / total[2]
-        std = (total[1] / total[2] - mean.square()).clamp_min(1e-12).sqrt()
-        self.model.set_latent_statistics(mean.float(), std.float())
+        """Measure the statistics of the latents, for the next stage."""
+        self.model.set_latent_statistics(*measure_latent_statistics(self, self.latent_moments))
 
-    def statistics_batches(self):
-        """Batches of samples, spread over the whole training set, and whether they count: every process runs the same
-        number of forwards, as sharded weights need."""
-        n_all, batch_size = len(self.train_dataset), self.args.per_device_eval_batch_size
-        n_samples = min(self.stage_arguments.latent_statistics_samples, n_all)
-        for start in range(rank() * batch_size, n_samples + rank() * batch_size, batch_size * world_size()):
-            places = range(start, min(start + batch_size, n_samples))
-            yield [self.train_dataset[i * n_all // n_samples] for i in places] or [self.train_dataset[0]], len(places)
+    def latent_moments(self, model, inputs: dict) -> Tensor:
+        """What a batch adds to the statistics, (3, Z): valid latent frames alone."""
+        output = model(mel=inputs["mel"], n_frames=inputs["n_frames"], speaker=inputs.get("speaker"))
+        return sequence_moments(output.mean, output.logvar, self.model.latents_lengths(inputs["n_frames"]))
 
 
-class AudioVAEListening(Listening):
-    """What an audio VAE makes of validation clips; PESQ and STOI hold the resynthesis of its log-mels against that of
-    the true ones.
+class AudioReconstructionCallback(AudioCallback):
+    """Logs reconstructions of validation clips. PESQ and STOI compare the vocoded reconstruction with the vocoded
+    ground truth.
 
     sounds/<clip>_real, _generated   the vocoder, or Griffin-Lim, on the true and on the VAE's log-mel
     images/mel                     true log-mel | the VAE's | difference
@@ -222,56 +193,61 @@ class AudioVAEListening(Listening):
 
     Args:
         vocoder_checkpoint: run or checkpoint folder of a vocoder of the same log-mel; "" for Griffin-Lim.
-    Raises: ValueError, FileNotFoundError: no checkpoint of a vocoder; when training begins: one of another log-mel.
+    Raises: ValueError, FileNotFoundError: no checkpoint of a vocoder, or one of another log-mel.
     """
 
-    def __init__(self, writer: SummaryWriter | None, n_clips: int, vocoder_checkpoint: str = ""):
-        super().__init__(writer, n_clips)
-        self.vocoder_checkpoint = vocoder_checkpoint
+    def __init__(self, trainer, writer, *, n_clips: int, vocoder_checkpoint: str = ""):
+        super().__init__(trainer, writer, n_clips=n_clips)
         self.vocoder = load_vocoder(vocoder_checkpoint) if vocoder_checkpoint else None
-        self.real: list[Tensor] = []
-
-    def on_train_begin(self, args, state, control, **kwargs):
         if self.vocoder is not None:
-            name = f"the vocoder {self.vocoder_checkpoint}"
+            name = f"the vocoder {vocoder_checkpoint}"
             remedy = "use a vocoder that was trained on the same log-mels"
             check_same_mel(self.settings, "the model", self.vocoder.config.mel, name, remedy)
-        super().on_train_begin(args, state, control, **kwargs)
+
+    @cached_property
+    def real(self) -> list[Tensor]:
+        """The waveforms that the true log-mels become."""
+        return [self.vocode(sample["mel"]) for sample in self.samples]
 
     def run(self, model, sample, device):
         speaker = sample["speaker"][None].to(device) if "speaker" in sample else None
         mel = sample["mel"][None].to(device)
         output = model(mel=mel, n_frames=torch.tensor([mel.shape[-1]], device=device), speaker=speaker)
         reconstruction = output.reconstruction[0].float().clamp_min(self.settings.log_floor)
-        return tuple(each.float().cpu() for each in (reconstruction, output.mean, output.logvar))
+        return tuple(tensor.float().cpu() for tensor in (reconstruction, output.mean, output.logvar))
 
-    def vocode(self, mel: Tensor, device: torch.device) -> Tensor:
+    def vocode(self, mel: Tensor) -> Tensor:
         """(M, F) -> (S,) on the CPU; the log-mel of silence where it is too short, or where it is not finite."""
         log_floor, min_samples = self.settings.log_floor, self.settings.min_samples
+        device = self.trainer.args.device
         missing = max(0, -(-min_samples // self.settings.hop_length) - mel.shape[1])
-        mel = torch.nn.functional.pad(mel.nan_to_num(log_floor, log_floor, log_floor), (0, missing), value=log_floor)
-        mel = mel[None].to(device)
+        mel = F.pad(mel.nan_to_num(log_floor, log_floor, log_floor), (0, missing), value=log_floor)[None].to(device)
         if self.vocoder is None:
             return griffin_lim(mel, self.settings)[0].cpu()
         return self.vocoder.to(device)(mel)[0].float().cpu()
 
-    def write(self, made, device, step, is_first):
-        mels, health = [mel for mel, _, _ in made], LatentHealth()
-        if is_first:
-            self.real = [self.vocode(sample["mel"], device) for sample in self.samples]
+    def write(self, content, step):
+        # Players, log-mels and scores of the reconstructions.
+        mels = [mel for mel, _, _ in content]
+        generated = [self.vocode(mel) for mel in mels]
+        if self.is_first:
             self.add_sounds("real", self.real, step)
-        generated = [self.vocode(mel, device) for mel in mels]
+            self.is_first = False
         self.add_sounds("generated", generated, step)
         self.add_mels(mels, step)
-        self.add_scores(self.real, generated, step)
-        longest = max(mean.shape[-1] for _, mean, _ in made)
-        groups = [Group([latent_image(mean[0], longest)], name) for (_, mean, _), name in zip(made, self.names)]
+        self.add_scores(generated, self.real, step)
+
+        # Posteriors: means (1, Z, ..., L) as images, their histograms by channel, and channels that carry nothing.
+        means, logvars = [mean for _, mean, _ in content], [logvar for _, _, logvar in content]
+        longest = max(mean.shape[-1] for mean in means)
+        groups = [Group([latent_image(mean[0], longest)], name) for mean, name in zip(means, self.names)]
         self.add_image("latents", strip_sheet(groups), step)
-        for _, mean, logvar in made:
-            health.update(mean, logvar)
-        for channel in range(made[0][1].shape[1]):
-            values = torch.cat([mean[0, channel].flatten() for _, mean, _ in made])
+        for channel in range(means[0].shape[1]):
+            values = torch.cat([mean[0, channel].flatten() for mean in means])
             self.writer.add_histogram(f"latents/mean_{channel:02d}", values, step)
-        deviations = torch.cat([(0.5 * logvar).exp().flatten() for _, _, logvar in made])
-        self.writer.add_histogram("latents/posterior_std", deviations, step)
+        stds = torch.cat([(0.5 * logvar).exp().flatten() for logvar in logvars])
+        self.writer.add_histogram("latents/posterior_std", stds, step)
+        health = LatentHealth()
+        for mean, logvar in zip(means, logvars):
+            health.update(mean, logvar)
         self.writer.add_scalar("latents/dead_channels", sum(health.compute()["dead"]), step)

@@ -1,11 +1,15 @@
-"""Callbacks of the stages: clean stop on a signal; numbers, images and histograms for TensorBoard.
+"""Callbacks of the stages: clean stop on a signal, numbers for TensorBoard, and the base of those that show what a
+model makes of validation samples."""
 
-`Stage` sets the attribute `trainer` of each.
-"""
-
+import contextlib
 import logging
+import random
 import signal
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
@@ -14,14 +18,12 @@ from utils.distributed import any_across_ranks
 logger = logging.getLogger(__name__)
 
 
-class StopOnSignal(TrainerCallback):
+class StopOnSignalCallback(TrainerCallback):
     """SIGTERM or SIGINT: finish the step on every process, save a checkpoint, end the run.
 
-    Launchers signal processes one after another, so that the flag is combined over all of them after each step. The
+    Launchers signal processes one after another; therefore the flag is combined over all of them after each step. The
     `deepspeed` runner does not pass signals on: send it to the process group, `kill -TERM -- -PGID`.
     """
-
-    trainer = None
 
     def __init__(self):
         self.signalled = False
@@ -46,15 +48,13 @@ class StopOnSignal(TrainerCallback):
             control.should_training_stop = True
 
 
-class ScalarLogs(TrainerCallback):
+class ScalarLogsCallback(TrainerCallback):
     """Logged numbers in TensorBoard, in groups: `eval_x` -> eval/x, `train_x` (totals of a run) -> summary/x, a name
     with a slash as it is, any other x -> train/x.
 
     The writer stays open after training, for the last evaluation; transformers' own callback closes it and would open
     another one elsewhere.
     """
-
-    trainer = None
 
     def __init__(self, writer: SummaryWriter):
         self.writer = writer
@@ -64,6 +64,68 @@ class ScalarLogs(TrainerCallback):
             if isinstance(value, int | float):
                 self.writer.add_scalar(grouped(name), value, state.global_step)
         self.writer.flush()
+
+
+class EvaluationCallback(TrainerCallback):
+    """Shows something of the model in TensorBoard after each evaluation, and before the first step.
+
+    Every process computes, because a forward of sharded weights is collective; a plain copy with averaged weights is
+    run by rank 0 alone. Only rank 0, which has a writer, writes. Training is not moved: random number generators are
+    left as they were. Subclasses say what is computed: `compute`, and what is written: `write`.
+
+    Args:
+        trainer: whose model is shown.
+        writer: None except on rank 0.
+    """
+
+    before_training = True  # Whether to show before the first step too.
+
+    def __init__(self, trainer: Any, writer: SummaryWriter | None):
+        self.trainer, self.writer = trainer, writer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.before_training:
+            self.show(state.global_step)
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.show(state.global_step)
+
+    @torch.no_grad()
+    def show(self, step: int) -> None:
+        """Compute on every process, write on rank 0."""
+        with unmoved_generators():
+            model = self.trainer.evaluation_model()
+            if self.writer is None and model is self.trainer.ema_model:
+                return
+            content = self.compute(model)
+            if self.writer is not None and content is not None:
+                self.write(content, step)
+                self.writer.flush()
+
+    def compute(self, model) -> Any:
+        """What is shown of a model in eval mode, on every process; None for nothing this time."""
+        raise NotImplementedError
+
+    def write(self, content: Any, step: int) -> None:
+        """Write what `compute` gave, on rank 0."""
+        raise NotImplementedError
+
+    def add_image(self, name: str, image: Any, step: int) -> None:
+        """Write a PIL image under `images/`."""
+        self.writer.add_image(f"images/{name}", np.asarray(image), step, dataformats="HWC")
+
+
+@contextlib.contextmanager
+def unmoved_generators() -> Iterator[None]:
+    """Give Python's, NumPy's and torch's random number generators their states back at the end."""
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def grouped(name: str) -> str:

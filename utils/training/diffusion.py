@@ -1,4 +1,4 @@
-"""The trainer of latent diffusion, for images and sound alike.  B batch, Z latent channels, K time buckets."""
+"""The trainer of latent diffusion, for images and audio.  B batch, Z latent channels, K time buckets."""
 
 from collections.abc import Callable
 
@@ -15,12 +15,17 @@ TEXT_INPUTS = ("tokens", "text_states", "mask")
 class DiffusionTrainer(StageTrainer):
     """Trains a denoiser on cached latents with captions.
 
+        loss = mean over samples of loss_weight(t) * mean_z channel_weight_z * |prediction - target(x, noise, t)|_z^2
+
+    `loss_weight` is that of `--loss_weighting`, and `channel_weight` a channel's std to the power of
+    `--channel_weight_power`, over the mean of these; `target` is what the model's `prediction` names: noise, x or v.
+
     The model offers `process` (see `model.diffusion_process`) and `forward(latents, time, drop, <text inputs>)`.
     Times, noise, the choice of mirrored latents and dropped captions belong to (seed, step, sample).
 
     Args:
         channel_weights: weight of each latent channel in the training loss, (Z,), mean 1; None for 1 each.
-        measure_samples: metrics by name of what a model generates, called at each evaluation; None for none.
+        measure_samples: metrics by name of what a model generates, called at each evaluation; None to measure none.
     """
 
     def __init__(
@@ -35,7 +40,8 @@ class DiffusionTrainer(StageTrainer):
         self.measure_samples = measure_samples
 
     def draw_latents(self, inputs: dict) -> Tensor:
-        """A draw from each sample's posterior, of its mirror image for half of those that have one; (B, Z, ...)."""
+        """Latents sampled from each posterior, or with probability 1/2 from that of the mirrored image where the cache
+        holds it; (B, Z, ...)."""
         mean, std = inputs["mean"], inputs["std"]
         if "flipped_mean" in inputs:
             flip = self.sample_uniforms(inputs, "flip", (1,) * (mean.ndim - 1)) < 0.5
@@ -45,20 +51,24 @@ class DiffusionTrainer(StageTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         args, process = self.stage_arguments, self.model.process
+        # Everything random belongs to (seed, step, sample): latents, times (B,), dropped captions (B,), noise.
         latents = self.draw_latents(inputs)
         uniforms = self.sample_uniforms(inputs, "time", ())
         time = process.training_times(uniforms, args.time_sampling, args.time_mean, args.time_std)
         drop = self.sample_uniforms(inputs, "drop", ()) < args.caption_dropout
         noise = self.sample_noise(inputs, "noise", latents.shape[1:])
-        errors = self.squared_errors(model, inputs, latents, noise, time, drop)
+
+        # Squared errors (B, Z), weighted by channel and by time.
+        errors = self.squared_errors(model, inputs, latents=latents, noise=noise, time=time, drop=drop)
         self.record({"loss/mse": errors.mean()})
         if self.channel_weights is not None:
             errors = errors * self.channel_weights
-        error = errors.mean(1)
-        loss = (process.loss_weight(time, args.loss_weighting, args.min_snr_gamma) * error).mean()
-        return loss
+        weight = process.loss_weight(time, args.loss_weighting, args.min_snr_gamma)
+        return (weight * errors.mean(1)).mean()
 
-    def squared_errors(self, model, inputs, latents, noise, time, drop=None) -> Tensor:
+    def squared_errors(
+        self, model, inputs: dict, *, latents: Tensor, noise: Tensor, time: Tensor, drop: Tensor | None = None
+    ) -> Tensor:
         """Mean squared error of the prediction per sample and channel, (B, Z) fp32."""
         process = self.model.process
         text = {name: inputs[name] for name in TEXT_INPUTS if name in inputs}
@@ -68,7 +78,7 @@ class DiffusionTrainer(StageTrainer):
 
     def evaluation_terms(self, model, inputs):
         """The error at one time in each of K equal parts of [0, 1]; time and noise belong to the sample alone, so that
-        evaluations compare. Channels and times weigh alike; `loss` is the mean over the parts."""
+        evaluations are comparable. Channels and times have equal weights; `loss` is the mean over the parts."""
         n_buckets, index, latents = self.stage_arguments.n_time_buckets, inputs["index"], inputs["mean"]
         terms: dict[str, Tensor] = {}
         for bucket in range(n_buckets):
@@ -77,9 +87,9 @@ class DiffusionTrainer(StageTrainer):
                 self.args.seed, 0, index, stream=f"evaluation noise {bucket}", shape=latents.shape[1:]
             )
             within, noise = within.to(latents.device), noise.to(latents.device)
-            time = (bucket + within) / n_buckets
+            time = (bucket + within) / n_buckets  # (B,)
             name = f"loss_t{bucket / n_buckets:.2f}-{(bucket + 1) / n_buckets:.2f}"
-            terms[name] = self.squared_errors(model, inputs, latents, noise, time).mean(1)
+            terms[name] = self.squared_errors(model, inputs, latents=latents, noise=noise, time=time).mean(1)
         return {**terms, "loss": torch.stack(list(terms.values())).mean(0)}
 
     def evaluation_extras(self, model):

@@ -1,5 +1,7 @@
 """The GAN engine: a generator trained through one engine against an adversary beside it."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -7,14 +9,37 @@ from utils.training.adversary import Adversary
 from utils.training_utils import StageTrainer
 
 
+@dataclasses.dataclass
+class Generation:
+    """One forward of a generator.
+
+    Attributes:
+        sample: what was generated, with its graph, (B, ...).
+        target: what it is compared with, of the same shape.
+        terms: weighted scalar loss terms that do not depend on the sample alone, such as a KL divergence.
+        n_frames: frames of each sequence that count, (B,); None where all do.
+    """
+
+    sample: Tensor
+    target: Tensor
+    terms: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    n_frames: Tensor | None = None
+
+
 class GANTrainer(StageTrainer):
     """Trains a generator through one engine against an adversary beside it, with a split graph.
 
-    Every loss on the generated sample is taken on a detached leaf, and its gradient g there. The engine then sees
-    exactly one forward and one backward, of `(generated * g).sum() + other terms`, which gives the generator the
+        loss = sum(criterion(sample, target))                             (names and weights: see the criterion)
+             + sum(generation.terms)
+             + gan_weight(step) * adaptive_factor * (adversarial + feature_matching_weight * feature_matching)
+
+    `gan_weight(step)` is 0 until the discriminator is warm, then rises to `--gan_weight`; see `Adversary`.
+
+    Every loss on the generated sample x is taken on a detached leaf, and its gradient g there. The engine then sees
+    exactly one forward and one backward, of `(x * g).sum() + sum(generation.terms)`, which gives the generator the
     same gradient.
 
-    Subclasses say what is generated: `generate`, and which terms do not depend on it: `other_terms`.
+    Subclasses say what is generated: `generate`.
     """
 
     def __init__(self, *, criterion, adversary: Adversary | None = None, **kwargs):
@@ -22,17 +47,18 @@ class GANTrainer(StageTrainer):
         self.criterion = criterion.to(self.args.device)
         self.adversary = adversary
 
-    def generate(self, model, inputs: dict):
-        """Run the model once; returns (generated sample with graph, real sample, model output)."""
+    def generate(self, model, inputs: dict) -> Generation:
+        """Run the model once on a batch, which stays as it is."""
         raise NotImplementedError
 
-    def leaf_terms(self, leaf: Tensor, real: Tensor, inputs: dict) -> dict[str, Tensor]:
+    def sample_terms(self, leaf: Tensor, generation: Generation) -> dict[str, Tensor]:
         """Weighted loss terms of the generated sample, the adversary's left out."""
-        return self.criterion(leaf, real)
+        return self.criterion(leaf, generation.target)
 
-    def other_terms(self, output, real: Tensor) -> dict[str, Tensor]:
-        """Weighted loss terms that do not depend on the generated sample."""
-        return {}
+    def weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Each term times its flag `<name>_weight`; terms with weight 0 are left out."""
+        weights = {name: getattr(self.stage_arguments, f"{name}_weight") for name in terms}
+        return {name: weights[name] * term for name, term in terms.items() if weights[name]}
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         if self.adversary is not None and self.adversary.scheduler is None:
@@ -44,45 +70,61 @@ class GANTrainer(StageTrainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         share = 1.0 / self.current_gradient_accumulation_steps
-        generated, real, output = self.generate(model, inputs)
-        leaf = generated.detach().float().requires_grad_()
+        generation = self.generate(model, inputs)
+        leaf = generation.sample.detach().float().requires_grad_()
 
         # Reconstruction, and its gradient at the leaf.
         with torch.autocast(leaf.device.type, torch.bfloat16, enabled=self.stage_arguments.bf16):
-            terms = self.leaf_terms(leaf, real, inputs)
+            terms = self.sample_terms(leaf, generation)
         (gradient,) = torch.autograd.grad(sum(terms.values()), leaf)
 
         # Adversary: its own backward, and the generator's gradient at the leaf.
-        step = self.state.global_step
-        if self.adversary is not None and self.adversary.active(step):
-            gradient = gradient + self.play(inputs, real, leaf, gradient, share, step, terms)
+        if self.adversary is not None and self.adversary.active(self.state.global_step):
+            adversarial, adversarial_terms = self.play(leaf, generation.target, gradient, inputs=inputs, share=share)
+            gradient = gradient + adversarial
+            terms |= adversarial_terms
 
         # One backward through the generator.
-        others = self.other_terms(output, real)
-        terms = {name: term.detach() for name, term in {**terms, **others}.items()}
-        surrogate = (generated.float() * gradient).sum() + sum(others.values())
+        terms = {name: term.detach() for name, term in {**terms, **generation.terms}.items()}
+        surrogate = (generation.sample.float() * gradient).sum() + sum(generation.terms.values())
         engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(surrogate * share, **engine)
+
+        # The discriminator's update ends the optimizer step.
         is_over = self.adversary is not None and self.adversary.pending and self.accelerator.sync_gradients
         if is_over and self.adversary.update():
             self.record({"gan/discriminator_grad_norm": self.adversary.gradient_norm})
         self.record({f"loss/{name}": term for name, term in terms.items()})
         return sum(terms.values()) * share
 
-    def play(self, inputs, real, leaf, gradient, share, step, terms) -> Tensor:
-        """The adversary's part of a micro-batch; returns the weighted adversarial gradient at the leaf."""
+    def play(
+        self, leaf: Tensor, target: Tensor, gradient: Tensor, *, inputs: dict, share: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The adversary's part of a micro-batch.
+
+        Args:
+            leaf: generated samples, detached.
+            target: real samples, of the same shape.
+            gradient: of the reconstruction terms at the leaf.
+            inputs: the batch, for random numbers that belong to its samples.
+            share: the micro-batch's share of the step.
+        Returns: the weighted adversarial gradient at the leaf, and the weighted terms that it comes from.
+        """
+        step = self.state.global_step
         uniforms = self.sample_uniforms(inputs, "augment", (8,)) if self.adversary.augment is not None else None
         weight = self.adversary.generator_weight(step)
         factor = self.adversary.adaptive_factor()
-        played = self.adversary.play(real, leaf, gradient, uniforms, share, weight, self.adversary.updates_at(step))
-        logs = {**played.logs, "weight": weight, "adaptive_factor": factor}
+        trains = self.adversary.updates_at(step)
+        adversarial = self.adversary.play(
+            leaf, target, gradient, uniforms=uniforms, share=share, weight=weight, trains=trains
+        )
+        logs = {**adversarial.logs, "weight": weight, "adaptive_factor": factor}
         self.record({f"gan/{name}": value for name, value in logs.items()})
-        if played.gradient is None or weight == 0:
-            return torch.zeros_like(leaf)
-        for name in ("generator", "feature_matching"):
-            if name in played.logs:
-                terms[f"weighted_{name}"] = weight * factor * played.logs[name]
-        return weight * factor * played.gradient
+        if adversarial.gradient is None or weight == 0:
+            return torch.zeros_like(leaf), {}
+        names = [name for name in ("generator", "feature_matching") if name in adversarial.logs]
+        terms = {f"weighted_{name}": weight * factor * adversarial.logs[name] for name in names}
+        return weight * factor * adversarial.gradient, terms
 
     def extra_state(self):
         return {"adversary": self.adversary.state_dict()} if self.adversary is not None else None

@@ -6,11 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback
-
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.image.latents import ImageLatentDataset
 from model.diffusion_process import TimeSampling, Weighting
@@ -22,6 +17,7 @@ from utils.generation.text_to_image import SamplingArguments, TextToImage
 from utils.megatransformer_utils import StageArguments
 from utils.metrics.caption_agreement import TextProbe, UnusableCaptionsError
 from utils.options import option
+from utils.training.callbacks import EvaluationCallback
 
 logger = logging.getLogger(__name__)
 
@@ -64,85 +60,73 @@ class ImageDiffusionArguments(SamplingArguments, StageArguments):
     grid_scales: list[float] = option([1.0, 3.0], "guidance scales of the image grids", ge=0)
 
 
-class PromptGrids(TrainerCallback):
-    """Before the first step and after each evaluation: images of the same prompts at several guidance scales, from
-    the same seeds, one row per prompt and one column per scale.
+class PromptGridCallback(EvaluationCallback):
+    """Logs images of the same prompts at several guidance scales, from the same seeds: one row per prompt and one
+    column per scale.
 
     Args:
-        writer: None except on rank 0.
         vae, text_encoder: see `TextToImage`.
         prompts: captions.
         args: sampling flags, and `grid_scales`.
     """
 
-    trainer: Any
-
-    def __init__(self, writer: SummaryWriter | None, vae: VAE, text_encoder, prompts: Sequence[str], args: Any):
-        self.writer, self.vae, self.text_encoder = writer, vae, text_encoder
+    def __init__(self, trainer, writer, *, vae: VAE, text_encoder, prompts: Sequence[str], args: Any):
+        super().__init__(trainer, writer)
+        self.vae, self.text_encoder = vae, text_encoder
         self.prompts, self.args = prompts, args
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.show(args.device, state.global_step)
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.show(args.device, state.global_step)
-
-    def show(self, device: torch.device, step: int) -> None:
-        """Draw; where there is no average yet every process does, since the weights may be sharded."""
-        model = self.trainer.evaluation_model()
-        if self.writer is None and model is self.trainer.ema_model:
-            return
-        painter = TextToImage(self.trainer.accelerator.unwrap_model(model), self.vae.to(device), self.text_encoder)
+    def compute(self, model):
+        model, vae = self.trainer.accelerator.unwrap_model(model), self.vae.to(self.trainer.args.device)
+        generator = TextToImage(model, vae, self.text_encoder)
         seeds = list(range(len(self.prompts)))
         try:
-            columns = [
-                painter.images(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
+            return [
+                generator.images(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
                 for scale in self.args.grid_scales
             ]
-        except ValueError as error:  # A run may recover from what a look at it finds.
-            logger.warning("no grid of prompts at step %d: %s", step, error)
-            return
-        if self.writer is None:
-            return
-        groups = [Group([to_image(one) for one in row], prompt) for prompt, *row in zip(self.prompts, *columns)]
+        except ValueError as error:  # A run may recover from what one look at it shows.
+            logger.warning("no grid of prompts at step %d: %s", self.trainer.state.global_step, error)
+            return None
+
+    def write(self, content, step):
+        groups = [Group([to_image(image) for image in row], prompt) for prompt, *row in zip(self.prompts, *content)]
         sheet = draw_sheet(groups, [f"guidance {scale:g}" for scale in self.args.grid_scales], n_across=2)
-        self.writer.add_image("images/prompts", np.asarray(sheet), step, dataformats="HWC")
-        self.writer.flush()
+        self.add_image("prompts", sheet, step)
 
 
 class SampleMetrics:
-    """Draws validation captions with the run's sampling flags: frechet, kid, and agreement where captions allow it.
+    """Metrics of images sampled for validation captions with the run's flags: frechet, kid, and agreement where
+    captions allow it.
 
     The probe for the agreement is trained on the training latents at the first call.
 
     Args:
         vae, text_encoder: see `TextToImage`.
         folder: preprocessed latents.
-        n_images: captions, spread evenly over the validation set.
-        args: sampling flags and `eval_batch_size`.
+        args: sampling flags, `eval_batch_size`, and `eval_images`: captions, spread evenly over the validation set.
     """
 
-    def __init__(self, vae: VAE, text_encoder: FrozenTextEncoder | None, folder: Path, n_images: int, args: Any):
+    def __init__(self, vae: VAE, text_encoder: FrozenTextEncoder | None, folder: Path, *, args: Any):
         self.vae, self.text_encoder, self.args = vae, text_encoder, args
         self.training, self.held_out = (ImageLatentDataset(folder, split) for split in ("train", "validation"))
-        self.indices = evenly_spaced(len(self.held_out), n_images)
+        self.indices = evenly_spaced(len(self.held_out), args.eval_images)
         self.probe: TextProbe | None = None
         self.has_probe = False
 
     def __call__(self, model) -> dict[str, float]:
         """Metrics by name of an `ImageDiffusion` in eval mode."""
-        painter = TextToImage(model, self.vae.to(model.device), self.text_encoder)
+        generator = TextToImage(model, self.vae.to(model.device), self.text_encoder)
         if not self.has_probe:
             self.has_probe = True
             try:
-                self.probe = train_probe(painter, self.training)
+                self.probe = train_probe(generator, self.training)
             except UnusableCaptionsError as error:
                 logger.warning("agreement with the captions is not measured: %s", error)
         batch_size = self.args.eval_batch_size
         try:
             return generation_metrics(
-                painter, self.held_out, self.indices, self.args, self.probe, batch_size=batch_size
+                generator, self.held_out, self.indices, self.args, self.probe, batch_size=batch_size
             )
-        except ValueError as error:  # A run may recover from what a look at it finds.
+        except ValueError as error:  # A run may recover from what one look at it shows.
             logger.warning("no metrics of generated images: %s", error)
             return {}

@@ -1,15 +1,13 @@
 """The image VAE-GAN: flags, data, losses, adversary, trainer and logged images, most of which the recurrent VAE
-shares."""
+shares.  B batch, C channels, Y X rows and columns, Z latent channels."""
 
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback
 
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.image.pixels import ImageDataset
@@ -17,20 +15,22 @@ from model.criteria import ReconstructionLoss, kl_divergence
 from model.image.augmentation import AugmentationKind, diff_augment
 from model.image.discriminators import DiscriminatorKind, build_discriminator
 from model.image.feature_extractors import PerceptualKind, build_perceptual
-from utils.distributed import mean_across_ranks, rank, world_size
+from model.vae import VAEOutput
 from utils.drawing.images import TRIPLE, Group, channel_images, draw_sheet, to_image, triple
 from utils.megatransformer_utils import StageArguments
 from utils.metrics.images import psnr
 from utils.metrics.latents import LatentHealth
 from utils.options import option
 from utils.training.adversary import WITH_ADVERSARY, Adversary, AdversaryArguments
-from utils.training.gan import GANTrainer
+from utils.training.callbacks import EvaluationCallback
+from utils.training.gan import GANTrainer, Generation
+from utils.training.latent_statistics import image_moments, measure_latent_statistics
 from utils.training.stage import Stage
 
 
 @dataclasses.dataclass
-class ImageAutoencoderArguments(AdversaryArguments, StageArguments):
-    """Flags of every stage that trains a VAE on images."""
+class ImageVAEGANArguments(AdversaryArguments, StageArguments):
+    """Flags of every stage that trains a VAE-GAN on images."""
 
     l1_weight: float = option(1.0, "weight of the mean absolute error", ge=0)
     gradient_weight: float = option(0.0, "weight of the multi-scale image gradient difference", ge=0)
@@ -52,10 +52,10 @@ class ImageAutoencoderArguments(AdversaryArguments, StageArguments):
     n_logged_samples: int = option(8, "validation images in TensorBoard", gt=0, aliases=("n_logged_pictures",))
 
 
-class ImageAutoencoderStage(Stage):
-    """A stage that trains a VAE on images; subclasses state name, configuration, model, presets and trainer."""
+class ImageVAEGANStage(Stage):
+    """A stage that trains a VAE-GAN on images; subclasses state name, configuration, model, presets and trainer."""
 
-    arguments_class = ImageAutoencoderArguments
+    arguments_class = ImageVAEGANArguments
 
     def build_dataset(self, split, config):
         return ImageDataset(self.cache_dir, split).expect(image_size=config.image_size)
@@ -63,14 +63,19 @@ class ImageAutoencoderStage(Stage):
     def build_trainer_parts(self, model):
         args = self.args
         perceptual = build_perceptual(args.perceptual) if args.perceptual_weight > 0 else None
-        criterion = ReconstructionLoss(args.l1_weight, args.gradient_weight, args.perceptual_weight, perceptual)
+        criterion = ReconstructionLoss(
+            l1_weight=args.l1_weight,
+            gradient_weight=args.gradient_weight,
+            perceptual_weight=args.perceptual_weight,
+            perceptual=perceptual,
+        )
         return {"criterion": criterion, "adversary": self.build_adversary()}
 
-    def build_callbacks(self, writer):
-        return [ReconstructionImages(writer, self.args.n_logged_samples)]
+    def build_callbacks(self, trainer, writer):
+        return [ImageReconstructionCallback(trainer, writer, n_images=self.args.n_logged_samples)]
 
     def build_adversary(self):
-        """The discriminator's side, or None where its weight is 0."""
+        """The discriminator with what trains it; None where its weight is 0."""
         args = self.args
         if args.gan_weight == 0:
             return None
@@ -81,22 +86,38 @@ class ImageAutoencoderStage(Stage):
         return Adversary(discriminator, args, augment)
 
 
-class ImageVAEGANTrainer(GANTrainer):
-    """Trains a VAE on images: reconstruction and perceptual terms, KL, and an adversary.
+def kl_per_value(output: VAEOutput, target: Tensor) -> Tensor:
+    """KL divergence of the posterior in nats per input value, a scalar."""
+    return kl_divergence(output.mean, output.logvar).mean() / target[0].numel()
 
-    The KL term is `kl_weight` x (nats per sample, summed over the latent) / (number of input values C Y X): nats per
-    input value, beside reconstruction terms that are means over input values.
+
+class ImageVAEGANTrainer(GANTrainer):
+    """Trains a VAE on images x (B, C, Y, X), reconstructed as x_hat.
+
+        loss = l1_weight * |x_hat - x| + gradient_weight * |difference of their gradients|
+             + perceptual_weight * perceptual(x_hat, x)
+             + kl_weight * KL / (C Y X)
+             + gan_weight(step) * adaptive_factor * (adversarial + feature_matching_weight * feature_matching)
+
+    The KL divergence is in nats per sample, summed over the latent: over C Y X it is in nats per input value, like the
+    reconstruction terms, which are means over input values.
     """
+
+    # Loss terms beside those of the reconstruction, (output, target) -> scalar, None where there is nothing to
+    # measure; the weight of each is the flag `<name>_weight`.
+    TERMS: ClassVar[dict[str, Callable[..., Tensor | None]]] = {"kl": kl_per_value}
 
     def generate(self, model, inputs):
         image = inputs["image"]
         noise = self.sample_noise(inputs, "posterior", self.model.latent_shape(image.shape[-1]))
-        output = model(image=image, noise=noise)
-        return output.reconstruction, image, output
+        output = model(image=image, noise=noise, **self.decoder_options())
+        terms = {name: term(output, image) for name, term in self.TERMS.items()}
+        terms = self.weighted({name: term for name, term in terms.items() if term is not None})
+        return Generation(output.reconstruction, image, terms)
 
-    def other_terms(self, output, real):
-        kl = kl_divergence(output.mean, output.logvar).mean() / real[0].numel()
-        return {"kl": self.stage_arguments.kl_weight * kl}
+    def decoder_options(self) -> dict[str, Any]:
+        """Further keywords of the model's forward in this optimizer step."""
+        return {}
 
     def evaluation_terms(self, model, inputs):
         image = inputs["image"]
@@ -105,43 +126,25 @@ class ImageVAEGANTrainer(GANTrainer):
         mse = (reconstruction - image).square().flatten(1).mean(1)
         terms = {
             "l1": (reconstruction - image).abs().flatten(1).mean(1),
-            "psnr": 10 * torch.log10(4.0 / mse.clamp_min(1e-10)),
+            "psnr": 10 * torch.log10(4.0 / mse.clamp_min(1e-10)),  # Of a range of 2, from -1 to 1.
             "kl": kl_divergence(output.mean, output.logvar) / image[0].numel(),
         }
         if self.criterion.perceptual is not None:
             terms["perceptual"] = self.criterion.perceptual(reconstruction, image)
         return {**terms, "loss": terms["l1"] + self.stage_arguments.kl_weight * terms["kl"]}
 
-    @torch.no_grad()
     def before_saving(self):
-        """Measure the latents' mean and standard deviation per channel on the training set, for the next stage."""
-        model = self.evaluation_model()
-        n_samples = min(self.stage_arguments.latent_statistics_samples, len(self.train_dataset))
-        moments = torch.zeros(3, self.model.config.latent_channels, dtype=torch.float64, device=self.args.device)
-        batch_size = self.args.per_device_eval_batch_size
-        for start in range(0, n_samples, batch_size * world_size()):
-            # Every process runs the same number of forwards; beyond the end it counts nothing.
-            first = start + rank() * batch_size
-            # Spread over the whole set, whose order often goes by kind.
-            indices = [
-                i * len(self.train_dataset) // n_samples for i in range(first, min(first + batch_size, n_samples))
-            ]
-            samples = [self.train_dataset[i] for i in indices] or [self.train_dataset[0]]
-            inputs = self._prepare_inputs(self.data_collator(samples))
-            output = model(image=inputs["image"])
-            mean, variance = output.mean.double(), output.logvar.double().exp()
-            if len(indices):
-                moments += torch.stack(
-                    [part.mean((2, 3)).sum(0) for part in (mean, mean.square() + variance, mean * 0 + 1)]
-                )
-        total = mean_across_ranks(moments)
-        mean = total[0] / total[2]
-        std = (total[1] / total[2] - mean.square()).clamp_min(1e-12).sqrt()
-        self.model.set_latent_statistics(mean.float(), std.float())
+        """Measure the statistics of the latents, for the next stage."""
+        self.model.set_latent_statistics(*measure_latent_statistics(self, self.latent_moments))
+
+    def latent_moments(self, model, inputs: dict) -> Tensor:
+        """What a batch adds to the statistics, (3, Z)."""
+        output = model(image=inputs["image"])
+        return image_moments(output.mean, output.logvar)
 
 
-class ReconstructionImages(TrainerCallback):
-    """Before the first step and after each evaluation: what the VAE makes of the same validation images.
+class ImageReconstructionCallback(EvaluationCallback):
+    """Logs reconstructions of the same validation images.
 
     images/reconstruction       input | reconstruction | difference, with the PSNR
     images/latent_channels      posterior means, one row per image, one column per channel
@@ -149,51 +152,40 @@ class ReconstructionImages(TrainerCallback):
     latents/posterior_std         histogram of the posterior's standard deviations
     latents/dead_channels         channels that carry next to nothing on these images
 
-    Every process runs the model, as sharded weights need; only the one with a writer writes.
-
     Args:
-        writer: None except on rank 0.
         n_images: spread evenly over the validation set.
     """
 
-    trainer: Any
     max_latent_rows = 4
 
-    def __init__(self, writer: SummaryWriter | None, n_images: int):
-        self.writer, self.n_images = writer, n_images
-        self.image: Tensor | None = None
+    def __init__(self, trainer, writer, *, n_images: int):
+        super().__init__(trainer, writer)
+        self.n_images = n_images
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.show(args.device, state.global_step)
+    @functools.cached_property
+    def image(self) -> Tensor:
+        """The images, (B, C, Y, X)."""
+        dataset = self.trainer.eval_dataset
+        return torch.stack([dataset[index]["image"] for index in evenly_spaced(len(dataset), self.n_images)])
 
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.show(args.device, state.global_step)
+    def compute(self, model):
+        output = model(image=self.image.to(self.trainer.args.device))
+        return tuple(tensor.float().cpu() for tensor in (output.reconstruction, output.mean, output.logvar))
 
-    @torch.no_grad()
-    def show(self, device: torch.device, step: int) -> None:
-        """Run the model on every process, write on one."""
-        if self.image is None:
-            dataset = self.trainer.eval_dataset
-            indices = evenly_spaced(len(dataset), self.n_images)
-            self.image = torch.stack([dataset[index]["image"] for index in indices])
-        output = self.trainer.evaluation_model()(image=self.image.to(device))
-        if self.writer is None:
-            return
-        reconstruction, mean, logvar = (
-            each.float().cpu() for each in (output.reconstruction, output.mean, output.logvar)
-        )
+    def write(self, content, step):
+        reconstruction, mean, logvar = content
+        # Inputs, reconstructions and differences.
         values = psnr(reconstruction, self.image).tolist()
         groups = [Group(triple(*pair), f"{value:.1f} dB") for *pair, value in zip(self.image, reconstruction, values)]
-        sheet = draw_sheet(groups, TRIPLE, n_across=2)
-        self.writer.add_image("images/reconstruction", np.asarray(sheet), step, dataformats="HWC")
+        self.add_image("reconstruction", draw_sheet(groups, TRIPLE, n_across=2), step)
+
+        # Posteriors: means as images, their histograms by channel, and channels that carry nothing.
         rows = [Group([to_image(channel) for channel in row]) for row in channel_images(mean)[: self.max_latent_rows]]
         numbers = [str(channel) for channel in range(mean.shape[1])]
-        sheet = draw_sheet(rows, numbers, min_cell=64)
-        self.writer.add_image("images/latent_channels", np.asarray(sheet), step, dataformats="HWC")
+        self.add_image("latent_channels", draw_sheet(rows, numbers, min_cell=64), step)
         for channel in range(mean.shape[1]):
             self.writer.add_histogram(f"latents/mean_{channel:02d}", mean[:, channel], step)
         self.writer.add_histogram("latents/posterior_std", (0.5 * logvar).exp(), step)
         health = LatentHealth()
         health.update(mean, logvar)
         self.writer.add_scalar("latents/dead_channels", sum(health.compute()["dead"]), step)
-        self.writer.flush()

@@ -1,17 +1,17 @@
-"""The multimodal transformer: flags; a trainer with a loss over all targets of an optimizer step and thinking steps
-drawn for each; continuations and histograms in TensorBoard."""
+"""The multimodal transformer: flags; a trainer with a loss over all targets of an optimizer step, each of which draws
+its number of thinking steps; continuations and histograms in TensorBoard.  B batch, L sequence."""
 
 import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedTokenizerBase
 
 from model.recurrent import sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
@@ -21,6 +21,7 @@ from utils.megatransformer_utils import StageArguments
 from utils.metrics.text import model_inputs, ratios, window_sums, windows_at_once
 from utils.options import option
 from utils.seeds import generators
+from utils.training.callbacks import EvaluationCallback
 from utils.training.text import TextArguments
 from utils.training_utils import StageTrainer
 
@@ -71,8 +72,10 @@ class MultimodalArguments(TextArguments, StageArguments):
 class MultimodalTrainer(StageTrainer):
     """Trains a `MegaTransformerForCausalLM`.
 
-    The loss of an optimizer step is a sum over its targets, in all micro-batches and on all processes, divided by
-    their number: a target weighs the same however the samples are split.
+        loss = sum over targets of (cross_entropy + z_loss_weight * (log of the softmax's denominator)^2) / n_targets
+
+    Sum and number of targets are those of an optimizer step, over all micro-batches and processes: a target weighs the
+    same however the samples are split.
 
     Args:
         tokenizer: saved into every checkpoint.
@@ -81,11 +84,12 @@ class MultimodalTrainer(StageTrainer):
     def __init__(self, *, tokenizer: PreTrainedTokenizerBase, **kwargs):
         super().__init__(**kwargs)
         self.tokenizer = tokenizer
-        # Who loads it with AutoTokenizer encodes as in training: special tokens that a text spells are characters.
+        # Saved with the tokenizer, so that AutoTokenizer encodes as in training: special tokens that a text spells are
+        # characters.
         self.tokenizer.split_special_tokens = self.tokenizer.init_kwargs["split_special_tokens"] = True
         self.config: MegaTransformerConfig = self.model.config
         self.is_recurrent: bool = self.config.n_recurrent_layers > 0
-        self.config.use_cache = True  # The Trainer switches it off, for whoever loads the checkpoint too.
+        self.config.use_cache = True  # The Trainer switches it off, which the checkpoint would keep.
         self.drawn_steps: list[int] = []  # Thinking steps of the optimizer steps since the last evaluation.
         self.used_steps: np.ndarray | None = None  # How many tokens of the last evaluation took 0, 1, 2, ... steps.
 
@@ -109,9 +113,11 @@ class MultimodalTrainer(StageTrainer):
         assert isinstance(num_items_in_batch, Tensor), "the number of targets comes from get_batch_samples"
         model.train()
         inputs = self._prepare_inputs(inputs)
+        # Forward and backward; the loss is a sum over targets already divided by their number.
         output = model(**model_inputs(inputs), **self.thinking(inputs), n_targets=num_items_in_batch, use_cache=False)
         engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(output.loss, **engine)
+
         # Log lines hold means over micro-batches, and these are parts of a sum.
         n_parts = self.current_gradient_accumulation_steps
         terms = {"loss/cross_entropy": output.cross_entropy.sum() / num_items_in_batch, "loss/z": output.z_loss}
@@ -169,31 +175,36 @@ class MultimodalTrainer(StageTrainer):
         """Numbers of thinking steps that have a validation loss of their own; none for flat models."""
         if not self.is_recurrent:
             return []
-        mean, most = self.config.recurrent_mean_thinking_steps, self.config.recurrent_max_thinking_steps
-        return sorted({min(n, most) for n in self.stage_arguments.eval_thinking_steps or [1, 2, mean, 2 * mean]})
+        mean, maximum = self.config.recurrent_mean_thinking_steps, self.config.recurrent_max_thinking_steps
+        return sorted({min(n, maximum) for n in self.stage_arguments.eval_thinking_steps or [1, 2, mean, 2 * mean]})
 
     def exits(self, model) -> bool:
-        """Whether the evaluated model lets tokens leave its core early. Where ZeRO-3 shards it it does not: processes
-        that stop at different steps would wait for each other for ever."""
+        """Whether the evaluated model lets tokens leave its core early. It does not where ZeRO-3 shards it: processes
+        that stop at different steps would wait for each other forever."""
         is_sharded = self.stage_record["zero_stage"] == 3 and model is not self.ema_model
         return self.is_recurrent and self.config.recurrent_exit_criterion != "none" and not is_sharded
 
     def evaluation_terms(self, model, inputs):
         """`window_sums` per sample without exits, bytes, nats at every depth, and where tokens exit early their nats
         and steps. Passes that make all logits are split."""
+        # Sums without exits; logits (B, L, V) may be too large for all windows at once.
         given = model_inputs(inputs)
         no_exit: dict = {"exit_threshold": 0.0} if self.is_recurrent else {}
         few = windows_at_once(self.config.vocab_size, given["labels"].shape[1])
         if not self.config.loss_chunk_size:
             no_exit["at_once"] = few
         terms = {**window_sums(model, given, **no_exit), "bytes": inputs["n_bytes"]}
+
+        # Nats at every depth; the depth of the pass above needs no other one.
         for depth in self.evaluated_depths():
-            is_own = depth == (self.config.recurrent_test_thinking_steps or self.config.recurrent_mean_thinking_steps)
-            deep = terms if is_own else window_sums(model, given, n_thinking_steps=depth, **no_exit)
+            is_default = depth == (
+                self.config.recurrent_test_thinking_steps or self.config.recurrent_mean_thinking_steps
+            )
+            deep = terms if is_default else window_sums(model, given, n_thinking_steps=depth, **no_exit)
             terms[f"nats_{depth}_steps"] = deep["nats"]
         if self.exits(model):
-            found = window_sums(model, given, self.config.recurrent_max_thinking_steps, few)
-            terms |= {"nats_with_exits": found["nats"], "step_counts": found["step_counts"]}
+            exited = window_sums(model, given, self.config.recurrent_max_thinking_steps, few)
+            terms |= {"nats_with_exits": exited["nats"], "step_counts": exited["step_counts"]}
         return {name: value.float() for name, value in terms.items()}
 
     def evaluation_summary(self, terms):
@@ -217,74 +228,65 @@ class MultimodalTrainer(StageTrainer):
             self.tokenizer.save_pretrained(folder)
 
 
-class TextSamples(TrainerCallback):
-    """After each evaluation: validation prompts with their true, the likeliest and a drawn continuation.
+class TextSamplesCallback(EvaluationCallback):
+    """Logs validation prompts with their true, a greedy and a sampled continuation.
 
     Args:
-        writer: None except on rank 0.
         n_samples: prompts.
-        n_tokens: most new tokens; at most half a window is made.
+        n_tokens: maximum of new tokens; at most half a window is generated.
     """
 
-    trainer: Any
+    before_training = False
 
-    def __init__(self, writer: SummaryWriter | None, n_samples: int, n_tokens: int):
-        self.writer, self.n_samples, self.n_tokens = writer, n_samples, n_tokens
+    def __init__(self, trainer, writer, *, n_samples: int, n_tokens: int):
+        super().__init__(trainer, writer)
+        self.n_samples, self.n_tokens = n_samples, n_tokens
 
-    def on_evaluate(self, args, state, control, **kwargs):
+    def compute(self, model):
         trainer = self.trainer
-        model = trainer.evaluation_model()
-        # Weights that may be sharded are run by all processes, a plain copy by the one that writes.
-        if self.writer is None and model is trainer.ema_model:
-            return
         generator = TextGenerator(trainer.accelerator.unwrap_model(model), trainer.tokenizer)
         n_new = min(self.n_tokens, trainer.eval_dataset.sequence_length // 2)
         pairs = split_windows(trainer.eval_dataset, self.n_samples, n_new)
         prompts = [prompt for prompt, _ in pairs]
         exits = {} if trainer.exits(model) or not trainer.is_recurrent else {"exit_threshold": 0.0}
-        made = [
+        greedy, sampled = (
             generator.continue_tokens(prompts, dataclasses.replace(settings, max_new_tokens=n_new, **exits))
             for settings in (GREEDY, SAMPLED)
-        ]
-        for number, ((prompt, truth), greedy, sampled) in enumerate(zip(pairs, *made)):
-            parts = {"prompt": prompt, "true continuation": truth, "likeliest": greedy, "drawn": sampled}
-            if self.writer is not None:
-                shown = {name: generator.decode(ids) for name, ids in parts.items()}
-                self.writer.add_text(f"samples/{number:02}", as_markdown(shown), state.global_step)
-        if self.writer is not None:
-            self.writer.flush()
+        )
+        names = ("prompt", "true continuation", "greedy", "sampled")
+        rows = [dict(zip(names, (*pair, *ids), strict=True)) for pair, *ids in zip(pairs, greedy, sampled)]
+        return [{name: generator.decode(ids) for name, ids in row.items()} for row in rows]
+
+    def write(self, content, step):
+        for number, texts in enumerate(content):
+            self.writer.add_text(f"samples/{number:02}", as_markdown(texts), step)
 
 
-def as_markdown(parts: dict[str, str]) -> str:
-    """Titled blocks of text as they are, which TensorBoard shows without interpreting them."""
+def as_markdown(texts: dict[str, str]) -> str:
+    """Blocks of text under their titles, which TensorBoard shows without interpreting them."""
     blocks = []
-    for title, text in parts.items():
+    for title, text in texts.items():
         lines = "\n".join(f"    {line}" for line in text.splitlines() or [""])
         blocks.append(f"**{title}**\n\n{lines}")
     return "\n\n".join(blocks)
 
 
-class ThinkingStepsHistograms(TrainerCallback):
-    """After each evaluation, for recurrent models.
+class ThinkingStepsCallback(EvaluationCallback):
+    """Logs histograms of the number of thinking steps of a recurrent model.
 
     thinking_steps/drawn      steps of the optimizer steps since the last evaluation
     thinking_steps/used       steps of the validation tokens, where tokens exit early
-
-    Args: writer: None except on rank 0.
     """
 
-    trainer: Any
+    before_training = False
 
-    def __init__(self, writer: SummaryWriter | None):
-        self.writer = writer
-
-    def on_evaluate(self, args, state, control, **kwargs):
+    def show(self, step):
         drawn, used = self.trainer.drawn_steps, self.trainer.used_steps
         if self.writer is not None and drawn:
-            add_counts(self.writer, "thinking_steps/drawn", np.bincount(drawn), state.global_step)
+            add_counts(self.writer, "thinking_steps/drawn", np.bincount(drawn), step)
         if self.writer is not None and used is not None:
-            add_counts(self.writer, "thinking_steps/used", used, state.global_step)
-        drawn.clear()
+            add_counts(self.writer, "thinking_steps/used", used, step)
+        drawn.clear()  # On every process, all of which collect them.
 
 
 def add_counts(writer: SummaryWriter, name: str, counts: Sequence[float] | np.ndarray, step: int) -> None:

@@ -11,13 +11,13 @@ from model.image.recurrent_vae import RecurrentVAEOutput
 from utils.metrics.images import psnr
 from utils.options import above_one, option
 from utils.seeds import generators
-from utils.training.image_vae import ImageAutoencoderArguments, ImageVAEGANTrainer
+from utils.training.image_vae import ImageVAEGANArguments, ImageVAEGANTrainer
 
 EVALUATED_STEPS = (1, 2, 4, 8, 16)
 
 
 @dataclasses.dataclass
-class RecurrentVAEArguments(ImageAutoencoderArguments):
+class RecurrentVAEArguments(ImageVAEGANArguments):
     """Flags of the recurrent VAE-GAN stage."""
 
     # Decoder steps of an optimizer step: truncated log-normal Poisson.
@@ -53,7 +53,7 @@ class RecurrentVAEArguments(ImageAutoencoderArguments):
             )
 
 
-def draw_n_steps(seed: int, step: int, mean: float, sigma: float, minimum: int, maximum: int) -> int:
+def draw_n_steps(seed: int, step: int, *, mean: float, sigma: float, minimum: int, maximum: int) -> int:
     """Decoder steps of one optimizer step, from a truncated log-normal Poisson distribution (arXiv 2502.05171, 3.3).
 
     tau ~ N(log(mean) - sigma^2 / 2, sigma), n ~ Poisson(exp(tau)), drawn anew until minimum <= n <= maximum.
@@ -61,7 +61,7 @@ def draw_n_steps(seed: int, step: int, mean: float, sigma: float, minimum: int, 
 
     Args:
         mean: of the distribution before truncation.
-        sigma: spread of the logarithm of the Poisson rate; 0: plain Poisson.
+        sigma: std of the logarithm of the Poisson rate; 0: plain Poisson.
     Raises:
         ValueError: not 1 <= minimum <= mean <= maximum.
     """
@@ -74,18 +74,30 @@ def draw_n_steps(seed: int, step: int, mean: float, sigma: float, minimum: int, 
             return n
 
 
-def intermediate_terms(output: RecurrentVAEOutput, real: Tensor) -> dict[str, Tensor]:
-    """Losses on the images between: `intermediate`, mean absolute error to the real image; `distillation`, mean
-    absolute difference to the last image, through which no gradient goes. None where there are no such images."""
+def intermediate_error(output: RecurrentVAEOutput, target: Tensor) -> Tensor | None:
+    """Mean absolute error of the intermediate images to the target; None where there are no such images."""
     if not len(output.intermediates):
-        return {}
-    images, last = output.intermediates.float(), output.reconstruction.detach().float()
-    return {"intermediate": (images - real).abs().mean(), "distillation": (images - last).abs().mean()}
+        return None
+    return (output.intermediates.float() - target).abs().mean()
+
+
+def distillation_error(output: RecurrentVAEOutput, target: Tensor) -> Tensor | None:
+    """Mean absolute difference of the intermediate images to the last image, through which no gradient goes; None
+    where there are no such images."""
+    if not len(output.intermediates):
+        return None
+    return (output.intermediates.float() - output.reconstruction.detach().float()).abs().mean()
 
 
 class RecurrentVAEGANTrainer(ImageVAEGANTrainer):
-    """Trains a `RecurrentVAE`: the terms of `ImageVAEGANTrainer` on the last image, the only one that the adversary
-    sees, and `intermediate_terms` on the images of the steps before it that have a graph."""
+    """Trains a `RecurrentVAE`, whose decoder gives an image x_k after each of its last `n_backprop_steps` steps; the
+    deepest one is x_hat, the only one that the adversary sees.
+
+        loss = the loss of `ImageVAEGANTrainer` at x_hat
+             + intermediate_weight * mean_k |x_k - x| + distillation_weight * mean_k |x_k - stop_gradient(x_hat)|
+    """
+
+    TERMS = {**ImageVAEGANTrainer.TERMS, "intermediate": intermediate_error, "distillation": distillation_error}
 
     def n_steps(self) -> int:
         """Decoder steps of the present optimizer step."""
@@ -93,32 +105,20 @@ class RecurrentVAEGANTrainer(ImageVAEGANTrainer):
         return draw_n_steps(
             self.args.seed,
             self.state.global_step,
-            args.mean_decoder_steps,
-            args.decoder_steps_sigma,
-            args.min_decoder_steps,
-            args.max_decoder_steps,
+            mean=args.mean_decoder_steps,
+            sigma=args.decoder_steps_sigma,
+            minimum=args.min_decoder_steps,
+            maximum=args.max_decoder_steps,
         )
 
-    def generate(self, model, inputs):
-        image = inputs["image"]
-        noise = self.sample_noise(inputs, "posterior", self.model.latent_shape(image.shape[-1]))
+    def decoder_options(self):
         n_steps = self.n_steps()
-        output = model(
-            image=image, noise=noise, n_steps=n_steps, n_backprop_steps=self.stage_arguments.n_backprop_steps
-        )
         self.record({"decoder_steps": torch.tensor(float(n_steps))})
-        return output.reconstruction, image, output
-
-    def other_terms(self, output, real):
-        args = self.stage_arguments
-        terms = intermediate_terms(output, real)
-        weights = {"intermediate": args.intermediate_weight, "distillation": args.distillation_weight}
-        weighted = {name: weights[name] * term for name, term in terms.items() if weights[name]}
-        return {**super().other_terms(output, real), **weighted}
+        return {"n_steps": n_steps, "n_backprop_steps": self.stage_arguments.n_backprop_steps}
 
     def evaluation_terms(self, model, inputs):
         image = inputs["image"]
         terms = super().evaluation_terms(model, inputs)
         output = model(image=image, n_steps=EVALUATED_STEPS[-1])
-        images = [*output.intermediates, output.reconstruction]
+        images = [*output.intermediates, output.reconstruction]  # Of step 1, 2, ...
         return {**terms, **{f"psnr_{k}_steps": psnr(images[k - 1].float(), image) for k in EVALUATED_STEPS}}

@@ -1,5 +1,4 @@
-"""The training driver: a stage says what differs (model, data, trainer parts), `Stage.main` does the rest in one
-order."""
+"""The training driver: a stage states what differs (model, data, losses), `Stage.main` does the rest in one order."""
 
 import dataclasses
 import json
@@ -7,6 +6,7 @@ import logging
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,7 +32,7 @@ from utils.devices import compile_in_place
 from utils.distributed import end_processes, from_main, launched_rank, rank, world_size
 from utils.megatransformer_utils import StageArguments, training_arguments
 from utils.options import StrictConfig, declared_fields, from_preset
-from utils.training.callbacks import ScalarLogs, StopOnSignal
+from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
 logger = logging.getLogger(__name__)
@@ -49,25 +49,38 @@ class Stage:
     model_class: ClassVar[type]
     presets: ClassVar[dict[str, dict]]
     trainer_class: ClassVar[type[StageTrainer]]
-    collator = staticmethod(collate_stack)
 
     def __init__(self, args: Any):
         self.args = args
         self.run_dir = Path(args.output_dir) / self.name / args.run_name
         self.cache_dir = Path(args.cached_dataset or f"cached_datasets/{self.cache_name or self.name}")
 
-    # ---- What a stage says.
+    # ---- What a stage states.
+
+    def prepare(self) -> None:
+        """Tokenise texts, load frozen networks: whatever must be there before the configuration is known or a model
+        can be built. No other method that a stage states has side effects, and a dry run skips this one. All processes
+        call it, before they are connected."""
+
+    def unprepared(self) -> str:
+        """What `prepare` would write to the disk, in words, "" for nothing; a dry run can count only in the latter
+        case."""
+        return ""
 
     def build_dataset(self, split: str, config: StrictConfig) -> Dataset:
         """The `train` or `validation` part of the cache, checked against the model's configuration."""
         raise NotImplementedError
 
+    def build_collator(self, config: StrictConfig) -> Callable[[list[dict]], dict]:
+        """The function that joins samples into a batch."""
+        return collate_stack
+
     def build_trainer_parts(self, model: nn.Module) -> dict[str, Any]:
         """Further keywords of the trainer: loss, adversary."""
         return {}
 
-    def build_callbacks(self, writer: SummaryWriter | None) -> list[TrainerCallback]:
-        """Callbacks of the stage's own; `writer` is None except on rank 0."""
+    def build_callbacks(self, trainer: StageTrainer, writer: SummaryWriter | None) -> list[EvaluationCallback]:
+        """What the stage shows of its model in TensorBoard; `writer` is None except on rank 0."""
         return []
 
     def extra_record(self) -> dict[str, Any]:
@@ -88,33 +101,33 @@ class Stage:
 
     def run(self) -> dict[str, float]:
         """The order of every stage."""
-        config = self.build_config()
-        datasets = {split: self.build_dataset(split, config) for split in ("train", "validation")}
         if self.args.dry_run:
-            self.describe(config, datasets)
+            self.describe()
             return {}
-        self.check_run_folder()
-        if self.args.compile_model and not torch.cuda.is_available():
-            raise ValueError(
-                "--compile_model needs a GPU: the CPU kernels that torch 2.11 compiles here write out of bounds"
-            )
+        self.check_run()
+        self.prepare()
+        config = self.build_config()
+        datasets = self.build_datasets(config)
+
+        # The random numbers of a run begin at `set_seed`: weights come first, then the trainer's parts.
         training = training_arguments(self.args, self.run_dir)
         set_seed(self.args.seed)
         model = self.build_model(config)
         checkpoint = from_main(str(self.find_checkpoint() or "")) or None
         if checkpoint:
-            check_resumable(Path(checkpoint), zero_stage_of(training), world_size(), datasets["train"].fingerprint)
+            check_resumable(
+                Path(checkpoint),
+                zero_stage=zero_stage_of(training),
+                n_ranks=world_size(),
+                fingerprint=datasets["train"].fingerprint,
+            )
             logger.info("resuming from %s", checkpoint)
         trainer = self.build_trainer(model, datasets, training)
         if self.args.compile_model:
             compile_in_place(model)
+
         trainer.train(resume_from_checkpoint=checkpoint)
-        made, wanted = trainer.state.global_step, trainer.state.max_steps
-        if made > wanted:
-            raise ValueError(
-                f"{checkpoint} is at step {made:,}, beyond this run's {wanted:,}; raise --max_steps or "
-                "--num_train_epochs, or go on from an earlier checkpoint"
-            )
+        self.check_length(trainer, checkpoint)
         if trainer.has_trained:
             trainer._save_checkpoint(trainer.model_wrapped, None)
         else:
@@ -126,7 +139,8 @@ class Stage:
         return metrics
 
     def build_config(self) -> StrictConfig:
-        """The model's configuration from the preset and the overrides."""
+        """The model's configuration from the preset and the overrides; it may read what is on disk, and changes
+        nothing."""
         fields = {field.name for field in declared_fields(self.config_class)}
         return from_preset(
             self.config_class, self.presets, self.args.config, **parse_overrides(self.args.override, fields)
@@ -145,41 +159,58 @@ class Stage:
             raise ValueError(f"--init_from {self.args.init_from}: (checkpoint, this run) differ in {shown}")
         return model
 
-    def check_run_folder(self) -> None:
-        """Refuse to mix two runs in one folder."""
+    def build_datasets(self, config: StrictConfig) -> dict[str, Dataset]:
+        """Training and validation set by name."""
+        return {split: self.build_dataset(split, config) for split in ("train", "validation")}
+
+    def check_run(self) -> None:
+        """Raises: ValueError: the run would be mixed with another one in its folder, or be compiled for a CPU."""
         if not self.args.resume_from_checkpoint and checkpoints_in(self.run_dir):
             raise ValueError(
                 f"{self.run_dir} already holds {checkpoints_in(self.run_dir)[-1].name}; pass --resume_from_checkpoint "
                 "to go on with that run, or another --run_name"
             )
+        if self.args.compile_model and not torch.cuda.is_available():
+            raise ValueError(
+                "--compile_model needs a GPU: the CPU kernels that torch 2.11 compiles here write out of bounds"
+            )
+
+    def check_length(self, trainer: StageTrainer, checkpoint: str | None) -> None:
+        """Raises: ValueError: the checkpoint that was resumed from is beyond the end of this run."""
+        step, max_steps = trainer.state.global_step, trainer.state.max_steps
+        if step > max_steps:
+            raise ValueError(
+                f"{checkpoint} is at step {step:,}, beyond this run's {max_steps:,}; raise --max_steps or "
+                "--num_train_epochs, or go on from an earlier checkpoint"
+            )
 
     def find_checkpoint(self) -> Path | None:
-        """The checkpoint to resume from; asked for without a folder, a run that has none yet starts anew."""
-        wanted = self.args.resume_from_checkpoint
-        if not wanted:
+        """The checkpoint to resume from, None for a new run: `latest` of a run that has no checkpoint yet is one."""
+        path = self.args.resume_from_checkpoint
+        if not path:
             return None
-        return newest_complete(self.run_dir) if wanted == "latest" else resolve_checkpoint(wanted)
+        return newest_complete(self.run_dir) if path == "latest" else resolve_checkpoint(path)
 
     def build_trainer(self, model, datasets, training) -> StageTrainer:
         """The trainer with its parts, callbacks and the record that goes into every checkpoint."""
         self.writer = SummaryWriter(str(self.run_dir / "tensorboard")) if rank() == 0 else None
-        callbacks = [StopOnSignal(), *self.build_callbacks(self.writer)]
+        callbacks: list[TrainerCallback] = [StopOnSignalCallback()]
         if self.writer is not None:
-            callbacks.append(ScalarLogs(self.writer))
+            callbacks.append(ScalarLogsCallback(self.writer))
             self.writer.add_text("configuration", f"```\n{model.config.describe()}\n```")
         trainer = trainer_class_for(self.args.trainer, self.trainer_class)(
             model=model,
             args=training,
             train_dataset=datasets["train"],
             eval_dataset=datasets["validation"],
-            data_collator=self.collator,
+            data_collator=self.build_collator(model.config),
             callbacks=callbacks,
             stage_arguments=self.args,
             stage_record=self.record(datasets["train"], zero_stage_of(training)),
             **self.build_trainer_parts(model),
         )
-        for callback in callbacks:
-            callback.trainer = trainer
+        for callback in self.build_callbacks(trainer, self.writer):
+            trainer.add_callback(callback)
         return trainer
 
     def record(self, dataset: Dataset, zero_stage: int) -> dict:
@@ -195,21 +226,31 @@ class Stage:
             **provenance(),
         }
 
-    def describe(self, config: StrictConfig, datasets: dict[str, Dataset]) -> None:
-        """Print what a run would be: configuration, counts, steps, memory."""
+    def describe(self) -> None:
+        """Print what a run would be: configuration, counts, steps, memory. Nothing is written to disk."""
+        console = Console(soft_wrap=True, highlight=False)
+        console.print(f"[bold]{self.name}[/bold] -> {self.run_dir}")
+        console.print(json.dumps(dataclasses.asdict(self.args), indent=2), markup=False)
+        if unprepared := self.unprepared():
+            console.print(f"to be prepared: {unprepared}", markup=False)
+            console.print("parameters, samples and steps can be counted once that is done")
+            return
+        config = self.build_config()
+        datasets = self.build_datasets(config)
         with torch.device("meta"):
             model = self.model_class(config)
             self.build_trainer_parts(model)  # Losses and discriminators refuse what they cannot work with.
+
+        # Optimizer steps, and the memory of what is kept for each parameter: fp32 weights, gradients, two Adam
+        # moments, and the average.
         n_parameters = sum(p.numel() for p in model.parameters())
         n_ranks = int(os.environ.get("WORLD_SIZE", 1))
         per_step = self.args.batch_size * self.args.gradient_accumulation_steps * n_ranks
-        steps = expected_steps(len(datasets["train"]), per_step, self.args.num_train_epochs, self.args.max_steps)
-        # fp32 weights, gradients, two Adam moments, and the average.
+        steps = expected_steps(
+            len(datasets["train"]), per_step, epochs=self.args.num_train_epochs, max_steps=self.args.max_steps
+        )
         gib = n_parameters * 4 * (4 + self.args.use_ema) / 2**30
-        console = Console(soft_wrap=True, highlight=False)
-        console.print(f"[bold]{self.name}[/bold] -> {self.run_dir}")
         console.print(config.describe(), markup=False)
-        console.print(json.dumps(dataclasses.asdict(self.args), indent=2), markup=False)
         console.print(f"parameters: {n_parameters:,}")
         console.print("samples: " + ", ".join(f"{split} {len(dataset):,}" for split, dataset in datasets.items()))
         console.print(f"optimizer steps: {steps:,} of {per_step} samples on {n_ranks} process(es)")

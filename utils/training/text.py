@@ -1,4 +1,4 @@
-"""Texts of a stage: flags, preparation, and what keeps model, tokenizer and data together."""
+"""Texts of a stage: flags, tokenisation, and checks that model, tokenizer and data belong together."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -54,16 +54,13 @@ class TextArguments:
     sequence_length: int = option(256, "tokens per sample", gt=1)
 
 
-def prepare(args: Any, folder: Path) -> None:
+def tokenize_texts(args: Any, folder: Path) -> None:
     """Tokenise the texts that the flags name into a folder, or find that they are there; nothing without a name.
 
     Raises: FileNotFoundError: no texts are named, and the folder is not there.
     """
+    untokenized(args, folder)
     if not args.text_dataset:
-        if not folder.exists():
-            raise FileNotFoundError(
-                f"{folder} does not exist; name texts with --text_dataset, which are prepared there"
-            )
         return
     prepare_text(
         args.text_dataset,
@@ -80,14 +77,27 @@ def prepare(args: Any, folder: Path) -> None:
     )
 
 
+def untokenized(args: Any, folder: Path) -> str:
+    """What `tokenize_texts` would write, in words; "" where the folder is there.
+
+    Raises: FileNotFoundError: no texts are named, and the folder is not there.
+    """
+    if folder.exists():
+        return ""
+    if not args.text_dataset:
+        raise FileNotFoundError(f"{folder} does not exist; name texts with --text_dataset, which are prepared there")
+    trained = f", which is trained for {args.tokenizer_vocab_size:,} tokens" if args.tokenizer == "bpe" else ""
+    return f"{args.text_dataset}, tokenised by {args.tokenizer!r}{trained}, in {folder}"
+
+
 def check_checkpoint(path: str | Path, dataset: TextDataset, resumes: bool) -> None:
-    """Refuse to go on from a checkpoint of another stage or tokenizer, or to resume with other windows.
+    """Check that a run can go on from a checkpoint.
 
     Args:
         path: run or checkpoint folder.
         dataset: the texts of this run.
-        resumes: whether the run itself goes on, not a new one from its weights.
-    Raises: ValueError: names both values.
+        resumes: whether that run is resumed; else a new one starts from its weights.
+    Raises: ValueError: it is of another stage or tokenizer, or, to be resumed, has windows of another length.
     """
     folder = resolve_checkpoint(path)
     record = read_stage(folder)
@@ -129,21 +139,21 @@ def fit_to_tokenizer(
     Raises: ValueError: an override contradicts the tokenizer, or windows are longer than the model's positions.
     """
     begin, end = document_ends(dataset.tokenizer)
-    found = {"vocab_size": dataset.vocab_size, "pad_token_id": dataset.padding}
-    found |= {"bos_token_id": begin, "eos_token_id": end}
-    for name in {pair.partition("=")[0] for pair in overrides} & found.keys():
+    required = {"vocab_size": dataset.vocab_size, "pad_token_id": dataset.padding}
+    required |= {"bos_token_id": begin, "eos_token_id": end}
+    for name in {pair.partition("=")[0] for pair in overrides} & required.keys():
         value = getattr(config, name)
-        if name == "vocab_size" and value >= found[name]:
-            found[name] = value
-        elif value != found[name]:
+        if name == "vocab_size" and value >= required[name]:
+            required[name] = value  # Rounded up, as matrices of some sizes are faster.
+        elif value != required[name]:
             rule = "at least " if name == "vocab_size" else ""
             raise ValueError(
                 f"--override {name}={value} does not fit the tokenizer of {dataset.folder}: "
-                f"{name} must be {rule}{found[name]}"
+                f"{name} must be {rule}{required[name]}"
             )
     if dataset.sequence_length > config.max_position_embeddings:
         raise ValueError(
             f"--sequence_length={dataset.sequence_length} exceeds max_position_embeddings="
             f"{config.max_position_embeddings}; give --override max_position_embeddings={dataset.sequence_length}"
         )
-    return dataclasses.replace(config, **found)
+    return dataclasses.replace(config, **required)

@@ -1,5 +1,7 @@
-"""The vocoder: flags, random crops, losses on waveforms, evaluation on whole clips, clips to hear and see.  B batch,
-M mel bins, F frames, S samples."""
+"""The vocoder: flags, random crops, losses on waveforms, evaluation on whole clips, logged clips.
+
+B batch, M mel bins, F frames, S samples.
+"""
 
 import dataclasses
 import statistics
@@ -9,15 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from model.audio.lengths import crop_starts, valid_frames
-from model.audio.spectral import MelSettings
+from model.audio.spectral import LogMel, MelSettings
 from model.audio.waveform_discriminators import WaveformDiscriminatorKind
 from utils.drawing.audio import phase_image, waveform_image
 from utils.megatransformer_utils import StageArguments
 from utils.options import option
 from utils.timing import Stopwatch
 from utils.training.adversary import WITH_ADVERSARY, AdversaryArguments
-from utils.training.audio import Listening
-from utils.training.gan import GANTrainer
+from utils.training.audio import AudioCallback
+from utils.training.gan import GANTrainer, Generation
 
 
 @dataclasses.dataclass
@@ -62,8 +64,14 @@ class VocoderArguments(AdversaryArguments, StageArguments):
     adam_beta1: float = option(0.8, "AdamW's first moment decay", ge=0, lt=1)
 
 
-def check_segment(segment_frames: int, mel: MelSettings, min_samples: int, flag: str) -> None:
-    """Raises: ValueError: training crops are shorter than `min_samples`, which the part that the flag shapes needs."""
+def check_segment(segment_frames: int, mel: MelSettings, *, min_samples: int, flag: str) -> None:
+    """Check the length of training crops.
+
+    Args:
+        min_samples: what a loss or a discriminator needs.
+        flag: that shapes it, for the remedy.
+    Raises: ValueError: training crops are shorter.
+    """
     n_samples, n_needed = segment_frames * mel.hop_length, -(-min_samples // mel.hop_length)
     if n_samples < min_samples:
         raise ValueError(
@@ -76,6 +84,7 @@ def crop_pairs(
     mel: Tensor,
     waveform: Tensor,
     n_frames: Tensor,
+    *,
     uniforms: Tensor,
     segment_frames: int,
     hop_length: int,
@@ -83,7 +92,7 @@ def crop_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Aligned crops of log-mels and their waveforms, at places uniform over each clip.
 
-    Clips that are shorter than a crop are taken whole, with silence behind.
+    Clips that are shorter than a crop are taken whole, with silence after them.
 
     Args:
         mel: (B, M, F), the first `n_frames` (B,) of which count.
@@ -97,56 +106,62 @@ def crop_pairs(
     if waveform.shape[1] != n_padded * hop_length:
         raise ValueError(
             f"waveforms of {waveform.shape[1]} samples do not belong to log-mels of {n_padded} frames, which are "
-            f"{n_padded * hop_length} samples at hop_length={hop_length}; preprocess the sounds again"
+            f"{n_padded * hop_length} samples at hop_length={hop_length}; preprocess the audio again"
         )
     missing = max(0, segment_frames - n_padded)
     if missing:
         mel = F.pad(mel, (0, missing), value=log_floor)
         waveform = F.pad(waveform, (0, missing * hop_length))
-    start = crop_starts(n_frames, segment_frames, uniforms)[:, None]
+    start = crop_starts(n_frames, segment_frames, uniforms)[:, None]  # (B, 1)
     frames = start + torch.arange(segment_frames, device=mel.device)
     samples = start * hop_length + torch.arange(segment_frames * hop_length, device=mel.device)
     return mel.gather(2, frames[:, None].expand(B, M, segment_frames)), waveform.gather(1, samples)
 
 
 class VocoderTrainer(GANTrainer):
-    """Trains a vocoder on crops of `segment_frames` frames at places that belong to (seed, step, sample).
+    """Trains a vocoder from log-mels to waveforms x_hat, compared with recordings x.
 
-    `criterion` is a `VocoderLoss`. Evaluation takes whole clips.
+        loss = mel_weight * |mel(x_hat) - mel(x)|
+             + stft_weight * (spectral convergence + |log-magnitudes|), means over `--stft_resolutions`
+             + phase_weight * (group delay + instantaneous frequency)
+             + complex_stft_weight * |complex spectrograms| / |that of x|
+             + gan_weight(step) * adaptive_factor * (adversarial + feature_matching_weight * feature_matching)
+
+    A step takes crops of `segment_frames` frames at places that belong to (seed, step, sample); evaluation takes whole
+    clips. `criterion` is a `VocoderLoss`.
     """
 
     def generate(self, model, inputs):
-        uniforms = self.sample_uniforms(inputs, "crop", (1,))[:, 0]
-        mel, real = crop_pairs(
+        mel, target = crop_pairs(
             inputs["mel"],
             inputs["waveform"],
             inputs["n_frames"],
-            uniforms,
-            self.stage_arguments.segment_frames,
-            self.model.config.hop_length,
-            self.model.config.mel.log_floor,
+            uniforms=self.sample_uniforms(inputs, "crop", (1,))[:, 0],
+            segment_frames=self.stage_arguments.segment_frames,
+            hop_length=self.model.config.hop_length,
+            log_floor=self.model.config.mel.log_floor,
         )
-        generated = model(mel=mel)
-        return generated, real, generated
+        return Generation(model(mel=mel), target)
 
     def evaluation_terms(self, model, inputs):
         """The loss's distances on whole clips, unweighted, and `loss`, their weighted sum. Padding does not count: a
         clip's numbers do not depend on the clips beside it."""
-        mel, real, hop_length = inputs["mel"], inputs["waveform"], self.model.config.hop_length
-        # Silence behind every clip, so that the longest one of a batch ends as the others do.
+        mel, target, hop_length = inputs["mel"], inputs["waveform"], self.model.config.hop_length
+        # Silence after every clip, so that the longest one of a batch ends as the others do.
         n_extra = self.model.generator.context_frames + -(-self.criterion.min_samples // hop_length)
         mel = F.pad(mel, (0, n_extra), value=self.model.config.mel.log_floor)
         n_samples = inputs["n_frames"] * hop_length
         generated = model(mel=mel).float()
-        is_sound = valid_frames(n_samples, generated.shape[1])
-        real = F.pad(real, (0, n_extra * hop_length))
-        terms = self.criterion.distances(generated * is_sound, real, n_samples)
+        valid = valid_frames(n_samples, generated.shape[1])  # (B, S)
+        target = F.pad(target, (0, n_extra * hop_length))
+
+        terms = self.criterion.distances(generated * valid, target, n_samples)
         loss = sum(self.criterion.weights[name] * values for name, values in terms.items())
         return {**{("mel_l1" if name == "mel" else name): values for name, values in terms.items()}, "loss": loss}
 
 
-class VocoderListening(Listening):
-    """What a vocoder makes of validation clips.
+class VocoderCallback(AudioCallback):
+    """Logs waveforms that a vocoder generates from the log-mels of validation clips.
 
     sounds/<clip>_real, _generated   players; the real ones once
     images/mel                     log-mel of the recording | of the generated waveform | difference
@@ -161,21 +176,28 @@ class VocoderListening(Listening):
         waveform = model(mel=sample["mel"][None].to(device))[0].float()
         return waveform.cpu(), watch.now() - start
 
-    def write(self, made, device, step, is_first):
-        generated, times = [waveform for waveform, _ in made], [time for _, time in made]
+    def write(self, content, step):
+        generated, times = [waveform for waveform, _ in content], [time for _, time in content]
         real = [sample["waveform"] for sample in self.samples]
-        if is_first:
-            self.add_sounds("real", real, step)
-        self.add_sounds("generated", generated, step)
-        self.add_mels([self.log_mel(waveform[None])[0] for waveform in generated], step)
         rate, n_fft, hop_length = self.settings.sample_rate, self.settings.n_fft, self.settings.hop_length
+        # Players and log-mels.
+        if self.is_first:
+            self.add_sounds("real", real, step)
+            self.is_first = False
+        self.add_sounds("generated", generated, step)
+        log_mel = LogMel(self.settings)
+        self.add_mels([log_mel(waveform[None])[0] for waveform in generated], step)
+
+        # Waveforms and phases of the first clip; scores of all.
         self.add_image("waveform", waveform_image({"real": real[0], "generated": generated[0]}, rate), step)
         phases = [phase_image(*pair, n_fft, hop_length) for pair in zip(real, generated)]
         self.add_image("phase", phases[0][0], step)
         for name in ("phase", "frequency"):
             mean = statistics.fmean(errors[name] for _, errors in phases)
             self.writer.add_scalar(f"listening/{name}_error", mean, step)
-        self.add_scores(real, generated, step)
+        self.add_scores(generated, real, step)
+
+        # Seconds of computation per second of audio; the first clip pays for what happens once.
         counted = slice(min(1, len(times) - 1), None)
         factor = sum(times[counted]) / sum(len(waveform) / rate for waveform in generated[counted])
         self.writer.add_scalar("listening/real_time_factor", factor, step)

@@ -10,8 +10,8 @@ from tests.helpers.adversaries import batch, flat_gradient, make
 @pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
 def test_discriminator_gradient_equals_an_isolated_computation(kind):
     adversary = make(gan_loss=kind, r1_weight=2.0, r1_every=1, feature_matching_weight=1.0)
-    real, leaf, gradient = batch()
-    adversary.play(real, leaf, gradient, None, 1.0, 0.1)
+    leaf, real, gradient = batch()
+    adversary.play(leaf, real, gradient, weight=0.1)
     together = flat_gradient(adversary.discriminator).clone()
 
     twin = make(gan_loss=kind).discriminator
@@ -25,8 +25,8 @@ def test_discriminator_gradient_equals_an_isolated_computation(kind):
 
 def test_generator_gradient_equals_an_isolated_computation():
     adversary = make(feature_matching_weight=0.5)
-    real, leaf, gradient = batch()
-    played = adversary.play(real, leaf, gradient, None, 1.0, 0.1)
+    leaf, real, gradient = batch()
+    played = adversary.play(leaf, real, gradient, weight=0.1)
     twin = make().discriminator
     logits, features = twin(leaf)
     loss = generator_loss("hinge", logits) + 0.5 * feature_matching_loss(twin(real)[1], features)
@@ -35,11 +35,11 @@ def test_generator_gradient_equals_an_isolated_computation():
 
 def test_micro_batches_accumulate_to_the_whole():
     whole, parts = make(), make()
-    real, leaf, gradient = batch(4)
-    whole.play(real, leaf, gradient, None, 1.0, 0.1)
+    leaf, real, gradient = batch(4)
+    whole.play(leaf, real, gradient, weight=0.1)
     for half in (slice(0, 2), slice(2, 4)):
         part = leaf[half].detach().requires_grad_()
-        parts.play(real[half], part, 2 * gradient[half], None, 0.5, 0.1)
+        parts.play(part, real[half], 2 * gradient[half], weight=0.1, share=0.5)
     torch.testing.assert_close(flat_gradient(whole.discriminator), flat_gradient(parts.discriminator))
     whole.update()
     parts.update()
@@ -49,9 +49,9 @@ def test_micro_batches_accumulate_to_the_whole():
 
 def test_adaptive_factor_is_the_ratio_of_gradient_norms():
     adversary = make()
-    real, leaf, gradient = batch()
+    leaf, real, gradient = batch()
     assert adversary.adaptive_factor() == 0.0
-    played = adversary.play(real, leaf, gradient, None, 1.0, 0.1)
+    played = adversary.play(leaf, real, gradient, weight=0.1)
     adversary.update()
     assert adversary.adaptive_factor() == pytest.approx((gradient.norm() / played.gradient.norm()).item(), rel=1e-4)
 
@@ -65,9 +65,9 @@ def test_schedule():
 def test_non_finite_gradient_skips_the_update():
     adversary = make()
     before = [p.clone() for p in adversary.discriminator.parameters()]
-    real, leaf, gradient = batch()
+    leaf, real, gradient = batch()
     real[0, 0, 0, 0] = float("nan")
-    adversary.play(real, leaf, gradient, None, 1.0, 0.1)
+    adversary.play(leaf, real, gradient, weight=0.1)
     adversary.update()
     assert adversary.skipped_updates == 1 and adversary.updates == 0
     assert all(torch.equal(a, b) for a, b in zip(before, adversary.discriminator.parameters()))
@@ -76,12 +76,12 @@ def test_non_finite_gradient_skips_the_update():
 def test_state_round_trip_continues_exactly():
     first = make(lecam_weight=0.1, r1_weight=1.0, r1_every=2)
     for _ in range(3):
-        first.play(*batch(), None, 1.0, 0.1)
+        first.play(*batch(), weight=0.1)
         first.update()
     second = make(lecam_weight=0.1, r1_weight=1.0, r1_every=2)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     for adversary in (first, second):
-        adversary.play(*batch(), None, 1.0, 0.1)
+        adversary.play(*batch(), weight=0.1)
         adversary.update()
     for a, b in zip(first.discriminator.parameters(), second.discriminator.parameters()):
         assert torch.equal(a, b)

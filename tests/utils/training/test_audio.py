@@ -1,8 +1,9 @@
-"""What runs of the audio stages leave for listening in their TensorBoard folders."""
+"""What runs of the audio stages leave in their TensorBoard folders."""
 
 import io
 import logging
 import wave
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from tests.helpers.runs import largest_difference, run_stage
 from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model
 from utils.generation.audio import load_vocoder
-from utils.training.audio_vae import AudioVAEListening
-from utils.training.vocoder import VocoderListening
+from utils.training.audio_vae import AudioReconstructionCallback
+from utils.training.vocoder import VocoderCallback
 
 COMMON = "--config tiny --logging_steps 1 --eval_steps 1 --save_steps 1000 --gan_weight 0 --batch_size 4".split()  # noqa: SIM905
 VOCODER = [*COMMON, "--override", "width=16", "n_layers=1", "--segment_frames", "8"]
@@ -44,8 +45,8 @@ def listen(cache, tmp_path):
 
     def run(stage, words, callback, steps):
         class ListeningStage(stage):
-            def build_callbacks(self, writer):
-                return [callback(writer)] if callback else []
+            def build_callbacks(self, trainer, writer):
+                return [callback(trainer, writer)] if callback else []
 
         return run_stage(ListeningStage, words, cache, tmp_path, f"run_{callback is not None}", steps)
 
@@ -63,7 +64,7 @@ def samples_of(event) -> np.ndarray:
 
 
 def test_a_vocoder_run_can_be_listened_to(listen, cache):
-    run = listen(VocoderStage, VOCODER, lambda writer: VocoderListening(writer, 2), 2)
+    run = listen(VocoderStage, VOCODER, partial(VocoderCallback, n_clips=2), 2)
     events = read(run)
     tags = events.Tags()
     assert set(tags["audio"]) == {f"sounds/{clip}_{kind}" for clip in ("00", "01") for kind in ("real", "generated")}
@@ -81,13 +82,15 @@ def test_a_vocoder_run_can_be_listened_to(listen, cache):
 
 
 def test_listening_does_not_change_the_training(listen):
-    with_clips = listen(VocoderStage, VOCODER, lambda writer: VocoderListening(writer, 3), 2)
+    with_clips = listen(VocoderStage, VOCODER, partial(VocoderCallback, n_clips=3), 2)
     without = listen(VocoderStage, VOCODER, None, 2)
     assert largest_difference(with_clips.weights(), without.weights()) == 0 and with_clips.losses == without.losses
 
 
 def test_an_audio_vae_run_can_be_listened_to(listen, vocoder):
-    run = listen(AudioVAEStage, AUDIO_VAE, lambda writer: AudioVAEListening(writer, 2, str(vocoder)), 1)
+    run = listen(
+        AudioVAEStage, AUDIO_VAE, partial(AudioReconstructionCallback, n_clips=2, vocoder_checkpoint=str(vocoder)), 1
+    )
     events = read(run)
     tags = events.Tags()
     assert {"sounds/00_real", "sounds/01_generated"} <= set(tags["audio"])
@@ -99,7 +102,7 @@ def test_an_audio_vae_run_can_be_listened_to(listen, vocoder):
 
 
 def test_without_a_vocoder_griffin_lim_makes_the_sound(listen):
-    events = read(listen(AudioVAEStage, AUDIO_VAE, lambda writer: AudioVAEListening(writer, 1), 1))
+    events = read(listen(AudioVAEStage, AUDIO_VAE, partial(AudioReconstructionCallback, n_clips=1), 1))
     assert np.abs(samples_of(events.Audio("sounds/00_generated")[0])).max() > 0
 
 
@@ -110,18 +113,22 @@ def test_vocoders_are_loaded_whole_and_others_refused(vocoder, listen, tmp_path)
     assert largest_difference(expected, found) == 0
     other = save_stage_checkpoint(small_vocoder(), "vocoder", tmp_path / "other")  # At 8 kHz.
     with pytest.raises(ValueError, match=r"sample_rate=16000(.|\n)*sample_rate=8000"):
-        listen(AudioVAEStage, AUDIO_VAE, lambda writer: AudioVAEListening(writer, 1, str(other)), 1)
+        listen(
+            AudioVAEStage, AUDIO_VAE, partial(AudioReconstructionCallback, n_clips=1, vocoder_checkpoint=str(other)), 1
+        )
     wrong = save_stage_checkpoint(small_vocoder(), "image_vae", tmp_path / "wrong")
     with pytest.raises(ValueError, match="of stage 'image_vae'; one of stage 'vocoder' is needed"):
-        AudioVAEListening(None, 1, str(wrong))
+        listen(
+            AudioVAEStage, AUDIO_VAE, partial(AudioReconstructionCallback, n_clips=1, vocoder_checkpoint=str(wrong)), 1
+        )
 
 
 def test_broken_waveforms_are_shown_as_silence(listen):
-    class Broken(VocoderListening):
+    class Broken(VocoderCallback):
         def run(self, model, sample, device):
             waveform, time = super().run(model, sample, device)
             return waveform * torch.nan, time
 
-    events = read(listen(VocoderStage, VOCODER, lambda writer: Broken(writer, 1), 1))
+    events = read(listen(VocoderStage, VOCODER, partial(Broken, n_clips=1), 1))
     assert not samples_of(events.Audio("sounds/00_generated")[0]).any()
     assert "listening/pesq" not in events.Tags()["scalars"]

@@ -13,13 +13,13 @@ def play_steps(adversary, steps, n_micro_batches=1):
     """Optimizer steps on the same batch; returns the generator's gradients."""
     gradients = []
     for step in steps:
-        real, leaf, gradient = batch(4)
+        leaf, real, gradient = batch(4)
         parts = []
         for rows in torch.arange(4).chunk(n_micro_batches):
             part = leaf[rows].detach().requires_grad_()
             share, weight = 1 / n_micro_batches, adversary.generator_weight(step)
-            arguments = (real[rows], part, n_micro_batches * gradient[rows], None, share, weight)
-            played = adversary.play(*arguments, trains=adversary.updates_at(step))
+            settings = {"share": share, "weight": weight, "trains": adversary.updates_at(step)}
+            played = adversary.play(part, real[rows], n_micro_batches * gradient[rows], **settings)
             parts.append(torch.zeros_like(part) if played.gradient is None else share * played.gradient)
         if adversary.pending:
             adversary.update()
@@ -41,12 +41,12 @@ def test_updates_fall_on_every_nth_step_after_the_start():
 @pytest.mark.parametrize("matching", [0.0, 2.0])
 def test_a_step_without_update_gives_the_generator_the_same_gradient(kind, matching):
     adversary = make(gan_loss=kind, feature_matching_weight=matching)
-    real, leaf, gradient = batch()
-    skipped = adversary.play(real, leaf, gradient, None, 1.0, 0.1, trains=False)
+    leaf, real, gradient = batch()
+    skipped = adversary.play(leaf, real, gradient, weight=0.1, trains=False)
     assert skipped.logs.keys() == {"generator", *(["feature_matching"] if matching else [])}
     assert all(p.grad is None and not p.requires_grad for p in adversary.discriminator.parameters())
     adversary.pending = []
-    played = adversary.play(real, leaf, gradient, None, 1.0, 0.1, trains=True)
+    played = adversary.play(leaf, real, gradient, weight=0.1, trains=True)
     torch.testing.assert_close(skipped.gradient, played.gradient)
     twin = make().discriminator
     logits, features = twin(leaf)
@@ -73,8 +73,8 @@ def test_an_update_after_skipped_steps_has_the_gradient_of_its_step_alone():
     adversary = make(discriminator_every=2, feature_matching_weight=1.0)
     play_steps(adversary, [0, 1])
     twin = copy.deepcopy(adversary.discriminator).requires_grad_()
-    real, leaf, gradient = batch()
-    adversary.play(real, leaf, gradient, None, 1.0, 0.1, trains=True)
+    leaf, real, gradient = batch()
+    adversary.play(leaf, real, gradient, weight=0.1, trains=True)
     discriminator_loss("hinge", twin(real)[0], twin(leaf.detach())[0]).backward()
     torch.testing.assert_close(flat_gradient(adversary.discriminator), flat_gradient(twin), rtol=1e-4, atol=1e-7)
 
@@ -126,5 +126,5 @@ def test_the_real_side_is_passed_through_only_where_features_are_matched(matchin
     adversary = make(feature_matching_weight=matching)
     graphs = []
     adversary.discriminator.register_forward_hook(lambda _, __, output: graphs.append(output[0][0].requires_grad))
-    adversary.play(*batch(), None, 1.0, 0.1, trains=False)
+    adversary.play(*batch(), weight=0.1, trains=False)
     assert graphs == [True, False][:n_calls]

@@ -14,9 +14,9 @@ class OneGraph:
     def gradients(self, inputs):
         trainer = self.trainer
         model, adversary, step = trainer.model, trainer.adversary, trainer.state.global_step
-        generated, real, output = trainer.generate(model, inputs)
-        terms = {**trainer.criterion(generated, real), **trainer.other_terms(output, real)}
-        logits, _ = adversary.discriminator(generated)
+        generation = trainer.generate(model, inputs)
+        terms = {**trainer.criterion(generation.sample, generation.target), **generation.terms}
+        logits, _ = adversary.discriminator(generation.sample)
         fake = -torch.stack([each.mean() for each in logits]).mean()
         loss = sum(terms.values()) + adversary.generator_weight(step) * adversary.adaptive_factor() * fake
         parameters = [p for p in model.parameters() if p.requires_grad]

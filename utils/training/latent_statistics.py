@@ -1,0 +1,65 @@
+"""Mean and std of each latent channel over the training set, by which the next stage standardises latents.
+
+    mean = E[mu],   std = sqrt(E[mu^2 + sigma^2] - mean^2)        of posteriors N(mu, sigma^2)
+
+Sums run in float64, over all processes.  B batch, Z latent channels, L latent frames.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from dataset_loading.cached import evenly_spaced
+from model.audio.lengths import valid_frames
+from utils.distributed import mean_across_ranks, rank, world_size
+from utils.training_utils import StageTrainer
+
+
+@torch.no_grad()
+def measure_latent_statistics(trainer: StageTrainer, moments_of: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+    """Statistics of the latents of `--latent_statistics_samples` training samples. Every process must call it.
+
+    Args:
+        trainer: of a VAE; its evaluation model encodes.
+        moments_of: (model, batch) -> (3, Z) float64, the batch's sums of mu, of mu^2 + sigma^2, and of 1.
+    Returns: mean and std, each (Z,) fp32.
+    """
+    model = trainer.evaluation_model()
+    moments = torch.zeros(3, trainer.model.config.latent_channels, dtype=torch.float64, device=trainer.args.device)
+    for samples, counts in batches_of_rank(trainer):
+        batch_moments = moments_of(model, trainer._prepare_inputs(trainer.data_collator(samples)))
+        if counts:
+            moments += batch_moments
+    total = mean_across_ranks(moments)  # The number of processes cancels in the ratios.
+    mean = total[0] / total[2]
+    std = (total[1] / total[2] - mean.square()).clamp_min(1e-12).sqrt()
+    return mean.float(), std.float()
+
+
+def batches_of_rank(trainer: StageTrainer) -> Iterator[tuple[list[dict], bool]]:
+    """This process's batches of samples, spread over the training set, whose order often goes by kind; and whether
+    they count. Every process has the same number of batches, since forwards of sharded weights are collective: beyond
+    the end it gets one that does not count."""
+    dataset, batch_size = trainer.train_dataset, trainer.args.per_device_eval_batch_size
+    indices = evenly_spaced(len(dataset), trainer.stage_arguments.latent_statistics_samples)
+    for start in range(0, len(indices), batch_size * world_size()):
+        first = start + rank() * batch_size
+        samples = [dataset[index] for index in indices[first : first + batch_size]]
+        yield samples or [dataset[0]], bool(samples)
+
+
+def image_moments(mean: Tensor, logvar: Tensor) -> Tensor:
+    """Moments of posteriors (B, Z, y, x), as means over positions: images of a set have one size. Returns (3, Z)."""
+    mean, variance = mean.double(), logvar.double().exp()
+    values = (mean, mean.square() + variance, torch.ones_like(mean))
+    return torch.stack([value.mean((2, 3)).sum(0) for value in values])
+
+
+def sequence_moments(mean: Tensor, logvar: Tensor, lengths: Tensor) -> Tensor:
+    """Moments of posteriors (B, Z, L) or (B, Z, m, L), over the first `lengths` (B,) frames. Returns (3, Z)."""
+    mean, variance = mean.double(), logvar.double().exp()
+    valid = valid_frames(lengths, mean.shape[-1])
+    valid = valid.view(len(mean), *[1] * (mean.ndim - 2), -1).expand_as(mean).double()
+    values = (mean, mean.square() + variance, valid)
+    return torch.stack([(value * valid).transpose(0, 1).flatten(1).sum(1) for value in values])
