@@ -118,7 +118,7 @@ def test_exits_equal_their_definition_token_by_token():
     inner, core = model.model, model.model.core
     past = {}  # (step, layer) -> list of (key, value) of the tokens so far
     for t in range(ids.shape[1]):
-        shared, _ = inner.share(inner.embed_tokens(ids[:, : t + 1]), None, None, None, None)
+        shared, _ = inner.share(inner.embed_tokens(ids[:, : t + 1]))
         x = inner.prelude(inner.embed_tokens(ids[:, : t + 1]), shared, 0)[:, t:]
         shared.rotary, shared.mask = shared.rotary[:, t:], None
 

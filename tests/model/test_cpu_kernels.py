@@ -16,7 +16,10 @@ def masks(L):
     tokens = torch.ones(2, L, dtype=torch.bool)
     tokens[0, :5] = False
     segments = torch.arange(L)[None].expand(2, L) // 37
-    return {"causal": None, "padded": visible_keys(torch.arange(L), torch.arange(L), tokens, segments)}
+    return {
+        "causal": None,
+        "padded": visible_keys(torch.arange(L), torch.arange(L), attention_mask=tokens, segment_ids=segments),
+    }
 
 
 @pytest.mark.parametrize("mask_kind", ["causal", "padded"])
