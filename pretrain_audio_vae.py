@@ -57,8 +57,14 @@ class AudioVAEStage(AudioStage):
         args = self.args
         parts = {"criterion": MelLoss(args.l1_weight, args.l2_weight, args.gradient_weight), "adversary": None}
         if args.gan_weight > 0:
-            size = (args.discriminator_channels, args.discriminator_layers, args.use_spectral_norm)
-            discriminator = build_mel_discriminator(args.discriminator, model.band_mean, model.band_std, *size)
+            discriminator = build_mel_discriminator(
+                args.discriminator,
+                model.band_mean,
+                model.band_std,
+                channels=args.discriminator_channels,
+                n_layers=args.discriminator_layers,
+                use_spectral_norm=args.use_spectral_norm,
+            )
             parts["adversary"] = Adversary(discriminator, args)
         return parts
 

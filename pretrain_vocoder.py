@@ -34,14 +34,24 @@ class VocoderStage(AudioStage):
 
     def build_trainer_parts(self, model):
         args, mel = self.args, model.config.mel
-        weights = (args.mel_weight, args.stft_weight, args.phase_weight, args.complex_stft_weight)
-        criterion = VocoderLoss(mel, *weights, args.stft_resolutions)
+        criterion = VocoderLoss(
+            mel,
+            mel_weight=args.mel_weight,
+            stft_weight=args.stft_weight,
+            phase_weight=args.phase_weight,
+            complex_stft_weight=args.complex_stft_weight,
+            resolutions=args.stft_resolutions,
+        )
         check_segment(args.segment_frames, mel, criterion.min_samples, "--stft_resolutions")
         if args.gan_weight == 0:
             return {"criterion": criterion}
         parts = ("discriminator_periods", "discriminator_resolutions")
-        chosen = (getattr(args, name) for name in parts)
-        discriminator = build_waveform_discriminator(args.discriminator, *chosen, args.discriminator_widening)
+        discriminator = build_waveform_discriminator(
+            args.discriminator,
+            args.discriminator_periods,
+            args.discriminator_resolutions,
+            widening=args.discriminator_widening,
+        )
         flags = " and ".join(f"--{name}" for name in parts)
         check_segment(args.segment_frames, mel, discriminator.min_samples, flags)
         return {"criterion": criterion, "adversary": Adversary(discriminator, args)}

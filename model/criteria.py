@@ -66,6 +66,7 @@ class ReconstructionLoss(nn.Module):
         l1_weight: float = 1.0,
         gradient_weight: float = 0.0,
         perceptual_weight: float = 0.0,
+        *,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__()
@@ -170,7 +171,7 @@ def r1_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
 
 
 def lecam_penalty(
-    real_logits: list[Tensor], fake_logits: list[Tensor], ema_real: Tensor | float, ema_fake: Tensor | float
+    real_logits: list[Tensor], fake_logits: list[Tensor], *, ema_real: Tensor | float, ema_fake: Tensor | float
 ) -> Tensor:
     """LeCam regularisation of the discriminator (arXiv 2104.03310, equation 5), averaged over sub-discriminators.
 

@@ -81,6 +81,7 @@ class DiffusionProcess:
         schedule: Schedule = "rectified_flow",
         prediction: Prediction = "velocity",
         zero_terminal_snr: bool = False,
+        *,
         time_shift: float = 1.0,
     ):
         """Args:
@@ -244,7 +245,9 @@ class DiffusionProcess:
         """t -> s t / (1 + (s - 1) t), any shape, with s = time_shift; 0 and 1 stay."""
         return self.time_shift * t / (1 + (self.time_shift - 1) * t)
 
-    def training_times(self, uniforms: Tensor, sampling: TimeSampling, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    def training_times(
+        self, uniforms: Tensor, sampling: TimeSampling, *, mean: float = 0.0, std: float = 1.0
+    ) -> Tensor:
         """Times (B,) fp32 to train at, from `uniforms` (B,) in [0, 1).
 
         logit_normal: logit(t) is normal with `mean` and `std` (arXiv 2403.03206, eq. 19). In rectified flow logit(t)

@@ -94,7 +94,7 @@ class MegaTransformerRecurrentBlock(nn.Module):
         shared_by = self.config.recurrent_cache_steps or self.config.recurrent_max_thinking_steps
         return first_slot + (step % shared_by) * (len(self.layers) + self.config.n_coda_layers)
 
-    def make_room(self, shared: LayerInputs, step: int, first_slot: int, length: int) -> None:
+    def make_room(self, shared: LayerInputs, step: int, first_slot: int, *, length: int) -> None:
         """Where steps share slots, take back what an earlier step wrote for the same tokens."""
         shared_by = self.config.recurrent_cache_steps
         if shared.cache is not None and shared_by is not None and step >= shared_by:
@@ -141,7 +141,7 @@ class MegaTransformerRecurrentBlock(nn.Module):
             x = x + 0.0 * self.learned_state  # A gradient of zero: engines want one of every parameter.
         for step in range(n_steps):
             slot = self.slot(step, first_slot)
-            self.make_room(shared, step, first_slot, x.shape[1])
+            self.make_room(shared, step, first_slot, length=x.shape[1])
             with torch.set_grad_enabled(has_gradient and step >= n_steps - n_backprop_steps):
                 hidden = self.adapter(state, x)
                 for n, layer in enumerate(self.layers):
@@ -187,17 +187,17 @@ class MegaTransformerRecurrentBlock(nn.Module):
         before = None
         for step in range(max_steps):
             slot = self.slot(step, first_slot)
-            self.make_room(shared, step, first_slot, x.shape[1])
+            self.make_room(shared, step, first_slot, length=x.shape[1])
             hidden = self.adapter(state, fed)
             for n, layer in enumerate(self.layers):
-                hidden = layer.forward_selected(hidden, tokens, n, shared, slot + n)
+                hidden = layer.forward_selected(hidden, tokens, shared, layer=n, slot=slot + n)
             former, state = state, self.state_norm(hidden)
             out, is_last, before_exits = state, step + 1 == max_steps, step + 2 < self.config.recurrent_exit_min_steps
             if before_exits and not is_last:
                 continue
             if by_prediction:
                 for n in range(len(self.layers), len(layers)):
-                    out = layers[n].forward_selected(out, tokens, n, shared, slot + n)
+                    out = layers[n].forward_selected(out, tokens, shared, layer=n, slot=slot + n)
             result = tokens.scatter(out.to(result.dtype), result)
             steps = tokens.scatter(torch.full_like(tokens.batch, step + 1), steps)
             if is_last:
@@ -217,11 +217,11 @@ class MegaTransformerRecurrentBlock(nn.Module):
                     break
                 state, fed = state[kept], fed[kept]
                 before = None if before is None else before[kept]
-        self.fill_forward(tokens, shared, first_slot, step + 1, max_steps)
+        self.fill_forward(tokens, shared, first_slot, n_taken=step + 1, max_steps=max_steps)
         return result, steps
 
     def fill_forward(
-        self, tokens: SelectedTokens, shared: LayerInputs, first_slot: int, n_taken: int, max_steps: int
+        self, tokens: SelectedTokens, shared: LayerInputs, first_slot: int, *, n_taken: int, max_steps: int
     ) -> None:
         """Give the slots of steps that no token has taken the keys and values of the tokens' last steps."""
         if shared.cache is None:

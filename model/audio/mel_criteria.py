@@ -54,7 +54,7 @@ class MelLoss(nn.Module):
         return {name: weight * losses[name]().mean() for name, weight in self.weights.items() if weight > 0}
 
 
-def character_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+def character_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, *, token_lengths: Tensor) -> Tensor:
     """CTC loss (Graves et al. 2006) in nats per character; 0, without a gradient, for a transcript longer than its
     latents can spell, and for an empty one, which says nothing of what is spoken.
 

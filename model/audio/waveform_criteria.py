@@ -12,7 +12,7 @@ from model.audio.lengths import masked_mean
 from model.audio.spectral import LogMel, MelSettings, Spectrogram
 
 
-def spectral_convergence(fake: Tensor, real: Tensor, floor: float, n_frames: Tensor | None = None) -> Tensor:
+def spectral_convergence(fake: Tensor, real: Tensor, *, floor: float, n_frames: Tensor | None = None) -> Tensor:
     """Frobenius norm of a difference of magnitudes over that of the real ones (arXiv 1910.11480, eq. 4).
 
     Args:
@@ -33,7 +33,7 @@ def safe_sqrt(values: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, values, 1.0).sqrt(), 0.0)
 
 
-def log_distance(fake: Tensor, real: Tensor, floor: float, n_frames: Tensor | None = None) -> Tensor:
+def log_distance(fake: Tensor, real: Tensor, *, floor: float, n_frames: Tensor | None = None) -> Tensor:
     """Mean absolute difference of natural logarithms of magnitudes, clamped at `floor` (arXiv 1910.11480, eq. 5).
 
     Args: fake, real: (B, K, F).
@@ -49,7 +49,7 @@ def safe_angle(values: Tensor) -> Tensor:
     return torch.atan2(torch.where(has_angle, imaginary, 0.0), torch.where(has_angle, real, 1.0))
 
 
-def phase_distances(fake: Tensor, real: Tensor, floor: float, n_frames: Tensor | None = None) -> dict[str, Tensor]:
+def phase_distances(fake: Tensor, real: Tensor, *, floor: float, n_frames: Tensor | None = None) -> dict[str, Tensor]:
     """Anti-wrapped errors of group delay and of instantaneous angular frequency (arXiv 2211.15974, eqs. 12 to 15),
     weighted by magnitudes, in radians.
 
@@ -102,6 +102,7 @@ class VocoderLoss(nn.Module):
     def __init__(
         self,
         mel: MelSettings,
+        *,
         mel_weight: float = 45.0,
         stft_weight: float = 1.0,
         phase_weight: float = 0.0,
@@ -151,7 +152,7 @@ class VocoderLoss(nn.Module):
             fake, real = fake.float(), real.float()
             terms = self.terms_at_the_mel(fake, real, n_samples)
             if "convergence" in self.weights:
-                terms |= self.terms_at_all_resolutions(fake, real, n_samples, terms.pop("spectra"))
+                terms |= self.terms_at_all_resolutions(fake, real, n_samples, spectra=terms.pop("spectra"))
         return {name: terms[name] for name in self.weights}
 
     def terms_at_the_mel(self, fake: Tensor, real: Tensor, n_samples: Tensor | None) -> dict:
@@ -165,14 +166,16 @@ class VocoderLoss(nn.Module):
             mels = [self.log_mel.from_magnitude(spectrum.abs()) for spectrum in spectra]
             terms["mel"] = masked_mean((mels[0] - mels[1]).abs(), n_frames)
         if "group_delay" in self.weights:
-            terms |= phase_distances(*(spectrum * scale for spectrum in spectra), self.silence, n_frames)
+            terms |= phase_distances(spectra[0] * scale, spectra[1] * scale, floor=self.silence, n_frames=n_frames)
         if "complex_stft" in self.weights:
             difference = (spectra[0] - spectra[1]).abs() * scale
             norm = masked_mean((spectra[1].abs() * scale).square(), n_frames).sqrt().clamp_min(self.silence)
             terms["complex_stft"] = safe_sqrt(masked_mean(difference.square(), n_frames)) / norm
         return terms
 
-    def terms_at_all_resolutions(self, fake: Tensor, real: Tensor, n_samples: Tensor | None, spectra) -> dict:
+    def terms_at_all_resolutions(
+        self, fake: Tensor, real: Tensor, n_samples: Tensor | None, *, spectra: tuple[Tensor, Tensor]
+    ) -> dict:
         """Spectral convergence and log-magnitudes; `spectra` are those of the log-mel's resolution."""
         own = self.log_mel.spectrogram
         convergence, logarithm = [], []
@@ -183,8 +186,8 @@ class VocoderLoss(nn.Module):
             magnitudes = [spectrum.abs() * scale for spectrum in pair]
             assert isinstance(spectrogram, Spectrogram)
             n_frames = None if n_samples is None else n_samples // spectrogram.hop_length
-            convergence.append(spectral_convergence(*magnitudes, self.silence, n_frames))
-            logarithm.append(log_distance(*magnitudes, self.floor, n_frames))
+            convergence.append(spectral_convergence(*magnitudes, floor=self.silence, n_frames=n_frames))
+            logarithm.append(log_distance(*magnitudes, floor=self.floor, n_frames=n_frames))
         return {"convergence": torch.stack(convergence).mean(0), "log_magnitude": torch.stack(logarithm).mean(0)}
 
 

@@ -59,13 +59,13 @@ def test_attention_equals_loops(groups):
     tokens = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
     mask = visible_keys(torch.arange(6), torch.arange(6), attention_mask=tokens)
     expected = attention_by_loops(q, k, v, mask[:, 0])
-    eager, weights = eager_attention(q, k, v, mask)
+    eager, weights = eager_attention(q, k, v, mask=mask)
     assert (eager - expected).abs().max() <= 1e-5
     assert (weights.sum(-1) - 1).abs().max() <= 1e-5 and weights[~mask.expand(2, 4, 6, 6)].abs().max() == 0
     fused = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     assert (fused - expected).abs().max() <= 1e-5
     causal = attention_by_loops(q, k, v, torch.ones(2, 6, 6).tril())
-    assert (eager_attention(q, k, v, None)[0] - causal).abs().max() <= 1e-5
+    assert (eager_attention(q, k, v)[0] - causal).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("groups, use_qk_norm", [(1, False), (2, True), (4, False)])

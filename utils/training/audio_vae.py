@@ -158,7 +158,9 @@ class AudioVAEGANTrainer(GANTrainer):
     def character_losses(self, output: AudioVAEOutput, inputs: dict) -> Tensor:
         """`character_loss` of each sample, (B,)."""
         lengths = self.model.latents_lengths(inputs["n_frames"])
-        return character_loss(output.character_logits, lengths, inputs["tokens"], inputs["token_lengths"])
+        return character_loss(
+            output.character_logits, lengths, inputs["tokens"], token_lengths=inputs["token_lengths"]
+        )
 
     def evaluation_terms(self, model, inputs):
         mel, n_frames, args = inputs["mel"], inputs["n_frames"], self.stage_arguments
@@ -231,7 +233,8 @@ class AudioVAEListening(Listening):
         if self.vocoder is not None:
             name = f"the vocoder {self.vocoder_checkpoint}"
             remedy = "use a vocoder that was trained on the same log-mels"
-            check_same_mel(self.settings, "the model", self.vocoder.config.mel, name, remedy)
+            mel = self.vocoder.config.mel
+            check_same_mel(self.settings, mel, first_name="the model", second_name=name, remedy=remedy)
         super().on_train_begin(args, state, control, **kwargs)
 
     def run(self, model, sample, device):

@@ -47,7 +47,7 @@ class DiffusionTrainer(StageTrainer):
         args, process = self.stage_arguments, self.model.process
         latents = self.draw_latents(inputs)
         uniforms = self.sample_uniforms(inputs, "time", ())
-        time = process.training_times(uniforms, args.time_sampling, args.time_mean, args.time_std)
+        time = process.training_times(uniforms, args.time_sampling, mean=args.time_mean, std=args.time_std)
         drop = self.sample_uniforms(inputs, "drop", ()) < args.caption_dropout
         noise = self.sample_noise(inputs, "noise", latents.shape[1:])
         errors = self.squared_errors(model, inputs, latents, noise, time, drop)

@@ -65,7 +65,9 @@ class ImageAutoencoderStage(Stage):
     def build_trainer_parts(self, model):
         args = self.args
         perceptual = build_perceptual(args.perceptual) if args.perceptual_weight > 0 else None
-        criterion = ReconstructionLoss(args.l1_weight, args.gradient_weight, args.perceptual_weight, perceptual)
+        criterion = ReconstructionLoss(
+            args.l1_weight, args.gradient_weight, args.perceptual_weight, perceptual=perceptual
+        )
         return {"criterion": criterion, "adversary": self.build_adversary()}
 
     def build_callbacks(self, writer):
@@ -77,7 +79,10 @@ class ImageAutoencoderStage(Stage):
         if args.gan_weight == 0:
             return None
         discriminator = build_discriminator(
-            args.discriminator, args.discriminator_channels, args.discriminator_layers, args.use_spectral_norm
+            args.discriminator,
+            args.discriminator_channels,
+            args.discriminator_layers,
+            use_spectral_norm=args.use_spectral_norm,
         )
         augment = functools.partial(diff_augment, policy=args.diff_augment) if args.diff_augment else None
         return Adversary(discriminator, args, augment)

@@ -83,7 +83,7 @@ def test_gain_is_one_magnitude_update_and_at_most_tenfold(mel):
     prior = Vocoder.from_preset("tiny").generator.prior
     amplitude = mel.exp().transpose(1, 2)
     start = prior.magnitude(mel)
-    updated = mel_to_magnitude(amplitude, prior.filters, prior.spread, 1, start)
+    updated = mel_to_magnitude(amplitude, prior.filters, prior.spread, n_iterations=1, start=start)
     assert torch.allclose(start * prior.mel_gain(mel, start), updated, rtol=1e-5, atol=1e-8)
     covered = prior.filters.sum(0) > 0
     exact = prior.mel_gain((start @ prior.filters.T).log().transpose(1, 2), start)

@@ -131,7 +131,7 @@ def test_training_takes_full_steps(model):
         assert torch.allclose(averaged, full, atol=1e-6) == same
     now = model.decoder.begin(noise())
     after, update = model.decoder.advance(now, 9)
-    proposed = model.decoder.step(torch.tensor(9.0).log(), now.state, now.base, now.latents)
+    proposed = model.decoder.step(now.state, now.base, now.latents, log_step=torch.tensor(9.0).log())
     torch.testing.assert_close((after.state, update), proposed)
 
 
