@@ -5,7 +5,7 @@ checkpoint by its path; a vocoder of the same log-mel makes waveforms.
 
     python pretrain_audio_vae.py --run_name demo --config tiny --batch_size 16 --learning_rate 2e-3 --max_steps 2000 \
         --gan_start_step 1000
-    deepspeed --num_gpus=8 pretrain_audio_vae.py --use_deepspeed --bf16 --run_name base --config base \
+    deepspeed --num_gpus=8 pretrain_audio_vae.py --use_deepspeed --bf16 --run_name base --config medium \
         --num_train_epochs 100 --batch_size 64 --learning_rate 3e-4 --deepspeed_config ds_config_zero-2.json
 """
 
