@@ -140,11 +140,6 @@ class DiffusionProcess:
         sigma = ((1 - alpha) * (1 + alpha)).clamp(min=0).sqrt()
         return alpha.to(t.dtype), sigma.to(t.dtype)
 
-    def log_snr(self, t: Tensor) -> Tensor:
-        """ln(alpha^2 / sigma^2) at times t, any shape; +inf at t = 0, -inf where alpha is 0."""
-        alpha, sigma = self.alpha_sigma(t)
-        return 2 * (alpha.log() - sigma.log())
-
     def time_at_ratio(self, ratio: np.ndarray) -> np.ndarray:
         """Times t, fp64, at which sigma / alpha equals `ratio` (0 .. inf); the inverse of `alpha_sigma`."""
         with np.errstate(invalid="ignore"):

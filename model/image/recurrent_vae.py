@@ -105,7 +105,8 @@ class RecurrentVAEOutput(VAEOutput):
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero."""
+    """A linear layer that starts at zero. It is not `model.layers.ZeroLinear`, since it takes random numbers before it is
+    zeroed: sharing that class would give every layer after it other first weights for the same seed."""
 
 
 class CanvasCode(nn.Linear):
