@@ -5,7 +5,7 @@ checkpoint by its path; a vocoder of the same log-mel makes waveforms.
 
     python pretrain_audio_vae.py --run_name demo --config tiny --batch_size 16 --learning_rate 2e-3 --max_steps 2000 \
         --gan_start_step 1000
-    deepspeed --num_gpus=8 pretrain_audio_vae.py --use_deepspeed --bf16 --run_name base --config base \
+    deepspeed --num_gpus=8 pretrain_audio_vae.py --use_deepspeed --bf16 --run_name base --config medium \
         --num_train_epochs 100 --batch_size 64 --learning_rate 3e-4 --deepspeed_config ds_config_zero-2.json
 """
 
@@ -65,9 +65,9 @@ class AudioVAEStage(AudioStage):
             args.discriminator,
             model.band_mean,
             model.band_std,
-            args.discriminator_channels,
-            args.discriminator_layers,
-            args.use_spectral_norm,
+            channels=args.discriminator_channels,
+            n_layers=args.discriminator_layers,
+            use_spectral_norm=args.use_spectral_norm,
         )
         return {"criterion": criterion, "adversary": Adversary(discriminator, args)}
 

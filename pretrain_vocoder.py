@@ -4,7 +4,7 @@ Before: preprocess_audio_vocoder_dataset.py. After: whatever writes log-mels loa
 
     python pretrain_vocoder.py --run_name demo --config tiny --batch_size 16 --max_steps 5000 \
         --gan_start_step 1000
-    deepspeed --num_gpus=8 pretrain_vocoder.py --use_deepspeed --bf16 --run_name base --config base \
+    deepspeed --num_gpus=8 pretrain_vocoder.py --use_deepspeed --bf16 --run_name base --config medium \
         --max_steps 500000 --batch_size 32 --deepspeed_config ds_config_zero-2.json
 """
 
@@ -46,7 +46,10 @@ class VocoderStage(AudioStage):
         if args.gan_weight == 0:
             return {"criterion": criterion}
         discriminator = build_waveform_discriminator(
-            args.discriminator, args.discriminator_periods, args.discriminator_resolutions, args.discriminator_widening
+            args.discriminator,
+            args.discriminator_periods,
+            args.discriminator_resolutions,
+            widening=args.discriminator_widening,
         )
         flags = "--discriminator_periods and --discriminator_resolutions"
         check_segment(args.segment_frames, mel, min_samples=discriminator.min_samples, flag=flags)

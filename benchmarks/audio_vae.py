@@ -4,7 +4,7 @@
 
 Both sides get the same log-mels, 80 bins x frames. AutoencoderKL sees them as images of one channel, with the blocks
 of AudioLDM's VAE (128, 256, 512 channels, 2 layers each, 8 latent channels, compression 4 in both axes); ours is
-`base`, which takes mel bins as channels. The step is forward and backward of L1 + KL, without discriminator.
+`medium`, which takes mel bins as channels. The step is forward and backward of L1 + KL, without discriminator.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class BenchmarkArguments:
     """Flags of the comparison."""
 
     repeats: int = option(5, "interleaved repeats of each side", gt=0)
-    config: str = option("base", "our preset")
+    config: str = option("medium", "our preset")
     batch_size: int = option(4, "log-mels per training step", gt=0)
     segment_frames: int = option(128, "frames of each", gt=0)
     seconds: float = option(5.0, "seconds of sound that are encoded and decoded", gt=0)

@@ -155,7 +155,7 @@ def compare_vocoder(table: Table) -> None:
     """Synthesis of 16 x 10 s in fp32, and adversarial steps of 16 x 16,384 samples in fp32, against Vocos."""
     settings = mel_preset("16k")
     mel = torch.randn(16, settings.n_mels, 625, device=DEVICE) - 4
-    models = {f"ours {name}": vocoder.build(name, "16k") for name in ("base", "small")} | {"vocos": Vocos(settings)}
+    models = {f"ours {name}": vocoder.build(name, "16k") for name in ("medium", "small")} | {"vocos": Vocos(settings)}
     with torch.inference_mode():
         for name, model in models.items():
             model.to(DEVICE).eval()
@@ -164,9 +164,9 @@ def compare_vocoder(table: Table) -> None:
             table.add("synthesis of 1 x 10 s, fp32", name, lambda m=model, x=one: m(x), "seconds", 10)
     waveform = 0.1 * torch.randn(16, 16384, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     sides = {
-        "ours base": lambda: vocoder.OurStep(vocoder.build("base", "16k").to(DEVICE)),
-        "ours base /2": lambda: vocoder.OurStep(vocoder.build("base", "16k").to(DEVICE), discriminator_every=2),
-        "ours base full": lambda: vocoder.OurStep(vocoder.build("base", "16k").to(DEVICE), discriminator="full"),
+        "ours medium": lambda: vocoder.OurStep(vocoder.build("medium", "16k").to(DEVICE)),
+        "ours medium /2": lambda: vocoder.OurStep(vocoder.build("medium", "16k").to(DEVICE), discriminator_every=2),
+        "ours medium full": lambda: vocoder.OurStep(vocoder.build("medium", "16k").to(DEVICE), discriminator="full"),
         "vocos": lambda: VocosRecipe(settings).to(DEVICE),
     }
     for name, build in sides.items():
@@ -183,7 +183,7 @@ def compare_vocoder(table: Table) -> None:
 
 def compare_audio_vae(table: Table) -> None:
     """Log-mels of 80 x 512 frames through ours and diffusers' AutoencoderKL in AudioLDM's layout."""
-    settings = AudioVAE.from_preset("base").config.mel
+    settings = AudioVAE.from_preset("medium").config.mel
     mel = 2 * torch.randn(16, settings.n_mels, 512, device=DEVICE) - 5
 
     def step(model: nn.Module) -> Callable[[], None]:
@@ -201,7 +201,7 @@ def compare_audio_vae(table: Table) -> None:
 
         return run
 
-    sides = {"ours base": AudioVAE.from_preset("base"), "diffusers": audio_vae.build_theirs()}
+    sides = {"ours medium": AudioVAE.from_preset("medium"), "diffusers": audio_vae.build_theirs()}
     table.add_step("audio VAE step, 16 x 512 frames", sides, step, "seconds", 16 * 512 * 256 / 16000)
 
 

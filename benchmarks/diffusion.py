@@ -138,10 +138,11 @@ def sampling(args: BenchmarkArguments) -> None:
     noise = initial_noise(LATENT_SHAPE, [torch.Generator().manual_seed(seed) for seed in range(4)], process)
 
     def side(scale: float) -> Callable[[], None]:
-        denoiser = guided_denoiser(process, model.network, condition, model.null_condition(4), scale)
+        null = model.null_condition(4)
+        denoiser = guided_denoiser(process, model.network, condition, null_condition=null, scale=scale)
 
         def run() -> None:
-            sample("euler", denoiser, noise, process, times)
+            sample("euler", denoiser, noise, process=process, times=times)
 
         return run
 

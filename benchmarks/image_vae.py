@@ -162,7 +162,7 @@ def gan(args: BenchmarkArguments) -> None:
 
     def side(adaptive: bool) -> Callable[[], None]:
         values = {"gan_start_step": 0, "gan_warmup_steps": 0, "gan_ramp_steps": 1, "use_adaptive_gan_weight": adaptive}
-        adversary = Adversary(build_discriminator("patch", 32, 3, False), ImageVAEGANArguments(**values))
+        adversary = Adversary(build_discriminator("patch", 32, 3), ImageVAEGANArguments(**values))
         adversary.prepare(torch.device("cpu"), "constant", 100)
 
         def run() -> None:

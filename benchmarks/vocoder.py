@@ -36,7 +36,7 @@ from utils.command_line import explained_errors, parse_arguments
 from utils.options import option
 from utils.training.vocoder import VocoderArguments
 
-OURS = ("base", "small", "tiny")
+OURS = ("medium", "small", "tiny")
 
 
 @dataclasses.dataclass
@@ -83,7 +83,7 @@ def inference(args: BenchmarkArguments) -> None:
     mel = torch.randn(1, settings.n_mels, n_frames) - 4
     models: dict[str, nn.Module] = {f"ours {name}": build(name, args.mel) for name in OURS}
     models["vocos"] = Vocos(settings)
-    models["hifigan ours"] = build("hifigan_v1", args.mel)
+    models["hifigan ours"] = build("hifigan-v1", args.mel)
     models["hifigan hf"] = TransposedInput(settings)
     for name, model in models.items():
         model.eval().requires_grad_(False)
@@ -141,15 +141,15 @@ def training(args: BenchmarkArguments) -> None:
     waveform = 0.1 * torch.randn(args.batch_size, n_samples, generator=torch.Generator().manual_seed(0))
     recipes = {
         f"ours {preset} /{every}": OurStep(build(preset, args.mel), discriminator_every=every)
-        for preset in ("base", "small")
+        for preset in ("medium", "small")
         for every in (1, 2)
     }
-    recipes["ours base full"] = OurStep(build("base", args.mel), discriminator="full")
-    for name in ("ours base /1", "ours base full"):
+    recipes["ours medium full"] = OurStep(build("medium", args.mel), discriminator="full")
+    for name in ("ours medium /1", "ours medium full"):
         print(f"discriminators: {name} {count(recipes[name].adversary.discriminator)}", end=", ")
     peers = {
         "vocos": VocosRecipe(settings),
-        "hifigan": HifiGANRecipe(build("hifigan_v1", args.mel), settings),
+        "hifigan": HifiGANRecipe(build("hifigan-v1", args.mel), settings),
     }
     print(", ".join(f"{name} {count(recipe.discriminators)}" for name, recipe in peers.items()))
 

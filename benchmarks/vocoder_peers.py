@@ -1,7 +1,7 @@
 """The peers of our vocoder with random weights, and the training steps that their papers publish.
 
 Vocos (arXiv 2306.00814): the modules of its own package, its losses, AdamW(0.8, 0.9) at 5e-4, mel weight 45, weight
-0.1 of the multi-resolution discriminator. HiFi-GAN V1 (arXiv 2010.05646): our `hifigan_v1`, the multi-period
+0.1 of the multi-resolution discriminator. HiFi-GAN V1 (arXiv 2010.05646): our `hifigan-v1`, the multi-period
 discriminator of Vocos' package (the same layers), a multi-scale discriminator written here, squared losses, AdamW(0.8,
 0.99) at 2e-4, mel weight 45, feature matching 2. Both compute the discriminator's step on its own forward.
 """

@@ -39,7 +39,7 @@ class OutputLinear(Linear):
 
 
 def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """Attention by its definition, softmax(q k' / sqrt(K) + mask) v, with the softmax in fp32.
 
@@ -146,7 +146,7 @@ class MegaTransformerSelfAttention(nn.Module):
         k, v = k.transpose(1, 2), v.transpose(1, 2)
         if shared.cache is not None:
             k, v = shared.cache.update(k, v, slot)
-        return self.o_proj(self.attend(q, k, v, shared))
+        return self.o_proj(self.attend(q, k, v, shared=shared))
 
     def project(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated queries (B, L, H, K) and keys (B, L, G, K), and values (B, L, G, K)."""
@@ -162,23 +162,25 @@ class MegaTransformerSelfAttention(nn.Module):
         q, k = qk.split([H, G], dim=-2)
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, shared: LayerInputs) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, shared: LayerInputs) -> Tensor:
         """Args: q: (B, L, H, K); k, v: (B, G, S, K). Returns: the heads' outputs side by side, (B, L, H K)."""
         q, mask, dropout = q.transpose(1, 2), shared.mask, self.dropout if self.training else 0.0
         if self.config._attn_implementation == "eager":
             # A single query sees all keys.
             seen = mask if mask is not None or q.shape[2] > 1 else q.new_ones(1, k.shape[2], dtype=torch.bool)
-            out, weights = eager_attention(q, k, v, seen, dropout)
+            out, weights = eager_attention(q, k, v, mask=seen, dropout=dropout)
             if shared.weights is not None:
                 shared.weights.append(weights)
-        elif shared.is_causal and is_blockwise_faster(q, k, mask, dropout):
-            out = causal_attention(q, k, v, mask)
+        elif shared.is_causal and is_blockwise_faster(q, k, mask=mask, dropout=dropout):
+            out = causal_attention(q, k, v, mask=mask)
         else:
             is_causal = True if mask is None and q.shape[2] > 1 else False  # noqa: SIM210 - a plain bool for compilers
             if mask is not None and mask.dtype != torch.bool:
                 mask = mask.to(q.dtype)
             is_grouped = self.n_groups < self.n_heads
-            out = F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal, enable_gqa=is_grouped)
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=is_grouped
+            )
         return out.transpose(1, 2).flatten(2)
 
 
@@ -215,7 +217,7 @@ class Residual(nn.Module):
     before and after      x + norm(branch(norm(x))), a sandwich
     """
 
-    def __init__(self, config, use_pre_norm: bool, use_post_norm: bool):
+    def __init__(self, config, *, use_pre_norm: bool, use_post_norm: bool):
         super().__init__()
         self.pre_norm = build_norm(config) if use_pre_norm else None
         self.post_norm = build_norm(config) if use_post_norm else None
@@ -243,11 +245,17 @@ class MegaTransformerBlock(GradientCheckpointingLayer):
 
     def __init__(self, config, use_sandwich_norm: bool = False):
         super().__init__()
-        flags = (config.use_pre_attention_norm, config.use_post_attention_norm)
-        self.attention_norms = Residual(config, *(flags if not use_sandwich_norm else (True, True)))
+        self.attention_norms = Residual(
+            config,
+            use_pre_norm=use_sandwich_norm or config.use_pre_attention_norm,
+            use_post_norm=use_sandwich_norm or config.use_post_attention_norm,
+        )
         self.attention = MegaTransformerSelfAttention(config)
-        flags = (config.use_pre_ffn_norm, config.use_post_ffn_norm)
-        self.ffn_norms = Residual(config, *(flags if not use_sandwich_norm else (True, True)))
+        self.ffn_norms = Residual(
+            config,
+            use_pre_norm=use_sandwich_norm or config.use_pre_ffn_norm,
+            use_post_norm=use_sandwich_norm or config.use_post_ffn_norm,
+        )
         self.ffn = SimpleFFN(config)
 
     def forward(self, x: Tensor, shared: LayerInputs, slot: int) -> Tensor:
@@ -256,7 +264,7 @@ class MegaTransformerBlock(GradientCheckpointingLayer):
         return self.ffn_norms.after(x, self.ffn(self.ffn_norms.before(x)))
 
     def forward_selected(
-        self, x: Tensor, tokens: SelectedTokens, layer: int, shared: LayerInputs, slot: int
+        self, x: Tensor, tokens: SelectedTokens, shared: LayerInputs, *, layer: int, slot: int
     ) -> Tensor:
         """The same for some of the tokens; the others keep the keys and values that they have.
 
@@ -269,7 +277,7 @@ class MegaTransformerBlock(GradientCheckpointingLayer):
         k, v = tokens.keep(layer, k, v)
         if shared.cache is not None:
             k, v = shared.cache.update(k, v, slot)
-        branch = tokens.select(self.attention.attend(tokens.scatter(q), k, v, shared))
+        branch = tokens.select(self.attention.attend(tokens.scatter(q), k, v, shared=shared))
         x = self.attention_norms.after(x, self.attention.o_proj(branch))
         return self.ffn_norms.after(x, self.ffn(self.ffn_norms.before(x)))
 

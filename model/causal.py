@@ -6,7 +6,6 @@ B batch, L positions, S keys, D hidden, V vocabulary.
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
@@ -26,7 +25,8 @@ from model.positions import (
     visible_keys,
 )
 from model.presets import MEGATRANSFORMER
-from model.recurrent import MegaTransformerRecurrentBlock, sample_thinking_steps
+from model.recurrent import MegaTransformerRecurrentBlock
+from model.thinking import Thinking
 from utils.configuration import MegaTransformerConfig
 from utils.options import from_preset
 
@@ -144,8 +144,12 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         self.coda = SimpleBlock(config, config.n_coda_layers)
         self.norm = build_norm(config) if config.use_final_norm else nn.Identity()
         if config.use_rotary_embedding:
-            stretch = (config.rotary_theta, config.rotary_interpolation, config.rotary_ntk_factor)
-            self.frequencies = rotary_frequencies(config.rotary_width, *stretch)
+            self.frequencies = rotary_frequencies(
+                config.rotary_width,
+                theta=config.rotary_theta,
+                interpolation=config.rotary_interpolation,
+                ntk_factor=config.rotary_ntk_factor,
+            )
         self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -161,14 +165,12 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        *,
         segment_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
-        n_thinking_steps: int | None = None,
-        n_backprop_steps: int | None = None,
-        initial_state: Tensor | None = None,
-        exit_threshold: float | None = None,
+        thinking: Thinking | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         predict: Any = None,
@@ -182,20 +184,16 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None and not self.training:
             past_key_values = KeyValueCache()
-        thinking = {
-            "n_thinking_steps": n_thinking_steps,
-            "n_backprop_steps": n_backprop_steps,
-            "initial_state": initial_state,
-            "exit_threshold": exit_threshold,
-        }
-        threshold, n_steps = self.check_thinking(thinking), 0
+        thinking = (thinking or Thinking()).resolve(self.config, self.training)
+        first_slot = self.config.n_prelude_layers + self.config.n_layers  # of core and coda
         if self.core is not None:
-            n_steps = self.choose_steps(n_thinking_steps)
-            self.check_past(past_key_values, n_steps, threshold)
-        shared, positions = self.share(x, attention_mask, position_ids, segment_ids, past_key_values)
+            self.core.check_past(past_key_values, first_slot, thinking)
+        shared, positions = self.share(
+            x, past_key_values, attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids
+        )
         shared.states = [] if self.wants("output_hidden_states", output_hidden_states) else None
         shared.weights = [] if self.wants("output_attentions", output_attentions) else None
-        if threshold and (shared.states is not None or shared.weights is not None):
+        if thinking.exit_threshold and (shared.states is not None or shared.weights is not None):
             raise ValueError("hidden states and attentions are not kept with early exits; pass exit_threshold=0")
         if shared.weights is not None and self.config._attn_implementation != "eager":
             raise ValueError('output_attentions needs attn_implementation="eager": other kernels keep no weights')
@@ -212,12 +210,13 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         # Layers.
         x = self.prelude(x, shared, 0)
         x = self.main(x, shared, self.config.n_prelude_layers)
-        first_slot, steps = self.config.n_prelude_layers + self.config.n_layers, None
+        steps = None
         if self.core is None:
             x = self.coda(x, shared, first_slot)
         else:
-            schedule = (n_steps, n_backprop_steps, initial_state, threshold)
-            x, steps = self.think(x, shared, first_slot, attention_mask, schedule, predict)
+            x, steps = self.think(
+                x, shared, first_slot, thinking=thinking, attention_mask=attention_mask, predict=predict
+            )
         hidden = self.norm(x)
         if shared.states is not None:
             shared.states.append(hidden)
@@ -233,7 +232,15 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         """Whether an optional output is asked for, by the call or by the configuration."""
         return bool(getattr(self.config, name, False) if given is None else given)
 
-    def share(self, x, attention_mask, position_ids, segment_ids, cache) -> tuple[LayerInputs, Tensor]:
+    def share(
+        self,
+        x: Tensor,
+        cache: Cache | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> tuple[LayerInputs, Tensor]:
         """What all layers share, and the positions (B or 1, L)."""
         L, device = x.shape[1], x.device
         past = 0 if cache is None else cache.get_seq_length()
@@ -258,24 +265,43 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         has_past = L > 1 and n_keys > L
         if mask is None and (is_padded or segment_ids is not None or is_static or has_past):
             tokens = attention_mask if is_padded else None
-            mask = visible_keys(queries, torch.arange(n_keys, device=device), tokens, segment_ids)
+            mask = visible_keys(
+                queries, torch.arange(n_keys, device=device), attention_mask=tokens, segment_ids=segment_ids
+            )
         if self.config.use_alibi_bias:
             keys = torch.arange(n_keys, device=device)
             mask = visible_keys(queries, keys) if mask is None else mask
             bias = alibi_bias(self.config.n_heads, queries[None], keys[None])
             mask = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask
         rotary = rotary_table(self.frequencies, positions) if self.config.use_rotary_embedding else None
-        return LayerInputs(rotary, mask, is_causal, cache), positions
+        return LayerInputs(rotary=rotary, mask=mask, is_causal=is_causal, cache=cache), positions
 
-    def think(self, x, shared, first_slot, attention_mask, schedule, predict) -> tuple[Tensor, Tensor]:
-        """Core and coda; returns the coda's output (B, L, D) and the steps taken (B, L)."""
-        n_steps, n_backprop_steps, noise, threshold = schedule
+    def think(
+        self,
+        x: Tensor,
+        shared: LayerInputs,
+        first_slot: int,
+        *,
+        thinking: Thinking,
+        attention_mask: Tensor | None,
+        predict: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """Core and coda.
+
+        Args:
+            x: embedded input, (B, L, D).
+            first_slot: the cache's slot of the core's first layer.
+            thinking: resolved.
+        Returns: the coda's output (B, L, D), and the steps taken (B, L) int64.
+        """
         config, core = self.config, self.core
-        last_slot = core.slot(n_steps - 1, first_slot) + len(core.layers)
-        if not threshold:
-            n_backprop_steps = config.recurrent_backprop_steps if n_backprop_steps is None else n_backprop_steps
-            state = core(x, shared, first_slot, n_steps, n_backprop_steps, noise)
-            return self.coda(state, shared, last_slot), torch.full(x.shape[:2], n_steps, device=x.device)
+        last_slot = core.slot(thinking.n_steps - 1, first_slot) + len(core.layers)
+        # Without exits, every token takes all steps.
+        if not thinking.exit_threshold:
+            state = core(x, shared, first_slot, thinking=thinking)
+            steps = torch.full(x.shape[:2], thinking.n_steps, device=x.device)
+            return self.coda(state, shared, last_slot), steps
+        # With exits, padding takes no step, and criterion "kl" needs the head at each step.
         is_token = None
         if attention_mask is not None and attention_mask.ndim == 2:
             is_token = attention_mask[:, -x.shape[1] :].bool()
@@ -283,65 +309,16 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
             raise ValueError('recurrent_exit_criterion="kl" compares predictions, which this model has no head for')
         if torch.is_grad_enabled() and x.requires_grad:
             raise ValueError("early exits have no gradient: use torch.no_grad(), or pass exit_threshold=0")
-        arguments = (x, shared, first_slot, n_steps, threshold, self.coda)
         out, steps = core.forward_until_exit(
-            *arguments, lambda hidden: predict(self.norm(hidden)).float().log_softmax(-1), is_token
+            x,
+            shared,
+            first_slot,
+            thinking=thinking,
+            coda=self.coda,
+            predict=lambda hidden: predict(self.norm(hidden)).float().log_softmax(-1),
+            is_token=is_token,
         )
         return out if config.recurrent_exit_criterion == "kl" else self.coda(out, shared, last_slot), steps
-
-    def check_thinking(self, given: dict[str, Any]) -> float:
-        """The threshold of exits in force, 0 where there are none: in training, and without a criterion.
-
-        Raises: ValueError: an argument has no effect on this model.
-        """
-        config, threshold = self.config, given["exit_threshold"]
-        for name, value in given.items():
-            if self.core is None and value is not None:
-                raise ValueError(f"{name} has no effect: n_recurrent_layers=0, this model has no recurrent core")
-        if given["initial_state"] is not None and config.recurrent_state_initialization != "normal":
-            kind = config.recurrent_state_initialization
-            raise ValueError(f"initial_state has no effect with recurrent_state_initialization={kind!r}")
-        if given["n_backprop_steps"] is not None and given["n_backprop_steps"] < 1:
-            raise ValueError(f"n_backprop_steps={given['n_backprop_steps']} must be >= 1")
-        if threshold and config.recurrent_exit_criterion == "none":
-            raise ValueError(f"exit_threshold={threshold} has no effect with recurrent_exit_criterion='none'")
-        if self.core is None or self.training or config.recurrent_exit_criterion == "none":
-            return 0.0
-        return config.recurrent_exit_criteria_threshold if threshold is None else threshold
-
-    def choose_steps(self, given: int | None) -> int:
-        """The number of thinking steps, or the most where exits are on.
-
-        Raises: ValueError: more steps than `recurrent_max_thinking_steps`.
-        """
-        config, steps = self.config, given
-        if steps is None and self.training:
-            steps = sample_thinking_steps(config, np.random.default_rng(int(torch.randint(2**31, ()))))
-        if steps is None:
-            steps = config.recurrent_test_thinking_steps or config.recurrent_mean_thinking_steps
-        if not 1 <= steps <= config.recurrent_max_thinking_steps:
-            limit = config.recurrent_max_thinking_steps
-            raise ValueError(f"n_thinking_steps={steps} must be from 1 to recurrent_max_thinking_steps={limit}")
-        return steps
-
-    def check_past(self, cache: Cache | None, n_steps: int, threshold: float) -> None:
-        """Raises: ValueError: the past lacks keys and values of a step that this call reads."""
-        config, core = self.config, self.core
-        if cache is None or cache.is_compileable or (past := cache.get_seq_length()) == 0:
-            return
-        first_slot = config.n_prelude_layers + config.n_layers
-        slots = [core.slot(step, first_slot) for step in range(min(n_steps, config.recurrent_cache_steps or n_steps))]
-        if config.n_coda_layers:
-            by_prediction = threshold and config.recurrent_exit_criterion == "kl"
-            first = min(config.recurrent_exit_min_steps, n_steps) - 2 if by_prediction else n_steps - 1
-            slots += [core.slot(step, first_slot) + len(core.layers) for step in range(max(first, 0), n_steps)]
-        for slot in slots:
-            if (found := cache.get_seq_length(slot)) != past:
-                raise ValueError(
-                    f"the cache holds {past} tokens, but only {found} of them in slot {slot}, which "
-                    f"{n_steps} thinking steps {'with' if threshold else 'without'} exits read: go on with as many "
-                    "steps, and with exits or without, as the past was computed with"
-                )
 
 
 class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin):
@@ -407,17 +384,19 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
             input_ids,
             attention_mask,
             position_ids,
-            segment_ids,
-            past_key_values,
-            inputs_embeds,
-            use_cache,
-            n_thinking_steps,
-            n_backprop_steps,
-            initial_state,
-            exit_threshold,
-            output_hidden_states,
-            output_attentions,
-            self.lm_head,
+            segment_ids=segment_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            thinking=Thinking(
+                n_steps=n_thinking_steps,
+                n_backprop_steps=n_backprop_steps,
+                initial_state=initial_state,
+                exit_threshold=exit_threshold,
+            ),
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            predict=self.lm_head,
         )
         hidden, found = output.last_hidden_state, {}
         if labels is not None:

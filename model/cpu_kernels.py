@@ -13,7 +13,7 @@ FEW_ROWS = 8
 SPLITS = 4  # A product with few rows goes faster as so many smaller ones.
 
 
-def weights_of_block(q: Tensor, k: Tensor, mask: Tensor | None, groups: int, start: int, end: int) -> Tensor:
+def weights_of_block(q: Tensor, k: Tensor, mask: Tensor | None, *, groups: int, start: int, end: int) -> Tensor:
     """Attention weights of the queries from `start` to `end`: (B G, r n, end) from q (B G, r, L, K), k (B G, L, K)."""
     N, r, _, K = q.shape
     n = end - start
@@ -46,7 +46,7 @@ def blockwise_attention(
     out, kept = q.new_empty(N, r, L, K), []
     for start in range(0, L, BLOCK):
         end = min(start + BLOCK, L)
-        weights = weights_of_block(q, k, mask, G, start, end)
+        weights = weights_of_block(q, k, mask, groups=G, start=start, end=end)
         out[:, :, start:end] = torch.bmm(weights, v[:, :end]).view(N, r, end - start, K)
         if keep:
             kept.append(weights)
@@ -68,7 +68,9 @@ def blockwise_attention_backward(
         end = min(start + BLOCK, L)
         size = (N, r * (end - start), K)
         part, upper = scaled[:, :, start:end].reshape(size), grad[:, :, start:end].reshape(size)
-        weights = kept[start // BLOCK] if kept else weights_of_block(scaled, keys, mask, G, start, end)
+        weights = (
+            kept[start // BLOCK] if kept else weights_of_block(scaled, keys, mask, groups=G, start=start, end=end)
+        )
         grad_weights = torch.bmm(upper, values[:, :end].transpose(1, 2))
         grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         for total, left, right in ((grad_v, weights, upper), (grad_k, grad_scores, part)):
@@ -112,7 +114,7 @@ def differentiate(ctx, grad, _):
 blockwise_attention.register_autograd(differentiate, setup_context=remember)
 
 
-def is_blockwise_faster(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> bool:
+def is_blockwise_faster(q: Tensor, k: Tensor, *, mask: Tensor | None, dropout: float) -> bool:
     """Whether `blockwise_attention` can and should do the work: on a CPU, whole sequences, causal masks without
     biases."""
     L = q.shape[2]
@@ -121,7 +123,7 @@ def is_blockwise_faster(q: Tensor, k: Tensor, mask: Tensor | None, dropout: floa
     return mask is None or (mask.dtype == torch.bool and mask.shape[1:] == (1, L, L))
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """`blockwise_attention`, keeping the weights for the backward pass where they are small: (B, H, L, K)."""
     n_bytes = q.shape[0] * q.shape[1] * q.shape[2] * (q.shape[2] + BLOCK) // 2 * q.element_size()
     keep = torch.is_grad_enabled() and q.requires_grad and n_bytes <= KEPT_BYTES

@@ -49,8 +49,18 @@ def gradient_loss(reconstruction: Tensor, target: Tensor, n_scales: int = 3) -> 
     return total / n_scales
 
 
+def l1_loss(reconstruction: Tensor, target: Tensor) -> Tensor:
+    """Mean absolute error over all values of (B, C, Y, X), in fp32."""
+    return F.l1_loss(reconstruction.float(), target.float())
+
+
+# Distances (reconstruction, target) -> scalar or (B,), by name, in the order of their sum. A new term is a row here
+# and a weight of `ReconstructionLoss`. The perceptual distance is a network, and so an argument.
+TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"l1": l1_loss, "gradient": gradient_loss}
+
+
 class ReconstructionLoss(nn.Module):
-    """Weighted distances between a reconstruction and its target, by name.
+    """Weighted distances between a reconstruction and its target, by name: `TERMS` and the perceptual distance.
 
     Args:
         l1_weight: weight of the mean absolute error.
@@ -66,6 +76,7 @@ class ReconstructionLoss(nn.Module):
         l1_weight: float = 1.0,
         gradient_weight: float = 0.0,
         perceptual_weight: float = 0.0,
+        *,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
     ):
         super().__init__()
@@ -89,14 +100,19 @@ class ReconstructionLoss(nn.Module):
     def forward(self, reconstruction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Args: reconstruction, target: (B, C, Y, X) in [-1, 1].
         Returns: weighted fp32 scalars "l1", "gradient", "perceptual"; those with weight 0 are left out."""
-        terms = {}
-        if "l1" in self.weights:
-            terms["l1"] = F.l1_loss(reconstruction.float(), target.float())
-        if "gradient" in self.weights:
-            terms["gradient"] = gradient_loss(reconstruction, target)
-        if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual(reconstruction, target).float().mean()
-        return {name: self.weights[name] * term for name, term in terms.items()}
+        terms = {**TERMS, "perceptual": self.perceptual}
+        # `mean` averages terms that are numbers per sample, and leaves scalars as they are.
+        return {
+            name: weight * terms[name](reconstruction, target).float().mean() for name, weight in self.weights.items()
+        }
+
+
+# What a logit costs: a real one and a generated one for the discriminator, a generated one for the generator.
+ADVERSARIAL_LOSSES: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
+    "hinge": (lambda x: F.relu(1.0 - x), lambda x: F.relu(1.0 + x), lambda x: -x),
+    "non_saturating": (lambda x: F.softplus(-x), lambda x: F.softplus(x), lambda x: F.softplus(-x)),
+    "least_squares": (lambda x: (1.0 - x).square(), lambda x: x.square(), lambda x: (1.0 - x).square()),
+}
 
 
 def check_adversarial_kind(kind: str) -> None:
@@ -116,15 +132,11 @@ def discriminator_loss(kind: AdversarialKind, real_logits: list[Tensor], fake_lo
         real_logits, fake_logits: one tensor of any shape per sub-discriminator.
     """
     check_adversarial_kind(kind)
-    losses = []
-    for real, fake in zip(real_logits, fake_logits, strict=True):
-        real, fake = real.float(), fake.float()
-        if kind == "hinge":
-            losses.append(F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
-        elif kind == "least_squares":
-            losses.append((1.0 - real).square().mean() + fake.square().mean())
-        else:
-            losses.append(F.softplus(-real).mean() + F.softplus(fake).mean())
+    of_real, of_fake, _ = ADVERSARIAL_LOSSES[kind]
+    losses = [
+        of_real(real.float()).mean() + of_fake(fake.float()).mean()
+        for real, fake in zip(real_logits, fake_logits, strict=True)
+    ]
     return torch.stack(losses).mean()
 
 
@@ -132,11 +144,8 @@ def generator_loss(kind: AdversarialKind, fake_logits: list[Tensor]) -> Tensor:
     """What the generator minimises, averaged over sub-discriminators: -mean(fake) (hinge), mean softplus(-fake)
     (non-saturating), or mean (1 - fake)^2 (least squares)."""
     check_adversarial_kind(kind)
-    if kind == "hinge":
-        return torch.stack([-fake.float().mean() for fake in fake_logits]).mean()
-    if kind == "least_squares":
-        return torch.stack([(1.0 - fake.float()).square().mean() for fake in fake_logits]).mean()
-    return torch.stack([F.softplus(-fake.float()).mean() for fake in fake_logits]).mean()
+    *_, of_generator = ADVERSARIAL_LOSSES[kind]
+    return torch.stack([of_generator(fake.float()).mean() for fake in fake_logits]).mean()
 
 
 def feature_matching_loss(real_features: list[Tensor], fake_features: list[Tensor]) -> Tensor:
@@ -170,7 +179,7 @@ def r1_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
 
 
 def lecam_penalty(
-    real_logits: list[Tensor], fake_logits: list[Tensor], ema_real: Tensor | float, ema_fake: Tensor | float
+    real_logits: list[Tensor], fake_logits: list[Tensor], *, ema_real: Tensor | float, ema_fake: Tensor | float
 ) -> Tensor:
     """LeCam regularisation of the discriminator (arXiv 2104.03310, equation 5), averaged over sub-discriminators.
 

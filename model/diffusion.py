@@ -192,7 +192,7 @@ class UNetLevel(nn.Module):
         )
         self.skips = nn.ModuleList(nn.Conv2d(width, width, 1) for _ in range(n_blocks if use_skips else 0))
 
-    def forward(self, x: Tensor, conditioning: Tensor, text: TextCondition, skips: list[Tensor]) -> list[Tensor]:
+    def forward(self, x: Tensor, conditioning: Tensor, text: TextCondition, *, skips: list[Tensor]) -> list[Tensor]:
         """The output of every block, the last one last; `skips` are those of the way down, or empty."""
         outputs = []
         for i, block in enumerate(self.blocks):
@@ -274,13 +274,13 @@ class UNet(nn.Module):
         # Down.
         h, skips = self.stem(torch.cat([x, coordinates(x)], dim=1)), []
         for level, downsample in zip(self.down, self.downsamples):
-            skips.append(level(h, conditioning, text, []))
+            skips.append(level(h, conditioning, text, skips=[]))
             h = downsample(skips[-1][-1])
         # The coarsest level.
-        h = self.middle(h, conditioning, text, [])[-1]
+        h = self.middle(h, conditioning, text, skips=[])[-1]
         # Up.
         for level, upsample in zip(reversed(self.up), reversed(self.upsamples)):
-            h = level(upsample(h), conditioning, text, skips.pop())[-1]
+            h = level(upsample(h), conditioning, text, skips=skips.pop())[-1]
         # The output, in fp32.
         with torch.autocast(x.device.type, enabled=False):
             return self.head(F.silu(self.norm(h.float(), conditioning)))

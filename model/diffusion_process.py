@@ -81,6 +81,7 @@ class DiffusionProcess:
         schedule: Schedule = "rectified_flow",
         prediction: Prediction = "velocity",
         zero_terminal_snr: bool = False,
+        *,
         time_shift: float = 1.0,
     ):
         """Args:
@@ -138,11 +139,6 @@ class DiffusionProcess:
         alpha = torch.lerp(table[index], table[index + 1], position - left)
         sigma = ((1 - alpha) * (1 + alpha)).clamp(min=0).sqrt()
         return alpha.to(t.dtype), sigma.to(t.dtype)
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        """ln(alpha^2 / sigma^2) at times t, any shape; +inf at t = 0, -inf where alpha is 0."""
-        alpha, sigma = self.alpha_sigma(t)
-        return 2 * (alpha.log() - sigma.log())
 
     def time_at_ratio(self, ratio: np.ndarray) -> np.ndarray:
         """Times t, fp64, at which sigma / alpha equals `ratio` (0 .. inf); the inverse of `alpha_sigma`."""
@@ -244,7 +240,9 @@ class DiffusionProcess:
         """t -> s t / (1 + (s - 1) t), any shape, with s = time_shift; 0 and 1 stay."""
         return self.time_shift * t / (1 + (self.time_shift - 1) * t)
 
-    def training_times(self, uniforms: Tensor, sampling: TimeSampling, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    def training_times(
+        self, uniforms: Tensor, sampling: TimeSampling, *, mean: float = 0.0, std: float = 1.0
+    ) -> Tensor:
         """Times (B,) fp32 to train at, from `uniforms` (B,) in [0, 1).
 
         logit_normal: logit(t) is normal with `mean` and `std` (arXiv 2403.03206, eq. 19). In rectified flow logit(t)

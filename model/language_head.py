@@ -80,8 +80,15 @@ class LanguageModelHead(Linear):
         n_targets = (targets != IGNORED).sum().clamp_min(1) if n_targets is None else n_targets
         scale = 1.0 / torch.as_tensor(n_targets, dtype=torch.float32, device=hidden.device)
         if self.chunk_size and not torch.compiler.is_compiling():
-            rows = hidden.flatten(0, -2), self.weight, targets.flatten(), scale, self.z_loss_weight, self.chunk_size
-            loss, nats, squares = LinearCrossEntropy.apply(*rows, torch.is_grad_enabled())  # type: ignore[misc]
+            loss, nats, squares = LinearCrossEntropy.apply(  # type: ignore[misc]
+                hidden.flatten(0, -2),
+                self.weight,
+                targets.flatten(),
+                scale,
+                self.z_loss_weight,
+                self.chunk_size,
+                torch.is_grad_enabled(),
+            )
             return loss, nats.view(targets.shape), squares * scale, None
         logits = super().forward(hidden)
         rows = logits.float().flatten(0, -2)

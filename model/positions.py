@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def rotary_frequencies(
-    width: int, theta: float = 10000.0, interpolation: float = 1.0, ntk_factor: float = 1.0
+    width: int, *, theta: float = 10000.0, interpolation: float = 1.0, ntk_factor: float = 1.0
 ) -> list[float]:
     """Angle per position of each pair of channels (RoFormer, arXiv 2104.09864), width / 2 numbers in radians.
 
@@ -96,7 +96,7 @@ def sinusoidal_embedding(positions: Tensor, width: int) -> Tensor:
 
 
 def visible_keys(
-    queries: Tensor, keys: Tensor, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
+    queries: Tensor, keys: Tensor, *, attention_mask: Tensor | None = None, segment_ids: Tensor | None = None
 ) -> Tensor:
     """Which keys a query sees: those not after it, no padding, and of its own document only. A query always sees
     itself, so that no row is empty.

@@ -9,32 +9,15 @@ those of a further one. So a token's result depends on tokens before it alone, w
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from model.attention import LayerInputs, MegaTransformerBlock, SelectedTokens, SimpleBlock
 from model.cpu_kernels import Linear
 from model.kv_cache import take_back
 from model.norms import build_norm
-
-
-def sample_thinking_steps(config, generator: np.random.Generator, mean: float | None = None) -> int:
-    """A number of steps from the log-normal Poisson distribution (arXiv 2502.05171, section 3.3), within the limits.
-
-    log-rate ~ normal(log(mean - 1) - sigma^2 / 2, sigma), steps = Poisson(exp(log-rate)) + 1, of the given mean before
-    it is clipped to [recurrent_min_thinking_steps, recurrent_max_thinking_steps].
-
-    Args:
-        mean: instead of `recurrent_mean_thinking_steps`, at least 1.
-    """
-    mean = config.recurrent_mean_thinking_steps if mean is None else mean
-    steps = round(mean)
-    if config.recurrent_steps_distribution == "lognormal_poisson":
-        sigma = config.recurrent_sigma
-        log_rate = generator.normal(np.log(max(mean - 1, 1e-9)) - 0.5 * sigma**2, sigma)
-        steps = int(generator.poisson(np.exp(log_rate))) + 1
-    return min(max(steps, config.recurrent_min_thinking_steps), config.recurrent_max_thinking_steps)
+from model.thinking import Thinking
 
 
 class SumAdapter(nn.Module):
@@ -111,37 +94,54 @@ class MegaTransformerRecurrentBlock(nn.Module):
         shared_by = self.config.recurrent_cache_steps or self.config.recurrent_max_thinking_steps
         return first_slot + (step % shared_by) * (len(self.layers) + self.config.n_coda_layers)
 
-    def make_room(self, shared: LayerInputs, step: int, first_slot: int, length: int) -> None:
+    def make_room(self, shared: LayerInputs, step: int, first_slot: int, *, length: int) -> None:
         """Where steps share slots, take back what an earlier step wrote for the same tokens."""
         shared_by = self.config.recurrent_cache_steps
         if shared.cache is not None and shared_by is not None and step >= shared_by:
             for n in range(len(self.layers)):
                 take_back(shared.cache, self.slot(step, first_slot) + n, length)
 
-    def forward(
-        self,
-        x: Tensor,
-        shared: LayerInputs,
-        first_slot: int,
-        n_steps: int,
-        n_backprop_steps: int,
-        noise: Tensor | None = None,
-    ) -> Tensor:
-        """The state after so many steps.
+    def check_past(self, cache: Cache | None, first_slot: int, thinking: Thinking) -> None:
+        """Check that a cache holds the keys and values of every step that this call reads.
+
+        Raises: ValueError: the past lacks those of a step.
+        """
+        config, n_steps = self.config, thinking.n_steps
+        if cache is None or cache.is_compileable or (past := cache.get_seq_length()) == 0:
+            return
+        # Slots of the core, one per step up to the number of those that are not shared.
+        n_own = min(n_steps, config.recurrent_cache_steps or n_steps)
+        slots = [self.slot(step, first_slot) for step in range(n_own)]
+        # Slots of the coda: of every step that compares predictions, else of the last step alone.
+        if config.n_coda_layers:
+            by_prediction = thinking.exit_threshold and config.recurrent_exit_criterion == "kl"
+            first = min(config.recurrent_exit_min_steps, n_steps) - 2 if by_prediction else n_steps - 1
+            slots += [self.slot(step, first_slot) + len(self.layers) for step in range(max(first, 0), n_steps)]
+        for slot in slots:
+            if (length := cache.get_seq_length(slot)) != past:
+                raise ValueError(
+                    f"the cache holds {past} tokens, but only {length} of them in slot {slot}, which {n_steps} "
+                    f"thinking steps {'with' if thinking.exit_threshold else 'without'} exits read: continue with the "
+                    "number of steps, and with or without exits, that the past was computed with"
+                )
+
+    def forward(self, x: Tensor, shared: LayerInputs, first_slot: int, *, thinking: Thinking) -> Tensor:
+        """The state after all steps, without exits.
 
         Args:
             x: embedded input, (B, L, D).
-            n_backprop_steps: the last steps, which are differentiated; those before keep nothing for that.
-            noise: see `initial_state`.
+            first_slot: the cache's slot of the first layer at the first step.
+            thinking: resolved; steps before the last `n_backprop_steps` keep nothing for the backward pass.
         Returns: (B, L, D).
         """
-        state = self.initial_state(x, noise)
+        n_steps, n_backprop_steps = thinking.n_steps, thinking.n_backprop_steps
+        state = self.initial_state(x, thinking.initial_state)
         has_gradient = torch.is_grad_enabled()
         if has_gradient and n_steps > n_backprop_steps and hasattr(self, "learned_state"):
             x = x + 0.0 * self.learned_state  # A gradient of zero: engines want one of every parameter.
         for step in range(n_steps):
             slot = self.slot(step, first_slot)
-            self.make_room(shared, step, first_slot, x.shape[1])
+            self.make_room(shared, step, first_slot, length=x.shape[1])
             with torch.set_grad_enabled(has_gradient and step >= n_steps - n_backprop_steps):
                 hidden = self.adapter(state, x)
                 for n, layer in enumerate(self.layers):
@@ -157,8 +157,8 @@ class MegaTransformerRecurrentBlock(nn.Module):
         x: Tensor,
         shared: LayerInputs,
         first_slot: int,
-        max_steps: int,
-        threshold: float,
+        *,
+        thinking: Thinking,
         coda: SimpleBlock,
         predict: Callable[[Tensor], Tensor],
         is_token: Tensor | None = None,
@@ -172,11 +172,12 @@ class MegaTransformerRecurrentBlock(nn.Module):
 
         Args:
             x: embedded input, (B, L, D).
+            thinking: resolved; at most `n_steps`, with `exit_threshold` > 0.
             predict: what the coda gives, (N, D), to log-probabilities, (N, V) fp32.
             is_token: (B, L) bool, false at padding, which takes no step; None: all are tokens.
         Returns: with `kl` the coda's output, else the state, (B, L, D); and steps taken, (B, L) int64.
         """
-        by_prediction = self.config.recurrent_exit_criterion == "kl"
+        max_steps, by_prediction = thinking.n_steps, self.config.recurrent_exit_criterion == "kl"
         layers = [*self.layers, *(coda.layers if by_prediction else [])]
         tokens = SelectedTokens(
             torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if is_token is None else is_token
@@ -186,17 +187,17 @@ class MegaTransformerRecurrentBlock(nn.Module):
         before = None
         for step in range(max_steps):
             slot = self.slot(step, first_slot)
-            self.make_room(shared, step, first_slot, x.shape[1])
+            self.make_room(shared, step, first_slot, length=x.shape[1])
             hidden = self.adapter(state, fed)
             for n, layer in enumerate(self.layers):
-                hidden = layer.forward_selected(hidden, tokens, n, shared, slot + n)
+                hidden = layer.forward_selected(hidden, tokens, shared, layer=n, slot=slot + n)
             former, state = state, self.state_norm(hidden)
             out, is_last, before_exits = state, step + 1 == max_steps, step + 2 < self.config.recurrent_exit_min_steps
             if before_exits and not is_last:
                 continue
             if by_prediction:
                 for n in range(len(self.layers), len(layers)):
-                    out = layers[n].forward_selected(out, tokens, n, shared, slot + n)
+                    out = layers[n].forward_selected(out, tokens, shared, layer=n, slot=slot + n)
             result = tokens.scatter(out.to(result.dtype), result)
             steps = tokens.scatter(torch.full_like(tokens.batch, step + 1), steps)
             if is_last:
@@ -209,18 +210,18 @@ class MegaTransformerRecurrentBlock(nn.Module):
                 change = (state - former).float().norm(dim=-1) / state.float().norm(dim=-1)
             if change is None or step + 1 < self.config.recurrent_exit_min_steps:
                 continue
-            kept = change >= threshold
+            kept = change >= thinking.exit_threshold
             if not kept.all():
                 tokens.narrow(kept)
                 if not len(tokens):
                     break
                 state, fed = state[kept], fed[kept]
                 before = None if before is None else before[kept]
-        self.fill_forward(tokens, shared, first_slot, step + 1, max_steps)
+        self.fill_forward(tokens, shared, first_slot, n_taken=step + 1, max_steps=max_steps)
         return result, steps
 
     def fill_forward(
-        self, tokens: SelectedTokens, shared: LayerInputs, first_slot: int, n_taken: int, max_steps: int
+        self, tokens: SelectedTokens, shared: LayerInputs, first_slot: int, *, n_taken: int, max_steps: int
     ) -> None:
         """Give the slots of steps that no token has taken the keys and values of the tokens' last steps."""
         if shared.cache is None:

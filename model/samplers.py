@@ -28,6 +28,7 @@ def initial_noise(
     shape: Sequence[int],
     generators: Generators,
     process: DiffusionProcess,
+    *,
     device: torch.device | str | None = None,
 ) -> Tensor:
     """What sampling starts from, (B, *shape) fp32: unit noise times sigma(1), row b from generators[b] alone."""
@@ -62,9 +63,9 @@ def ddim(
     denoiser: Denoiser,
     x: Tensor,
     process: DiffusionProcess,
+    *,
     times: Tensor,
     generators: Generators | None = None,
-    *,
     eta: float = 0.0,
 ) -> Tensor:
     """DDIM (arXiv 2010.02502, eq. 12): x0 (B, ...) from x (B, ...) at times[0].
@@ -89,14 +90,14 @@ def ddim(
 
 
 def ddpm(
-    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, times: Tensor, generators: Generators | None = None
+    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, *, times: Tensor, generators: Generators | None = None
 ) -> Tensor:
     """Ancestral sampling (arXiv 2006.11239, eq. 7, the smaller variance): x0 (B, ...) from x (B, ...) at times[0]."""
-    return ddim(denoiser, x, process, times, generators, eta=1.0)
+    return ddim(denoiser, x, process, times=times, generators=generators, eta=1.0)
 
 
 def euler(
-    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, times: Tensor, generators: Generators | None = None
+    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, *, times: Tensor, generators: Generators | None = None
 ) -> Tensor:
     """Euler's method on the probability-flow ODE: x0 (B, ...) from x (B, ...) at times[0]."""
     steps = _Steps(x, process, times)
@@ -107,7 +108,7 @@ def euler(
 
 
 def heun(
-    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, times: Tensor, generators: Generators | None = None
+    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, *, times: Tensor, generators: Generators | None = None
 ) -> Tensor:
     """Heun's method on the probability-flow ODE, two evaluations per step but one in the last.
 
@@ -133,7 +134,7 @@ def heun(
 
 
 def dpmpp_2m(
-    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, times: Tensor, generators: Generators | None = None
+    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, *, times: Tensor, generators: Generators | None = None
 ) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, alg. 2): x0 (B, ...) from x (B, ...) at times[0]."""
     steps = _Steps(x, process, times)
@@ -168,6 +169,7 @@ def sample(
     name: SamplerKind,
     denoiser: Denoiser,
     x: Tensor,
+    *,
     process: DiffusionProcess,
     times: Tensor,
     generators: Generators | None = None,
@@ -181,7 +183,7 @@ def sample(
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler={name!r} is unknown; choose from {', '.join(SAMPLERS)}")
-    return SAMPLERS[name](denoiser, x, process, times, generators)
+    return SAMPLERS[name](denoiser, x, process, times=times, generators=generators)
 
 
 def rescale_guidance(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
@@ -198,9 +200,9 @@ def guided_denoiser(
     process: DiffusionProcess,
     network: Callable[[Tensor, Tensor, Any], Tensor],
     condition: Any,
+    *,
     null_condition: Any,
     scale: float,
-    *,
     interval: tuple[float, float] = (0.0, 1.0),
     rescale: float = 0.0,
 ) -> Denoiser:

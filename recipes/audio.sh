@@ -23,7 +23,7 @@ python preprocess_audio_vocoder_dataset.py --dataset_name "$DATASET" --dataset_c
 # 2. Vocoder of 14 M parameters with discriminators of published size, 200,000 steps of 16 crops per GPU: about 12
 #    hours on 8 GPUs.
 deepspeed --num_gpus="$GPUS" pretrain_vocoder.py --use_deepspeed --deepspeed_config ds_config_zero-1.json --bf16 \
-    --config base --run_name "$RUN" --cached_dataset "cached_datasets/${RUN}_audio" --resume_from_checkpoint latest \
+    --config medium --run_name "$RUN" --cached_dataset "cached_datasets/${RUN}_audio" --resume_from_checkpoint latest \
     --batch_size 16 --segment_frames 64 --num_workers 4 --discriminator full --max_steps 200000 \
     --gan_start_step 5000 --gan_ramp_steps 1000 --ema_decay 0.9999 --eval_steps 5000 --save_steps 5000
 python evaluate.py --checkpoint "runs/vocoder/$RUN" --contact_sheet 8 --max_samples 200
@@ -31,7 +31,7 @@ python evaluate.py --checkpoint "runs/vocoder/$RUN" --contact_sheet 8 --max_samp
 # 3. Audio VAE-GAN of 11 M parameters, 20 latent channels at half the frame rate, 100,000 steps of 32 segments per GPU:
 #    about 3 hours on 8 GPUs. It reads the vocoder's cache.
 deepspeed --num_gpus="$GPUS" pretrain_audio_vae.py --use_deepspeed --deepspeed_config ds_config_zero-1.json --bf16 \
-    --config base --run_name "$RUN" --cached_dataset "cached_datasets/${RUN}_audio" --resume_from_checkpoint latest \
+    --config medium --run_name "$RUN" --cached_dataset "cached_datasets/${RUN}_audio" --resume_from_checkpoint latest \
     --batch_size 32 --num_workers 4 --learning_rate 5e-4 --max_steps 100000 --gan_start_step 50000 \
     --ema_decay 0.9999 --eval_steps 5000 --save_steps 5000 --vocoder_checkpoint "runs/vocoder/$RUN"
 python evaluate.py --checkpoint "runs/audio_vae/$RUN" --vocoder_checkpoint "runs/vocoder/$RUN" --contact_sheet 8 \

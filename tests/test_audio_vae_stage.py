@@ -68,22 +68,22 @@ def test_character_loss_is_that_of_each_sample_alone():
     logits = torch.randn(2, 12, 258, generator=torch.Generator().manual_seed(0))
     texts = [encode_caption(text, 99) for text in ("abba", "c")]
     tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(text) for text in texts], batch_first=True)
-    losses = character_loss(logits, torch.tensor([12, 7]), tokens, torch.tensor([5, 2]))
+    losses = character_loss(logits, torch.tensor([12, 7]), tokens, token_lengths=torch.tensor([5, 2]))
     # All alignments of "c" to 7 frames, added up: blanks, a run of the letter, blanks.
     chances = logits[1, :7].double().softmax(-1)
     blank, letter = chances[:, 0], chances[:, texts[1][1]]
     total = sum(blank[:i].prod() * letter[i:j].prod() * blank[j:].prod() for i in range(7) for j in range(i + 1, 8))
     assert losses[1].item() == pytest.approx(-total.log().item(), rel=1e-5)
-    alone = character_loss(logits[:1], torch.tensor([12]), tokens[:1, :5], torch.tensor([5]))
+    alone = character_loss(logits[:1], torch.tensor([12]), tokens[:1, :5], token_lengths=torch.tensor([5]))
     assert losses[0].item() == pytest.approx(alone.item(), rel=1e-6)
-    impossible = character_loss(logits[:1], torch.tensor([3]), tokens[:1], torch.tensor([5]))
+    impossible = character_loss(logits[:1], torch.tensor([3]), tokens[:1], token_lengths=torch.tensor([5]))
     assert impossible.tolist() == [0.0]
 
 
 def test_an_empty_transcript_is_unknown_and_teaches_nothing():
     logits = torch.randn(2, 12, 258, generator=torch.Generator().manual_seed(0)).requires_grad_()
     tokens = torch.tensor([[*encode_caption("ab", 99)], [*encode_caption("", 99), 0, 0]])
-    losses = character_loss(logits, torch.tensor([12, 12]), tokens, torch.tensor([3, 1]))
+    losses = character_loss(logits, torch.tensor([12, 12]), tokens, token_lengths=torch.tensor([3, 1]))
     losses.sum().backward()
     assert losses[0] > 0 and losses[1] == 0
     assert logits.grad[0].any() and not logits.grad[1].any()

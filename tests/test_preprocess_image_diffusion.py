@@ -8,8 +8,8 @@ from PIL import Image
 from transformers import AutoTokenizer, BertModel
 
 from dataset_loading.cached import CachedDataset
-from model.text.tokenizer import decode_caption
 from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
+from tests.helpers.captions import text_of
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.latent_cache import CAPTIONS, make_latents, save_vae, write_captioned_images
 from tests.helpers.processes import has_files, run_until
@@ -59,7 +59,7 @@ def test_a_file_holds_the_standardised_posterior_of_its_image_and_the_caption(ra
             assert torch.allclose(stored_mean.float(), (mean[0] - mean_of) / std_of, rtol=RTOL, atol=1e-6)
             assert torch.allclose(stored_std.float(), (logvar[0] / 2).exp() / std_of, rtol=RTOL, atol=1e-6)
         assert sample["tokens"].dtype == torch.int16 and sample["tokens"][0] == 1
-        assert decode_caption(sample["tokens"].tolist()) == entry["caption"][:29] and len(sample["tokens"]) <= 30
+        assert text_of(sample["tokens"].tolist()) == entry["caption"][:29] and len(sample["tokens"]) <= 30
         assert entry["length"] == len(sample["tokens"])
     assert len(found) == 40 and {entry["caption"] for entry, _ in found.values()} == set(CAPTIONS)
     assert not torch.equal(found["000.png"][1]["mean"], found["001.png"][1]["mean"])
@@ -201,7 +201,7 @@ def test_a_changed_caption_is_encoded_again(raw, vae, tmp_path):
     before = contents(tmp_path / "out")
     manifest = make_latents(images, vae, tmp_path / "out")
     entry, sample = samples(tmp_path / "out")["000.png"]
-    assert entry["caption"] == decode_caption(sample["tokens"].tolist()) == "a blue disc"
+    assert entry["caption"] == text_of(sample["tokens"].tolist()) == "a blue disc"
     after = contents(tmp_path / "out")
     assert [name for name in before if before[name] != after[name]] == [
         f"{split}/{one['key']}.pt"

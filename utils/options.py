@@ -10,12 +10,15 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import logging
 import types
 import typing
 from collections.abc import Collection, Iterable
 from typing import Any, Literal
 
 from transformers import PreTrainedConfig
+
+logger = logging.getLogger(__name__)
 
 BOUNDS = {
     "gt": (">", lambda value, bound: value > bound),
@@ -241,15 +244,22 @@ def is_literal_typo(value: Any, annotation: Any) -> bool:
     return isinstance(value, str) and typing.get_origin(annotation) is Literal
 
 
-def from_preset(config_class: type, presets: dict[str, dict], name: str, **overrides: Any) -> Any:
+def from_preset(config_class: type, presets: dict[str, Any], name: str, **overrides: Any) -> Any:
     """Build `config_class` from a row of a preset table, with some fields replaced.
 
+    Args:
+        presets: rows of fields, beside `parameters`, their number in the model; or the new name of a renamed row.
     Raises:
         ValueError: the name is not in the table; the message lists the names and suggests one.
     """
     if name not in presets:
-        raise ValueError(f"unknown preset {name!r}{suggest(name, presets)} (presets: {', '.join(presets)})")
-    return config_class(**{**presets[name], **overrides})
+        names = [key for key, row in presets.items() if isinstance(row, dict)]
+        raise ValueError(f"unknown preset {name!r}{suggest(name, names)} (presets: {', '.join(names)})")
+    if isinstance(new_name := presets[name], str):
+        logger.warning("preset %r has been renamed to %r", name, new_name)
+        name = new_name
+    fields = {field: value for field, value in presets[name].items() if field != "parameters"}
+    return config_class(**{**fields, **overrides})
 
 
 class StrictConfig(PreTrainedConfig):

@@ -45,7 +45,8 @@ class AudioDataset(CachedDataset):
         Raises: ValueError: they differ; the message shows both and the command that makes what is needed.
         """
         remedy = f"this makes it: {self.command(**self.mel_flags(mel))}"
-        check_same_mel(self.mel, str(self.folder), mel, name, f"{remedy}\n{fix}" if fix else remedy)
+        remedy = f"{remedy}\n{fix}" if fix else remedy
+        check_same_mel(self.mel, mel, first_name=str(self.folder), second_name=name, remedy=remedy)
         return self
 
     def mel_flags(self, mel: MelSettings) -> dict[str, object]:

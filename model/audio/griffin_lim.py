@@ -7,7 +7,9 @@ from torch import Tensor
 from model.audio.spectral import MelSettings, Spectrogram, mel_filters
 
 
-def mel_to_magnitude(amplitude: Tensor, filters: Tensor, spread: Tensor, n_iterations: int, start: Tensor) -> Tensor:
+def mel_to_magnitude(
+    amplitude: Tensor, filters: Tensor, spread: Tensor, *, n_iterations: int, start: Tensor
+) -> Tensor:
     """Magnitudes whose mel is near a given one, by multiplicative updates of the Kullback-Leibler divergence, which
     keep them positive (Lee and Seung, 2000, eq. 5): a bin is multiplied by the mean of what its filters lack.
 
@@ -27,7 +29,7 @@ def mel_to_magnitude(amplitude: Tensor, filters: Tensor, spread: Tensor, n_itera
     return magnitude
 
 
-def mel_gain(magnitude: Tensor, amplitude: Tensor, filters: Tensor, spread: Tensor) -> Tensor:
+def mel_gain(magnitude: Tensor, amplitude: Tensor, *, filters: Tensor, spread: Tensor) -> Tensor:
     """What to multiply magnitudes by so that their mel comes nearer to a given one: the factors of one update of
     `mel_to_magnitude`, at most tenfold where hardly anything is there.
 
@@ -64,6 +66,7 @@ def griffin_lim(
     mel: Tensor,
     settings: MelSettings,
     n_iterations: int = 60,
+    *,
     momentum: float = 0.99,
     generator: torch.Generator | None = None,
 ) -> Tensor:
@@ -77,7 +80,7 @@ def griffin_lim(
     filters, inverse, spread = (each.to(mel.device) for each in inversion_matrices(settings))
     amplitude = mel.exp().transpose(1, 2)
     start = starting_magnitude(amplitude, inverse, spread)
-    magnitude = mel_to_magnitude(amplitude, filters, spread, 50, start).transpose(1, 2)
+    magnitude = mel_to_magnitude(amplitude, filters, spread, n_iterations=50, start=start).transpose(1, 2)
     transform = Spectrogram(settings.n_fft, settings.hop_length).to(mel.device)
     generator = generator or torch.Generator().manual_seed(0)
     phase = 2 * torch.pi * torch.rand(magnitude.shape, generator=generator)

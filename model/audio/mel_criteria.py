@@ -4,6 +4,8 @@ Every loss is a sample's mean over its own valid values, then the mean over the 
 average to the loss of the whole batch, however they are padded.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,8 +25,17 @@ def mel_gradient_loss(error: Tensor, n_frames: Tensor) -> Tensor:
     return over_time + masked_mean(error.diff(dim=-2).abs(), n_frames)
 
 
+# Distances (error (B, M, F), n_frames (B,)) -> (B,), by name, in the order of their sum. A new term is a row here and
+# a weight of `MelLoss`.
+TERMS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "l1": lambda error, n_frames: masked_mean(error.abs(), n_frames),
+    "l2": lambda error, n_frames: masked_mean(error.square(), n_frames),
+    "gradient": mel_gradient_loss,
+}
+
+
 class MelLoss(nn.Module):
-    """Weighted distances between log-mels, by name.
+    """Weighted distances between log-mels, by name: `TERMS`.
 
     Args:
         l1_weight: weight of the mean absolute error, in nats.
@@ -46,15 +57,11 @@ class MelLoss(nn.Module):
         """Args: reconstruction, target: (B, M, F); n_frames: (B,).
         Returns: weighted fp32 scalars "l1", "l2", "gradient"; those with weight 0 are left out."""
         error = reconstruction.float() - target.float()
-        losses = {
-            "l1": lambda: masked_mean(error.abs(), n_frames),
-            "l2": lambda: masked_mean(error.square(), n_frames),
-            "gradient": lambda: mel_gradient_loss(error, n_frames),
-        }
-        return {name: weight * losses[name]().mean() for name, weight in self.weights.items() if weight > 0}
+        weights = {name: weight for name, weight in self.weights.items() if weight > 0}
+        return {name: weight * TERMS[name](error, n_frames).mean() for name, weight in weights.items()}
 
 
-def character_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, token_lengths: Tensor) -> Tensor:
+def character_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, *, token_lengths: Tensor) -> Tensor:
     """CTC loss (Graves et al. 2006) in nats per character; 0, without a gradient, for a transcript longer than its
     latents can spell, and for an empty one, which says nothing of what is spoken.
 
@@ -65,9 +72,9 @@ def character_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, token_length
         token_lengths: (B,), the first one counted.
     Returns: (B,) fp32.
     """
-    log_chances = logits.float().log_softmax(-1).transpose(0, 1)
+    log_probabilities = logits.float().log_softmax(-1).transpose(0, 1)
     n_characters = token_lengths - 1
     losses = F.ctc_loss(
-        log_chances, tokens[:, 1:], lengths, n_characters, PADDING, reduction="none", zero_infinity=True
+        log_probabilities, tokens[:, 1:], lengths, n_characters, PADDING, reduction="none", zero_infinity=True
     )
     return losses.where(n_characters > 0, 0.0) / n_characters.clamp_min(1)

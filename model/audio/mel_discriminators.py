@@ -4,14 +4,14 @@ They see mels normalised per mel bin, so that values are about unit; the statist
 they return (list of logit maps, list of feature maps), have no batch norm, and advance spectral norms once per update.
 """
 
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
-from model.image.discriminators import LEAKY_SLOPE, Discriminator
+from model.image.discriminators import LEAKY_SLOPE, Discriminator, convolution
 from utils.options import suggest
 
 
@@ -35,6 +35,7 @@ class MelDiscriminator(Discriminator):
         self,
         band_mean: Tensor,
         band_std: Tensor,
+        *,
         channels: int = 32,
         n_layers: int = 3,
         use_spectral_norm: bool = False,
@@ -43,10 +44,11 @@ class MelDiscriminator(Discriminator):
         self.register_buffer("band_mean", band_mean.detach().clone()[:, None])
         self.register_buffer("band_std", band_std.detach().clone()[:, None])
         widths = [self.in_channels(len(band_mean))] + [channels * min(2**i, 8) for i in range(n_layers)]
+        layer = partial(convolution, kind=self.convolution, use_spectral_norm=use_spectral_norm)
         self.layers = nn.ModuleList(
-            self.layer(width, out_width, 4, 2, use_spectral_norm) for width, out_width in zip(widths, widths[1:])
+            layer(width, out_width, 4, stride=2) for width, out_width in zip(widths, widths[1:])
         )
-        self.head = self.layer(widths[-1], 1, 3, 1, use_spectral_norm)
+        self.head = layer(widths[-1], 1, 3, stride=1)
         self.eval()
 
     def in_channels(self, n_mels: int) -> int:
@@ -56,13 +58,6 @@ class MelDiscriminator(Discriminator):
     def arrange(self, mel: Tensor) -> Tensor:
         """A normalised mel (B, M, F) in the shape that the first layer takes."""
         raise NotImplementedError
-
-    def layer(self, in_channels: int, channels: int, kernel_size: int, stride: int, use_spectral_norm: bool):
-        """A convolution with He initialisation for leaky ReLU, under spectral norm where asked."""
-        conv = self.convolution(in_channels, channels, kernel_size, stride, padding=(kernel_size - 1) // 2)
-        nn.init.kaiming_normal_(conv.weight, a=LEAKY_SLOPE)
-        nn.init.zeros_(conv.bias)
-        return parametrizations.spectral_norm(conv) if use_spectral_norm else conv
 
     def forward(self, mel: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Args: mel: log-mel (B, M, F), F (and M for `patch_2d`) at least 2**n_layers.
@@ -116,6 +111,7 @@ def build_mel_discriminator(
     kind: MelDiscriminatorKind,
     band_mean: Tensor,
     band_std: Tensor,
+    *,
     channels: int,
     n_layers: int,
     use_spectral_norm: bool = False,
@@ -123,4 +119,6 @@ def build_mel_discriminator(
     """A discriminator by name; ValueError with a suggestion for an unknown one."""
     if kind not in MEL_DISCRIMINATORS:
         raise ValueError(f"discriminator {kind!r} is not known{suggest(kind, MEL_DISCRIMINATORS)}")
-    return MEL_DISCRIMINATORS[kind](band_mean, band_std, channels, n_layers, use_spectral_norm)
+    return MEL_DISCRIMINATORS[kind](
+        band_mean, band_std, channels=channels, n_layers=n_layers, use_spectral_norm=use_spectral_norm
+    )

@@ -90,7 +90,7 @@ def mel_preset(name: str) -> MelSettings:
     return MEL_PRESETS[name]
 
 
-def check_same_mel(first: MelSettings, first_name: str, second: MelSettings, second_name: str, remedy: str) -> None:
+def check_same_mel(first: MelSettings, second: MelSettings, *, first_name: str, second_name: str, remedy: str) -> None:
     """Refuse to join two parts with different log-mels.
 
     Args:

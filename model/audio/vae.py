@@ -253,7 +253,12 @@ class AudioVAE(VAE):
     # ---- Mels to latents and back.
 
     def forward(
-        self, mel: Tensor, n_frames: Tensor | None = None, noise: Tensor | None = None, speaker: Tensor | None = None
+        self,
+        mel: Tensor,
+        n_frames: Tensor | None = None,
+        noise: Tensor | None = None,
+        *,
+        speaker: Tensor | None = None,
     ) -> AudioVAEOutput:
         """Encode, add `noise` in units of the posterior's standard deviation, decode.
 
@@ -263,7 +268,7 @@ class AudioVAE(VAE):
             noise: standard normal, of the shape of the latents, or None to decode the posterior mean.
             speaker: (B,) int64, places in `config.speakers`; None where there are none.
         """
-        n_frames = self.check_frames(n_frames, mel.shape[0], mel.shape[-1], mel.device)
+        n_frames = self.check_frames(n_frames, mel.shape[0], mel.shape[-1], device=mel.device)
         mean, logvar = self.encode(mel, n_frames, speaker)
         latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         reconstruction = self.decode_all(latents, n_frames, speaker)[..., : mel.shape[-1]]
@@ -284,7 +289,7 @@ class AudioVAE(VAE):
             raise ValueError(
                 f"a mel of shape {tuple(mel.shape)} cannot be encoded: expected (B, {self.config.n_mels}, F), F > 0"
             )
-        n_frames = self.check_frames(n_frames, mel.shape[0], mel.shape[-1], mel.device)
+        n_frames = self.check_frames(n_frames, mel.shape[0], mel.shape[-1], device=mel.device)
         n_padded = -mel.shape[-1] % self.config.compression
         mel = F.pad(mel.float(), (0, n_padded), value=self.config.mel.log_floor)
         mel = mel.where(valid_frames(n_frames, mel.shape[-1])[:, None], self.config.mel.log_floor)
@@ -310,7 +315,8 @@ class AudioVAE(VAE):
             )
         F_all = latents.shape[-1] * self.config.compression
         n_frames = None if n_frames is None else n_frames.cpu()  # Checked, and the longest one is needed there.
-        mel = self.decode_all(latents, self.check_frames(n_frames, len(latents), F_all, latents.device), speaker)
+        checked = self.check_frames(n_frames, len(latents), F_all, device=latents.device)
+        mel = self.decode_all(latents, checked, speaker)
         return mel if n_frames is None else mel[..., : int(n_frames.max())]
 
     def decode_all(self, latents: Tensor, n_frames: Tensor, speaker: Tensor | None) -> Tensor:
@@ -343,7 +349,7 @@ class AudioVAE(VAE):
         mask = valid_frames(self.latents_lengths(n_frames), n_latents).float()[..., None]
         return mask if self.config.architecture == "conv1d" else mask[:, None]
 
-    def check_frames(self, n_frames: Tensor | None, B: int, n_all: int, device: torch.device) -> Tensor:
+    def check_frames(self, n_frames: Tensor | None, B: int, n_all: int, *, device: torch.device) -> Tensor:
         """The lengths of all clips on the device; None means all frames.
 
         Lengths that are on a GPU are clamped to [1, n_all] instead of checked: nothing waits for it.

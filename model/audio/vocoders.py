@@ -175,11 +175,13 @@ class HarmonicPrior(nn.Module):
         """(B, M, F) -> (B, F, K)."""
         amplitude = mel.exp().transpose(1, 2)
         start = starting_magnitude(amplitude, self.inverse, self.spread)
-        return mel_to_magnitude(amplitude, self.filters, self.spread, self.config.n_magnitude_updates, start)
+        return mel_to_magnitude(
+            amplitude, self.filters, self.spread, n_iterations=self.config.n_magnitude_updates, start=start
+        )
 
     def mel_gain(self, mel: Tensor, magnitude: Tensor) -> Tensor:
         """Log-mel (B, M, F), magnitudes (B, F, K) -> factors that bring them nearer to it, (B, F, K)."""
-        return mel_gain(magnitude, mel.exp().transpose(1, 2), self.filters, self.spread)
+        return mel_gain(magnitude, mel.exp().transpose(1, 2), filters=self.filters, spread=self.spread)
 
     def pitch(self, magnitude: Tensor, transform: FourierTransform) -> tuple[Tensor, Tensor]:
         """Fundamental frequency in cycles per sample, and the autocorrelation there (about 0 unvoiced, 1 voiced).

@@ -5,6 +5,9 @@ batch, so that equal micro-batches or ranks average exactly. Magnitudes at the S
 noise of variance 1, whatever N is; those of log-mels are as `LogMel` has them.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -12,7 +15,7 @@ from model.audio.lengths import masked_mean
 from model.audio.spectral import LogMel, MelSettings, Spectrogram
 
 
-def spectral_convergence(fake: Tensor, real: Tensor, floor: float, n_frames: Tensor | None = None) -> Tensor:
+def spectral_convergence(fake: Tensor, real: Tensor, *, floor: float, n_frames: Tensor | None = None) -> Tensor:
     """Frobenius norm of a difference of magnitudes over that of the real ones (arXiv 1910.11480, eq. 4).
 
     Args:
@@ -33,7 +36,7 @@ def safe_sqrt(values: Tensor) -> Tensor:
     return torch.where(positive, torch.where(positive, values, 1.0).sqrt(), 0.0)
 
 
-def log_distance(fake: Tensor, real: Tensor, floor: float, n_frames: Tensor | None = None) -> Tensor:
+def log_distance(fake: Tensor, real: Tensor, *, floor: float, n_frames: Tensor | None = None) -> Tensor:
     """Mean absolute difference of natural logarithms of magnitudes, clamped at `floor` (arXiv 1910.11480, eq. 5).
 
     Args: fake, real: (B, K, F).
@@ -49,7 +52,7 @@ def safe_angle(values: Tensor) -> Tensor:
     return torch.atan2(torch.where(has_angle, imaginary, 0.0), torch.where(has_angle, real, 1.0))
 
 
-def phase_distances(fake: Tensor, real: Tensor, floor: float, n_frames: Tensor | None = None) -> dict[str, Tensor]:
+def phase_distances(fake: Tensor, real: Tensor, *, floor: float, n_frames: Tensor | None = None) -> dict[str, Tensor]:
     """Anti-wrapped errors of group delay and of instantaneous angular frequency (arXiv 2211.15974, eqs. 12 to 15),
     weighted by magnitudes, in radians.
 
@@ -74,6 +77,27 @@ def phase_distances(fake: Tensor, real: Tensor, floor: float, n_frames: Tensor |
     change = change * torch.minimum(weight[..., 1:], weight[..., :-1])
     n_pairs = None if n_frames is None else n_frames - 1
     return {"group_delay": masked_mean(delay, n_frames), "frequency": masked_mean(change, n_pairs)}
+
+
+@dataclass
+class Pair:
+    """A generated and a real waveform, with what several distances read.
+
+    Args:
+        fake, real: (B, S) fp32.
+        n_samples: samples of each waveform that count, (B,); None: all.
+        fake_spectrum, real_spectrum: complex spectrograms at the log-mel's resolution, (B, K, F).
+    """
+
+    fake: Tensor
+    real: Tensor
+    n_samples: Tensor | None
+    fake_spectrum: Tensor
+    real_spectrum: Tensor
+
+    def n_frames(self, spectrogram: Spectrogram) -> Tensor | None:
+        """Frames of each waveform that count at this resolution, (B,); None: all."""
+        return None if self.n_samples is None else self.n_samples // spectrogram.hop_length
 
 
 class VocoderLoss(nn.Module):
@@ -102,6 +126,7 @@ class VocoderLoss(nn.Module):
     def __init__(
         self,
         mel: MelSettings,
+        *,
         mel_weight: float = 45.0,
         stft_weight: float = 1.0,
         phase_weight: float = 0.0,
@@ -148,44 +173,64 @@ class VocoderLoss(nn.Module):
         Returns: (B,) fp32 per name; terms with weight 0 are left out.
         """
         with torch.autocast(fake.device.type, enabled=False):
+            spectrogram = self.log_mel.spectrogram
             fake, real = fake.float(), real.float()
-            terms = self.terms_at_the_mel(fake, real, n_samples)
-            if "convergence" in self.weights:
-                terms |= self.terms_at_all_resolutions(fake, real, n_samples, terms.pop("spectra"))
+            pair = Pair(fake, real, n_samples, fake_spectrum=spectrogram(fake), real_spectrum=spectrogram(real))
+            # A row computes one distance or two that share their work and their weight.
+            terms: dict[str, Tensor] = {}
+            for names, distances in self.rows():
+                if names[0] in self.weights:
+                    terms |= zip(names, distances(pair))
         return {name: terms[name] for name in self.weights}
 
-    def terms_at_the_mel(self, fake: Tensor, real: Tensor, n_samples: Tensor | None) -> dict:
-        """Terms at the log-mel's resolution, and under `spectra` both spectrograms, for whoever needs them again."""
-        spectrogram = self.log_mel.spectrogram
-        spectra = spectrogram(fake), spectrogram(real)
-        n_frames = None if n_samples is None else n_samples // spectrogram.hop_length
-        scale = scale_of(spectrogram)
-        terms: dict = {"spectra": spectra}
-        if "mel" in self.weights:
-            mels = [self.log_mel.from_magnitude(spectrum.abs()) for spectrum in spectra]
-            terms["mel"] = masked_mean((mels[0] - mels[1]).abs(), n_frames)
-        if "group_delay" in self.weights:
-            terms |= phase_distances(*(spectrum * scale for spectrum in spectra), self.silence, n_frames)
-        if "complex_stft" in self.weights:
-            difference = (spectra[0] - spectra[1]).abs() * scale
-            norm = masked_mean((spectra[1].abs() * scale).square(), n_frames).sqrt().clamp_min(self.silence)
-            terms["complex_stft"] = safe_sqrt(masked_mean(difference.square(), n_frames)) / norm
-        return terms
+    def rows(self) -> list[tuple[tuple[str, ...], Callable[[Pair], tuple[Tensor, ...]]]]:
+        """Names of distances and the method that computes them, in the order of computation. A new term is a row here,
+        and a weight in the constructor."""
+        return [
+            (("mel",), self.mel_distance),
+            (("group_delay", "frequency"), self.phase_distances),
+            (("complex_stft",), self.complex_distance),
+            (("convergence", "log_magnitude"), self.magnitude_distances),
+        ]
 
-    def terms_at_all_resolutions(self, fake: Tensor, real: Tensor, n_samples: Tensor | None, spectra) -> dict:
-        """Spectral convergence and log-magnitudes; `spectra` are those of the log-mel's resolution."""
-        own = self.log_mel.spectrogram
+    def mel_distance(self, pair: Pair) -> tuple[Tensor]:
+        """Mean absolute difference of log-mels, (B,), in nats."""
+        fake, real = (
+            self.log_mel.from_magnitude(spectrum.abs()) for spectrum in (pair.fake_spectrum, pair.real_spectrum)
+        )
+        return (masked_mean((fake - real).abs(), pair.n_frames(self.log_mel.spectrogram)),)
+
+    def phase_distances(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Group delay and frequency, (B,) each: `phase_distances` at the log-mel's resolution."""
+        spectrogram = self.log_mel.spectrogram
+        scale, n_frames = scale_of(spectrogram), pair.n_frames(spectrogram)
+        fake, real = pair.fake_spectrum * scale, pair.real_spectrum * scale
+        distances = phase_distances(fake, real, floor=self.silence, n_frames=n_frames)
+        return distances["group_delay"], distances["frequency"]
+
+    def complex_distance(self, pair: Pair) -> tuple[Tensor]:
+        """Norm of the difference of complex spectrograms over the real one's, (B,), at the log-mel's resolution."""
+        spectrogram = self.log_mel.spectrogram
+        scale, n_frames = scale_of(spectrogram), pair.n_frames(spectrogram)
+        difference = (pair.fake_spectrum - pair.real_spectrum).abs() * scale
+        norm = masked_mean((pair.real_spectrum.abs() * scale).square(), n_frames).sqrt().clamp_min(self.silence)
+        return (safe_sqrt(masked_mean(difference.square(), n_frames)) / norm,)
+
+    def magnitude_distances(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Spectral convergence and distance of log-magnitudes, (B,) each, means over all resolutions."""
+        mel_resolution = self.log_mel.spectrogram
         convergence, logarithm = [], []
         for spectrogram in self.resolutions:
-            same = (spectrogram.n_fft, spectrogram.hop_length) == (own.n_fft, own.hop_length)
-            pair = spectra if same else (spectrogram(fake), spectrogram(real))
-            scale = scale_of(spectrogram)
-            magnitudes = [spectrum.abs() * scale for spectrum in pair]
             assert isinstance(spectrogram, Spectrogram)
-            n_frames = None if n_samples is None else n_samples // spectrogram.hop_length
-            convergence.append(spectral_convergence(*magnitudes, self.silence, n_frames))
-            logarithm.append(log_distance(*magnitudes, self.floor, n_frames))
-        return {"convergence": torch.stack(convergence).mean(0), "log_magnitude": torch.stack(logarithm).mean(0)}
+            # The resolution of the log-mel has been computed already.
+            spectra = pair.fake_spectrum, pair.real_spectrum
+            if (spectrogram.n_fft, spectrogram.hop_length) != (mel_resolution.n_fft, mel_resolution.hop_length):
+                spectra = spectrogram(pair.fake), spectrogram(pair.real)
+            scale, n_frames = scale_of(spectrogram), pair.n_frames(spectrogram)
+            fake, real = (spectrum.abs() * scale for spectrum in spectra)  # (B, K, F) each
+            convergence.append(spectral_convergence(fake, real, floor=self.silence, n_frames=n_frames))
+            logarithm.append(log_distance(fake, real, floor=self.floor, n_frames=n_frames))
+        return torch.stack(convergence).mean(0), torch.stack(logarithm).mean(0)
 
 
 def scale_of(spectrogram: Spectrogram) -> Tensor:

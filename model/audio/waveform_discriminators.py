@@ -22,11 +22,11 @@ Maps = tuple[list[Tensor], list[Tensor]]
 
 
 def convolution(
-    in_channels: int, channels: int, kernel: tuple[int, int], stride: tuple[int, int], use_weight_norm: bool
+    in_channels: int, channels: int, kernel: tuple[int, int], *, stride: tuple[int, int], use_weight_norm: bool
 ) -> nn.Module:
     """A padded convolution with He initialisation for leaky ReLU, under weight norm (arXiv 1602.07868) where asked."""
     padding = ((kernel[0] - 1) // 2, (kernel[1] - 1) // 2)
-    conv = nn.Conv2d(in_channels, channels, kernel, stride, padding)
+    conv = nn.Conv2d(in_channels, channels, kernel, stride=stride, padding=padding)
     nn.init.kaiming_normal_(conv.weight, a=LEAKY_SLOPE)
     nn.init.zeros_(conv.bias)
     conv = conv.to(memory_format=torch.channels_last)
@@ -43,14 +43,14 @@ class PeriodDiscriminator(nn.Module):
         use_weight_norm: reparametrise all kernels.
     """
 
-    def __init__(self, period: int, widths: Sequence[int], strides: Sequence[int], use_weight_norm: bool = False):
+    def __init__(self, period: int, widths: Sequence[int], strides: Sequence[int], *, use_weight_norm: bool = False):
         super().__init__()
         self.period = period
         self.layers = nn.ModuleList(
-            convolution(width, out_width, (1, 5), (1, stride), use_weight_norm)
+            convolution(width, out_width, (1, 5), stride=(1, stride), use_weight_norm=use_weight_norm)
             for width, out_width, stride in zip([1, *widths], widths, strides)
         )
-        self.head = convolution(widths[-1], 1, (1, 3), (1, 1), use_weight_norm)
+        self.head = convolution(widths[-1], 1, (1, 3), stride=(1, 1), use_weight_norm=use_weight_norm)
 
     def forward(self, waveform: Tensor) -> Maps:
         """Args: waveform: (B, S).
@@ -85,6 +85,7 @@ class ResolutionDiscriminator(nn.Module):
         self,
         n_fft: int,
         layers: Sequence[tuple[int, tuple[int, int], tuple[int, int]]],
+        *,
         bands: Sequence[float] = (0.0, 1.0),
         compression: float = 1.0,
         normalize: bool = False,
@@ -99,12 +100,12 @@ class ResolutionDiscriminator(nn.Module):
         widths = [2, *(layer[0] for layer in layers)]
         self.stacks = nn.ModuleList(
             nn.ModuleList(
-                convolution(width, out_width, kernel, stride, use_weight_norm)
+                convolution(width, out_width, kernel, stride=stride, use_weight_norm=use_weight_norm)
                 for width, (out_width, kernel, stride) in zip(widths, layers)
             )
             for _ in self.bands
         )
-        self.head = convolution(widths[-1], 1, (3, 3), (1, 1), use_weight_norm)
+        self.head = convolution(widths[-1], 1, (3, 3), stride=(1, 1), use_weight_norm=use_weight_norm)
 
     def spectrum(self, waveform: Tensor) -> Tensor:
         """(B, S) -> (B, 2, F, K) real and imaginary parts, channels last."""
@@ -197,6 +198,7 @@ def build_waveform_discriminator(
     kind: WaveformDiscriminatorKind,
     periods: Sequence[int] | None = None,
     resolutions: Sequence[int] | None = None,
+    *,
     widening: float = 1.0,
 ) -> WaveformDiscriminator:
     """A discriminator by name.

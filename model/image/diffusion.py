@@ -86,7 +86,7 @@ class ImageDiffusionConfig(StrictConfig):
         return 4 * self.widths[0] if self.conditioning_width is None else self.conditioning_width
 
     def validate_process(self):
-        DiffusionProcess(self.schedule, self.prediction, self.zero_terminal_snr, self.time_shift)
+        DiffusionProcess(self.schedule, self.prediction, self.zero_terminal_snr, time_shift=self.time_shift)
 
     def validate_levels(self):
         for name in ("n_blocks", "use_attention"):
@@ -183,7 +183,7 @@ class ImageDiffusion(PreTrainedModel):
     def __init__(self, config: ImageDiffusionConfig):
         super().__init__(config)
         self.process = DiffusionProcess(
-            config.schedule, config.prediction, config.zero_terminal_snr, config.time_shift
+            config.schedule, config.prediction, config.zero_terminal_snr, time_shift=config.time_shift
         )
         self.network = build_residual(config) if config.architecture == "residual" else LDMUNet(config)
         if config.text_encoder == "bytes":
@@ -208,6 +208,7 @@ class ImageDiffusion(PreTrainedModel):
         latents: Tensor,
         time: Tensor,
         tokens: Tensor | None = None,
+        *,
         text_states: Tensor | None = None,
         mask: Tensor | None = None,
         drop: Tensor | None = None,
@@ -222,12 +223,13 @@ class ImageDiffusion(PreTrainedModel):
         if tokens is None and text_states is None:
             condition = self.null_condition(len(latents))
         else:
-            condition = self.encode_text(tokens, text_states, mask, drop)
+            condition = self.encode_text(tokens, text_states=text_states, mask=mask, drop=drop)
         return DiffusionOutput(prediction=self.predict(latents, time, condition))
 
     def encode_text(
         self,
         tokens: Tensor | None = None,
+        *,
         text_states: Tensor | None = None,
         mask: Tensor | None = None,
         drop: Tensor | None = None,

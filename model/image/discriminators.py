@@ -40,9 +40,17 @@ class Discriminator(nn.Module):
                 module.parametrizations.eval()
 
 
-def convolution(in_channels: int, channels: int, kernel_size: int, stride: int, use_spectral_norm: bool) -> nn.Module:
-    """A convolution with He initialisation for leaky ReLU, under spectral norm where asked."""
-    conv = nn.Conv2d(in_channels, channels, kernel_size, stride, padding=(kernel_size - 1) // 2)
+def convolution(
+    in_channels: int,
+    channels: int,
+    kernel_size: int,
+    *,
+    stride: int,
+    use_spectral_norm: bool,
+    kind: type[nn.Conv1d] | type[nn.Conv2d] = nn.Conv2d,
+) -> nn.Module:
+    """A padded convolution with He initialisation for leaky ReLU, under spectral norm where asked."""
+    conv = kind(in_channels, channels, kernel_size, stride=stride, padding=(kernel_size - 1) // 2)
     nn.init.kaiming_normal_(conv.weight, a=LEAKY_SLOPE)
     nn.init.zeros_(conv.bias)
     return parametrizations.spectral_norm(conv) if use_spectral_norm else conv
@@ -61,9 +69,10 @@ class PatchDiscriminator(Discriminator):
         super().__init__()
         widths = [3] + [channels * min(2**i, 8) for i in range(n_layers)]
         self.layers = nn.ModuleList(
-            convolution(width, out_width, 4, 2, use_spectral_norm) for width, out_width in zip(widths, widths[1:])
+            convolution(width, out_width, 4, stride=2, use_spectral_norm=use_spectral_norm)
+            for width, out_width in zip(widths, widths[1:])
         )
-        self.head = convolution(widths[-1], 1, 3, 1, use_spectral_norm)
+        self.head = convolution(widths[-1], 1, 3, stride=1, use_spectral_norm=use_spectral_norm)
         self.eval()
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -90,7 +99,7 @@ class MultiScaleDiscriminator(Discriminator):
         n_scales: number of sub-discriminators; the last one sees the image 2**(n_scales - 1) times smaller.
     """
 
-    def __init__(self, channels: int = 32, n_layers: int = 3, use_spectral_norm: bool = False, n_scales: int = 2):
+    def __init__(self, channels: int = 32, n_layers: int = 3, use_spectral_norm: bool = False, *, n_scales: int = 2):
         super().__init__()
         self.scales = nn.ModuleList(PatchDiscriminator(channels, n_layers, use_spectral_norm) for _ in range(n_scales))
         self.eval()
@@ -114,7 +123,7 @@ DISCRIMINATORS: dict[DiscriminatorKind, type] = {"patch": PatchDiscriminator, "m
 
 
 def build_discriminator(
-    kind: DiscriminatorKind, channels: int = 32, n_layers: int = 3, use_spectral_norm: bool = False
+    kind: DiscriminatorKind, channels: int = 32, n_layers: int = 3, *, use_spectral_norm: bool = False
 ) -> Discriminator:
     """A discriminator by name; ValueError with a suggestion for an unknown one."""
     if kind not in DISCRIMINATORS:

@@ -25,7 +25,7 @@ ATTENTION_NORM_EPS = 1e-6
 class LDMTimeBlock(GradientCheckpointingLayer):
     """shortcut(x) + conv(silu(norm(conv(silu(norm(x))) + time))); the shortcut is 1x1 where the width changes."""
 
-    def __init__(self, width: int, out_width: int, conditioning_width: int, n_norm_groups: int):
+    def __init__(self, width: int, out_width: int, conditioning_width: int, *, n_norm_groups: int):
         super().__init__()
         self.norm1 = nn.GroupNorm(n_norm_groups, width, eps=NORM_EPS)
         self.conv1 = nn.Conv2d(width, out_width, 3, padding=1)
@@ -64,7 +64,9 @@ class LDMCrossAttention(nn.Module):
 class LDMTransformer(GradientCheckpointingLayer):
     """x + projection of one transformer block: attention to itself, to the text, and a gated feed-forward layer."""
 
-    def __init__(self, width: int, text_width: int, head_width: int, n_norm_groups: int, use_linear_projection: bool):
+    def __init__(
+        self, width: int, text_width: int, head_width: int, *, n_norm_groups: int, use_linear_projection: bool
+    ):
         super().__init__()
 
         def projection() -> nn.Module:
@@ -135,10 +137,15 @@ class LDMUNet(nn.Module):
 
         def step(in_width: int, width: int, use_attention: bool) -> LDMStep:
             head_width = config.head_width if config.n_heads is None else width // config.n_heads
-            transformer = LDMTransformer(width, config.text_width, head_width, groups, config.use_linear_projection)
-            return LDMStep(
-                LDMTimeBlock(in_width, width, config.time_width, groups), transformer if use_attention else None
+            transformer = LDMTransformer(
+                width,
+                config.text_width,
+                head_width,
+                n_norm_groups=groups,
+                use_linear_projection=config.use_linear_projection,
             )
+            block = LDMTimeBlock(in_width, width, config.time_width, n_norm_groups=groups)
+            return LDMStep(block, transformer if use_attention else None)
 
         self.time = TimeEmbedding(widths[0], config.time_width)
         self.stem = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)

@@ -25,7 +25,7 @@ the image of the step before (the canvas), and corrects the image:
   gradient whatever the depth.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -105,7 +105,8 @@ class RecurrentVAEOutput(VAEOutput):
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero."""
+    """A linear layer that starts at zero. It is not `model.layers.ZeroLinear`, since it takes random numbers before it is
+    zeroed: sharing that class would give every layer after it other first weights for the same seed."""
 
 
 class CanvasCode(nn.Linear):
@@ -174,14 +175,14 @@ class DecoderStep(nn.Module):
         self.norm_out = nn.LayerNorm(width)
         self.head = ZeroLinear(width, 3 * P**2)
 
-    def forward(self, log_step: Tensor, state: Tensor, canvas: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, state: Tensor, canvas: Tensor, latents: Tensor, *, log_step: Tensor) -> tuple[Tensor, Tensor]:
         """State and correction of step k.
 
         Args:
-            log_step: (), log k.
             state: (B, Y/P, X/P, D).
             canvas: (B, Y/P, X/P, C) fp32, the image of the step before.
             latents: (B, y, x, Z) fp32.
+            log_step: (), log k.
         Returns:
             new state; the image minus that of the linear path, (B, Y/P, X/P, C) fp32.
         """
@@ -224,7 +225,7 @@ class DecoderState:
 
     def select(self, rows: Tensor) -> "DecoderState":
         """The samples with these indices, or where this mask holds."""
-        return DecoderState(*(getattr(self, field.name)[rows] for field in fields(self)))
+        return DecoderState(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 class RecurrentDecoder(nn.Module):
@@ -245,18 +246,18 @@ class RecurrentDecoder(nn.Module):
         base = F.pixel_unshuffle(self.code(latents), self.patch_size).permute(0, 2, 3, 1).contiguous()
         latents = latents.float().permute(0, 2, 3, 1).contiguous()
         state = base.new_zeros((*base.shape[:3], self.width))
-        return DecoderState(latents, base, state, torch.zeros_like(base))
+        return DecoderState(latents=latents, base=base, state=state, correction=torch.zeros_like(base))
 
     # What counts the steps is not traced: `torch.compile` makes one graph of `DecoderStep`, whatever their number.
     @torch.compiler.disable(recursive=False)
     def advance(self, now: DecoderState, k: int) -> tuple[DecoderState, Tensor]:
         """Step k, counted from 1; the state after it and the update of the canvas, (B, Y/P, X/P, C)."""
         log_step = torch.full((), float(k), device=now.base.device).log()
-        state, correction = self.step(log_step, now.state, now.base + now.correction, now.latents)
+        state, correction = self.step(now.state, now.base + now.correction, now.latents, log_step=log_step)
         share = 1.0 if self.training else min(1.0, self.FULL_STEPS / k)
         update = share * (correction - now.correction)
         state = now.state + share * (state - now.state)
-        return DecoderState(now.latents, now.base, state, now.correction + update), update
+        return replace(now, state=state, correction=now.correction + update), update
 
     def image(self, now: DecoderState) -> Tensor:
         """(B, 3, Y, X) fp32."""
@@ -358,6 +359,7 @@ class RecurrentVAE(VAE):
         self,
         image: Tensor,
         noise: Tensor | None = None,
+        *,
         n_steps: int | None = None,
         n_backprop_steps: int | None = None,
     ) -> RecurrentVAEOutput:

@@ -121,7 +121,8 @@ class PatchCode(nn.Conv2d):
 
     def __init__(self, patch_size: int, latent_channels: int, inverse: bool):
         n_values = 3 * patch_size**2
-        super().__init__(*((latent_channels, n_values) if inverse else (n_values, latent_channels)), 1)
+        in_channels, out_channels = (latent_channels, n_values) if inverse else (n_values, latent_channels)
+        super().__init__(in_channels, out_channels, 1)
         self.patch_size, self.latent_channels, self.inverse = patch_size, latent_channels, inverse
 
     def forward(self, x: Tensor) -> Tensor:

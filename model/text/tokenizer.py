@@ -32,18 +32,6 @@ def encode_caption(text: str, max_tokens: int) -> list[int]:
     return [BEGIN_OF_TEXT, *(byte + FIRST_BYTE for byte in kept.decode(errors="ignore").encode())]
 
 
-def decode_caption(ids: Sequence[int]) -> str:
-    """The text of tokens; padding and begin-of-text are left out, broken characters become U+FFFD.
-
-    Raises:
-        ValueError: a token is outside [0, VOCABULARY).
-    """
-    for token in ids:
-        if not 0 <= token < VOCABULARY:
-            raise ValueError(f"token {token} is not in [0, {VOCABULARY}): these are not byte tokens")
-    return bytes(token - FIRST_BYTE for token in ids if token >= FIRST_BYTE).decode(errors="replace")
-
-
 def pad_tokens(captions: Sequence[Tensor | Sequence[int]], multiple: int = TOKENS_MULTIPLE) -> tuple[Tensor, Tensor]:
     """Captions of a batch on the right padded to the longest one, rounded up to a multiple.
 

@@ -57,15 +57,15 @@ def attention_by_loops(q, k, v, mask):
 def test_attention_equals_loops(groups):
     q, k, v = normal(2, 4, 6, 8), normal(2, groups, 6, 8, seed=1), normal(2, groups, 6, 8, seed=2)
     tokens = torch.tensor([[0, 0, 1, 1, 1, 1], [1] * 6])
-    mask = visible_keys(torch.arange(6), torch.arange(6), tokens)
+    mask = visible_keys(torch.arange(6), torch.arange(6), attention_mask=tokens)
     expected = attention_by_loops(q, k, v, mask[:, 0])
-    eager, weights = eager_attention(q, k, v, mask)
+    eager, weights = eager_attention(q, k, v, mask=mask)
     assert (eager - expected).abs().max() <= 1e-5
     assert (weights.sum(-1) - 1).abs().max() <= 1e-5 and weights[~mask.expand(2, 4, 6, 6)].abs().max() == 0
     fused = F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
     assert (fused - expected).abs().max() <= 1e-5
     causal = attention_by_loops(q, k, v, torch.ones(2, 6, 6).tril())
-    assert (eager_attention(q, k, v, None)[0] - causal).abs().max() <= 1e-5
+    assert (eager_attention(q, k, v)[0] - causal).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("groups, use_qk_norm", [(1, False), (2, True), (4, False)])
@@ -79,7 +79,9 @@ def test_kernels_and_gradients_agree(groups, use_qk_norm, has_mask):
         )
         shared = LayerInputs(rotary_table(rotary_frequencies(8), torch.arange(6)[None]))
         if has_mask:
-            shared.mask = visible_keys(torch.arange(6), torch.arange(6), torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6]))
+            shared.mask = visible_keys(
+                torch.arange(6), torch.arange(6), attention_mask=torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6])
+            )
         out = attention(x, shared, 0)
         out.square().sum().backward()
         outputs.append((out, attention.qkv_proj.weight.grad))

@@ -118,7 +118,7 @@ def test_exits_equal_their_definition_token_by_token():
     inner, core = model.model, model.model.core
     past = {}  # (step, layer) -> list of (key, value) of the tokens so far
     for t in range(ids.shape[1]):
-        shared, _ = inner.share(inner.embed_tokens(ids[:, : t + 1]), None, None, None, None)
+        shared, _ = inner.share(inner.embed_tokens(ids[:, : t + 1]))
         x = inner.prelude(inner.embed_tokens(ids[:, : t + 1]), shared, 0)[:, t:]
         shared.rotary, shared.mask = shared.rotary[:, t:], None
 
@@ -126,7 +126,7 @@ def test_exits_equal_their_definition_token_by_token():
             q, k, v = layer.attention.project(layer.attention_norms.before(h), shared.rotary)
             past.setdefault((step, number), []).append((k, v))
             keys, values = (torch.cat(part, 1).transpose(1, 2) for part in zip(*past[step, number]))
-            branch = layer.attention.o_proj(layer.attention.attend(q, keys, values, shared))
+            branch = layer.attention.o_proj(layer.attention.attend(q, keys, values, shared=shared))
             h = layer.attention_norms.after(h, branch)
             return layer.ffn_norms.after(h, layer.ffn(layer.ffn_norms.before(h)))
 

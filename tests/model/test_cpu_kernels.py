@@ -16,7 +16,10 @@ def masks(L):
     tokens = torch.ones(2, L, dtype=torch.bool)
     tokens[0, :5] = False
     segments = torch.arange(L)[None].expand(2, L) // 37
-    return {"causal": None, "padded": visible_keys(torch.arange(L), torch.arange(L), tokens, segments)}
+    return {
+        "causal": None,
+        "padded": visible_keys(torch.arange(L), torch.arange(L), attention_mask=tokens, segment_ids=segments),
+    }
 
 
 @pytest.mark.parametrize("mask_kind", ["causal", "padded"])
@@ -39,9 +42,9 @@ def test_blocks_in_bf16_are_as_exact_as_attention_by_its_definition():
     q, k, v, _ = tensors(200, 2)
     exact = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     q, k, v = (part.bfloat16() for part in (q, k, v))
-    error = (causal_attention(q, k, v, None).double() - exact).norm() / exact.norm()
+    error = (causal_attention(q, k, v).double() - exact).norm() / exact.norm()
     assert error < 6e-3
-    assert causal_attention(q, k, v, None).dtype == torch.bfloat16
+    assert causal_attention(q, k, v).dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("keep", [True, False])

@@ -83,7 +83,7 @@ def test_gradient_loss_refuses_small_images():
 
 def test_reconstruction_terms_are_weighted():
     reconstruction, target = random_images()
-    terms = ReconstructionLoss(2.0, 0.5, 3.0, mean_absolute_error)(reconstruction, target)
+    terms = ReconstructionLoss(2.0, 0.5, 3.0, perceptual=mean_absolute_error)(reconstruction, target)
     l1 = (reconstruction - target).abs().mean()
     assert set(terms) == {"l1", "gradient", "perceptual"}
     torch.testing.assert_close(terms["l1"], 2.0 * l1)
@@ -105,12 +105,16 @@ def test_reconstruction_terms_without_weight_are_left_out():
         ((1.0, 0.0, -2.0), r"perceptual_weight=-2.0 must be >= 0"),
         ((0.0, 0.0, 0.0), r"are all 0"),
         ((1.0, 0.0, 1.0), r"perceptual_weight=1.0 needs a perceptual distance"),
-        ((1.0, 0.0, 0.0, mean_absolute_error), r"perceptual_weight=0 leaves it without effect"),
     ],
 )
 def test_reconstruction_weights_that_make_no_sense(arguments, message):
     with pytest.raises(ValueError, match=message):
         ReconstructionLoss(*arguments)
+
+
+def test_a_perceptual_distance_without_weight_is_refused():
+    with pytest.raises(ValueError, match=r"perceptual_weight=0 leaves it without effect"):
+        ReconstructionLoss(1.0, 0.0, 0.0, perceptual=mean_absolute_error)
 
 
 def test_hinge_by_hand():
@@ -181,12 +185,14 @@ def test_r1_is_fp32_under_autocast():
 def test_lecam_by_hand():
     real, fake = [torch.tensor([1.0, 3.0]), torch.tensor([0.0])], [torch.tensor([-1.0, -2.0]), torch.tensor([1.0])]
     # first: mean(1.5^2, 3.5^2) + mean(3^2, 4^2) = 7.25 + 12.5; second: 0.5^2 + 1^2
-    assert lecam_penalty(real, fake, 2.0, -0.5).item() == pytest.approx((19.75 + 1.25) / 2)
+    assert lecam_penalty(real, fake, ema_real=2.0, ema_fake=-0.5).item() == pytest.approx((19.75 + 1.25) / 2)
 
 
 LOSSES = {
     "kl": lambda a, b: kl_divergence(a, b).mean(),
-    "reconstruction": lambda a, b: sum(ReconstructionLoss(1.0, 1.0, 1.0, mean_absolute_error)(a, b).values()),
+    "reconstruction": lambda a, b: sum(
+        ReconstructionLoss(1.0, 1.0, 1.0, perceptual=mean_absolute_error)(a, b).values()
+    ),
     "hinge": lambda a, b: discriminator_loss("hinge", [a], [b]) + generator_loss("hinge", [b]),
     "non_saturating": lambda a, b: (
         discriminator_loss("non_saturating", [a], [b]) + generator_loss("non_saturating", [b])
@@ -194,7 +200,7 @@ LOSSES = {
     "least_squares": lambda a, b: discriminator_loss("least_squares", [a], [b]) + generator_loss("least_squares", [b]),
     "feature_matching": lambda a, b: feature_matching_loss([a], [b]),
     "r1": lambda a, b: r1_penalty(LinearDiscriminator(), a),
-    "lecam": lambda a, b: lecam_penalty([a], [b], 0.5, -0.5),
+    "lecam": lambda a, b: lecam_penalty([a], [b], ema_real=0.5, ema_fake=-0.5),
 }
 
 

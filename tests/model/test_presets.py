@@ -13,6 +13,7 @@ from model.image.ldm_unet import rename_diffusers_weights as rename_diffusers_un
 from model.image.ldm_vae import rename_diffusers_weights
 from model.image.recurrent_vae import RecurrentVAE
 from model.image.vae import ImageVAE
+from utils.options import from_preset
 
 SOURCE = Path(presets.__file__).read_text()
 MODELS = {
@@ -25,22 +26,44 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("table, name", [(table, name) for table in MODELS for name in getattr(presets, table)])
+ROWS = [(table, name) for table in MODELS for name, row in getattr(presets, table).items() if isinstance(row, dict)]
+ALIASES = [(table, name) for table in MODELS for name, row in getattr(presets, table).items() if isinstance(row, str)]
+
+
+@pytest.mark.parametrize("table, name", ROWS)
 def test_parameters_are_as_stated(table, name):
     with torch.device("meta"):
         model = MODELS[table].from_preset(name)
-    n_parameters = sum(p.numel() for p in model.parameters())
-    assert n_parameters == getattr(presets, f"{table}_PARAMETERS")[name]
-    rows = SOURCE[SOURCE.index(f"\n{table} = {{") :].splitlines()
-    row = next(line for line in rows if line.strip().startswith(f'"{name}": '))
-    millions, compression = re.search(r"# +([\d.]+) M(?:  f(\d+))?$", row).groups()
-    assert float(millions) == pytest.approx(n_parameters / 1e6, abs=0.006)
-    assert table in ("IMAGE_DIFFUSION", "VOCODER", "MEGATRANSFORMER") or int(compression) == model.config.compression
+    assert sum(p.numel() for p in model.parameters()) == getattr(presets, table)[name]["parameters"]
 
 
-@pytest.mark.parametrize("table", MODELS)
-def test_every_row_has_its_parameters(table):
-    assert set(getattr(presets, table)) == set(getattr(presets, f"{table}_PARAMETERS"))
+@pytest.mark.parametrize("table", ["IMAGE_VAE", "RECURRENT_VAE", "AUDIO_VAE"])
+def test_compression_is_as_stated(table):
+    lines = SOURCE[SOURCE.index(f"\n{table}: ") : SOURCE.index("\n}", SOURCE.index(f"\n{table}: "))]
+    stated = re.findall(r"# f(\d+)$", lines, flags=re.MULTILINE)
+    configs = [
+        from_preset(MODELS[name].config_class, getattr(presets, name), row) for name, row in ROWS if name == table
+    ]
+    assert [int(f) for f in stated] == [config.compression for config in configs]
+
+
+@pytest.mark.parametrize("table, name", ALIASES)
+def test_a_former_name_gives_the_renamed_row_with_a_notice(table, name, caplog):
+    rows, config_class = getattr(presets, table), MODELS[table].config_class
+    former = from_preset(config_class, rows, name)
+    assert repr(name) in caplog.text and repr(rows[name]) in caplog.text
+    assert former.to_dict() == from_preset(config_class, rows, rows[name]).to_dict()
+
+
+def test_names_are_sizes_and_variants_by_hyphen():
+    sizes = {"tiny", "small", "medium", "large", "ldm", "hifigan", "llama"}
+    assert ALIASES and all("_" not in name and sizes & set(name.split("-")) for _, name in ROWS)
+
+
+def test_an_unknown_name_lists_no_former_ones():
+    with pytest.raises(ValueError, match="unknown preset 'bases'") as error:
+        Vocoder.from_preset("bases")
+    assert "medium" in str(error.value) and "'base'" not in str(error.value)
 
 
 def test_ldm_preset_has_the_layout_of_stable_diffusion():

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from model.causal import MegaTransformerForCausalLM
-from model.recurrent import ADAPTERS, sample_thinking_steps
+from model.recurrent import ADAPTERS
+from model.thinking import lognormal_poisson, sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
 
 CORE = {
@@ -61,7 +62,7 @@ def test_a_window_gives_the_gradient_of_its_steps_alone():
     model = build().train()
     found = gradients(model, 5, 2)
     inner, core = model.model, model.model.core
-    shared, _ = inner.share(inner.embed_tokens(IDS), None, None, None, None)
+    shared, _ = inner.share(inner.embed_tokens(IDS))
     x = inner.prelude(inner.embed_tokens(IDS), shared, 0)
     state = torch.zeros_like(x)
     for step in range(5):
@@ -146,3 +147,12 @@ def test_more_state_norms_and_layers_take_part_in_the_gradient():
     model = build(recurrent_state_initialization="learned").train()
     found = gradients(model, 3, 2)
     assert len(found) == len(list(model.parameters())) and found["model.core.learned_state"].abs().max() == 0
+
+
+@pytest.mark.parametrize("mean, sigma", [(0.0, 0.5), (3.0, 0.0), (3.0, 0.5), (8.0, 1.0)])
+def test_lognormal_poisson_has_its_mean_for_every_sigma(mean, sigma):
+    generator = np.random.default_rng(0)
+    steps = np.array([lognormal_poisson(generator, mean, sigma) for _ in range(40_000)])
+    assert abs(steps.mean() - mean) <= 0.05 * max(mean, 0.01)
+    # Var[n] = E[rate] + Var[rate] of the log-normal rate.
+    assert abs(steps.var() - mean - mean**2 * np.expm1(sigma**2)) <= 0.2 * max(mean, 0.01) ** 2

@@ -73,7 +73,9 @@ def solutions(name: str, process: DiffusionProcess, mixture: Mixture, evaluation
     """x0 by sampler `name` with these numbers of evaluations, from `start`."""
     steps = [n // 2 if name == "heun" else n for n in evaluations]
     x = start(process)
-    return [sample(name, mixture.denoiser(process), x, process, process.sampling_times(n)) for n in steps]
+    return [
+        sample(name, mixture.denoiser(process), x, process=process, times=process.sampling_times(n)) for n in steps
+    ]
 
 
 def fine_solution(process: DiffusionProcess, mixture: Mixture) -> Tensor:
@@ -84,7 +86,7 @@ def test_reference_solution_is_that_of_rk4():
     """The reference of these tests against Runge-Kutta 4 on dx/dk = (x - x0) / k for k = sigma, alpha = 1."""
     process, mixture = PROCESSES["edm"], Mixture()
     x = start(process, 8)
-    reference = SAMPLERS["heun"](mixture.denoiser(process), x, process, process.sampling_times(1200))
+    reference = SAMPLERS["heun"](mixture.denoiser(process), x, process, times=process.sampling_times(1200))
     one = torch.ones(1, dtype=torch.float64)
 
     def slope(x: Tensor, log_k: float) -> Tensor:
@@ -144,7 +146,9 @@ def test_twenty_steps_are_as_good_as_diffusers_best_spacing():
     assert ours < 1.5 * found[True] and ours < found[False] / 6
     # With karras times, the same steps are taken, and so the same image comes out.
     times = process.sampling_times(20, "karras")
-    assert relative_error(sample("dpmpp_2m", mixture.denoiser(process), x, process, times), theirs) < 1e-3
+    assert (
+        relative_error(sample("dpmpp_2m", mixture.denoiser(process), x, process=process, times=times), theirs) < 1e-3
+    )
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -158,7 +162,7 @@ def test_ddim_step_is_that_of_diffusers(eta):
     # Times of the indices 999 and 749; the denoiser shows what the second step is given.
     seen = []
     times = torch.tensor([1.0, 0.75, 0.0])
-    ddim(lambda x, t: seen.append(x) or x0, x, process, times, generators(3), eta=eta)
+    ddim(lambda x, t: seen.append(x) or x0, x, process, times=times, generators=generators(3), eta=eta)
     torch.testing.assert_close(seen[1], expected, atol=2e-5, rtol=0)
 
 
@@ -170,7 +174,8 @@ def test_ddpm_step_is_that_of_diffusers():
     noise = torch.randn(1, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     # The noise drawn is another (fp64): taken out of theirs, the means and the scale of the noise must agree.
     seen = []
-    ddpm(lambda x, t: seen.append(x) or x0, x, process, torch.tensor([0.501, 0.5, 0.0]), generators(1))
+    times = torch.tensor([0.501, 0.5, 0.0])
+    ddpm(lambda x, t: seen.append(x) or x0, x, process, times=times, generators=generators(1))
     ours = torch.randn(4, generator=torch.Generator().manual_seed(0)).double()
     std = math.sqrt(theirs._get_variance(500).item())
     torch.testing.assert_close(seen[1] - std * ours, expected - std * noise, atol=5e-5, rtol=0)
@@ -189,7 +194,8 @@ def test_nothing_breaks_from_one_step_to_many(name, schedule, spacing):
         return 0.5 + alpha * 0.25 / (alpha**2 * 0.25 + sigma**2) * (x - alpha * 0.5)
 
     for n_steps in (1, 2, 3, 20, 200) if spacing == "default" else (1, 2, 20):
-        found = sample(name, denoiser, x, process, process.sampling_times(n_steps, spacing), generators(8, first=50))
+        times, rows = process.sampling_times(n_steps, spacing), generators(8, first=50)
+        found = sample(name, denoiser, x, process=process, times=times, generators=rows)
         assert found.isfinite().all() and found.dtype == torch.float32
     if spacing != "default":
         return
@@ -203,7 +209,10 @@ def test_perfect_denoiser_is_returned_exactly(name):
         calls = []
         x = initial_noise((5,), generators(2), process)
         times = process.sampling_times(7)
-        found = sample(name, lambda x, t, calls=calls: calls.append(t) or x0, x, process, times, generators(2))
+        rows = generators(2)
+        found = sample(
+            name, lambda x, t, calls=calls: calls.append(t) or x0, x, process=process, times=times, generators=rows
+        )
         assert torch.equal(found, x0)
         assert len(calls) == n_evaluations(name, 7) and all(t.shape == (2,) and (t > 0).all() for t in calls)
 
@@ -215,7 +224,8 @@ def test_image_belongs_to_its_seed_not_to_its_batch(name):
     def draw(seeds: list[int]) -> Tensor:
         rows = [torch.Generator().manual_seed(s) for s in seeds]
         x = initial_noise((16,), rows, process).double()
-        return sample(name, mixture.denoiser(process), x, process, process.sampling_times(6), rows)
+        times = process.sampling_times(6)
+        return sample(name, mixture.denoiser(process), x, process=process, times=times, generators=rows)
 
     together = draw([3, 1, 4, 1])
     torch.testing.assert_close(together[1], together[3], atol=1e-12, rtol=0)
@@ -255,7 +265,7 @@ def test_guidance_is_its_formula_in_one_forward(schedule):
 
     expected = alone(null) + 3.0 * (alone(condition) - alone(null))
     network.rows = []
-    found = guided_denoiser(process, network, condition, null, 3.0)(x, t)
+    found = guided_denoiser(process, network, condition, null_condition=null, scale=3.0)(x, t)
     assert network.rows == [6]
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
     # Guidance on x0 is guidance on the network's output: x0 is linear in it.
@@ -265,15 +275,19 @@ def test_guidance_is_its_formula_in_one_forward(schedule):
     torch.testing.assert_close(found, mixed, atol=2e-4, rtol=1e-4)
     # Scale 1 asks for nothing but the condition.
     network.rows = []
-    torch.testing.assert_close(guided_denoiser(process, network, condition, None, 1.0)(x, t), alone(condition))
+    torch.testing.assert_close(
+        guided_denoiser(process, network, condition, null_condition=None, scale=1.0)(x, t), alone(condition)
+    )
     assert network.rows[0] == 3
 
 
 def test_guidance_keeps_to_its_interval():
     process = PROCESSES["rectified_flow"]
     condition, null = Rows(torch.ones(2)), Rows(torch.zeros(2))
-    within = guided_denoiser(process, network, condition, null, 4.0, interval=(0.2, 0.6))
-    plain, full = (guided_denoiser(process, network, condition, null, scale) for scale in (1.0, 4.0))
+    within = guided_denoiser(process, network, condition, null_condition=null, scale=4.0, interval=(0.2, 0.6))
+    plain, full = (
+        guided_denoiser(process, network, condition, null_condition=null, scale=scale) for scale in (1.0, 4.0)
+    )
     x = torch.randn(2, 5)
     for value, n_rows, same in ((0.7, 2, plain), (0.1, 2, plain), (0.4, 4, full)):
         t = torch.full((2,), value)
@@ -292,7 +306,7 @@ def test_rescale_is_that_of_diffusers():
     process, condition, null = PROCESSES["cosine"], Rows(torch.ones(2)), Rows(torch.zeros(2))
     x, t = torch.randn(2, 5), torch.full((2,), 0.5)
     plain, full, rescaled = (
-        guided_denoiser(process, network, condition, null, scale, rescale=rescale)(x, t)
+        guided_denoiser(process, network, condition, null_condition=null, scale=scale, rescale=rescale)(x, t)
         for scale, rescale in ((1.0, 0.0), (6.0, 0.0), (6.0, 1.0))
     )
     torch.testing.assert_close(rescaled.std(1), plain.std(1))
@@ -303,15 +317,15 @@ def test_bad_settings_are_refused():
     process, x = PROCESSES["rectified_flow"], torch.randn(2, 5)
     times, rows = process.sampling_times(3), Rows(torch.ones(2))
     with pytest.raises(ValueError, match="sampler='plms' is unknown; choose from ddpm, ddim"):
-        sample("plms", lambda x, t: x, x, process, times)
+        sample("plms", lambda x, t: x, x, process=process, times=times)
     with pytest.raises(ValueError, match="needs generators, one torch"):
-        sample("ddpm", lambda x, t: x, x, process, times)
+        sample("ddpm", lambda x, t: x, x, process=process, times=times)
     with pytest.raises(ValueError, match="generators has 3 entries for 2 samples"):
-        sample("ddpm", lambda x, t: x, x, process, times, generators(3))
+        sample("ddpm", lambda x, t: x, x, process=process, times=times, generators=generators(3))
     for bad in (times.flip(0), times[:-1], times[-1:]):
         with pytest.raises(ValueError, match="times must fall strictly and end at 0"):
-            sample("euler", lambda x, t: x, x, process, bad)
+            sample("euler", lambda x, t: x, x, process=process, times=bad)
     with pytest.raises(ValueError, match=r"interval=\(0.6, 0.2\) must satisfy"):
-        guided_denoiser(process, network, rows, rows, 2.0, interval=(0.6, 0.2))
+        guided_denoiser(process, network, rows, null_condition=rows, scale=2.0, interval=(0.6, 0.2))
     with pytest.raises(ValueError, match=r"rescale=1\.5 must be in \[0, 1\]"):
-        guided_denoiser(process, network, rows, rows, 2.0, rescale=1.5)
+        guided_denoiser(process, network, rows, null_condition=rows, scale=2.0, rescale=1.5)

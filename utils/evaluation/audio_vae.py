@@ -75,7 +75,8 @@ class AudioVAEEvaluator(AudioEvaluator):
             self.vocoder = load_vocoder(self.vocoder_checkpoint, weights).to(self.device)
             remedy = "use a vocoder that was trained on the same log-mels"
             names = (f"the VAE {self.checkpoint}", f"the vocoder {self.vocoder_checkpoint}")
-            check_same_mel(self.settings, names[0], self.vocoder.config.mel, names[1], remedy)
+            mel = self.vocoder.config.mel
+            check_same_mel(self.settings, mel, first_name=names[0], second_name=names[1], remedy=remedy)
         else:
             self.row_names = {**self.row_names, "resynthesis": "Griffin-Lim alone", "model": "this VAE + Griffin-Lim"}
         folder, split = self.cache()

@@ -270,7 +270,8 @@ class AudioReconstructor:
         vae = load_stage_model(AudioVAE, "audio_vae", checkpoint, weights)
         remedy = "Train one of them anew on the cache of the other; a cache for vocoders serves audio VAEs as well."
         name = f"the audio VAE {checkpoint}"
-        check_same_mel(vae.config.mel, name, synthesizer.vocoder.config.mel, synthesizer.name, remedy)
+        mel, vocoder_mel = vae.config.mel, synthesizer.vocoder.config.mel
+        check_same_mel(mel, vocoder_mel, first_name=name, second_name=synthesizer.name, remedy=remedy)
         speakers = vae.config.speakers
         if speaker and not speakers:
             raise ValueError(f"--speaker {speaker} has no effect: {name} was trained without speakers")

@@ -126,13 +126,13 @@ class TextToImage:
             process,
             self.model.network,
             condition,
-            self.model.null_condition(len(seeds)),
-            settings.guidance_scale,
+            null_condition=self.model.null_condition(len(seeds)),
+            scale=settings.guidance_scale,
             interval=(low, high),
             rescale=settings.guidance_rescale,
         )
         times = process.sampling_times(settings.n_steps).to(self.device)
-        return sample(settings.sampler, denoiser, noise, process, times, generators)
+        return sample(settings.sampler, denoiser, noise, process=process, times=times, generators=generators)
 
     @torch.no_grad()
     def images(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments) -> Tensor:

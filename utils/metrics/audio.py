@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dataset_loading.audio.signal import resample
 from model.audio.spectral import stft
-from utils.metrics.pitch import pitch_scores, track_pitch
 
 PESQ_RATE = 16000  # Hz, of wide-band PESQ
 # The package has room for 50 utterances and writes beyond it where there are more; they take 0.4 s each at least.
@@ -148,12 +147,6 @@ def multi_resolution_stft_distance(reference: Tensor, degraded: Tensor) -> float
         logs = (real.clamp_min(1e-5).log() - made.clamp_min(1e-5).log()).abs().mean()
         total += (convergence + logs).item()
     return total / len(STFT_SIZES)
-
-
-def voicing_and_periodicity(reference: Tensor, degraded: Tensor, rate: int) -> dict[str, float | None]:
-    """F1 of voiced frames, and how periodicity and pitch differ; see `utils.metrics.pitch.pitch_scores`."""
-    a, b = pair(reference, degraded, rate)
-    return pitch_scores(track_pitch(a, rate), track_pitch(b, rate))
 
 
 # ---- Of two log-mels.

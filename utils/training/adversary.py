@@ -263,7 +263,8 @@ class Adversary:
         loss = discriminator_loss(arguments.gan_loss, real_logits, fake_logits)
         logs = {"discriminator": loss.detach()}
         if arguments.lecam_weight > 0 and self.updates > 0:
-            penalty = lecam_penalty(real_logits, fake_logits, *self.statistics["anchors"])
+            ema_real, ema_fake = self.statistics["anchors"]
+            penalty = lecam_penalty(real_logits, fake_logits, ema_real=ema_real, ema_fake=ema_fake)
             loss = loss + arguments.lecam_weight * penalty
             logs["lecam"] = penalty.detach()
         if arguments.r1_weight > 0 and self.updates % arguments.r1_every == 0:

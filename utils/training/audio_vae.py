@@ -160,7 +160,9 @@ class AudioVAEGANTrainer(GANTrainer):
         terms = {"kl": kl_divergence(output.mean, output.logvar) / (batch["mel"].shape[1] * batch["n_frames"])}
         if self.stage_arguments.ctc_weight:
             lengths = self.model.latents_lengths(batch["n_frames"])
-            terms["ctc"] = character_loss(output.character_logits, lengths, batch["tokens"], batch["token_lengths"])
+            terms["ctc"] = character_loss(
+                output.character_logits, lengths, batch["tokens"], token_lengths=batch["token_lengths"]
+            )
         return terms
 
     def evaluation_terms(self, model, inputs):
@@ -202,7 +204,8 @@ class AudioReconstructionCallback(AudioCallback):
         if self.vocoder is not None:
             name = f"the vocoder {vocoder_checkpoint}"
             remedy = "use a vocoder that was trained on the same log-mels"
-            check_same_mel(self.settings, "the model", self.vocoder.config.mel, name, remedy)
+            mel = self.vocoder.config.mel
+            check_same_mel(self.settings, mel, first_name="the model", second_name=name, remedy=remedy)
 
     @cached_property
     def real(self) -> list[Tensor]:

@@ -54,7 +54,7 @@ class DiffusionTrainer(StageTrainer):
         # Everything random belongs to (seed, step, sample): latents, times (B,), dropped captions (B,), noise.
         latents = self.draw_latents(inputs)
         uniforms = self.sample_uniforms(inputs, "time", ())
-        time = process.training_times(uniforms, args.time_sampling, args.time_mean, args.time_std)
+        time = process.training_times(uniforms, args.time_sampling, mean=args.time_mean, std=args.time_std)
         drop = self.sample_uniforms(inputs, "drop", ()) < args.caption_dropout
         noise = self.sample_noise(inputs, "noise", latents.shape[1:])
 

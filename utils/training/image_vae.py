@@ -80,7 +80,10 @@ class ImageVAEGANStage(Stage):
         if args.gan_weight == 0:
             return None
         discriminator = build_discriminator(
-            args.discriminator, args.discriminator_channels, args.discriminator_layers, args.use_spectral_norm
+            args.discriminator,
+            args.discriminator_channels,
+            args.discriminator_layers,
+            use_spectral_norm=args.use_spectral_norm,
         )
         augment = functools.partial(diff_augment, policy=args.diff_augment) if args.diff_augment else None
         return Adversary(discriminator, args, augment)

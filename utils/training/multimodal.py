@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
-from model.recurrent import sample_thinking_steps
+from model.thinking import sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
 from utils.distributed import mean_across_ranks, rank
 from utils.generation.text import GenerationArguments, TextGenerator, split_windows

@@ -2,12 +2,12 @@
 images in between, and evaluation at several depths."""
 
 import dataclasses
-import math
 
 import torch
 from torch import Tensor
 
 from model.image.recurrent_vae import RecurrentVAEOutput
+from model.thinking import lognormal_poisson
 from utils.metrics.images import psnr
 from utils.options import above_one, option
 from utils.seeds import generators
@@ -69,7 +69,7 @@ def draw_n_steps(seed: int, step: int, *, mean: float, sigma: float, minimum: in
         raise ValueError(f"steps must satisfy 1 <= minimum={minimum} <= mean={mean} <= maximum={maximum}")
     (generator,) = generators(seed, step, torch.zeros(1, dtype=torch.int64), stream="decoder_steps")
     while True:
-        n = int(generator.poisson(math.exp(generator.normal(math.log(mean) - sigma**2 / 2, sigma))))
+        n = lognormal_poisson(generator, mean, sigma)
         if minimum <= n <= maximum:
             return n
 

@@ -13,7 +13,7 @@ MEAN, STD = torch.linspace(-3, -6, 16), torch.linspace(1, 2, 16)
 
 def make(kind, use_spectral_norm=False, n_layers=2):
     torch.manual_seed(0)
-    return build_mel_discriminator(kind, MEAN, STD, 8, n_layers, use_spectral_norm)
+    return build_mel_discriminator(kind, MEAN, STD, channels=8, n_layers=n_layers, use_spectral_norm=use_spectral_norm)
 
 
 def mels(n=3, n_frames=32):
@@ -74,7 +74,7 @@ def test_only_updates_advance_the_power_iteration(kind):
 
 def test_wrong_kinds_and_sizes_are_refused():
     with pytest.raises(ValueError, match="'patch1d' is not known; did you mean 'patch_1d'"):
-        build_mel_discriminator("patch1d", MEAN, STD, 8, 2)
+        build_mel_discriminator("patch1d", MEAN, STD, channels=8, n_layers=2)
     with pytest.raises(
         ValueError, match="16 bins and 3 frames is too small for a discriminator of 2 layers: it needs 4"
     ):

@@ -104,7 +104,7 @@ def test_unknown_preset_is_refused():
 
 def test_different_mels_are_shown():
     first, second = MelSettings(), dataclasses.replace(MelSettings(), n_mels=100)
-    check_same_mel(first, "cache", first, "vocoder", "")
+    check_same_mel(first, first, first_name="cache", second_name="vocoder", remedy="")
     with pytest.raises(ValueError, match="differ in n_mels") as error:
-        check_same_mel(first, "cache", second, "vocoder", "make it again")
+        check_same_mel(first, second, first_name="cache", second_name="vocoder", remedy="make it again")
     assert "n_mels=80" in str(error.value) and "n_mels=100" in str(error.value) and "make it again" in str(error.value)

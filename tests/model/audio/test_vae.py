@@ -78,12 +78,11 @@ def test_padding_changes_nothing_in_valid_frames(architecture, changes):
     speaker = torch.tensor([0, 1, 1, 0]) if changes.get("speakers") else None
     mel = mels(4, 40)  # What lies behind the clips is anything.
     noise = torch.randn(4, *model.latent_shape(40), generator=torch.Generator().manual_seed(2))
-    batch = model(mel, torch.tensor(lengths), noise, speaker)
+    batch = model(mel, torch.tensor(lengths), noise, speaker=speaker)
     for b, n in enumerate(lengths):
         L = model.latent_shape(n)[-1]
-        one = model(
-            mel[b : b + 1, :, :n], None, noise[b : b + 1, ..., :L], None if speaker is None else speaker[b, None]
-        )
+        told = None if speaker is None else speaker[b, None]
+        one = model(mel[b : b + 1, :, :n], None, noise[b : b + 1, ..., :L], speaker=told)
         for name in ("mean", "logvar"):
             torch.testing.assert_close(batch[name][b, ..., :L], one[name][0], rtol=0, atol=1e-5)
             assert not batch[name][b, ..., L:].any()

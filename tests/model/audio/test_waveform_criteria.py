@@ -137,7 +137,7 @@ def test_slopes_of_the_phase_terms_are_bounded():
     real = torch.randn(1, 9, 7, generator=generator, dtype=torch.complex64)
     for size in (1.0, 1e-3, 1e-6, 1e-12, 0.0):
         fake = (size * torch.randn(1, 9, 7, generator=generator, dtype=torch.complex64)).requires_grad_()
-        sum(each.sum() for each in phase_distances(fake, real, 1e-3).values()).backward()
+        sum(each.sum() for each in phase_distances(fake, real, floor=1e-3).values()).backward()
         assert fake.grad.isfinite().all()
         assert (fake.grad.abs() * 7 * 8 * real.abs().mean()).max() < 4.5  # Four pairs, each at most 1.
 

@@ -83,7 +83,7 @@ def test_silence_and_noise_have_finite_logits_and_gradients(kind):
 
 @pytest.mark.parametrize("kind", DISCRIMINATORS)
 def test_samples_are_independent(kind):
-    discriminator = build_waveform_discriminator(kind, (3,), (256,), 1 / 16)
+    discriminator = build_waveform_discriminator(kind, (3,), (256,), widening=1 / 16)
     waveform = waveforms(1024, 3)
     together, alone = discriminator(waveform), discriminator(waveform[1:2])
     for first, second in zip([*together[0], *together[1]], [*alone[0], *alone[1]]):

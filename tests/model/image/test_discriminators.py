@@ -10,7 +10,7 @@ KINDS = ["patch", "multi_scale"]
 
 def make(kind, use_spectral_norm=False):
     torch.manual_seed(0)
-    return build_discriminator(kind, 8, 3, use_spectral_norm)
+    return build_discriminator(kind, 8, 3, use_spectral_norm=use_spectral_norm)
 
 
 def images(n=3, side=32):

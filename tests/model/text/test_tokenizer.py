@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from model.text.tokenizer import BEGIN_OF_TEXT, VOCABULARY, decode_caption, encode_caption, pad_tokens
+from model.text.tokenizer import BEGIN_OF_TEXT, VOCABULARY, encode_caption, pad_tokens
+from tests.helpers.captions import text_of
 
 
 def test_tokens_are_bytes_behind_the_begin_of_text():
@@ -11,7 +12,7 @@ def test_tokens_are_bytes_behind_the_begin_of_text():
 
 @pytest.mark.parametrize("text", ["", "red apple", "Äpfel, grün", "りんご 🍎", "a\x00b"])
 def test_captions_round_trip(text):
-    assert decode_caption(encode_caption(text, 64)) == text
+    assert text_of(encode_caption(text, 64)) == text
 
 
 def test_an_empty_caption_has_a_token():
@@ -26,7 +27,7 @@ def test_equal_looking_texts_have_equal_tokens():
 def test_long_captions_are_cut_between_characters(max_tokens):
     text = "aé€🍎b"  # 1, 2, 3, 4 and 1 bytes
     ids = encode_caption(text, max_tokens)
-    kept = decode_caption(ids)
+    kept = text_of(ids)
     assert text.startswith(kept) and len(ids) <= max_tokens
     longer = text[: len(kept) + 1].encode()
     assert kept == text or 1 + len(longer) > max_tokens  # one character more would not have fitted
@@ -46,14 +47,12 @@ def test_length_is_the_next_multiple(longest, padded):
 
 def test_padding_is_left_out_of_the_text():
     tokens, _ = pad_tokens([encode_caption("dog", 16)])
-    assert decode_caption(tokens[0].tolist()) == "dog"
+    assert text_of(tokens[0].tolist()) == "dog"
 
 
 def test_wrong_input_is_named():
     with pytest.raises(ValueError, match="max_tokens=0 must be at least 1"):
         encode_caption("cat", 0)
-    with pytest.raises(ValueError, match=r"token 258 is not in \[0, 258\)"):
-        decode_caption([1, 258])
     with pytest.raises(ValueError, match="2 captions, one of them without tokens"):
         pad_tokens([[1], []])
     with pytest.raises(ValueError, match="0 captions"):
