@@ -105,8 +105,11 @@ class RecurrentVAEOutput(VAEOutput):
 
 
 class ZeroLinear(nn.Linear):
-    """A linear layer that starts at zero. It is not `model.layers.ZeroLinear`, since it takes random numbers before it is
-    zeroed: sharing that class would give every layer after it other first weights for the same seed."""
+    """A linear layer that starts at zero.
+
+    It is not `model.layers.ZeroLinear`, since it takes random numbers before it is zeroed: with that class every layer
+    after it would have other first weights for the same seed.
+    """
 
 
 class CanvasCode(nn.Linear):
