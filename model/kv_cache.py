@@ -5,11 +5,20 @@ token. Here each slot owns a buffer with room to spare, so that a token costs on
 attention layer, of a recurrent core to one layer at one step.
 """
 
+from dataclasses import fields
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 ROOM = 256  # Buffers hold multiples of so many keys.
+
+# The one place that knows what transformers calls a model's cache, in the arguments of `forward`, in outputs and in
+# what `generate` hands on: `past_key_values` at first (5.17), `cache` later (5.24).
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in CACHE_NAMES)
 
 
 class GrowingLayer(DynamicLayer):
@@ -76,6 +85,23 @@ def move(old: Tensor, new: Tensor, length: int, end: int) -> Tensor:
     if length:
         buffer[:, :, :length] = old
     return buffer
+
+
+def chosen_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache of a call of `forward`, which accepts both names.
+
+    Raises: ValueError: both are given.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+    return past_key_values if cache is None else cache
+
+
+class CacheOutput:
+    """Mixed into an output: its cache has both names. Newer transformers offer the old name themselves."""
+
+    if CACHE_NAME == "past_key_values":
+        cache = property(attrgetter("past_key_values"))
 
 
 class KeyValueCache(Cache):
