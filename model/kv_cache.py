@@ -20,6 +20,25 @@ ROOM = 256  # Buffers hold multiples of so many keys.
 CACHE_NAMES = ("cache", "past_key_values")
 CACHE_NAME = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in CACHE_NAMES)
 
+# What the model overrides or uses of transformers' generation: see `RELIES_ON` in utils/training_utils.py.
+GENERATION_RELIES_ON: dict[str, tuple[str, str]] = {
+    "_prepare_cache_for_generation": (
+        "generation_config, model_kwargs, generation_mode, batch_size, max_cache_length",
+        "`generate` begins with a KeyValueCache, whose slots serve the steps of a recurrent core",
+    ),
+    "_init_weights": ("module", "initialization of each module"),
+}
+LAYER_RELIES_ON: dict[str, tuple[str, str]] = {
+    "lazy_initialization": ("key_states, value_states", "dtype, device and empty tensors of a new slot"),
+    "update": ("key_states, value_states, args, kwargs", "keys and values are written in place"),
+    "get_seq_length": ("", "the number of keys in a slot"),
+    "crop": ("tokens_to_remove", "assisted generation takes tokens back"),
+    "reset": ("", "buffers are forgotten with the keys"),
+    "reorder_cache": ("beam_idx", "beam search replaces the views"),
+    "batch_repeat_interleave": ("repeats", "replaces the views"),
+    "batch_select_indices": ("indices", "replaces the views"),
+}
+
 
 class GrowingLayer(DynamicLayer):
     """One slot: `keys` and `values` are the filled parts of larger buffers, (B, G, S, K)."""
