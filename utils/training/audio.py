@@ -28,7 +28,7 @@ from utils.command_line import parse_overrides
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
 from utils.drawing.players import add_sound
-from utils.metrics.audio import PACKAGES, pesq_wb, stoi
+from utils.metrics.audio import PACKAGES, not_measured, pesq_wb, stoi
 from utils.options import declared_fields, from_preset
 from utils.training.stage import Stage
 
@@ -127,6 +127,8 @@ class Listening(TrainerCallback):
             self.names.append(dataset.entries[index]["caption"] or dataset.entries[index]["key"])
         if self.writer is not None:
             self.log_mel = LogMel(self.settings)
+            for sentence in not_measured(SCORES).values():
+                logger.warning(sentence)
 
     def run(self, model, sample: dict[str, Tensor], device: torch.device) -> Any:
         """What the model makes of one clip, on every process."""
