@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from model.attention import LayerInputs, OutputLinear, SimpleBlock
-from model.kv_cache import KeyValueCache
+from model.checkpointing import is_checkpointing
+from model.kv_cache import CACHE_NAME, CACHE_NAMES, CacheOutput, KeyValueCache, chosen_cache
 from model.language_head import LanguageModelHead, next_token_targets
 from model.norms import LayerNorm, RMSNorm, build_norm
 from model.positions import (
@@ -32,26 +33,22 @@ from utils.options import from_preset
 
 
 @dataclass
-class BackboneOutput(ModelOutput):
+class BackboneOutput(CacheOutput, BaseModelOutputWithPast):
     """What `MegaTransformerModel.forward` returns.
 
     Args:
         last_hidden_state: (B, L, D), normed.
-        past_key_values: the cache, where one is used.
-        thinking_steps: steps of the core per token, (B, L) int64; None without a core.
+        cache: the cache, where one is used; also as `past_key_values`.
         hidden_states: what each layer reads, then `last_hidden_state`, each (B, L, D), where asked for.
         attentions: weights of each layer, (B, H, L, S), where asked for (eager attention only).
+        thinking_steps: steps of the core per token, (B, L) int64; None without a core.
     """
 
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
     thinking_steps: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 @dataclass
-class CausalOutput(ModelOutput):
+class CausalOutput(CacheOutput, CausalLMOutputWithPast):
     """What `MegaTransformerForCausalLM.forward` returns; see `BackboneOutput` for what is not named here.
 
     Args:
@@ -61,14 +58,9 @@ class CausalOutput(ModelOutput):
         z_loss: mean squared log of the softmax's denominator, not weighted.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
     cross_entropy: Tensor | None = None
     z_loss: Tensor | None = None
-    past_key_values: Cache | None = None
     thinking_steps: Tensor | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
 
 
 class MegaTransformerPreTrainedModel(PreTrainedModel):
@@ -80,7 +72,7 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = ["MegaTransformerBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
     _can_compile_fullgraph = True
 
@@ -113,8 +105,8 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
         """Our own cache, unless the caller brings one or asks for another kind."""
         is_default = generation_config.cache_implementation is None and generation_config.use_cache is not False
-        if is_default and model_kwargs.get("past_key_values") is None:
-            model_kwargs["past_key_values"] = KeyValueCache()
+        if is_default and model_kwargs.get(CACHE_NAME) is None:
+            model_kwargs[CACHE_NAME] = KeyValueCache()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
@@ -174,13 +166,15 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         predict: Any = None,
+        cache: Cache | None = None,
     ) -> BackboneOutput:
         """See `MegaTransformerForCausalLM.forward`; `predict` maps normed hidden states (N, D) to logits (N, V)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        past_key_values = chosen_cache(cache, past_key_values)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and is_checkpointing(self):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None and not self.training:
             past_key_values = KeyValueCache()
@@ -222,7 +216,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
             shared.states.append(hidden)
         return BackboneOutput(
             last_hidden_state=hidden,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: past_key_values},
             thinking_steps=steps,
             hidden_states=None if shared.states is None else tuple(shared.states),
             attentions=None if shared.weights is None else tuple(shared.weights),
@@ -357,6 +351,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
     ) -> CausalOutput | tuple:
         """Args:
             input_ids: (B, L) tokens; or `inputs_embeds`, (B, L, D).
@@ -365,7 +360,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
             position_ids: (B, L), for rotary, sinusoidal and learned positions (ALiBi counts tokens); default: counted
                 from the mask, or from each document's beginning.
             segment_ids: (B, L), equal numbers are the same document; tokens see their own document alone.
-            past_key_values: cache of what came before; written to.
+            past_key_values: cache of what came before; written to. `cache` is the same, as newer transformers name it.
             labels: (B, L), the tokens themselves (they are shifted here), -100 where there is no target.
             n_targets: what the summed loss is divided by; default: the number of targets in this batch.
             n_thinking_steps: steps of the core, the most where exits are on; default: drawn in training, else
@@ -378,6 +373,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
         Raises:
             ValueError: arguments that contradict each other or the configuration.
         """
+        past_key_values = chosen_cache(cache, past_key_values)
         if segment_ids is not None and past_key_values is not None:
             raise ValueError("segment_ids describe whole sequences; they cannot be used with past_key_values")
         output = self.model(
@@ -406,7 +402,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
         else:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             found = {"logits": self.lm_head(hidden[:, kept])}
-        kept = ("past_key_values", "thinking_steps", "hidden_states", "attentions")
+        kept = (CACHE_NAME, "thinking_steps", "hidden_states", "attentions")
         result = CausalOutput(**found, **{name: getattr(output, name) for name in kept})
         wants_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
         return result.to_tuple() if wants_tuple else result

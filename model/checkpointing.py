@@ -21,3 +21,9 @@ class GradientCheckpointingLayer(nn.Module):
         if self.gradient_checkpointing and self.training:
             return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
         return super().__call__(*args, **kwargs)
+
+
+def is_checkpointing(model: nn.Module) -> bool:
+    """Whether a layer's activations are computed again. A model's own property for it has two names in transformers:
+    `is_gradient_checkpointing`, later `is_activation_checkpointing`."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())

@@ -5,11 +5,39 @@ token. Here each slot owns a buffer with room to spare, so that a token costs on
 attention layer, of a recurrent core to one layer at one step.
 """
 
+from dataclasses import fields
+from operator import attrgetter
+
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 ROOM = 256  # Buffers hold multiples of so many keys.
+
+# The one place that knows what transformers calls a model's cache, in the arguments of `forward`, in outputs and in
+# what `generate` hands on: `past_key_values` at first (5.17), `cache` later (5.24).
+CACHE_NAMES = ("cache", "past_key_values")
+CACHE_NAME = next(field.name for field in fields(CausalLMOutputWithPast) if field.name in CACHE_NAMES)
+
+# What the model overrides or uses of transformers' generation: see `RELIES_ON` in utils/training_utils.py.
+GENERATION_RELIES_ON: dict[str, tuple[str, str]] = {
+    "_prepare_cache_for_generation": (
+        "generation_config, model_kwargs, generation_mode, batch_size, max_cache_length",
+        "`generate` begins with a KeyValueCache, whose slots serve the steps of a recurrent core",
+    ),
+    "_init_weights": ("module", "initialization of each module"),
+}
+LAYER_RELIES_ON: dict[str, tuple[str, str]] = {
+    "lazy_initialization": ("key_states, value_states", "dtype, device and empty tensors of a new slot"),
+    "update": ("key_states, value_states, args, kwargs", "keys and values are written in place"),
+    "get_seq_length": ("", "the number of keys in a slot"),
+    "crop": ("tokens_to_remove", "assisted generation takes tokens back"),
+    "reset": ("", "buffers are forgotten with the keys"),
+    "reorder_cache": ("beam_idx", "beam search replaces the views"),
+    "batch_repeat_interleave": ("repeats", "replaces the views"),
+    "batch_select_indices": ("indices", "replaces the views"),
+}
 
 
 class GrowingLayer(DynamicLayer):
@@ -76,6 +104,23 @@ def move(old: Tensor, new: Tensor, length: int, end: int) -> Tensor:
     if length:
         buffer[:, :, :length] = old
     return buffer
+
+
+def chosen_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
+    """The cache of a call of `forward`, which accepts both names.
+
+    Raises: ValueError: both are given.
+    """
+    if cache is not None and past_key_values is not None:
+        raise ValueError("cache and past_key_values are two names of one argument; give one of them")
+    return past_key_values if cache is None else cache
+
+
+class CacheOutput:
+    """Mixed into an output: its cache has both names. Newer transformers offer the old name themselves."""
+
+    if CACHE_NAME == "past_key_values":
+        cache = property(attrgetter("past_key_values"))
 
 
 class KeyValueCache(Cache):

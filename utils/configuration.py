@@ -28,7 +28,7 @@ class MegaTransformerConfig(StrictConfig):
     """
 
     model_type = "megatransformer"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {"num_attention_heads": "n_heads", "num_key_value_heads": "groups", "head_dim": "width_per_head"}
 
     SECTION_STACK: ClassVar = Section("Stack")

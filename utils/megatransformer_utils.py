@@ -114,6 +114,8 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         if args.deterministic:
             use_deterministic_kernels()
     launch = launch_settings(args.use_deepspeed, args.deepspeed_config, args.bf16)
+    # Newer transformers name gradient checkpointing so, and warn of the old name.
+    kind = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
     return TrainingArguments(
         output_dir=str(run_dir),
         run_name=args.run_name,
@@ -133,8 +135,10 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         max_grad_norm=args.max_grad_norm,
         lr_scheduler_type=args.lr_scheduler_type,
         warmup_steps=args.warmup_ratio,
-        gradient_checkpointing=args.use_gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        **{
+            f"{kind}_checkpointing": args.use_gradient_checkpointing,
+            f"{kind}_checkpointing_kwargs": {"use_reentrant": False},
+        },
         logging_steps=args.logging_steps,
         logging_nan_inf_filter=False,
         eval_strategy="steps",

@@ -37,6 +37,38 @@ TRAINERS = {
     "MultimodalTrainer": "multimodal",
 }
 
+# The seam with transformers: what the trainers override or read of its `Trainer`, most of it private. A name ->
+# its parameters there (None: an attribute of the instance), and why we need it. tests/utils/test_transformers_seam.py
+# names every entry that the installed transformers lacks or calls in another way.
+RELIES_ON: dict[str, tuple[str | None, str]] = {
+    "_get_train_sampler": ("train_dataset", "the data order is that of EpochSampler"),
+    "_run_epoch": (
+        "model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, ignore_keys_for_eval, "
+        "start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",
+        "the sampler is told its epoch, and a finished run makes no step more",
+    ),
+    "get_batch_samples": ("epoch_iterator, num_batches, device", "the targets of an optimizer step are counted"),
+    "_prepare_inputs": ("inputs", "batches of our own steps go to the device"),
+    "training_step": ("model, inputs, num_items_in_batch", "a stage does its own forward and backward"),
+    "compute_loss": ("model, inputs, return_outputs, num_items_in_batch", "the loss of a stage without adversary"),
+    "create_optimizer": ("model", "hooks are attached to the optimizer"),
+    "get_decay_parameter_names": ("model", "embeddings and learned states take no weight decay"),
+    "create_scheduler": ("num_training_steps, optimizer", "the discriminator has a schedule of its own"),
+    "_maybe_log_save_evaluate": (
+        "tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate",
+        "hooks are checked, and a skipped step does not spoil the sum of losses",
+    ),
+    "_total_loss_scalar": (None, "the sum of losses, which a skipped step must not turn into nan"),
+    "_globalstep_last_logged": (None, "whether this step was logged"),
+    "_train_batch_size": (None, "samples of one process and micro-batch"),
+    "_memory_tracker": (None, "evaluation starts it, as transformers does"),
+    "log": ("logs, start_time", "named loss terms, rates and memory join the line"),
+    "evaluate": ("eval_dataset, ignore_keys, metric_key_prefix", "averaged weights, each sample once"),
+    "_save_checkpoint": ("model, trial", "a checkpoint is complete or absent"),
+    "_save": ("output_dir, state_dict", "tied weights are written once"),
+    "_load_optimizer_and_scheduler": ("checkpoint", "the stage's own state is loaded with them"),
+}
+
 
 def __getattr__(name: str) -> type:
     """The trainer of a stage."""

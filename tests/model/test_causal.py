@@ -326,6 +326,19 @@ def test_ready_masks_may_look_ahead_and_meet_segments():
     assert len(model(input_ids=ids, output_attentions=True).attentions) == 2
 
 
+@torch.no_grad()
+def test_the_cache_has_the_names_of_old_and_new_transformers():
+    model, ids = build(**FLAT), tokens()
+    whole = model(input_ids=ids).logits
+    for name in ("cache", "past_key_values"):
+        first = model(input_ids=ids[:, :4], **{name: KeyValueCache()})
+        assert first.cache is first.past_key_values and first.cache.get_seq_length() == 4
+        rest = model(input_ids=ids[:, 4:], **{name: first.cache}).logits
+        torch.testing.assert_close(rest, whole[:, 4:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="cache and past_key_values"):
+        model(input_ids=ids, cache=KeyValueCache(), past_key_values=KeyValueCache())
+
+
 def test_a_cache_outlives_changes_of_gradient_mode():
     model, ids, cache = build(**FLAT), tokens(), KeyValueCache()
     with torch.inference_mode():

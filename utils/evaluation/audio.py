@@ -30,6 +30,7 @@ from utils.metrics.audio import (
     mcd,
     mel_l1,
     multi_resolution_stft_distance,
+    not_measured,
     pesq_wb_and_mean,
     stoi,
 )
@@ -123,6 +124,10 @@ class ClipScorer:
     """
 
     def __init__(self, settings: MelSettings, metrics: Sequence[str]):
+        self.not_measured = not_measured(metrics)
+        for sentence in self.not_measured.values():
+            logger.warning(sentence)
+        metrics = [metric for metric in metrics if metric not in self.not_measured]
         for metric in metrics:
             for package in PACKAGES.get(metric, []):
                 import_optional(package)
@@ -243,6 +248,7 @@ class AudioEvaluator(Evaluator):
             "reference": reference,
             "model": model,
             "transcripts": transcripts,
+            "not_measured": self.scorer.not_measured,
         }
         scalars = {name: value for name, value in scores["model"].items() if value is not None}
         evaluation = Evaluation(metrics, scalars, [self.score_table(scores, n_clips, len(transcripts))], {})
@@ -267,6 +273,7 @@ class AudioEvaluator(Evaluator):
             "real_time_factor": f"x time: computing per second of sound, {where}.",
         }
         caption = " ".join([f"Every row against: {reference}.", *(notes[name] for name in shown if name in notes)])
+        caption = " ".join([caption, *self.scorer.not_measured.values()])
         table = Table(title=f"{self.title}, {n_clips} clips", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.title_justify = table.caption_justify = "left"
         table.add_column("", no_wrap=True)

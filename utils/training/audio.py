@@ -21,7 +21,7 @@ from utils.command_line import parse_overrides
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
 from utils.drawing.players import add_sound
-from utils.metrics.audio import PACKAGES, pesq_wb, stoi
+from utils.metrics.audio import PACKAGES, not_measured, pesq_wb, stoi
 from utils.options import declared_fields, from_preset
 from utils.training.callbacks import EvaluationCallback
 from utils.training.stage import Stage
@@ -82,6 +82,9 @@ class AudioCallback(EvaluationCallback):
         super().__init__(trainer, writer)
         self.n_clips = n_clips
         self.is_first = True  # What does not change is written once.
+        if writer is not None:
+            for sentence in not_measured(SCORES).values():
+                logger.warning(sentence)
 
     @property
     def settings(self) -> MelSettings:

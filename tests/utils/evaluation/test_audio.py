@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from model.audio.vocoders import Vocoder
 from preprocess_audio_vae_dataset import AudioVAEPreprocess
 from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
 from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.optional_packages import needs_pesq
 from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
 from utils.checkpoints import COMPLETE, STAGE, load_model, mark_complete
 from utils.metrics.audio import mcd, mel_l1, pesq_wb
@@ -122,6 +124,7 @@ def refused(run, caplog, capsys):
 # ---- Vocoders.
 
 
+@needs_pesq
 def test_the_report_is_complete(report, vocoder):
     assert json.loads((vocoder.parent / "metrics.json").read_text()) == report
     assert report["stage"] == "vocoder" and report["data"]["n_samples"] == 4 and report["data"]["is_the_runs_own"]
@@ -136,6 +139,7 @@ def test_the_report_is_complete(report, vocoder):
     assert report["model"]["mel"] == MelSettings().as_dict()
 
 
+@needs_pesq
 def test_rows_are_means_over_the_clips(report, vocoder, caches):
     dataset, log_mel = VocoderDataset(caches["vocoder"], "validation"), LogMel(MelSettings())
     model, scores = load_model(Vocoder, vocoder), {"model": [], "griffin_lim": []}
@@ -165,6 +169,7 @@ def test_words_are_counted_where_there_are_four_or_more(report):
     assert report["scores"]["ground_truth"]["wer"] < 0.3
 
 
+@needs_pesq
 def test_sounds_sheet_and_tensorboard(report, vocoder, caches):
     run_dir, dataset = vocoder.parent, VocoderDataset(caches["vocoder"], "validation")
     assert Image.open(run_dir / "contact_sheet.png").width > 600
@@ -188,6 +193,14 @@ def test_a_subset_of_metrics(run, vocoder, capsys, tmp_path):
     for phrase in ("ground truth", "Griffin-Lim, 60", "this model", "mel-L1", "(low)", "x time"):
         assert phrase in text
     assert "PESQ" not in text
+
+
+def test_an_absent_package_is_named_in_the_table_and_the_report(run, vocoder, capsys, caplog, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pesq", None)  # As where the package is not installed.
+    report = run(vocoder, "--metrics", "pesq", "mel", "--max_samples", "1")
+    assert report["scores"]["model"].keys() == {"mel_l1", "mcd_db", "real_time_factor"}
+    sentence = report["not_measured"]["pesq"]
+    assert sentence in caplog.text and sentence in " ".join(capsys.readouterr().out.split())
 
 
 def test_bf16_changes_little(run, vocoder):

@@ -1,6 +1,7 @@
 """Metrics of sound against known values, slow computations and what must hold of them on speech."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from dataset_loading.audio.signal import resample
 from dataset_loading.embedded.speech import load_speaker
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel, MelSettings
+from tests.helpers.optional_packages import needs_pesq
 from tests.helpers.spoken import RATE
 from utils.metrics.audio import (
     SpeakerEncoder,
@@ -17,6 +19,7 @@ from utils.metrics.audio import (
     mcd,
     mel_l1,
     multi_resolution_stft_distance,
+    not_measured,
     pesq_wb,
     pesq_wb_and_mean,
     pesq_wb_starts,
@@ -34,12 +37,14 @@ def noisy(speech):
 # ---- Of waveforms.
 
 
+@needs_pesq
 def test_a_clip_against_itself_is_perfect(speech):
     assert pesq_wb(speech, speech, RATE) == pytest.approx(4.644, abs=1e-3)
     assert stoi(speech, speech, RATE) == pytest.approx(1.0, abs=1e-6)
     assert multi_resolution_stft_distance(speech, speech) == 0
 
 
+@needs_pesq
 def test_pesq_depends_on_the_start_and_its_mean_does_not(speech):
     log_mel = LogMel(MelSettings())
     speech = speech[: len(speech) // 256 * 256]
@@ -53,6 +58,7 @@ def test_pesq_depends_on_the_start_and_its_mean_does_not(speech):
     assert pesq_wb_starts(speech[:3900], made[:3900], RATE) is None
 
 
+@needs_pesq
 def test_pesq_of_a_recording_with_more_utterances_than_the_package_holds():
     random = torch.Generator().manual_seed(0)
     burst = torch.cat([0.3 * torch.randn(4800, generator=random), torch.zeros(4800)])
@@ -65,6 +71,7 @@ def test_pesq_of_a_recording_with_more_utterances_than_the_package_holds():
     assert pesq_wb(silent, silent, RATE) is None
 
 
+@needs_pesq
 def test_noise_makes_every_metric_worse_and_more_noise_more_so(speech, noisy):
     for metric, sign in ((pesq_wb, -1), (stoi, -1)):
         values = [sign * metric(speech, each, RATE) for each in (speech, *noisy)]
@@ -73,13 +80,17 @@ def test_noise_makes_every_metric_worse_and_more_noise_more_so(speech, noisy):
     assert distances == sorted(set(distances))
 
 
+@needs_pesq
 def test_other_rates_and_lengths_are_taken(speech):
     high = resample(speech, RATE, 24000)
     assert pesq_wb(high, high[:-100], 24000) > 4.5 and stoi(high, high[:-100], 24000) > 0.99
     assert pesq_wb(speech.numpy(), speech.numpy(), RATE) > 4.6
 
 
-@pytest.mark.parametrize("metric", [pesq_wb, stoi, lambda a, b, rate: multi_resolution_stft_distance(a, b)])
+@pytest.mark.parametrize(
+    "metric",
+    [pytest.param(pesq_wb, marks=needs_pesq), stoi, lambda a, b, rate: multi_resolution_stft_distance(a, b)],
+)
 def test_silence_and_clips_that_are_too_short_have_no_score(metric, speech):
     assert metric(torch.zeros(RATE), torch.zeros(RATE), RATE) is None
     assert metric(speech[2000:2300], speech[2000:2300], RATE) is None
@@ -87,7 +98,7 @@ def test_silence_and_clips_that_are_too_short_have_no_score(metric, speech):
 
 def test_a_waveform_must_be_one_and_finite(speech):
     with pytest.raises(ValueError, match=r"shape \(S,\) with S > 0, got \(1, \d+\)"):
-        pesq_wb(speech[None], speech, RATE)
+        stoi(speech[None], speech, RATE)
     broken = speech.clone()
     broken[5] = math.nan
     with pytest.raises(ValueError, match="not finite"):
@@ -97,6 +108,15 @@ def test_a_waveform_must_be_one_and_finite(speech):
 def test_a_missing_package_is_named_with_the_remedy():
     with pytest.raises(ValueError, match=r"'no_such_package'.*pip install -r requirements-eval.txt"):
         import_optional("no_such_package")
+
+
+def test_a_metric_that_cannot_be_built_everywhere_is_named(monkeypatch, speech):
+    monkeypatch.setitem(sys.modules, "pesq", None)  # As where the package is not installed.
+    assert not_measured(["stoi", "mel"]) == {}
+    sentence = not_measured(["pesq", "stoi"])["pesq"]
+    assert "PESQ: not measured" in sentence and "C compiler" in sentence
+    with pytest.raises(ValueError, match=r"'pesq'.*requirements-pesq.txt"):
+        pesq_wb(speech, speech, RATE)
 
 
 def test_stft_distance_equals_its_formula(speech, noisy):

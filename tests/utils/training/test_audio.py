@@ -19,6 +19,7 @@ from tests.helpers.runs import largest_difference, run_stage
 from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model
 from utils.generation.audio import load_vocoder
+from utils.metrics.audio import not_measured
 from utils.training.audio_vae import AudioReconstructionCallback
 from utils.training.vocoder import VocoderCallback
 
@@ -69,7 +70,8 @@ def test_a_vocoder_run_can_be_listened_to(listen, cache):
     tags = events.Tags()
     assert set(tags["audio"]) == {f"sounds/{clip}_{kind}" for clip in ("00", "01") for kind in ("real", "generated")}
     assert {"images/mel", "images/waveform", "images/phase"} <= set(tags["images"])
-    scores = ("pesq", "stoi", "mel_l1", "phase_error", "frequency_error", "real_time_factor")
+    scores = {"pesq", "stoi", "mel_l1", "phase_error", "frequency_error", "real_time_factor"}
+    scores -= not_measured(["pesq"]).keys()
     assert {f"listening/{name}" for name in scores} <= set(tags["scalars"])
     assert [event.step for event in events.Audio("sounds/00_generated")] == [0, 1, 2]
     (real,) = events.Audio("sounds/00_real")
