@@ -85,7 +85,6 @@ class AudioCallback(EvaluationCallback):
 
     @property
     def settings(self) -> MelSettings:
-        """The model's log-mel."""
         return self.trainer.model.config.mel
 
     @cached_property
