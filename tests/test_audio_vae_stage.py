@@ -23,7 +23,7 @@ from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, s
 from utils.checkpoints import load_model, read_stage
 from utils.command_line import parse_arguments
 from utils.evaluation.audio_vae import AudioVAEEvaluator
-from utils.training.audio_vae import AudioVAEArguments, SpreadMels, crop_segments
+from utils.training.audio_vae import AudioVAEArguments, AudioVAEGANTrainer, SpreadMels, crop_segments
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +62,24 @@ def test_segments_lie_inside_their_clips_and_short_clips_are_padded():
     for uniform, start in ((0, 0), (0.39, 1), (0.99, 4)):
         segments, _ = crop_segments(mel, lengths, torch.full((3,), uniform), length=8, log_floor=0.0)
         assert segments[1, 0, 0] == 40 + start
+
+
+def test_a_step_leaves_its_batch_as_it_was(train, monkeypatch):
+    original, lengths = AudioVAEGANTrainer.generate, []
+
+    def compare(self, model, inputs):
+        before = {name: value.clone() for name, value in inputs.items()}
+        generation = original(self, model, inputs)
+        assert inputs.keys() == before.keys()
+        assert all(torch.equal(value, before[name]) for name, value in inputs.items())
+        assert generation.sample.shape == generation.target.shape and generation.target.shape[-1] == 32
+        lengths.append((inputs["n_frames"], generation.n_frames))
+        return generation
+
+    monkeypatch.setattr(AudioVAEGANTrainer, "generate", compare)
+    train("unchanged", 1, "--batch_size", "8")
+    ((whole, cropped),) = lengths
+    assert torch.equal(cropped, whole.clamp_max(32))
 
 
 def test_character_loss_is_that_of_each_sample_alone():

@@ -119,9 +119,10 @@ def load_model(model_class: type, path: str | Path, weights: Literal["ema", "raw
     )
     if not files:
         raise FileNotFoundError(f"{folder} has no model.safetensors; it is no checkpoint of a model")
-    with torch.random.fork_rng():
+    with torch.random.fork_rng():  # Initial weights are overwritten at once.
         model = model_class(model_class.config_class.from_pretrained(folder))
     state = {name: value for file in files for name, value in load_file(file).items()}
+    # Tied weights are saved under one name.
     state |= {name: state[source] for name, source in model.all_tied_weights_keys.items() if name not in state}
     model.load_state_dict(
         {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
@@ -163,12 +164,14 @@ def check_resumable(folder: Path, *, zero_stage: int, n_ranks: int, fingerprint:
             under ZeRO; the message names both and what to do.
     """
     record = read_stage(folder)
+    # Data: the order of samples belongs to the data set.
     if record["data"]["fingerprint"] != fingerprint:
         raise ValueError(
             f"{folder} was trained on other data ({record['data']['folder']}, fingerprint "
             f"{record['data']['fingerprint']}; this cache has {fingerprint}). Give the same --cached_dataset, or "
             f"start a new run from its weights with --init_from {folder}"
         )
+    # Engine: each ZeRO stage saves optimizer states in its own form, one shard per process from stage 1 on.
     written_zero, written_ranks = record["zero_stage"], record["n_ranks"]
     if written_zero != zero_stage:
         names = [

@@ -30,10 +30,9 @@ class OptimizerHook:
         optimizer.register_step_post_hook(self.after_step)
 
     def before_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        """Called before each step, after clipping."""
+        """Called before each optimizer step, after clipping; `after_step` follows it."""
 
     def after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        """Called after each step."""
         self.fired += 1
 
 
@@ -117,10 +116,12 @@ class NonFiniteGuard(OptimizerHook):
         parameters = with_gradients(optimizer)
         if not parameters:
             return
+        # One number per parameter tells whether any of its gradient is not finite; processes agree on the answer.
         sums = torch.stack([p.grad.sum(dtype=torch.float32) for p in parameters])
         if not self.any_across_ranks(not torch.isfinite(sums).all().item(), sums.device):
             self.in_a_row = 0
             return
+        # Without gradients the optimizer leaves weights and moments as they are.
         for parameter in parameters:
             parameter.grad = None
         self.in_a_row += 1
@@ -160,6 +161,7 @@ class WeightEMA(OptimizerHook):
                 if "weight_ema" not in state:
                     state["weight_ema"] = parameter.detach().float().clone()
                 n = float(state["step"])
+                # The first steps count more: a young average must not remember the initial weights.
                 decay = min(self.decay, (1 + n) / (10 + n))
                 state["weight_ema"].lerp_(parameter.detach().float(), 1 - decay)
 

@@ -88,7 +88,6 @@ class AudioCallback(EvaluationCallback):
 
     @property
     def settings(self) -> MelSettings:
-        """The model's log-mel."""
         return self.trainer.model.config.mel
 
     @cached_property

@@ -118,6 +118,7 @@ class GANTrainer(StageTrainer):
         adversarial = self.adversary.play(
             leaf, target, gradient, uniforms=uniforms, share=share, weight=weight, trains=trains
         )
+        # Terms of the log line, under `gan/` as they are and, where they act on the generator, weighted in the loss.
         logs = {**adversarial.logs, "weight": weight, "adaptive_factor": factor}
         self.record({f"gan/{name}": value for name, value in logs.items()})
         if adversarial.gradient is None or weight == 0:

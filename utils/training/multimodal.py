@@ -74,8 +74,8 @@ class MultimodalTrainer(StageTrainer):
 
         loss = sum over targets of (cross_entropy + z_loss_weight * (log of the softmax's denominator)^2) / n_targets
 
-    Sum and number of targets are those of an optimizer step, over all micro-batches and processes: a target weighs the
-    same however the samples are split.
+    Both are taken over all micro-batches and processes of an optimizer step: a target has the same weight however the
+    samples are split.
 
     Args:
         tokenizer: saved into every checkpoint.
@@ -283,13 +283,13 @@ class ThinkingStepsCallback(EvaluationCallback):
     def show(self, step):
         drawn, used = self.trainer.drawn_steps, self.trainer.used_steps
         if self.writer is not None and drawn:
-            add_counts(self.writer, "thinking_steps/drawn", np.bincount(drawn), step)
+            add_counts(self.writer, "thinking_steps/drawn", np.bincount(drawn), step=step)
         if self.writer is not None and used is not None:
-            add_counts(self.writer, "thinking_steps/used", used, step)
+            add_counts(self.writer, "thinking_steps/used", used, step=step)
         drawn.clear()  # On every process, all of which collect them.
 
 
-def add_counts(writer: SummaryWriter, name: str, counts: Sequence[float] | np.ndarray, step: int) -> None:
+def add_counts(writer: SummaryWriter, name: str, counts: Sequence[float] | np.ndarray, *, step: int) -> None:
     """A histogram of whole numbers: `counts[k]` of them are k."""
     counts = np.asarray(counts, dtype=np.float64)
     numbers = np.arange(len(counts))

@@ -193,6 +193,7 @@ class Stage:
 
     def build_trainer(self, model, datasets, training) -> StageTrainer:
         """The trainer with its parts, callbacks and the record that goes into every checkpoint."""
+        # Rank 0 alone has a writer. Callbacks that need the trainer are added once it exists.
         self.writer = SummaryWriter(str(self.run_dir / "tensorboard")) if rank() == 0 else None
         callbacks: list[TrainerCallback] = [StopOnSignalCallback()]
         if self.writer is not None:
@@ -214,7 +215,7 @@ class Stage:
         return trainer
 
     def record(self, dataset: Dataset, zero_stage: int) -> dict:
-        """Content of `stage.json`."""
+        """Content of `stage.json`: what this run is, so that later stages and resumed runs can check it."""
         return {
             "stage": self.name,
             "preset": self.args.config,

@@ -106,8 +106,10 @@ def check_checkpoint(path: str | Path, dataset: TextDataset, resumes: bool) -> N
             f"{folder} is of stage {record['stage']!r}, a language model goes on from checkpoints of stage "
             "'multimodal': name one of them, or leave --init_from and --resume_from_checkpoint out"
         )
+    # The tokenizer must be that of the checkpoint: ids mean nothing to another one.
     advice = f"prepare them with --tokenizer {folder} and another --cached_dataset, or train a new model"
     check_tokenizer(folder, dataset, advice)
+    # A resumed run goes on in the middle of an order of windows, whose number depends on their length.
     length = record["arguments"]["sequence_length"]
     if resumes and length != dataset.sequence_length:
         raise ValueError(
@@ -138,6 +140,7 @@ def fit_to_tokenizer(
     Args: overrides: the `key=value` that the user gave; one of vocab_size may round the vocabulary up.
     Raises: ValueError: an override contradicts the tokenizer, or windows are longer than the model's positions.
     """
+    # What the tokenizer requires; an override may only agree, or round the vocabulary up.
     begin, end = document_ends(dataset.tokenizer)
     required = {"vocab_size": dataset.vocab_size, "pad_token_id": dataset.padding}
     required |= {"bos_token_id": begin, "eos_token_id": end}

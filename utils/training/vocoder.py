@@ -108,10 +108,12 @@ def crop_pairs(
             f"waveforms of {waveform.shape[1]} samples do not belong to log-mels of {n_padded} frames, which are "
             f"{n_padded * hop_length} samples at hop_length={hop_length}; preprocess the audio again"
         )
+    # Even the longest clip of the batch may be shorter than a crop.
     missing = max(0, segment_frames - n_padded)
     if missing:
         mel = F.pad(mel, (0, missing), value=log_floor)
         waveform = F.pad(waveform, (0, missing * hop_length))
+    # The same start in frames and in samples.
     start = crop_starts(n_frames, segment_frames, uniforms)[:, None]  # (B, 1)
     frames = start + torch.arange(segment_frames, device=mel.device)
     samples = start * hop_length + torch.arange(segment_frames * hop_length, device=mel.device)
