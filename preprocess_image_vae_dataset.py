@@ -29,7 +29,7 @@ class ImageVAEPreprocessArguments(ImageArguments):
 
     image_size: int = option(128, "side S of the images in pixels", gt=0)
 
-    # Changes of the augmented copies.
+    # Augmentation of the copies.
     random_resized_crop: float = option(
         1.0,
         "minimum fraction of the area in a random crop; 1: off",

@@ -74,7 +74,7 @@ class QualityArguments:
 
     def validate_run_dirs(self):
         if self.run_dirs and self.quality:
-            raise ValueError("--run_dirs measures what is there and --quality trains; give one of them")
+            raise ValueError("--run_dirs measures existing runs and --quality trains new ones; give one of them")
 
 
 MEASURING_FLAGS = ("cached_dataset", "output_dir", "config", "n_clips")

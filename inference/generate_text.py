@@ -38,7 +38,7 @@ class GenerateTextArguments(GenerationArguments):
     def validate_prompts(self):
         if not self.checkpoint or not (self.prompts or self.prompt_file):
             raise ValueError(
-                "--checkpoint and --prompts or --prompt_file are needed: a run folder, and what to continue"
+                "--checkpoint and --prompts or --prompt_file are needed: a run folder, and texts to continue"
             )
 
 

@@ -41,7 +41,7 @@ class TextToImageArguments(SamplingArguments):
 
     def validate_prompts(self):
         if not self.checkpoint or not (self.prompts or self.prompt_file):
-            raise ValueError("--checkpoint and --prompts or --prompt_file are needed: a run folder, and what to draw")
+            raise ValueError("--checkpoint and --prompts or --prompt_file are needed: a run folder, and captions")
 
 
 def draw(args: TextToImageArguments) -> None:

@@ -252,59 +252,72 @@ class MegaTransformerConfig(StrictConfig):
 
     @property
     def effective_depth(self) -> int:
-        """Layers that a token passes in training, the core counted its mean number of times."""
+        """Layers that a token passes in training; the core counts as often as it is applied on average."""
         core = self.n_recurrent_layers * self.recurrent_mean_thinking_steps
         return self.n_prelude_layers + self.n_layers + core + self.n_coda_layers
 
     @property
     def num_hidden_layers(self) -> int:
         """Slots of the key/value cache: one per layer; of the core and the coda one per cached step."""
-        behind = self.n_recurrent_layers + self.n_coda_layers
+        n_thinking_slots = self.n_recurrent_layers + self.n_coda_layers
         if self.n_recurrent_layers:
-            behind *= self.recurrent_cache_steps or self.recurrent_max_thinking_steps
-        return self.n_prelude_layers + self.n_layers + behind
+            n_thinking_slots *= self.recurrent_cache_steps or self.recurrent_max_thinking_steps
+        return self.n_prelude_layers + self.n_layers + n_thinking_slots
 
     def validate_stack(self):
-        """At least one layer. `modalities` names each modality once, and text."""
+        """The model has at least one layer. `modalities` names each modality once, among them text."""
         n_layers = self.n_prelude_layers + self.n_layers + self.n_recurrent_layers + self.n_coda_layers
-        self.expect(n_layers > 0, "n_layers", "makes no layer, nor do the others; at least one is needed")
-        self.expect("text" in self.modalities, "modalities", "must hold 'text': its tokens announce the others")
+        self.expect(
+            n_layers > 0, "n_layers", "gives no layer, nor do the other layer counts; at least one must be above 0"
+        )
+        self.expect(
+            "text" in self.modalities, "modalities", "must contain 'text', whose tokens announce the other modalities"
+        )
         self.expect(len(set(self.modalities)) == len(self.modalities), "modalities", "must name each modality once")
 
     def validate_attention(self):
-        """`n_heads` divides `hidden_size`, or `head_width` is given. `n_query_groups` divides `n_heads`."""
+        """`n_heads` divides `hidden_size` unless `head_width` is given. `n_query_groups` divides `n_heads`."""
         is_whole = self.head_width is not None or self.hidden_size % self.n_heads == 0
         self.expect(is_whole, "n_heads", f"must divide hidden_size={self.hidden_size}, or give head_width")
         self.expect(self.n_heads % self.groups == 0, "n_query_groups", f"must divide n_heads={self.n_heads}")
 
     def validate_position(self):
-        """Rotation or ALiBi, not both. The rotated part of K is even, and above 2 for `rotary_ntk_factor`.
-        `position_embedding='sinusoidal'` needs an even `hidden_size`."""
+        """Rotary embedding and ALiBi exclude each other. The number of rotated values of K is even, and above 2 with
+        `rotary_ntk_factor`. `position_embedding='sinusoidal'` needs an even `hidden_size`."""
         if self.use_rotary_embedding:
+            # Values are rotated in pairs.
             self.expect(not self.use_alibi_bias, "use_alibi_bias", "needs use_rotary_embedding=False")
             width = self.width_per_head * self.rotary_fraction
             is_even = abs(width - self.rotary_width) < 1e-6 and self.rotary_width % 2 == 0 < self.rotary_width
-            self.expect(is_even, "rotary_fraction", f"rotates {width:g} of {self.width_per_head} values, must be even")
+            self.expect(
+                is_even,
+                "rotary_fraction",
+                f"rotates {width:g} of {self.width_per_head} values, which must be an even number",
+            )
+            # NTK scaling multiplies the base by factor^(d / (d - 2)), which is undefined for d = 2 rotated values.
             has_middle = self.rotary_width > 2 or self.rotary_ntk_factor == 1
             self.expect(has_middle, "rotary_ntk_factor", "needs more than 2 rotated values per head")
         is_even = self.position_embedding != "sinusoidal" or self.hidden_size % 2 == 0
         self.expect(is_even, "hidden_size", "must be even for position_embedding='sinusoidal'")
 
     def validate_norm(self):
-        """A norm before or behind attention, and before or behind the feed-forward network."""
+        """Attention and the feed-forward network each have a norm before or after them."""
         for branch in ("attention", "ffn"):
             has_norm = getattr(self, f"use_pre_{branch}_norm") or getattr(self, f"use_post_{branch}_norm")
             self.expect(has_norm, f"use_pre_{branch}_norm", f"needs use_post_{branch}_norm=True")
 
     def validate_recurrent(self):
-        """Least <= mean <= most thinking steps. Backprop, test, cached and carried steps are at most the most. Exits
-        come within the steps of generation; those by `kl` need a cache slot per step."""
-        least, mean, most = (getattr(self, f"recurrent_{name}_thinking_steps") for name in ("min", "mean", "max"))
-        rule = f"must lie between recurrent_min_thinking_steps={least} and recurrent_max_thinking_steps={most}"
-        self.expect(least <= mean <= most, "recurrent_mean_thinking_steps", rule)
+        """Minimum <= mean <= maximum thinking steps. Backprop, test, cached and carried steps are at most the maximum.
+        Exits come within the steps of generation; exits by `kl` need a cache slot per step."""
+        minimum, mean, maximum = (getattr(self, f"recurrent_{name}_thinking_steps") for name in ("min", "mean", "max"))
+        rule = f"must lie between recurrent_min_thinking_steps={minimum} and recurrent_max_thinking_steps={maximum}"
+        self.expect(minimum <= mean <= maximum, "recurrent_mean_thinking_steps", rule)
         windows = ["recurrent_backprop_steps", "recurrent_test_thinking_steps", "recurrent_cache_steps"]
         for name in [*windows, "audio_carried_thinking_steps", "image_carried_thinking_steps"]:
-            self.expect((getattr(self, name) or 1) <= most, name, f"must be <= recurrent_max_thinking_steps={most}")
+            is_within = (getattr(self, name) or 1) <= maximum
+            self.expect(is_within, name, f"must be <= recurrent_max_thinking_steps={maximum}")
+
+        # Early exits. `kl` compares the predictions of two consecutive steps.
         steps = self.recurrent_test_thinking_steps or mean
         is_reached = self.recurrent_exit_criterion == "none" or self.recurrent_exit_min_steps <= steps
         self.expect(is_reached, "recurrent_exit_min_steps", f"must be <= {steps}, the steps of generation")
@@ -314,7 +327,7 @@ class MegaTransformerConfig(StrictConfig):
         self.expect(is_exact, "recurrent_cache_steps", "must be None with recurrent_exit_criterion='kl'")
 
     def validate_text(self):
-        """Token ids are below `vocab_size` and differ; only pad, bos and eos may be one token."""
+        """Token ids are below `vocab_size` and differ; only pad, bos and eos may share an id."""
         ids = {f.name: getattr(self, f.name) for f in declared_fields(self) if f.name.endswith("_token_id")}
         for name, value in ids.items():
             self.expect(value is None or value < self.vocab_size, name, f"must be < vocab_size={self.vocab_size}")
@@ -323,22 +336,25 @@ class MegaTransformerConfig(StrictConfig):
             self.expect(may_share, name, f"must differ from {', '.join(sorted(same - {name}))}")
 
     def validate_audio(self):
-        """`audio_hop_length` is even and divides `audio_n_fft` at least twice. A block fits the longest sequence."""
-        n_fft, hop, longest = self.audio_n_fft, self.audio_hop_length, self.max_position_embeddings
+        """`audio_hop_length` is even and divides `audio_n_fft` at least twice. A block is not longer than
+        the maximum sequence."""
+        n_fft, hop, max_length = self.audio_n_fft, self.audio_hop_length, self.max_position_embeddings
         is_whole = n_fft % hop == 0 and n_fft >= 2 * hop and hop % 2 == 0
         self.expect(is_whole, "audio_hop_length", f"must be even and divide audio_n_fft={n_fft} at least twice")
-        fits = "audio" not in self.modalities or self.audio_block_frames <= longest
-        self.expect(fits, "audio_block_frames", f"must be <= max_position_embeddings={longest}")
+        fits = "audio" not in self.modalities or self.audio_block_frames <= max_length
+        self.expect(fits, "audio_block_frames", f"must be <= max_position_embeddings={max_length}")
 
     def validate_image(self):
         """`image_compression` divides `image_size`; `image_encoder_patch_size` divides the side of the latents. An
-        image's tokens fit the longest sequence. `image_position_embedding='sinusoidal'`: 4 divides `hidden_size`."""
+        image is not longer than the maximum sequence. `image_position_embedding='sinusoidal'` needs a `hidden_size`
+        divisible by 4."""
         is_whole = self.image_size % self.image_compression == 0
         self.expect(is_whole, "image_compression", f"must divide image_size={self.image_size}")
         side, patch = self.image_size // self.image_compression, self.image_encoder_patch_size
         self.expect(side % patch == 0, "image_encoder_patch_size", f"must divide the side {side} of the latents")
-        n_tokens, longest = (side // patch) ** 2, self.max_position_embeddings
-        fits = "image" not in self.modalities or n_tokens <= longest
-        self.expect(fits, "image_size", f"makes {n_tokens} tokens, more than max_position_embeddings={longest}")
+        n_tokens, max_length = (side // patch) ** 2, self.max_position_embeddings
+        fits = "image" not in self.modalities or n_tokens <= max_length
+        self.expect(fits, "image_size", f"gives {n_tokens} tokens, more than max_position_embeddings={max_length}")
+        # Sines and cosines of the row in one half of D, of the column in the other.
         is_pair = self.image_position_embedding == "learned" or self.hidden_size % 4 == 0
         self.expect(is_pair, "hidden_size", "must be divisible by 4 for image_position_embedding='sinusoidal'")

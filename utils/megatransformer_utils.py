@@ -19,9 +19,9 @@ TrainerKind = Literal["default", "grokfast_ema", "grokfast_ma"]  # see `trainer_
 
 @dataclasses.dataclass
 class StageArguments:
-    """Flags common to all training stages; a stage's own arguments are a subclass with further `option()` fields."""
+    """Flags of all training stages. A stage declares its further flags in a subclass."""
 
-    # What is trained, on what, and where it goes.
+    # Model, data and output folder.
     config: str = option("tiny", "preset name of the model")
     override: list[str] = option([], "fields of the model's configuration, key=value")
     run_name: str = option("default", "name of the run; its folder is OUTPUT_DIR/<model type>/RUN_NAME")
@@ -33,7 +33,7 @@ class StageArguments:
     init_from: str = option("", "checkpoint or run folder whose weights initialise a new run")
     dry_run: bool = option(False, "print configuration, parameter and data counts and a memory estimate, then exit")
 
-    # Length and batches.
+    # Length of the training, and batches.
     num_train_epochs: float = option(100.0, "passes over the training set; ignored where max_steps is given", gt=0)
     max_steps: int = option(-1, "optimizer steps; -1: given by num_train_epochs", ge=-1)
     batch_size: int = option(16, "samples per micro-batch and process", gt=0)
@@ -107,11 +107,13 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
     `--bf16` is autocast over fp32 weights in every engine: transformers' own flag without DeepSpeed, the
     `torch_autocast` section with it (transformers' flag would make DeepSpeed keep and save bfloat16 weights).
     """
+    # Precision and determinism are settings of the process, to be made before the first computation.
     if torch.cuda.is_available():
         set_fp32_precision(args.tf32)
         if args.deterministic:
             use_deterministic_kernels()
     launch = launch_settings(args.use_deepspeed, args.deepspeed_config, args.bf16)
+    # The flags under transformers' names.
     return TrainingArguments(
         output_dir=str(run_dir),
         run_name=args.run_name,
@@ -130,19 +132,19 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         adam_beta2=args.adam_beta2,
         max_grad_norm=args.max_grad_norm,
         lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=args.warmup_ratio,
+        warmup_steps=args.warmup_ratio,  # A number below 1 is a fraction of the steps.
         gradient_checkpointing=args.use_gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        gradient_checkpointing_kwargs={"use_reentrant": False},  # The other one needs an input with a gradient.
         logging_steps=args.logging_steps,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # The filter would log the mean loss in place of a non-finite one.
         eval_strategy="steps",
         eval_steps=args.eval_steps,
         save_strategy="steps",
         save_steps=args.save_steps,
         save_total_limit=None,  # Complete checkpoints are counted by our own rotation.
-        remove_unused_columns=False,
+        remove_unused_columns=False,  # Trainers read `index`, which no forward takes.
         ddp_find_unused_parameters=False,
         disable_tqdm=not sys.stderr.isatty(),
-        report_to="none",
+        report_to="none",  # Stages write TensorBoard logs themselves.
         **launch,
     )

@@ -82,7 +82,7 @@ DEFINITIONS = {
 
 @dataclasses.dataclass
 class AudioEvaluationArguments(ContactSheetArguments, EvaluationArguments):
-    """Flags of the evaluation of everything that makes sound."""
+    """Flags of the evaluation of models that generate audio."""
 
     metrics: list[Metric] = option(
         list(get_args(Metric)), "metrics; wer is the slowest, about a second per clip and row; mel: mel-L1 and MCD"

@@ -35,7 +35,7 @@ DECODED_TOKENS = 1 << 20  # At once.
 
 @dataclasses.dataclass
 class TextEvaluationArguments(BatchedEvaluationArguments):
-    """Flags for language models."""
+    """Flags of the evaluation of language models."""
 
     thinking_steps: list[int] = option(
         [], "recurrent models: numbers of thinking steps at which the loss is measured", gt=0

@@ -34,7 +34,7 @@ MAX_CLIPPED_SHARE = 1e-3  # of the samples of a file, without a warning
 
 @dataclasses.dataclass
 class SynthesisArguments:
-    """Flags of everything that ends in a vocoder."""
+    """Flags of scripts whose last model is a vocoder."""
 
     input: list[str] = option([], "files, and folders of files")
     weights: Literal["ema", "raw"] = option("ema", "averaged weights, if they were saved, or the trained weights")

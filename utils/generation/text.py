@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class GenerationArguments:
-    """Flags of everything that writes text."""
+    """Flags of text generation."""
 
     max_new_tokens: int = option(200, "maximum number of tokens per continuation; fewer where the document ends", gt=0)
     temperature: float = option(1.0, "divisor of the logits in sampling; 0: greedy", ge=0)
@@ -61,7 +61,7 @@ class GenerationArguments:
 
     def validate_generation(self):
         if self.n_beams > 1 and self.temperature:
-            raise ValueError(f"--n_beams={self.n_beams} searches, and draws nothing: it needs --temperature 0")
+            raise ValueError(f"--n_beams={self.n_beams} is a search without sampling: it needs --temperature 0")
         if -1 < self.exit_threshold < 0:
             raise ValueError(f"--exit_threshold={self.exit_threshold} must be -1, 0 or above")
 

@@ -29,7 +29,7 @@ BYTES_ONLY = ("n_text_layers", "text_head_width", "n_gram_sizes", "n_gram_bucket
 
 @dataclasses.dataclass
 class SamplingArguments:
-    """Flags of everything that draws images."""
+    """Flags of sampling images from a diffusion model."""
 
     sampler: SamplerKind = option("dpmpp_2m", "sampler; euler and ddim take the same steps")
     n_steps: int = option(20, "sampling steps", gt=0)
@@ -53,7 +53,7 @@ class SamplingArguments:
             raise ValueError(f"--guidance_interval={bounds} must be two times with 0 <= first < second <= 1")
 
     def settings(self) -> dict[str, Any]:
-        """The sampling flags by name, for reports."""
+        """Names and values of the sampling flags, for reports."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingArguments)}
 
 

@@ -48,7 +48,7 @@ MAX_CLIPPED = 1e-3  # Share of samples at full scale beyond which a clip counts 
 
 @dataclasses.dataclass
 class AudioPreprocessArguments(PreprocessArguments):
-    """Flags of all stages that read sound."""
+    """Flags of all preprocessing stages that read audio."""
 
     caption_column: str = option(
         "", f"column with the transcripts; default: the first of {', '.join(CAPTION_COLUMNS)}"
@@ -65,7 +65,7 @@ class AudioPreprocessArguments(PreprocessArguments):
     f_max: float | None = option(None, "maximum frequency of the mel bins in Hz", gt=0)
     floor: float | None = option(None, "minimum mel magnitude, to which smaller ones are clamped", gt=0)
 
-    # What is left out, and how clips are conditioned.
+    # Selection and conditioning of clips.
     segment_seconds: float = option(
         0.0, "maximum length in seconds; longer clips are cut at quiet positions; 0: whole clips", ge=0
     )
@@ -82,7 +82,7 @@ class AudioPreprocessArguments(PreprocessArguments):
         only_with=("loudness_db", other_than_none),
     )
 
-    # Changes of the augmented copies.
+    # Augmentation of the copies.
     time_stretch: float = option(
         0.0,
         "maximum relative change of speed, at the same pitch",
@@ -106,7 +106,7 @@ class AudioPreprocessArguments(PreprocessArguments):
 
     @property
     def mel_settings(self) -> MelSettings:
-        """The preset with its replaced fields. Raises: ValueError: they contradict each other."""
+        """The preset with the fields that flags replace. Raises: ValueError: they contradict each other."""
         given = {name: getattr(self, name) for name in MEL_FLAGS if getattr(self, name) is not None}
         return dataclasses.replace(mel_preset(self.mel), **given)
 

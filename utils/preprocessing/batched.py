@@ -19,7 +19,7 @@ from utils.preprocessing.workers import map_in_workers
 
 @dataclasses.dataclass
 class BatchedPreprocessArguments(PreprocessArguments):
-    """Flags of preprocessing with a model."""
+    """Flags of preprocessing with a model, in batches."""
 
     batch_size: int = option(32, "samples per batch of the encoder", gt=0)
     bf16: bool = option(False, "bfloat16 autocast in the encoder; often file access is the bottleneck")

@@ -51,9 +51,9 @@ PACKAGES = ("torch", "numpy", "pillow", "datasets")
 
 @dataclasses.dataclass
 class PreprocessArguments:
-    """Flags common to all preprocessing; a stage's own arguments are a subclass with further `option()` fields."""
+    """Flags of all preprocessing. A stage declares its further flags in a subclass."""
 
-    # What is read.
+    # Raw data.
     dataset_name: str = option("", "raw data set: hub name, folder, or index file (.csv, .jsonl)")
     dataset_config: str = option("", "configuration of a hub data set")
     dataset_split: str = option("train", "split of the raw data set")
@@ -61,7 +61,7 @@ class PreprocessArguments:
     caption_column: str = option("text", "column with the captions; they are empty without a column 'text'")
     limit: int = option(-1, "number of raw samples to read, from the first one; -1: all", ge=-1)
 
-    # Which part validates.
+    # Validation split.
     validation_fraction: float = option(
         0.05,
         "fraction of the validation split, chosen by a hash of the raw file's name",
@@ -74,7 +74,7 @@ class PreprocessArguments:
         "", "split of the validation set; default: its only one", only_with=("validation_dataset", bool)
     )
 
-    # How it is written.
+    # Output.
     output_dir: str = option("", "output folder; default: cached_datasets/<stage>")
     num_augmented_copies: int = option(0, "augmented copies of a training sample, in addition to the original", ge=0)
     seed: int = option(42, "seed of the augmentation", ge=0)

@@ -15,7 +15,7 @@ IMAGE_SETTINGS = ("resize_mode", "background_color", "min_image_size")
 
 @dataclasses.dataclass
 class ImageArguments(PreprocessArguments):
-    """Flags of all stages that read images."""
+    """Flags of all preprocessing stages that read images."""
 
     resize_mode: ResizeMode = option("crop", "how images that are not square become square")
     background_color: str = option("white", "color of transparent pixels and of padding; name or #rrggbb")

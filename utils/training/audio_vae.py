@@ -58,7 +58,7 @@ class AudioVAEArguments(AdversaryArguments, StageArguments):
     discriminator_layers: int = option(3, "strided layers of the discriminator", gt=0, only_with=WITH_ADVERSARY)
     use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator", only_with=WITH_ADVERSARY)
 
-    # What is measured and heard.
+    # Statistics and logs.
     latent_statistics_samples: int = option(
         1024,
         "training clips on which mean and std of mel bins and latents are measured",
@@ -77,12 +77,12 @@ class AudioVAEArguments(AdversaryArguments, StageArguments):
     def validate_segments(self):
         if self.ctc_weight > 0 and self.segment_frames:
             raise ValueError(
-                f"--ctc_weight={self.ctc_weight} needs --segment_frames=0: a transcript is that of a whole clip"
+                f"--ctc_weight={self.ctc_weight} needs --segment_frames=0: a transcript belongs to a whole clip"
             )
         if self.gan_weight > 0 and 0 < self.segment_frames < 2**self.discriminator_layers:
             raise ValueError(
-                f"--segment_frames={self.segment_frames} are too few for --discriminator_layers="
-                f"{self.discriminator_layers}, which needs {2**self.discriminator_layers}"
+                f"--segment_frames={self.segment_frames} must be >= {2**self.discriminator_layers}, which "
+                f"--discriminator_layers={self.discriminator_layers} needs"
             )
 
 

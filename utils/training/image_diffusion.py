@@ -30,13 +30,13 @@ logger = logging.getLogger(__name__)
 class ImageDiffusionArguments(SamplingArguments, StageArguments):
     """Flags of the text-to-image stage."""
 
-    # What the latents are of.
+    # VAE of the latents.
     vae_checkpoint: str = option(
         "", "run or checkpoint folder of the latents' VAE; default: the path recorded in the cache"
     )
     vae_config: str = option("", "preset of that VAE, checked against its checkpoint")
 
-    # What is learned.
+    # Objective.
     caption_dropout: float = option(0.1, "probability that a caption is replaced by the null condition", ge=0, lt=1)
     time_sampling: TimeSampling = option("logit_normal", "distribution of training times")
     time_mean: float = option(0.0, "mean of the logit-normal times", only_with=("time_sampling", "logit_normal"))
@@ -52,7 +52,7 @@ class ImageDiffusionArguments(SamplingArguments, StageArguments):
         0.0, "exponent p of the loss weight std^p of a latent channel, by its std in the VAE; 0: equal weights", ge=0
     )
 
-    # What is looked at during training.
+    # Evaluation and logs during training.
     n_time_buckets: int = option(5, "intervals of [0, 1] whose validation loss is logged", gt=0, le=100)
     prompts: list[str] = option([], "captions of the logged image grids; default: validation captions")
     n_prompts: int = option(

@@ -45,7 +45,7 @@ class MultimodalArguments(TextArguments, StageArguments):
         0.0, "fraction of the steps over which the mean number of thinking steps grows from 1; 0: none", ge=0, le=1
     )
 
-    # What is looked at during training.
+    # Evaluation and logs during training.
     eval_thinking_steps: list[int] = option(
         [], "numbers of thinking steps in evaluation; default: 1, 2, the mean, twice the mean", gt=0
     )
@@ -58,7 +58,7 @@ class MultimodalArguments(TextArguments, StageArguments):
         missing = [mode for mode in self.include_modes if mode != "text"]
         if missing or not self.include_modes:
             raise ValueError(
-                f"--include_modes={self.include_modes}: text is the only mode so far; the parts that read and write "
+                f"--include_modes={self.include_modes}: text is the only mode so far; the model parts for "
                 f"{' and '.join(missing) or 'other modes'} do not exist yet. Give --include_modes text"
             )
 
@@ -68,7 +68,7 @@ class MultimodalArguments(TextArguments, StageArguments):
         if json.loads(Path(self.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage") == 3:
             raise ValueError(
                 f"--recurrent_steps_per_rank with ZeRO stage 3 ({self.deepspeed_config}): processes that run layers a "
-                "different number of times wait for each other for ever; use stage 2 or below, or leave it out"
+                "different number of times deadlock; use stage 2 or below, or leave it out"
             )
 
 

@@ -37,7 +37,7 @@ class VocoderArguments(AdversaryArguments, StageArguments):
     phase_weight: float = option(1.0, "weight of the errors of group delay and instantaneous frequency", ge=0)
     complex_stft_weight: float = option(0.0, "weight of the complex spectrogram's relative error", ge=0)
 
-    # Adversary. The losses' gradients on waveforms jump with silence; weights are not adapted to their norms.
+    # Adversary. Gradient norms on waveforms jump at silence, so that the adversarial weight is not adapted to them.
     gan_weight: float = option(1.0, "weight of the adversarial loss; 0: no discriminator", ge=0)
     use_adaptive_gan_weight: bool = option(
         False, "scale the adversarial gradient to the norm of the reconstruction's at the output"
