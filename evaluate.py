@@ -50,7 +50,7 @@ class EvaluateArguments(
     AudioVAEEvaluationArguments,
     TextEvaluationArguments,
 ):
-    """The flags of all stages."""
+    """Flags of all evaluators; the evaluator of the checkpoint's stage refuses those that it does not read."""
 
 
 def build_evaluator(args: EvaluateArguments) -> Evaluator:
@@ -63,7 +63,7 @@ def build_evaluator(args: EvaluateArguments) -> Evaluator:
 
 
 def evaluate(args: EvaluateArguments) -> dict:
-    """Measure, write, print; returns the content of metrics.json."""
+    """Measure, write and print the metrics of a checkpoint; returns the content of metrics.json."""
     start = time.perf_counter()
     evaluator = build_evaluator(args)
     dataset = evaluator.build_dataset()
@@ -71,6 +71,8 @@ def evaluate(args: EvaluateArguments) -> dict:
     data = evaluator.describe_data(dataset, len(indices))
     with torch.inference_mode():
         evaluation = evaluator.measure(dataset, indices)
+
+    # Write metrics.json and the files beside it.
     report = {
         **evaluator.describe(),
         "data": data,
@@ -79,6 +81,7 @@ def evaluate(args: EvaluateArguments) -> dict:
         "seconds": time.perf_counter() - start,
     }
     files = write(args, evaluator, evaluation, report)
+    # Print; without a terminal a table is not cut to 80 columns.
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=120)
@@ -92,17 +95,17 @@ def evaluate(args: EvaluateArguments) -> dict:
 
 
 def write(args: EvaluateArguments, evaluator: Evaluator, evaluation: Evaluation, report: dict) -> list[Path]:
-    """metrics.json, images, sounds and TensorBoard; returns the paths."""
+    """Write metrics.json, images, audio and TensorBoard events; returns the paths."""
     run_dir = evaluator.checkpoint.parent
     output_dir = Path(args.output_dir or run_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "metrics.json", report)
-    drawn = evaluation.save(output_dir)
+    media = evaluation.save(output_dir)
     log_dir = run_dir / "tensorboard"
     group = f"evaluation_{Path(report['data']['folder']).name}_{report['data']['split'] or 'all'}_{report['weights']}"
     with SummaryWriter(str(log_dir)) as writer:
         evaluation.log(writer, group, evaluator.step)
-    return [output_dir / "metrics.json", *drawn, log_dir]
+    return [output_dir / "metrics.json", *media, log_dir]
 
 
 def main(argv: list[str] | None = None) -> dict:

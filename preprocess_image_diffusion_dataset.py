@@ -39,10 +39,9 @@ class ImageDiffusionPreprocessArguments(ImageArguments, BatchedPreprocessArgumen
     vae_config: str = option("", "preset that the VAE must have been trained with; default: any")
     image_size: int = option(0, "side of the images in pixels, divisible by the compression; 0: the VAE's", ge=0)
     horizontal_flip: bool = option(False, "also store the latents of the mirrored image")
-    max_tokens: int = option(128, "longest caption in tokens, bytes or the text encoder's; the rest is cut", gt=0)
-    text_encoder: str = option("", "frozen text encoder whose hidden states are stored too: local folder or hub name")
-
-    seed: int = option(42, "seed of the random changes", ge=0, only_with=("num_augmented_copies", bool))
+    max_tokens: int = option(128, "maximum tokens of a caption (bytes or the text encoder's); the rest is cut", gt=0)
+    text_encoder: str = option("", "frozen text encoder whose hidden states are stored, too: local folder or hub name")
+    seed: int = option(42, "seed of the augmentation", ge=0, only_with=("num_augmented_copies", bool))
 
     def validate_vae(self):
         if not self.vae_checkpoint:

@@ -29,28 +29,28 @@ class ImageVAEPreprocessArguments(ImageArguments):
 
     image_size: int = option(128, "side S of the images in pixels", gt=0)
 
-    # Changes of the augmented copies.
+    # Augmentation of the copies.
     random_resized_crop: float = option(
         1.0,
-        "smallest share of the area a crop keeps; 1: off",
+        "minimum fraction of the area in a random crop; 1: off",
         gt=0,
         le=1,
         bare=0.5,
         only_with=("num_augmented_copies", bool),
     )
     horizontal_flip: float = option(
-        0.0, "probability of a flip", ge=0, le=1, bare=0.5, only_with=("num_augmented_copies", bool)
+        0.0, "probability of a horizontal flip", ge=0, le=1, bare=0.5, only_with=("num_augmented_copies", bool)
     )
     color_jitter: float = option(
         0.0,
-        "largest change of brightness, contrast, saturation",
+        "maximum change of brightness, contrast and saturation",
         ge=0,
         lt=1,
         bare=0.2,
         only_with=("num_augmented_copies", bool),
     )
     rotation: float = option(
-        0.0, "largest rotation in degrees", ge=0, le=45, bare=10.0, only_with=("num_augmented_copies", bool)
+        0.0, "maximum rotation in degrees", ge=0, le=45, bare=10.0, only_with=("num_augmented_copies", bool)
     )
 
     def validate_augmentation(self):

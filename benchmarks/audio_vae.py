@@ -35,9 +35,9 @@ class BenchmarkArguments:
     repeats: int = option(5, "interleaved repeats of each side", gt=0)
     config: str = option("medium", "our preset")
     batch_size: int = option(4, "log-mels per training step", gt=0)
-    segment_frames: int = option(128, "frames of each", gt=0)
-    seconds: float = option(5.0, "seconds of sound that are encoded and decoded", gt=0)
-    threads: int = option(1, "threads of torch", gt=0)
+    segment_frames: int = option(128, "mel frames per log-mel", gt=0)
+    seconds: float = option(5.0, "seconds of audio that are encoded and decoded", gt=0)
+    threads: int = option(1, "CPU threads of torch", gt=0)
 
     def validate_frames(self):
         if self.segment_frames % FRAMES_MULTIPLE:

@@ -44,10 +44,10 @@ class BenchmarkArguments:
     """Flags of the comparison."""
 
     part: Literal["image_vae", "image_diffusion", "vocoder", "audio_vae", "transformer"] = option(
-        "image_vae", "what is compared"
+        "image_vae", "part that is compared"
     )
     repeats: int = option(10, "timed repeats of each side", gt=0)
-    compile: bool = option(False, "rows with torch.compile, too")
+    compile: bool = option(False, "also measure with torch.compile")
     peak_tflops: float = option(989.0, "dense bf16 peak of the GPU, for the transformer's share of it", gt=0)
     output: str = option("", "JSON file for the rows")
 

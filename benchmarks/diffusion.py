@@ -41,8 +41,10 @@ class BenchmarkArguments:
 
     repeats: int = option(5, "interleaved repeats of each side", gt=0)
     batch_size: int = option(16, "latents per training step", gt=0)
-    n_steps: int = option(20, "steps of sampling; 0 to leave it out", ge=0)
-    memory_of: Literal["", "ours", "diffusers"] = option("", "only the peak memory of two training steps of one side")
+    n_steps: int = option(20, "sampling steps; 0: no sampling", ge=0)
+    memory_of: Literal["", "ours", "diffusers"] = option(
+        "", "measure only the peak memory of two training steps of one side"
+    )
     threads: int = option(1, "CPU threads", gt=0)
 
 

@@ -38,23 +38,25 @@ WIDTH, HEIGHT, MARGIN = 640, 360, 48  # of the image, pixels
 class GrokkingArguments:
     """Flags of the comparison."""
 
-    operation: Literal["multiplication", "addition"] = option("multiplication", "what is learned")
+    operation: Literal["multiplication", "addition"] = option("multiplication", "operation to learn")
     modulus: int = option(97, "prime p; there are p x p pairs, (p - 1) x (p - 1) without zeros for products", gt=2)
-    train_fraction: float = option(0.5, "share of the pairs that are seen", gt=0, lt=1)
+    train_fraction: float = option(0.5, "fraction of the pairs in the training set", gt=0, lt=1)
     hidden_size: int = option(128, "width of the model", gt=0)
-    norms: Literal["post", "pre"] = option("post", "layer norms behind or before the branches")
-    embedding_std: float = option(1.0, "deviation of the first embeddings", gt=0)
-    batch_size: int = option(512, "pairs per step, drawn with replacement", gt=0)
-    optimizer: Literal["adam", "adamw"] = option("adam", "weight decay within the gradient, or beside it")
-    learning_rate: float = option(1e-3, "with betas 0.9 and 0.98, after 10 steps of warm-up", gt=0)
-    weight_decay: float = option(0.005, "of the optimizer", ge=0)
-    grokfast_alpha: float = option(0.98, "decay of the gradients' average", ge=0, lt=1)
-    grokfast_lambda: float = option(2.0, "weight of the average", gt=0)
-    max_steps: int = option(5000, "steps of a run that does not reach the goal", gt=0)
-    goal: float = option(0.95, "accuracy on unseen pairs that ends a run", gt=0, le=1)
+    norms: Literal["post", "pre"] = option("post", "layer norms after or before the branches")
+    embedding_std: float = option(1.0, "std of the initial embeddings", gt=0)
+    batch_size: int = option(512, "pairs per step, sampled with replacement", gt=0)
+    optimizer: Literal["adam", "adamw"] = option(
+        "adam", "optimizer; weight decay in the gradient (adam), or decoupled (adamw)"
+    )
+    learning_rate: float = option(1e-3, "learning rate after 10 steps of warm-up; betas are 0.9 and 0.98", gt=0)
+    weight_decay: float = option(0.005, "weight decay of the optimizer", ge=0)
+    grokfast_alpha: float = option(0.98, "decay of the gradient average", ge=0, lt=1)
+    grokfast_lambda: float = option(2.0, "weight of the gradient average", gt=0)
+    max_steps: int = option(5000, "maximum number of steps of a run", gt=0)
+    goal: float = option(0.95, "accuracy on unseen pairs at which a run ends", gt=0, le=1)
     eval_steps: int = option(50, "steps between measurements", gt=0)
-    n_seeds: int = option(3, "runs of each kind", gt=0)
-    image: str = option("", "file for the curves; empty: none", aliases=("picture",))
+    n_seeds: int = option(3, "runs per optimizer setting", gt=0)
+    image: str = option("", "image file of the curves; empty: none", aliases=("picture",))
 
 
 @dataclasses.dataclass

@@ -42,7 +42,7 @@ class BenchmarkArguments:
     """Flags of the comparison."""
 
     repeats: int = option(7, "interleaved repeats of each side", gt=0)
-    threads: int = option(1, "threads of torch", gt=0)
+    threads: int = option(1, "CPU threads of torch", gt=0)
     quality: float = option(0.0, "CPU seconds of training per side, then held-out PSNR; 0: speed only", ge=0)
     cached_dataset: str = option("cached_datasets/openmoji_64", "images for --quality")
     size: str = option("5M", "pair that --quality trains, 5M or 21M")

@@ -41,17 +41,21 @@ class BenchmarkArguments:
     """Flags of the comparison."""
 
     measure: list[Literal["training", "compiled", "generation", "memory", "recurrent"]] = option(
-        ["training", "compiled", "generation", "memory", "recurrent"], "parts, in this order"
+        ["training", "compiled", "generation", "memory", "recurrent"], "measurements, in this order"
     )
-    sides: list[Literal["ours", "llama", "litgpt", "x-transformers"]] = option([*SIDES], "who takes part; ours first")
+    sides: list[Literal["ours", "llama", "litgpt", "x-transformers"]] = option(
+        [*SIDES], "models that are compared; ours first"
+    )
     repeats: int = option(5, "interleaved repeats of each side", gt=0)
     batch_size: int = option(4, "sequences per training step", gt=0)
     sequence_length: int = option(512, "tokens of a sequence", gt=1)
     n_prompt: int = option(32, "tokens of a prompt", gt=0)
     n_new: int = option(128, "generated tokens", gt=0)
     threads: int = option(2, "CPU threads", gt=0)
-    clock: Literal["wall", "cpu"] = option("wall", "cpu: seconds of all threads; for one thread beside other work")
-    recurrent_model: str = option("", "trained recurrent model; empty: random weights, whose thinking settles sooner")
+    clock: Literal["wall", "cpu"] = option(
+        "wall", "clock; cpu: seconds of all threads, for one thread on a busy machine"
+    )
+    recurrent_model: str = option("", "trained recurrent model; empty: random weights, which exit earlier")
     device: Literal["cpu", "cuda"] = option("cpu", "cuda: only the training of a larger model, bf16, compiled")
     peak_tflops: float = option(989.0, "cuda: dense bf16 peak of the GPU, for its use in percent", gt=0)
     memory_of: Literal["", "ours", "llama", "litgpt", "x-transformers"] = option("", "only the memory of one side")

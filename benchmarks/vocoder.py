@@ -49,7 +49,7 @@ class BenchmarkArguments(QualityArguments):
     seconds: float = option(5.0, "seconds of sound in the inference comparison", gt=0)
     batch_size: int = option(4, "crops per training step in the speed comparison", gt=0)
     segment_frames: int = option(32, "frames of a crop in the speed comparison", gt=1)
-    threads: int = option(1, "threads of torch", gt=0)
+    threads: int = option(1, "CPU threads of torch", gt=0)
     bf16: bool = option(False, "bfloat16 autocast on all sides in the inference comparison")
 
     def validate_bf16(self):

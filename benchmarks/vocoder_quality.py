@@ -51,25 +51,30 @@ class QualityArguments:
     cached_dataset: str = option("cached_datasets/audio_vocoder", "clips")
     output_dir: str = option("runs/benchmark", "folder of the runs")
     side: Literal["", "ours", "vocos"] = option(
-        "", "train only one side now, and measure the runs that are there", only_with=("quality", bool)
+        "", "train only one side, and measure the existing runs", only_with=("quality", bool)
     )
     config: str = option("small", "our preset")
     flags: str = option("", "further flags of pretrain_vocoder.py, in one string", only_with=("quality", bool))
     max_steps: int = option(
-        0, "steps of our schedule, a cosine; 0: a constant rate", ge=0, only_with=("quality", bool)
+        0, "steps of our cosine schedule; 0: constant learning rate", ge=0, only_with=("quality", bool)
     )
-    peer_batch_size: int = option(16, "crops per step of Vocos' recipe", gt=0, only_with=("quality", bool))
-    peer_segment_frames: int = option(64, "frames of its crops", gt=1, only_with=("quality", bool))
+    peer_batch_size: int = option(16, "crops per step in the recipe of Vocos", gt=0, only_with=("quality", bool))
+    peer_segment_frames: int = option(
+        64, "mel frames per crop in the recipe of Vocos", gt=1, only_with=("quality", bool)
+    )
     peer_learning_rate: float = option(
-        5e-4, "its peak learning rate, on a cosine over the CPU time", gt=0, only_with=("quality", bool)
+        5e-4,
+        "peak learning rate in the recipe of Vocos, with a cosine over the CPU time",
+        gt=0,
+        only_with=("quality", bool),
     )
     n_clips: int = option(10, "held-out clips that are measured", gt=0)
     seed: int = option(42, "seed of weights, data order and crops", ge=0, only_with=("quality", bool))
-    run_dirs: list[str] = option([], "measure these folders of runs of either side, whatever minutes; train nothing")
+    run_dirs: list[str] = option([], "measure these run folders of either side, whatever their minutes; train nothing")
 
     def validate_run_dirs(self):
         if self.run_dirs and self.quality:
-            raise ValueError("--run_dirs measures what is there and --quality trains; give one of them")
+            raise ValueError("--run_dirs measures existing runs and --quality trains new ones; give one of them")
 
 
 MEASURING_FLAGS = ("cached_dataset", "output_dir", "config", "n_clips")

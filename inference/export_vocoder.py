@@ -28,9 +28,11 @@ from utils.options import option
 @dataclasses.dataclass
 class ExportArguments:
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
-    output: str = option("inference/generated/audio/vocoder.onnx", "file to write")
-    tolerance: float = option(1e-4, "largest difference of samples that is accepted, of full scale or the peak", gt=0)
+    weights: Literal["ema", "raw"] = option("ema", "averaged weights, if they were saved, or the trained weights")
+    output: str = option("inference/generated/audio/vocoder.onnx", "output file")
+    tolerance: float = option(
+        1e-4, "maximum accepted difference of waveforms, relative to full scale or the peak", gt=0
+    )
 
     def validate_checkpoint(self):
         if not self.checkpoint:

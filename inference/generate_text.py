@@ -26,19 +26,19 @@ from utils.options import option
 @dataclasses.dataclass
 class GenerateTextArguments(GenerationArguments):
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
+    weights: Literal["ema", "raw"] = option("ema", "averaged weights, if they were saved, or the trained weights")
     prompts: list[str] = option([], "texts to continue")
     prompt_file: str = option("", "further texts, one per line")
     n_texts: int = option(
-        1, "drawn continuations per prompt, each with a seed of its own", gt=0, only_with=("temperature", bool)
+        1, "sampled continuations per prompt, each with its own seed", gt=0, only_with=("temperature", bool)
     )
-    batch_size: int = option(16, "texts made at once", gt=0)
+    batch_size: int = option(16, "texts per batch", gt=0)
     output_dir: str = option("inference/generated/text", "folder of the results")
 
     def validate_prompts(self):
         if not self.checkpoint or not (self.prompts or self.prompt_file):
             raise ValueError(
-                "--checkpoint and --prompts or --prompt_file are needed: a run folder, and what to continue"
+                "--checkpoint and --prompts or --prompt_file are needed: a run folder, and texts to continue"
             )
 
 

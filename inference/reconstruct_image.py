@@ -32,8 +32,8 @@ MAX_ROWS = 32  # on the sheet
 class ReconstructionArguments:
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
     input: list[str] = option([], "image files and folders of images")
-    image_size: int = option(-1, "shorter side in pixels; 0: as it is; -1: as the model was trained", ge=-1)
-    background_color: str = option("white", "behind transparent pixels, name or #rrggbb")
+    image_size: int = option(-1, "shorter side in pixels; 0: unchanged; -1: the size of the training images", ge=-1)
+    background_color: str = option("white", "color of transparent pixels, name or #rrggbb")
     output_dir: str = option("inference/generated/image", "folder of the results")
 
     def validate_input(self):

@@ -28,20 +28,20 @@ MAX_ROWS = 32  # prompts on the sheet
 @dataclasses.dataclass
 class TextToImageArguments(SamplingArguments):
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    vae_checkpoint: str = option("", "where the VAE of the latents lies now; default: where it lay in training")
-    weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
-    prompts: list[str] = option([], "captions to draw")
+    vae_checkpoint: str = option("", "folder of the latents' VAE; default: the path recorded in training")
+    weights: Literal["ema", "raw"] = option("ema", "averaged weights, if they were saved, or the trained weights")
+    prompts: list[str] = option([], "captions of the images")
     prompt_file: str = option("", "further captions, one per line")
     n_images: int = option(
         1, "images per prompt, with seeds 0, 1, 2, ...", gt=0, only_with=("seeds", []), aliases=("n_pictures",)
     )
-    seeds: list[int] = option([], "instead: the seeds of each prompt's images", ge=0)
-    batch_size: int = option(16, "images drawn at once", gt=0)
+    seeds: list[int] = option([], "seeds of each prompt's images", ge=0)
+    batch_size: int = option(16, "images per batch", gt=0)
     output_dir: str = option("inference/generated/image", "folder of the results")
 
     def validate_prompts(self):
         if not self.checkpoint or not (self.prompts or self.prompt_file):
-            raise ValueError("--checkpoint and --prompts or --prompt_file are needed: a run folder, and what to draw")
+            raise ValueError("--checkpoint and --prompts or --prompt_file are needed: a run folder, and captions")
 
 
 def draw(args: TextToImageArguments) -> None:

@@ -28,7 +28,7 @@ class VocodeArguments(SynthesisArguments):
 
     def validate_input(self):
         if not self.checkpoint or not self.input:
-            raise ValueError("--checkpoint and --input are needed: a run folder, and files of sounds or log-mels")
+            raise ValueError("--checkpoint and --input are needed: a run folder, and audio or log-mel files")
 
 
 def vocode(args: VocodeArguments) -> None:

@@ -321,7 +321,7 @@ def test_a_vocoder_of_another_mel_and_none_are_refused_before_anything_runs(trai
     "words, message",
     [
         ("--ctc_weight 1", "--ctc_weight=1.0 needs --segment_frames=0"),
-        ("--segment_frames 3", "--segment_frames=3 are too few for --discriminator_layers=2, which needs 4"),
+        ("--segment_frames 3", "--segment_frames=3 must be >= 4, which --discriminator_layers=2 needs"),
         ("--gan_weight 0", "has no effect with gan_weight=0"),
         ("--vocoder_checkpoint runs/x", "--vocoder_checkpoint has no effect with n_logged_samples=0"),
         ("--discriminator patch", "--discriminator='patch' must be one of 'patch_1d', 'patch_2d'"),

@@ -259,7 +259,7 @@ def test_dry_run_prints_and_trains_nothing(common, text_cache, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--include_modes text audio", "text is the only mode so far; the parts that read and write audio do not"),
+        ("--include_modes text audio", "Give --include_modes text"),
         ("--include_modes txt", "did you mean 'text'"),
         ("--tokenizer bpe", "--tokenizer has no effect with text_dataset=''"),
         ("--text_dataset x --tokenizer_vocab_size 300", "--tokenizer_vocab_size has no effect with tokenizer='bytes'"),
@@ -273,7 +273,7 @@ def test_dry_run_prints_and_trains_nothing(common, text_cache, tmp_path, capsys)
         ("--sequence_length 1", "--sequence_length=1 must be > 1"),
         (
             "--recurrent_steps_per_rank --use_deepspeed --deepspeed_config ds_config_zero-3.json",
-            "wait for each other for ever",
+            "use stage 2 or below",
         ),
         ("--recurrent_curiculum 1", "did you mean '--recurrent_curriculum'"),
     ],

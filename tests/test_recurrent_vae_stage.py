@@ -193,7 +193,7 @@ def test_evaluation_over_steps_and_thresholds(whole):
     [
         ("--mean_decoder_steps 1", "--mean_decoder_steps=1.0 must lie between --min_decoder_steps=2"),
         ("--max_decoder_steps 5", "and --max_decoder_steps=5"),
-        ("--n_backprop_steps 13", "--n_backprop_steps=13 has no effect beyond --max_decoder_steps=12"),
+        ("--n_backprop_steps 13", "--n_backprop_steps=13 must be <= --max_decoder_steps=12"),
         (
             "--n_backprop_steps 1 --distillation_weight 1",
             "--distillation_weight has no effect with n_backprop_steps=1",

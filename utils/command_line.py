@@ -80,8 +80,10 @@ def parse_arguments(arguments_class: type, argv: list[str] | None, description: 
     for field in declared_fields(arguments_class):
         add_flag(parser, field, getattr(defaults, field.name))
         aliases = inherited(arguments_class, field.name, "aliases") or ()
+        # Former names are not flags of their own, which would make abbreviations ambiguous.
         parser.renamed |= {f"--{alias}": f"--{field.name}" for alias in aliases}
     parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    # SUPPRESS as the default leaves out flags that were not given: what is there was given.
     values = vars(parser.parse_args(argv))
     values.pop("local_rank", None)
     parsed = arguments_class(**values)
@@ -96,6 +98,7 @@ def parse_arguments(arguments_class: type, argv: list[str] | None, description: 
 
 def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, default: Any) -> None:
     """Add the flag of one declared field."""
+    # `int | None` is parsed as int; None is only a default.
     kinds = [part for part in typing.get_args(field.type) if part is not types.NoneType]
     optional = typing.get_origin(field.type) in (types.UnionType, typing.Union)
     kind = kinds[0] if optional else field.type
@@ -106,6 +109,7 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, default:
         parser.add_argument(f"--{field.name}", action="store_true", help=text)
         parser.add_argument(f"--no_{field.name}", dest=field.name, action="store_false", help=argparse.SUPPRESS)
     elif typing.get_origin(kind) is Literal:
+        # Not argparse's `choices`: `validate_fields` also suggests the closest one.
         parser.add_argument(f"--{field.name}", help=f"{text}; {type_name(kind)}")
     elif typing.get_origin(kind) is list:
         item = typing.get_args(kind)[0]
@@ -131,6 +135,7 @@ def parse_overrides(pairs: list[str], config_fields: dict[str, Any]) -> dict[str
             raise ValueError(f"--override {pair!r} must read key=value")
         if name not in config_fields:
             raise ValueError(f"--override: the configuration has no field {name!r}{suggest(name, config_fields)}")
+        # Numbers, lists, true, false and null are JSON; a bare word is not, and stays a string.
         try:
             overrides[name] = json.loads(text)
         except json.JSONDecodeError:

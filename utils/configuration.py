@@ -16,8 +16,8 @@ SAMPLES_STEPS = ("recurrent_steps_distribution", "lognormal_poisson")
 EXITS_EARLY = ("recurrent_exit_criterion", ("kl", "latent_difference"))
 IS_FLOW = ("image_decoder_type", "flow")
 IS_UNET = ("image_decoder_type", "unet")
-AUDIO_TIMES_ARE_NORMAL = ("audio_time_sampling", "logit_normal")
-IMAGE_TIMES_ARE_NORMAL = ("image_time_sampling", "logit_normal")
+AUDIO_LOGIT_NORMAL = ("audio_time_sampling", "logit_normal")
+IMAGE_LOGIT_NORMAL = ("image_time_sampling", "logit_normal")
 
 
 class MegaTransformerConfig(StrictConfig):
@@ -32,18 +32,18 @@ class MegaTransformerConfig(StrictConfig):
     attribute_map = {"num_attention_heads": "n_heads", "num_key_value_heads": "groups", "head_dim": "width_per_head"}
 
     SECTION_STACK: ClassVar = Section("Stack")
-    modalities: list[Literal["text", "audio", "image"]] = option(["text"], "what the stream holds, always text")
-    hidden_size: int = option(256, "width D of the stream", gt=0)
-    n_layers: int = option(8, "main layers, each run once", ge=0)
-    n_prelude_layers: int = option(0, "layers in front of the main ones, of text alone", ge=0)
-    n_recurrent_layers: int = option(0, "layers of the core that is run several times; 0: no core", ge=0)
-    n_coda_layers: int = option(0, "layers behind the core, of text alone", ge=0)
-    max_position_embeddings: int = option(2048, "longest sequence in tokens that the model is made for", gt=0)
-    hidden_dropout: float = option(0.0, "share of dropped values of every residual branch", ge=0, lt=1)
-    embedding_dropout: float = option(0.0, "share of dropped values of the embedded tokens", ge=0, lt=1)
-    use_embedding_scale: bool = option(False, "multiply embedded tokens by sqrt(D)")
-    use_cache: bool = option(True, "keep keys and values while generating")
-    tie_word_embeddings: bool = option(True, "one matrix embeds tokens and predicts them")
+    modalities: list[Literal["text", "audio", "image"]] = option(["text"], "modalities of the stream; text always")
+    hidden_size: int = option(256, "width D of the hidden states", gt=0)
+    n_layers: int = option(8, "main layers, each applied once", ge=0)
+    n_prelude_layers: int = option(0, "layers before the main ones, for text alone", ge=0)
+    n_recurrent_layers: int = option(0, "layers of the core, which is applied several times; 0: no core", ge=0)
+    n_coda_layers: int = option(0, "layers after the core, for text alone", ge=0)
+    max_position_embeddings: int = option(2048, "maximum sequence length in tokens", gt=0)
+    hidden_dropout: float = option(0.0, "dropout probability of every residual branch", ge=0, lt=1)
+    embedding_dropout: float = option(0.0, "dropout probability of the token embeddings", ge=0, lt=1)
+    use_embedding_scale: bool = option(False, "multiply token embeddings by sqrt(D)")
+    use_cache: bool = option(True, "cache keys and values in generation")
+    tie_word_embeddings: bool = option(True, "share the weights of the token embedding and the language head")
 
     SECTION_ATTENTION: ClassVar = Section("Attention")
     n_heads: int = option(8, "query heads H", gt=0)
@@ -51,112 +51,122 @@ class MegaTransformerConfig(StrictConfig):
     head_width: int | None = option(None, "width K of a head; None: D / H", gt=0)
     use_attention_bias: bool = option(False, "biases in the four projections")
     use_qk_norm: bool = option(False, "normalise queries and keys per head, before the rotation")
-    attention_dropout: float = option(0.0, "share of dropped attention weights", ge=0, lt=1)
+    attention_dropout: float = option(0.0, "dropout probability of attention weights", ge=0, lt=1)
 
     SECTION_POSITION: ClassVar = Section("Position")
-    use_rotary_embedding: bool = option(True, "rotate queries and keys by their position (arXiv 2104.09864)")
+    use_rotary_embedding: bool = option(True, "rotary position embedding of queries and keys (arXiv 2104.09864)")
     rotary_theta: float = option(10000.0, "base of the rotation's wavelengths", gt=1, only_with=ROTATES)
-    rotary_fraction: float = option(1.0, "share of the head width K that is rotated", gt=0, le=1, only_with=ROTATES)
-    rotary_interpolation: float = option(
-        1.0, "positions are divided by this (arXiv 2306.15595); 1: as they are", ge=1, only_with=ROTATES
-    )
-    rotary_ntk_factor: float = option(
-        1.0, "context is stretched by this through a larger base; 1: as it is", ge=1, only_with=ROTATES
-    )
-    use_alibi_bias: bool = option(False, "bias scores by distance, a slope per head (arXiv 2108.12409)")
-    position_embedding: Literal["none", "sinusoidal", "learned"] = option("none", "added to the embedded tokens")
+    rotary_fraction: float = option(1.0, "fraction of the head width K that is rotated", gt=0, le=1, only_with=ROTATES)
+    rotary_interpolation: float = option(1.0, "divisor of positions (arXiv 2306.15595)", ge=1, only_with=ROTATES)
+    rotary_ntk_factor: float = option(1.0, "factor of the context length, by a larger base", ge=1, only_with=ROTATES)
+    use_alibi_bias: bool = option(False, "bias attention scores by distance, one slope per head (arXiv 2108.12409)")
+    position_embedding: Literal["none", "sinusoidal", "learned"] = option("none", "added to the embeddings")
 
     SECTION_NORM: ClassVar = Section("Norm")
-    norm_type: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "every norm of the stream")
-    norm_eps: float = option(1e-6, "added to the mean square", gt=0)
-    use_norm_bias: bool = option(False, "biases", only_with=("norm_type", "layernorm"))
+    norm_type: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "type of all norms")
+    norm_eps: float = option(1e-6, "epsilon added to the mean square", gt=0)
+    use_norm_bias: bool = option(False, "biases of the layer norms", only_with=("norm_type", "layernorm"))
     use_pre_attention_norm: bool = option(True, "normalise the input of attention")
-    use_post_attention_norm: bool = option(False, "normalise attention's output; without a pre norm, the sum")
+    use_post_attention_norm: bool = option(False, "normalise its output; without a pre-norm, the residual sum")
     use_pre_ffn_norm: bool = option(True, "normalise the input of the feed-forward network")
-    use_post_ffn_norm: bool = option(False, "normalise its output; without a pre norm, the sum")
-    use_final_norm: bool = option(True, "normalise the stream before the prediction")
+    use_post_ffn_norm: bool = option(False, "normalise its output; without a pre-norm, the residual sum")
+    use_final_norm: bool = option(True, "normalise the hidden states before the language head")
 
     SECTION_FEED_FORWARD: ClassVar = Section("Feed-forward")
-    intermediate_size: int | None = option(None, "inner width; None: 4 D, gated 8/3 D up to a multiple of 64", gt=0)
+    intermediate_size: int | None = option(None, "inner width; None: 4 D, if gated 8/3 D up to a multiple of 64", gt=0)
     ffn_activation: Literal["swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu_squared", "silu"] = option(
         "swiglu", "activation; swiglu and geglu are gated"
     )
-    use_ffn_bias: bool = option(False, "biases in its projections")
-    ffn_dropout: float = option(0.0, "share of dropped inner values", ge=0, lt=1)
+    use_ffn_bias: bool = option(False, "biases in the projections")
+    ffn_dropout: float = option(0.0, "dropout probability of the inner activations", ge=0, lt=1)
 
     SECTION_RECURRENT: ClassVar = Section("Recurrent core", only_with=IS_RECURRENT)
-    recurrent_mean_thinking_steps: int = option(8, "mean steps in training (arXiv 2502.05171)", gt=0)
-    recurrent_sigma: float = option(
-        0.5, "deviation of the logarithm of the Poisson rate", ge=0, only_with=SAMPLES_STEPS
-    )
-    recurrent_min_thinking_steps: int = option(1, "fewest steps in training", gt=0, only_with=SAMPLES_STEPS)
-    recurrent_max_thinking_steps: int = option(32, "most steps, in training and generation", gt=0)
+    recurrent_mean_thinking_steps: int = option(8, "mean thinking steps in training (arXiv 2502.05171)", gt=0)
+    recurrent_sigma: float = option(0.5, "std of the logarithm of the Poisson rate", ge=0, only_with=SAMPLES_STEPS)
+    recurrent_min_thinking_steps: int = option(1, "minimum in training", gt=0, only_with=SAMPLES_STEPS)
+    recurrent_max_thinking_steps: int = option(32, "maximum in training and generation", gt=0)
     recurrent_steps_distribution: Literal["lognormal_poisson", "fixed"] = option(
-        "lognormal_poisson", "how training draws its steps; fixed: always the mean"
+        "lognormal_poisson", "distribution of the thinking steps in training; fixed: always the mean"
     )
-    recurrent_backprop_steps: int = option(4, "last steps that gradients pass; the ones before keep none", gt=0)
-    recurrent_test_thinking_steps: int | None = option(None, "steps outside training; None: the mean", gt=0)
-    recurrent_adapter_method: Literal["sum", "gate", "linear"] = option("sum", "how a step joins input and state")
+    recurrent_backprop_steps: int = option(4, "last steps that are backpropagated; earlier ones build no graph", gt=0)
+    recurrent_test_thinking_steps: int | None = option(None, "thinking steps outside training; None: the mean", gt=0)
+    recurrent_adapter_method: Literal["sum", "gate", "linear"] = option("sum", "how a step combines input and state")
     recurrent_state_initialization: Literal["zeros", "normal", "embedding", "learned"] = option(
-        "zeros", "first state; normal: zeros in evaluation"
+        "zeros", "initial state; normal: random in training, zeros in evaluation"
     )
     recurrent_state_std: float = option(
-        0.02, "deviation of the first state", gt=0, only_with=("recurrent_state_initialization", ("normal", "learned"))
+        0.02, "std of the initial state", gt=0, only_with=("recurrent_state_initialization", ("normal", "learned"))
     )
-    recurrent_use_sandwich_norm: bool = option(True, "pre and post norms in the core, whatever the stack has")
-    recurrent_use_state_norm: bool = option(True, "normalise the state after every step")
-    recurrent_exit_criterion: Literal["none", "kl", "latent_difference"] = option("none", "what ends steps early")
+    recurrent_use_sandwich_norm: bool = option(True, "norms before and after the branches of the core")
+    recurrent_use_state_norm: bool = option(True, "normalise the state after every thinking step")
+    recurrent_exit_criterion: Literal["none", "kl", "latent_difference"] = option(
+        "none", "criterion of an early exit from thinking"
+    )
     recurrent_exit_criteria_threshold: float = option(
-        1e-3, "exit below: nats, or relative norm of the change", gt=0, only_with=EXITS_EARLY
+        1e-3,
+        "threshold of the criterion: nats (kl), or relative norm of the change of the state",
+        gt=0,
+        only_with=EXITS_EARLY,
     )
-    recurrent_exit_min_steps: int = option(2, "steps before the first exit", gt=0, only_with=EXITS_EARLY)
-    recurrent_cache_steps: int | None = option(None, "cache slots c, step r in r mod c; None: all, exact", gt=0)
+    recurrent_exit_min_steps: int = option(2, "thinking steps before the first exit", gt=0, only_with=EXITS_EARLY)
+    recurrent_cache_steps: int | None = option(
+        None,
+        "number c of cache slots that the steps share (step r uses slot r mod c); None: one per step, exact",
+        gt=0,
+    )
 
     SECTION_TEXT: ClassVar = Section("Text")
-    vocab_size: int = option(258, "tokens V of the vocabulary", gt=0)
-    pad_token_id: int | None = option(0, "token of padding", ge=0)
+    vocab_size: int = option(258, "vocabulary size V in tokens", gt=0)
+    pad_token_id: int | None = option(0, "padding token", ge=0)
     bos_token_id: int | None = option(1, "token that begins a document", ge=0)
     eos_token_id: int | None = option(None, "token that ends a document and generation", ge=0)
     null_token_id: int | None = option(
-        None, "token that stands for dropped text, for guidance", ge=0, only_with=("modalities", ("audio", "image"))
+        None,
+        "token that replaces dropped text, for classifier-free guidance",
+        ge=0,
+        only_with=("modalities", ("audio", "image")),
     )
-    z_loss_weight: float = option(0.0, "weight of the squared log of the softmax's denominator", ge=0)
-    loss_chunk_size: int = option(0, "tokens per piece of the loss, to hold few logits at once; 0: all at once", ge=0)
+    z_loss_weight: float = option(0.0, "weight of the squared log-partition of the softmax (z-loss)", ge=0)
+    loss_chunk_size: int = option(
+        0, "tokens per chunk of the loss, which bounds the memory of the logits; 0: all at once", ge=0
+    )
 
     SECTION_AUDIO: ClassVar = Section("Audio", only_with=("modalities", "audio"))
     audio_sample_rate: int = option(16000, "samples per second", gt=0)
-    audio_n_fft: int = option(1024, "samples of a frame of the log-mel", gt=0)
-    audio_hop_length: int = option(256, "samples between frames", gt=0)
+    audio_n_fft: int = option(1024, "frame length of the log-mel in samples", gt=0)
+    audio_hop_length: int = option(256, "hop length in samples", gt=0)
     audio_n_mels: int = option(80, "mel bins M", gt=0)
     audio_compression: int = option(2, "mel frames per latent frame of the audio VAE", gt=0)
     audio_latent_channels: int = option(20, "latent channels Z of the audio VAE", gt=0)
-    audio_latent_rows: int = option(1, "latent rows of the audio VAE; a token is one latent frame of all rows", gt=0)
-    audio_block_frames: int = option(16, "latent frames of a block: generated at once, one span of the stream", gt=0)
-    audio_max_blocks: int = option(64, "most blocks of a sound in generation", gt=0)
-    audio_n_prelude_layers: int = option(1, "layers in front of the main ones, of audio alone", ge=0)
-    audio_n_coda_layers: int = option(1, "layers behind the core, of audio alone", ge=0)
-    audio_begin_token_id: int | None = option(None, "token in front of a block", ge=0)
-    audio_end_token_id: int | None = option(None, "token that ends a sound", ge=0)
-    audio_loss_weight: float = option(1.0, "weight of the flow's mean squared error beside the cross-entropy", ge=0)
-    audio_prediction: FlowPrediction = option("velocity", "what the coda predicts; x0: clean latents")
-    audio_time_sampling: FlowTimes = option("logit_normal", "times of training")
+    audio_latent_rows: int = option(1, "latent rows of the audio VAE; a token is one latent frame with all rows", gt=0)
+    audio_block_frames: int = option(16, "latent frames of a block, which is generated at once", gt=0)
+    audio_max_blocks: int = option(64, "maximum number of blocks of an audio clip in generation", gt=0)
+    audio_n_prelude_layers: int = option(1, "layers before the main ones, for audio alone", ge=0)
+    audio_n_coda_layers: int = option(1, "layers after the core, for audio alone", ge=0)
+    audio_begin_token_id: int | None = option(None, "token before a block", ge=0)
+    audio_end_token_id: int | None = option(None, "token that ends an audio clip", ge=0)
+    audio_loss_weight: float = option(1.0, "weight of the flow's loss relative to the cross-entropy", ge=0)
+    audio_prediction: FlowPrediction = option("velocity", "prediction target of the coda; x0: clean latents")
+    audio_time_sampling: FlowTimes = option("logit_normal", "distribution of the training times")
     audio_time_mean: float = option(
-        0.0, "mean of the times' logits; above 0: more noise", only_with=AUDIO_TIMES_ARE_NORMAL
+        0.0, "mean of the times' logits; above 0: more noise", only_with=AUDIO_LOGIT_NORMAL
     )
-    audio_time_std: float = option(1.0, "deviation of the times' logits", gt=0, only_with=AUDIO_TIMES_ARE_NORMAL)
-    audio_time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t); 1 leaves them", gt=0)
-    audio_n_noise_copies: int = option(2, "noisy copies of a block per training step, beside the clean one", gt=0)
-    audio_condition_dropout: float = option(0.1, "share of blocks trained without the text before them", ge=0, lt=1)
-    audio_sampler: FlowSampler = option("euler", "solver of the flow")
-    audio_n_sampling_steps: int = option(16, "steps of the solver per block", gt=0)
+    audio_time_std: float = option(1.0, "std of the times' logits", gt=0, only_with=AUDIO_LOGIT_NORMAL)
+    audio_time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t)", gt=0)
+    audio_n_noise_copies: int = option(2, "noisy copies of a block per training step, next to the clean one", gt=0)
+    audio_condition_dropout: float = option(
+        0.1, "fraction of blocks trained without their text, for guidance", ge=0, lt=1
+    )
+    audio_sampler: FlowSampler = option("euler", "solver of the flow's differential equation")
+    audio_n_sampling_steps: int = option(16, "solver steps per block", gt=0)
     audio_guidance_scale: float = option(
-        1.0, "classifier-free guidance; 1: none", ge=1, only_with=("audio_condition_dropout", bool)
+        1.0, "scale of classifier-free guidance; 1: none", ge=1, only_with=("audio_condition_dropout", bool)
     )
     audio_exit_threshold: float = option(
         0.0, "relative change of the state that ends thinking; 0: never", ge=0, lt=1, only_with=IS_RECURRENT
     )
     audio_carried_thinking_steps: int | None = option(
-        None, "core steps of later solver steps; None: all anew", gt=0, only_with=IS_RECURRENT
+        None, "thinking steps of later solver steps; None: from the initial state", gt=0, only_with=IS_RECURRENT
     )
 
     SECTION_IMAGE: ClassVar = Section("Image", only_with=("modalities", "image"))
@@ -164,45 +174,54 @@ class MegaTransformerConfig(StrictConfig):
     image_compression: int = option(8, "pixels per latent side of the image VAE", gt=0)
     image_latent_channels: int = option(16, "latent channels Z of the image VAE", gt=0)
     image_encoder_patch_size: int = option(1, "side of the latent patch that is one token", gt=0)
-    image_position_embedding: Literal["learned", "sinusoidal"] = option("learned", "rows and columns inside an image")
-    image_n_prelude_layers: int = option(1, "layers in front of the main ones, of images alone", ge=0)
-    image_n_coda_layers: int = option(1, "layers behind the core, of images alone", ge=0)
-    image_begin_token_id: int | None = option(None, "token in front of an image", ge=0)
-    image_end_token_id: int | None = option(None, "token behind an image", ge=0)
-    image_decoder_type: Literal["flow", "unet"] = option("flow", "denoised by the stream, or by a UNet that reads it")
-    image_decoder_width: int | None = option(None, "width of what it reads; None: D", gt=0, only_with=IS_UNET)
-    image_decoder_n_tokens: int = option(64, "learned queries whose coda states it reads", gt=0, only_with=IS_UNET)
-    image_loss_weight: float = option(1.0, "weight of the flow's mean squared error beside the cross-entropy", ge=0)
-    image_prediction: FlowPrediction = option("velocity", "what the coda predicts", only_with=IS_FLOW)
-    image_time_sampling: FlowTimes = option("logit_normal", "times of training", only_with=IS_FLOW)
+    image_position_embedding: Literal["learned", "sinusoidal"] = option("learned", "of rows and columns")
+    image_n_prelude_layers: int = option(1, "layers before the main ones, for images alone", ge=0)
+    image_n_coda_layers: int = option(1, "layers after the core, for images alone", ge=0)
+    image_begin_token_id: int | None = option(None, "token before an image", ge=0)
+    image_end_token_id: int | None = option(None, "token after an image", ge=0)
+    image_decoder_type: Literal["flow", "unet"] = option(
+        "flow", "images are denoised by the transformer (flow), or by a UNet conditioned on it"
+    )
+    image_decoder_width: int | None = option(None, "width of the UNet's condition; None: D", gt=0, only_with=IS_UNET)
+    image_decoder_n_tokens: int = option(
+        64, "learned queries, whose coda states condition the UNet", gt=0, only_with=IS_UNET
+    )
+    image_loss_weight: float = option(1.0, "weight of the flow's loss relative to the cross-entropy", ge=0)
+    image_prediction: FlowPrediction = option("velocity", "prediction target of the coda", only_with=IS_FLOW)
+    image_time_sampling: FlowTimes = option("logit_normal", "distribution of the training times", only_with=IS_FLOW)
     image_time_mean: float = option(
-        0.0, "mean of the times' logits; above 0: more noise", only_with=[IS_FLOW, IMAGE_TIMES_ARE_NORMAL]
+        0.0, "mean of the times' logits; above 0: more noise", only_with=[IS_FLOW, IMAGE_LOGIT_NORMAL]
     )
-    image_time_std: float = option(
-        1.0, "deviation of the times' logits", gt=0, only_with=[IS_FLOW, IMAGE_TIMES_ARE_NORMAL]
-    )
+    image_time_std: float = option(1.0, "std of the times' logits", gt=0, only_with=[IS_FLOW, IMAGE_LOGIT_NORMAL])
     image_time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t)", gt=0, only_with=IS_FLOW)
     image_n_noise_copies: int = option(2, "noisy copies of an image per training step", gt=0, only_with=IS_FLOW)
-    image_condition_dropout: float = option(0.1, "share of images trained without the text before them", ge=0, lt=1)
-    image_sampler: FlowSampler = option("euler", "solver of the flow")
-    image_n_sampling_steps: int = option(32, "steps of the solver per image", gt=0)
+    image_condition_dropout: float = option(
+        0.1, "fraction of images trained without their text, for guidance", ge=0, lt=1
+    )
+    image_sampler: FlowSampler = option("euler", "solver of the flow's differential equation")
+    image_n_sampling_steps: int = option(32, "solver steps per image", gt=0)
     image_guidance_scale: float = option(
-        1.0, "classifier-free guidance; 1: none", ge=1, only_with=("image_condition_dropout", bool)
+        1.0, "scale of classifier-free guidance; 1: none", ge=1, only_with=("image_condition_dropout", bool)
     )
     image_exit_threshold: float = option(
         0.0, "relative change of the state that ends thinking; 0: never", ge=0, lt=1, only_with=[IS_FLOW, IS_RECURRENT]
     )
     image_carried_thinking_steps: int | None = option(
-        None, "core steps of later solver steps; None: all anew", gt=0, only_with=[IS_FLOW, IS_RECURRENT]
+        None,
+        "thinking steps of later solver steps; None: from the initial state",
+        gt=0,
+        only_with=[IS_FLOW, IS_RECURRENT],
     )
 
     SECTION_INITIALISATION: ClassVar = Section("Initialisation")
-    initializer_range: float = option(0.02, "deviation of the projections' weights", gt=0)
-    embedding_initializer_range: float = option(0.02, "deviation of the embeddings", gt=0)
+    initializer_range: float = option(0.02, "std of the projection weights", gt=0)
+    embedding_initializer_range: float = option(0.02, "std of the embeddings", gt=0)
     use_depth_scaled_initialization: bool = option(
-        True, "branches' last projections: over sqrt(2 x layers)", only_with=("use_zero_output_initialization", False)
+        True,
+        "branches' last projections: std over sqrt(2 x layers)",
+        only_with=("use_zero_output_initialization", False),
     )
-    use_zero_output_initialization: bool = option(False, "start the branches' last projections at zero")
+    use_zero_output_initialization: bool = option(False, "initialise the last projection of each branch to zero")
 
     @property
     def groups(self) -> int:
@@ -233,59 +252,72 @@ class MegaTransformerConfig(StrictConfig):
 
     @property
     def effective_depth(self) -> int:
-        """Layers that a token passes in training, the core counted its mean number of times."""
+        """Layers that a token passes in training; the core counts as often as it is applied on average."""
         core = self.n_recurrent_layers * self.recurrent_mean_thinking_steps
         return self.n_prelude_layers + self.n_layers + core + self.n_coda_layers
 
     @property
     def num_hidden_layers(self) -> int:
         """Slots of the key/value cache: one per layer; of the core and the coda one per cached step."""
-        behind = self.n_recurrent_layers + self.n_coda_layers
+        n_thinking_slots = self.n_recurrent_layers + self.n_coda_layers
         if self.n_recurrent_layers:
-            behind *= self.recurrent_cache_steps or self.recurrent_max_thinking_steps
-        return self.n_prelude_layers + self.n_layers + behind
+            n_thinking_slots *= self.recurrent_cache_steps or self.recurrent_max_thinking_steps
+        return self.n_prelude_layers + self.n_layers + n_thinking_slots
 
     def validate_stack(self):
-        """At least one layer. `modalities` names each modality once, and text."""
+        """The model has at least one layer. `modalities` names each modality once, among them text."""
         n_layers = self.n_prelude_layers + self.n_layers + self.n_recurrent_layers + self.n_coda_layers
-        self.expect(n_layers > 0, "n_layers", "makes no layer, nor do the others; at least one is needed")
-        self.expect("text" in self.modalities, "modalities", "must hold 'text': its tokens announce the others")
+        self.expect(
+            n_layers > 0, "n_layers", "gives no layer, nor do the other layer counts; at least one must be above 0"
+        )
+        self.expect(
+            "text" in self.modalities, "modalities", "must contain 'text', whose tokens announce the other modalities"
+        )
         self.expect(len(set(self.modalities)) == len(self.modalities), "modalities", "must name each modality once")
 
     def validate_attention(self):
-        """`n_heads` divides `hidden_size`, or `head_width` is given. `n_query_groups` divides `n_heads`."""
+        """`n_heads` divides `hidden_size` unless `head_width` is given. `n_query_groups` divides `n_heads`."""
         is_whole = self.head_width is not None or self.hidden_size % self.n_heads == 0
         self.expect(is_whole, "n_heads", f"must divide hidden_size={self.hidden_size}, or give head_width")
         self.expect(self.n_heads % self.groups == 0, "n_query_groups", f"must divide n_heads={self.n_heads}")
 
     def validate_position(self):
-        """Rotation or ALiBi, not both. The rotated part of K is even, and above 2 for `rotary_ntk_factor`.
-        `position_embedding='sinusoidal'` needs an even `hidden_size`."""
+        """Rotary embedding and ALiBi exclude each other. The number of rotated values of K is even, and above 2 with
+        `rotary_ntk_factor`. `position_embedding='sinusoidal'` needs an even `hidden_size`."""
         if self.use_rotary_embedding:
+            # Values are rotated in pairs.
             self.expect(not self.use_alibi_bias, "use_alibi_bias", "needs use_rotary_embedding=False")
             width = self.width_per_head * self.rotary_fraction
             is_even = abs(width - self.rotary_width) < 1e-6 and self.rotary_width % 2 == 0 < self.rotary_width
-            self.expect(is_even, "rotary_fraction", f"rotates {width:g} of {self.width_per_head} values, must be even")
+            self.expect(
+                is_even,
+                "rotary_fraction",
+                f"rotates {width:g} of {self.width_per_head} values, which must be an even number",
+            )
+            # NTK scaling multiplies the base by factor^(d / (d - 2)), which is undefined for d = 2 rotated values.
             has_middle = self.rotary_width > 2 or self.rotary_ntk_factor == 1
             self.expect(has_middle, "rotary_ntk_factor", "needs more than 2 rotated values per head")
         is_even = self.position_embedding != "sinusoidal" or self.hidden_size % 2 == 0
         self.expect(is_even, "hidden_size", "must be even for position_embedding='sinusoidal'")
 
     def validate_norm(self):
-        """A norm before or behind attention, and before or behind the feed-forward network."""
+        """Attention and the feed-forward network each have a norm before or after them."""
         for branch in ("attention", "ffn"):
             has_norm = getattr(self, f"use_pre_{branch}_norm") or getattr(self, f"use_post_{branch}_norm")
             self.expect(has_norm, f"use_pre_{branch}_norm", f"needs use_post_{branch}_norm=True")
 
     def validate_recurrent(self):
-        """Least <= mean <= most thinking steps. Backprop, test, cached and carried steps are at most the most. Exits
-        come within the steps of generation; those by `kl` need a cache slot per step."""
-        least, mean, most = (getattr(self, f"recurrent_{name}_thinking_steps") for name in ("min", "mean", "max"))
-        rule = f"must lie between recurrent_min_thinking_steps={least} and recurrent_max_thinking_steps={most}"
-        self.expect(least <= mean <= most, "recurrent_mean_thinking_steps", rule)
+        """Minimum <= mean <= maximum thinking steps. Backprop, test, cached and carried steps are at most the maximum.
+        Exits come within the steps of generation; exits by `kl` need a cache slot per step."""
+        minimum, mean, maximum = (getattr(self, f"recurrent_{name}_thinking_steps") for name in ("min", "mean", "max"))
+        rule = f"must lie between recurrent_min_thinking_steps={minimum} and recurrent_max_thinking_steps={maximum}"
+        self.expect(minimum <= mean <= maximum, "recurrent_mean_thinking_steps", rule)
         windows = ["recurrent_backprop_steps", "recurrent_test_thinking_steps", "recurrent_cache_steps"]
         for name in [*windows, "audio_carried_thinking_steps", "image_carried_thinking_steps"]:
-            self.expect((getattr(self, name) or 1) <= most, name, f"must be <= recurrent_max_thinking_steps={most}")
+            is_within = (getattr(self, name) or 1) <= maximum
+            self.expect(is_within, name, f"must be <= recurrent_max_thinking_steps={maximum}")
+
+        # Early exits. `kl` compares the predictions of two consecutive steps.
         steps = self.recurrent_test_thinking_steps or mean
         is_reached = self.recurrent_exit_criterion == "none" or self.recurrent_exit_min_steps <= steps
         self.expect(is_reached, "recurrent_exit_min_steps", f"must be <= {steps}, the steps of generation")
@@ -295,7 +327,7 @@ class MegaTransformerConfig(StrictConfig):
         self.expect(is_exact, "recurrent_cache_steps", "must be None with recurrent_exit_criterion='kl'")
 
     def validate_text(self):
-        """Token ids are below `vocab_size` and differ; only pad, bos and eos may be one token."""
+        """Token ids are below `vocab_size` and differ; only pad, bos and eos may share an id."""
         ids = {f.name: getattr(self, f.name) for f in declared_fields(self) if f.name.endswith("_token_id")}
         for name, value in ids.items():
             self.expect(value is None or value < self.vocab_size, name, f"must be < vocab_size={self.vocab_size}")
@@ -304,22 +336,25 @@ class MegaTransformerConfig(StrictConfig):
             self.expect(may_share, name, f"must differ from {', '.join(sorted(same - {name}))}")
 
     def validate_audio(self):
-        """`audio_hop_length` is even and divides `audio_n_fft` at least twice. A block fits the longest sequence."""
-        n_fft, hop, longest = self.audio_n_fft, self.audio_hop_length, self.max_position_embeddings
+        """`audio_hop_length` is even and divides `audio_n_fft` at least twice. A block is not longer than
+        the maximum sequence."""
+        n_fft, hop, max_length = self.audio_n_fft, self.audio_hop_length, self.max_position_embeddings
         is_whole = n_fft % hop == 0 and n_fft >= 2 * hop and hop % 2 == 0
         self.expect(is_whole, "audio_hop_length", f"must be even and divide audio_n_fft={n_fft} at least twice")
-        fits = "audio" not in self.modalities or self.audio_block_frames <= longest
-        self.expect(fits, "audio_block_frames", f"must be <= max_position_embeddings={longest}")
+        fits = "audio" not in self.modalities or self.audio_block_frames <= max_length
+        self.expect(fits, "audio_block_frames", f"must be <= max_position_embeddings={max_length}")
 
     def validate_image(self):
         """`image_compression` divides `image_size`; `image_encoder_patch_size` divides the side of the latents. An
-        image's tokens fit the longest sequence. `image_position_embedding='sinusoidal'`: 4 divides `hidden_size`."""
+        image is not longer than the maximum sequence. `image_position_embedding='sinusoidal'` needs a `hidden_size`
+        divisible by 4."""
         is_whole = self.image_size % self.image_compression == 0
         self.expect(is_whole, "image_compression", f"must divide image_size={self.image_size}")
         side, patch = self.image_size // self.image_compression, self.image_encoder_patch_size
         self.expect(side % patch == 0, "image_encoder_patch_size", f"must divide the side {side} of the latents")
-        n_tokens, longest = (side // patch) ** 2, self.max_position_embeddings
-        fits = "image" not in self.modalities or n_tokens <= longest
-        self.expect(fits, "image_size", f"makes {n_tokens} tokens, more than max_position_embeddings={longest}")
+        n_tokens, max_length = (side // patch) ** 2, self.max_position_embeddings
+        fits = "image" not in self.modalities or n_tokens <= max_length
+        self.expect(fits, "image_size", f"gives {n_tokens} tokens, more than max_position_embeddings={max_length}")
+        # Sines and cosines of the row in one half of D, of the column in the other.
         is_pair = self.image_position_embedding == "learned" or self.hidden_size % 4 == 0
         self.expect(is_pair, "hidden_size", "must be divisible by 4 for image_position_embedding='sinusoidal'")

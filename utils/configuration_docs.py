@@ -58,11 +58,15 @@ def field_row(config_class: type[StrictConfig], field: dataclasses.Field) -> lis
 def document(config_class: type[StrictConfig]) -> str:
     """The whole file: a table per section, the relations between fields, and the derived values."""
     parts = [INTRODUCTION]
+
+    # A table per section.
     for section, fields in declared_sections(config_class).items():
         header = ["field", "type", "default", "bounds", "only with", "meaning"]
         rows = table(header, [field_row(config_class, field) for field in fields])
         shared = f"Only with {condition_cell([section.only_with])}.\n\n" if section.only_with else ""
         parts.append(f"## {section.title}\n\n{shared}{rows}\n")
+
+    # Relations: the docstrings of the `validate_` methods.
     members = vars(config_class).items()
     rules = [
         f"- {inspect.cleandoc(member.__doc__)}".replace("\n", " ")
@@ -70,6 +74,8 @@ def document(config_class: type[StrictConfig]) -> str:
         if name.startswith("validate_")
     ]
     parts.append("## Relations\n\n" + "\n".join(rules) + "\n")
+
+    # Derived values: properties, and the names by which transformers reads them.
     derived = [[f"`{name}`", member.__doc__] for name, member in members if isinstance(member, property)]
     aliases = [[f"`{name}`", f"Transformers' name of `{own}`."] for name, own in config_class.attribute_map.items()]
     parts.append(f"## Derived values\n\n{table(['property', 'meaning'], derived + aliases)}\n")

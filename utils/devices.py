@@ -22,6 +22,7 @@ def set_fp32_precision(use_tf32: bool) -> None:
     convolutions the one of the whole library.
     """
     backends = torch.backends
+    # Global, matrix products, cuDNN as a whole, and its convolutions and recurrent layers.
     for level in (backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn):
         level.fp32_precision = "tf32" if use_tf32 else "ieee"
 
@@ -40,6 +41,7 @@ def compile_in_place(model: nn.Module) -> None:
 
     A block that occurs many times is compiled once, and a loop over blocks whose length changes needs no new graph.
     """
+    # Graphs of one block, such as one per input shape. Beyond the limit, 8 by default, PyTorch runs it uncompiled.
     torch._dynamo.config.recompile_limit = 64
     names = getattr(model, "_no_split_modules", None) or ()
     blocks = [module for module in model.modules() if type(module).__name__ in names]

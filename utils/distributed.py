@@ -31,7 +31,7 @@ def rank() -> int:
 
 
 def launched_rank() -> int:
-    """The rank that the launcher announced, known before the process group exists."""
+    """The rank that the launcher set in the environment, known before the process group exists."""
     return int(os.environ.get("RANK", 0))
 
 
@@ -65,7 +65,7 @@ def any_across_ranks(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any process."""
     if world_size() == 1:
         return flag
-    tensor = torch.tensor(float(flag), device=device)
+    tensor = torch.tensor(float(flag), device=device)  # The maximum of 0 and 1 is a logical or.
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     return bool(tensor.item())
 
@@ -81,7 +81,7 @@ def from_main(value: Any) -> Any:
     """The value (any picklable object) as rank 0 has it."""
     if world_size() == 1:
         return value
-    box = [value]
+    box = [value]  # Overwritten in place, except on rank 0.
     dist.broadcast_object_list(box, 0)
     return box[0]
 
@@ -98,6 +98,7 @@ def read_deepspeed_config(file: str, bf16: bool) -> dict:
     for section in ("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"):
         if section in config:
             raise ValueError(f"{file} declares {section!r}, which the stage's own flags set; remove it from the file")
+    # ZeRO++: int8 collectives exist for CUDA, and for sharded parameters (stage 3) only.
     zero = config.get("zero_optimization", {})
     int8_keys = [key for key in INT8_KEYS if zero.get(key)]
     if int8_keys and not torch.cuda.is_available():
@@ -109,6 +110,7 @@ def read_deepspeed_config(file: str, bf16: bool) -> dict:
         raise ValueError(
             f"{file}: {', '.join(int8_keys)} take effect at stage 3 only, not at stage={zero.get('stage')}"
         )
+    # Autocast over fp32 weights, as without DeepSpeed; its own bf16 section would train and save bfloat16 weights.
     if bf16:
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
     return config
@@ -130,12 +132,13 @@ def launch_settings(use_deepspeed: bool, deepspeed_config: str, bf16: bool) -> d
     if not use_deepspeed:
         distributed = "LOCAL_RANK" in os.environ and not has_gpu
         if distributed:
-            # Functions of torch.distributed and DeepSpeed that are defined where there is a group keep it for ever;
-            # accelerate imports DeepSpeed anyway, but later.
+            # Functions of torch.distributed and DeepSpeed that are defined while a group exists keep it alive for
+            # ever. Accelerate imports DeepSpeed anyway, but later.
             import deepspeed
         return {"bf16": bf16, "use_cpu": not has_gpu, **({"ddp_backend": "gloo"} if distributed else {})}
 
     config = read_deepspeed_config(deepspeed_config, bf16)
+    # Plain python: DeepSpeed still reads a launcher's variables. This is a group of one process, on a free port.
     if "LOCAL_RANK" not in os.environ:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -143,6 +146,7 @@ def launch_settings(use_deepspeed: bool, deepspeed_config: str, bf16: bool) -> d
         single = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         os.environ.update(single)
     settings = {"deepspeed": config}
+    # CPU: make the gloo group before the Trainer does.
     if not has_gpu:
         import deepspeed
         from accelerate import PartialState

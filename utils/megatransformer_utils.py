@@ -19,25 +19,25 @@ TrainerKind = Literal["default", "grokfast_ema", "grokfast_ma"]  # see `trainer_
 
 @dataclasses.dataclass
 class StageArguments:
-    """Flags common to all training stages; a stage's own arguments are a subclass with further `option()` fields."""
+    """Flags of all training stages. A stage declares its further flags in a subclass."""
 
-    # What is trained, on what, and where it goes.
+    # Model, data and output folder.
     config: str = option("tiny", "preset name of the model")
     override: list[str] = option([], "fields of the model's configuration, key=value")
     run_name: str = option("default", "name of the run; its folder is OUTPUT_DIR/<model type>/RUN_NAME")
     output_dir: str = option("runs", "folder of all runs")
-    cached_dataset: str = option("", "preprocessed dataset; default: cached_datasets/<stage>")
+    cached_dataset: str = option("", "preprocessed data set; default: cached_datasets/<stage>")
     resume_from_checkpoint: str = option(
-        "", "checkpoint or run folder to go on from, or 'latest' of this run", bare="latest"
+        "", "checkpoint or run folder to resume from, or 'latest' of this run", bare="latest"
     )
-    init_from: str = option("", "checkpoint or run folder whose weights a new run starts from")
+    init_from: str = option("", "checkpoint or run folder whose weights initialise a new run")
     dry_run: bool = option(False, "print configuration, parameter and data counts and a memory estimate, then exit")
 
-    # Length and batches.
+    # Length of the training, and batches.
     num_train_epochs: float = option(100.0, "passes over the training set; ignored where max_steps is given", gt=0)
-    max_steps: int = option(-1, "optimizer steps; -1: as many as num_train_epochs makes", ge=-1)
-    batch_size: int = option(16, "samples per process and micro-batch", gt=0)
-    eval_batch_size: int = option(16, "samples per process in evaluation", gt=0)
+    max_steps: int = option(-1, "optimizer steps; -1: given by num_train_epochs", ge=-1)
+    batch_size: int = option(16, "samples per micro-batch and process", gt=0)
+    eval_batch_size: int = option(16, "samples per batch and process in evaluation", gt=0)
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", gt=0)
     num_workers: int = option(0, "data loading processes per rank; 0: in the training process", ge=0)
     seed: int = option(42, "seed of weights, data order and noise", ge=0)
@@ -45,23 +45,23 @@ class StageArguments:
     # Optimizer.
     learning_rate: float = option(1e-4, "peak learning rate of AdamW", gt=0)
     weight_decay: float = option(0.0, "decoupled weight decay of matrices and kernels", ge=0)
-    adam_beta1: float = option(0.9, "AdamW's first moment decay", ge=0, lt=1)
-    adam_beta2: float = option(0.99, "AdamW's second moment decay", ge=0, lt=1)
-    max_grad_norm: float = option(1.0, "gradient norm clip; 0: none", ge=0)
-    lr_scheduler_type: SchedulerKind = option("cosine", "schedule")
-    warmup_ratio: float = option(0.02, "share of the steps with linear warm-up", ge=0, lt=1)
-    trainer: TrainerKind = option("default", "gradient filter")
+    adam_beta1: float = option(0.9, "decay of AdamW's first moment", ge=0, lt=1)
+    adam_beta2: float = option(0.99, "decay of AdamW's second moment", ge=0, lt=1)
+    max_grad_norm: float = option(1.0, "maximum gradient norm, to which gradients are clipped; 0: no clipping", ge=0)
+    lr_scheduler_type: SchedulerKind = option("cosine", "schedule of the learning rate")
+    warmup_ratio: float = option(0.02, "fraction of the steps with linear warm-up", ge=0, lt=1)
+    trainer: TrainerKind = option("default", "trainer with or without a GrokFast gradient filter")
     grokfast_alpha: float = option(
         0.98, "decay of the GrokFast EMA filter", ge=0, lt=1, only_with=("trainer", "grokfast_ema")
     )
     grokfast_lambda: float = option(
         2.0,
-        "amplification of the slow gradient by GrokFast",
+        "GrokFast's amplification of the slow gradient",
         ge=0,
         only_with=("trainer", ("grokfast_ema", "grokfast_ma")),
     )
     grokfast_window: int = option(100, "steps in the GrokFast MA window", gt=0, only_with=("trainer", "grokfast_ma"))
-    max_skipped_steps: int = option(10, "non-finite optimizer steps in a row that end the run", gt=0)
+    max_skipped_steps: int = option(10, "consecutive non-finite optimizer steps after which the run ends", gt=0)
 
     # Averaged weights.
     use_ema: bool = option(True, "keep an exponential moving average of the weights; evaluation and saving use it")
@@ -71,24 +71,22 @@ class StageArguments:
 
     # Speed and memory.
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
-    tf32: bool = option(False, "TensorFloat-32 for what is computed in fp32 on an NVIDIA GPU: faster, and less exact")
+    tf32: bool = option(False, "compute fp32 in TensorFloat-32 on an NVIDIA GPU: faster, less exact")
     deterministic: bool = option(
-        False, "on a GPU: only kernels that give the same bits in every run; slower (a CPU always does)"
+        False, "on a GPU: only kernels with bitwise reproducible results; slower (CPU kernels always are)"
     )
     use_gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass to save memory")
-    compile_model: bool = option(False, "torch.compile: the blocks of a transformer, other models as a whole")
+    compile_model: bool = option(False, "torch.compile the blocks of a transformer, or another model as a whole")
     use_deepspeed: bool = option(False, "train with the DeepSpeed engine")
     deepspeed_config: str = option(
-        "ds_config_zero-2.json",
-        "DeepSpeed configuration file, with --use_deepspeed",
-        only_with=("use_deepspeed", True),
+        "ds_config_zero-2.json", "DeepSpeed configuration file", only_with=("use_deepspeed", True)
     )
 
     # Logs and checkpoints.
     logging_steps: int = option(10, "steps between log lines", gt=0)
     eval_steps: int = option(500, "steps between evaluations", gt=0)
     save_steps: int = option(500, "steps between checkpoints", gt=0)
-    save_total_limit: int = option(3, "complete checkpoints to keep", gt=0)
+    save_total_limit: int = option(3, "number of complete checkpoints to keep", gt=0)
 
     def validate_length(self):
         if self.max_steps == 0:
@@ -109,6 +107,7 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
     `--bf16` is autocast over fp32 weights in every engine: transformers' own flag without DeepSpeed, the
     `torch_autocast` section with it (transformers' flag would make DeepSpeed keep and save bfloat16 weights).
     """
+    # Precision and determinism are settings of the process, to be made before the first computation.
     if torch.cuda.is_available():
         set_fp32_precision(args.tf32)
         if args.deterministic:
@@ -116,6 +115,7 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
     launch = launch_settings(args.use_deepspeed, args.deepspeed_config, args.bf16)
     # Newer transformers name gradient checkpointing so, and warn of the old name.
     kind = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
+    # The flags under transformers' names.
     return TrainingArguments(
         output_dir=str(run_dir),
         run_name=args.run_name,
@@ -134,21 +134,21 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         adam_beta2=args.adam_beta2,
         max_grad_norm=args.max_grad_norm,
         lr_scheduler_type=args.lr_scheduler_type,
-        warmup_steps=args.warmup_ratio,
+        warmup_steps=args.warmup_ratio,  # A number below 1 is a fraction of the steps.
         **{
             f"{kind}_checkpointing": args.use_gradient_checkpointing,
-            f"{kind}_checkpointing_kwargs": {"use_reentrant": False},
+            f"{kind}_checkpointing_kwargs": {"use_reentrant": False},  # The other one needs an input with a gradient.
         },
         logging_steps=args.logging_steps,
-        logging_nan_inf_filter=False,
+        logging_nan_inf_filter=False,  # The filter would log the mean loss in place of a non-finite one.
         eval_strategy="steps",
         eval_steps=args.eval_steps,
         save_strategy="steps",
         save_steps=args.save_steps,
         save_total_limit=None,  # Complete checkpoints are counted by our own rotation.
-        remove_unused_columns=False,
+        remove_unused_columns=False,  # Trainers read `index`, which no forward takes.
         ddp_find_unused_parameters=False,
         disable_tqdm=not sys.stderr.isatty(),
-        report_to="none",
+        report_to="none",  # Stages write TensorBoard logs themselves.
         **launch,
     )

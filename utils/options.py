@@ -80,6 +80,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def check_type(value: Any, annotation: Any) -> bool:
     """Whether `value` fits the annotation: scalars, Literal, unions, and list[...] of these. A bool is not an int."""
+    # Python counts True as an int and an int as no float; here a bool is only a bool, and a float may be written 1.
     origin, parts = typing.get_origin(annotation), typing.get_args(annotation)
     if annotation is Any:
         return True
@@ -116,6 +117,7 @@ def declared_sections(owner: Any) -> dict[Section, list[dataclasses.Field]]:
     """
     fields = {field.name: field for field in declared_fields(owner)}
     sections: dict[Section, list[dataclasses.Field]] = {}
+    # Base classes first. A field that a subclass declares anew stays in the section of its base.
     for base in reversed((owner if isinstance(owner, type) else type(owner)).__mro__):
         section = Section()
         for name in inspect.get_annotations(base):
@@ -128,6 +130,7 @@ def declared_sections(owner: Any) -> dict[Section, list[dataclasses.Field]]:
 
 def inherited(owner: type, name: str, key: str) -> Any:
     """What the nearest declaration of an option says under a key of its metadata; None where none says anything."""
+    # `dataclasses.fields` gives only the last declaration of a field; the earlier ones are still in the base classes.
     for base in owner.__mro__:
         field = vars(base).get("__dataclass_fields__", {}).get(name)
         if field is not None and field.metadata.get(key) is not None:
@@ -219,6 +222,7 @@ def validate_fields(owner: Any, spelling: str = "{}") -> None:
         ValueError: names the field, its value and the rule.
     """
     for field in declared_fields(owner):
+        # Type, with the first wrong item of a list and the closest name of a mistyped choice.
         value, name = getattr(owner, field.name), spelling.format(field.name)
         assert not isinstance(field.type, str), f"{name}: postponed annotations switch the type checks off"
         if not check_type(value, field.type):
@@ -229,18 +233,20 @@ def validate_fields(owner: Any, spelling: str = "{}") -> None:
                 given += f": {wrong!r}"
             hint = suggest(wrong, typing.get_args(rule)) if is_literal_typo(wrong, rule) else ""
             raise ValueError(f"{given} must be {type_name(rule)}{hint}")
+        # Bounds, of each item of a list.
         for kind, bound in field.metadata["bounds"].items():
             sign, holds = BOUNDS[kind]
             for item in value if isinstance(value, list) else [value]:
                 if isinstance(item, int | float) and not holds(item, bound):
                     raise ValueError(f"{name}={value!r} must be {sign} {bound}")
+    # Relations between fields.
     for method_name in dir(owner):
         if method_name.startswith("validate_") and inspect.ismethod(getattr(owner, method_name)):
             getattr(owner, method_name)()
 
 
 def is_literal_typo(value: Any, annotation: Any) -> bool:
-    """Whether a suggestion makes sense: a string given where a Literal of strings is wanted."""
+    """Whether the value is a string and the annotation a Literal, so that a suggestion makes sense."""
     return isinstance(value, str) and typing.get_origin(annotation) is Literal
 
 
@@ -273,6 +279,7 @@ class StrictConfig(PreTrainedConfig):
         known = {field.name for field in declared_fields(self)}
         aliases = {name for name, own in self.attribute_map.items() if own in known}
         for name in kwargs:
+            # config.json also holds keys of transformers itself, and private ones such as _name_or_path.
             if name not in TRANSFORMERS_KEYS and name not in aliases and not name.startswith("_"):
                 raise ValueError(f"{type(self).__name__} has no field {name!r}{suggest(name, known)}")
         super().__post_init__(**kwargs)
@@ -304,6 +311,7 @@ class StrictConfig(PreTrainedConfig):
         return "\n".join(lines).lstrip("\n")
 
 
+# Keys that a config.json may have beyond the declared fields: those of every transformers configuration.
 TRANSFORMERS_KEYS = {
     *(field.name for field in dataclasses.fields(PreTrainedConfig)),
     *("attn_implementation", "auto_map", "experts_implementation", "model_type", "name_or_path", "num_labels"),

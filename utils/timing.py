@@ -1,4 +1,4 @@
-"""Time of calls: samples per second, and computing per second of sound."""
+"""Time of calls: samples per second, and the real-time factor of audio models."""
 
 import contextlib
 import time
@@ -9,7 +9,7 @@ import torch
 
 
 class Stopwatch:
-    """Time of calls on batches; the first call is a warm-up that does not count where others follow."""
+    """Time of calls on batches. The first call is a warm-up, which does not count if others follow."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -23,39 +23,41 @@ class Stopwatch:
         return result
 
     def now(self) -> float:
-        """Seconds, once the device has done its work."""
+        """Seconds of a clock, read after the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
 
     def per_second(self) -> float:
         """Samples per second."""
-        calls = self.calls[1:] or self.calls
+        calls = self.calls[1:] or self.calls  # Without the warm-up.
         return sum(count for count, _ in calls) / sum(seconds for _, seconds in calls)
 
 
 class RealTime:
-    """Seconds of computing per second of sound, of functions called by name: CPU seconds of one thread, which other
-    programs do not prolong, or seconds on the GPU."""
+    """Real-time factor of functions called by name: seconds of computing per second of audio.
+
+    Computing is measured in CPU seconds of one thread, which other programs do not prolong, or in seconds on the GPU.
+    """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.calls: dict[str, list[tuple[float, float]]] = {}
 
-    def run(self, name: str, seconds_of_sound: float, function: Callable[[], Any]) -> Any:
-        """Call the function, whose result is `seconds_of_sound` long."""
+    def run(self, name: str, seconds_of_audio: float, function: Callable[[], Any]) -> Any:
+        """Call the function, whose result lasts `seconds_of_audio`."""
         now = Stopwatch(self.device).now if self.device.type == "cuda" else time.process_time
         with one_thread():
             start = now()
             result = function()
-            self.calls.setdefault(name, []).append((now() - start, seconds_of_sound))
+            self.calls.setdefault(name, []).append((now() - start, seconds_of_audio))
         return result
 
     def factor(self, name: str) -> float | None:
         """The factor of all calls but the first one, or of the only one; None where there is none."""
         calls = self.calls.get(name, [])
-        calls = calls[1:] or calls
-        return sum(spent for spent, _ in calls) / sum(sound for _, sound in calls) if calls else None
+        calls = calls[1:] or calls  # Without the warm-up.
+        return sum(spent for spent, _ in calls) / sum(audio for _, audio in calls) if calls else None
 
 
 @contextlib.contextmanager

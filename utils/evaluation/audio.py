@@ -83,11 +83,10 @@ DEFINITIONS = {
 
 @dataclasses.dataclass
 class AudioEvaluationArguments(ContactSheetArguments, EvaluationArguments):
-    """Flags of the evaluation of everything that makes sound."""
+    """Flags of the evaluation of models that generate audio."""
 
     metrics: list[Metric] = option(
-        list(get_args(Metric)),
-        "what is measured; wer is the slowest, about a second per clip and row; mel: mel-L1 and MCD",
+        list(get_args(Metric)), "metrics; wer is the slowest, about a second per clip and row; mel: mel-L1 and MCD"
     )
 
     def validate_metrics(self):

@@ -34,7 +34,7 @@ class EvaluationArguments:
 
     # What is evaluated, on which data.
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
+    weights: Literal["ema", "raw"] = option("ema", "averaged weights, if they were saved, or the trained weights")
     cached_dataset: str = option("", "preprocessed data set; default: the one that the run trained on")
     split: str = option("", "split of the data set; default: validation")
     max_samples: int = option(0, "maximum number of samples, spread evenly over the split; 0: all", ge=0)

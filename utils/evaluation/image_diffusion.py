@@ -52,13 +52,13 @@ N_DRAWN = 3  # images per caption on the contact sheet
 class ImageDiffusionEvaluationArguments(SamplingArguments, ImageEvaluationArguments):
     """Flags of the evaluation of text to image."""
 
-    vae_checkpoint: str = option("", "where the VAE of the latents lies now; default: where it lay in training")
+    vae_checkpoint: str = option("", "folder of the latents' VAE; default: the path recorded in training")
     seed: int = option(0, "seed of the generated images", ge=0)
     compare_with: Literal["real", "reconstruction"] = option(
-        "real", "what drawn images are held against: raw images, where they can be read, or what the VAE makes of them"
+        "real", "reference of generated images: raw images, if they can be read, or the VAE's reconstructions"
     )
     training_samples: int = option(
-        5000, "training images, spread evenly, that the probe and the nearest neighbours are taken from; 0: all", ge=0
+        5000, "training images, spread evenly, for the probe and the nearest neighbours; 0: all", ge=0
     )
     curve: bool = option(False, "measure every combination of steps, guidance scale and sampler")
     curve_steps: list[int] = option([5, 10, 20, 50], "sampling steps of the curve", gt=0, only_with=("curve", True))

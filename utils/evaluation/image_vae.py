@@ -44,8 +44,7 @@ class ImageVAEEvaluationArguments(ImageEvaluationArguments):
     """Flags of the evaluation of image VAEs."""
 
     references: list[Literal["jpeg", "thumbnail"]] = option(
-        ["jpeg", "thumbnail"],
-        "rows to compare with: JPEG at quality 10; a bicubic image of the latent's rows and columns",
+        ["jpeg", "thumbnail"], "baselines: JPEG at quality 10; bicubic upsampling from the latent's rows and columns"
     )
 
 

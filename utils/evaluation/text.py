@@ -35,19 +35,21 @@ DECODED_TOKENS = 1 << 20  # At once.
 
 @dataclasses.dataclass
 class TextEvaluationArguments(BatchedEvaluationArguments):
-    """Flags for language models."""
+    """Flags of the evaluation of language models."""
 
-    thinking_steps: list[int] = option([], "recurrent models: depths whose loss is measured", gt=0)
-    exit_thresholds: list[float] = option([], "recurrent models: early exits to measure; nats (kl) or share", gt=0)
+    thinking_steps: list[int] = option(
+        [], "recurrent models: numbers of thinking steps at which the loss is measured", gt=0
+    )
+    exit_thresholds: list[float] = option(
+        [], "recurrent models: thresholds of early exits to measure; nats (kl) or relative change", gt=0
+    )
     exit_criterion: Literal["own", "kl", "latent_difference"] = option(
-        "own", "what ends thinking; own: the model's", only_with=("exit_thresholds", bool)
+        "own", "criterion of early exits; own: the model's", only_with=("exit_thresholds", bool)
     )
     max_thinking_steps: int = option(
-        0, "most steps with exits; 0: the model's own number", ge=0, only_with=("exit_thresholds", bool)
+        0, "maximum number of thinking steps with exits; 0: the model's own", ge=0, only_with=("exit_thresholds", bool)
     )
-    speed_tokens: int = option(
-        64, "tokens per prompt to time generation with, at most half a window; 0: not timed", ge=0
-    )
+    speed_tokens: int = option(64, "tokens per prompt in timed generation, at most half a window; 0: not timed", ge=0)
 
 
 class TextEvaluator(Evaluator):

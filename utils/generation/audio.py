@@ -34,12 +34,12 @@ MAX_CLIPPED_SHARE = 1e-3  # of the samples of a file, without a warning
 
 @dataclasses.dataclass
 class SynthesisArguments:
-    """Flags of everything that ends in a vocoder."""
+    """Flags of scripts whose last model is a vocoder."""
 
     input: list[str] = option([], "files, and folders of files")
-    weights: Literal["ema", "raw"] = option("ema", "averaged weights, where they were kept, or the trained ones")
-    chunk_frames: int = option(2000, "mel frames that the vocoder takes at once; 0: all", ge=0)
-    bf16: bool = option(False, "bfloat16 autocast over fp32 weights; transforms stay in fp32")
+    weights: Literal["ema", "raw"] = option("ema", "averaged weights, if they were saved, or the trained weights")
+    chunk_frames: int = option(2000, "mel frames per pass of the vocoder; 0: all", ge=0)
+    bf16: bool = option(False, "bfloat16 autocast over fp32 weights; Fourier transforms stay in fp32")
     output_dir: str = option("", "folder of the results")
 
 

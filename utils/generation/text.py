@@ -38,28 +38,30 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class GenerationArguments:
-    """Flags of everything that writes text."""
+    """Flags of text generation."""
 
-    max_new_tokens: int = option(200, "most tokens per continuation; fewer where the document ends", gt=0)
-    temperature: float = option(1.0, "divides the logits before tokens are drawn; 0: always the likeliest token", ge=0)
-    top_k: int = option(0, "draw among so many likeliest tokens; 0: among all", ge=0, only_with=("temperature", bool))
+    max_new_tokens: int = option(200, "maximum number of tokens per continuation; fewer where the document ends", gt=0)
+    temperature: float = option(1.0, "divisor of the logits in sampling; 0: greedy", ge=0)
+    top_k: int = option(0, "sample from the k most likely tokens; 0: from all", ge=0, only_with=("temperature", bool))
     top_p: float = option(
         1.0,
-        "draw among the likeliest tokens that have this probability together",
+        "sample from the most likely tokens whose probabilities sum to p (nucleus sampling)",
         gt=0,
         le=1,
         only_with=("temperature", bool),
     )
-    n_beams: int = option(1, "beams of a search for the likeliest continuation; 1: none", gt=0)
-    seed: int = option(0, "of the drawn tokens", ge=0, only_with=("temperature", bool))
-    thinking_steps: int = option(0, "recurrent models: steps per token, the most with exits; 0: the model's own", ge=0)
+    n_beams: int = option(1, "number of beams of beam search; 1: none", gt=0)
+    seed: int = option(0, "seed of sampling", ge=0, only_with=("temperature", bool))
+    thinking_steps: int = option(
+        0, "recurrent models: thinking steps per token, the maximum with exits; 0: the model's own", ge=0
+    )
     exit_threshold: float = option(
-        -1.0, "recurrent models: a token stops thinking below this; 0: never; -1: as the model says", ge=-1
+        -1.0, "recurrent models: threshold of an early exit; 0: no exits; -1: the model's own", ge=-1
     )
 
     def validate_generation(self):
         if self.n_beams > 1 and self.temperature:
-            raise ValueError(f"--n_beams={self.n_beams} searches, and draws nothing: it needs --temperature 0")
+            raise ValueError(f"--n_beams={self.n_beams} is a search without sampling: it needs --temperature 0")
         if -1 < self.exit_threshold < 0:
             raise ValueError(f"--exit_threshold={self.exit_threshold} must be -1, 0 or above")
 

@@ -29,19 +29,19 @@ BYTES_ONLY = ("n_text_layers", "text_head_width", "n_gram_sizes", "n_gram_bucket
 
 @dataclasses.dataclass
 class SamplingArguments:
-    """Flags of everything that draws images."""
+    """Flags of sampling images from a diffusion model."""
 
     sampler: SamplerKind = option("dpmpp_2m", "sampler; euler and ddim take the same steps")
     n_steps: int = option(20, "sampling steps", gt=0)
-    guidance_scale: float = option(3.0, "classifier-free guidance; 1: none", ge=0)
+    guidance_scale: float = option(3.0, "scale of classifier-free guidance; 1: none", ge=0)
     guidance_interval: list[float] = option(
         [0.0, 1.0],
-        "times between which guidance acts; 0: data, 1: noise",
+        "interval of times in which guidance is applied; 0: data, 1: noise",
         only_with=("guidance_scale", other_than_one),
     )
     guidance_rescale: float = option(
         0.0,
-        "share of the guided deviation that is scaled back (arXiv 2305.08891)",
+        "fraction of the std of the guided prediction that is rescaled (arXiv 2305.08891)",
         ge=0,
         le=1,
         only_with=("guidance_scale", other_than_one),
@@ -53,7 +53,7 @@ class SamplingArguments:
             raise ValueError(f"--guidance_interval={bounds} must be two times with 0 <= first < second <= 1")
 
     def settings(self) -> dict[str, Any]:
-        """The sampling flags by name, for reports."""
+        """Names and values of the sampling flags, for reports."""
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingArguments)}
 
 

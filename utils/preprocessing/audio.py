@@ -48,7 +48,7 @@ MAX_CLIPPED = 1e-3  # Share of samples at full scale beyond which a clip counts 
 
 @dataclasses.dataclass
 class AudioPreprocessArguments(PreprocessArguments):
-    """Flags of all stages that read sound."""
+    """Flags of all preprocessing stages that read audio."""
 
     caption_column: str = option(
         "", f"column with the transcripts; default: the first of {', '.join(CAPTION_COLUMNS)}"
@@ -56,53 +56,57 @@ class AudioPreprocessArguments(PreprocessArguments):
     speaker_column: str = option("", f"column with the speakers; default: the first of {', '.join(SPEAKER_COLUMNS)}")
 
     # The log-mel: a preset, and fields that replace the preset's.
-    mel: MelPreset = option("16k", "log-mel by its sampling rate")
+    mel: MelPreset = option("16k", "preset of the log-mel, by sampling rate")
     sample_rate: int | None = option(None, "sampling rate in Hz", gt=0)
-    n_fft: int | None = option(None, "samples of a frame", gt=0)
-    hop_length: int | None = option(None, "samples between frames", gt=0)
+    n_fft: int | None = option(None, "frame length in samples", gt=0)
+    hop_length: int | None = option(None, "hop length in samples", gt=0)
     n_mels: int | None = option(None, "mel bins", gt=0)
-    f_min: float | None = option(None, "lowest frequency of the mel bins in Hz", ge=0)
-    f_max: float | None = option(None, "highest frequency of the mel bins in Hz", gt=0)
-    floor: float | None = option(None, "smallest mel magnitude, below which all is silence", gt=0)
+    f_min: float | None = option(None, "minimum frequency of the mel bins in Hz", ge=0)
+    f_max: float | None = option(None, "maximum frequency of the mel bins in Hz", gt=0)
+    floor: float | None = option(None, "minimum mel magnitude, to which smaller ones are clamped", gt=0)
 
-    # What is left out, and how clips are conditioned.
-    segment_seconds: float = option(0.0, "longer clips are cut at quiet places; seconds, 0: whole clips", ge=0)
-    min_seconds: float = option(0.25, "shorter clips are left out, in seconds", ge=0)
+    # Selection and conditioning of clips.
+    segment_seconds: float = option(
+        0.0, "maximum length in seconds; longer clips are cut at quiet positions; 0: whole clips", ge=0
+    )
+    min_seconds: float = option(0.25, "minimum length in seconds; shorter clips are left out", ge=0)
     keep_clipped: bool = option(False, f"keep clips with more than {MAX_CLIPPED:.1%} of their samples at full scale")
-    notch_hz: int = option(0, "frequency of the mains whose hum is removed, 50 or 60 Hz; 0: off")
-    trim_db: float = option(0.0, "ends that far below the loudest part are cut off; dB, 0: off", ge=0, bare=40.0)
-    loudness_db: float | None = option(None, "loudness that clips are scaled to, such as -23, in dBFS", lt=0)
+    notch_hz: int = option(0, "mains frequency, 50 or 60 Hz, whose hum is removed; 0: off")
+    trim_db: float = option(
+        0.0, "trim ends that are quieter than the loudest part by this, in dB; 0: off", ge=0, bare=40.0
+    )
+    loudness_db: float | None = option(None, "target loudness in dBFS, such as -23", lt=0)
     loudness_measure: LoudnessMeasure = option(
         "active",
-        "active: RMS without pauses; bs1770: LUFS of ITU-R BS.1770",
+        "loudness measure; active: RMS without pauses; bs1770: LUFS of ITU-R BS.1770",
         only_with=("loudness_db", other_than_none),
     )
 
-    # Changes of the augmented copies.
+    # Augmentation of the copies.
     time_stretch: float = option(
         0.0,
-        "largest change of speed, at the same pitch",
+        "maximum relative change of speed, at the same pitch",
         ge=0,
         le=1,
         bare=0.1,
         only_with=("num_augmented_copies", bool),
     )
     pitch_shift: float = option(
-        0.0, "largest change of pitch in semitones", ge=0, le=12, bare=1.0, only_with=("num_augmented_copies", bool)
+        0.0, "maximum change of pitch in semitones", ge=0, le=12, bare=1.0, only_with=("num_augmented_copies", bool)
     )
     gain_db: float = option(
-        0.0, "largest gain and attenuation in dB", ge=0, le=40, bare=6.0, only_with=("num_augmented_copies", bool)
+        0.0, "maximum gain and attenuation in dB", ge=0, le=40, bare=6.0, only_with=("num_augmented_copies", bool)
     )
     noise_snr_db: float | None = option(
         None,
-        "smallest ratio of sound to white noise in dB; largest: 20 more",
+        "minimum signal-to-noise ratio with white noise in dB; the maximum is 20 more",
         bare=20.0,
         only_with=("num_augmented_copies", bool),
     )
 
     @property
     def mel_settings(self) -> MelSettings:
-        """The preset with its replaced fields. Raises: ValueError: they contradict each other."""
+        """The preset with the fields that flags replace. Raises: ValueError: they contradict each other."""
         given = {name: getattr(self, name) for name in MEL_FLAGS if getattr(self, name) is not None}
         return dataclasses.replace(mel_preset(self.mel), **given)
 

@@ -20,12 +20,10 @@ from utils.preprocessing.workers import map_in_workers
 
 @dataclasses.dataclass
 class BatchedPreprocessArguments(PreprocessArguments):
-    """Flags of preprocessing with a model."""
+    """Flags of preprocessing with a model, in batches."""
 
-    batch_size: int = option(32, "samples that are encoded at once", gt=0)
-    bf16: bool = option(
-        False, "bfloat16 autocast in the encoder; reading and writing files often take longer than encoding"
-    )
+    batch_size: int = option(32, "samples per batch of the encoder", gt=0)
+    bf16: bool = option(False, "bfloat16 autocast in the encoder; often file access is the bottleneck")
 
 
 class BatchedPreprocess(Preprocess):

@@ -50,35 +50,35 @@ PACKAGES = ("torch", "numpy", "pillow", "datasets")
 
 @dataclasses.dataclass
 class PreprocessArguments:
-    """Flags common to all preprocessing; a stage's own arguments are a subclass with further `option()` fields."""
+    """Flags of all preprocessing. A stage declares its further flags in a subclass."""
 
-    # What is read.
-    dataset_name: str = option("", "raw data: hub name, folder, or index file (.csv, .jsonl)")
+    # Raw data.
+    dataset_name: str = option("", "raw data set: hub name, folder, or index file (.csv, .jsonl)")
     dataset_config: str = option("", "configuration of a hub data set")
-    dataset_split: str = option("train", "split that is read")
-    media_column: str = option("", "column with the files of a hub data set; default: the only one of its kind")
-    caption_column: str = option("text", "column with the captions; without a column 'text' captions are empty")
-    limit: int = option(-1, "raw samples that are read, from the first; -1: all", ge=-1)
+    dataset_split: str = option("train", "split of the raw data set")
+    media_column: str = option("", "column of a hub data set with the media files; default: the only one of its type")
+    caption_column: str = option("text", "column with the captions; they are empty without a column 'text'")
+    limit: int = option(-1, "number of raw samples to read, from the first one; -1: all", ge=-1)
 
-    # Which part validates.
+    # Validation split.
     validation_fraction: float = option(
         0.05,
-        "share for validation, by a hash of the raw file's name",
+        "fraction of the validation split, chosen by a hash of the raw file's name",
         ge=0,
         lt=1,
         only_with=("validation_dataset", ""),
     )
-    validation_dataset: str = option("", "hub name or folder of a validation set of its own")
+    validation_dataset: str = option("", "hub name or folder of a separate validation set")
     validation_split: str = option(
         "", "split of the validation set; default: its only one", only_with=("validation_dataset", bool)
     )
 
-    # How it is written.
-    output_dir: str = option("", "folder that is written; default: cached_datasets/<stage>")
-    num_augmented_copies: int = option(0, "randomly changed copies of a training sample, beside the plain one", ge=0)
-    seed: int = option(42, "seed of the random changes", ge=0)
-    num_workers: int = option(-1, "worker processes; 0: none, the main process works; -1: one per CPU", ge=-1)
-    max_broken_fraction: float = option(0.01, "share of raw files that may be broken", ge=0, le=1)
+    # Output.
+    output_dir: str = option("", "output folder; default: cached_datasets/<stage>")
+    num_augmented_copies: int = option(0, "augmented copies of a training sample, in addition to the original", ge=0)
+    seed: int = option(42, "seed of the augmentation", ge=0)
+    num_workers: int = option(-1, "worker processes; 0: the main process alone; -1: one per CPU", ge=-1)
+    max_broken_fraction: float = option(0.01, "maximum fraction of broken raw files", ge=0, le=1)
 
     def validate_source(self):
         if not self.dataset_name:

@@ -15,11 +15,11 @@ IMAGE_SETTINGS = ("resize_mode", "background_color", "min_image_size")
 
 @dataclasses.dataclass
 class ImageArguments(PreprocessArguments):
-    """Flags of all stages that read images."""
+    """Flags of all preprocessing stages that read images."""
 
-    resize_mode: ResizeMode = option("crop", "how other proportions become square")
-    background_color: str = option("white", "behind transparent pixels, beside padded images; name or #rrggbb")
-    min_image_size: int = option(16, "images with a shorter side are left out, in pixels", gt=0)
+    resize_mode: ResizeMode = option("crop", "how images that are not square become square")
+    background_color: str = option("white", "color of transparent pixels and of padding; name or #rrggbb")
+    min_image_size: int = option(16, "minimum side in pixels; smaller images are left out", gt=0)
 
     def validate_background(self):
         try:

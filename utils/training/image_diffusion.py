@@ -26,38 +26,41 @@ logger = logging.getLogger(__name__)
 class ImageDiffusionArguments(SamplingArguments, StageArguments):
     """Flags of the text-to-image stage."""
 
-    # What the latents are of.
+    # VAE of the latents.
     vae_checkpoint: str = option(
-        "", "run or checkpoint folder of the latents' VAE; default: where it lay for the cache"
+        "", "run or checkpoint folder of the latents' VAE; default: the path recorded in the cache"
     )
-    vae_config: str = option("", "preset name of that VAE, checked against its checkpoint")
+    vae_config: str = option("", "preset of that VAE, checked against its checkpoint")
 
-    # What is learned.
-    caption_dropout: float = option(0.1, "share of captions replaced by the null condition", ge=0, lt=1)
+    # Objective.
+    caption_dropout: float = option(0.1, "probability that a caption is replaced by the null condition", ge=0, lt=1)
     time_sampling: TimeSampling = option("logit_normal", "distribution of training times")
     time_mean: float = option(0.0, "mean of the logit-normal times", only_with=("time_sampling", "logit_normal"))
-    time_std: float = option(
-        1.0, "deviation of the logit-normal times", gt=0, only_with=("time_sampling", "logit_normal")
-    )
-    loss_weighting: Weighting = option("none", "weight of the loss over times")
+    time_std: float = option(1.0, "std of the logit-normal times", gt=0, only_with=("time_sampling", "logit_normal"))
+    loss_weighting: Weighting = option("none", "weighting of the loss over times")
     min_snr_gamma: float = option(
         5.0,
-        "largest signal-to-noise ratio that weighs in min_snr (arXiv 2303.09556)",
+        "maximum signal-to-noise ratio of the min_snr weighting (arXiv 2303.09556)",
         gt=0,
         only_with=("loss_weighting", "min_snr"),
     )
     channel_weight_power: float = option(
-        0.0, "weight of a latent channel in the loss: this power of its deviation in the VAE; 0: all alike", ge=0
+        0.0, "exponent p of the loss weight std^p of a latent channel, by its std in the VAE; 0: equal weights", ge=0
     )
 
-    # What is looked at during training.
-    n_time_buckets: int = option(5, "parts of [0, 1] whose validation loss is shown", gt=0, le=100)
-    prompts: list[str] = option([], "captions of the image grids; default: validation captions")
-    n_prompts: int = option(8, "validation captions of the image grids; 0: no grids", ge=0, only_with=("prompts", []))
-    eval_images: int = option(
-        64, "validation captions drawn for the metrics of each evaluation; 0: none", ge=0, aliases=("eval_pictures",)
+    # Evaluation and logs during training.
+    n_time_buckets: int = option(5, "intervals of [0, 1] whose validation loss is logged", gt=0, le=100)
+    prompts: list[str] = option([], "captions of the logged image grids; default: validation captions")
+    n_prompts: int = option(
+        8, "validation captions of the logged image grids; 0: no grids", ge=0, only_with=("prompts", [])
     )
-    grid_scales: list[float] = option([1.0, 3.0], "guidance scales of the image grids", ge=0)
+    eval_images: int = option(
+        64,
+        "images generated from validation captions for the metrics of each evaluation; 0: none",
+        ge=0,
+        aliases=("eval_pictures",),
+    )
+    grid_scales: list[float] = option([1.0, 3.0], "guidance scales of the logged image grids", ge=0)
 
 
 class PromptGridCallback(EvaluationCallback):

@@ -35,21 +35,21 @@ class ImageVAEGANArguments(AdversaryArguments, StageArguments):
     l1_weight: float = option(1.0, "weight of the mean absolute error", ge=0)
     gradient_weight: float = option(0.0, "weight of the multi-scale image gradient difference", ge=0)
     perceptual_weight: float = option(0.5, "weight of the perceptual distance; 0: no perceptual network", ge=0)
-    perceptual: PerceptualKind = option("efficientnet", "network of the perceptual distance")
+    perceptual: PerceptualKind = option("efficientnet", "feature network of the perceptual distance")
     kl_weight: float = option(1e-6, "weight of the KL divergence in nats per input value", ge=0)
-    discriminator: DiscriminatorKind = option("patch", "kind of discriminator", only_with=WITH_ADVERSARY)
+    discriminator: DiscriminatorKind = option("patch", "type of discriminator", only_with=WITH_ADVERSARY)
     discriminator_channels: int = option(
         32, "channels of the discriminator's first layer", gt=0, only_with=WITH_ADVERSARY
     )
     discriminator_layers: int = option(3, "strided layers of each discriminator", gt=0, only_with=WITH_ADVERSARY)
     use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator", only_with=WITH_ADVERSARY)
     diff_augment: list[AugmentationKind] = option(
-        [], "differentiable augmentations for the GAN", only_with=WITH_ADVERSARY
+        [], "differentiable augmentations of the discriminator's input", only_with=WITH_ADVERSARY
     )
     latent_statistics_samples: int = option(
-        1024, "training images that latent means and deviations are measured on", gt=0
+        1024, "training images on which mean and std of the latents are measured", gt=0
     )
-    n_logged_samples: int = option(8, "validation images in TensorBoard", gt=0, aliases=("n_logged_pictures",))
+    n_logged_samples: int = option(8, "validation images logged to TensorBoard", gt=0, aliases=("n_logged_pictures",))
 
 
 class ImageVAEGANStage(Stage):

@@ -33,29 +33,33 @@ SAMPLED = GenerationArguments(temperature=1.0, top_p=0.95)
 class MultimodalArguments(TextArguments, StageArguments):
     """Flags of the multimodal stage."""
 
-    include_modes: list[Literal["text", "audio", "image"]] = option(["text"], "what the stream holds; text so far")
+    include_modes: list[Literal["text", "audio", "image"]] = option(
+        ["text"], "modalities of the stream; only text so far"
+    )
 
     learning_rate: float = option(6e-4, "peak learning rate of AdamW", gt=0)
     num_train_epochs: float = option(1.0, "passes over the training set; ignored where max_steps is given", gt=0)
 
     # The recurrent core in training.
-    recurrent_steps_per_rank: bool = option(False, "every process draws its own number of thinking steps")
+    recurrent_steps_per_rank: bool = option(False, "sample the number of thinking steps on every process by itself")
     recurrent_curriculum: float = option(
-        0.0, "share of the steps over which the mean number of thinking steps grows from 1; 0: none", ge=0, le=1
+        0.0, "fraction of the steps over which the mean number of thinking steps grows from 1; 0: none", ge=0, le=1
     )
 
-    # What is looked at during training.
-    eval_thinking_steps: list[int] = option([], "depths that are evaluated; default: 1, 2, the mean, twice it", gt=0)
-    sample_tokens: int = option(
-        64, "most tokens of a continuation in TensorBoard", gt=0, only_with=("n_samples", bool)
+    # Evaluation and logs during training.
+    eval_thinking_steps: list[int] = option(
+        [], "numbers of thinking steps in evaluation; default: 1, 2, the mean, twice the mean", gt=0
     )
-    n_samples: int = option(4, "validation prompts that are continued in TensorBoard; 0: none", ge=0)
+    sample_tokens: int = option(
+        64, "maximum number of tokens of a logged continuation", gt=0, only_with=("n_samples", bool)
+    )
+    n_samples: int = option(4, "validation prompts whose continuations are logged to TensorBoard; 0: none", ge=0)
 
     def validate_modes(self):
         missing = [mode for mode in self.include_modes if mode != "text"]
         if missing or not self.include_modes:
             raise ValueError(
-                f"--include_modes={self.include_modes}: text is the only mode so far; the parts that read and write "
+                f"--include_modes={self.include_modes}: text is the only mode so far; the model parts for "
                 f"{' and '.join(missing) or 'other modes'} do not exist yet. Give --include_modes text"
             )
 
@@ -65,7 +69,7 @@ class MultimodalArguments(TextArguments, StageArguments):
         if json.loads(Path(self.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage") == 3:
             raise ValueError(
                 f"--recurrent_steps_per_rank with ZeRO stage 3 ({self.deepspeed_config}): processes that run layers a "
-                "different number of times wait for each other for ever; use stage 2 or below, or leave it out"
+                "different number of times deadlock; use stage 2 or below, or leave it out"
             )
 
 

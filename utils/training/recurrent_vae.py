@@ -20,16 +20,14 @@ EVALUATED_STEPS = (1, 2, 4, 8, 16)
 class RecurrentVAEArguments(ImageVAEGANArguments):
     """Flags of the recurrent VAE-GAN stage."""
 
-    # Decoder steps of an optimizer step: truncated log-normal Poisson.
+    # Decoder steps of an optimizer step: sampled from a truncated log-normal Poisson distribution.
     mean_decoder_steps: float = option(6.0, "mean number of decoder steps in training, before truncation", ge=1)
-    decoder_steps_sigma: float = option(0.5, "spread of the logarithm of the Poisson rate; 0: plain Poisson", ge=0)
-    min_decoder_steps: int = option(2, "fewest decoder steps in training", gt=0)
-    max_decoder_steps: int = option(12, "most decoder steps in training", gt=0)
-    n_backprop_steps: int = option(
-        4, "last decoder steps that gradients flow through; earlier ones keep no graph", gt=0
-    )
+    decoder_steps_sigma: float = option(0.5, "std of the logarithm of the Poisson rate; 0: plain Poisson", ge=0)
+    min_decoder_steps: int = option(2, "minimum number of decoder steps in training", gt=0)
+    max_decoder_steps: int = option(12, "maximum number of decoder steps in training", gt=0)
+    n_backprop_steps: int = option(4, "last decoder steps that are backpropagated; earlier ones build no graph", gt=0)
 
-    # Losses on the images of these last steps, except the deepest, which has all the others.
+    # Losses on the images of the backpropagated steps before the last one. The last image has all other losses.
     intermediate_weight: float = option(
         0.1,
         "weight of the mean absolute error of intermediate images",
@@ -37,7 +35,10 @@ class RecurrentVAEArguments(ImageVAEGANArguments):
         only_with=("n_backprop_steps", above_one),
     )
     distillation_weight: float = option(
-        0.1, "weight of their distance to the deepest image", ge=0, only_with=("n_backprop_steps", above_one)
+        0.1,
+        "weight of the distance of intermediate images to the last one",
+        ge=0,
+        only_with=("n_backprop_steps", above_one),
     )
 
     def validate_decoder_steps(self):
@@ -48,8 +49,7 @@ class RecurrentVAEArguments(ImageVAEGANArguments):
             )
         if self.n_backprop_steps > self.max_decoder_steps:
             raise ValueError(
-                f"--n_backprop_steps={self.n_backprop_steps} has no effect beyond "
-                f"--max_decoder_steps={self.max_decoder_steps}"
+                f"--n_backprop_steps={self.n_backprop_steps} must be <= --max_decoder_steps={self.max_decoder_steps}"
             )
 
 

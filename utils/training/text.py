@@ -18,16 +18,14 @@ class TextArguments:
     """Flags of a stage that trains on text."""
 
     text_dataset: str = option(
-        "", "text file, folder, .jsonl, .csv, .parquet, hub name, or python-topics; default: the cache as it is"
+        "", "text file, folder, .jsonl, .csv, .parquet, hub name, or python-topics; default: the existing cache"
     )
-    text_column: str = option(
-        "text", "column of a table or hub data set that holds the text", only_with=("text_dataset", bool)
-    )
+    text_column: str = option("text", "text column of a table or hub data set", only_with=("text_dataset", bool))
     text_config: str = option("", "configuration of a hub data set", only_with=("text_dataset", bool))
-    text_split: str = option("train", "split of a hub data set that is trained on", only_with=("text_dataset", bool))
+    text_split: str = option("train", "training split of a hub data set", only_with=("text_dataset", bool))
     validation_dataset: str = option(
         "",
-        "texts that are held out; default: the validation split of text_dataset, or validation_fraction of it",
+        "held-out texts; default: the validation split of text_dataset, or validation_fraction of it",
         only_with=("text_dataset", bool),
     )
     validation_split: str = option(
@@ -35,13 +33,17 @@ class TextArguments:
     )
     validation_fraction: float | None = option(
         None,
-        "share of text_dataset's documents that is held out; default: its validation split, else 0.05",
+        "fraction of text_dataset's documents that is held out; default: its validation split, else 0.05",
         gt=0,
         lt=1,
         only_with=[("text_dataset", bool), ("validation_dataset", "")],
     )
     max_broken_fraction: float = option(
-        0.01, "share of the documents that may be unreadable or no text", ge=0, le=1, only_with=("text_dataset", bool)
+        0.01,
+        "maximum fraction of documents that are unreadable or not text",
+        ge=0,
+        le=1,
+        only_with=("text_dataset", bool),
     )
     tokenizer: str = option(
         "bytes",
@@ -49,7 +51,7 @@ class TextArguments:
         only_with=("text_dataset", bool),
     )
     tokenizer_vocab_size: int = option(
-        4096, "tokens of a bpe vocabulary, special ones included", gt=0, only_with=("tokenizer", "bpe")
+        4096, "vocabulary size of bpe, including special tokens", gt=0, only_with=("tokenizer", "bpe")
     )
     sequence_length: int = option(256, "tokens per sample", gt=1)
 
