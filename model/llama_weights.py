@@ -2,6 +2,9 @@
 
 Three things differ: queries, keys and values come from one product here, gate and up projection too, and the rotary
 embedding turns neighbouring channels (0, 1), (2, 3), ..., where Llama turns channel i with channel i + K / 2.
+
+    ours = MegaTransformerForCausalLM.from_preset("llama-8m", **sizes)  # hidden_size, n_layers, ... as Llama has them
+    ours.load_state_dict(rename_llama_weights(llama.state_dict(), ours.config))
 """
 
 import re

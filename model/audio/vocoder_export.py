@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.audio.vocoders import EPSILON, FourierTransform, Vocoder
+from model.audio.harmonic_prior import EPSILON, FourierTransform
+from model.audio.vocoders import Vocoder
 
 OPSET = 17
 EXAMPLE_FRAMES = 40
