@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from model.audio.griffin_lim import inversion_matrices, mel_gain, mel_to_magnitude, starting_magnitude
 from model.audio.spectral import istft, stft
 
-EPSILON = 1e-8  # added to the power whose phase is taken: bins without sound have none
+EPSILON = 1e-8  # added to the power whose phase is taken: silent bins have none
 
 
 class FourierTransform(nn.Module):
@@ -41,7 +41,7 @@ class FourierTransform(nn.Module):
             magnitude: (B, F, K).
         Returns: (B, F * hop_length).
         """
-        return self.rescale(waveform, lambda found: magnitude / found)
+        return self.rescale(waveform, lambda current: magnitude / current)
 
     def rescale(self, waveform: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
         """The waveform with its magnitudes multiplied by a function of them.
@@ -107,12 +107,14 @@ class HarmonicPrior(nn.Module):
         Args: magnitude: (B, F, K).
         Returns: two of (B, F).
         """
+        # Autocorrelation of the low bins, (B, F, K), and its peak between the shortest and the longest period.
         # In fp64: rounding adds up over the frames of `cycles`, and would differ between kernels, pieces and runtimes.
         correlation = transform.autocorrelation(magnitude[..., : self.n_low].double())
         shortest = int(self.config.sample_rate / self.config.f0_max)
         longest = int(self.config.sample_rate / self.config.f0_min)
         peak, lag = correlation[..., shortest : longest + 1].max(-1)
         lag = (lag + shortest).clamp(1, correlation.shape[-1] - 2)
+        # Parabola through the peak and its neighbours: a lag between two samples.
         left, middle, right = (correlation.gather(-1, lag[..., None] + i)[..., 0] for i in (-1, 0, 1))
         curvature = (left - 2 * middle + right).clamp_max(-1e-8)
         offset = (0.5 * (left - right) / curvature).clamp(-0.5, 0.5)

@@ -29,7 +29,7 @@ from model.presets import AUDIO_VAE
 from model.vae import VAE, VAEOutput
 from utils.options import from_preset, option
 
-MIN_STD = 0.1  # Smallest deviation that mels are divided by: a bin that never changes stays finite.
+MIN_STD = 0.1  # Smallest std that mels are divided by: a bin that never changes stays finite.
 
 
 class AudioVAEConfig(AudioConfig):
@@ -47,7 +47,7 @@ class AudioVAEConfig(AudioConfig):
     n_decoder_blocks: int = option(3, "residual blocks of the decoder", ge=0)
     kernel_size: int = option(7, "positions that a block's depthwise convolution sees along each axis", gt=0)
 
-    speakers: list[str] = option([], "names of the speakers that the model is told; empty: it is told none")
+    speakers: list[str] = option([], "names of the speakers the model is conditioned on; [] for none")
     speaker_width: int = option(64, "width of a speaker's embedding", gt=0)
     use_ctc: bool = option(False, "a head that reads characters out of the latents, for a CTC loss")
 
@@ -58,7 +58,7 @@ class AudioVAEConfig(AudioConfig):
 
     @property
     def n_speakers(self) -> int:
-        """Speakers that the model is told; 0: none."""
+        """Number of speakers the model is conditioned on; 0 for none."""
         return len(self.speakers)
 
     @property
@@ -140,11 +140,11 @@ class AudioVAE(VAE):
         *,
         speaker: Tensor | None = None,
     ) -> AudioVAEOutput:
-        """Encode, add `noise` in units of the posterior's standard deviation, decode.
+        """Encode, add `noise` in units of the posterior's std, decode.
 
         Args:
             mel: log-mel (B, M, F).
-            n_frames: valid frames of each clip, (B,); None: all. What lies behind them changes nothing.
+            n_frames: valid frames of each clip, (B,); None: all. What lies after them changes nothing.
             noise: standard normal, of the shape of the latents, or None to decode the posterior mean.
             speaker: (B,) int64, places in `config.speakers`; None where there are none.
         """
@@ -169,6 +169,7 @@ class AudioVAE(VAE):
             raise ValueError(
                 f"a mel of shape {tuple(mel.shape)} cannot be encoded: expected (B, {self.config.n_mels}, F), F > 0"
             )
+        # Pad to whole patches; padding, there and after each clip's last frame, is the log-mel of silence.
         n_frames = self.check_frames(n_frames, mel.shape[0], mel.shape[-1], device=mel.device)
         n_padded = -mel.shape[-1] % self.config.compression
         mel = F.pad(mel.float(), (0, n_padded), value=self.config.mel.log_floor)
@@ -256,7 +257,7 @@ class AudioVAE(VAE):
         return embedded if self.config.architecture == "conv1d" else embedded[:, None]
 
     def normalize_mel(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, M, F) -> about zero mean and unit deviation per mel bin."""
+        """Log-mel (B, M, F) -> about zero mean and unit std per mel bin."""
         return (mel - self.band_mean[:, None]) / self.band_std[:, None]
 
     def denormalize_mel(self, mel: Tensor) -> Tensor:
@@ -278,15 +279,16 @@ class AudioVAE(VAE):
 
     @torch.no_grad()
     def fit_to_data(self, mels: Iterable[Tensor]) -> None:
-        """Measure mean and deviation of every mel bin, and make the linear path the principal components of patches.
+        """Measure mean and std of every mel bin, and make the linear path the principal components of patches.
 
         Components are those of log-mel values, not of normalised ones, and whitened: every latent channel starts with
-        unit deviation. The posterior starts with the same noise on all of them, small beside what they leave out.
+        unit std. The posterior starts with the same noise on all of them, small compared with what they leave out.
 
         Args:
             mels: log-mels (M, F) of the training set, iterated over twice.
         """
         device, c = self.band_mean.device, self.config.patch_frames
+        # First pass: count, sum and sum of squares per mel bin, (3, M) fp64.
         moments = torch.zeros(3, self.config.n_mels, dtype=torch.float64)
         for mel in mels:
             mel = mel.double().cpu()
@@ -296,6 +298,7 @@ class AudioVAE(VAE):
         self.band_mean.copy_(mean)
         self.band_std.copy_(std)
 
+        # Second pass: covariance of the normalised patches in log-mel units, (patch_size, patch_size) fp64.
         covariance = torch.zeros(self.config.patch_size, self.config.patch_size, dtype=torch.float64)
         n_patches = 0
         # Log-mel units per normalised unit, for each value of a patch.
@@ -309,12 +312,15 @@ class AudioVAE(VAE):
 
     def set_code(self, covariance: Tensor, units: Tensor) -> None:
         """Make the linear path the principal components of patches with this covariance, (patch_size, patch_size)."""
+        # Principal components: eigenvalues in ascending order, so the last Z are the largest.
         values, vectors = torch.linalg.eigh(covariance)
         Z = self.config.latent_channels
         values, vectors = values.flip(0)[:Z].clamp_min(1e-4), vectors.flip(1)[:, :Z]
         vectors = vectors * vectors.sum(0).sign().where(vectors.sum(0) != 0, 1.0)  # eigh leaves the sign open.
+        # Whitened codes: encoder V^T / sqrt(lambda), decoder V sqrt(lambda), both in units of the normalised mel.
         self.encoder.code.weight.copy_((vectors * units[:, None] / values.sqrt()).T)
         self.decoder.code.weight.copy_(vectors / units[:, None] * values.sqrt())
+        # Posterior variance: 5 % of the variance that the components leave out, relative to each channel's own.
         lost = (covariance.trace() - values.sum()).clamp_min(0) / Z
         self.encoder.head.bias[Z:] = (0.05 * lost.clamp_min(1e-4) / values).clamp_max(1.0).log()
 

@@ -104,7 +104,7 @@ class Encoder(Network):
     def forward(self, patches: Tensor, mask: Tensor, speaker: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, [m,] L, patch_size) -> mean and logvar, each (B, [m,] L, Z) fp32."""
         x = self.hidden(patches, mask, speaker)
-        # In fp32 also under autocast: rounding would exceed small deviations.
+        # In fp32 also under autocast: rounding would exceed a small std.
         with torch.autocast(x.device.type, enabled=False):
             mean, logvar = self.head(x).chunk(2, dim=-1)
         return mean + self.code(patches), logvar.clamp(*LOGVAR_RANGE)

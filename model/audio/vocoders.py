@@ -60,8 +60,8 @@ class VocoderConfig(AudioConfig):
     hifigan_activation: Literal["leaky_relu", "snake"] = option("leaky_relu", "activation")
 
     def validate_architecture(self):
-        own = [field for field in declared_fields(self) if field.name not in ("architecture", *MEL_FIELDS)]
-        for field in own:
+        fields = [field for field in declared_fields(self) if field.name not in ("architecture", *MEL_FIELDS)]
+        for field in fields:
             default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
             is_used = field.name.startswith("hifigan_") == (self.architecture == "hifigan")
             if not is_used and getattr(self, field.name) != default:
@@ -175,6 +175,7 @@ class HarmonicGenerator(nn.Module):
 
     def forward(self, mel: Tensor, cycles: Tensor | None = None) -> Tensor:
         """(B, M, F) -> (B, F * hop_length). `cycles` of the fundamental, (B, F), where a longer mel gave them."""
+        # The prior, without training and without gradients: magnitude (B, F, K), comb and phase of the harmonics.
         with torch.no_grad(), torch.autocast(mel.device.type, enabled=False):
             mel = mel.float()
             magnitude = self.prior.magnitude(mel)
@@ -183,9 +184,11 @@ class HarmonicGenerator(nn.Module):
             pitch = torch.log2(f0.float() * self.config.sample_rate / 128)
             features = torch.cat([mel.transpose(1, 2) / 4 + 1, pitch[..., None], voicing[..., None]], dim=-1)
 
+        # The network's corrections of log-magnitude, comb depth and phase, (B, F, K) each; all 0 at the start.
         x = self.backbone(self.stem_norm(self.stem(features)))
         gain, depth, shift = self.head(self.norm(x)).float().chunk(3, dim=-1)
 
+        # Corrected spectrum to waveform, then Griffin-Lim projections make neighbouring frames agree.
         with torch.autocast(mel.device.type, enabled=False):
             magnitude = magnitude * torch.exp((gain + depth * comb).clamp(-8, 4))
             phase = phase + shift
@@ -200,6 +203,7 @@ class HarmonicGenerator(nn.Module):
     def backbone(self, x: Tensor) -> Tensor:
         """(B, F, D) -> (B, F, D). Blocks at half the rate work on the means of every two frames; what they add to a
         mean is added to both its frames."""
+        # Blocks before, inside and after the part at half the rate.
         n_half = self.config.n_half_rate_layers
         first = (self.config.n_layers - n_half) // 2
         for block in self.blocks[:first]:
@@ -289,6 +293,7 @@ class Vocoder(PreTrainedModel):
             raise ValueError(f"chunk_frames={chunk_frames} must be > 0")
         n_frames, context = mel.shape[-1], self.generator.context_frames
         hop = self.config.hop_length
+        # Pieces overlap by the context that a frame's samples depend on; what it adds is cut off again.
         pieces = []
         whole = self.generator.chunk_arguments(mel, chunk_frames)
         for start in range(0, n_frames, chunk_frames):

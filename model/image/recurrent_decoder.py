@@ -10,7 +10,7 @@ the image of the step before (the canvas), and corrects the image:
     canvas_k  = base + correction_k
 
 - the base is the linear path of the image VAE, state and correction start at zero, and so does the last layer of the
-  step: an untrained model is the cosine code at every depth. A correction is made anew at each step and not summed
+  step: an untrained model is the cosine code at every depth. A correction is computed anew at each step and not summed
   up: errors do not pile up;
 - from step 4 on a step goes only part of the way (the averaged iteration of Krasnoselskii and Mann): doubling the
   depth adds as much as 2.4 full steps, so that the image stays good far beyond the depths that were trained.
@@ -123,6 +123,7 @@ class DecoderStep(nn.Module):
         # What the code of the canvas lacks of the latents; in fp32, for bf16 would round small differences away.
         with torch.autocast(canvas.device.type, enabled=False):
             missing = latents - self.code(pack(canvas, self.upscale))
+        # The state, scaled and shifted for step k, plus latents, what they miss, and canvas; (B, Y/P, X/P, D).
         scale, shift = self.embedding(log_step)
         x = F.layer_norm(state.float(), state.shape[-1:], 1 + scale, shift)
         x = x + unpack(self.latents_in(torch.cat([latents, missing], dim=-1)), self.upscale) + self.canvas_in(canvas)
@@ -201,6 +202,7 @@ class RecurrentDecoder(nn.Module):
     def forward(self, latents: Tensor, n_steps: int, n_backprop_steps: int) -> tuple[Tensor, Tensor]:
         """The last image (B, 3, Y, X), and those of the steps before it (N, B, 3, Y, X), both of the last
         `n_backprop_steps` steps alone, which alone have a graph."""
+        # Steps without a graph, which keep nothing for the backward pass.
         now = self.begin(latents)
         n_prefix = max(0, n_steps - n_backprop_steps)
         with torch.no_grad():
@@ -208,6 +210,7 @@ class RecurrentDecoder(nn.Module):
                 now, _ = self.advance(now, k)
         # Weights that autocast has cast without a graph must not serve the steps that need one.
         torch.clear_autocast_cache()
+        # The last steps, with a graph; the images of all but the last are intermediates.
         images = []
         for k in range(n_prefix + 1, n_steps + 1):
             now, _ = self.advance(now, k)
@@ -218,13 +221,13 @@ class RecurrentDecoder(nn.Module):
     @torch.compiler.disable(recursive=False)
     def images_at(self, latents: Tensor, steps: list[int]) -> list[Tensor]:
         """Images after each of these numbers of steps, in the order given; 0 is the linear path alone."""
-        now, found = self.begin(latents), {}
+        now, images = self.begin(latents), {}
         for k in range(max(steps) + 1):
             if k > 0:
                 now, _ = self.advance(now, k)
             if k in steps:
-                found[k] = self.image(now)
-        return [found[k] for k in steps]
+                images[k] = self.image(now)
+        return [images[k] for k in steps]
 
     @torch.compiler.disable(recursive=False)
     def until_settled(self, latents: Tensor, n_steps: int, threshold: float) -> tuple[Tensor, Tensor]:
@@ -232,6 +235,7 @@ class RecurrentDecoder(nn.Module):
 
         Samples that have settled leave the batch. Returns images (B, 3, Y, X) and steps taken (B,) int64.
         """
+        # Results of the whole batch; `rows` are the samples that are still being decoded.
         now = self.begin(latents)
         images = torch.empty_like(self.image(now))
         n_taken = torch.empty(len(latents), dtype=torch.int64, device=latents.device)

@@ -115,7 +115,7 @@ class RecurrentVAE(VAE):
     config: RecurrentVAEConfig
     decoder: RecurrentDecoder
 
-    REFINEMENT_STEPS = 2  # Decoder steps behind each correction of the posterior.
+    REFINEMENT_STEPS = 2  # Decoder steps after each correction of the posterior.
 
     def __init__(self, config: RecurrentVAEConfig):
         super().__init__(config)
@@ -133,7 +133,7 @@ class RecurrentVAE(VAE):
         n_steps: int | None = None,
         n_backprop_steps: int | None = None,
     ) -> RecurrentVAEOutput:
-        """Encode, add `noise` in units of the posterior's standard deviation, decode.
+        """Encode, add `noise` in units of the posterior's std, decode.
 
         Args:
             image: (B, 3, Y, X) in [-1, 1]; Y and X divisible by the compression.
@@ -155,6 +155,7 @@ class RecurrentVAE(VAE):
         """The posterior of an image, corrected `n_posterior_refinements` times; as `VAE.encode`."""
         mean, logvar = super().encode(image)
         for _ in range(self.config.n_posterior_refinements):
+            # What the reconstruction of the present mean misses, without a graph; then the refiner corrects by it.
             with torch.no_grad():
                 error = image - self.decode(mean, n_steps=self.REFINEMENT_STEPS)
             torch.clear_autocast_cache()
@@ -167,7 +168,7 @@ class RecurrentVAE(VAE):
 
         Args:
             latents: (B, Z, y, x), in the units of `encode` (not standardised).
-            n_steps: decoder steps, the most of them with a threshold; None: those of the configuration.
+            n_steps: decoder steps, their maximum with a threshold; None: those of the configuration.
             exit_threshold: each sample stops after the step that changes its image by less than this (root mean
                 square over its values, which lie in [-1, 1]); None: no sample stops early.
         Returns:
