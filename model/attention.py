@@ -65,10 +65,10 @@ class LayerInputs:
     Args:
         rotary: table of `rotary_table`, or None.
         mask: (B or 1, H or 1, L, S), bool or added to the scores; None: causal without a past, or a single query.
-        is_causal: whether the mask hides all keys behind the query.
+        is_causal: whether the mask hides all keys after the query.
         cache: keys and values of the past, or None.
-        weights: list that collects the attention weights of each layer; None: not wanted.
-        states: list that collects what each layer reads; None: not wanted.
+        weights: list that collects the attention weights of each layer; None: not collected.
+        states: list that collects what each layer reads; None: not collected.
     """
 
     rotary: Tensor | None = None
@@ -99,10 +99,10 @@ class SelectedTokens:
     def __len__(self) -> int:
         return len(self.batch)
 
-    def narrow(self, kept: Tensor) -> None:
-        """Leave tokens: kept (N,) bool."""
-        self.batch, self.position = self.batch[kept], self.position[kept]
-        self.is_all = self.is_all and bool(kept.all())
+    def narrow(self, stays: Tensor) -> None:
+        """Keep the tokens where `stays`, (N,) bool; the others have left."""
+        self.batch, self.position = self.batch[stays], self.position[stays]
+        self.is_all = self.is_all and bool(stays.all())
 
     def select(self, dense: Tensor) -> Tensor:
         """(B, L, ...) -> (N, ...)."""
@@ -150,6 +150,7 @@ class MegaTransformerSelfAttention(nn.Module):
 
     def project(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Normed and rotated queries (B, L, H, K) and keys (B, L, G, K), and values (B, L, G, K)."""
+        # One product for queries, keys and values, (B, L, H + 2 G, K); queries and keys rotate together.
         H, G = self.n_heads, self.n_groups
         qkv = self.qkv_proj(x).view(*x.shape[:-1], H + 2 * G, self.head_width)
         if self.q_norm is not None and self.k_norm is not None:
@@ -171,6 +172,7 @@ class MegaTransformerSelfAttention(nn.Module):
             out, weights = eager_attention(q, k, v, mask=seen, dropout=dropout)
             if shared.weights is not None:
                 shared.weights.append(weights)
+        # Blocks of queries on a CPU.
         elif shared.is_causal and is_blockwise_faster(q, k, mask=mask, dropout=dropout):
             out = causal_attention(q, k, v, mask=mask)
         else:
@@ -273,6 +275,7 @@ class MegaTransformerBlock(GradientCheckpointingLayer):
         rotary = shared.rotary
         if rotary is not None:
             rotary = tokens.select(rotary.expand(*tokens.shape, *rotary.shape[2:]))
+        # Keys and values of all tokens, (B, G, L, K): new ones of those at work, the last ones of those that left.
         q, k, v = self.attention.project(self.attention_norms.before(x), rotary)
         k, v = tokens.keep(layer, k, v)
         if shared.cache is not None:

@@ -54,7 +54,7 @@ class CausalOutput(CacheOutput, CausalLMOutputWithPast):
     Args:
         loss: cross-entropy in nats per target, plus the weighted z-loss; fp32; None without labels.
         logits: (B, L, V), or of the last positions only; None where the loss is computed in chunks.
-        cross_entropy: nats of each position's prediction of the token behind it, (B, L - 1) fp32, 0 without target.
+        cross_entropy: cross-entropy in nats of predicting the next token, (B, L - 1) fp32, 0 without a target.
         z_loss: mean squared log of the softmax's denominator, not weighted.
     """
 
@@ -80,11 +80,11 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """Called once per module by `post_init`, and for what a checkpoint lacks.
 
-        Linear                 weight normal, deviation initializer_range; bias 0
+        Linear                 weight normal, std initializer_range; bias 0
         OutputLinear           the same / sqrt(2 x effective_depth), or 0: the last layer of a residual branch
-        Embedding              normal, deviation embedding_initializer_range
+        Embedding              normal, std embedding_initializer_range
         RMSNorm, LayerNorm     weight 1, bias 0
-        learned first state    normal, deviation recurrent_state_std
+        learned first state    normal, std recurrent_state_std
         """
         config = self.config
         if isinstance(module, OutputLinear) and config.use_zero_output_initialization:
@@ -171,6 +171,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         """See `MegaTransformerForCausalLM.forward`; `predict` maps normed hidden states (N, D) to logits (N, V)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
+        # Input (B, L, D), and the cache, which training does without.
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         past_key_values = chosen_cache(cache, past_key_values)
         use_cache = self.config.use_cache if use_cache is None else use_cache
@@ -178,6 +179,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
             use_cache, past_key_values = False, None
         if use_cache and past_key_values is None and not self.training:
             past_key_values = KeyValueCache()
+        # The options in force, and what all layers share.
         thinking = (thinking or Thinking()).resolve(self.config, self.training)
         first_slot = self.config.n_prelude_layers + self.config.n_layers  # of core and coda
         if self.core is not None:
@@ -211,6 +213,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
             x, steps = self.think(
                 x, shared, first_slot, thinking=thinking, attention_mask=attention_mask, predict=predict
             )
+        # Outputs.
         hidden = self.norm(x)
         if shared.states is not None:
             shared.states.append(hidden)
@@ -238,6 +241,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         """What all layers share, and the positions (B or 1, L)."""
         L, device = x.shape[1], x.device
         past = 0 if cache is None else cache.get_seq_length()
+        # Positions: given, counted within documents, from the mask of tokens, or from the beginning.
         queries = torch.arange(L, device=device) + past
         positions = position_ids
         if positions is None and segment_ids is not None:
@@ -363,7 +367,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
             past_key_values: cache of what came before; written to. `cache` is the same, as newer transformers name it.
             labels: (B, L), the tokens themselves (they are shifted here), -100 where there is no target.
             n_targets: what the summed loss is divided by; default: the number of targets in this batch.
-            n_thinking_steps: steps of the core, the most where exits are on; default: drawn in training, else
+            n_thinking_steps: steps of the core, the maximum where exits are on; default: sampled in training, else
                 `recurrent_test_thinking_steps`.
             n_backprop_steps: the last steps, which are differentiated; default: `recurrent_backprop_steps`.
             initial_state: standard normal noise for `recurrent_state_initialization="normal"`, (B, L, D).
@@ -394,16 +398,22 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
             output_attentions=output_attentions,
             predict=self.lm_head,
         )
-        hidden, found = output.last_hidden_state, {}
+        # The head: the loss where there are labels, else the logits of the last positions.
+        hidden = output.last_hidden_state
         if labels is not None:
             targets = next_token_targets(labels, segment_ids)
             loss, nats, z_loss, logits = self.lm_head(hidden, targets, n_targets)
-            found = {"loss": loss, "logits": logits, "cross_entropy": nats[:, :-1], "z_loss": z_loss}
+            results = {"loss": loss, "logits": logits, "cross_entropy": nats[:, :-1], "z_loss": z_loss}
         else:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            found = {"logits": self.lm_head(hidden[:, kept])}
-        kept = (CACHE_NAME, "thinking_steps", "hidden_states", "attentions")
-        result = CausalOutput(**found, **{name: getattr(output, name) for name in kept})
+            positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            results = {"logits": self.lm_head(hidden[:, positions])}
+        result = CausalOutput(
+            **results,
+            **{CACHE_NAME: getattr(output, CACHE_NAME)},
+            thinking_steps=output.thinking_steps,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
         wants_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
         return result.to_tuple() if wants_tuple else result
 

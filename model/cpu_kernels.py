@@ -1,4 +1,4 @@
-"""What is faster on a CPU than the library's own kernels: causal attention in blocks, and products with a few rows.
+"""Kernels that are faster on a CPU than the library's: causal attention in blocks, and products with a few rows.
 
 B batch, L positions, H query heads, G key/value groups, K head width, r = H / G heads per group. Both are exact: they
 change the order of sums alone. benchmarks/README.md has the measurements.
@@ -31,7 +31,7 @@ def weights_of_block(q: Tensor, k: Tensor, mask: Tensor | None, *, groups: int, 
 def blockwise_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, keep: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """softmax(q k' / sqrt(K)) v under a causal mask, block of queries by block, keys behind a block left out.
+    """softmax(q k' / sqrt(K)) v under a causal mask, block of queries by block, without the keys after a block.
 
     Args:
         q: (B, H, L, K). k, v: (B, G, L, K); each group serves H / G neighbouring heads.
@@ -43,19 +43,20 @@ def blockwise_attention(
     r, N = H // G, B * G
     q = (q * K**-0.5).reshape(N, r, L, K)
     k, v = k.reshape(N, L, K), v.reshape(N, L, K)
-    out, kept = q.new_empty(N, r, L, K), []
+    out, saved = q.new_empty(N, r, L, K), []
+    # A block of queries sees the keys up to its end alone: half of all products are never computed.
     for start in range(0, L, BLOCK):
         end = min(start + BLOCK, L)
         weights = weights_of_block(q, k, mask, groups=G, start=start, end=end)
         out[:, :, start:end] = torch.bmm(weights, v[:, :end]).view(N, r, end - start, K)
         if keep:
-            kept.append(weights)
-    return out.view(B, H, L, K), kept
+            saved.append(weights)
+    return out.view(B, H, L, K), saved
 
 
 @torch.library.custom_op("megatransformer::blockwise_attention_backward", mutates_args=())
 def blockwise_attention_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, kept: list[Tensor]
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, saved: list[Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `blockwise_attention` for q, k and v."""
     (B, H, L, K), G = q.shape, k.shape[1]
@@ -66,11 +67,13 @@ def blockwise_attention_backward(
     grad_k, grad_v = (torch.zeros(N, L, K, dtype=torch.float32, device=q.device) for _ in range(2))
     for start in range(0, L, BLOCK):
         end = min(start + BLOCK, L)
+        # The weights were saved or are computed again.
         size = (N, r * (end - start), K)
         part, upper = scaled[:, :, start:end].reshape(size), grad[:, :, start:end].reshape(size)
         weights = (
-            kept[start // BLOCK] if kept else weights_of_block(scaled, keys, mask, groups=G, start=start, end=end)
+            saved[start // BLOCK] if saved else weights_of_block(scaled, keys, mask, groups=G, start=start, end=end)
         )
+        # d scores = softmax'(d weights), then the gradients of values, keys and queries from it.
         grad_weights = torch.bmm(upper, values[:, :end].transpose(1, 2))
         grad_scores = torch.ops.aten._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         for total, left, right in ((grad_v, weights, upper), (grad_k, grad_scores, part)):
@@ -93,7 +96,7 @@ def _(q, k, v, mask, keep):
 
 
 @blockwise_attention_backward.register_fake
-def _(grad, q, k, v, mask, kept):
+def _(grad, q, k, v, mask, saved):
     return tuple(torch.empty_like(part, memory_format=torch.contiguous_format) for part in (q, k, v))
 
 
@@ -107,8 +110,8 @@ def remember(ctx, inputs, output) -> None:
 def differentiate(ctx, grad, _):
     """Gradients of q, k, v; none of mask and keep."""
     q, k, v, *rest = ctx.saved_tensors
-    mask, kept = (rest[0], rest[1:]) if ctx.has_mask else (None, rest)
-    return *blockwise_attention_backward(grad.contiguous(), q, k, v, mask, kept), None, None
+    mask, saved = (rest[0], rest[1:]) if ctx.has_mask else (None, rest)
+    return *blockwise_attention_backward(grad.contiguous(), q, k, v, mask, saved), None, None
 
 
 blockwise_attention.register_autograd(differentiate, setup_context=remember)

@@ -2,7 +2,7 @@
 a level, H heads, K head width, T text tokens, E width of the text.
 
 Notable:
-- residual blocks have one 3x3 and one 1x1 convolution behind an adaptive layer norm over channels, whose scale and
+- residual blocks have one 3x3 and one 1x1 convolution after an adaptive layer norm over channels, whose scale and
   shift come from the time and the pooled text (arXiv 2212.09748, section 3.2). Every residual branch and the last
   convolution start at zero;
 - self-attention, then attention to the text, at the coarser levels; queries and keys are normalised per head
@@ -59,7 +59,7 @@ class TextCondition:
         )
 
     def pad(self, n_tokens: int) -> "TextCondition":
-        """The same captions with masked zeros behind, up to `n_tokens` (at least T) tokens."""
+        """The same captions padded with masked zeros to `n_tokens` (at least T) tokens."""
         missing = n_tokens - self.mask.shape[1]
         if missing == 0:
             return self
@@ -142,6 +142,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """mask (B, T) bool, True where attention is allowed -> (B, L, D)."""
+        # Heads, with normalised queries and keys: their products are bounded, so that logits cannot grow.
         q = self.query(x).unflatten(-1, (-1, self.head_width))  # (B, L, H, K)
         k, v = self.key_value(context).unflatten(-1, (2, -1, self.head_width)).unbind(2)  # (B, T, H, K)
         q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
@@ -194,6 +195,7 @@ class UNetLevel(nn.Module):
 
     def forward(self, x: Tensor, conditioning: Tensor, text: TextCondition, *, skips: list[Tensor]) -> list[Tensor]:
         """The output of every block, the last one last; `skips` are those of the way down, or empty."""
+        # Each block is followed by its attention; on the way up it first adds the skip of its partner on the way down.
         outputs = []
         for i, block in enumerate(self.blocks):
             if skips:
@@ -290,7 +292,7 @@ def n_gram_buckets(tokens: Tensor, sizes: list[int], n_buckets: int) -> Tensor:
     """Rows of the table for the last n tokens up to each position: sum_j token[i - j] * base^j, modulo 2^31 - 1.
 
     Args:
-        tokens: (B, T) int64; in front of the text are zeros.
+        tokens: (B, T) int64; zeros stand before the text.
         sizes: the n, N of them.
     Returns:
         (B, T, N) int64; size k of the list has the rows from k * n_buckets on.
@@ -305,7 +307,7 @@ def n_gram_buckets(tokens: Tensor, sizes: list[int], n_buckets: int) -> Tensor:
 
 
 class TextLayer(GradientCheckpointingLayer):
-    """Attention, then two linear layers, each behind a layer norm and added to its input."""
+    """Attention, then two linear layers, each after a layer norm and added to its input."""
 
     def __init__(self, width: int, head_width: int):
         super().__init__()
@@ -358,6 +360,7 @@ class ByteTextEncoder(nn.Module):
             )
         # Padding keeps its content out of the hashes even where the caller put something there.
         tokens = tokens.masked_fill(~mask, PADDING)
+        # Embedding: byte, position, and the sum of the n-grams that end at the byte; (B, T, E).
         x = self.bytes(tokens) + self.positions(torch.arange(T, device=tokens.device))
         if self.n_grams is not None:
             x = x + self.n_grams(n_gram_buckets(tokens, self.n_gram_sizes, self.n_gram_buckets)).sum(dim=2)
@@ -416,8 +419,8 @@ def init_diffusion_weights(module: nn.Module) -> None:
     """What `_init_weights` of every diffusion model does with one module.
 
     usual layers      see `init_layer`
-    Embedding         normal, deviation 0.02
-    NullCondition     normal, deviation 1, as normalised states have
+    Embedding         normal, std 0.02
+    NullCondition     normal, std 1, as normalised states have
     """
     init_layer(module)
     if isinstance(module, nn.Embedding):

@@ -21,6 +21,7 @@ class LinearCrossEntropy(torch.autograd.Function):
 
         Returns: loss, scale x sum of nats + z_weight x squares of the log-denominators; nats (N,); the latter's sum.
         """
+        # Sums over chunks: cross-entropy per token, and squares of the log-denominators for the z-loss.
         nats, squares = torch.zeros(len(hidden), device=hidden.device), torch.zeros((), device=hidden.device)
         if torch.is_autocast_enabled(hidden.device.type):  # Cast once, not with each chunk.
             cast = weight.to(torch.get_autocast_dtype(hidden.device.type))
@@ -30,7 +31,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None
         for start in range(0, len(hidden), chunk_size):
             part, target = hidden[start : start + chunk_size], targets[start : start + chunk_size]
-            logits = F.linear(part, cast).float()
+            # Forward: log-denominator and cross-entropy of a chunk.
+            logits = F.linear(part, cast).float()  # (n, V)
             counts = target != IGNORED
             target = target.clamp_min(0)[:, None]
             lse = logits.logsumexp(-1)
@@ -38,7 +40,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             squares += (lse.square() * counts).sum()
             if grad_hidden is None or grad_weight is None:
                 continue
-            factor = counts * scale
+            # Backward: d loss / d logits = softmax (1 + 2 z_weight lse) - one-hot, times each token's factor.
+            factor = counts * scale  # (n,)
             logits.sub_(lse[:, None]).exp_()
             logits.mul_((factor * (1 + 2 * z_weight * lse))[:, None])
             logits = logits.scatter_add_(1, target, -factor[:, None]).to(part.dtype)
@@ -79,6 +82,7 @@ class LanguageModelHead(Linear):
             return super().forward(hidden)
         n_targets = (targets != IGNORED).sum().clamp_min(1) if n_targets is None else n_targets
         scale = 1.0 / torch.as_tensor(n_targets, dtype=torch.float32, device=hidden.device)
+        # In chunks, the logits of all tokens are never held at once.
         if self.chunk_size and not torch.compiler.is_compiling():
             loss, nats, squares = LinearCrossEntropy.apply(  # type: ignore[misc]
                 hidden.flatten(0, -2),
@@ -90,6 +94,7 @@ class LanguageModelHead(Linear):
                 torch.is_grad_enabled(),
             )
             return loss, nats.view(targets.shape), squares * scale, None
+        # All logits at once: the definition, which compilers fuse.
         logits = super().forward(hidden)
         rows = logits.float().flatten(0, -2)
         nats = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="none")
@@ -101,7 +106,7 @@ class LanguageModelHead(Linear):
 
 
 def next_token_targets(labels: Tensor, segment_ids: Tensor | None = None) -> Tensor:
-    """What each position has to predict: the label behind it, -100 at the end and where that lies in another document.
+    """The target of each position: the next label, -100 at the end and where the next label is of another document.
 
     Args:
         labels: (B, L), -100 where ignored.

@@ -2,6 +2,9 @@
 
 Three things differ: queries, keys and values come from one product here, gate and up projection too, and the rotary
 embedding turns neighbouring channels (0, 1), (2, 3), ..., where Llama turns channel i with channel i + K / 2.
+
+    ours = MegaTransformerForCausalLM.from_preset("llama-8m", **sizes)  # hidden_size, n_layers, ... as Llama has them
+    ours.load_state_dict(rename_llama_weights(llama.state_dict(), ours.config))
 """
 
 import re
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from utils.configuration import MegaTransformerConfig
 
-# Llama's name within a layer, and ours; a layer's projections that are joined stand one behind the other.
+# Llama's name within a layer, and ours; joined projections of a layer stand one after the other.
 LAYER_NAMES = {
     "input_layernorm": "attention_norms.pre_norm",
     "self_attn.q_proj": "attention.qkv_proj",
@@ -37,12 +40,14 @@ def rename_llama_weights(state_dict: dict[str, Tensor], config: MegaTransformerC
         ValueError: a name that Llama does not have, another number of layers, no head for a model that is not tied.
     """
     weights = {name: tensor for name, tensor in state_dict.items() if not name.endswith("rotary_emb.inv_freq")}
-    found = {name: weights[name] for name in OTHER_NAMES if name in weights}
+    # Embedding, final norm and head.
+    renamed = {name: weights[name] for name in OTHER_NAMES if name in weights}
     if config.tie_word_embeddings:
-        found["lm_head.weight"] = found["model.embed_tokens.weight"]
-    if missing := [name for name in OTHER_NAMES if name not in found]:
+        renamed["lm_head.weight"] = renamed["model.embed_tokens.weight"]
+    if missing := [name for name in OTHER_NAMES if name not in renamed]:
         raise ValueError(f"the Llama weights lack {missing}; tie_word_embeddings={config.tie_word_embeddings}")
 
+    # Weights of the layers, by the layer's number.
     layers: dict[int, dict[str, Tensor]] = {}
     for name in weights.keys() - set(OTHER_NAMES):
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
@@ -52,21 +57,22 @@ def rename_llama_weights(state_dict: dict[str, Tensor], config: MegaTransformerC
     if len(layers) != config.n_layers:
         raise ValueError(f"n_layers={config.n_layers} must be {len(layers)}, as in the Llama weights")
     for number, layer in layers.items():
-        found |= {f"model.main.layers.{number}.{name}": each for name, each in rename_layer(layer, config).items()}
-    return found
+        for name, tensor in rename_layer(layer, config).items():
+            renamed[f"model.main.layers.{number}.{name}"] = tensor
+    return renamed
 
 
 def rename_layer(layer: dict[str, Tensor], config: MegaTransformerConfig) -> dict[str, Tensor]:
     """The same within one layer."""
-    parts: dict[str, list[Tensor]] = {}
+    joined: dict[str, list[Tensor]] = {}
     for theirs, ours in LAYER_NAMES.items():
         for kind in ("weight", "bias"):
             if (tensor := layer.get(f"{theirs}.{kind}")) is None:
                 continue
             if theirs in ("self_attn.q_proj", "self_attn.k_proj"):
                 tensor = neighbouring_pairs(tensor, config.width_per_head)
-            parts.setdefault(f"{ours}.{kind}", []).append(tensor)
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+            joined.setdefault(f"{ours}.{kind}", []).append(tensor)
+    return {name: torch.cat(tensors) for name, tensors in joined.items()}
 
 
 def neighbouring_pairs(rows: Tensor, width: int) -> Tensor:

@@ -17,6 +17,7 @@ class RMSNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
         x, weight, rstd = ctx.saved_tensors
+        # As matrices: rows (N, D), rstd (N, 1).
         rows, grad, rstd = x.flatten(0, -2), grad.flatten(0, -2), rstd.flatten(0, -2)
         product = grad * rows
         grad_weight = torch.mv(product.t(), rstd[:, 0])

@@ -63,7 +63,7 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
 
 def alibi_slopes(n_heads: int) -> list[float]:
     """The heads' slopes of ALiBi (arXiv 2108.12409), 2^(-8 h / H); for H no power of two the next lower power's,
-    and behind them every second one of the next higher power."""
+    and after them every second one of the next higher power."""
     lower = 2 ** math.floor(math.log2(n_heads))
     slopes = [2 ** (-8 * (h + 1) / lower) for h in range(lower)]
     between = [2 ** (-8 * (h + 1) / (2 * lower)) for h in range(0, 2 * lower, 2)]

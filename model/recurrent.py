@@ -2,9 +2,9 @@
 Reasoning" (arXiv 2502.05171).  B batch, L positions, D hidden, N tokens still at work, V vocabulary, R steps.
 
 At each step the state is joined with the embedded input by an adapter and goes through the core's layers. In training
-the number of steps is drawn, and only the last few are differentiated. At test time a token may stop once another step
-would hardly change its prediction; later tokens then see the keys and values of its last step wherever they look for
-those of a further one. So a token's result depends on tokens before it alone, with a cache or without.
+the number of steps is sampled, and only the last few are differentiated. At test time a token may stop once another
+step would hardly change its prediction; later tokens then see the keys and values of its last step wherever they look
+for those of a further one. So a token's result depends on tokens before it alone, with a cache or without.
 """
 
 from collections.abc import Callable
@@ -79,7 +79,7 @@ class MegaTransformerRecurrentBlock(nn.Module):
 
         Args:
             x: embedded input, (B, L, D).
-            noise: standard normal, (B, L, D), for `recurrent_state_initialization="normal"` in training; None: drawn.
+            noise: standard normal, (B, L, D), for `recurrent_state_initialization="normal"` in training; None: new.
         """
         kind = self.config.recurrent_state_initialization
         if kind == "normal" and self.training:
@@ -135,10 +135,12 @@ class MegaTransformerRecurrentBlock(nn.Module):
         Returns: (B, L, D).
         """
         n_steps, n_backprop_steps = thinking.n_steps, thinking.n_backprop_steps
+        # The first state; every parameter gets a gradient, also where no step with a gradient reads the first state.
         state = self.initial_state(x, thinking.initial_state)
         has_gradient = torch.is_grad_enabled()
         if has_gradient and n_steps > n_backprop_steps and hasattr(self, "learned_state"):
             x = x + 0.0 * self.learned_state  # A gradient of zero: engines want one of every parameter.
+        # Steps; only the last `n_backprop_steps` have a graph.
         for step in range(n_steps):
             slot = self.slot(step, first_slot)
             self.make_room(shared, step, first_slot, length=x.shape[1])
@@ -182,10 +184,12 @@ class MegaTransformerRecurrentBlock(nn.Module):
         tokens = SelectedTokens(
             torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if is_token is None else is_token
         )
+        # Tokens at work as rows (N, D): their states, and the embedded input that is fed again at every step.
         state, fed = tokens.select(self.initial_state(x)), tokens.select(x)
         result, steps = torch.zeros_like(x), torch.zeros(x.shape[:2], dtype=torch.int64, device=x.device)
         before = None
         for step in range(max_steps):
+            # One step of the core on the tokens at work.
             slot = self.slot(step, first_slot)
             self.make_room(shared, step, first_slot, length=x.shape[1])
             hidden = self.adapter(state, fed)
@@ -195,6 +199,7 @@ class MegaTransformerRecurrentBlock(nn.Module):
             out, is_last, before_exits = state, step + 1 == max_steps, step + 2 < self.config.recurrent_exit_min_steps
             if before_exits and not is_last:
                 continue
+            # What the tokens at work give if this is their last step.
             if by_prediction:
                 for n in range(len(self.layers), len(layers)):
                     out = layers[n].forward_selected(out, tokens, shared, layer=n, slot=slot + n)
@@ -202,6 +207,7 @@ class MegaTransformerRecurrentBlock(nn.Module):
             steps = tokens.scatter(torch.full_like(tokens.batch, step + 1), steps)
             if is_last:
                 break
+            # How much this step changed: the prediction, in nats, or the state, relative to its norm; (N,).
             if by_prediction:
                 now = predict(out)
                 change = None if before is None else (before.exp() * (before - now)).sum(-1)
@@ -210,13 +216,14 @@ class MegaTransformerRecurrentBlock(nn.Module):
                 change = (state - former).float().norm(dim=-1) / state.float().norm(dim=-1)
             if change is None or step + 1 < self.config.recurrent_exit_min_steps:
                 continue
-            kept = change >= thinking.exit_threshold
-            if not kept.all():
-                tokens.narrow(kept)
+            # Tokens whose change is below the threshold leave.
+            stays = change >= thinking.exit_threshold
+            if not stays.all():
+                tokens.narrow(stays)
                 if not len(tokens):
                     break
-                state, fed = state[kept], fed[kept]
-                before = None if before is None else before[kept]
+                state, fed = state[stays], fed[stays]
+                before = None if before is None else before[stays]
         self.fill_forward(tokens, shared, first_slot, n_taken=step + 1, max_steps=max_steps)
         return result, steps
 

@@ -19,7 +19,7 @@ Generators = Sequence[torch.Generator]
 
 
 def normal_noise(shape: Sequence[int], generators: Generators, device: torch.device | str | None = None) -> Tensor:
-    """Unit noise (B, *shape) fp32, row b from generators[b] alone, drawn on the generator's device."""
+    """Unit noise (B, *shape) fp32, row b from generators[b] alone, sampled on the generator's device."""
     rows = [torch.randn(*shape, generator=generator, device=generator.device) for generator in generators]
     return torch.stack(rows).to(device)
 
@@ -79,7 +79,7 @@ def ddim(
     steps = _Steps(x, process, times)
     for i in range(steps.n_steps):
         alpha, alpha_next, sigma, sigma_next = *steps.alpha[i : i + 2], *steps.sigma[i : i + 2]
-        # Standard deviation of x_s given x_t and x0: sigma_s / sigma_t times that of x_t given x_s.
+        # Std of x_s given x_t and x0: sigma_s / sigma_t times that of x_t given x_s.
         std = eta * sigma_next / sigma * math.sqrt(max(sigma**2 - (alpha * sigma_next / alpha_next) ** 2, 0.0))
         ratio = math.sqrt(max(sigma_next**2 - std**2, 0.0)) / sigma
         x0 = denoiser(x, steps.times[i])
@@ -121,6 +121,7 @@ def heun(
     tau = [s / c for s, c in zip(steps.sigma, scale)]
     y = x / scale[0]
     for i in range(steps.n_steps):
+        # Euler's guess at the next time, whose slope is averaged with that of this time.
         x0 = denoiser(x, steps.times[i])
         if i == steps.n_steps - 1:
             return x0
@@ -144,6 +145,7 @@ def dpmpp_2m(
         of_x, of_x0 = steps.coefficients(i)
         x0 = estimate = denoiser(x, steps.times[i])
         step, last_step = log_ratio[i + 1] - log_ratio[i], log_ratio[i] - log_ratio[max(i - 1, 0)]
+        # Second order: extrapolate x0 over ln(alpha / sigma); first order where a step is infinite or the first.
         if 0 < last_step < math.inf and step < math.inf:
             estimate = torch.lerp(last, x0, 1 + step / (2 * last_step))
         x, last = of_x * x + of_x0 * estimate, x0
@@ -187,9 +189,9 @@ def sample(
 
 
 def rescale_guidance(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:
-    """`guided` (B, ...) brought towards the standard deviation of `conditional`, by the share `rescale` in [0, 1].
+    """`guided` (B, ...) brought towards the std of `conditional`, by the share `rescale` in [0, 1].
 
-    arXiv 2305.08891, section 3.4, eq. 15 and 16; one standard deviation per sample.
+    arXiv 2305.08891, section 3.4, eq. 15 and 16; one std per sample.
     """
     dims = tuple(range(1, guided.dim()))
     factor = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
@@ -227,6 +229,7 @@ def guided_denoiser(
         return process.to_x0(network(process.network_input(x, t), process.network_time(t), rows), x, t)
 
     def denoise(x: Tensor, t: Tensor) -> Tensor:
+        # Rows outside the interval of guidance get scale 1, and a batch of such rows needs no second pass.
         if both is None:
             return predict(x, t, condition)
         if (low, high) == (0.0, 1.0):
@@ -236,6 +239,7 @@ def guided_denoiser(
             if not inside.any():
                 return predict(x, t, condition)
             weight = torch.where(inside, scale, 1.0).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+        # Both conditions in one batch of 2 B rows.
         conditional, null = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         guided = null + weight * (conditional - null)
         return rescale_guidance(guided, conditional, rescale) if rescale > 0 else guided

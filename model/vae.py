@@ -1,7 +1,7 @@
 """Variational autoencoder: what every VAE of this repository shares.  B batch, C channels, Y X rows and columns,
 Z latent channels, y x latent rows and columns (Y and X divided by the compression).
 
-The posterior is a diagonal Gaussian, N(mean, exp(logvar)), kept in fp32 under autocast. The model draws nothing: the
+The posterior is a diagonal Gaussian, N(mean, exp(logvar)), kept in fp32 under autocast. The model samples nothing: the
 noise of the reparametrisation is an argument, so a step is a function of its inputs. Latents are standardised with
 per-channel statistics that are measured once on the training set and stored with the weights.
 """
@@ -52,7 +52,7 @@ class VAE(PreTrainedModel):
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
     def forward(self, image: Tensor, noise: Tensor | None = None) -> VAEOutput:
-        """Encode, add `noise` in units of the posterior's standard deviation, decode.
+        """Encode, add `noise` in units of the posterior's std, decode.
 
         Args:
             image: (B, C, Y, X) in [-1, 1]; Y and X divisible by the compression.
@@ -99,7 +99,7 @@ class VAE(PreTrainedModel):
         return self.decoder(latents).float()
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
-        """(B, Z, ...) as encoded -> zero mean and unit deviation per channel over the training set."""
+        """(B, Z, ...) as encoded -> zero mean and unit std per channel over the training set."""
         shape = (-1, *[1] * (latents.ndim - 2))
         return (latents - self.latent_mean.view(shape)) / self.latent_std.view(shape)
 
@@ -114,7 +114,7 @@ class VAE(PreTrainedModel):
         Args:
             mean, std: (Z,), std positive.
         Raises:
-            ValueError: wrong shape, a non-finite value, or a standard deviation that is not positive.
+            ValueError: wrong shape, a non-finite value, or a std that is not positive.
         """
         for name, value in (("mean", mean), ("std", std)):
             if tuple(value.shape) != (self.config.latent_channels,):

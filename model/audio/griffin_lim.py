@@ -24,8 +24,8 @@ def mel_to_magnitude(
     target = amplitude * filters.sum(1)
     magnitude = start
     for _ in range(n_iterations):
-        found = (magnitude @ filters.T).clamp_min_(1e-10)
-        magnitude = (found.reciprocal_().mul_(target) @ spread.T).mul_(magnitude)
+        current = (magnitude @ filters.T).clamp_min_(1e-10)
+        magnitude = (current.reciprocal_().mul_(target) @ spread.T).mul_(magnitude)
     return magnitude
 
 
@@ -38,8 +38,8 @@ def mel_gain(magnitude: Tensor, amplitude: Tensor, *, filters: Tensor, spread: T
         amplitude, filters, spread: as of `mel_to_magnitude`.
     Returns: (B, F, K).
     """
-    found = torch.maximum(magnitude @ filters.T, 0.1 * amplitude)
-    return (amplitude / found * filters.sum(1)) @ spread.T
+    current = torch.maximum(magnitude @ filters.T, 0.1 * amplitude)
+    return (amplitude / current * filters.sum(1)) @ spread.T
 
 
 def starting_magnitude(amplitude: Tensor, inverse: Tensor, spread: Tensor) -> Tensor:
@@ -77,11 +77,13 @@ def griffin_lim(
         generator: of the random phases, on the CPU; None seeds one with 0.
     Returns: (B, F * hop_length) fp32.
     """
-    filters, inverse, spread = (each.to(mel.device) for each in inversion_matrices(settings))
+    filters, inverse, spread = (matrix.to(mel.device) for matrix in inversion_matrices(settings))
+    # Magnitudes whose mel is the given one, (B, K, F).
     amplitude = mel.exp().transpose(1, 2)
     start = starting_magnitude(amplitude, inverse, spread)
     magnitude = mel_to_magnitude(amplitude, filters, spread, n_iterations=50, start=start).transpose(1, 2)
     transform = Spectrogram(settings.n_fft, settings.hop_length).to(mel.device)
+    # Random phases, then: project on consistent spectra, extrapolate with momentum, restore the magnitudes.
     generator = generator or torch.Generator().manual_seed(0)
     phase = 2 * torch.pi * torch.rand(magnitude.shape, generator=generator)
     spectrum = torch.polar(magnitude, phase.to(mel.device))

@@ -91,7 +91,7 @@ def mel_preset(name: str) -> MelSettings:
 
 
 def check_same_mel(first: MelSettings, second: MelSettings, *, first_name: str, second_name: str, remedy: str) -> None:
-    """Refuse to join two parts with different log-mels.
+    """Raise if two stages that are joined use different log-mels.
 
     Args:
         remedy: what to do, a command where there is one.
@@ -183,11 +183,12 @@ def overlap_add(frames: Tensor, hop_length: int) -> Tensor:
         frames: (B, F, N), N a multiple of hop_length.
     Returns: (B, F * hop_length).
     """
+    # A frame is n_fft / hop pieces of one hop; piece i of frame f belongs to hop f + i.
     B, n_frames, n_fft = frames.shape
     overlap = n_fft // hop_length
     pieces = frames.view(B, n_frames, overlap, hop_length)
     total = sum(F.pad(pieces[:, :, i], (0, 0, i, overlap - 1 - i)) for i in range(overlap))
-    cut = (n_fft - hop_length) // 2
+    cut = (n_fft - hop_length) // 2  # samples that `reflect_pad` added on either side
     return total.reshape(B, -1)[:, cut : cut + n_frames * hop_length]
 
 
@@ -198,7 +199,9 @@ def squared_windows(window: Tensor, hop_length: int, n_frames: int) -> Tensor:
     first = torch.arange(n_frames + overlap - 1, device=window.device)[:, None] - torch.arange(
         overlap, device=window.device
     )
-    covers = ((first >= 0) & (first < n_frames)).to(window.dtype)  # Pieces by the parts of windows that lie there.
+    covers = ((first >= 0) & (first < n_frames)).to(
+        window.dtype
+    )  # 1 where a window's piece covers a hop, (hops, overlap)
     cut = (n_fft - hop_length) // 2
     total = covers @ window.square().view(overlap, hop_length)
     return total.reshape(-1)[cut : cut + n_frames * hop_length]

@@ -23,16 +23,13 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from model.audio.configuration import AudioConfig
-from model.audio.frame_conv import FrameConv
 from model.audio.lengths import valid_frames
-from model.checkpointing import GradientCheckpointingLayer
-from model.layers import ZeroLinear
+from model.audio.vae_network import CharacterHead, Decoder, Encoder, PatchCode, PosteriorHead
 from model.presets import AUDIO_VAE
-from model.text.tokenizer import VOCABULARY
-from model.vae import LOGVAR_RANGE, VAE, VAEOutput
+from model.vae import VAE, VAEOutput
 from utils.options import from_preset, option
 
-MIN_STD = 0.1  # Smallest deviation that mels are divided by: a bin that never changes stays finite.
+MIN_STD = 0.1  # Smallest std that mels are divided by: a bin that never changes stays finite.
 
 
 class AudioVAEConfig(AudioConfig):
@@ -50,7 +47,7 @@ class AudioVAEConfig(AudioConfig):
     n_decoder_blocks: int = option(3, "residual blocks of the decoder", ge=0)
     kernel_size: int = option(7, "positions that a block's depthwise convolution sees along each axis", gt=0)
 
-    speakers: list[str] = option([], "names of the speakers that the model is told; empty: it is told none")
+    speakers: list[str] = option([], "names of the speakers the model is conditioned on; [] for none")
     speaker_width: int = option(64, "width of a speaker's embedding", gt=0)
     use_ctc: bool = option(False, "a head that reads characters out of the latents, for a CTC loss")
 
@@ -61,7 +58,7 @@ class AudioVAEConfig(AudioConfig):
 
     @property
     def n_speakers(self) -> int:
-        """Speakers that the model is told; 0: none."""
+        """Number of speakers the model is conditioned on; 0 for none."""
         return len(self.speakers)
 
     @property
@@ -105,125 +102,6 @@ class AudioVAEOutput(VAEOutput):
     character_logits: Tensor | None = None
 
 
-class PositionConv(nn.Conv2d):
-    """A `Conv2d` on tensors with the channels last, (B, m, L, D) -> (B, m, L, D)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, m, L, in channels) -> (B, m, L, out channels)."""
-        return super().forward(x.movedim(-1, 1)).movedim(1, -1)
-
-
-class Block(GradientCheckpointingLayer):
-    """x + linear(gelu(linear(norm(depthwise convolution(x))))), the last layer starting at zero.
-
-    Args:
-        n_axes: 1: positions are latent frames; 2: latent rows and frames.
-    """
-
-    EXPANSION = 2
-
-    def __init__(self, config: AudioVAEConfig, n_axes: int):
-        super().__init__()
-        D, kernel = config.width, config.kernel_size
-        convolution = FrameConv if n_axes == 1 else PositionConv
-        self.conv = convolution(D, D, kernel, padding=kernel // 2, groups=D)
-        self.norm = nn.LayerNorm(D)
-        self.speaker = ZeroLinear(config.speaker_width, 2 * D) if config.n_speakers else None
-        self.linear = nn.Linear(D, self.EXPANSION * D)
-        self.out = ZeroLinear(self.EXPANSION * D, D)
-
-    def forward(self, x: Tensor, mask: Tensor, speaker: Tensor | None) -> Tensor:
-        """(B, [m,] L, D) -> the same shape; mask is (B, [1,] L, 1), speaker (B, [1,] 1, E)."""
-        h = self.norm(self.conv(x * mask))
-        if self.speaker is not None:
-            scale, shift = self.speaker(speaker).chunk(2, dim=-1)
-            h = h * (1 + scale) + shift
-        return x + self.out(F.gelu(self.linear(h)))
-
-
-class PatchCode(nn.Linear):
-    """The linear path of one direction, patches <-> latents: starts as a cosine transform until data are there."""
-
-    SCALE = 4.0  # Normalised mel values per latent unit.
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., patch_size) -> (..., Z), or back, in fp32 also under autocast."""
-        with torch.autocast(x.device.type, enabled=False):
-            return super().forward(x.float())
-
-    def initial_weight(self) -> Tensor:
-        """The lowest cosine patterns (DCT-II) over the SCALE, or their transpose times it."""
-        n_values, n_patterns = max(self.weight.shape), min(self.weight.shape)
-        position = (torch.arange(n_values, dtype=torch.float64) + 0.5) * torch.pi / n_values
-        patterns = torch.cos(torch.arange(n_patterns, dtype=torch.float64)[:, None] * position)
-        patterns = (patterns / patterns.norm(dim=1, keepdim=True)).float()
-        is_inverse = self.out_features == n_values
-        return patterns.T * self.SCALE if is_inverse else patterns / self.SCALE
-
-
-class PosteriorHead(ZeroLinear):
-    """Linear layer to mean and logvar of the posterior; starts at mean 0 and logvar -5."""
-
-    LOGVAR = -5.0
-
-
-class Network(nn.Module):
-    """Stem, blocks, norm: what encoder and decoder share."""
-
-    def __init__(self, config: AudioVAEConfig, in_width: int, n_blocks: int):
-        super().__init__()
-        self.stem = nn.Linear(in_width, config.width)
-        n_axes = 1 if config.architecture == "conv1d" else 2
-        self.blocks = nn.ModuleList(Block(config, n_axes) for _ in range(n_blocks))
-        self.norm = nn.LayerNorm(config.width)
-
-    def hidden(self, x: Tensor, mask: Tensor, speaker: Tensor | None) -> Tensor:
-        """(B, [m,] L, in_width) -> (B, [m,] L, D)."""
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x, mask, speaker)
-        return F.gelu(self.norm(x.float()))
-
-
-class Encoder(Network):
-    """Patches of a normalised mel -> posterior parameters."""
-
-    def __init__(self, config: AudioVAEConfig):
-        super().__init__(config, config.patch_size, config.n_encoder_blocks)
-        self.code = PatchCode(config.patch_size, config.latent_channels)
-        self.head = PosteriorHead(config.width, 2 * config.latent_channels)
-
-    def forward(self, patches: Tensor, mask: Tensor, speaker: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(B, [m,] L, patch_size) -> mean and logvar, each (B, [m,] L, Z) fp32."""
-        x = self.hidden(patches, mask, speaker)
-        # In fp32 also under autocast: rounding would exceed small deviations.
-        with torch.autocast(x.device.type, enabled=False):
-            mean, logvar = self.head(x).chunk(2, dim=-1)
-        return mean + self.code(patches), logvar.clamp(*LOGVAR_RANGE)
-
-
-class Decoder(Network):
-    """Latents -> patches of a normalised mel."""
-
-    def __init__(self, config: AudioVAEConfig):
-        super().__init__(config, config.latent_channels, config.n_decoder_blocks)
-        self.code = PatchCode(config.latent_channels, config.patch_size)
-        self.head = ZeroLinear(config.width, config.patch_size)
-
-    def forward(self, latents: Tensor, mask: Tensor, speaker: Tensor | None) -> Tensor:
-        """(B, [m,] L, Z) -> (B, [m,] L, patch_size) fp32."""
-        return self.head(self.hidden(latents, mask, speaker)).float() + self.code(latents)
-
-
-class CharacterHead(nn.Sequential):
-    """Characters of latent frames, for CTC (Graves et al. 2006): byte tokens, where the token of padding is the
-    blank."""
-
-    def __init__(self, config: AudioVAEConfig):
-        n_values = config.latent_channels * config.n_rows
-        super().__init__(nn.Linear(n_values, config.width), nn.GELU(), nn.Linear(config.width, VOCABULARY))
-
-
 class AudioVAE(VAE):
     """Audio VAE of either architecture."""
 
@@ -260,11 +138,11 @@ class AudioVAE(VAE):
         *,
         speaker: Tensor | None = None,
     ) -> AudioVAEOutput:
-        """Encode, add `noise` in units of the posterior's standard deviation, decode.
+        """Encode, add `noise` in units of the posterior's std, decode.
 
         Args:
             mel: log-mel (B, M, F).
-            n_frames: valid frames of each clip, (B,); None: all. What lies behind them changes nothing.
+            n_frames: valid frames of each clip, (B,); None: all. What lies after them changes nothing.
             noise: standard normal, of the shape of the latents, or None to decode the posterior mean.
             speaker: (B,) int64, places in `config.speakers`; None where there are none.
         """
@@ -289,6 +167,7 @@ class AudioVAE(VAE):
             raise ValueError(
                 f"a mel of shape {tuple(mel.shape)} cannot be encoded: expected (B, {self.config.n_mels}, F), F > 0"
             )
+        # Pad to whole patches; padding, there and after each clip's last frame, is the log-mel of silence.
         n_frames = self.check_frames(n_frames, mel.shape[0], mel.shape[-1], device=mel.device)
         n_padded = -mel.shape[-1] % self.config.compression
         mel = F.pad(mel.float(), (0, n_padded), value=self.config.mel.log_floor)
@@ -376,7 +255,7 @@ class AudioVAE(VAE):
         return embedded if self.config.architecture == "conv1d" else embedded[:, None]
 
     def normalize_mel(self, mel: Tensor) -> Tensor:
-        """Log-mel (B, M, F) -> about zero mean and unit deviation per mel bin."""
+        """Log-mel (B, M, F) -> about zero mean and unit std per mel bin."""
         return (mel - self.band_mean[:, None]) / self.band_std[:, None]
 
     def denormalize_mel(self, mel: Tensor) -> Tensor:
@@ -398,15 +277,16 @@ class AudioVAE(VAE):
 
     @torch.no_grad()
     def fit_to_data(self, mels: Iterable[Tensor]) -> None:
-        """Measure mean and deviation of every mel bin, and make the linear path the principal components of patches.
+        """Measure mean and std of every mel bin, and make the linear path the principal components of patches.
 
         Components are those of log-mel values, not of normalised ones, and whitened: every latent channel starts with
-        unit deviation. The posterior starts with the same noise on all of them, small beside what they leave out.
+        unit std. The posterior starts with the same noise on all of them, small compared with what they leave out.
 
         Args:
             mels: log-mels (M, F) of the training set, iterated over twice.
         """
         device, c = self.band_mean.device, self.config.patch_frames
+        # First pass: count, sum and sum of squares per mel bin, (3, M) fp64.
         moments = torch.zeros(3, self.config.n_mels, dtype=torch.float64)
         for mel in mels:
             mel = mel.double().cpu()
@@ -416,6 +296,7 @@ class AudioVAE(VAE):
         self.band_mean.copy_(mean)
         self.band_std.copy_(std)
 
+        # Second pass: covariance of the normalised patches in log-mel units, (patch_size, patch_size) fp64.
         covariance = torch.zeros(self.config.patch_size, self.config.patch_size, dtype=torch.float64)
         n_patches = 0
         # Log-mel units per normalised unit, for each value of a patch.
@@ -429,12 +310,15 @@ class AudioVAE(VAE):
 
     def set_code(self, covariance: Tensor, units: Tensor) -> None:
         """Make the linear path the principal components of patches with this covariance, (patch_size, patch_size)."""
+        # Principal components: eigenvalues in ascending order, so the last Z are the largest.
         values, vectors = torch.linalg.eigh(covariance)
         Z = self.config.latent_channels
         values, vectors = values.flip(0)[:Z].clamp_min(1e-4), vectors.flip(1)[:, :Z]
         vectors = vectors * vectors.sum(0).sign().where(vectors.sum(0) != 0, 1.0)  # eigh leaves the sign open.
+        # Whitened codes: encoder V^T / sqrt(lambda), decoder V sqrt(lambda), both in units of the normalised mel.
         self.encoder.code.weight.copy_((vectors * units[:, None] / values.sqrt()).T)
         self.decoder.code.weight.copy_(vectors / units[:, None] * values.sqrt())
+        # Posterior variance: 5 % of the variance that the components leave out, relative to each channel's own.
         lost = (covariance.trace() - values.sum()).clamp_min(0) / Z
         self.encoder.head.bias[Z:] = (0.05 * lost.clamp_min(1e-4) / values).clamp_max(1.0).log()
 

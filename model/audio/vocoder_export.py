@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.audio.vocoders import EPSILON, FourierTransform, Vocoder
+from model.audio.harmonic_prior import EPSILON, FourierTransform
+from model.audio.vocoders import Vocoder
 
 OPSET = 17
 EXAMPLE_FRAMES = 40
@@ -57,7 +58,7 @@ class MatrixFourierTransform(nn.Module):
 
     def project(self, waveform: Tensor, magnitude: Tensor) -> Tensor:
         """Waveform (B, F * hop_length), magnitude (B, F, K) -> (B, F * hop_length)."""
-        return self.rescale(waveform, lambda found: magnitude / found)
+        return self.rescale(waveform, lambda current: magnitude / current)
 
     def rescale(self, waveform: Tensor, gain: Callable[[Tensor], Tensor]) -> Tensor:
         """See `FourierTransform.rescale`."""
@@ -74,12 +75,12 @@ class MatrixFourierTransform(nn.Module):
 def exportable(vocoder: Vocoder) -> Vocoder:
     """A copy of a vocoder on the CPU with the same weights and, within rounding, the same waveforms, whose forward
     consists of what ONNX exporters know."""
-    found = copy.deepcopy(vocoder).cpu().eval().requires_grad_(False)
-    for module in found.modules():
+    copied = copy.deepcopy(vocoder).cpu().eval().requires_grad_(False)
+    for module in copied.modules():
         for name, child in list(module.named_children()):
             if isinstance(child, FourierTransform):
                 setattr(module, name, MatrixFourierTransform(len(child.window), child.hop_length))
-    return found
+    return copied
 
 
 def export_onnx(vocoder: Vocoder, file: Path) -> None:

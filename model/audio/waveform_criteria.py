@@ -59,7 +59,7 @@ def phase_distances(fake: Tensor, real: Tensor, *, floor: float, n_frames: Tenso
     With P = fake * conj(real), whose angle is the error of the phase, the wrapped error of the phase's difference
     between neighbouring bins (group delay) is the angle of P[k + 1] * conj(P[k]), and between neighbouring frames
     (frequency) that of P[f + 1] * conj(P[f]); no angle has to be unwrapped. Each pair counts by the smallest of its
-    four magnitudes, through which no gradient goes, over the mean real magnitude: bins without sound have no phase,
+    four magnitudes, through which no gradient goes, over the mean real magnitude: silent bins have no phase,
     and the slope with respect to a fake bin is bounded, where that of an angle alone is one over its magnitude.
 
     Args:
@@ -67,11 +67,13 @@ def phase_distances(fake: Tensor, real: Tensor, *, floor: float, n_frames: Tenso
         floor: mean real magnitudes count as at least this.
     Returns: "group_delay" and "frequency", (B,) each, in [0, pi].
     """
+    # Unit vectors whose angle is the phase error; the weight of a bin is its smaller magnitude over the mean real one.
     product = fake * real.conj()
     unit = product / product.detach().abs().clamp_min(1e-20)
     loudness = real.abs()
     weight = torch.minimum(fake.detach().abs(), loudness)
     weight = weight / masked_mean(loudness, n_frames).clamp_min(floor)[:, None, None]
+    # Errors of neighbouring bins and frames, each pair weighted by the smaller of its weights.
     delay = safe_angle(unit[:, 1:] * unit[:, :-1].conj()).abs() * torch.minimum(weight[:, 1:], weight[:, :-1])
     change = safe_angle(unit[..., 1:] * unit[..., :-1].conj()).abs()
     change = change * torch.minimum(weight[..., 1:], weight[..., :-1])
@@ -169,7 +171,7 @@ class VocoderLoss(nn.Module):
 
         Args:
             fake, real: waveforms (B, S).
-            n_samples: samples of each waveform that count, (B,); both should be 0 behind. None: all.
+            n_samples: samples of each waveform that count, (B,); both should be 0 after them. None: all.
         Returns: (B,) fp32 per name; terms with weight 0 are left out.
         """
         with torch.autocast(fake.device.type, enabled=False):

@@ -169,7 +169,7 @@ def build_residual(config: ImageDiffusionConfig) -> UNet:
 
 
 class ImageDiffusion(PreTrainedModel):
-    """Diffusion model of latents, standardised to zero mean and unit deviation per channel.
+    """Diffusion model of latents, standardised to zero mean and unit std per channel.
 
     `network(x, network_time, condition)` is the bare network, for samplers that scale its input themselves.
     """
@@ -245,6 +245,7 @@ class ImageDiffusion(PreTrainedModel):
         Raises:
             ValueError: the text does not fit the model's text encoder, or is longer than max_tokens.
         """
+        # Exactly the kind of text that the model was built for, no wider and no longer than it takes.
         kinds = {"bytes": "tokens", "frozen": "text_states"}
         given = [name for name, value in (("tokens", tokens), ("text_states", text_states)) if value is not None]
         if given != [kinds[self.config.text_encoder]]:
@@ -266,6 +267,7 @@ class ImageDiffusion(PreTrainedModel):
             )
         if mask is None:
             mask = torch.ones(text.shape[:2], dtype=torch.bool, device=text.device)
+        # States (B, T, E) and pooled vector (B, E), with the null condition in dropped rows.
         states = self.text_encoder(text, mask)
         condition = TextCondition(states, mask, pool(states, mask))
         return condition if drop is None else self.null.replace(condition, drop)
@@ -341,8 +343,8 @@ class ImageDiffusion(PreTrainedModel):
         """
         if self.config.architecture != "ldm":
             raise ValueError(f"architecture={self.config.architecture!r} cannot take diffusers' weights; use 'ldm'")
-        weights, own = rename_diffusers_weights(state_dict), self.network.state_dict()
-        theirs, ours = ({name: tuple(value.shape) for name, value in part.items()} for part in (weights, own))
+        weights, expected = rename_diffusers_weights(state_dict), self.network.state_dict()
+        theirs, ours = ({name: tuple(value.shape) for name, value in state.items()} for state in (weights, expected))
         wrong = sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
         if wrong:
             raise ValueError(

@@ -116,7 +116,7 @@ class LDMStridedConv(GradientCheckpointingLayer):
 
 
 class LDMStep(nn.Module):
-    """A residual block and, where the level has attention, a transformer behind it."""
+    """A residual block and, where the level has attention, a transformer after it."""
 
     def __init__(self, block: LDMTimeBlock, transformer: LDMTransformer | None):
         super().__init__()
@@ -147,6 +147,7 @@ class LDMUNet(nn.Module):
             block = LDMTimeBlock(in_width, width, config.time_width, n_norm_groups=groups)
             return LDMStep(block, transformer if use_attention else None)
 
+        # Down: every output is a skip, and so its width is noted for the way up.
         self.time = TimeEmbedding(widths[0], config.time_width)
         self.stem = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         skip_widths, x_width = [widths[0]], widths[0]
@@ -160,6 +161,7 @@ class LDMUNet(nn.Module):
                 skip_widths.append(width)
             x_width = width
         self.middle = nn.ModuleList([step(x_width, x_width, True), step(x_width, x_width, False)])
+        # Up: one block more per level, each of which takes a skip beside its input.
         self.up, self.upsamples = nn.ModuleList(), nn.ModuleList()
         for i in reversed(range(len(widths))):
             level = nn.ModuleList()

@@ -168,7 +168,7 @@ DIFFUSERS_NAMES = [
 
 def rename_diffusers_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same weights under the names of this file; attention weights stored as 1x1 convolutions become matrices."""
-    n_blocks: dict[str, int] = {}  # residual blocks per stage; the resampling layer comes behind them
+    n_blocks: dict[str, int] = {}  # residual blocks per stage; the resampling layer comes after them
     for name in state_dict:
         if match := re.match(r"(\w+\.(?:down|up)_blocks\.\d+)\.resnets\.(\d+)\.", name):
             n_blocks[match[1]] = max(n_blocks.get(match[1], 0), int(match[2]) + 1)
@@ -184,7 +184,7 @@ def rename_diffusers_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]
 
 
 def config_from_diffusers(config: dict[str, Any]) -> tuple[dict[str, Any], Any, Any]:
-    """Fields of `ImageVAEConfig`, and mean and standard deviation of the latents, from diffusers' config.json.
+    """Fields of `ImageVAEConfig`, and mean and std of the latents, from diffusers' config.json.
 
     diffusers standardises by (z - shift_factor) * scaling_factor, or per channel by latents_mean and latents_std.
     Raises:

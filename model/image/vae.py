@@ -146,11 +146,13 @@ def cosine_patterns(patch_size: int, n_patterns: int) -> Tensor:
     Patterns are ordered by frequency, where colour counts 2.2 and 2.8 times as high as brightness.
     Returns: (n_patterns, 3 * patch_size**2), in the channel order of `pixel_unshuffle`.
     """
+    # Orthonormal cosines along one axis, (f, f), and directions in RGB: brightness and two colour differences.
     position = torch.arange(patch_size, dtype=torch.float64) + 0.5
     waves = torch.stack([torch.cos(math.pi * k * position / patch_size) for k in range(patch_size)])
     waves = waves / waves.norm(dim=1, keepdim=True)
     colors = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [-0.5, 1.0, -0.5]], dtype=torch.float64)
     colors = colors / colors.norm(dim=1, keepdim=True)
+    # All patterns by frequency; frequencies of colour are weighted up, since natural images have less of them.
     order = sorted(
         ((math.hypot(u, v) + 0.5) * (1.0, 2.2, 2.8)[color], color, u, v)
         for color in range(3)
@@ -192,7 +194,7 @@ class ResidualEncoder(nn.Module):
         x = self.stem(F.pixel_unshuffle(image, self.patch_size))
         for block in self.blocks:
             x = block(x)
-        # The posterior is computed in fp32: under bf16 autocast its rounding would exceed small deviations.
+        # The posterior is computed in fp32: under bf16 autocast its rounding would exceed a small std.
         with torch.autocast(x.device.type, enabled=False):
             mean, logvar = self.head(F.silu(self.norm(x.float()))).chunk(2, dim=1)
         return torch.cat([mean + self.code(image), logvar], dim=1)
@@ -299,11 +301,13 @@ class ImageVAE(VAE):
         if self.config.architecture != "ldm":
             raise ValueError(f"architecture={self.config.architecture!r} cannot take diffusers' weights; use 'ldm'")
         weights = rename_diffusers_weights(state_dict)
-        own = {name: value for name, value in self.state_dict().items() if not name.startswith("latent_")}
-        if set(weights) != set(own):
-            missing, extra = sorted(set(own) - set(weights)), sorted(set(weights) - set(own))
+        expected = {name: value for name, value in self.state_dict().items() if not name.startswith("latent_")}
+        if set(weights) != set(expected):
+            missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
             raise ValueError(f"weights do not fit this model: missing {missing[:5]}, not known {extra[:5]}")
         for name, value in weights.items():
-            if value.shape != own[name].shape:
-                raise ValueError(f"{name} has shape {tuple(value.shape)}, this model needs {tuple(own[name].shape)}")
+            if value.shape != expected[name].shape:
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)}, this model needs {tuple(expected[name].shape)}"
+                )
         self.load_state_dict(weights, strict=False)

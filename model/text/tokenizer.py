@@ -27,9 +27,9 @@ def encode_caption(text: str, max_tokens: int) -> list[int]:
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens={max_tokens} must be at least 1, the begin-of-text token")
-    kept = unicodedata.normalize("NFC", text).encode()[: max_tokens - 1]
+    cut = unicodedata.normalize("NFC", text).encode()[: max_tokens - 1]
     # Decoding drops the incomplete character that the cut may have left at the end.
-    return [BEGIN_OF_TEXT, *(byte + FIRST_BYTE for byte in kept.decode(errors="ignore").encode())]
+    return [BEGIN_OF_TEXT, *(byte + FIRST_BYTE for byte in cut.decode(errors="ignore").encode())]
 
 
 def pad_tokens(captions: Sequence[Tensor | Sequence[int]], multiple: int = TOKENS_MULTIPLE) -> tuple[Tensor, Tensor]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from inference.export_vocoder import ExportArguments, export
+from model.audio.harmonic_prior import FourierTransform
 from model.audio.spectral import LogMel, MelSettings, Spectrogram
 from model.audio.vocoder_export import MatrixFourierTransform, exportable
-from model.audio.vocoders import FourierTransform
 from tests.helpers.vocoder_checkpoint import SMALL_HIFIGAN, SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.command_line import parse_arguments
 from utils.generation.vocoder_onnx import Comparison, gliding_tones

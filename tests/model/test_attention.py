@@ -174,7 +174,7 @@ def test_sandwich_norms_overrule_the_flags():
     block = MegaTransformerBlock(config(), use_sandwich_norm=True)
     for norms in (block.attention_norms, block.ffn_norms):
         assert isinstance(norms.pre_norm, RMSNorm) and isinstance(norms.post_norm, RMSNorm)
-    assert Residual(config(), True, False).post_norm is None
+    assert Residual(config(), use_pre_norm=True, use_post_norm=False).post_norm is None
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "gelu_tanh", "relu", "relu_squared", "silu"])

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from model.image.recurrent_vae import CanvasCode, RecurrentVAE, RecurrentVAEConfig, pack, unpack
+from model.image.recurrent_decoder import CanvasCode, pack, unpack
+from model.image.recurrent_vae import RecurrentVAE, RecurrentVAEConfig
 from model.image.vae import ImageVAE, PatchCode
 
 TINY = {"image_size": 16, "encoder_widths": [8, 16], "latent_channels": 4, "decoder_width": 8, "n_steps": 3}
