@@ -261,7 +261,9 @@ class AudioVAEListening(Listening):
         self.add_mels(mels, step)
         self.add_scores(self.real, generated, step)
         longest = max(mean.shape[-1] for _, mean, _ in made)
-        groups = [Group([latent_image(mean[0], longest)], name) for (_, mean, _), name in zip(made, self.names)]
+        groups = [
+            Group([latent_image(mean[0], max_frames=longest)], name) for (_, mean, _), name in zip(made, self.names)
+        ]
         self.add_image("latents", strip_sheet(groups), step)
         for _, mean, logvar in made:
             health.update(mean, logvar)

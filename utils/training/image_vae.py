@@ -104,10 +104,9 @@ class ImageVAEGANTrainer(GANTrainer):
         image = inputs["image"]
         output = model(image=image)
         reconstruction = output.reconstruction.float().clamp(-1, 1)
-        mse = (reconstruction - image).square().flatten(1).mean(1)
         terms = {
             "l1": (reconstruction - image).abs().flatten(1).mean(1),
-            "psnr": 10 * torch.log10(4.0 / mse.clamp_min(1e-10)),
+            "psnr": psnr(reconstruction, image),
             "kl": kl_divergence(output.mean, output.logvar) / image[0].numel(),
         }
         if self.criterion.perceptual is not None:
@@ -185,7 +184,7 @@ class ReconstructionImages(TrainerCallback):
             each.float().cpu() for each in (output.reconstruction, output.mean, output.logvar)
         )
         values = psnr(reconstruction, self.image).tolist()
-        groups = [Group(triple(*pair), f"{value:.1f} dB") for *pair, value in zip(self.image, reconstruction, values)]
+        groups = [Group(triple(*pair), f"{value:.1f} dB") for *pair, value in zip(reconstruction, self.image, values)]
         sheet = draw_sheet(groups, TRIPLE, n_across=2)
         self.writer.add_image("images/reconstruction", np.asarray(sheet), step, dataformats="HWC")
         rows = [Group([to_image(channel) for channel in row]) for row in channel_images(mean)[: self.max_latent_rows]]

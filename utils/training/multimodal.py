@@ -192,7 +192,7 @@ class MultimodalTrainer(StageTrainer):
             deep = terms if is_own else window_sums(model, given, n_thinking_steps=depth, **no_exit)
             terms[f"nats_{depth}_steps"] = deep["nats"]
         if self.exits(model):
-            found = window_sums(model, given, self.config.recurrent_max_thinking_steps, few)
+            found = window_sums(model, given, max_steps=self.config.recurrent_max_thinking_steps, at_once=few)
             terms |= {"nats_with_exits": found["nats"], "step_counts": found["step_counts"]}
         return {name: value.float() for name, value in terms.items()}
 
