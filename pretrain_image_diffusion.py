@@ -39,7 +39,7 @@ class ImageDiffusionStage(Stage):
         check_vae(path, latents["vae_fingerprint"], f"the latents in {self.cache_dir}")
         self.vae = load_vae(path, self.args.vae_config).requires_grad_(False)
         self.text_encoder = load_text_encoder(latents)
-        return fit_to_latents(super().build_config(), latents, self.args.override, self.cache_dir)
+        return fit_to_latents(super().build_config(), latents, self.args.override, folder=self.cache_dir)
 
     def build_dataset(self, split, config):
         return ImageLatentDataset(self.cache_dir, split)

@@ -16,8 +16,8 @@ from dataset_loading.image.latents import ImageLatentDataset
 from model.text.feature_extractors import FrozenTextEncoder
 from model.vae import VAE
 from utils.drawing.images import Group, draw_sheet, to_image
-from utils.evaluation.image_diffusion import generation_metrics, train_probe
-from utils.generation.text_to_image import SamplingArguments, TextToImage
+from utils.evaluation.generated_images import generation_metrics, train_probe
+from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
 from utils.megatransformer_utils import StageArguments
 from utils.metrics.caption_agreement import TextProbe, UnusableCaptionsError
 from utils.options import option
@@ -67,7 +67,7 @@ class PromptGrids(TrainerCallback):
 
     Args:
         writer: None except on rank 0.
-        vae, text_encoder: see `TextToImage`.
+        vae, text_encoder: see `TextToImagePipeline`.
         prompts: captions.
         args: sampling flags, and `grid_scales`.
     """
@@ -89,11 +89,13 @@ class PromptGrids(TrainerCallback):
         model = self.trainer.evaluation_model()
         if self.writer is None and model is self.trainer.ema_model:
             return
-        painter = TextToImage(self.trainer.accelerator.unwrap_model(model), self.vae.to(device), self.text_encoder)
+        pipeline = TextToImagePipeline(
+            self.trainer.accelerator.unwrap_model(model), self.vae.to(device), self.text_encoder
+        )
         seeds = list(range(len(self.prompts)))
         try:
             columns = [
-                painter.images(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
+                pipeline.images(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
                 for scale in self.args.grid_scales
             ]
         except ValueError as error:  # A run may recover from what a look at it finds.
@@ -113,7 +115,7 @@ class SampleMetrics:
     The probe for the agreement is trained on the training latents at the first call.
 
     Args:
-        vae, text_encoder: see `TextToImage`.
+        vae, text_encoder: see `TextToImagePipeline`.
         folder: preprocessed latents.
         n_images: captions, spread evenly over the validation set.
         args: sampling flags and `eval_batch_size`.
@@ -128,17 +130,22 @@ class SampleMetrics:
 
     def __call__(self, model) -> dict[str, float]:
         """Metrics by name of an `ImageDiffusion` in eval mode."""
-        painter = TextToImage(model, self.vae.to(model.device), self.text_encoder)
+        pipeline = TextToImagePipeline(model, self.vae.to(model.device), self.text_encoder)
         if not self.has_probe:
             self.has_probe = True
             try:
-                self.probe = train_probe(painter, self.training)
+                self.probe = train_probe(pipeline, self.training)
             except UnusableCaptionsError as error:
                 logger.warning("agreement with the captions is not measured: %s", error)
         batch_size = self.args.eval_batch_size
         try:
             return generation_metrics(
-                painter, self.held_out, self.indices, self.args, self.probe, batch_size=batch_size
+                pipeline,
+                self.held_out,
+                self.indices,
+                settings=self.args,
+                probe=self.probe,
+                batch_size=batch_size,
             )
         except ValueError as error:  # A run may recover from what a look at it finds.
             logger.warning("no metrics of generated images: %s", error)

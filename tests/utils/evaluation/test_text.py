@@ -141,8 +141,8 @@ def test_texts_of_another_tokenizer_are_refused(flat, tmp_path, caplog):
     assert re.search(r"with tokenizer \w{16} of 258 tokens, .* tokenizer \w{16} of 300 tokens", caplog.text)
 
 
-def test_only_the_beginning_is_packed(flat, text_cache, tmp_path, monkeypatch, report):
-    monkeypatch.setattr(text_evaluator, "PACKED_BYTES", 500)
+def test_only_the_beginning_is_compressed(flat, text_cache, tmp_path, monkeypatch, report):
+    monkeypatch.setattr(text_evaluator, "COMPRESSED_BYTES", 500)
     monkeypatch.setattr(text_metrics, "LOGITS_AT_ONCE", 32 * 258 * 2)
     words = ["--checkpoint", str(flat), "--speed_tokens", "0", "--output_dir", str(tmp_path)]
     short = evaluate.main(words)["scores"]
