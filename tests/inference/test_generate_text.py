@@ -12,7 +12,7 @@ from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from utils.command_line import parse_arguments
-from utils.generation.text import GenerationArguments, TextGenerator, drawing, read_prompts
+from utils.generation.text import GenerationArguments, TextGenerator, read_prompts, sampling_processors
 
 PROMPTS = ["a list of", "Zwölf bears", "the tensor is a model that reads and writes, again and again,", ""]
 
@@ -80,12 +80,12 @@ def test_greedy_is_the_likeliest_token_each_time(run, checkpoint):
     for _ in range(12):
         with torch.no_grad():
             ids.append(int(generator.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    assert generator.decode(generator.up_to_the_end(torch.tensor(ids[7:]))) == text
+    assert generator.decode(generator.truncate_at_end(torch.tensor(ids[7:]))) == text
 
 
 def test_noise_draws_from_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
-    draws = drawing(GenerationArguments(temperature=0.7, top_k=3), [0])
+    draws = sampling_processors(GenerationArguments(temperature=0.7, top_k=3), [0])
     counts = torch.zeros(4)
     for _ in range(4000):
         counts[draws(torch.zeros(1, 1, dtype=torch.int64), logits.clone()).argmax()] += 1
@@ -116,8 +116,8 @@ def test_thinking_steps_and_exits(run, deep, checkpoint):
 def test_an_end_of_document_ends_the_text(checkpoint):
     generator = TextGenerator.load(checkpoint)
     end = generator.model.config.eos_token_id
-    assert generator.up_to_the_end(torch.tensor([5, 6, end, 7])) == [5, 6]
-    assert generator.up_to_the_end(torch.tensor([5, 6])) == [5, 6]
+    assert generator.truncate_at_end(torch.tensor([5, 6, end, 7])) == [5, 6]
+    assert generator.truncate_at_end(torch.tensor([5, 6])) == [5, 6]
 
 
 @pytest.mark.parametrize(
