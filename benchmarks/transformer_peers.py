@@ -1,7 +1,7 @@
-"""The causal transformers that ours is compared with, in one shape, with random weights and one interface.
+"""The peers of our causal transformer, with the same shape, random weights and a common interface.
 
-transformers' `LlamaForCausalLM`, litgpt's `GPT` and x-transformers' `TransformerWrapper`: each trains with its own
-loss and generates with its own function.
+transformers' `LlamaForCausalLM`, litgpt's `GPT` and x-transformers' `TransformerWrapper`: each has its own loss and
+its own function for generation.  B batch, L sequence.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from model.causal import MegaTransformerForCausalLM
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes that all sides share: rotary embedding, RMSNorm in front of the branches, SwiGLU, no biases."""
+    """The shape of all sides, with rotary embedding, pre-RMSNorm, SwiGLU and no biases."""
 
     hidden_size: int = 256
     n_layers: int = 8
@@ -28,7 +28,7 @@ class Shape:
 
 
 class Ours:
-    """MegaTransformerForCausalLM; the loss in chunks of 512 tokens, so that it returns no logits."""
+    """MegaTransformerForCausalLM with a loss in chunks of 512 tokens, which returns no logits."""
 
     def __init__(self, shape: Shape, **overrides):
         sizes = dataclasses.asdict(shape)
@@ -37,7 +37,7 @@ class Ours:
         self.model: nn.Module = MegaTransformerForCausalLM.from_preset("llama-8m", **sizes)
 
     def blocks(self) -> Iterable[nn.Module]:
-        """The layers, compiled one by one."""
+        """The layers, to be compiled separately."""
         return self.model.get_submodule("model.main.layers").children()
 
     def loss(self, tokens: Tensor) -> Tensor:
@@ -45,13 +45,13 @@ class Ours:
         return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
     def generate(self, prompt: Tensor, mask: Tensor, n_new: int) -> Tensor:
-        """Greedy tokens behind prompts (B, L), with their mask: (B, L + n_new)."""
+        """Prompts (B, L) with their mask, followed by greedy tokens: (B, L + n_new)."""
         settings = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False, "pad_token_id": 0}
         return self.model.generate(prompt, attention_mask=mask, **settings)
 
 
 class Llama(Ours):
-    """transformers' LlamaForCausalLM with scaled_dot_product_attention; it returns all logits beside the loss."""
+    """transformers' LlamaForCausalLM with scaled_dot_product_attention; it returns all logits with the loss."""
 
     def __init__(self, shape: Shape):
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -98,7 +98,7 @@ class LitGPT:
             mlp_class_name="LLaMAMLP",
             intermediate_size=shape.intermediate_size,
         )
-        assert not shape.is_tied, "litgpt ties no weights"
+        assert not shape.is_tied, "litgpt does not tie weights"
         self.model = GPT(config)
 
     def blocks(self):
@@ -113,6 +113,7 @@ class LitGPT:
         from litgpt.generate.base import generate
 
         length = prompt.shape[1] + n_new
+        # The cache is allocated once and emptied before every prompt.
         if self.model.mask_cache is None:
             self.model.set_kv_cache(batch_size=1, max_seq_length=length)
         for block in self.model.transformer.h:
@@ -122,12 +123,12 @@ class LitGPT:
 
 
 class XTransformers:
-    """x-transformers' TransformerWrapper and AutoregressiveWrapper, attention through PyTorch's fused kernel."""
+    """x-transformers' TransformerWrapper and AutoregressiveWrapper with PyTorch's fused attention."""
 
     def __init__(self, shape: Shape):
         from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
-        assert not shape.is_tied and shape.n_query_groups == shape.n_heads, "not set up here"
+        assert not shape.is_tied and shape.n_query_groups == shape.n_heads, "not supported here"
         layers = Decoder(
             dim=shape.hidden_size,
             depth=shape.n_layers,
