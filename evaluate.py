@@ -33,6 +33,7 @@ from utils.evaluation.vocoder import VocoderEvaluator
 
 logger = logging.getLogger("evaluate")
 
+# Stage -> evaluator; a new stage adds a row, and its flags to `EvaluateArguments`.
 EVALUATORS: dict[str, type[Evaluator]] = {
     "image_vae": ImageVAEEvaluator,
     "recurrent_vae": RecurrentVAEEvaluator,
@@ -77,9 +78,9 @@ def evaluate(args: EvaluateArguments) -> dict:
     report = {**evaluator.describe(), "data": data, **evaluation.metrics, **provenance()}
     report["seconds"] = time.perf_counter() - start
     files = write(evaluator, evaluation, report)
-    # The tables on the console.
+    # The tables on the console; a file has no width.
     console = Console(highlight=False)
-    if not console.is_terminal:  # A file has no width.
+    if not console.is_terminal:
         console = Console(highlight=False, width=120)
     samples = f"{data['folder']} {data['split']}"
     console.print(f"\n[bold]{evaluator.checkpoint}[/bold], {evaluator.weights} weights, on {samples}")

@@ -24,7 +24,7 @@ from model.criteria import kl_divergence
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import option
 
-KL_WEIGHT = 1e-6
+KL_WEIGHT = 1e-6  # as usual for VAEs of latent diffusion
 FRAMES_MULTIPLE = 4  # the compression of AutoencoderKL along time
 
 
@@ -62,6 +62,7 @@ def build_theirs() -> nn.Module:
 def forward(model: nn.Module, mel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(reconstruction, mean, logvar) of either side, with sampled latents."""
     if isinstance(model, AudioVAE):
+        # (B, Z, L) for the noise of the posterior.
         noise = torch.randn(len(mel), *model.latent_shape(mel.shape[-1]))
         output = model(mel, noise=noise)
         return output.reconstruction, output.mean, output.logvar
@@ -76,6 +77,7 @@ def training_step(model: nn.Module, mel: Tensor, bf16: bool) -> Callable[[], Non
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             reconstruction, mean, logvar = forward(model, mel)
+        # Both terms per value of the log-mel.
         kl = kl_divergence(mean.float(), logvar.float()).mean() / mel[0].numel()
         ((reconstruction.float() - mel).abs().mean() + KL_WEIGHT * kl).backward()
 

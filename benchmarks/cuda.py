@@ -63,6 +63,7 @@ def measure(run: Callable[[], object], repeats: int) -> dict[str, float]:
         run()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
+    # Each call is synchronised, so that its time is that of the GPU.
     seconds = []
     for _ in range(repeats):
         start = time.perf_counter()
@@ -96,7 +97,7 @@ class ResultRows:
             model.to(DEVICE)  # one model at a time, so that its memory is measured alone
             self.add(what, name, step(model), unit=unit, n_units=n_units)
             if self.args.compile:
-                torch._dynamo.reset()
+                torch._dynamo.reset()  # no graphs of earlier models
                 model.compile()
                 self.add(f"{what}, compiled", name, step(model), unit=unit, n_units=n_units)
             model.to("cpu")
@@ -108,6 +109,7 @@ def compare_image_vae(results: ResultRows) -> None:
     from diffusers import AutoencoderKL
 
     def theirs() -> nn.Module:
+        # Four levels, compression 8 in both axes.
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
         widths = (128, 256, 512, 512)
         return AutoencoderKL(3, 3, **blocks, block_out_channels=widths, layers_per_block=2, latent_channels=4)
@@ -125,9 +127,11 @@ def compare_image_vae(results: ResultRows) -> None:
 
         return run
 
+    # Random images (16, 3, 256, 256); latents are (16, Z, 32, 32).
     image = torch.randn(16, 3, 256, 256, device=DEVICE).clamp(-1, 1)
     models = {f"ours {name}": ImageVAE.from_preset(name) for name in ("large", "ldm", "small")}
     results.add_step("image VAE step, 16 x 256 px", {**models, "diffusers": theirs()}, step, unit="images", n_units=16)
+    # The cost of deterministic kernels.
     torch.use_deterministic_algorithms(True, warn_only=True)
     results.add_step("the same, deterministic", {"ours large": models["ours large"]}, step, unit="images", n_units=16)
     torch.use_deterministic_algorithms(False)
@@ -183,6 +187,7 @@ def compare_vocoder(results: ResultRows) -> None:
     for name, build in sides.items():
         recipe = build()
 
+        # Two steps, since "/2" updates its discriminator in every second one.
         def two_steps(recipe=recipe) -> None:
             recipe.step(waveform)
             recipe.step(waveform)
@@ -195,6 +200,7 @@ def compare_vocoder(results: ResultRows) -> None:
 def compare_audio_vae(results: ResultRows) -> None:
     """Training steps on log-mels of 80 x 512 frames, and diffusers' AutoencoderKL in AudioLDM's layout."""
     settings = AudioVAE.from_preset("base").config.mel
+    # Log-mels (16, M, 512) with the mean and std of speech.
     mel = 2 * torch.randn(16, settings.n_mels, 512, device=DEVICE) - 5
 
     def step(model: nn.Module) -> Callable[[], None]:
@@ -229,6 +235,7 @@ def compare_transformer(results: ResultRows) -> None:
 
         return run
 
+    # Our loss in chunks of different sizes (0: all logits at once), and Llama.
     for name, chunk in (("ours", 512), ("ours", 4096), ("ours", 0), ("llama", None)):
         side = SIDES[name](LARGE) if chunk is None else SIDES[name](LARGE, loss_chunk_size=chunk)
         side.model.to(DEVICE)

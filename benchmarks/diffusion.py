@@ -30,8 +30,8 @@ from model.samplers import guided_denoiser, initial_noise, sample
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import option
 
-LATENT_SHAPE = (4, 16, 16)
-N_TOKENS, TEXT_WIDTH = 32, 256
+LATENT_SHAPE = (4, 16, 16)  # of an image of 128 px with a VAE of compression 8
+N_TOKENS, TEXT_WIDTH = 32, 256  # of captions
 OURS, THEIRS = "ours", "diffusers"
 
 
@@ -83,6 +83,7 @@ def training_step(model: nn.Module, batch_size: int, bf16: bool = False) -> Call
     x0, noise = (torch.randn(batch_size, *LATENT_SHAPE, generator=generator) for _ in range(2))
     time, states = torch.rand(batch_size, generator=generator), torch.randn(batch_size, N_TOKENS, TEXT_WIDTH)
     mask = torch.arange(N_TOKENS) < torch.randint(8, N_TOKENS + 1, (batch_size, 1), generator=generator)
+    # The default process: rectified flow, whose target is the velocity.
     process = DiffusionProcess()
     latents, target = process.add_noise(x0, noise, time), process.target(x0, noise, time)
 
@@ -130,6 +131,7 @@ def peak_memory() -> float:
 def memory_of(name: str, batch_size: int) -> None:
     """Print the peak memory of this process in MB after the imports, and after two training steps of one side."""
     if name == THEIRS:
+        # Imports are part of both measurements, otherwise they would count as memory of the steps.
         importlib.import_module("diffusers.models.unets.unet_2d_condition")
     imported = peak_memory()
     run = training_step(build(name), batch_size)
@@ -141,6 +143,7 @@ def memory_of(name: str, batch_size: int) -> None:
 def sampling(args: BenchmarkArguments) -> None:
     """Time Euler steps with a batch of 4, with guidance 3 and without."""
     model, process = build(OURS).eval(), DiffusionProcess()
+    # The same noise and captions for both.
     condition = model.encode_text(text_states=torch.randn(4, N_TOKENS, TEXT_WIDTH))
     times = process.sampling_times(args.n_steps)
     noise = initial_noise(LATENT_SHAPE, [torch.Generator().manual_seed(seed) for seed in range(4)], process)
@@ -168,6 +171,7 @@ def cached_latents(args: BenchmarkArguments) -> None:
         with torch.no_grad():
             cached = vae.encode(image)[0]
 
+        # A training step as in the stage: noise, prediction with dropped captions, loss.
         def step(latents: Tensor, *, model=model, time=time, tokens=tokens) -> None:
             model.zero_grad()
             noise = torch.randn_like(latents)
@@ -175,6 +179,7 @@ def cached_latents(args: BenchmarkArguments) -> None:
             prediction = model(noisy, time, tokens=tokens, drop=time < 0.1).prediction
             (prediction - model.process.target(latents, noise, time)).square().mean().backward()
 
+        # Without a cache the encoder runs in every step, without gradient.
         def encode_and_step(vae=vae, image=image, step=step) -> None:
             with torch.no_grad():
                 latents = vae.encode(image)[0]

@@ -29,7 +29,7 @@ from utils.evaluation.tables import Column, score_table
 
 ROOT = Path(__file__).resolve().parent.parent
 UNIFORM = ["--time_sampling", "uniform"]
-OBJECTIVES = {
+OBJECTIVES = {  # name -> flags of pretrain_image_diffusion.py
     "rectified flow": [],
     "rectified flow, times towards noise": ["--time_mean", "0.8", "--time_std", "1.2"],
     "DDPM, epsilon": ["--override", "schedule=linear", "prediction=epsilon", *UNIFORM],
@@ -77,6 +77,7 @@ def train_and_measure(args: argparse.Namespace, objective: str, seed: int) -> di
             flags += ["--training_samples", "1000", "--max_samples", "144"]
             run("evaluate.py", *flags, "--output_dir", str(out))
         metrics[scale] = json.loads((out / "metrics.json").read_text())["scores"]
+    # One objective is enough to compare averaged with raw weights.
     if not OBJECTIVES[objective]:
         metrics["average_over_raw"] = average_over_raw(run_dir, args.cached_dataset)
     return metrics
@@ -145,6 +146,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_steps < N_CHECKPOINTS or args.max_steps % N_CHECKPOINTS:
         parser.error(f"--max_steps={args.max_steps} must be a multiple of {N_CHECKPOINTS}")
+    # Runs are separate processes, so threads suffice.
     pairs = [(objective, seed) for seed in args.seeds for objective in OBJECTIVES]
     with ThreadPoolExecutor(args.jobs) as pool:
         metrics = list(pool.map(lambda pair: train_and_measure(args, *pair), pairs))

@@ -95,7 +95,7 @@ def build(args: GrokkingArguments) -> MegaTransformerForCausalLM:
         initializer_range=0.05,
         use_depth_scaled_initialization=False,
         vocab_size=args.modulus + 2,
-        max_position_embeddings=4,
+        max_position_embeddings=4,  # a, operation, b, =
         pad_token_id=None,
         bos_token_id=None,
         tie_word_embeddings=False,
@@ -104,9 +104,11 @@ def build(args: GrokkingArguments) -> MegaTransformerForCausalLM:
 
 def all_pairs(p: int, operation: str) -> tuple[Tensor, Tensor]:
     """Tokens [a, operation, b, =] of all N pairs, (N, 4), and their results modulo p, (N,); no zeros in products."""
+    # Products with 0 are all 0, which would be trivial to predict.
     numbers = torch.arange(p) if operation == "addition" else torch.arange(1, p)
     first, second = torch.cartesian_prod(numbers, numbers).unbind(1)
     results = first + second if operation == "addition" else first * second
+    # Token p is the operation, token p + 1 the equals sign.
     tokens = [first, torch.full_like(first, p), second, torch.full_like(first, p + 1)]
     return torch.stack(tokens, dim=1), results % p
 
@@ -132,6 +134,7 @@ def train(args: GrokkingArguments, seed: int, is_fast: bool) -> Run:
     run, start = Run(), time.process_time()
     for step in range(1, args.max_steps + 1):
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, step / 10)
+        # A batch of training pairs, drawn with replacement; the loss is that of the last position.
         rows = seen[torch.randint(n_seen, (args.batch_size,))]
         optimizer.zero_grad()
         F.cross_entropy(logits(rows), results[rows]).backward()
@@ -144,7 +147,7 @@ def train(args: GrokkingArguments, seed: int, is_fast: bool) -> Run:
             run.steps.append(step)
             run.seen.append(accuracies[0])
             run.unseen.append(accuracies[1])
-            if accuracies[1] >= args.goal:
+            if accuracies[1] >= args.goal:  # has generalised
                 break
     run.seconds = time.process_time() - start
     return run
@@ -168,6 +171,7 @@ def draw(args: GrokkingArguments, runs: dict[str, list[Run]]) -> Image.Image:
     last = max(run.steps[-1] for repeats in runs.values() for run in repeats)
     across, down = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
 
+    # Step and accuracy -> pixels.
     def place(step: float, accuracy: float) -> tuple[float, float]:
         return MARGIN + across * step / last, HEIGHT - MARGIN - down * accuracy
 

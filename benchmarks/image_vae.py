@@ -34,7 +34,7 @@ from utils.training_utils import EpochSampler
 
 # Channels of the blocks of diffusers' AutoencoderKL, with 2 layers each, and our preset of the same size.
 PAIRS = {"5M": ((32, 64, 128, 128), "small"), "21M": ((64, 128, 256, 256), "medium")}
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = 16  # on both sides
 
 
 @dataclasses.dataclass
@@ -75,6 +75,7 @@ def forward(model: nn.Module, image: Tensor, noise: Tensor) -> tuple[Tensor, Ten
     if isinstance(model, ImageVAE):
         output = model(image=image, noise=noise)
         return output.reconstruction, output.mean, output.logvar
+    # diffusers has no argument for the noise, so the sample is computed here.
     posterior = model.encode(image).latent_dist
     reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
     return reconstruction.float(), posterior.mean.float(), posterior.logvar.float()
@@ -84,7 +85,7 @@ def loss_of(model: nn.Module, image: Tensor, noise: Tensor, *, bf16: bool = Fals
     """L1 + 1e-3 KL in nats per input value."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         reconstruction, mean, logvar = forward(model, image, noise)
-    kl = kl_divergence(mean, logvar).mean() / image[0].numel()
+    kl = kl_divergence(mean, logvar).mean() / image[0].numel()  # per input value, as the L1
     return (reconstruction - image).abs().mean() + 1e-3 * kl
 
 
@@ -129,7 +130,7 @@ def train(
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
 
-            used += cpu_seconds(update)
+            used += cpu_seconds(update)  # loading and collating do not count
             step += 1
             if used >= args.quality:
                 break
@@ -145,6 +146,7 @@ def train(
 
 def quality(args: BenchmarkArguments) -> None:
     """Print the held-out PSNR of both sides after the same CPU time, for every learning rate."""
+    # Both sides start from the same seed at every learning rate.
     train_set, validation = (ImageDataset(args.cached_dataset, split) for split in ("train", "validation"))
     held_out = collate_stack([validation[i] for i in range(len(validation))])["image"]
     for rate in args.learning_rates:
@@ -165,6 +167,7 @@ def gan(args: BenchmarkArguments) -> None:
     def side(adaptive: bool) -> Callable[[], None]:
         values = {"gan_start_step": 0, "gan_warmup_steps": 0, "gan_ramp_steps": 1, "use_adaptive_gan_weight": adaptive}
         adversary = Adversary(build_discriminator("patch", 32, 3, False), ImageAutoencoderArguments(**values))
+        # No warm-up: the adversary plays from the first step on.
         adversary.prepare(torch.device("cpu"), "constant", 100)
 
         # The gradient of the loss at the output, then one backward pass through the VAE, as in `GANTrainer`.

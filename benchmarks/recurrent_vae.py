@@ -27,6 +27,7 @@ from utils.command_line import explained_errors, parse_arguments
 from utils.metrics.images import psnr
 from utils.options import option
 
+# Numbers of decoder steps whose PSNR is measured, and thresholds of early exit.
 STEPS = [0, 1, 2, 3, 4, 6, 8, 12, 16, 32]
 THRESHOLDS = [0.1, 0.05, 0.03, 0.02, 0.015, 0.01, 0.007, 0.005]
 ONE_PASS = (
@@ -50,7 +51,7 @@ class BenchmarkArguments:
 def train(args: BenchmarkArguments, name: str, steps: int, *flags: str) -> tuple[RecurrentVAE, float]:
     """Train, unless the run exists; returns the averaged weights and the CPU seconds of training."""
     run = Path(args.output_dir) / "recurrent_vae" / f"{name}_{steps}_{args.seed}"
-    record = run / "seconds.json"
+    record = run / "seconds.json"  # written when the run has ended
     if not record.is_file():
         words = f"""--config {args.config} --run_name {run.name} --output_dir {args.output_dir} --seed {args.seed}
             --cached_dataset {args.cached_dataset} --batch_size {args.batch_size} --learning_rate {args.learning_rate}
@@ -65,7 +66,7 @@ def train(args: BenchmarkArguments, name: str, steps: int, *flags: str) -> tuple
 def curve(model: RecurrentVAE, held_out: Tensor, steps: list[int]) -> list[float]:
     """Mean PSNR in dB of decoded posterior means after each number of steps."""
     values: dict[int, list[float]] = {k: [] for k in steps}
-    for image in held_out.split(46):
+    for image in held_out.split(46):  # in batches, to bound memory
         mean, _ = model.encode(image)
         for k, reconstruction in zip(steps, model.decoder.images_at(mean, steps)):
             values[k] += psnr(reconstruction, image).tolist()
@@ -74,6 +75,7 @@ def curve(model: RecurrentVAE, held_out: Tensor, steps: list[int]) -> list[float
 
 def exits(model: RecurrentVAE, held_out: Tensor, n_steps: int) -> None:
     """Print steps and PSNR over the threshold, and the maximum difference from decoding one image at a time."""
+    # Posterior means (N, Z, y, x), decoded with every threshold.
     latents = torch.cat([model.encode(image)[0] for image in held_out.split(46)])
     (full,) = curve(model, held_out, [n_steps])
     for threshold in THRESHOLDS:
@@ -99,6 +101,7 @@ def saved_bytes(model: RecurrentVAE, image: Tensor, n_steps: int) -> int:
         saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
+    # The hook sees every tensor that autograd saves.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(image=image, n_steps=n_steps, n_backprop_steps=4)
     assert output.reconstruction.requires_grad

@@ -33,6 +33,7 @@ def report(title: str, times: dict[str, list[float]], *, unit: float = 1.0, n_ou
     medians = {name: statistics.median(values) / unit for name, values in times.items()}
     for name, values in times.items():
         print(f"{title:28} {name:10} min {min(values) / unit:7.4f}  median {medians[name]:7.4f} CPU s")
+    # Ratios below 1 mean that ours is faster.
     names = list(medians)
     for ours in names[:n_ours]:
         for theirs in names[n_ours:]:

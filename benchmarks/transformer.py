@@ -67,6 +67,7 @@ class BenchmarkArguments:
 
 def interleave(sides: dict[str, Callable[[], None]], args: BenchmarkArguments) -> dict[str, list[float]]:
     """Seconds of every repeat. The sides take turns, so that changes of the machine's load affect all of them."""
+    # CPU time is not affected by other processes, but is comparable for one thread only.
     now = time.process_time if args.clock == "cpu" else time.perf_counter
     for run in sides.values():
         run()  # warm-up
@@ -97,7 +98,7 @@ def training_step(side, tokens: Tensor, bf16: bool) -> Callable[[], None]:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
             loss = side.loss(tokens)
         loss.backward()
-        if tokens.is_cuda:
+        if tokens.is_cuda:  # kernels run asynchronously
             torch.cuda.synchronize()
 
     return run
@@ -109,6 +110,7 @@ def training(args: BenchmarkArguments, is_compiled: bool) -> None:
     names = [name for name in args.sides if not (is_compiled and name == "x-transformers")]
     tokens = torch.randint(Shape.vocab_size, (args.batch_size, args.sequence_length))
     for bf16 in (False, True):
+        # New models, since compiled ones stay compiled.
         sides = {name: SIDES[name](Shape()) for name in names}
         if is_compiled:
             for side in sides.values():
@@ -140,6 +142,7 @@ def generation(args: BenchmarkArguments) -> None:
 
     # 8 prompts, padded on the left to (8, n_prompt).
     prompts = torch.randint(1, Shape.vocab_size, (8, args.n_prompt))
+    # The first prompt has full length, the last one about half of it.
     masks = (torch.arange(args.n_prompt) >= torch.arange(8)[:, None] * args.n_prompt // 16).long()
     prompts = prompts * masks
     runs = {
@@ -183,7 +186,7 @@ def memory_of(args: BenchmarkArguments) -> None:
         torch.randint(Shape.vocab_size, (args.batch_size, args.sequence_length)),
         bf16=False,
     )
-    before = status_in_mb("VmRSS")
+    before = status_in_mb("VmRSS")  # model and imports
     step()
     step()
     print(before, status_in_mb("VmHWM"))
@@ -199,6 +202,7 @@ def recurrent(args: BenchmarkArguments) -> None:
     if args.recurrent_model:
         model = MegaTransformerForCausalLM.from_pretrained(args.recurrent_model)
     else:
+        # Random weights: no end token, so that all continuations have the same length.
         changes = {"recurrent_exit_criterion": "kl", "recurrent_test_thinking_steps": 16, "eos_token_id": None}
         model = MegaTransformerForCausalLM.from_preset("recurrent-tiny", **changes)
     model.eval()

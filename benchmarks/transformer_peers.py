@@ -31,6 +31,7 @@ class Ours:
     """MegaTransformerForCausalLM with a loss in chunks of 512 tokens, which returns no logits."""
 
     def __init__(self, shape: Shape, **overrides):
+        # The names of our configuration where they differ from those of the shape.
         sizes = dataclasses.asdict(shape)
         tied, length = sizes.pop("is_tied"), sizes.pop("max_length")
         sizes |= {"tie_word_embeddings": tied, "max_position_embeddings": length, "loss_chunk_size": 512, **overrides}
@@ -56,6 +57,7 @@ class Llama(Ours):
     def __init__(self, shape: Shape):
         from transformers import LlamaConfig, LlamaForCausalLM
 
+        # No end token: all continuations have the same length.
         config = LlamaConfig(
             hidden_size=shape.hidden_size,
             num_hidden_layers=shape.n_layers,
@@ -82,6 +84,7 @@ class LitGPT:
         from litgpt.config import Config
         from litgpt.model import GPT
 
+        # The settings of Llama in litgpt.
         config = Config(
             name="peer",
             block_size=shape.max_length,
@@ -107,6 +110,7 @@ class LitGPT:
     def loss(self, tokens: Tensor) -> Tensor:
         from litgpt.utils import chunked_cross_entropy
 
+        # Chunk size 0: the whole batch at once, as in its pretraining script.
         return chunked_cross_entropy(self.model(tokens)[:, :-1], tokens[:, 1:], chunk_size=0)
 
     def generate(self, prompt: Tensor, mask: Tensor, n_new: int) -> Tensor:
@@ -129,6 +133,7 @@ class XTransformers:
         from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
         assert not shape.is_tied and shape.n_query_groups == shape.n_heads, "not supported here"
+        # Flash attention, rotary embedding, RMSNorm and SwiGLU are options of the decoder.
         layers = Decoder(
             dim=shape.hidden_size,
             depth=shape.n_layers,
@@ -146,6 +151,7 @@ class XTransformers:
         self.model = AutoregressiveWrapper(TransformerWrapper(attn_layers=layers, **sizes))
 
     def blocks(self):
+        # A layer is [norms, block, residual]; attention and feed-forward are separate layers.
         return [layer[1] for layer in self.model.net.attn_layers.layers]
 
     def loss(self, tokens: Tensor) -> Tensor:

@@ -69,6 +69,7 @@ def build(preset: str, mel: str) -> Vocoder:
     """Our vocoder with random weights, also those that are initialised to zero."""
     torch.manual_seed(0)
     model = Vocoder.from_preset(preset, **mel_preset(mel).as_dict())
+    # Zeros would make some operations faster than they are after training.
     for parameter in model.parameters():
         parameter.data.add_(1e-3 * torch.randn_like(parameter))
     return model
@@ -114,7 +115,9 @@ class OurStep:
         device = next(model.parameters()).device
         self.criterion, self.adversary = parts["criterion"].to(device), parts["adversary"]
         self.log_mel = LogMel(model.config.mel).to(device)
+        # The adversary plays from the first step on.
         self.adversary.prepare(device, "constant", 1000)
+        # Optimizer and average of the weights, as in training.
         betas = (self.arguments.adam_beta1, self.arguments.adam_beta2)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.arguments.learning_rate, betas=betas)
         self.average = [parameter.detach().clone() for parameter in model.parameters()]

@@ -17,7 +17,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from model.audio.spectral import LogMel, MelSettings
 
-MEL_WEIGHT = 45.0
+MEL_WEIGHT = 45.0  # of the mel loss, in both recipes
 # Logits of real and of generated waveforms, then the feature maps of both.
 Scores = tuple[list[Tensor], list[Tensor], list[list[Tensor]], list[list[Tensor]]]
 
@@ -52,7 +52,7 @@ class TransposedInput(nn.Module):
 
         sizes = {"upsample_rates": [8, 8, 2, 2], "upsample_kernel_sizes": [16, 16, 4, 4]}
         config = SpeechT5HifiGanConfig(model_in_dim=mel.n_mels, sampling_rate=mel.sample_rate, **sizes)
-        config.normalize_before = False
+        config.normalize_before = False  # No statistics of a data set are needed.
         self.network = SpeechT5HifiGan(config)
 
     def forward(self, mel: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class ScaleDiscriminator(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         """(B, 1, S) -> logits (B, S'), feature maps."""
-        maps = []
+        maps = []  # also the input of feature matching
         for layer in self.layers[:-1]:
             x = F.leaky_relu(layer(x), 0.1)
             maps.append(x)
@@ -182,6 +182,7 @@ class PeerRecipe:
             matching = self.feature_matching_weight * self.feature_matching(real_maps, fake_maps)
             total = total + weight * (self.generator_loss(fake_logits) + matching)
         for_generator.zero_grad()
+        # Gradients for the generator alone: those of the discriminators would not be used.
         total.backward(inputs=list(self.generator.parameters()))
         for_generator.step()
         return {"mel": mel_loss.item(), "discriminator": loss.item(), "generator": total.item()}

@@ -38,7 +38,7 @@ from utils.training_utils import EpochSampler
 
 logger = logging.getLogger("benchmark")
 SECONDS_PER_MINUTE = 60
-TIMES = "times.json"
+TIMES = "times.json"  # in the folder of a run: minutes -> optimizer steps
 
 
 @dataclasses.dataclass
@@ -64,6 +64,7 @@ class QualityArguments:
             raise ValueError("--run_dirs measures what is there and --quality trains; give one of them")
 
 
+# Flags that matter to the measurement, and flags that matter to training alone.
 MEASURING_FLAGS = ("cached_dataset", "output_dir", "config", "n_clips")
 TRAINING_FLAGS = tuple(
     field.name
@@ -106,7 +107,7 @@ class SaveAtMinutesCallback(TrainerCallback):
         if self.left and self.clock.seconds() >= self.left[0] * SECONDS_PER_MINUTE:
             self.steps[f"{self.left.pop(0):g}"] = state.global_step
             control.should_save, control.should_training_stop = True, not self.left
-            self.clock.pause()
+            self.clock.pause()  # until the checkpoint is written
 
     def on_save(self, args, state, control, **kwargs):
         self.clock.resume()
@@ -147,6 +148,7 @@ def is_trained(folder: Path, minutes: list[float]) -> bool:
 
 def train_ours(args: QualityArguments) -> None:
     """Train our vocoder with the command line of the stage."""
+    # The run ends by the callback, so its number of steps is only that of the schedule.
     never, length = 10**9, args.max_steps or 10**6
     words = f"""--config {args.config} --run_name {run_folder(args, "ours").name} --output_dir {args.output_dir}
         --cached_dataset {args.cached_dataset} --seed {args.seed} --max_steps {length} --eval_steps {never}
@@ -188,6 +190,7 @@ def train_vocos(args: QualityArguments) -> None:
             step += 1
             if step % 20 == 0:
                 logger.info("vocos: step %d, %.0f CPU s, %s", step, clock.seconds(), terms)
+            # Save at each number of minutes, outside the measured time.
             if clock.seconds() >= left[0] * SECONDS_PER_MINUTE:
                 clock.pause()
                 steps[f"{left[0]:g}"] = step
@@ -220,6 +223,7 @@ def saved_models(folder: Path, name: str) -> dict[str, Path]:
 
 def load_saved(path: Path, dataset: VocoderDataset) -> torch.nn.Module:
     """Load a model of `saved_models`. Raises: ValueError: it has another log-mel than the clips."""
+    # Ours is a checkpoint folder, Vocos a file of weights.
     if path.is_dir():
         ours = load_model(Vocoder, path)
         dataset.expect_mel(ours.config.mel, str(path))
@@ -233,6 +237,7 @@ def measure(args: QualityArguments, folders: list[Path]) -> tuple[int, dict[str,
     """Number of held-out clips, and mean metrics by row: ground truth, Griffin-Lim, and all models in the folders."""
     dataset = VocoderDataset(args.cached_dataset, "validation")
     clips = [dataset[i] for i in spread(len(dataset), args.n_clips)]
+    # Titles of the models: the name of the folder, or its path where names repeat.
     names = [folder.resolve().name for folder in folders]
     saved = {}
     for folder, name in zip(folders, names):
@@ -272,6 +277,7 @@ def quality(args: QualityArguments) -> None:
     """Train the missing runs, measure all of them, print, write."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     folders = list(map(Path, args.run_dirs))
+    # A side is trained unless its run has all checkpoints; runs that exist are measured in any case.
     for side, train in (("ours", train_ours), ("vocos", train_vocos)) if args.quality else ():
         folder = run_folder(args, side)
         if args.side in ("", side) and not is_trained(folder, args.quality):

@@ -43,7 +43,7 @@ class ExportArguments:
 
 def export(args: ExportArguments) -> None:
     """Write under a temporary name, compare with the PyTorch model, rename."""
-    import_runtime()
+    import_runtime()  # Missing packages are reported before the export.
     checkpoint, output = resolve_checkpoint(args.checkpoint), Path(args.output)
     vocoder = load_vocoder(checkpoint, chosen_weights(checkpoint, args))
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def export(args: ExportArguments) -> None:
         for row in comparisons:
             numbers = f"maximum difference of samples {row.difference:.1e}, peak {row.peak:.2f}"
             print(f"batch {row.n_batch}, {row.n_frames} frames: {numbers}")
-            if not row.share <= args.tolerance:
+            if not row.share <= args.tolerance:  # also true for NaN
                 scale = "of full scale" if row.peak <= 1 else "of the peak"
                 rule = f"more than --tolerance {args.tolerance:g}"
                 raise ValueError(f"the export differs by {row.share:.1e} {scale}, {rule}")

@@ -45,6 +45,7 @@ class GenerateTextArguments(GenerationArguments):
 def generate(args: GenerateTextArguments) -> None:
     """Continue all prompts, each `--n_texts` times."""
     prompts = [*args.prompts, *(read_prompts(args.prompt_file) if args.prompt_file else [])]
+    # Copy 0 of every prompt has the given seed, the others seeds derived from it.
     tasks = [(prompt, copy_seed(args.seed, copy)) for prompt in prompts for copy in range(args.n_texts)]
     checkpoint, folder = resolve_checkpoint(args.checkpoint), Path(args.output_dir)
     weights = chosen_weights(checkpoint, args)
@@ -61,6 +62,7 @@ def generate(args: GenerateTextArguments) -> None:
             file.write_text(prompt + continuation, encoding="utf-8")
             print(f"--- {file}\n{prompt}{continuation}")
             texts.append({"file": file.name, "prompt": prompt, "seed": seed, "continuation": continuation})
+    # Settings, so that the texts can be generated again.
     record = {"checkpoint": str(checkpoint), "weights": weights, "device": device, "texts": texts}
     write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
     print(folder / "settings.json")

@@ -35,6 +35,7 @@ def vocode(args: VocodeArguments) -> None:
     """Vocode all files; damaged ones are skipped with a warning."""
     files = find_inputs(args.input, {*AUDIO_SUFFIXES, MEL_SUFFIX})
     folder, records = Path(args.output_dir), []
+    # An output may have the name of an input.
     refuse_overwriting(files.values(), (folder / f"{name}.wav" for name in files))
     synthesizer = Synthesizer.load(args.checkpoint, args)
     # Log-mel (M, F) of each file -> waveform, cut to the length of the input.
@@ -44,6 +45,7 @@ def vocode(args: VocodeArguments) -> None:
         factor = record["compute_seconds"] / record["seconds"]
         numbers = f"{record['seconds']:.2f} s, {factor:.3f} x real time, log-mel L1 {record['mel_l1']:.3f}"
         print(f"{folder / record['file']}  {numbers}")
+    # Settings and results of all files.
     settings = {**dataclasses.asdict(args), **synthesizer.record, "files": records, **provenance()}
     write_json(folder / "settings.json", settings)
     print(folder / "settings.json")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataset_loading.text.windows import TextDataset, prepare_text
-from inference.generate_text import GenerateTextArguments, write
+from inference.generate_text import GenerateTextArguments, generate
 from model.causal import MegaTransformerForCausalLM
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.text_cache import make_text
@@ -40,7 +40,7 @@ def run(checkpoint, tmp_path):
     def call(name, *words, of=checkpoint):
         folder = tmp_path / name
         words = ["--checkpoint", of, "--output_dir", folder, "--max_new_tokens", 12, *words]
-        write(parse_arguments(GenerateTextArguments, [str(word) for word in words], ""))
+        generate(parse_arguments(GenerateTextArguments, [str(word) for word in words], ""))
         return json.loads((folder / "settings.json").read_text())
 
     return call

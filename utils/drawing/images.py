@@ -128,6 +128,7 @@ def draw_sheet(
 def save_image(image: Image.Image, file: Path) -> None:
     """Write a PNG under a temporary name, then rename it; missing folders are created."""
     file.parent.mkdir(parents=True, exist_ok=True)
+    # A reader never sees half a file.
     temporary = file.with_name(file.name + ".tmp")
     image.save(temporary, format="PNG")
     os.replace(temporary, file)

@@ -12,4 +12,5 @@ def playable(waveform: Tensor) -> Tensor:
 
 def add_audio(writer: SummaryWriter, name: str, waveform: Tensor, *, rate: int, step: int) -> None:
     """Add a waveform (S,) to TensorBoard, with a player."""
+    # TensorBoard expects (1, S).
     writer.add_audio(name, playable(waveform)[None], step, sample_rate=rate)

@@ -41,9 +41,9 @@ from utils.timing import RealTime
 
 logger = logging.getLogger(__name__)
 
-GRIFFIN_LIM_ITERATIONS = 60
+GRIFFIN_LIM_ITERATIONS = 60  # with momentum
 MIN_WORDS = 4  # Shorter transcripts are not recognised: without context, a single word is unreliable.
-Scores = dict[str, float | None]
+Scores = dict[str, float | None]  # None: not defined for a clip
 # fmt: off
 COLUMNS = {
     "pesq_wb":            Column("PESQ-wb",  "{:.2f}", "high"),
@@ -129,6 +129,7 @@ class ClipScorer:
     """
 
     def __init__(self, settings: MelSettings, metrics: Sequence[str]):
+        # A missing package should stop the evaluation at the start, not after the first clip.
         for metric in metrics:
             for package in PACKAGES.get(metric, []):
                 import_optional(package)
@@ -148,15 +149,18 @@ class ClipScorer:
         # All metrics of each row, generated before target.
         scores: dict[str, Scores] = {}
         for name, waveform in clip.rows.items():
-            row = dict(clip.scores.get(name, {}))
+            row = dict(clip.scores.get(name, {}))  # what the stage has measured itself
+            # Perception and intelligibility, of waveforms.
             if "pesq" in self.metrics:
                 row["pesq_wb"], row["pesq_wb_starts"] = pesq_wb_and_mean(waveform, reference, self.rate)
             if "stoi" in self.metrics:
                 row["stoi"] = stoi(waveform, reference, self.rate)
+            # Spectra: the log-mel of the row's waveform and that of the data, and short-time Fourier transforms.
             if "mel" in self.metrics:
                 row |= {"mel_l1": mel_l1(mels[name], clip.mel), "mcd_db": mcd(mels[name], clip.mel)}
             if "stft" in self.metrics:
                 row["stft_distance"] = multi_resolution_stft_distance(waveform, reference)
+            # Voicing, pitch, speaker.
             if pitch is not None:
                 row |= pitch_scores(track_pitch(waveform, self.rate), pitch)
             if "speaker" in self.metrics:
@@ -193,7 +197,7 @@ class AudioEvaluator(Evaluator):
     def griffin_lim(self, row: str, mel: Tensor) -> Tensor:
         """The waveform (S,) of a log-mel (M, F) by Griffin-Lim; its time counts for the row."""
         seconds = mel.shape[1] * self.settings.hop_length / self.settings.sample_rate
-        mel = mel[None].to(self.device)
+        mel = mel[None].to(self.device)  # (1, M, F)
         return self.speed.run(row, seconds, lambda: griffin_lim(mel, self.settings, GRIFFIN_LIM_ITERATIONS))[0].cpu()
 
     def autocast(self) -> torch.autocast:
@@ -216,7 +220,7 @@ class AudioEvaluator(Evaluator):
         on_sheet = {indices[i] for i in spread(len(indices), self.args.contact_sheet)}
         values: dict[str, list[Scores]] = {}  # by row: scores of every clip
         transcripts: list[dict[str, Any]] = []
-        drawn: list[tuple[Clip, Scores]] = []
+        examples: list[tuple[Clip, Scores]] = []
         # One clip at a time: waveforms of all rows, their scores, and their words.
         for index in indices:
             clip = self.clip(dataset, index)
@@ -227,16 +231,16 @@ class AudioEvaluator(Evaluator):
             if recognized:
                 transcripts.append({"key": clip.entry["key"], "text": clip.entry["caption"], **recognized})
             if index in on_sheet:
-                drawn.append((clip, scores["model"]))
-        return self.report(values, transcripts, drawn)
+                examples.append((clip, scores["model"]))
+        return self.report(values, transcripts, examples)
 
-    def report(self, values, transcripts, drawn) -> Evaluation:
+    def report(self, values, transcripts, examples) -> Evaluation:
         """Scores as metrics, scalars, tables, audio and the contact sheet.
 
         Args:
             values: row -> scores of every clip.
             transcripts: recognised text of every row, for the clips that have one.
-            drawn: clips of the contact sheet with the model's scores.
+            examples: clips of the contact sheet with the model's scores.
         """
         # Means over clips; the word error rate is a ratio of sums over clips.
         scores = {name: means(rows) for name, rows in values.items()}
@@ -246,6 +250,7 @@ class AudioEvaluator(Evaluator):
                 recognized, texts = ([transcript[key] for transcript in transcripts] for key in (name, "text"))
                 row["wer"], counts[name]["wer"] = word_error_rate(recognized, texts), len(transcripts)
             row["real_time_factor"] = self.speed.factor(name)
+        # Without transcripts there is no word error rate, which is no error.
         if "wer" in self.args.metrics and not transcripts:
             logger.warning("no word error rate: no clip has a transcript of %d words or more", MIN_WORDS)
         # The report: scores in metrics.json, those of the model in TensorBoard, all of them in the table.
@@ -257,16 +262,17 @@ class AudioEvaluator(Evaluator):
         }
         metrics = {
             "scores": scores,
-            "n_clips_defined": counts,
+            "n_clips_defined": counts,  # a mean over few clips is to be read with care
             "reference": next(iter(scores)),
             "model": model,
             "transcripts": transcripts,
         }
         scalars = {name: value for name, value in scores["model"].items() if value is not None}
         evaluation = Evaluation(metrics, scalars, [self.score_table(scores, n_clips, len(transcripts))])
-        if drawn:
-            evaluation.images["contact_sheet.png"] = self.contact_sheet(drawn, n_clips)
-            for clip, _ in drawn:
+        if examples:
+            # The sheet, and the waveforms of all rows for the same clips.
+            evaluation.images["contact_sheet.png"] = self.contact_sheet(examples, n_clips)
+            for clip, _ in examples:
                 for name, waveform in clip.rows.items():
                     evaluation.audio[f"{clip.entry['key']}_{name}"] = (waveform, self.settings.sample_rate)
         return evaluation
@@ -292,11 +298,13 @@ class AudioEvaluator(Evaluator):
             caption=" ".join([f"All rows compared with: {self.row_names[reference]}.", *measured]),
         )
 
-    def contact_sheet(self, drawn: list[tuple[Clip, Scores]], n_clips: int) -> Image.Image:
+    def contact_sheet(self, examples: list[tuple[Clip, Scores]], n_clips: int) -> Image.Image:
         """One row per clip: target log-mel, the model's, their difference."""
-        max_frames = max(clip.mel.shape[1] for clip, _ in drawn)
+        # All clips have the same time scale.
+        max_frames = max(clip.mel.shape[1] for clip, _ in examples)
         groups = []
-        for clip, scores in drawn:
+        for clip, scores in examples:
+            # The caption of a row: scores of the model, then the transcript or the key.
             shown = [
                 f"{COLUMNS[name].title} {COLUMNS[name].cell(scores, name)}"
                 for name in ("pesq_wb", "stoi", "mel_l1")
@@ -305,7 +313,7 @@ class AudioEvaluator(Evaluator):
             caption = "  ".join([*shown, clip.entry["caption"] or clip.entry["key"]])
             images = mel_triple(clip.predicted, clip.mel, self.settings.log_floor, max_frames=max_frames)
             groups.append(Group(images, caption))
-        title = f"{self.checkpoint.parent.name}, step {self.step}: log-mels of {len(drawn)} of {n_clips} clips"
+        title = f"{self.checkpoint.parent.name}, step {self.step}: log-mels of {len(examples)} of {n_clips} clips"
         return strip_sheet(groups, TRIPLE, title=title)
 
 

@@ -70,11 +70,12 @@ class AudioVAEEvaluator(AudioEvaluator):
 
     def build_dataset(self):
         """The log-mels, with waveforms where the folder has them; also loads the vocoder."""
+        # The vocoder: a checkpoint with the same log-mel, or Griffin-Lim.
         self.vocoder = self.vocoder_checkpoint = None
         self.vocoder_record = {"vocoder": f"Griffin-Lim, {GRIFFIN_LIM_ITERATIONS} iterations", "vocoder_weights": None}
         if self.args.vocoder_checkpoint:
             self.vocoder_checkpoint = resolve_checkpoint(self.args.vocoder_checkpoint)
-            weights = "ema" if (self.vocoder_checkpoint / EMA).is_file() else "raw"
+            weights = "ema" if (self.vocoder_checkpoint / EMA).is_file() else "raw"  # --weights is about the VAE
             self.vocoder_record = {"vocoder": str(self.vocoder_checkpoint), "vocoder_weights": weights}
             self.vocoder = load_vocoder(self.vocoder_checkpoint, weights).to(self.device)
             remedy = "use a vocoder that was trained on the same log-mels"
@@ -82,6 +83,7 @@ class AudioVAEEvaluator(AudioEvaluator):
             check_same_mel(self.settings, names[0], self.vocoder.config.mel, names[1], remedy)
         else:
             self.row_names = {**self.row_names, "resynthesis": "Griffin-Lim", "model": "this VAE + Griffin-Lim"}
+        # Caches of vocoders hold log-mels and recordings, those of audio VAEs log-mels alone.
         folder, split = self.cache()
         has_waveforms = read_manifest(Path(folder), None)["stage"] == VocoderDataset.stage
         if not has_waveforms:
@@ -102,7 +104,7 @@ class AudioVAEEvaluator(AudioEvaluator):
         if self.vocoder is None:
             return self.griffin_lim(row, mel)
         seconds = mel.shape[1] * self.settings.hop_length / self.settings.sample_rate
-        vocoder, batch = self.vocoder, mel[None].to(self.device)
+        vocoder, batch = self.vocoder, mel[None].to(self.device)  # (1, M, F)
         with self.autocast():
             waveform = self.speed.run(row, seconds, lambda: vocoder(batch))[0]
         return self.finite(waveform, entry, self.vocoder_checkpoint)
@@ -129,7 +131,8 @@ class AudioVAEEvaluator(AudioEvaluator):
         with self.autocast():
             mean, logvar = self.speed.run("encode", seconds, lambda: self.model.encode(batch, speaker=speaker))
             reconstruction = self.speed.run("decode", seconds, lambda: self.model.decode(mean, n_frames, speaker))
-        self.health.update(mean.float(), logvar.float())
+        self.health.update(mean.float(), logvar.float())  # of all clips
+        # Values of log-mels and of latents, for the compression.
         self.n_values = (self.n_values[0] + mel.numel(), self.n_values[1] + mean.numel())
         predicted = self.finite(reconstruction, entry)[0].clamp_min(self.settings.log_floor)
         # Waveforms, the reference first: the recording if there is one, otherwise the resynthesis.
@@ -142,11 +145,11 @@ class AudioVAEEvaluator(AudioEvaluator):
         return Clip(entry=entry, mel=mel, predicted=predicted, rows=rows, scores=scores)
 
     def measure(self, dataset, indices):
-        self.health, self.n_values = LatentHealth(), (0, 0)
+        self.health, self.n_values = LatentHealth(), (0, 0)  # filled by `clip`
         return super().measure(dataset, indices)
 
-    def report(self, values, transcripts, drawn):
-        evaluation = super().report(values, transcripts, drawn)
+    def report(self, values, transcripts, examples):
+        evaluation = super().report(values, transcripts, examples)
         # The latents, and their std after normalization with the statistics stored in the model.
         latents = self.health.compute()
         latents["normalized_std"] = normalized_std(latents, self.model.latent_std)
@@ -155,6 +158,7 @@ class AudioVAEEvaluator(AudioEvaluator):
         score, model = evaluation.metrics["scores"]["model"], evaluation.metrics["model"]
         score["real_time_factor"] = model["real_time_factor"] = speed["decode"] + speed["vocoding"]
         model |= {f"{name}_real_time_factor": value for name, value in speed.items()}
+        # Size of the latents, and which vocoder was used.
         model |= {
             "latent_channels": self.model.config.latent_channels,
             "latent_frames_per_second": self.settings.sample_rate

@@ -121,6 +121,7 @@ class Evaluator:
     def __init__(self, args: Any, checkpoint: Path):
         self.args, self.checkpoint = args, checkpoint
         self.record = read_stage(checkpoint)
+        # Flags of other stages, and flags that have no effect on this one, are refused before anything is loaded.
         known = {field.name for field in declared_fields(self.arguments_class)} - set(self.refused_flags)
         foreign = ", ".join(f"--{name}" for name in args.given if name not in known)
         if foreign:
@@ -152,7 +153,7 @@ class Evaluator:
             "precision": "bf16 autocast" if self.args.bf16 else "fp32",
             "definitions": self.definitions,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(),  # for the speed
             "trained_at_commit": self.record["git_commit"],
         }
 
@@ -163,6 +164,7 @@ class Evaluator:
     def describe_data(self, dataset: Any, n_samples: int) -> dict[str, Any]:
         """The evaluated samples, for metrics.json. Warns if the run's data set has been rebuilt since training."""
         folder, split = (self.args.dataset, self.args.split) if self.args.dataset else self.cache()
+        # A rebuilt cache may split samples differently, so held-out samples may have been trained on.
         trained_on = self.record["data"]
         is_same = (
             dataset.fingerprint == trained_on["fingerprint"].partition("+")[0]

@@ -69,6 +69,7 @@ class BatchedGenerator:
         device = self.pipeline.device
         watch = watch or Stopwatch(device)
         for start in range(0, len(samples), self.batch_size):
+            # One seed per image, from the seed of the evaluation, the key of the sample and the number of the copy.
             batch = samples[start : start + self.batch_size]
             prompts = [sample["caption"] for sample in batch]
             seeds = [seed_of(self.seed, f"{sample['key']} {copy}") for sample in batch]
@@ -86,9 +87,9 @@ class BatchedGenerator:
         """Images (B, 3, S, S) in [-1, 1] that the VAE decodes from cached latents, or reconstructs from images."""
         vae, device = self.pipeline.vae, self.pipeline.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            if "mean" in batch:
+            if "mean" in batch:  # cached latents, standardised: (B, Z, y, x)
                 latents = vae.denormalize_latents(batch["mean"].to(device))
-            else:
+            else:  # images: the posterior mean
                 latents = vae.encode(batch["image"].to(device))[0]
             return vae.decode(latents).float().clamp(-1, 1)
 
@@ -147,7 +148,8 @@ def generation_metrics(
     samples = [dataset.entries[i] for i in indices]
     target = reconstruction_features(generator, dataset, indices)  # (N, D)
     generated = generator.features(samples, settings)  # (N, D)
+    # Distances use the pooled features, the probe uses all of them.
     sets = compare_sets(generated[:, :N_POOLED], target[:, :N_POOLED])
     scores = {"frechet": sets["frechet"], "kid": sets["kid"]}
     scores |= agreement_scores(probe, generated, [sample["caption"] for sample in samples])
-    return {name: value for name, value in scores.items() if value is not None}
+    return {name: value for name, value in scores.items() if value is not None}  # only what can be logged

@@ -46,7 +46,7 @@ from utils.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
 
-N_DRAWN = 3  # generated images per caption on the contact sheet
+N_COPIES = 3  # generated images per caption on the contact sheet
 
 
 @dataclasses.dataclass
@@ -141,6 +141,7 @@ class ImageDiffusionEvaluator(Evaluator):
         sources = self.open_sources(latents)
         self.reference = "real" if sources else "reconstruction"
         self.training = PairedLatentDataset(latents["train"], sources.get("train"))
+        # Other captioned images, at the size of the training images; or the held-out split of the cache.
         if self.args.dataset:
             size = latents["train"].manifest["settings"]["image_size"]
             return ImageFolder(self.args.dataset, self.args.split, image_size=size, resize_mode=self.args.resize_mode)
@@ -153,7 +154,7 @@ class ImageDiffusionEvaluator(Evaluator):
         try:
             return {name: SourceImageDataset(dataset) for name, dataset in latents.items()}
         except (OSError, ValueError) as error:
-            if "compare_with" in self.args.given:
+            if "compare_with" in self.args.given:  # Raw images were asked for.
                 raise
             logger.warning("raw images cannot be read, comparing with reconstructions instead: %s", error)
             return {}
@@ -161,25 +162,27 @@ class ImageDiffusionEvaluator(Evaluator):
     def extract_features(self, dataset: Any, indices: Sequence[int], on_sheet: Sequence[int] = ()):
         """Features of real and reconstructed images, (N, D) by row, and the images at the positions `on_sheet`."""
         features: dict[str, list[Tensor]] = {}
-        drawn: dict[int, list[Image.Image]] = {}
+        examples: dict[int, list[Image.Image]] = {}
         loader = DataLoader(
             Subset(dataset, indices), self.args.batch_size, num_workers=self.args.num_workers, collate_fn=collate_stack
         )
         position = 0
         for batch in loader:
+            # The rows of this batch, each (B, 3, S, S).
             rows = {"reconstruction": self.generator.reconstruct(batch)}
             if self.reference == "real":
                 rows = {"real": batch["image"].to(self.device), **rows}
             for name, images in rows.items():
                 features.setdefault(name, []).append(self.generator.extractor(images))
+            # Rows of the batch are transposed: the images of one sample, in the order of the rows.
             for images in zip(*rows.values()):
                 if position in on_sheet:
-                    drawn[position] = [to_image(image) for image in images]
+                    examples[position] = [to_image(image) for image in images]
                 position += 1
-        return {name: torch.cat(batches) for name, batches in features.items()}, drawn
+        return {name: torch.cat(batches) for name, batches in features.items()}, examples
 
     def measure(self, dataset, indices):
-        samples = [dataset.entries[index] for index in indices]
+        samples = [dataset.entries[index] for index in indices]  # dicts with `key` and `caption`
         on_sheet = distinct_captions(samples, self.args.contact_sheet)
         # The probe is fitted to training images and their captions.
         chosen = spread(len(self.training), self.args.training_samples or len(self.training))
@@ -191,13 +194,13 @@ class ImageDiffusionEvaluator(Evaluator):
             self.probe, problem = None, f"{self.training.latents.folder}: {error}"
             logger.warning("agreement with the captions cannot be measured: %s", problem)
         # Features of the held-out images, of their reconstructions, and of images generated for their captions.
-        rows, drawn = self.extract_features(dataset, indices, on_sheet)
+        rows, examples = self.extract_features(dataset, indices, on_sheet)
         watch = Stopwatch(self.device)
         rows["generated"] = self.generator.features(samples, self.args, watch)
         captions = [sample["caption"] for sample in samples]
         scores = self.scores(rows, training[self.reference], captions)
-        pooled = {name: features[:, :N_POOLED] for name, features in rows.items()}
-        # The report.
+        pooled = {name: features[:, :N_POOLED] for name, features in rows.items()}  # (N, 1280)
+        # The report: scores, memorisation, the captions, settings, size and speed.
         metrics = {
             "scores": scores,
             "reference": self.reference,
@@ -220,7 +223,7 @@ class ImageDiffusionEvaluator(Evaluator):
         tables = [generation_table(metrics, len(samples)), detail_table(metrics)]
         evaluation = Evaluation(metrics, self.scalars(metrics), tables)
         if on_sheet:
-            evaluation.images["contact_sheet.png"] = self.contact_sheet(samples, on_sheet, drawn)
+            evaluation.images["contact_sheet.png"] = self.contact_sheet(samples, on_sheet, examples)
         if self.args.curve:
             self.measure_curve(evaluation, samples, rows[self.reference])
         return evaluation
@@ -273,16 +276,17 @@ class ImageDiffusionEvaluator(Evaluator):
         scalars["seconds_per_image"] = metrics["model"]["seconds_per_image"]
         return {name: value for name, value in scalars.items() if value is not None}
 
-    def contact_sheet(self, samples, on_sheet, drawn) -> Image.Image:
+    def contact_sheet(self, samples, on_sheet, examples) -> Image.Image:
         """One row per caption: the real image, its reconstruction, and images generated with three seeds."""
         chosen = [samples[position] for position in on_sheet]
+        # One list of images per copy, in the order of the captions.
         copies = [
             [to_image(image) for batch in self.generator.generate(chosen, self.args, copy=copy) for image in batch]
-            for copy in range(N_DRAWN)
+            for copy in range(N_COPIES)
         ]
-        labels = (["real"] if self.reference == "real" else []) + ["reconstruction"] + ["generated"] * N_DRAWN
+        labels = (["real"] if self.reference == "real" else []) + ["reconstruction"] + ["generated"] * N_COPIES
         groups = [
-            Group([*drawn[position], *(images[row] for images in copies)], samples[position]["caption"])
+            Group([*examples[position], *(images[row] for images in copies)], samples[position]["caption"])
             for row, position in enumerate(on_sheet)
         ]
         title = (
@@ -297,6 +301,7 @@ class ImageDiffusionEvaluator(Evaluator):
         Args: target: features of the reference images, (N, D).
         """
         args, points = self.args, []
+        # A subset of the samples, the same for every point.
         chosen = spread(len(samples), args.curve_samples)
         samples, target = [samples[i] for i in chosen], target[chosen, :N_POOLED]
         captions, shown = [sample["caption"] for sample in samples], {}
@@ -304,7 +309,7 @@ class ImageDiffusionEvaluator(Evaluator):
             for scale in args.curve_scales:
                 for n_steps in args.curve_steps:
                     changes = {"sampler": sampler, "guidance_scale": scale, "n_steps": n_steps}
-                    settings = SamplingArguments(**{**args.settings(), **changes})
+                    settings = SamplingArguments(**{**args.settings(), **changes})  # the other settings as given
                     watch = Stopwatch(self.device)
                     features = self.generator.features(samples, settings, watch)
                     point = {**changes, "n_evaluations": n_evaluations(sampler, n_steps)}
@@ -315,6 +320,7 @@ class ImageDiffusionEvaluator(Evaluator):
                     images = next(self.generator.generate(samples[:1], settings))
                     shown[sampler, scale, n_steps] = to_image(images[0])
                     logger.info("curve: %s, guidance %g, %d steps", sampler, scale, n_steps)
+        # The curve in metrics.json, as a table, as a sheet, and in TensorBoard.
         evaluation.metrics["curve"] = {"n_samples": len(samples), "points": points}
         evaluation.tables = [*evaluation.tables, curve_table(points, len(samples))]
         evaluation.images["curve.png"] = curve_sheet(shown, captions[0])
@@ -323,7 +329,7 @@ class ImageDiffusionEvaluator(Evaluator):
 
 def distinct_captions(samples: Sequence[dict], n: int) -> list[int]:
     """Positions of at most n samples with different captions, evenly spaced."""
-    first: dict[str, int] = {}
+    first: dict[str, int] = {}  # caption -> position of its first sample
     for position, sample in enumerate(samples):
         first.setdefault(sample["caption"], position)
     positions = list(first.values())

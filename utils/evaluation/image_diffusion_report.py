@@ -9,7 +9,7 @@ from utils.drawing.images import Group, draw_sheet
 from utils.evaluation.tables import Column, fact_table, score_table
 from utils.metrics.caption_agreement import N_POOLED
 
-ROW_NAMES = {
+ROW_NAMES = {  # row -> label, in the order of the table
     "real": "held-out images",
     "training": "training images",
     "reconstruction": "reconstruction",
@@ -42,6 +42,7 @@ def generation_table(metrics: dict[str, Any], n_samples: int) -> Table:
         f"Frechet, KID: distance from the {metrics['reference']} images (0: none). precision: realism. recall: "
         "diversity.\nagreement: accuracy of retrieving the caption with a probe. words: AUC of words (chance: 0.5)."
     )
+    # Notes that depend on the data.
     if n_samples < 2 * N_POOLED:
         caption += f"\nFrechet is biased upwards below {2 * N_POOLED} images (here {n_samples}): read KID."
     if metrics["captions"]["problem"]:
@@ -76,6 +77,7 @@ def detail_table(metrics: dict[str, Any]) -> Table:
             f"{captions['n_words']} words, R^2 {captions['explained']:.2f} on held-out captions; "
             f"{captions['n_distinct']} distinct captions evaluated, {captions['n_without_words']} without known words"
         )
+    # Size, settings and speed.
     facts["parameters"] = f"{model['parameters']:,}"
     facts["sampling"] = (
         f"{sampling['sampler']}, {sampling['n_steps']} steps ({model['n_evaluations']} evaluations), guidance "
@@ -95,7 +97,7 @@ def curves_by_steps(points: list[dict[str, Any]]) -> dict[str, dict[int, float]]
     curves: dict[str, dict[int, float]] = {}
     for point in points:
         for name in CURVE_METRICS:
-            if point[name] is not None:
+            if point[name] is not None:  # metrics that are not defined get no curve
                 title = f"curve_{name}/{point['sampler']}_guidance_{point['guidance_scale']:g}"
                 curves.setdefault(title, {})[point["n_steps"]] = point[name]
     return curves
@@ -106,6 +108,7 @@ def curve_sheet(shown: dict[tuple[str, float, int], Image.Image], caption: str) 
 
     Args: shown: images by (sampler, guidance scale, steps).
     """
+    # Distinct values in the order of their first occurrence.
     steps = list(dict.fromkeys(n_steps for _, _, n_steps in shown))
     rows = dict.fromkeys((sampler, scale) for sampler, scale, _ in shown)
     groups = [Group([shown[*row, n_steps] for n_steps in steps], f"{row[0]}, guidance {row[1]:g}") for row in rows]

@@ -84,13 +84,14 @@ class ImageVAEEvaluator(Evaluator):
         return ImageDataset(*self.cache()).expect(image_size=size)
 
     def measure(self, dataset, indices):
+        # The perceptual distance and the distances of sets use the same features.
         features = SharedFeatures().to(self.device)
         distance = PerceptualDistance(features)
         # One row of scores for the model and one per codec; they share the features of the input images.
         references = {name: REFERENCES[name] for name in self.args.references}
         rows = {name: ReconstructionScores(features, distance) for name in ("model", *references)}
         ratios: dict[str, list[float]] = {name: [] for name in rows}
-        real_moments, health, drawn = FeatureMoments(), LatentHealth(), {}
+        real_moments, health, examples = FeatureMoments(), LatentHealth(), {}
         encode_watch, decode_watch = Stopwatch(self.device), Stopwatch(self.device)
         on_sheet = {indices[i] for i in spread(len(indices), self.args.contact_sheet)}
         loader = DataLoader(
@@ -104,20 +105,20 @@ class ImageVAEEvaluator(Evaluator):
                 reconstruction = decode_watch.time(self.model.decode, mean).float().clamp(-1, 1)
             self.check_finite(reconstruction, batch["index"], dataset)
             health.update(mean, logvar)
-            ratios["model"] += [image[0].numel() / mean[0].numel()] * len(image)
+            ratios["model"] += [image[0].numel() / mean[0].numel()] * len(image)  # values per latent value
             # The codecs on the same batch, and the scores of all rows.
             reconstructions = {"model": reconstruction}
             for name, reference in references.items():
                 reconstructions[name], ratio = reference(image, mean.shape[-2:])
                 ratios[name] += ratio
-            features.clear()
+            features.clear()  # those of the last batch
             real_moments.update(features.pooled(image))
             for name, images in reconstructions.items():
                 rows[name].update(images, image)
             for index, generated, target in zip(batch["index"].tolist(), reconstruction, image):
                 if index in on_sheet:
                     value = psnr(generated[None], target[None]).item()
-                    drawn[index] = (to_image(target), to_image(generated), value)
+                    examples[index] = (to_image(target), to_image(generated), value)
         # Means over images, distances of sets, and the std of latents after normalization.
         scores = {name: row.compute(real_moments) for name, row in rows.items()}
         for name, score in scores.items():
@@ -134,13 +135,13 @@ class ImageVAEEvaluator(Evaluator):
             "batch_size": self.args.batch_size,
         }
         evaluation = self.report(scores, latents, model, n_samples=len(indices))
-        if drawn:
-            evaluation.images["contact_sheet.png"] = self.contact_sheet(drawn, dataset, evaluation)
+        if examples:
+            evaluation.images["contact_sheet.png"] = self.contact_sheet(examples, dataset, evaluation)
         return evaluation
 
     def check_finite(self, reconstruction: Tensor, index: Tensor, dataset: Any) -> None:
         """Raises: ValueError: a reconstruction is not finite; names its sample."""
-        finite = torch.isfinite(reconstruction).flatten(1).all(1).cpu()
+        finite = torch.isfinite(reconstruction).flatten(1).all(1).cpu()  # (B,)
         if not finite.all():
             key = dataset.entries[index[~finite][0].item()]["key"]
             raise ValueError(
@@ -152,6 +153,7 @@ class ImageVAEEvaluator(Evaluator):
         names = ("psnr_db", "ssim", "perceptual", "frechet", "kid")
         scalars = {name: scores["model"][name] for name in names if scores["model"][name] is not None}
         scalars["dead_channels"] = float(sum(latents["dead"]))
+        # Notes below the table.
         caption = (
             "PSNR, SSIM: similarity of pixels. perceptual: distance of network features. Frechet, KID: distance of\n"
             "both sets of images (0: none). compression: values per latent value, or raw bytes per byte of JPEG file."
@@ -165,18 +167,18 @@ class ImageVAEEvaluator(Evaluator):
         tables = [table, latent_table(latents), self.model_table(model)]
         return Evaluation({"scores": scores, "latents": latents, "model": model}, scalars, tables)
 
-    def contact_sheet(self, drawn: dict[int, tuple], dataset: Any, evaluation: Evaluation) -> Image.Image:
+    def contact_sheet(self, examples: dict[int, tuple], dataset: Any, evaluation: Evaluation) -> Image.Image:
         """Input and reconstruction of some images.
 
-        Args: drawn: index -> input, reconstruction, and its PSNR.
+        Args: examples: index -> input, reconstruction, and its PSNR.
         """
         title = (
-            f"{self.checkpoint.parent.name}, step {self.step}: input and reconstruction of {len(drawn)} images, mean "
-            f"PSNR of all {evaluation.metrics['scores']['model']['psnr_db']:.1f} dB"
+            f"{self.checkpoint.parent.name}, step {self.step}: input and reconstruction of {len(examples)} images, "
+            f"mean PSNR of all {evaluation.metrics['scores']['model']['psnr_db']:.1f} dB"
         )
         groups = [
             Group((target, generated), f"{value:.1f} dB  {caption_of(dataset.entries[index])}")
-            for index, (target, generated, value) in drawn.items()
+            for index, (target, generated, value) in examples.items()
         ]
         return draw_sheet(groups, ("input", "reconstruction"), n_across=4, title=title)
 
@@ -187,7 +189,7 @@ class ImageVAEEvaluator(Evaluator):
             torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )
         precision = "bf16 autocast" if self.args.bf16 else "fp32"
-        facts = {
+        facts = {  # the numbers of values show where the compression comes from
             "parameters": f"{model['parameters']:,}",
             "image": f"3x{size}x{size} = {3 * size**2:,} values",
             "latent": f"{'x'.join(map(str, shape))} = {int(np.prod(shape)):,} values",
@@ -234,7 +236,7 @@ class ReconstructionScores:
 
 def jpeg(image: Tensor, latent_size: tuple[int, int]) -> tuple[Tensor, list[float]]:
     """JPEG compression of images (B, 3, Y, X): decoded images, and raw bytes per file byte."""
-    decoded, ratios = [], []
+    decoded, ratios = [], []  # JPEG files differ in size, so each image has its own ratio
     for pil_image in map(to_image, image):
         file = io.BytesIO()
         pil_image.save(file, "JPEG", quality=JPEG_QUALITY)
@@ -245,6 +247,7 @@ def jpeg(image: Tensor, latent_size: tuple[int, int]) -> tuple[Tensor, list[floa
 
 def thumbnail(image: Tensor, latent_size: tuple[int, int]) -> tuple[Tensor, list[float]]:
     """Images (B, 3, Y, X) downsampled to the latent's rows and columns and upsampled, and the ratio of values."""
+    # Down (B, 3, y, x), to 8 bits as a stored image would be, and up again (B, 3, Y, X).
     small = F.interpolate(image, size=tuple(latent_size), mode="bicubic", antialias=True).clamp(-1, 1)
     large = F.interpolate(to_float(to_uint8(small)), size=tuple(image.shape[-2:]), mode="bicubic").clamp(-1, 1)
     return large, [image[0].numel() / small[0].numel()] * len(image)

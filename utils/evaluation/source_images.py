@@ -38,6 +38,7 @@ class SourceImageDataset:
             rows[sample_key(file, seen[file], 0)] = row
             seen[file] += 1
         self.keys = [entry["key"] for entry in dataset.entries]
+        # Every sample must have its image, otherwise indices would not match.
         missing = [key for key in self.keys if key not in rows]
         if missing:
             raise FileNotFoundError(

@@ -34,7 +34,7 @@ class Column:
         """The value of the metric `name` in a row, with its error; "-" where it is missing or None."""
         if row.get(name) is None:
             return "-"
-        value = self.template.format(row[name])
+        value = self.template.format(row[name])  # the error has the same number of digits
         return f"{value} +- {self.template.format(row[self.error])}" if self.error else value
 
 
@@ -58,6 +58,7 @@ def score_table(
         reference: key of the row that the others are compared with, dimmed.
         caption: remarks below the table.
     """
+    # Columns: the label of the row, then every metric that some row has. Text is left-aligned, numbers right-aligned.
     table = Table(title=title, caption=caption or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.title_justify = table.caption_justify = "left"
     shown = {
@@ -68,6 +69,7 @@ def score_table(
     for name, column in shown.items():
         is_text = any(isinstance(row.get(name), str) for row in rows.values())
         table.add_column(column.heading, justify="left" if is_text else "right", no_wrap=True)
+    # Rows in the order of their labels, or in their own order.
     for key in rows if names is None else [key for key in names if key in rows]:
         label = [] if names is None else [names[key]]
         cells = [column.cell(rows[key], name) for name, column in shown.items()]
@@ -83,7 +85,7 @@ def fact_table(title: str, facts: Mapping[str, str]) -> Table:
     return table
 
 
-LATENT_NAMES = {
+LATENT_NAMES = {  # statistic of `LatentHealth` -> label
     "mean": "mean of posterior means",
     "std": "std of posterior means",
     "posterior_std": "std of the posterior",

@@ -144,12 +144,14 @@ class TextEvaluator(Evaluator):
         flags = [name for name in ("thinking_steps", "exit_thresholds") if getattr(args, name)]
         if flags and not config.n_recurrent_layers:
             raise ValueError(f"--{flags[0]} has no effect: {self.checkpoint} has no recurrent core")
+        # The largest number of steps that the flags ask for.
         n_steps = max([*args.thinking_steps, args.max_thinking_steps])
         if flags and n_steps > config.recurrent_max_thinking_steps:
             limit = config.recurrent_max_thinking_steps
             raise ValueError(
                 f"{n_steps} thinking steps exceed recurrent_max_thinking_steps={limit} of {self.checkpoint}"
             )
+        # The flag replaces the criterion of the configuration.
         if args.exit_criterion != "own":
             config.recurrent_exit_criterion = args.exit_criterion
         elif args.exit_thresholds and config.recurrent_exit_criterion == "none":
@@ -161,7 +163,7 @@ class TextEvaluator(Evaluator):
 
     def sums(self, batches: DataLoader, **keywords) -> tuple[dict[str, float], float]:
         """Totals of `window_sums` and `bytes` over all evaluated windows, and the seconds of the forward passes."""
-        totals: dict[str, float] = {}
+        totals: dict[str, float] = {}  # accumulated in fp64
         watch, seconds = Stopwatch(self.device), 0.0
         for batch in batches:
             inputs = model_inputs({name: value.to(self.device) for name, value in batch.items()})
@@ -183,7 +185,7 @@ class TextEvaluator(Evaluator):
         held_out, first_ids, n_bytes = torch.zeros(vocab_size, dtype=torch.int64), [], 0
         for batch in batches:
             inputs = model_inputs(batch)
-            ids = next_token_targets(inputs["labels"], inputs["segment_ids"])
+            ids = next_token_targets(inputs["labels"], inputs["segment_ids"])  # (B, L)
             ids = ids[ids != IGNORED]
             held_out += torch.bincount(ids, minlength=vocab_size)
             if n_bytes < COMPRESSED_BYTES:
@@ -203,8 +205,10 @@ class TextEvaluator(Evaluator):
     def generation_speed(self, dataset: TextDataset, **keywords) -> float:
         """New tokens per second of greedy generation at batch size 1."""
         generator = TextGenerator(self.model, dataset.tokenizer)
+        # Prompt and continuation fit into a training window.
         n_new = min(self.args.speed_tokens, dataset.sequence_length // 2)
         settings = GenerationArguments(max_new_tokens=n_new, temperature=0.0, **keywords)
+        # One prompt at a time, as in interactive use.
         watch = Stopwatch(self.device)
         for prompt, _ in split_windows(dataset, SPEED_PROMPTS, n_new):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
@@ -217,7 +221,7 @@ class TextEvaluator(Evaluator):
         config = self.model.config
         max_steps = self.args.max_thinking_steps or config.recurrent_test_thinking_steps
         max_steps = max_steps or config.recurrent_mean_thinking_steps
-        rows: list[dict[str, float]] = []
+        rows: list[dict[str, float]] = []  # threshold 0: no exits
         for threshold in (0.0, *sorted(set(self.args.exit_thresholds))):
             sums, seconds = self.sums(batches, n_thinking_steps=max_steps, exit_threshold=threshold)
             row = {"threshold": threshold, "most_steps": max_steps, **ratios(sums), "seconds": seconds}

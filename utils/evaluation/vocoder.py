@@ -32,6 +32,7 @@ class VocoderEvaluator(AudioEvaluator):
         with self.autocast():
             batch = mel[None].to(self.device)
             waveform = self.speed.run("model", seconds, lambda: self.model(batch))[0]  # (S,)
+        # The first row is the reference.
         rows = {
             "ground_truth": sample["waveform"],
             "griffin_lim": self.griffin_lim("griffin_lim", mel),

@@ -66,7 +66,7 @@ def find_inputs(names: Iterable[str], suffixes: Collection[str]) -> dict[str, Pa
 
 def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     """Raises: ValueError: an output would overwrite an input; names it."""
-    protected = {file.resolve() for file in inputs}
+    protected = {file.resolve() for file in inputs}  # Links count as the files they point to.
     for file in outputs:
         if file.resolve() in protected:
             raise ValueError(f"{file} is an input and would be overwritten; give another folder with --output_dir")
@@ -117,6 +117,7 @@ def read_mel(file: Path, settings: MelSettings) -> Tensor:
     if not isinstance(mel, Tensor) or mel.ndim != 2 or len(mel) != settings.n_mels or not mel.shape[1]:
         actual = f"a tensor of shape {tuple(mel.shape)}" if isinstance(mel, Tensor) else f"a {type(content).__name__}"
         raise ValueError(f"{actual} where a log-mel of shape ({settings.n_mels}, frames) is needed")
+    # The waveform must be long enough for its log-mel to be computed again.
     if mel.shape[1] * settings.hop_length < settings.min_samples:
         needed = -(-settings.min_samples // settings.hop_length)
         raise ValueError(f"a log-mel of {mel.shape[1]} frames is too short, at least {needed} are needed")
@@ -131,6 +132,7 @@ def check_caches(files: Iterable[Path], settings: MelSettings, name: str) -> Non
     Args: name: of the model that reads them, for the message.
     Raises: ValueError: names both definitions, and the command that makes the right log-mels.
     """
+    # A log-mel file of a cache has the manifest of the cache one folder above.
     for folder in sorted({file.parent for file in files if file.suffix == MEL_SUFFIX}):
         if (folder.parent / MANIFEST).is_file():
             AudioDataset(folder.parent, folder.name).expect_mel(settings, name)
@@ -145,7 +147,7 @@ def analyse(waveform: Tensor, log_mel: LogMel, chunk_frames: int = 4096) -> Tens
     Returns: (M, F) with F * hop_length >= S.
     """
     hop_length = log_mel.settings.hop_length
-    n_frames = -(-max(len(waveform), log_mel.settings.min_samples) // hop_length)
+    n_frames = -(-max(len(waveform), log_mel.settings.min_samples) // hop_length)  # rounded up
     waveform = F.pad(waveform, (0, n_frames * hop_length - len(waveform)))
     # The ends of a chunk are padded by reflection, as those of the whole are; context frames on both sides, which are
     # dropped afterwards, keep that out of the result.
@@ -204,7 +206,7 @@ class Synthesizer:
         Raises: ValueError: a preprocessed folder has another log-mel than the vocoder, or no file can be read.
         """
         check_caches(files.values(), self.log_mel.settings, self.name)
-        n_read = 0
+        n_read = 0  # An error only if no file can be read.
         for name, file in files.items():
             try:
                 content = self.read(file)
@@ -222,7 +224,7 @@ class Synthesizer:
 
         Raises: ValueError: it is not finite.
         """
-        mel = mel[None].to(self.vocoder.device)
+        mel = mel[None].to(self.vocoder.device)  # (1, M, F)
         is_long = 0 < self.chunk_frames < mel.shape[-1]
         with torch.autocast(mel.device.type, torch.bfloat16, enabled=self.bf16):
             waveform = self.vocoder.vocode_chunked(mel, self.chunk_frames) if is_long else self.vocoder(mel)
@@ -236,6 +238,7 @@ class Synthesizer:
         Returns: name of the file, seconds of audio and of computation, L1 between the log-mel of the waveform and the
             given one, share of clipped samples.
         """
+        # Vocode, with its time; analyse the waveform again, for the distance from the given log-mel.
         start = time.perf_counter()
         waveform = self.waveform(mel)
         elapsed = time.perf_counter() - start
@@ -274,6 +277,7 @@ class AudioReconstructor:
         """
         checkpoint = resolve_checkpoint(path)
         weights = chosen_weights(checkpoint, args)
+        # Both models must have the same definition of the log-mel.
         vae = load_stage_model(AudioVAE, "audio_vae", checkpoint, weights=weights)
         remedy = "Train one of them anew on the cache of the other; a cache for vocoders serves audio VAEs as well."
         name = f"the audio VAE {checkpoint}"
@@ -297,7 +301,7 @@ class AudioReconstructor:
         Raises: ValueError: it is not finite.
         """
         device = self.vae.device
-        speaker = None if self.speaker is None else torch.tensor([self.speaker], device=device)
+        speaker = None if self.speaker is None else torch.tensor([self.speaker], device=device)  # (1,)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             reconstruction = self.vae(mel[None].to(device), speaker=speaker).reconstruction[0].float().cpu()
         if not reconstruction.isfinite().all():

@@ -15,6 +15,7 @@ from model.image.vae import ImageVAE
 from model.vae import VAE
 from utils.checkpoints import EMA, load_model, read_stage, resolve_checkpoint
 
+# Stages whose checkpoints are VAEs of images.
 VAE_CLASSES: dict[str, type[VAE]] = {"image_vae": ImageVAE, "recurrent_vae": RecurrentVAE}
 
 

@@ -84,6 +84,7 @@ class SeededGumbelProcessor(LogitsProcessor):
 
 def copy_seed(seed: int, copy: int) -> int:
     """The seed of one of several continuations of a prompt; that of copy 0 is the seed itself."""
+    # SeedSequence gives independent streams, unlike seed + copy, which other prompts may use.
     return int(np.random.SeedSequence([seed, copy]).generate_state(1)[0]) if copy else seed
 
 
@@ -169,6 +170,7 @@ class TextGenerator:
 
         Raises: ValueError: one of them was given for a model without a core, or an exit without a criterion.
         """
+        # 0 steps and a negative threshold stand for the settings of the model.
         keywords: dict[str, Any] = {"n_thinking_steps": settings.thinking_steps} if settings.thinking_steps else {}
         keywords |= {} if settings.exit_threshold < 0 else {"exit_threshold": settings.exit_threshold}
         if keywords and not self.model.config.n_recurrent_layers:
@@ -195,6 +197,7 @@ class TextGenerator:
                 f"{given} need {needed} positions, the model has learned max_position_embeddings="
                 f"{config.max_position_embeddings}: shorten the prompt, or generate fewer tokens"
             )
+        # Other position embeddings extrapolate, with worse results.
         if self.trained_length and needed > self.trained_length:
             logger.warning(
                 "%s need %d positions, the model was trained with --sequence_length %d: expect worse text beyond that",
@@ -202,7 +205,7 @@ class TextGenerator:
                 needed,
                 self.trained_length,
             )
-            self.trained_length = None
+            self.trained_length = None  # one warning is enough
 
     @torch.no_grad()
     def continue_tokens(
@@ -248,6 +251,7 @@ class TextGenerator:
 
     def truncate_at_end(self, row: Tensor) -> list[int]:
         """The tokens (L,) before the first end-of-document token."""
+        # After its end token, a finished row of the batch is padded.
         ids, end = row.tolist(), self.model.config.eos_token_id
         return ids[: ids.index(end)] if end in ids else ids
 

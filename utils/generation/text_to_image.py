@@ -85,6 +85,7 @@ class TextToImagePipeline:
         record = read_stage(checkpoint)
         if record["stage"] != "image_diffusion":
             raise ValueError(f"{checkpoint} is of stage {record['stage']!r}; text to image needs image_diffusion")
+        # Latents of another VAE would decode to noise, so the VAE is identified by its fingerprint.
         path = vae_checkpoint or record["latents"]["vae_checkpoint"]
         check_vae(path, record["latents"]["vae_fingerprint"], f"the latents that {checkpoint} was trained on")
         model = load_model(ImageDiffusion, checkpoint, weights).requires_grad_(False).to(device)
@@ -103,6 +104,7 @@ class TextToImagePipeline:
         if self.text_encoder is not None:
             states, mask = self.text_encoder(list(prompts), self.model.config.max_tokens)
             return {"text_states": states.to(self.device), "mask": mask.to(self.device)}
+        # Captions as bytes, padded to the same length.
         ids = [encode_caption(prompt, self.model.config.max_tokens) for prompt in prompts]
         tokens, mask = pad_tokens(ids)
         return {"tokens": tokens.to(self.device), "mask": mask.to(self.device)}
@@ -122,7 +124,7 @@ class TextToImagePipeline:
         noise = initial_noise(self.model.latent_shape(), generators, process).to(self.device)
         # Classifier-free guidance: the denoiser combines predictions with captions and without.
         condition = self.model.encode_text(**self.text_inputs(prompts))
-        low, high = settings.guidance_interval
+        low, high = settings.guidance_interval  # times between which guidance acts
         denoiser = guided_denoiser(
             process,
             self.model.network,
@@ -132,7 +134,7 @@ class TextToImagePipeline:
             interval=(low, high),
             rescale=settings.guidance_rescale,
         )
-        times = process.sampling_times(settings.n_steps).to(self.device)
+        times = process.sampling_times(settings.n_steps).to(self.device)  # from noise to data
         return sample(settings.sampler, denoiser, noise, process, times, generators)
 
     @torch.no_grad()
@@ -142,6 +144,7 @@ class TextToImagePipeline:
         Returns: (B, 3, S, S) in [-1, 1], fp32.
         Raises: ValueError: an image is not finite.
         """
+        # Latents in the units of the VAE, then images; one that is not finite is named by its prompt.
         latents = self.latents(prompts, seeds, settings)
         images = self.vae.decode(self.vae.denormalize_latents(latents))
         finite = images.isfinite().flatten(1).all(1).tolist()
@@ -183,6 +186,7 @@ def fit_to_latents(config: ImageDiffusionConfig, latents: dict, overrides: Seque
     """
     # Shapes and the kind of captions follow from the cache.
     channels, side, _ = latents["latent_shape"]
+    # The number of tokens is rounded up, as tensors of captions are padded to this multiple.
     n_tokens = -(-latents["max_tokens"] // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
     fields = {"latent_channels": channels, "latent_size": side, "max_tokens": n_tokens}
     if latents["text_encoder"]:

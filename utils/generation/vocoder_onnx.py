@@ -72,11 +72,12 @@ def compare_with_onnx(vocoder: Vocoder, file: Path) -> list[Comparison]:
     """Outputs of the model and of its ONNX file for log-mels of several batch sizes and lengths."""
     runtime = import_runtime()
     options = runtime.SessionOptions()
+    # Both use the same number of threads.
     options.intra_op_num_threads = torch.get_num_threads()
     session = runtime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     log_mel, comparisons = LogMel(vocoder.config.mel), []
     for n_batch, n_frames in SHAPES:
-        n_samples = n_frames * vocoder.config.hop_length
+        n_samples = n_frames * vocoder.config.hop_length  # F = n_frames of the log-mel
         mel = log_mel(gliding_tones(n_batch, n_samples, vocoder.config.sample_rate))
         # The same log-mel through both, each timed.
         start = time.process_time()

@@ -22,7 +22,7 @@ NOISE_FLOOR = 1e-5  # energy added to every window, relative to the loudest one:
 LAG_WEIGHT = 0.3  # prefers the shorter of two lags with equal correlation
 PEAK_SHARE = 0.3  # peaks lower than this share of the frame's highest one are no candidates
 JUMP_COST = 2.0  # per unit of |ln(lag / previous lag)|
-OCTAVE_COST = 0.35  # of a jump by one octave, which is cheaper than its distance suggests
+OCTAVE_COST = 0.35  # an octave costs as much as a jump with this |ln(lag / previous lag)|
 SWITCH_COST = 0.15  # between voiced and unvoiced
 
 
