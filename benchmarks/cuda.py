@@ -218,6 +218,7 @@ def compare_audio_vae(results: ResultRows) -> None:
 
         return run
 
+    # AutoencoderKL reads the log-mel as an image with one channel, see `audio_vae.forward`.
     sides = {"ours base": AudioVAE.from_preset("base"), "diffusers": audio_vae.build_theirs()}
     results.add_step("audio VAE step, 16 x 512 frames", sides, step, unit="seconds", n_units=16 * 512 * 256 / 16000)
 

@@ -55,6 +55,7 @@ def train_and_measure(args: argparse.Namespace, objective: str, seed: int) -> di
     name = f"{objective.replace(', ', '_').replace(' ', '_')}_{args.config}_{cache}_{args.max_steps}_{seed}"
     run_dir = Path(args.output_dir) / "image_diffusion" / name
     every = str(args.max_steps // N_CHECKPOINTS)
+    # Train, unless the run is complete; the flags are those of the demonstration.
     if not is_complete(run_dir / f"checkpoint-{args.max_steps}"):
         flags = ["--config", args.config, "--run_name", name, "--output_dir", args.output_dir, "--seed", str(seed)]
         flags += ["--cached_dataset", args.cached_dataset, "--max_steps", str(args.max_steps), "--eval_images", "0"]

@@ -86,6 +86,7 @@ def build(args: GrokkingArguments) -> MegaTransformerForCausalLM:
         use_post_ffn_norm=is_post,
         use_final_norm=not is_post,
         use_qk_norm=False,
+        # Learned positions, biases and GELU, as in the setting of GrokFast.
         use_rotary_embedding=False,
         position_embedding="learned",
         use_attention_bias=True,
@@ -127,6 +128,7 @@ def train(args: GrokkingArguments, seed: int, is_fast: bool) -> Run:
     if is_fast:
         GradientEMA(args.grokfast_alpha, args.grokfast_lambda).attach(optimizer)
 
+    # Logits of the last position, (B, V).
     def logits(rows: Tensor) -> Tensor:
         return model(input_ids=tokens[rows], use_cache=False, logits_to_keep=1).logits[:, -1]
 

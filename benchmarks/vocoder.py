@@ -155,6 +155,7 @@ def training(args: BenchmarkArguments) -> None:
         for every in (1, 2)
     }
     recipes["ours base full"] = OurStep(build("base", args.mel), discriminator="full")
+    # The size of the discriminators decides what a step costs.
     for name in ("ours base /1", "ours base full"):
         print(f"discriminators: {name} {count(recipes[name].adversary.discriminator)}", end=", ")
     peers = {

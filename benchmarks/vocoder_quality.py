@@ -168,6 +168,7 @@ def train_vocos(args: QualityArguments) -> None:
     sampler, generator = EpochSampler(len(dataset), args.peer_batch_size, args.seed), torch.Generator()
     generator.manual_seed(args.seed)
     left, total, step, epoch, clock = sorted(args.quality), max(args.quality) * SECONDS_PER_MINUTE, 0, 0, Clock()
+    # Epochs until the last number of minutes has passed.
     while left:
         sampler.set_epoch(epoch)
         order = list(sampler)

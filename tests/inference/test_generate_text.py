@@ -73,7 +73,7 @@ def test_a_batch_equals_single_runs(words, size, run, request):
     assert len(set(together)) == 4 and all(together)
 
 
-def test_greedy_is_the_likeliest_token_each_time(run, checkpoint):
+def test_greedy_is_the_most_probable_token_each_time(run, checkpoint):
     generator = TextGenerator.load(checkpoint)
     (text,) = continuations(run("greedy", "--prompts", "a list", "--temperature", 0))
     ids = generator.encode("a list")
@@ -83,7 +83,7 @@ def test_greedy_is_the_likeliest_token_each_time(run, checkpoint):
     assert generator.decode(generator.truncate_at_end(torch.tensor(ids[7:]))) == text
 
 
-def test_noise_draws_from_the_softmax():
+def test_noise_samples_from_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
     draws = sampling_processors(GenerationArguments(temperature=0.7, top_k=3), [0])
     counts = torch.zeros(4)
@@ -142,7 +142,7 @@ def test_another_stage_and_an_empty_file_are_refused(run, image_cache, tmp_path)
     with pytest.raises(ValueError, match="has no line with text"):
         run("out", "--prompt_file", tmp_path / "empty.txt")
     vae = save_checkpoint(tmp_path / "image_vae" / "small", image_cache)
-    with pytest.raises(ValueError, match="text is written by checkpoints of stage 'multimodal'"):
+    with pytest.raises(ValueError, match="checkpoints of stage 'multimodal'"):
         run("out", "--prompts", "a", of=vae)
 
 

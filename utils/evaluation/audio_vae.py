@@ -52,7 +52,7 @@ class AudioVAEEvaluator(AudioEvaluator):
     row_names: dict[str, str] = {
         "ground_truth": "ground truth",
         "griffin_lim": f"Griffin-Lim, {GRIFFIN_LIM_ITERATIONS}",
-        "resynthesis": "vocoder",
+        "resynthesis": "vocoder alone",
         "model": "this VAE + vocoder",
     }
     definitions: ClassVar[dict[str, str]] = {
@@ -82,7 +82,7 @@ class AudioVAEEvaluator(AudioEvaluator):
             names = (f"the VAE {self.checkpoint}", f"the vocoder {self.vocoder_checkpoint}")
             check_same_mel(self.settings, names[0], self.vocoder.config.mel, names[1], remedy)
         else:
-            self.row_names = {**self.row_names, "resynthesis": "Griffin-Lim", "model": "this VAE + Griffin-Lim"}
+            self.row_names = {**self.row_names, "resynthesis": "Griffin-Lim alone", "model": "this VAE + Griffin-Lim"}
         # Caches of vocoders hold log-mels and recordings, those of audio VAEs log-mels alone.
         folder, split = self.cache()
         has_waveforms = read_manifest(Path(folder), None)["stage"] == VocoderDataset.stage

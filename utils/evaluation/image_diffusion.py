@@ -211,6 +211,7 @@ class ImageDiffusionEvaluator(Evaluator):
                 "n_training": len(chosen),
             },
             "captions": {**self.describe_captions(captions), "problem": problem},
+            # How the images were sampled, and at what cost.
             "sampling": {**self.args.settings(), "seed": self.args.seed},
             "model": {
                 "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -220,6 +221,7 @@ class ImageDiffusionEvaluator(Evaluator):
                 "batch_size": self.args.batch_size,
             },
         }
+        # Tables, the sheet, and the curve over sampling settings.
         tables = [generation_table(metrics, len(samples)), detail_table(metrics)]
         evaluation = Evaluation(metrics, self.scalars(metrics), tables)
         if on_sheet:

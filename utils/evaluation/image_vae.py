@@ -125,6 +125,7 @@ class ImageVAEEvaluator(Evaluator):
             score["compression"] = statistics.fmean(ratios[name])
         latents = health.compute()
         latents["normalized_std"] = normalized_std(latents, self.model.latent_std)
+        # Size and speed of the model.
         model = {
             "image_size": self.model.config.image_size,
             "latent_shape": list(mean.shape[1:]),

@@ -86,6 +86,7 @@ def compare_with_onnx(vocoder: Vocoder, file: Path) -> list[Comparison]:
         middle = time.process_time()
         (waveform,) = session.run(None, {"mel": mel.numpy()})
         end = time.process_time()
+        # Errors relative to the PyTorch model.
         difference = (torch.from_numpy(waveform) - expected).abs().max().item()
         peak = expected.abs().max().item()
         comparisons.append(

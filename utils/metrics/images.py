@@ -57,7 +57,6 @@ class SharedFeatures(nn.Module):
         self.passes: dict[int, tuple[Tensor, list[Tensor], Tensor]] = {}
 
     def clear(self) -> None:
-        """Empty the cache."""
         self.passes = {}
 
     @torch.no_grad()

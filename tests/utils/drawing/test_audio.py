@@ -1,4 +1,4 @@
-"""Images of sound: what lies where, in which colour."""
+"""Images of audio: positions and colours of what they show."""
 
 import math
 
@@ -77,14 +77,14 @@ def test_waveforms_are_drawn_at_one_scale():
     assert waveform_image({"silent": torch.zeros(10), "broken": torch.full((10,), math.nan)}, 16000).width > 0
 
 
-def test_phase_errors_of_a_known_turn():
-    real = torch.randn(8000, generator=torch.Generator().manual_seed(0))
-    for made, expected in ((real, 0), (-real, math.pi)):
-        phase, frequency, weight = phase_errors(made, real, n_fft=256, hop_length=64)
+def test_phase_errors_of_a_known_rotation():
+    target = torch.randn(8000, generator=torch.Generator().manual_seed(0))
+    for generated, expected in ((target, 0), (-target, math.pi)):
+        phase, frequency, weight = phase_errors(generated, target, n_fft=256, hop_length=64)
         assert torch.allclose(phase, torch.full_like(phase, expected), atol=1e-3) and frequency.max() < 1e-2
         assert weight.max() == 1 and phase.shape == (129, 125)
     image, means = phase_image(
-        torch.randn(8000, generator=torch.Generator().manual_seed(1)), real, n_fft=256, hop_length=64
+        torch.randn(8000, generator=torch.Generator().manual_seed(1)), target, n_fft=256, hop_length=64
     )
     assert image.width > 240
     assert means["phase"] == pytest.approx(math.pi / 2, abs=0.1)

@@ -165,7 +165,7 @@ def test_words_are_counted_where_there_are_four_or_more(report):
     assert report["scores"]["ground_truth"]["wer"] < 0.3
 
 
-def test_sounds_sheet_and_tensorboard(report, vocoder, caches):
+def test_audio_sheet_and_tensorboard(report, vocoder, caches):
     run_dir, dataset = vocoder.parent, VocoderDataset(caches["vocoder"], "validation")
     assert Image.open(run_dir / "contact_sheet.png").width > 600
     files = sorted(path.name for path in (run_dir / "sounds").iterdir())
@@ -196,7 +196,7 @@ def test_bf16_changes_little(run, vocoder):
     assert report["precision"] == "bf16 autocast" and 0 < abs(difference) < 0.05
 
 
-def test_flags_of_images_are_refused_for_sound_and_the_reverse(refused, vocoder, vae, image_cache, tmp_path):
+def test_flags_of_images_are_refused_for_audio_and_the_reverse(refused, vocoder, vae, image_cache, tmp_path):
     for words in (["--dataset", "x"], ["--batch_size", "3"], ["--vocoder_checkpoint", "x"], ["--references", "jpeg"]):
         assert f"{words[0]}: no effect on {vocoder}, which is of stage 'vocoder'" in refused(vocoder, *words)
     image_vae = save_checkpoint(tmp_path / "image_vae", image_cache)
@@ -251,7 +251,7 @@ def test_a_broken_vocoder_is_named(refused, vae, caches, tmp_path):
     )
 
 
-def test_a_vae_without_waveforms_is_held_against_the_resynthesis(run, vae, vocoder, caches, capsys, caplog):
+def test_a_vae_without_waveforms_is_compared_with_the_resynthesis(run, vae, vocoder, caches, capsys, caplog):
     report = run(vae, *QUICK, "--cached_dataset", caches["audio_vae"])
     assert list(report["scores"]) == ["resynthesis", "model"] and report["reference"] == "resynthesis"
     assert report["scores"]["resynthesis"]["stft_distance"] == 0 and not report["data"]["is_the_runs_own"]

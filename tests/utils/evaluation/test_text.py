@@ -153,7 +153,7 @@ def test_only_the_beginning_is_compressed(flat, text_cache, tmp_path, monkeypatc
         assert short[name] == pytest.approx(report["scores"][name], rel=1e-6)
 
 
-def test_no_model_of_sound_or_images_is_loaded():
+def test_no_model_of_audio_or_images_is_loaded():
     program = "import sys, utils.evaluation.text; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     names = loaded.stdout.split()

@@ -27,7 +27,7 @@ def settings(**changes) -> SamplingArguments:
 
 
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
-def test_a_image_depends_on_its_seed_and_prompt_alone(sampler, pipeline):
+def test_an_image_depends_on_its_seed_and_prompt_alone(sampler, pipeline):
     prompts, seeds = ["a red disc", "zwölf Bären", "a red disc"], [3, 4, 5]
     together = pipeline.latents(prompts, seeds, settings(sampler=sampler))
     alone = pipeline.latents(prompts[1:2], seeds[1:2], settings(sampler=sampler))
@@ -90,7 +90,7 @@ def test_the_configuration_is_fitted_to_the_latents(tmp_path):
         fit_to_latents(config.replace(latent_size=4), latents, ["latent_size=4"], folder=tmp_path)
 
 
-def test_a_model_on_frozen_text_trains_and_draws(latent_cache, image_cache, tmp_path, fresh_logging):
+def test_a_model_on_frozen_text_trains_and_samples(latent_cache, image_cache, tmp_path, fresh_logging):
     from pretrain_image_diffusion import ImageDiffusionStage
 
     encoder = save_text_encoder(tmp_path / "encoder")
