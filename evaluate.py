@@ -1,4 +1,4 @@
-"""Metrics of a stage's checkpoint on held-out data: a table, metrics.json, TensorBoard, a contact sheet.
+"""Evaluate a checkpoint of any stage on held-out data: tables, metrics.json, TensorBoard, and a contact sheet.
 
     python evaluate.py --checkpoint runs/image_vae/demo --contact_sheet 16
     python evaluate.py --checkpoint runs/image_vae/demo --dataset my_images --max_samples 500 --output_dir out
@@ -33,6 +33,7 @@ from utils.evaluation.vocoder import VocoderEvaluator
 
 logger = logging.getLogger("evaluate")
 
+# Stage -> evaluator; a new stage adds a row, and its flags to `EvaluateArguments`.
 EVALUATORS: dict[str, type[Evaluator]] = {
     "image_vae": ImageVAEEvaluator,
     "recurrent_vae": RecurrentVAEEvaluator,
@@ -71,22 +72,16 @@ def evaluate(args: EvaluateArguments) -> dict:
     data = evaluator.describe_data(dataset, len(indices))
     with torch.inference_mode():
         evaluation = evaluator.measure(dataset, indices)
-
-    # Write metrics.json and the files beside it.
-    report = {
-        **evaluator.describe(),
-        "data": data,
-        **evaluation.metrics,
-        **provenance(),
-        "seconds": time.perf_counter() - start,
-    }
-    files = write(args, evaluator, evaluation, report)
-    # Print; without a terminal a table is not cut to 80 columns.
+    # metrics.json: what was evaluated, on which data, the metrics, and the versions of the code.
+    report = {**evaluator.describe(), "data": data, **evaluation.metrics, **provenance()}
+    report["seconds"] = time.perf_counter() - start
+    files = write(evaluator, evaluation, report)
+    # The tables on the console; a file has no width.
     console = Console(highlight=False)
     if not console.is_terminal:
         console = Console(highlight=False, width=120)
-    on = f"on {data['folder']} {data['split']}"
-    console.print(f"\n[bold]{evaluator.checkpoint}[/bold], {evaluator.weights} weights, {on}")
+    samples = f"{data['folder']} {data['split']}"
+    console.print(f"\n[bold]{evaluator.checkpoint}[/bold], {evaluator.weights} weights, on {samples}")
     for table in evaluation.tables:
         console.print(table)
     for file in files:
@@ -94,18 +89,19 @@ def evaluate(args: EvaluateArguments) -> dict:
     return report
 
 
-def write(args: EvaluateArguments, evaluator: Evaluator, evaluation: Evaluation, report: dict) -> list[Path]:
-    """Write metrics.json, images, audio and TensorBoard events; returns the paths."""
+def write(evaluator: Evaluator, evaluation: Evaluation, report: dict) -> list[Path]:
+    """Write metrics.json, images, audio and TensorBoard; returns the paths."""
     run_dir = evaluator.checkpoint.parent
-    output_dir = Path(args.output_dir or run_dir)
+    output_dir = Path(evaluator.args.output_dir or run_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "metrics.json", report)
-    media = evaluation.save(output_dir)
+    saved = evaluation.save(output_dir)
+    # One group of TensorBoard tags per data set, split and kind of weights.
     log_dir = run_dir / "tensorboard"
     group = f"evaluation_{Path(report['data']['folder']).name}_{report['data']['split'] or 'all'}_{report['weights']}"
     with SummaryWriter(str(log_dir)) as writer:
         evaluation.log(writer, group, evaluator.step)
-    return [output_dir / "metrics.json", *media, log_dir]
+    return [output_dir / "metrics.json", *saved, log_dir]
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -43,9 +43,11 @@ class ImageDiffusionStage(Stage):
 
     def build_config(self):
         """The preset with what the latents determine; the VAE, or an override, that does not fit them is refused."""
-        source = f"the latents in {self.cache_dir}"
-        check_vae(self.latents["vae_checkpoint"], self.latents["vae_fingerprint"], source)
-        return fit_to_latents(super().build_config(), self.latents, self.args.override, self.cache_dir)
+        path, latents = self.latents["vae_checkpoint"], self.latents
+        check_vae(path, latents["vae_fingerprint"], f"the latents in {self.cache_dir}")
+        self.vae = load_vae(path, self.args.vae_config).requires_grad_(False)
+        self.text_encoder = load_text_encoder(latents)
+        return fit_to_latents(super().build_config(), latents, self.args.override, folder=self.cache_dir)
 
     def build_dataset(self, split, config):
         return ImageLatentDataset(self.cache_dir, split)

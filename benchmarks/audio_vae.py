@@ -1,10 +1,10 @@
-"""Audio VAE beside diffusers' AutoencoderKL in AudioLDM's layout, in one process, interleaved, in CPU seconds.
+"""Audio VAE compared with diffusers' AutoencoderKL in AudioLDM's layout: CPU seconds, interleaved in one process.
 
     python benchmarks/audio_vae.py                      # training step, then encoding and decoding of 5 s
 
-Both sides get the same log-mels, 80 bins x frames. AutoencoderKL sees them as images of one channel, with the blocks
-of AudioLDM's VAE (128, 256, 512 channels, 2 layers each, 8 latent channels, compression 4 in both axes); ours is
-`medium`, which takes mel bins as channels. The step is forward and backward of L1 + KL, without discriminator.
+Both sides get the same log-mels, 80 bins x frames. AutoencoderKL gets them as images with one channel, and has the
+blocks of AudioLDM's VAE (128, 256, 512 channels, 2 layers each, 8 latent channels, compression 4 in both axes). Ours
+is `medium`, whose channels are mel bins. The step is forward and backward of L1 + KL, without discriminator.
 """
 
 import dataclasses
@@ -24,8 +24,8 @@ from model.criteria import kl_divergence
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import option
 
-KL_WEIGHT = 1e-6
-FRAMES_MULTIPLE = 4  # What AutoencoderKL's compression divides.
+KL_WEIGHT = 1e-6  # as usual for VAEs of latent diffusion
+FRAMES_MULTIPLE = 4  # the compression of AutoencoderKL along time
 
 
 @dataclasses.dataclass
@@ -45,7 +45,7 @@ class BenchmarkArguments:
 
 
 def build_theirs() -> nn.Module:
-    """AutoencoderKL as AudioLDM (arXiv 2301.12503) has it."""
+    """AutoencoderKL with the layout of AudioLDM (arXiv 2301.12503)."""
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
@@ -60,22 +60,24 @@ def build_theirs() -> nn.Module:
 
 
 def forward(model: nn.Module, mel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(reconstruction, mean, logvar) of either side; latents are drawn."""
+    """(reconstruction, mean, logvar) of either side, with sampled latents."""
     if isinstance(model, AudioVAE):
+        # (B, Z, L) for the noise of the posterior.
         noise = torch.randn(len(mel), *model.latent_shape(mel.shape[-1]))
         output = model(mel, noise=noise)
         return output.reconstruction, output.mean, output.logvar
-    posterior = model.encode(mel[:, None]).latent_dist
+    posterior = model.encode(mel[:, None]).latent_dist  # (B, M, F) as (B, 1, M, F)
     return model.decode(posterior.sample()).sample[:, 0], posterior.mean, posterior.logvar
 
 
 def training_step(model: nn.Module, mel: Tensor, bf16: bool) -> Callable[[], None]:
-    """Forward and backward."""
+    """Forward and backward of L1 + KL."""
 
     def run() -> None:
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             reconstruction, mean, logvar = forward(model, mel)
+        # Both terms per value of the log-mel.
         kl = kl_divergence(mean.float(), logvar.float()).mean() / mel[0].numel()
         ((reconstruction.float() - mel).abs().mean() + KL_WEIGHT * kl).backward()
 
@@ -83,7 +85,7 @@ def training_step(model: nn.Module, mel: Tensor, bf16: bool) -> Callable[[], Non
 
 
 def round_trip(model: nn.Module, mel: Tensor) -> Callable[[], None]:
-    """Encoding and decoding of the posterior's mean."""
+    """Encoding, and decoding of the posterior mean."""
 
     def run() -> None:
         if isinstance(model, AudioVAE):
@@ -95,16 +97,18 @@ def round_trip(model: nn.Module, mel: Tensor) -> Callable[[], None]:
 
 
 def main(args: BenchmarkArguments) -> None:
-    """Both comparisons."""
+    """Compare training steps, then inference."""
     torch.manual_seed(0)
     models = {f"ours {args.config}": AudioVAE.from_preset(args.config), "diffusers": build_theirs()}
     for name, model in models.items():
         print(f"{name:12} {sum(parameter.numel() for parameter in model.parameters()):,} parameters")
     settings = next(iter(models.values())).config.mel
+    # Training steps on random log-mels with the mean and std of speech, (B, M, F).
     mel = 2 * torch.randn(args.batch_size, settings.n_mels, args.segment_frames) - 5
     for bf16 in (False, True):
         sides = {name: training_step(model, mel, bf16) for name, model in models.items()}
         report(f"{'bf16' if bf16 else 'fp32'} forward+backward", interleave(sides, args.repeats))
+    # Inference on one longer log-mel.
     n_frames = round(args.seconds * settings.sample_rate / settings.hop_length / FRAMES_MULTIPLE) * FRAMES_MULTIPLE
     long = 2 * torch.randn(1, settings.n_mels, n_frames) - 5
     with torch.inference_mode():

@@ -1,12 +1,11 @@
-"""Grokking: arithmetic modulo a prime, learned by heart first and understood later, with and without GrokFast.
+"""Grokking of arithmetic modulo a prime, with and without GrokFast: memorisation first, generalisation later.
 
     python benchmarks/grokking.py --image docs/grokking.png    # 2 x 3 runs, one thread, about half an hour
 
-A transformer of two layers sees half of all pairs (a, b) and predicts (a * b) mod p; accuracy is measured on the pairs
-that it never saw (arXiv 2201.02177). GrokFast-EMA (arXiv 2405.20233, `utils/optimizer_hooks.py`) is attached to the
-same optimizer. All else is equal: weights, batches and split belong to the seed. The defaults are near GrokFast's own
-setting: wide embeddings, norms that bound the stream (here behind the branches), Adam whose weight decay is a part of
-the gradient.
+A transformer of two layers is trained on half of all pairs (a, b) to predict (a * b) mod p. Accuracy is measured on
+the held-out pairs (arXiv 2201.02177). GrokFast-EMA (arXiv 2405.20233, `utils/optimizer_hooks.py`) is attached to the
+same optimizer. All else is equal: weights, batches and split are determined by the seed. The defaults are close to the
+setting of GrokFast: embeddings with a large std, post-norm, and Adam with weight decay as part of the gradient.
 """
 
 import dataclasses
@@ -31,7 +30,7 @@ from utils.options import option
 
 PLAIN, FAST = "without GrokFast", "with GrokFast-EMA"
 COLORS = {PLAIN: (38, 84, 190), FAST: (214, 96, 22)}
-WIDTH, HEIGHT, MARGIN = 640, 360, 48  # of the image, pixels
+WIDTH, HEIGHT, MARGIN = 640, 360, 48  # of the plot, in pixels
 
 
 @dataclasses.dataclass
@@ -61,7 +60,7 @@ class GrokkingArguments:
 
 @dataclasses.dataclass
 class Run:
-    """Accuracies of one run, and the first steps at which they reached the goal (None: never)."""
+    """Accuracies of one run on training (`seen`) and held-out (`unseen`) pairs, by step."""
 
     steps: list[int] = dataclasses.field(default_factory=list)
     seen: list[float] = dataclasses.field(default_factory=list)
@@ -69,12 +68,12 @@ class Run:
     seconds: float = 0.0
 
     def first(self, accuracies: list[float], goal: float) -> int | None:
-        """The first measured step at which an accuracy reached the goal."""
+        """The first measured step with an accuracy of at least the goal; None if there is none."""
         return next((step for step, accuracy in zip(self.steps, accuracies) if accuracy >= goal), None)
 
 
 def build(args: GrokkingArguments) -> MegaTransformerForCausalLM:
-    """Two layers, one token per number, one for the operation and one for the equals sign."""
+    """A model of two layers. Tokens are the numbers, the operation and the equals sign."""
     is_post = args.norms == "post"
     return MegaTransformerForCausalLM.from_preset(
         "tiny",
@@ -89,6 +88,7 @@ def build(args: GrokkingArguments) -> MegaTransformerForCausalLM:
         use_post_ffn_norm=is_post,
         use_final_norm=not is_post,
         use_qk_norm=False,
+        # Learned positions, biases and GELU, as in the setting of GrokFast.
         use_rotary_embedding=False,
         position_embedding="learned",
         use_attention_bias=True,
@@ -98,7 +98,7 @@ def build(args: GrokkingArguments) -> MegaTransformerForCausalLM:
         initializer_range=0.05,
         use_depth_scaled_initialization=False,
         vocab_size=args.modulus + 2,
-        max_position_embeddings=4,
+        max_position_embeddings=4,  # a, operation, b, =
         pad_token_id=None,
         bos_token_id=None,
         tie_word_embeddings=False,
@@ -107,15 +107,18 @@ def build(args: GrokkingArguments) -> MegaTransformerForCausalLM:
 
 def all_pairs(p: int, operation: str) -> tuple[Tensor, Tensor]:
     """Tokens [a, operation, b, =] of all N pairs, (N, 4), and their results modulo p, (N,); no zeros in products."""
+    # Products with 0 are all 0, which would be trivial to predict.
     numbers = torch.arange(p) if operation == "addition" else torch.arange(1, p)
     first, second = torch.cartesian_prod(numbers, numbers).unbind(1)
     results = first + second if operation == "addition" else first * second
+    # Token p is the operation, token p + 1 the equals sign.
     tokens = [first, torch.full_like(first, p), second, torch.full_like(first, p + 1)]
     return torch.stack(tokens, dim=1), results % p
 
 
 def train(args: GrokkingArguments, seed: int, is_fast: bool) -> Run:
-    """One run, until the goal is reached on unseen pairs."""
+    """One run, which ends when the accuracy on unseen pairs reaches the goal."""
+    # Split, model and optimizer, all determined by the seed.
     torch.manual_seed(seed)
     tokens, results = all_pairs(args.modulus, args.operation)
     order = torch.randperm(len(tokens))
@@ -127,12 +130,15 @@ def train(args: GrokkingArguments, seed: int, is_fast: bool) -> Run:
     if is_fast:
         GradientEMA(args.grokfast_alpha, args.grokfast_lambda).attach(optimizer)
 
+    # Logits of the last position, (B, V).
     def logits(rows: Tensor) -> Tensor:
         return model(input_ids=tokens[rows], use_cache=False, logits_to_keep=1).logits[:, -1]
 
+    # Training steps with a linear warm-up, and the accuracy of both splits at intervals.
     run, start = Run(), time.process_time()
     for step in range(1, args.max_steps + 1):
         optimizer.param_groups[0]["lr"] = args.learning_rate * min(1.0, step / 10)
+        # A batch of training pairs, drawn with replacement; the loss is that of the last position.
         rows = seen[torch.randint(n_seen, (args.batch_size,))]
         optimizer.zero_grad()
         F.cross_entropy(logits(rows), results[rows]).backward()
@@ -140,44 +146,47 @@ def train(args: GrokkingArguments, seed: int, is_fast: bool) -> Run:
         if step % args.eval_steps == 0:
             with torch.no_grad():
                 accuracies = [
-                    (logits(part).argmax(-1) == results[part]).float().mean().item() for part in (seen, unseen)
+                    (logits(split).argmax(-1) == results[split]).float().mean().item() for split in (seen, unseen)
                 ]
             run.steps.append(step)
             run.seen.append(accuracies[0])
             run.unseen.append(accuracies[1])
-            if accuracies[1] >= args.goal:
+            if accuracies[1] >= args.goal:  # has generalised
                 break
     run.seconds = time.process_time() - start
     return run
 
 
 def report(args: GrokkingArguments, runs: dict[str, list[Run]]) -> None:
-    """Steps to the goal on seen and on unseen pairs, of each kind."""
-    for name, each in runs.items():
-        for part in ("seen", "unseen"):
-            steps = [run.first(getattr(run, part), args.goal) for run in each]
+    """Print the steps to the goal on seen and on unseen pairs."""
+    for name, repeats in runs.items():
+        for split in ("seen", "unseen"):
+            steps = [run.first(getattr(run, split), args.goal) for run in repeats]
             shown = ", ".join(str(step) if step else f"more than {args.max_steps}" for step in steps)
-            middle = statistics.median(step or args.max_steps for step in steps)
-            print(f"{name:24} {args.goal:.0%} of {part:6} pairs after steps {shown}; median {middle:g}")
-        print(f"{name:24} {sum(run.seconds for run in each):.0f} CPU s in all")
+            median = statistics.median(step or args.max_steps for step in steps)
+            print(f"{name:24} {args.goal:.0%} of {split:6} pairs after steps {shown}; median {median:g}")
+        print(f"{name:24} {sum(run.seconds for run in repeats):.0f} CPU s in total")
 
 
 def draw(args: GrokkingArguments, runs: dict[str, list[Run]]) -> Image.Image:
     """Accuracy over steps: unseen pairs as thick lines, seen pairs as thin ones, one line per seed."""
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     canvas, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    last = max(run.steps[-1] for each in runs.values() for run in each)
+    last = max(run.steps[-1] for repeats in runs.values() for run in repeats)
     across, down = WIDTH - 2 * MARGIN, HEIGHT - 2 * MARGIN
 
+    # Step and accuracy -> pixels.
     def place(step: float, accuracy: float) -> tuple[float, float]:
         return MARGIN + across * step / last, HEIGHT - MARGIN - down * accuracy
 
+    # Grid with labels on both axes.
     for share in (0, 0.25, 0.5, 0.75, 1):
         canvas.line([place(0, share), place(last, share)], (220, 220, 220))
         canvas.text((8, place(0, share)[1] - 8), f"{share:.0%}", "black", font)
         canvas.text((place(share * last, 0)[0] - 12, HEIGHT - MARGIN + 6), f"{share * last:.0f}", "black", font)
-    for row, (name, each) in enumerate(runs.items()):
-        for run in each:
+    # One pair of curves per run, and the legend.
+    for row, (name, repeats) in enumerate(runs.items()):
+        for run in repeats:
             for accuracies, width in ((run.seen, 1), (run.unseen, 3)):
                 points = [place(0, 0), *(place(*point) for point in zip(run.steps, accuracies))]
                 canvas.line(points, COLORS[name], width)
@@ -191,10 +200,10 @@ if __name__ == "__main__":
     arguments = parse_arguments(GrokkingArguments, None, __doc__ or "")
     torch.set_num_threads(1)
     with explained_errors(logging.getLogger("benchmark")):
-        found: dict[str, list[Run]] = {PLAIN: [], FAST: []}
-        for number in range(arguments.n_seeds):
-            for kind in found:
-                found[kind].append(train(arguments, number, kind == FAST))
-        report(arguments, found)
+        results: dict[str, list[Run]] = {PLAIN: [], FAST: []}
+        for seed_number in range(arguments.n_seeds):
+            for kind in results:
+                results[kind].append(train(arguments, seed_number, kind == FAST))
+        report(arguments, results)
         if arguments.image:
-            draw(arguments, found).save(arguments.image, optimize=True)
+            draw(arguments, results).save(arguments.image, optimize=True)

@@ -1,4 +1,4 @@
-"""Image VAE beside diffusers' AutoencoderKL, in one process, interleaved, in CPU seconds.
+"""Image VAE compared with diffusers' AutoencoderKL: CPU seconds, interleaved in one process.
 
     python benchmarks/image_vae.py                                   # speed at two sizes, fp32 and bf16 autocast
     python benchmarks/image_vae.py --quality 120 --cached_dataset cached_datasets/openmoji_64
@@ -32,9 +32,9 @@ from utils.training.adversary import Adversary
 from utils.training.image_vae import ImageVAEGANArguments
 from utils.training_utils import EpochSampler
 
-# Blocks of diffusers' AutoencoderKL, 2 layers each, and our preset of the same size.
+# Channels of the blocks of diffusers' AutoencoderKL, with 2 layers each, and our preset of the same size.
 PAIRS = {"5M": ((32, 64, 128, 128), "small"), "21M": ((64, 128, 256, 256), "medium")}
-LATENT_CHANNELS = 16
+LATENT_CHANNELS = 16  # on both sides
 
 
 @dataclasses.dataclass
@@ -54,7 +54,7 @@ class BenchmarkArguments:
 
 
 def build_pair(name: str) -> tuple[nn.Module, nn.Module]:
-    """(ours, theirs) of one size."""
+    """Both models of one size: (ours, theirs)."""
     from diffusers import AutoencoderKL
 
     widths, preset = PAIRS[name]
@@ -75,21 +75,22 @@ def forward(model: nn.Module, image: Tensor, noise: Tensor) -> tuple[Tensor, Ten
     if isinstance(model, ImageVAE):
         output = model(image=image, noise=noise)
         return output.reconstruction, output.mean, output.logvar
+    # diffusers has no argument for the noise, so the sample is computed here.
     posterior = model.encode(image).latent_dist
     reconstruction = model.decode(posterior.mean + posterior.std * noise).sample
     return reconstruction.float(), posterior.mean.float(), posterior.logvar.float()
 
 
-def loss_of(model: nn.Module, image: Tensor, noise: Tensor, bf16: bool) -> Tensor:
-    """L1 + 1e-3 nats per input value."""
+def loss_of(model: nn.Module, image: Tensor, noise: Tensor, *, bf16: bool = False) -> Tensor:
+    """L1 + 1e-3 KL in nats per input value."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         reconstruction, mean, logvar = forward(model, image, noise)
-    kl = kl_divergence(mean, logvar).mean() / image[0].numel()
+    kl = kl_divergence(mean, logvar).mean() / image[0].numel()  # per input value, as the L1
     return (reconstruction - image).abs().mean() + 1e-3 * kl
 
 
 def speed(args: BenchmarkArguments) -> None:
-    """Forward and backward at 64 x 64, batch 8."""
+    """Compare forward and backward passes at 64 x 64, batch 8."""
     for name in PAIRS:
         ours, theirs = build_pair(name)
         sizes = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
@@ -97,18 +98,18 @@ def speed(args: BenchmarkArguments) -> None:
         image, noise = torch.randn(8, 3, 64, 64).clamp(-1, 1), torch.randn(8, LATENT_CHANNELS, 8, 8)
         for bf16 in (False, True):
 
-            def step(model: nn.Module, bf16: bool = bf16, image: Tensor = image, noise: Tensor = noise) -> None:
+            def step(model: nn.Module, *, bf16: bool = bf16, image: Tensor = image, noise: Tensor = noise) -> None:
                 model.zero_grad()
-                loss_of(model, image, noise, bf16).backward()
+                loss_of(model, image, noise, bf16=bf16).backward()
 
             sides = {"ours": lambda m=ours: step(m), "diffusers": lambda m=theirs: step(m)}
             report(f"{name} {'bf16' if bf16 else 'fp32'} forward+backward", interleave(sides, args.repeats))
 
 
 def train(
-    model: nn.Module, args: BenchmarkArguments, learning_rate: float, train_set, held_out: Tensor
+    model: nn.Module, args: BenchmarkArguments, learning_rate: float, *, train_set: ImageDataset, held_out: Tensor
 ) -> tuple[float, int]:
-    """Held-out PSNR after `quality` CPU seconds of training, and the steps made; the data's time does not count."""
+    """Held-out PSNR after `quality` CPU seconds of training, and the number of steps. Data loading does not count."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     sampler, epoch, used, step = EpochSampler(len(train_set), args.batch_size, seed=0), 0, 0.0, 0
     while used < args.quality:
@@ -117,22 +118,24 @@ def train(
         for start in range(0, len(order), args.batch_size):
             image = collate_stack([train_set[i] for i in order[start : start + args.batch_size]])["image"]
             noise = torch.randn(len(image), LATENT_CHANNELS, 8, 8, generator=torch.Generator().manual_seed(step))
-            done = used / args.quality
-            rate = learning_rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
+            # Cosine decay over the CPU time, after a warm-up of 50 steps.
+            progress = used / args.quality
+            rate = learning_rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
             for group in optimizer.param_groups:
                 group["lr"] = rate
 
             def update(image: Tensor = image, noise: Tensor = noise) -> None:
                 optimizer.zero_grad()
-                loss_of(model, image, noise, False).backward()
+                loss_of(model, image, noise).backward()
                 nn.utils.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
 
-            used += cpu_seconds(update)
+            used += cpu_seconds(update)  # loading and collating do not count
             step += 1
             if used >= args.quality:
                 break
         epoch += 1
+    # PSNR of the reconstructions of posterior means.
     with torch.inference_mode():
         values = [
             psnr(forward(model.eval(), image, torch.zeros(len(image), LATENT_CHANNELS, 8, 8))[0].clamp(-1, 1), image)
@@ -142,13 +145,14 @@ def train(
 
 
 def quality(args: BenchmarkArguments) -> None:
-    """Held-out PSNR of both sides after the same CPU time, each at its better learning rate."""
+    """Print the held-out PSNR of both sides after the same CPU time, for every learning rate."""
+    # Both sides start from the same seed at every learning rate.
     train_set, validation = (ImageDataset(args.cached_dataset, split) for split in ("train", "validation"))
     held_out = collate_stack([validation[i] for i in range(len(validation))])["image"]
     for rate in args.learning_rates:
         torch.manual_seed(0)
         for name, model in zip(("ours", "diffusers"), build_pair(args.size)):
-            value, steps = train(model, args, rate, train_set, held_out)
+            value, steps = train(model, args, rate, train_set=train_set, held_out=held_out)
             print(
                 f"{args.size} {name:10} lr {rate:g}: {value:.2f} dB after {args.quality:g} CPU s, {steps} steps",
                 flush=True,
@@ -156,15 +160,17 @@ def quality(args: BenchmarkArguments) -> None:
 
 
 def gan(args: BenchmarkArguments) -> None:
-    """One adversarial micro-batch through VAE and discriminator, with and without the adaptive weight."""
+    """Compare an adversarial step of VAE and discriminator with and without the adaptive weight."""
     model = ImageVAE.from_preset("small", image_size=64)
     image, noise = torch.randn(8, 3, 64, 64).clamp(-1, 1), torch.randn(8, LATENT_CHANNELS, 8, 8)
 
     def side(adaptive: bool) -> Callable[[], None]:
         values = {"gan_start_step": 0, "gan_warmup_steps": 0, "gan_ramp_steps": 1, "use_adaptive_gan_weight": adaptive}
         adversary = Adversary(build_discriminator("patch", 32, 3), ImageVAEGANArguments(**values))
+        # No warm-up: the adversary plays from the first step on.
         adversary.prepare(torch.device("cpu"), "constant", 100)
 
+        # The gradient of the loss at the output, then one backward pass through the VAE, as in `GANTrainer`.
         def run() -> None:
             model.zero_grad()
             output = model(image=image, noise=noise)

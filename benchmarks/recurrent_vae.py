@@ -1,9 +1,9 @@
-"""The recurrent VAE on held-out images: PSNR over decoder steps, early exit, memory of the graph, and the same
-network trained as a one-pass decoder, at equal optimizer steps and at equal CPU time.
+"""The recurrent VAE on held-out images: PSNR over decoder steps, early exit, memory of the graph. A comparison with
+the same network trained with a single decoder step, at equal optimizer steps and at equal CPU time.
 
     OMP_NUM_THREADS=1 python benchmarks/recurrent_vae.py --cached_dataset cached_datasets/openmoji_64
 
-Runs go to OUTPUT_DIR and are kept: a second call measures them again without training.
+Runs are stored in OUTPUT_DIR; a second call measures them again without training.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from utils.command_line import explained_errors, parse_arguments
 from utils.metrics.images import psnr
 from utils.options import option
 
+# Numbers of decoder steps whose PSNR is measured, and thresholds of early exit.
 STEPS = [0, 1, 2, 3, 4, 6, 8, 12, 16, 32]
 THRESHOLDS = [0.1, 0.05, 0.03, 0.02, 0.015, 0.01, 0.007, 0.005]
 ONE_PASS = (
@@ -48,9 +49,9 @@ class BenchmarkArguments:
 
 
 def train(args: BenchmarkArguments, name: str, steps: int, *flags: str) -> tuple[RecurrentVAE, float]:
-    """Train, or find the run; returns the averaged weights and the CPU seconds of training."""
+    """Train, unless the run exists; returns the averaged weights and the CPU seconds of training."""
     run = Path(args.output_dir) / "recurrent_vae" / f"{name}_{steps}_{args.seed}"
-    record = run / "seconds.json"
+    record = run / "seconds.json"  # written when the run has ended
     if not record.is_file():
         words = f"""--config {args.config} --run_name {run.name} --output_dir {args.output_dir} --seed {args.seed}
             --cached_dataset {args.cached_dataset} --batch_size {args.batch_size} --learning_rate {args.learning_rate}
@@ -63,9 +64,9 @@ def train(args: BenchmarkArguments, name: str, steps: int, *flags: str) -> tuple
 
 
 def curve(model: RecurrentVAE, held_out: Tensor, steps: list[int]) -> list[float]:
-    """Mean PSNR in dB after each number of steps, decoding the posterior mean."""
+    """Mean PSNR in dB of decoded posterior means after each number of steps."""
     values: dict[int, list[float]] = {k: [] for k in steps}
-    for image in held_out.split(46):
+    for image in held_out.split(46):  # in batches, to bound memory
         mean, _ = model.encode(image)
         for k, reconstruction in zip(steps, model.decoder.images_at(mean, steps)):
             values[k] += psnr(reconstruction, image).tolist()
@@ -73,7 +74,8 @@ def curve(model: RecurrentVAE, held_out: Tensor, steps: list[int]) -> list[float
 
 
 def exits(model: RecurrentVAE, held_out: Tensor, n_steps: int) -> None:
-    """Steps and PSNR over the threshold, and the largest difference to decoding one image at a time."""
+    """Print steps and PSNR over the threshold, and the maximum difference from decoding one image at a time."""
+    # Posterior means (N, Z, y, x), decoded with every threshold.
     latents = torch.cat([model.encode(image)[0] for image in held_out.split(46)])
     (full,) = curve(model, held_out, [n_steps])
     for threshold in THRESHOLDS:
@@ -84,6 +86,7 @@ def exits(model: RecurrentVAE, held_out: Tensor, n_steps: int) -> None:
             f"{value:.2f} dB ({value - full:+.2f})",
             flush=True,
         )
+    # Images that stop early must not change the others of the batch.
     decoded, taken = model.decode_until_settled(latents[:24], 0.015, n_steps)
     alone = [model.decode_until_settled(latents[i : i + 1], 0.015, n_steps) for i in range(24)]
     difference = (decoded - torch.cat([reconstruction for reconstruction, _ in alone])).abs().max().item()
@@ -91,34 +94,37 @@ def exits(model: RecurrentVAE, held_out: Tensor, n_steps: int) -> None:
 
 
 def saved_bytes(model: RecurrentVAE, image: Tensor, n_steps: int) -> int:
-    """Bytes of distinct tensors kept for the backward pass at the default training window."""
-    kept: dict[int, Tensor] = {}
+    """Bytes of distinct tensors saved for the backward pass with the default number of backpropagated steps."""
+    saved: dict[int, Tensor] = {}  # by address: views of the same storage count once
 
     def pack(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
+        saved[tensor.untyped_storage().data_ptr()] = tensor
         return tensor
 
+    # The hook sees every tensor that autograd saves.
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = model(image=image, n_steps=n_steps, n_backprop_steps=4)
     assert output.reconstruction.requires_grad
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 
 def main(args: BenchmarkArguments) -> None:
-    """Train three times, measure, print."""
+    """Train one recurrent and two one-pass decoders, measure, print."""
     dataset = ImageDataset(args.cached_dataset, "validation")
     held_out = collate_stack([dataset[i] for i in range(len(dataset))])["image"]
     model, seconds = train(args, "recurrent", args.optimizer_steps)
-    sizes = [sum(p.numel() for p in part.parameters()) for part in (model, model.decoder)]
+    sizes = [sum(p.numel() for p in module.parameters()) for module in (model, model.decoder)]
     print(f"parameters {sizes[0]:,}, decoder {sizes[1]:,}; trained {seconds:.0f} CPU s, {args.optimizer_steps} steps")
+    # PSNR over steps and over exit thresholds, with 8 and 16 steps at most.
     with torch.no_grad():
-        found = curve(model, held_out, STEPS)
-        print("PSNR after steps: " + "  ".join(f"{k}: {value:.2f}" for k, value in zip(STEPS, found)), flush=True)
+        values = curve(model, held_out, STEPS)
+        print("PSNR after steps: " + "  ".join(f"{k}: {value:.2f}" for k, value in zip(STEPS, values)), flush=True)
         exits(model, held_out, 8)
         exits(model, held_out, 16)
     memory = [saved_bytes(model, held_out[:8], k) for k in (8, 32)]
     print(f"memory of the graph at 8 and 32 steps: {memory[0]:,} and {memory[1]:,} bytes", flush=True)
-    best = found[STEPS.index(8)]
+    # The one-pass decoder: its first run gives the time per step, hence the number of steps at equal time.
+    value_at_8 = values[STEPS.index(8)]
     one, one_seconds = train(args, "one_pass", args.optimizer_steps, *ONE_PASS.split())
     longer = round(args.optimizer_steps * seconds / one_seconds)
     for label, steps in (("equal optimizer steps", args.optimizer_steps), ("equal CPU time", longer)):
@@ -127,7 +133,7 @@ def main(args: BenchmarkArguments) -> None:
             (value,) = curve(one, held_out, [1])
         print(
             f"one pass, {label}: {value:.2f} dB ({steps} steps, {one_seconds:.0f} CPU s); "
-            f"8 recurrent steps {best - value:+.2f} dB",
+            f"8 recurrent steps {value_at_8 - value:+.2f} dB",
             flush=True,
         )
 

@@ -1,13 +1,13 @@
-"""The causal transformer beside transformers' Llama, litgpt and x-transformers, in one process, interleaved.
+"""The causal transformer compared with transformers' Llama, litgpt and x-transformers, interleaved in one process.
 
     python benchmarks/transformer.py                                    # 8.5 M parameters, 2 CPU threads
     python benchmarks/transformer.py --measure generation --repeats 9   # one part only
     python benchmarks/transformer.py --device cuda --peak_tflops 989    # 300 M parameters: share of the GPU's peak
 
-Training is forward and backward of the mean cross-entropy, without optimizer, in tokens per second; `compiled`
-compiles each layer by itself, the same way on all sides. Generation is greedy, with a cache, in fp32. Memory is the
-peak of a process of its own that makes two training steps. The recurrent model stands beside itself: steps of the core
-fixed, and with exits. Ratios above 1 are in our favour, but for memory.
+Training is forward and backward of the mean cross-entropy, without optimizer, in tokens per second. `compiled`
+compiles each layer separately, in the same way on all sides. Generation is greedy, with a cache, in fp32. Memory is
+the peak of a separate process that runs two training steps. The recurrent model is compared with itself, with and
+without early exit. Ratios above 1 are in our favour, except for memory.
 """
 
 import dataclasses
@@ -33,7 +33,15 @@ from utils.command_line import explained_errors, parse_arguments
 from utils.options import option
 
 OURS, THEIRS = "ours", "llama"
-LARGE = Shape(1024, 24, 16, 4, 2752, 32000, True)
+LARGE = Shape(
+    hidden_size=1024,
+    n_layers=24,
+    n_heads=16,
+    n_query_groups=4,
+    intermediate_size=2752,
+    vocab_size=32000,
+    is_tied=True,
+)
 
 
 @dataclasses.dataclass
@@ -62,10 +70,11 @@ class BenchmarkArguments:
 
 
 def interleave(sides: dict[str, Callable[[], None]], args: BenchmarkArguments) -> dict[str, list[float]]:
-    """Run the sides in turn after a warm-up; seconds of every repeat."""
+    """Seconds of every repeat. The sides take turns, so that changes of the machine's load affect all of them."""
+    # CPU time is not affected by other processes, but is comparable for one thread only.
     now = time.process_time if args.clock == "cpu" else time.perf_counter
     for run in sides.values():
-        run()
+        run()  # warm-up
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(args.repeats):
         for name, run in sides.items():
@@ -76,8 +85,8 @@ def interleave(sides: dict[str, Callable[[], None]], args: BenchmarkArguments) -
 
 
 def report(title: str, seconds: dict[str, list[float]], n_tokens: int) -> None:
-    """Best and median tokens per second of every side, and the first side's ratio to the others, of both."""
-    rates = {name: (n_tokens / min(each), n_tokens / statistics.median(each)) for name, each in seconds.items()}
+    """Print best and median tokens per second of every side, and the ratios of the first side to the others."""
+    rates = {name: (n_tokens / min(times), n_tokens / statistics.median(times)) for name, times in seconds.items()}
     first = next(iter(rates))
     for name, (best, median) in rates.items():
         ratios = [ours / theirs for ours, theirs in zip(rates[first], (best, median))]
@@ -93,17 +102,19 @@ def training_step(side, tokens: Tensor, bf16: bool) -> Callable[[], None]:
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
             loss = side.loss(tokens)
         loss.backward()
-        if tokens.is_cuda:
+        if tokens.is_cuda:  # kernels run asynchronously
             torch.cuda.synchronize()
 
     return run
 
 
 def training(args: BenchmarkArguments, is_compiled: bool) -> None:
-    """Training steps in fp32 and under bf16 autocast."""
-    names = [name for name in args.sides if not (is_compiled and name == "x-transformers")]  # does not compile so
+    """Compare training steps in fp32 and under bf16 autocast."""
+    # The layers of x-transformers cannot be compiled separately.
+    names = [name for name in args.sides if not (is_compiled and name == "x-transformers")]
     tokens = torch.randint(Shape.vocab_size, (args.batch_size, args.sequence_length))
     for bf16 in (False, True):
+        # New models, since compiled ones stay compiled.
         sides = {name: SIDES[name](Shape()) for name in names}
         if is_compiled:
             for side in sides.values():
@@ -114,13 +125,14 @@ def training(args: BenchmarkArguments, is_compiled: bool) -> None:
 
 
 def compile_blocks(side) -> None:
-    """Compile every layer by itself, for fixed shapes."""
+    """Compile every layer separately, for fixed shapes."""
     for block in side.blocks():
         block.compile(dynamic=False)
 
 
 def generation(args: BenchmarkArguments) -> None:
-    """One prompt; and 8 prompts of different lengths, padded on the left, by those sides that can do so."""
+    """Compare generation for one prompt, and for 8 prompts of different lengths where padding is supported."""
+    # One prompt on all sides.
     sides = {name: SIDES[name](Shape()) for name in args.sides}
     for side in sides.values():
         side.model.eval()
@@ -132,7 +144,9 @@ def generation(args: BenchmarkArguments) -> None:
     }
     report("generation, 1 prompt", interleave(runs, args), args.n_new)
 
+    # 8 prompts, padded on the left to (8, n_prompt).
     prompts = torch.randint(1, Shape.vocab_size, (8, args.n_prompt))
+    # The first prompt has full length, the last one about half of it.
     masks = (torch.arange(args.n_prompt) >= torch.arange(8)[:, None] * args.n_prompt // 16).long()
     prompts = prompts * masks
     runs = {
@@ -141,58 +155,63 @@ def generation(args: BenchmarkArguments) -> None:
         if name in sides
     }
     report("generation, 8 padded prompts", interleave(runs, args), 8 * args.n_new)
+    # Padding must not change the tokens.
     if OURS in sides:
         together = sides[OURS].generate(prompts, masks, args.n_new)[:, args.n_prompt :]
         single = [sides[OURS].generate(p[m > 0][None], m[m > 0][None], args.n_new) for p, m in zip(prompts, masks)]
-        equal = sum(torch.equal(row, each[0, -args.n_new :]) for row, each in zip(together, single))
+        equal = sum(torch.equal(row, alone[0, -args.n_new :]) for row, alone in zip(together, single))
         print(f"{'generation, 8 padded prompts':34} {OURS:16} {equal} of 8 rows equal to those generated alone")
 
 
 def assert_length(tokens: Tensor, args: BenchmarkArguments) -> None:
-    """All sides make as many tokens as they are asked for."""
+    """Check that a side has generated the requested number of tokens."""
     assert tokens.shape[1] == args.n_prompt + args.n_new, tokens.shape
 
 
 def memory(args: BenchmarkArguments) -> None:
-    """Peak resident memory of two fp32 training steps, each side in its own process, above what it had before."""
-    own = {}
+    """Compare the peak resident memory of two fp32 training steps above that of the model, each in its own process."""
+    added = {}  # MB
     for name in args.sides:
         sizes = ["--batch_size", str(args.batch_size), "--sequence_length", str(args.sequence_length)]
         command = [sys.executable, __file__, "--memory_of", name, "--threads", str(args.threads), *sizes]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        before, peak = (float(word) for word in done.stdout.split()[-2:])
-        own[name] = peak - before
-        ratio = "" if name == args.sides[0] else f"   {args.sides[0]} / {name} = {own[args.sides[0]] / own[name]:.2f}"
-        print(f"{'memory of a training step':34} {name:16} {own[name]:6.0f} MB above the model{ratio}", flush=True)
+        process = subprocess.run(command, capture_output=True, text=True, check=True)
+        before, peak = (float(word) for word in process.stdout.split()[-2:])
+        added[name] = peak - before
+        ratio = (
+            "" if name == args.sides[0] else f"   {args.sides[0]} / {name} = {added[args.sides[0]] / added[name]:.2f}"
+        )
+        print(f"{'memory of a training step':34} {name:16} {added[name]:6.0f} MB above the model{ratio}", flush=True)
 
 
 def memory_of(args: BenchmarkArguments) -> None:
-    """Print this process's memory in MB with the model in it, and its peak after two training steps."""
+    """Print the memory of this process in MB with the model, and its peak after two training steps."""
     step = training_step(
         SIDES[args.memory_of](Shape()),
         torch.randint(Shape.vocab_size, (args.batch_size, args.sequence_length)),
         bf16=False,
     )
-    before = status_in_mb("VmRSS")
+    before = status_in_mb("VmRSS")  # model and imports
     step()
     step()
     print(before, status_in_mb("VmHWM"))
 
 
 def status_in_mb(name: str) -> float:
-    """A line of this process's status, such as its peak memory."""
+    """A field of the status of this process in MB, such as its peak memory."""
     return int(re.findall(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1e3
 
 
 def recurrent(args: BenchmarkArguments) -> None:
-    """One prompt through a recurrent core: the most steps for every token, and until a token's prediction settles."""
+    """Compare generation with a recurrent core with and without early exit."""
     if args.recurrent_model:
         model = MegaTransformerForCausalLM.from_pretrained(args.recurrent_model)
     else:
+        # Random weights: no end token, so that all continuations have the same length.
         changes = {"recurrent_exit_criterion": "kl", "recurrent_test_thinking_steps": 16, "eos_token_id": None}
         model = MegaTransformerForCausalLM.from_preset("recurrent-tiny", **changes)
     model.eval()
-    most = model.config.recurrent_test_thinking_steps or model.config.recurrent_mean_thinking_steps
+    max_steps = model.config.recurrent_test_thinking_steps or model.config.recurrent_mean_thinking_steps
+    # Time both, and count the thinking steps of the generated tokens.
     prompt = torch.randint(1, model.config.vocab_size, (1, args.n_prompt))
     settings = {"max_new_tokens": args.n_new, "min_new_tokens": args.n_new, "do_sample": False, "pad_token_id": 0}
     thresholds = {"exits on": model.config.recurrent_exit_criteria_threshold, "exits off": 0.0}
@@ -204,18 +223,18 @@ def recurrent(args: BenchmarkArguments) -> None:
             steps[name] = model(text, exit_threshold=threshold, use_cache=False).thinking_steps.float().mean().item()
     weights = "trained" if args.recurrent_model else "random"
     report(f"recurrent generation, {weights}", interleave(runs, args), args.n_new)
-    print(f"{'thinking steps per token':34} {'exits on':16} {steps['exits on']:.2f} of {most}", flush=True)
+    print(f"{'thinking steps per token':34} {'exits on':16} {steps['exits on']:.2f} of {max_steps}", flush=True)
 
 
 def matrix_parameters(model: nn.Module) -> int:
-    """Weights that are multiplied with every token: all matrices but the table of embeddings, a tied one once."""
+    """Number of weights that are multiplied with every token: all matrices except untied embeddings."""
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     heads = {id(module.weight) for module in model.modules() if isinstance(module, nn.Linear)}
     return sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in tables - heads)
 
 
 def on_gpu(args: BenchmarkArguments) -> None:
-    """Training of the larger shape in bf16, layers compiled, and the share of the GPU's peak that it uses."""
+    """Compare training of the larger shape in bf16 with compiled layers, and its share of the GPU's peak."""
     tokens = torch.randint(LARGE.vocab_size, (args.batch_size, args.sequence_length), device="cuda")
     sides = {name: SIDES[name](LARGE) for name in (OURS, THEIRS)}
     for side in sides.values():
@@ -224,7 +243,8 @@ def on_gpu(args: BenchmarkArguments) -> None:
     runs = {name: training_step(side, tokens, bf16=True) for name, side in sides.items()}
     seconds = interleave(runs, args)
     report("bf16 training, layers compiled", seconds, tokens.numel())
-    # A causal query sees half of the keys on average: 2 products of 2 operations, three times with the backward pass.
+    # 6 operations per weight and token. Attention: a causal query attends to half of the keys on average, 2 products
+    # of 2 operations each, three times with the backward pass.
     attention = 6 * LARGE.n_layers * LARGE.hidden_size * args.sequence_length
     for name, side in sides.items():
         operations = (6 * matrix_parameters(side.model) + attention) * tokens.numel()

@@ -1,7 +1,7 @@
-"""The causal transformers that ours is compared with, in one shape, with random weights and one interface.
+"""The peers of our causal transformer, with the same shape, random weights and a common interface.
 
-transformers' `LlamaForCausalLM`, litgpt's `GPT` and x-transformers' `TransformerWrapper`: each trains with its own
-loss and generates with its own function.
+transformers' `LlamaForCausalLM`, litgpt's `GPT` and x-transformers' `TransformerWrapper`: each has its own loss and
+its own function for generation.  B batch, L sequence.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from model.causal import MegaTransformerForCausalLM
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Sizes that all sides share: rotary embedding, RMSNorm in front of the branches, SwiGLU, no biases."""
+    """The shape of all sides, with rotary embedding, pre-RMSNorm, SwiGLU and no biases."""
 
     hidden_size: int = 256
     n_layers: int = 8
@@ -28,16 +28,17 @@ class Shape:
 
 
 class Ours:
-    """MegaTransformerForCausalLM; the loss in chunks of 512 tokens, so that it returns no logits."""
+    """MegaTransformerForCausalLM with a loss in chunks of 512 tokens, which returns no logits."""
 
     def __init__(self, shape: Shape, **overrides):
+        # The names of our configuration where they differ from those of the shape.
         sizes = dataclasses.asdict(shape)
         tied, length = sizes.pop("is_tied"), sizes.pop("max_length")
         sizes |= {"tie_word_embeddings": tied, "max_position_embeddings": length, "loss_chunk_size": 512, **overrides}
         self.model: nn.Module = MegaTransformerForCausalLM.from_preset("llama-8m", **sizes)
 
     def blocks(self) -> Iterable[nn.Module]:
-        """The layers, compiled one by one."""
+        """The layers, to be compiled separately."""
         return self.model.get_submodule("model.main.layers").children()
 
     def loss(self, tokens: Tensor) -> Tensor:
@@ -45,17 +46,18 @@ class Ours:
         return self.model(input_ids=tokens, labels=tokens, use_cache=False).loss
 
     def generate(self, prompt: Tensor, mask: Tensor, n_new: int) -> Tensor:
-        """Greedy tokens behind prompts (B, L), with their mask: (B, L + n_new)."""
+        """Prompts (B, L) with their mask, followed by greedy tokens: (B, L + n_new)."""
         settings = {"max_new_tokens": n_new, "min_new_tokens": n_new, "do_sample": False, "pad_token_id": 0}
         return self.model.generate(prompt, attention_mask=mask, **settings)
 
 
 class Llama(Ours):
-    """transformers' LlamaForCausalLM with scaled_dot_product_attention; it returns all logits beside the loss."""
+    """transformers' LlamaForCausalLM with scaled_dot_product_attention; it returns all logits with the loss."""
 
     def __init__(self, shape: Shape):
         from transformers import LlamaConfig, LlamaForCausalLM
 
+        # No end token: all continuations have the same length.
         config = LlamaConfig(
             hidden_size=shape.hidden_size,
             num_hidden_layers=shape.n_layers,
@@ -82,6 +84,7 @@ class LitGPT:
         from litgpt.config import Config
         from litgpt.model import GPT
 
+        # The settings of Llama in litgpt.
         config = Config(
             name="peer",
             block_size=shape.max_length,
@@ -98,7 +101,7 @@ class LitGPT:
             mlp_class_name="LLaMAMLP",
             intermediate_size=shape.intermediate_size,
         )
-        assert not shape.is_tied, "litgpt ties no weights"
+        assert not shape.is_tied, "litgpt does not tie weights"
         self.model = GPT(config)
 
     def blocks(self):
@@ -107,12 +110,14 @@ class LitGPT:
     def loss(self, tokens: Tensor) -> Tensor:
         from litgpt.utils import chunked_cross_entropy
 
+        # Chunk size 0: the whole batch at once, as in its pretraining script.
         return chunked_cross_entropy(self.model(tokens)[:, :-1], tokens[:, 1:], chunk_size=0)
 
     def generate(self, prompt: Tensor, mask: Tensor, n_new: int) -> Tensor:
         from litgpt.generate.base import generate
 
         length = prompt.shape[1] + n_new
+        # The cache is allocated once and emptied before every prompt.
         if self.model.mask_cache is None:
             self.model.set_kv_cache(batch_size=1, max_seq_length=length)
         for block in self.model.transformer.h:
@@ -122,12 +127,13 @@ class LitGPT:
 
 
 class XTransformers:
-    """x-transformers' TransformerWrapper and AutoregressiveWrapper, attention through PyTorch's fused kernel."""
+    """x-transformers' TransformerWrapper and AutoregressiveWrapper with PyTorch's fused attention."""
 
     def __init__(self, shape: Shape):
         from x_transformers import AutoregressiveWrapper, Decoder, TransformerWrapper
 
-        assert not shape.is_tied and shape.n_query_groups == shape.n_heads, "not set up here"
+        assert not shape.is_tied and shape.n_query_groups == shape.n_heads, "not supported here"
+        # Flash attention, rotary embedding, RMSNorm and SwiGLU are options of the decoder.
         layers = Decoder(
             dim=shape.hidden_size,
             depth=shape.n_layers,
@@ -145,6 +151,7 @@ class XTransformers:
         self.model = AutoregressiveWrapper(TransformerWrapper(attn_layers=layers, **sizes))
 
     def blocks(self):
+        # A layer is [norms, block, residual]; attention and feed-forward are separate layers.
         return [layer[1] for layer in self.model.net.attn_layers.layers]
 
     def loss(self, tokens: Tensor) -> Tensor:

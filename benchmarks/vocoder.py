@@ -1,17 +1,18 @@
-"""Our vocoder beside Vocos and HiFi-GAN, in one process, interleaved, in CPU seconds.
+"""Our vocoder compared with Vocos and HiFi-GAN: CPU seconds, interleaved in one process.
 
     python benchmarks/vocoder.py                       # inference, then the adversarial training step
     python benchmarks/vocoder.py --only inference --repeats 9
     python benchmarks/vocoder.py --quality 2 10 30 60 --cached_dataset cached_datasets/audio_vocoder --side ours
-    python benchmarks/vocoder.py --run_dirs runs/vocoder/base runs/benchmark/vocoder/*     # measures what is there
+    python benchmarks/vocoder.py --run_dirs runs/vocoder/base runs/benchmark/vocoder/*     # measures existing runs
 
-Speed is measured with random weights. Every side reads and writes the same log-mels and waveforms; Vocos has its
-published backbone (512 x 8) and head, HiFi-GAN its V1 sizes, ours and transformers'. The training step of a peer is
-the published one: its discriminators, losses and optimizer, and the discriminator's own forward of the generator.
+Speed is measured with random weights. All sides have the same inputs and outputs. Vocos has its published backbone
+(512 x 8) and head, HiFi-GAN the sizes of V1, in our implementation and in that of transformers. The training step of a
+peer is as published: its discriminators, losses and optimizer, and a forward pass of the generator for the
+discriminator.
 
---quality trains our vocoder by pretrain_vocoder.py and Vocos by its published recipe on the same clips for the same
-CPU time, one run each, and measures both on held-out clips at every number of minutes; it needs the packages in
-requirements-eval.txt, too. --run_dirs measures the runs of either side in these folders.
+--quality trains our vocoder with pretrain_vocoder.py and Vocos with its published recipe on the same clips for the
+same CPU time, one run each, and measures both on held-out clips at every number of minutes; it also needs the
+packages in requirements-eval.txt. --run_dirs measures the runs of both sides in these folders.
 """
 
 import dataclasses
@@ -63,21 +64,23 @@ class BenchmarkArguments(QualityArguments):
 
 
 def build(preset: str, mel: str) -> Vocoder:
-    """Our vocoder of a preset on a log-mel preset, with random weights also where it starts at zero."""
+    """Our vocoder with random weights, also those that are initialised to zero."""
     torch.manual_seed(0)
     model = Vocoder.from_preset(preset, **mel_preset(mel).as_dict())
+    # Zeros would make some operations faster than they are after training.
     for parameter in model.parameters():
         parameter.data.add_(1e-3 * torch.randn_like(parameter))
     return model
 
 
 def count(module: nn.Module) -> str:
-    """Parameters in millions."""
+    """Number of parameters in millions, as text."""
     return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f} M"
 
 
 def inference(args: BenchmarkArguments) -> None:
-    """Real-time factors: CPU seconds per second of sound, batch 1."""
+    """Compare real-time factors: CPU seconds per second of audio, batch 1."""
+    # A log-mel (1, M, F) with the mean of speech, and all models that read it.
     settings = mel_preset(args.mel)
     n_frames = round(args.seconds * settings.sample_rate / settings.hop_length)
     mel = torch.randn(1, settings.n_mels, n_frames) - 4
@@ -96,11 +99,11 @@ def inference(args: BenchmarkArguments) -> None:
 
 
 class OurStep:
-    """One optimizer step as the stage makes it: losses and adversary on a detached waveform, averaged weights.
+    """One optimizer step as in the training stage: losses and adversary on a detached waveform, averaged weights.
 
     Args:
         model: the vocoder.
-        flags: of pretrain_vocoder.py; the others at their defaults.
+        flags: flags of pretrain_vocoder.py; the others have their defaults.
     """
 
     def __init__(self, model: Vocoder, **flags):
@@ -110,18 +113,22 @@ class OurStep:
         device = next(model.parameters()).device
         self.criterion, self.adversary = parts["criterion"].to(device), parts["adversary"]
         self.log_mel = LogMel(model.config.mel).to(device)
+        # The adversary plays from the first step on.
         self.adversary.prepare(device, "constant", 1000)
+        # Optimizer and average of the weights, as in training.
         betas = (self.arguments.adam_beta1, self.arguments.adam_beta2)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=self.arguments.learning_rate, betas=betas)
         self.average = [parameter.detach().clone() for parameter in model.parameters()]
 
     def step(self, waveform: Tensor) -> None:
-        """One step on (B, S); the log-mel comes from the cache in training, and costs next to nothing here."""
+        """One step on waveforms (B, S). Training reads log-mels from the cache; computing them here costs little."""
+        # Gradients of all losses with respect to the generated waveform, (B, S).
         fake = self.model(self.log_mel(waveform))
         leaf = fake.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(sum(self.criterion(leaf, waveform).values()), leaf)
         trains, weight = self.adversary.updates_at(self.step_number), self.arguments.gan_weight
         played = self.adversary.play(leaf, waveform, gradient, weight=weight, trains=trains)
+        # One backward pass through the generator, updates of both sides, and the average of the weights.
         self.optimizer.zero_grad()
         (fake * (gradient + weight * played.gradient)).sum().backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.arguments.max_grad_norm)
@@ -132,19 +139,21 @@ class OurStep:
 
 
 def training(args: BenchmarkArguments) -> None:
-    """Seconds of an adversarial step, mean of two; "/2": ours with the discriminator updated on every other one.
+    """Compare the seconds of an adversarial step, mean of two.
 
-    "full": ours with discriminators of published size.
+    Suffixes: "/2" updates the discriminator in every second step, "full" has discriminators of published size.
     """
     settings = mel_preset(args.mel)
     n_samples = args.segment_frames * settings.hop_length
     waveform = 0.1 * torch.randn(args.batch_size, n_samples, generator=torch.Generator().manual_seed(0))
+    # Our recipes, then those of the peers.
     recipes = {
         f"ours {preset} /{every}": OurStep(build(preset, args.mel), discriminator_every=every)
         for preset in ("medium", "small")
         for every in (1, 2)
     }
     recipes["ours medium full"] = OurStep(build("medium", args.mel), discriminator="full")
+    # The size of the discriminators decides what a step costs.
     for name in ("ours medium /1", "ours medium full"):
         print(f"discriminators: {name} {count(recipes[name].adversary.discriminator)}", end=", ")
     peers = {
@@ -153,6 +162,7 @@ def training(args: BenchmarkArguments) -> None:
     }
     print(", ".join(f"{name} {count(recipe.discriminators)}" for name, recipe in peers.items()))
 
+    # Two steps per repeat, so that "/2" updates its discriminator once.
     def two_steps(recipe: OurStep | VocosRecipe | HifiGANRecipe) -> Callable[[], None]:
         def run() -> None:
             recipe.step(waveform)

@@ -1,8 +1,8 @@
-"""Quality over CPU time: our vocoder by its stage, Vocos by its published recipe, on the same clips; see `vocoder.py`.
+"""Quality over CPU time of training: our stage and Vocos' published recipe on the same clips, see `vocoder.py`.
 
-Runs go to OUTPUT_DIR, to folders named by what shapes them, and are kept: a second call measures them again without
-training. --run_dirs measures folders by name instead. CPU seconds of evaluation and of saving do not count, those of
-loading clips do.
+Runs are stored in OUTPUT_DIR, in folders named after their settings; a second call measures them again without
+training. --run_dirs measures the given folders instead. The time for evaluation and saving does not count, that for
+loading clips does.
 """
 
 import dataclasses
@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import TrainerCallback
 
@@ -32,7 +30,7 @@ from model.audio.spectral import LogMel
 from model.audio.vocoders import Vocoder
 from pretrain_vocoder import VocoderStage
 from utils.checkpoints import checkpoints_in, is_complete, load_model, step_of, write_json
-from utils.evaluation.audio import number
+from utils.evaluation.tables import Column, score_table
 from utils.metrics.audio import mel_l1, pesq_wb_and_mean, stoi
 from utils.options import option
 from utils.training.vocoder import crop_pairs
@@ -40,7 +38,7 @@ from utils.training_utils import EpochSampler
 
 logger = logging.getLogger("benchmark")
 SECONDS_PER_MINUTE = 60
-TIMES = "times.json"
+TIMES = "times.json"  # in the folder of a run: minutes -> optimizer steps
 
 
 @dataclasses.dataclass
@@ -77,34 +75,32 @@ class QualityArguments:
             raise ValueError("--run_dirs measures existing runs and --quality trains new ones; give one of them")
 
 
+# Flags that matter to the measurement, and flags that matter to training alone.
 MEASURING_FLAGS = ("cached_dataset", "output_dir", "config", "n_clips")
 
 
 class Clock:
-    """CPU seconds of this process since it was made, without pauses."""
+    """CPU seconds of this process since the clock was created, without pauses."""
 
     def __init__(self):
         self.start = time.process_time()
         self.paused_at = 0.0
 
     def seconds(self) -> float:
-        """Seconds so far."""
         return time.process_time() - self.start
 
     def pause(self) -> None:
-        """What follows does not count."""
         self.paused_at = time.process_time()
 
-    def go_on(self) -> None:
-        """What follows counts."""
+    def resume(self) -> None:
         self.start += time.process_time() - self.paused_at
 
 
-class SaveAtMinutes(TrainerCallback):
-    """Saves a checkpoint once each number of CPU minutes has passed, and stops after the last one.
+class SaveAtMinutesCallback(TrainerCallback):
+    """Saves a checkpoint after each number of CPU minutes, and stops the run after the last one.
 
     Attributes:
-        steps: optimizer steps by minutes.
+        steps: number of minutes -> optimizer steps.
     """
 
     def __init__(self, minutes: list[float], file: Path):
@@ -117,10 +113,10 @@ class SaveAtMinutes(TrainerCallback):
         if self.left and self.clock.seconds() >= self.left[0] * SECONDS_PER_MINUTE:
             self.steps[f"{self.left.pop(0):g}"] = state.global_step
             control.should_save, control.should_training_stop = True, not self.left
-            self.clock.pause()
+            self.clock.pause()  # until the checkpoint is written
 
     def on_save(self, args, state, control, **kwargs):
-        self.clock.go_on()
+        self.clock.resume()
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.left:
@@ -129,21 +125,21 @@ class SaveAtMinutes(TrainerCallback):
 
 
 def timed_stage(minutes: list[float]) -> type[VocoderStage]:
-    """The stage, saving at these CPU minutes."""
+    """The vocoder stage with checkpoints at these CPU minutes."""
 
     class TimedStage(VocoderStage):
         def build_callbacks(self, writer):
-            return [*super().build_callbacks(writer), SaveAtMinutes(minutes, self.run_dir / TIMES)]
+            return [*super().build_callbacks(writer), SaveAtMinutesCallback(minutes, self.run_dir / TIMES)]
 
     return TimedStage
 
 
 def run_folder(args: QualityArguments, side: str) -> Path:
-    """Where a side's run is: the name has a hash of everything that shapes it, such as clips, flags and schedule."""
+    """The folder of a side's run. Its name contains a hash of clips, flags and schedule."""
     data = read_manifest(Path(args.cached_dataset), VocoderDataset.stage)["fingerprint"]
     if side == "ours":
         name, shape = f"{args.config}_{args.max_steps}_{args.seed}", shlex.split(args.flags)
-    else:  # Its rate is a cosine over all of the minutes.
+    else:  # Its learning rate is a cosine over the total time.
         name = f"vocos_{args.peer_batch_size}x{args.peer_segment_frames}_{args.peer_learning_rate:g}_{args.seed}"
         shape = [f"{max(args.quality):g}"]
     digest = fingerprint([name, data, shape], n_digits=8)
@@ -153,11 +149,12 @@ def run_folder(args: QualityArguments, side: str) -> Path:
 def is_trained(folder: Path, minutes: list[float]) -> bool:
     """Whether a run has a checkpoint for each number of minutes."""
     file = folder / TIMES
-    return file.is_file() and {f"{each:g}" for each in minutes} <= json.loads(file.read_text()).keys()
+    return file.is_file() and {f"{value:g}" for value in minutes} <= json.loads(file.read_text()).keys()
 
 
 def train_ours(args: QualityArguments) -> None:
-    """By the stage's own command line."""
+    """Train our vocoder with the command line of the stage."""
+    # The run ends by the callback, so its number of steps is only that of the schedule.
     never, length = 10**9, args.max_steps or 10**6
     words = f"""--config {args.config} --run_name {run_folder(args, "ours").name} --output_dir {args.output_dir}
         --cached_dataset {args.cached_dataset} --seed {args.seed} --max_steps {length} --eval_steps {never}
@@ -167,7 +164,8 @@ def train_ours(args: QualityArguments) -> None:
 
 
 def train_vocos(args: QualityArguments) -> None:
-    """AdamW at a cosine rate over the CPU time, crops at random places, no averaged weights, as published."""
+    """Train Vocos as published: AdamW, a cosine over the CPU time, random crops, no averaged weights."""
+    # Data, model, and the order of the clips, all determined by the seed.
     folder, steps = run_folder(args, "vocos"), {}
     folder.mkdir(parents=True, exist_ok=True)
     dataset = VocoderDataset(args.cached_dataset, "train")
@@ -176,32 +174,35 @@ def train_vocos(args: QualityArguments) -> None:
     sampler, generator = EpochSampler(len(dataset), args.peer_batch_size, args.seed), torch.Generator()
     generator.manual_seed(args.seed)
     left, total, step, epoch, clock = sorted(args.quality), max(args.quality) * SECONDS_PER_MINUTE, 0, 0, Clock()
+    # Epochs until the last number of minutes has passed.
     while left:
         sampler.set_epoch(epoch)
         order = list(sampler)
         for first in range(0, len(order), args.peer_batch_size):
             samples = [dataset[i] for i in order[first : first + args.peer_batch_size]]
-            batch, floor = collate_audio(samples, dataset.mel.log_floor), dataset.mel.log_floor
-            places = torch.rand(len(samples), generator=generator)
+            batch = collate_audio(samples, dataset.mel.log_floor)
+            # Random crops of log-mel and waveform, and a step at the learning rate of the current time.
+            uniforms = torch.rand(len(samples), generator=generator)
             _, waveform = crop_pairs(
                 batch["mel"],
                 batch["waveform"],
                 batch["n_frames"],
-                uniforms=places,
+                uniforms=uniforms,
                 segment_frames=args.peer_segment_frames,
                 hop_length=dataset.mel.hop_length,
-                log_floor=floor,
+                log_floor=dataset.mel.log_floor,
             )
             recipe.set_rate(0.5 * (1 + math.cos(math.pi * min(1.0, clock.seconds() / total))))
             terms = recipe.step(waveform)
             step += 1
             if step % 20 == 0:
                 logger.info("vocos: step %d, %.0f CPU s, %s", step, clock.seconds(), terms)
+            # Save at each number of minutes, outside the measured time.
             if clock.seconds() >= left[0] * SECONDS_PER_MINUTE:
                 clock.pause()
                 steps[f"{left[0]:g}"] = step
                 torch.save(recipe.generator.state_dict(), folder / f"{left.pop(0):g}.pt")
-                clock.go_on()
+                clock.resume()
                 if not left:
                     break
         epoch += 1
@@ -209,26 +210,27 @@ def train_vocos(args: QualityArguments) -> None:
 
 
 def saved_models(folder: Path, name: str) -> dict[str, Path]:
-    """What a run has saved, by title: complete checkpoints of ours, files of weights of Vocos.
+    """The saved models of a run by title: complete checkpoints of ours, files of weights of Vocos.
 
-    Args: name: of the run in the titles; they also have minutes and steps, "?" where the run has not ended.
-    Raises: FileNotFoundError: there is nothing.
+    Args: name: of the run, for the titles. They also contain minutes and steps, "?" if the run has not ended.
+    Raises: FileNotFoundError: there are none.
     """
     steps = json.loads((folder / TIMES).read_text()) if (folder / TIMES).is_file() else {}
     minutes = {step: minute for minute, step in steps.items()}
-    found = {}
+    models = {}
     for path in filter(is_complete, checkpoints_in(folder)):
         step = step_of(path)
-        found[f"{name}, {minutes.get(step, '?')} CPU min, {step} steps"] = path
+        models[f"{name}, {minutes.get(step, '?')} CPU min, {step} steps"] = path
     for path in sorted(folder.glob("*.pt"), key=lambda path: float(path.stem)):
-        found[f"{name}, {path.stem} CPU min, {steps.get(path.stem, '?')} steps"] = path
-    if not found:
+        models[f"{name}, {path.stem} CPU min, {steps.get(path.stem, '?')} steps"] = path
+    if not models:
         raise FileNotFoundError(f"{folder} holds no complete checkpoint and no weights of Vocos")
-    return found
+    return models
 
 
 def load_saved(path: Path, dataset: VocoderDataset) -> torch.nn.Module:
-    """A model of `saved_models`. Raises: ValueError: it has another log-mel than the clips."""
+    """Load a model of `saved_models`. Raises: ValueError: it has another log-mel than the clips."""
+    # Ours is a checkpoint folder, Vocos a file of weights.
     if path.is_dir():
         ours = load_model(Vocoder, path)
         dataset.expect_mel(ours.config.mel, str(path))
@@ -239,59 +241,59 @@ def load_saved(path: Path, dataset: VocoderDataset) -> torch.nn.Module:
 
 
 def measure(args: QualityArguments, folders: list[Path]) -> tuple[int, dict[str, dict[str, float | None]]]:
-    """Number of held-out clips, and means over them by row: the real sound, Griffin-Lim, everything in the folders."""
+    """Number of held-out clips, and mean metrics by row: ground truth, Griffin-Lim, and all models in the folders."""
     dataset = VocoderDataset(args.cached_dataset, "validation")
     clips = [dataset[i] for i in evenly_spaced(len(dataset), args.n_clips)]
+    # Titles of the models: the name of the folder, or its path where names repeat.
     names = [folder.resolve().name for folder in folders]
     saved = {}
     for folder, name in zip(folders, names):
         saved |= saved_models(folder, name if names.count(name) == 1 else str(folder))
     untrained = Vocoder.from_preset(args.config, **dataset.mel.as_dict()).eval()
-    found = {
-        "real sound": scores(dataset, clips, None),
+    # References, then the models.
+    rows = {
+        "ground truth": scores(dataset, clips, None),
         "Griffin-Lim, 60": scores(dataset, clips, lambda clip: griffin_lim(clip, dataset.mel)),
         f"ours {args.config}, untrained": scores(dataset, clips, untrained),
     }
-    found |= {title: scores(dataset, clips, load_saved(path, dataset)) for title, path in saved.items()}
-    return len(clips), found
+    rows |= {title: scores(dataset, clips, load_saved(path, dataset)) for title, path in saved.items()}
+    return len(clips), rows
 
 
 @torch.inference_mode()
 def scores(
     dataset: VocoderDataset, clips: list[dict[str, Tensor]], vocode: Callable[[Tensor], Tensor] | None
 ) -> dict[str, float | None]:
-    """Mean metrics of the clips vocoded from their log-mels; `vocode` None: of the clips themselves.
+    """Mean metrics of clips vocoded from their log-mels; `vocode` None: of the clips themselves.
 
-    Returns: by column; None where a metric is defined for no clip.
+    Returns: metric -> mean over the clips for which it is defined; None where there are none.
     """
     log_mel, rate = LogMel(dataset.mel), dataset.mel.sample_rate
     values: dict[str, list[float]] = {"PESQ-wb": [], "PESQ-wb, 4 starts": [], "STOI": [], "log-mel L1": []}
     for clip in clips:
-        real = clip["waveform"]
-        made = real if vocode is None else vocode(clip["mel"][None])[0].clamp(-1, 1)
-        distance = mel_l1(clip["mel"], log_mel(made[None])[0])
-        results = *pesq_wb_and_mean(real, made, rate), stoi(real, made, rate), distance
+        target = clip["waveform"]
+        generated = target if vocode is None else vocode(clip["mel"][None])[0].clamp(-1, 1)  # (S,)
+        distance = mel_l1(log_mel(generated[None])[0], clip["mel"])
+        results = *pesq_wb_and_mean(generated, target, rate), stoi(generated, target, rate), distance
         for column, value in zip(values.values(), results):
             column += [] if value is None else [value]
     return {name: sum(column) / len(column) if column else None for name, column in values.items()}
 
 
 def quality(args: QualityArguments) -> None:
-    """Train what is not there, measure, print, write."""
+    """Train the missing runs, measure all of them, print, write."""
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     folders = list(map(Path, args.run_dirs))
+    # A side is trained unless its run has all checkpoints; runs that exist are measured in any case.
     for side, train in (("ours", train_ours), ("vocos", train_vocos)) if args.quality else ():
         folder = run_folder(args, side)
         if args.side in ("", side) and not is_trained(folder, args.quality):
             train(args)
         folders += [folder] if (folder / TIMES).is_file() else []
     n_clips, results = measure(args, folders)
-    table = Table(title=f"{n_clips} held-out clips of {args.cached_dataset}", box=SIMPLE_HEAD)
-    for column in ("", *next(iter(results.values()))):
-        table.add_column(column)
-    for name, row in results.items():
-        table.add_row(name, *(number(value, 3) for value in row.values()))
-    Console(width=120).print(table)
+    columns = {name: Column(name) for row in results.values() for name in row}
+    title = f"{n_clips} held-out clips of {args.cached_dataset}"
+    Console(width=120).print(score_table(results, columns, title=title, names={name: name for name in results}))
     file = Path(args.output_dir) / "vocoder" / "quality.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"n_clips": n_clips, "cached_dataset": args.cached_dataset, "rows": results})

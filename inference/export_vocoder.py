@@ -1,10 +1,10 @@
-"""A trained vocoder as ONNX, for runtimes without PyTorch; checked by onnxruntime against the PyTorch model.
+"""Export a trained vocoder to ONNX, for runtimes without PyTorch. The export is verified with onnxruntime.
 
     python inference/export_vocoder.py --checkpoint runs/vocoder/base --output my_vocoder.onnx
 
-The file takes log-mels (batch, mel bins, frames) of any batch and of any length from min_frames on (2 at the presets),
-and gives waveforms (batch, samples). It has no complex numbers and no Fourier transforms: these are matrices. What
-defines the log-mel, and min_frames, stand in its metadata.
+The model maps log-mels (batch, mel bins, frames) to waveforms (batch, samples), for any batch size and any number of
+frames from min_frames on (2 for the presets). Fourier transforms are written as matrix products without complex
+numbers. The definition of the log-mel and min_frames are in the metadata of the file.
 Needs the packages in requirements-eval.txt.
 """
 
@@ -44,25 +44,27 @@ class ExportArguments:
 
 
 def export(args: ExportArguments) -> None:
-    """Write under a temporary name, compare, rename."""
-    import_runtime()
+    """Write under a temporary name, compare with the PyTorch model, rename."""
+    import_runtime()  # Missing packages are reported before the export.
     checkpoint, output = resolve_checkpoint(args.checkpoint), Path(args.output)
     vocoder = load_vocoder(checkpoint, chosen_weights(checkpoint, args))
     output.parent.mkdir(parents=True, exist_ok=True)
+    # The file appears under its name only if the outputs agree.
     with replacing(output) as temporary:
         export_onnx(vocoder, temporary)
         comparisons = compare_with_onnx(vocoder, temporary)
         for row in comparisons:
-            numbers = f"largest difference of samples {row.difference:.1e}, peak {row.peak:.2f}"
+            numbers = f"maximum difference of samples {row.difference:.1e}, peak {row.peak:.2f}"
             print(f"batch {row.n_batch}, {row.n_frames} frames: {numbers}")
-            if not row.share <= args.tolerance:
+            if not row.share <= args.tolerance:  # also true for NaN
                 scale = "of full scale" if row.peak <= 1 else "of the peak"
                 rule = f"more than --tolerance {args.tolerance:g}"
                 raise ValueError(f"the export differs by {row.share:.1e} {scale}, {rule}")
+    # Speed of the last comparison, the longest input.
     last, mel = comparisons[-1], vocoder.config.mel
     seconds = last.n_batch * last.n_frames * mel.hop_length / mel.sample_rate
     speed = f"PyTorch {last.model_seconds / seconds:.3f}, onnxruntime {last.runtime_seconds / seconds:.3f}"
-    print(f"{output}  {output.stat().st_size / 1e6:.1f} MB; CPU seconds per second of sound: {speed}")
+    print(f"{output}  {output.stat().st_size / 1e6:.1f} MB; CPU seconds per second of audio: {speed}")
 
 
 if __name__ == "__main__":

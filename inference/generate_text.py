@@ -1,11 +1,11 @@
-"""Continue texts: one file per text, and the settings as JSON.
+"""Generate continuations of prompts: one file per text, and the settings as JSON.
 
     python inference/generate_text.py --checkpoint runs/multimodal/demo --prompts "The lambda expression" "A class"
     python inference/generate_text.py --checkpoint runs/multimodal/demo --prompt_file prompts.txt --temperature 0.8
     python inference/generate_text.py --checkpoint runs/multimodal/demo --prompts "A list" --temperature 0 --n_beams 4
     python inference/generate_text.py --checkpoint runs/multimodal/demo --prompts "A list" --n_texts 8
 
-The same seed gives a prompt the same continuations, whatever else is continued with it.
+The same seed gives a prompt the same continuations, independent of the other prompts.
 """
 
 import dataclasses
@@ -42,29 +42,33 @@ class GenerateTextArguments(GenerationArguments):
             )
 
 
-def write(args: GenerateTextArguments) -> None:
-    """Continue all prompts."""
+def generate(args: GenerateTextArguments) -> None:
+    """Continue all prompts, each `--n_texts` times."""
     prompts = [*args.prompts, *(read_prompts(args.prompt_file) if args.prompt_file else [])]
-    planned = [(prompt, copy_seed(args.seed, copy)) for prompt in prompts for copy in range(args.n_texts)]
+    # Copy 0 of every prompt has the given seed, the others seeds derived from it.
+    tasks = [(prompt, copy_seed(args.seed, copy)) for prompt in prompts for copy in range(args.n_texts)]
     checkpoint, folder = resolve_checkpoint(args.checkpoint), Path(args.output_dir)
     weights = chosen_weights(checkpoint, args)
     device = str(compute_device())
     generator = TextGenerator.load(checkpoint, weights, device)
     folder.mkdir(parents=True, exist_ok=True)
+    # Every text has a seed of its own, so batches do not change what is sampled.
     texts = []
-    for start in range(0, len(planned), args.batch_size):
-        batch, seeds = zip(*planned[start : start + args.batch_size])
-        for prompt, seed, continuation in zip(batch, seeds, generator.continue_texts(batch, args, seeds)):
+    for start in range(0, len(tasks), args.batch_size):
+        batch, seeds = zip(*tasks[start : start + args.batch_size])
+        continuations = generator.continue_texts(batch, args, seeds)
+        for prompt, seed, continuation in zip(batch, seeds, continuations):
             file = folder / f"{len(texts):03}.txt"
             file.write_text(prompt + continuation, encoding="utf-8")
             print(f"--- {file}\n{prompt}{continuation}")
             texts.append({"file": file.name, "prompt": prompt, "seed": seed, "continuation": continuation})
-    used = {"checkpoint": str(checkpoint), "weights": weights, "device": device, "texts": texts}
-    write_json(folder / "settings.json", {**dataclasses.asdict(args), **used, **provenance()})
+    # Settings, so that the texts can be generated again.
+    record = {"checkpoint": str(checkpoint), "weights": weights, "device": device, "texts": texts}
+    write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
     print(folder / "settings.json")
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     with explained_errors(logging.getLogger("generate_text")):
-        write(parse_arguments(GenerateTextArguments, None, __doc__ or ""))
+        generate(parse_arguments(GenerateTextArguments, None, __doc__ or ""))

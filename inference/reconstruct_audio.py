@@ -1,10 +1,11 @@
-r"""Reconstruct sounds with an audio VAE and a vocoder: two WAVs for each, and a sheet of input | reconstruction.
+r"""Reconstruct audio with an audio VAE and a vocoder: two WAV files per input, and a sheet of log-mels.
 
     python inference/reconstruct_audio.py --vae_checkpoint runs/audio_vae/base \
         --vocoder_checkpoint runs/vocoder/base --input speech.flac my_recordings/
 
-NAME_reconstruction.wav went through VAE and vocoder, NAME_vocoder.wav through the vocoder alone, so that one hears
-which of them loses what. Both models must have been trained on the same log-mel. Files ending in .pt hold log-mels.
+NAME_reconstruction.wav is the output of VAE and vocoder, NAME_vocoder.wav that of the vocoder alone, so that the
+errors of both can be heard separately. Both models must have been trained on the same log-mel definition. Files ending
+in .pt hold log-mels.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ from utils.generation.audio import (
 from utils.options import option
 
 logger = logging.getLogger("reconstruct_audio")
-MAX_ROWS = 32  # on the sheet
+MAX_ROWS = 32  # clips that are shown on the sheet
 
 
 @dataclasses.dataclass
@@ -48,25 +49,27 @@ class ReconstructionArguments(SynthesisArguments):
 
 
 def reconstruct(args: ReconstructionArguments) -> None:
-    """Reconstruct all sounds; damaged ones are named and left out."""
+    """Reconstruct all files; damaged ones are skipped with a warning."""
     files = find_inputs(args.input, {*AUDIO_SUFFIXES, MEL_SUFFIX})
-    folder, groups, made = Path(args.output_dir), [], []
+    folder, groups, records = Path(args.output_dir), [], []
     outputs = (folder / f"{name}_{kind}.wav" for name in files for kind in ("reconstruction", "vocoder"))
     refuse_overwriting(files.values(), outputs)
     synthesizer = Synthesizer.load(args.vocoder_checkpoint, args)
-    reconstructor = AudioReconstructor.load(args.vae_checkpoint, args, synthesizer, args.speaker)
+    reconstructor = AudioReconstructor.load(args.vae_checkpoint, args, synthesizer, speaker=args.speaker)
+    # Each file as log-mel (M, F): reconstructed by the VAE, then vocoded with and without the VAE.
     for name, (mel, n_samples) in synthesizer.read_all(files):
         reconstruction = reconstructor.reconstruction(mel)
-        found = synthesizer.write(reconstruction, n_samples, folder / f"{name}_reconstruction.wav")
-        alone = synthesizer.write(mel, n_samples, folder / f"{name}_vocoder.wav")
+        vocoded = synthesizer.write(reconstruction, n_samples, folder / f"{name}_reconstruction.wav")
+        without_vae = synthesizer.write(mel, n_samples, folder / f"{name}_vocoder.wav")
         distance = (reconstruction - mel).abs().mean().item()
-        made.append({"input": str(files[name]), "vae_mel_l1": distance, "reconstruction": found, "vocoder": alone})
+        entry = {"input": str(files[name]), "vae_mel_l1": distance}
+        records.append({**entry, "reconstruction": vocoded, "vocoder": without_vae})
         if len(groups) < MAX_ROWS:
-            triple = mel_triple(mel, reconstruction, synthesizer.log_mel.settings.log_floor)
+            triple = mel_triple(reconstruction, mel, synthesizer.log_mel.settings.log_floor)
             groups.append(Group(triple, f"{distance:.3f}  {name}"))
-        print(f"{folder / found['file']}  {found['seconds']:.2f} s, mean log-mel difference {distance:.3f} by the VAE")
+        print(f"{folder / vocoded['file']}  {vocoded['seconds']:.2f} s, log-mel L1 of the VAE {distance:.3f}")
     save_image(strip_sheet(groups, TRIPLE), folder / "sheet.png")
-    settings = {**dataclasses.asdict(args), **synthesizer.record, **reconstructor.record, "files": made}
+    settings = {**dataclasses.asdict(args), **synthesizer.record, **reconstructor.record, "files": records}
     write_json(folder / "settings.json", {**settings, **provenance()})
     print(folder / "sheet.png")
 

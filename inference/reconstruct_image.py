@@ -1,9 +1,9 @@
-"""Reconstruct images with a VAE of any stage: a PNG for each, and a sheet of input | reconstruction | difference.
+"""Reconstruct images with an image VAE: a PNG for each image, and a sheet of input | reconstruction | difference.
 
     python inference/reconstruct_image.py --checkpoint runs/image_vae/demo --input photo.jpg drawings/
 
-The shorter side is resized to --image_size (default: that of the model's training images; 0: sizes stay). Sides that
-the compression does not divide are padded for the model and cropped back.
+The shorter side is resized to --image_size (default: that of the model's training images; 0: no resizing). Sides that
+are not a multiple of the compression are padded for the model, and the reconstruction is cropped.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from utils.metrics.images import psnr
 from utils.options import option
 
 logger = logging.getLogger("reconstruct_image")
-MAX_ROWS = 32  # on the sheet
+MAX_ROWS = 32  # images that are shown on the sheet
 
 
 @dataclasses.dataclass
@@ -43,7 +43,7 @@ class ReconstructionArguments:
 
 @torch.inference_mode()
 def reconstruct(args: ReconstructionArguments) -> None:
-    """Reconstruct all images; damaged ones are named and left out."""
+    """Reconstruct all images; damaged files are skipped with a warning."""
     files = find_images(args.input)
     model = load_vae(args.checkpoint, needs_statistics=False).to(compute_device())
     length = model.config.image_size if args.image_size < 0 else args.image_size
@@ -54,10 +54,12 @@ def reconstruct(args: ReconstructionArguments) -> None:
         except (OSError, ValueError, SyntaxError) as error:
             logger.warning("%s is left out: %s", file, error)
             continue
+        # Resize, pad for the model: (1, 3, Y, X) -> (1, 3, Y', X'); crop the reconstruction.
         image = to_float(to_tensor(resize_shorter_side(source, length) if length else source))[None].to(model.device)
         reconstruction = model(image=pad_to_multiple(image, model.config.compression)).reconstruction
         reconstruction = reconstruction[..., : image.shape[2], : image.shape[3]].clamp(-1, 1)
-        images, value = triple(image[0], reconstruction[0]), psnr(reconstruction, image).item()
+        # The sheet, the file and the PSNR of this image.
+        images, value = triple(reconstruction[0], image[0]), psnr(reconstruction, image).item()
         if len(groups) < MAX_ROWS:
             groups.append(Group(images, f"{value:.1f} dB  {name}"))
         output = Path(args.output_dir) / f"{name}_reconstruction.png"

@@ -1,9 +1,9 @@
-"""Draw images for prompts: a PNG for each prompt and seed, a sheet of all, and the settings as JSON.
+"""Generate images for prompts: a PNG for each prompt and seed, a sheet of all images, and the settings as JSON.
 
     python inference/text_to_image.py --checkpoint runs/image_diffusion/demo --prompts "a large panda on red" "a key"
     python inference/text_to_image.py --checkpoint runs/image_diffusion/demo --prompt_file prompts.txt --seeds 7 8
 
-The same seed gives the same image, whatever else is drawn with it.
+The same seed gives the same image, independent of the other prompts and seeds.
 """
 
 import dataclasses
@@ -19,10 +19,11 @@ from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, wr
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import Group, draw_sheet, save_image, to_image
-from utils.generation.text_to_image import SamplingArguments, TextToImage
+from utils.generation.text import read_prompts
+from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
 from utils.options import option
 
-MAX_ROWS = 32  # prompts on the sheet
+MAX_ROWS = 32  # prompts that are shown on the sheet
 
 
 @dataclasses.dataclass
@@ -44,36 +45,36 @@ class TextToImageArguments(SamplingArguments):
             raise ValueError("--checkpoint and --prompts or --prompt_file are needed: a run folder, and captions")
 
 
-def draw(args: TextToImageArguments) -> None:
-    """Draw all prompts with all seeds."""
-    lines = Path(args.prompt_file).read_text(encoding="utf-8").splitlines() if args.prompt_file else []
-    prompts = [*args.prompts, *(line.strip() for line in lines if line.strip())]
-    if not prompts:
-        raise ValueError(f"--prompt_file {args.prompt_file} has no line with text")
+def generate(args: TextToImageArguments) -> None:
+    """Generate an image for every prompt and seed."""
+    prompts = [*args.prompts, *(map(str.strip, read_prompts(args.prompt_file)) if args.prompt_file else [])]
     seeds, folder = args.seeds or list(range(args.n_images)), Path(args.output_dir)
     checkpoint = resolve_checkpoint(args.checkpoint)
     weights = chosen_weights(checkpoint, args)
     device = str(compute_device())
-    painter = TextToImage.load(checkpoint, args.vae_checkpoint, weights, device)
-    tasks, drawn, files = [(*each, seed) for each in enumerate(prompts) for seed in seeds], [], []
+    pipeline = TextToImagePipeline.load(checkpoint, args.vae_checkpoint, weights=weights, device=device)
+    # Every prompt with every seed, in batches; images of the first prompts are kept for the sheet.
+    tasks = [(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
+    shown, files = [], []
     for start in range(0, len(tasks), args.batch_size):
         batch = tasks[start : start + args.batch_size]
-        images = painter.images([task[1] for task in batch], [task[2] for task in batch], args)
-        for (number, prompt, seed), image in zip(batch, map(to_image, images)):
-            file = f"{number:03}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower())[:60]}_seed{seed}.png"
+        images = pipeline.images([prompt for _, prompt, _ in batch], [seed for *_, seed in batch], args)
+        for (index, prompt, seed), image in zip(batch, map(to_image, images)):
+            file = f"{index:03}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower())[:60]}_seed{seed}.png"
             save_image(image, folder / file)
             print(folder / file)
             files.append({"file": file, "prompt": prompt, "seed": seed})
-            drawn += [image] if number < MAX_ROWS else []
-    rows = [drawn[start : start + len(seeds)] for start in range(0, len(drawn), len(seeds))]
+            shown += [image] if index < MAX_ROWS else []
+    # The sheet: a row per prompt, a column per seed.
+    rows = [shown[start : start + len(seeds)] for start in range(0, len(shown), len(seeds))]
     labels = [f"seed {seed}" for seed in seeds]
     save_image(draw_sheet([Group(*row) for row in zip(rows, prompts)], labels), folder / "sheet.png")
-    used = {"checkpoint": str(checkpoint), "weights": weights, "seeds": seeds, "device": device, "images": files}
-    write_json(folder / "settings.json", {**dataclasses.asdict(args), **used, **provenance()})
+    record = {"checkpoint": str(checkpoint), "weights": weights, "seeds": seeds, "device": device, "images": files}
+    write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
     print(folder / "sheet.png")
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
     with explained_errors(logging.getLogger("text_to_image")):
-        draw(parse_arguments(TextToImageArguments, None, __doc__ or ""))
+        generate(parse_arguments(TextToImageArguments, None, __doc__ or ""))

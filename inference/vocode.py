@@ -1,10 +1,10 @@
-"""Sound from log-mels with a trained vocoder: a WAV for each file, and the settings as JSON.
+"""Waveforms from log-mels with a trained vocoder: a WAV file per input, and the settings as JSON.
 
     python inference/vocode.py --checkpoint runs/vocoder/base --input speech.flac my_recordings/
     python inference/vocode.py --checkpoint runs/vocoder/base --input cached_datasets/audio_vocoder/validation
 
-Sounds are mixed to one channel, resampled, and analysed with the vocoder's own log-mel; files ending in .pt hold
-log-mels. Long inputs are decoded in pieces, with the same result.
+Audio files are mixed to one channel and resampled, and their log-mels computed as in the vocoder's training. Files
+ending in .pt hold log-mels. Long inputs are vocoded in chunks, with the same result.
 """
 
 import dataclasses
@@ -32,18 +32,21 @@ class VocodeArguments(SynthesisArguments):
 
 
 def vocode(args: VocodeArguments) -> None:
-    """Synthesise all files; damaged ones are named and left out."""
+    """Vocode all files; damaged ones are skipped with a warning."""
     files = find_inputs(args.input, {*AUDIO_SUFFIXES, MEL_SUFFIX})
-    folder, made = Path(args.output_dir), []
+    folder, records = Path(args.output_dir), []
+    # An output may have the name of an input.
     refuse_overwriting(files.values(), (folder / f"{name}.wav" for name in files))
     synthesizer = Synthesizer.load(args.checkpoint, args)
+    # Log-mel (M, F) of each file -> waveform, cut to the length of the input.
     for name, (mel, n_samples) in synthesizer.read_all(files):
-        found = synthesizer.write(mel, n_samples, folder / f"{name}.wav")
-        made.append({"input": str(files[name]), **found})
-        speed = found["compute_seconds"] / found["seconds"]
-        numbers = f"{found['seconds']:.2f} s at {speed:.3f} of real time, log-mel difference {found['mel_l1']:.3f}"
-        print(f"{folder / found['file']}  {numbers}")
-    settings = {**dataclasses.asdict(args), **synthesizer.record, "files": made, **provenance()}
+        record = synthesizer.write(mel, n_samples, folder / f"{name}.wav")
+        records.append({"input": str(files[name]), **record})
+        factor = record["compute_seconds"] / record["seconds"]
+        numbers = f"{record['seconds']:.2f} s, {factor:.3f} x real time, log-mel L1 {record['mel_l1']:.3f}"
+        print(f"{folder / record['file']}  {numbers}")
+    # Settings and results of all files.
+    settings = {**dataclasses.asdict(args), **synthesizer.record, "files": records, **provenance()}
     write_json(folder / "settings.json", settings)
     print(folder / "settings.json")
 

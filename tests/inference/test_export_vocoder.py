@@ -62,7 +62,7 @@ def test_the_file_gives_the_models_waveforms(tmp_path, capsys, fields):
     checkpoint = save_stage_checkpoint(vocoder, "vocoder", tmp_path / "run")
     file = tmp_path / "out" / "vocoder.onnx"
     run("--checkpoint", checkpoint.parent, "--output", file)  # Compares four batches to 1e-4.
-    assert "3, 50 frames: largest difference of samples" in capsys.readouterr().out
+    assert "3, 50 frames: maximum difference of samples" in capsys.readouterr().out
     assert [path.name for path in file.parent.iterdir()] == ["vocoder.onnx"]
     written = onnx.load(file)
     assert not UNWANTED & {node.op_type for node in written.graph.node}
@@ -107,7 +107,7 @@ def test_nothing_is_left_behind_by_an_error(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_the_sounds_of_the_comparison_are_fixed_and_in_range():
+def test_the_signals_of_the_comparison_are_fixed_and_in_range():
     first, second = (gliding_tones(3, 4000, 8000) for _ in range(2))
     assert torch.equal(first, second) and 0.2 < first.abs().max() <= 1
     assert (first[0] - first[1]).abs().max() > 0.1

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from dataset_loading.text.windows import TextDataset, prepare_text
-from inference.generate_text import GenerateTextArguments, write
+from inference.generate_text import GenerateTextArguments, generate
 from model.causal import MegaTransformerForCausalLM
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from utils.command_line import parse_arguments
-from utils.generation.text import GenerationArguments, TextGenerator, drawing, read_prompts
+from utils.generation.text import GenerationArguments, TextGenerator, read_prompts, sampling_processors
 
 PROMPTS = ["a list of", "Zwölf bears", "the tensor is a model that reads and writes, again and again,", ""]
 
@@ -40,7 +40,7 @@ def run(checkpoint, tmp_path):
     def call(name, *words, of=checkpoint):
         folder = tmp_path / name
         words = ["--checkpoint", of, "--output_dir", folder, "--max_new_tokens", 12, *words]
-        write(parse_arguments(GenerateTextArguments, [str(word) for word in words], ""))
+        generate(parse_arguments(GenerateTextArguments, [str(word) for word in words], ""))
         return json.loads((folder / "settings.json").read_text())
 
     return call
@@ -73,19 +73,19 @@ def test_a_batch_equals_single_runs(words, size, run, request):
     assert len(set(together)) == 4 and all(together)
 
 
-def test_greedy_is_the_likeliest_token_each_time(run, checkpoint):
+def test_greedy_is_the_most_probable_token_each_time(run, checkpoint):
     generator = TextGenerator.load(checkpoint)
     (text,) = continuations(run("greedy", "--prompts", "a list", "--temperature", 0))
     ids = generator.encode("a list")
     for _ in range(12):
         with torch.no_grad():
             ids.append(int(generator.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    assert generator.decode(generator.up_to_the_end(torch.tensor(ids[7:]))) == text
+    assert generator.decode(generator.truncate_at_end(torch.tensor(ids[7:]))) == text
 
 
-def test_noise_draws_from_the_softmax():
+def test_noise_samples_from_the_softmax():
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
-    draws = drawing(GenerationArguments(temperature=0.7, top_k=3), [0])
+    draws = sampling_processors(GenerationArguments(temperature=0.7, top_k=3), [0])
     counts = torch.zeros(4)
     for _ in range(4000):
         counts[draws(torch.zeros(1, 1, dtype=torch.int64), logits.clone()).argmax()] += 1
@@ -116,8 +116,8 @@ def test_thinking_steps_and_exits(run, deep, checkpoint):
 def test_an_end_of_document_ends_the_text(checkpoint):
     generator = TextGenerator.load(checkpoint)
     end = generator.model.config.eos_token_id
-    assert generator.up_to_the_end(torch.tensor([5, 6, end, 7])) == [5, 6]
-    assert generator.up_to_the_end(torch.tensor([5, 6])) == [5, 6]
+    assert generator.truncate_at_end(torch.tensor([5, 6, end, 7])) == [5, 6]
+    assert generator.truncate_at_end(torch.tensor([5, 6])) == [5, 6]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +142,7 @@ def test_another_stage_and_an_empty_file_are_refused(run, image_cache, tmp_path)
     with pytest.raises(ValueError, match="has no line with text"):
         run("out", "--prompt_file", tmp_path / "empty.txt")
     vae = save_checkpoint(tmp_path / "image_vae" / "small", image_cache)
-    with pytest.raises(ValueError, match="text is written by checkpoints of stage 'multimodal'"):
+    with pytest.raises(ValueError, match="checkpoints of stage 'multimodal'"):
         run("out", "--prompts", "a", of=vae)
 
 

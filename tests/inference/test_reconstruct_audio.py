@@ -1,4 +1,4 @@
-"""Sounds through a small audio VAE and a small vocoder."""
+"""Reconstruction of audio files with a small audio VAE and a small vocoder."""
 
 import json
 
@@ -46,38 +46,38 @@ def run(checkpoints, tmp_path):
         flags = ["--vae_checkpoint", checkpoints["audio_vae"], "--vocoder_checkpoint", checkpoints["vocoder"]]
         words = [*flags, "--output_dir", folder, *words]
         reconstruct(parse_arguments(ReconstructionArguments, [str(word) for word in words], ""))
-        sounds = {file.name: soundfile.read(file)[0] for file in folder.glob("*.wav")}
-        return json.loads((folder / "settings.json").read_text()), sounds
+        waveforms = {file.name: soundfile.read(file)[0] for file in folder.glob("*.wav")}
+        return json.loads((folder / "settings.json").read_text()), waveforms
 
     return call
 
 
 def test_the_result_is_vae_then_vocoder(run, checkpoints, tmp_path, capsys):
     write_sound(tmp_path / "a.flac", seconds=0.5)
-    settings, sounds = run("--input", tmp_path / "a.flac")
+    settings, waveforms = run("--input", tmp_path / "a.flac")
     mel = analyse(read_waveform(tmp_path / "a.flac", 8000), LogMel(SMALL_MEL))
     with torch.no_grad():
         reconstruction = small_vae()(mel[None]).reconstruction.clamp_min(SMALL_MEL.log_floor)
     vocoder = Synthesizer(small_vocoder())
     expected = {"a_reconstruction.wav": vocoder.waveform(reconstruction[0]), "a_vocoder.wav": vocoder.waveform(mel)}
-    assert sounds.keys() == expected.keys()
+    assert waveforms.keys() == expected.keys()
     for name, waveform in expected.items():
-        assert len(sounds[name]) == 4000
+        assert len(waveforms[name]) == 4000
         wanted = waveform[:4000].clamp(-1, 1)
-        assert torch.allclose(torch.from_numpy(sounds[name]).float(), wanted, atol=1 / 32768 + 1e-5)
+        assert torch.allclose(torch.from_numpy(waveforms[name]).float(), wanted, atol=1 / 32768 + 1e-5)
     distance = (reconstruction[0] - mel).abs().mean().item()
     assert settings["files"][0]["vae_mel_l1"] == pytest.approx(distance, rel=1e-4)
     assert settings["vae_checkpoint"] == str(checkpoints["audio_vae"]) and settings["vae_weights"] == "raw"
     assert settings["vocoder_checkpoint"] == str(checkpoints["vocoder"])
     assert Image.open(tmp_path / "out" / "sheet.png").width > 200
-    assert f"mean log-mel difference {distance:.3f} by the VAE" in capsys.readouterr().out
+    assert f"log-mel L1 of the VAE {distance:.3f}" in capsys.readouterr().out
 
 
 def test_lengths_that_the_compression_does_not_divide(run, tmp_path):
     for n_samples in (1, 64, 65 * 64):
         write_sound(tmp_path / f"{n_samples}.wav", seconds=n_samples / 8000)
-    _, sounds = run("--input", *(tmp_path / f"{n_samples}.wav" for n_samples in (1, 64, 65 * 64)))
-    assert {len(sounds[f"{n_samples}_reconstruction.wav"]) for n_samples in (1, 64, 65 * 64)} == {1, 64, 65 * 64}
+    _, waveforms = run("--input", *(tmp_path / f"{n_samples}.wav" for n_samples in (1, 64, 65 * 64)))
+    assert {len(waveforms[f"{n_samples}_reconstruction.wav"]) for n_samples in (1, 64, 65 * 64)} == {1, 64, 65 * 64}
 
 
 def test_speakers(run, checkpoints, tmp_path):
@@ -116,7 +116,7 @@ def test_inputs_are_never_written_over(run, tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("a.wav", "a_vocoder.wav"):
         write_sound(tmp_path / "out" / name)
-    with pytest.raises(ValueError, match=r"a_vocoder\.wav is an input and would be written over"):
+    with pytest.raises(ValueError, match=r"a_vocoder\.wav is an input and would be overwritten"):
         run("--input", tmp_path / "out")
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inference.text_to_image import TextToImageArguments, draw
+from inference.text_to_image import TextToImageArguments, generate
 from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
 from utils.command_line import parse_arguments
 
@@ -18,12 +18,12 @@ def checkpoint(latent_cache, tmp_path_factory):
 
 @pytest.fixture
 def run(checkpoint, tmp_path):
-    """run(name, *words): draw into `tmp_path / name`; returns the settings and the images by file name."""
+    """run(name, *words): generate into `tmp_path / name`; returns the settings and the images by file name."""
 
     def call(name, *words):
         folder = tmp_path / name
         words = ["--checkpoint", checkpoint, "--output_dir", folder, "--n_steps", "3", *words]
-        draw(parse_arguments(TextToImageArguments, [str(word) for word in words], ""))
+        generate(parse_arguments(TextToImageArguments, [str(word) for word in words], ""))
         images = {file.name: np.asarray(Image.open(file)).astype(int) for file in folder.glob("*.png")}
         return json.loads((folder / "settings.json").read_text()), images
 
@@ -70,7 +70,7 @@ def test_seeds_prompts_and_weights_matter(run):
 def test_absent_averaged_weights_are_recorded(latent_cache, tmp_path):
     folder = save_diffusion_checkpoint(tmp_path / "run", latent_cache, with_average=False)
     words = ["--checkpoint", folder, "--prompts", "a", "--n_steps", 1, "--output_dir", tmp_path]
-    draw(parse_arguments(TextToImageArguments, [str(word) for word in words], ""))
+    generate(parse_arguments(TextToImageArguments, [str(word) for word in words], ""))
     assert json.loads((tmp_path / "settings.json").read_text())["weights"] == "raw"
 
 

@@ -1,4 +1,4 @@
-"""Sounds and log-mels of any kind through a small vocoder."""
+"""Vocoding of audio files and log-mels with a small vocoder."""
 
 import json
 import os
@@ -32,45 +32,45 @@ def run(checkpoint, tmp_path):
         folder = tmp_path / "out"
         words = ["--checkpoint", checkpoint.parent, "--output_dir", folder, *words]
         vocode(parse_arguments(VocodeArguments, [str(word) for word in words], ""))
-        sounds = {file.name: soundfile.read(file)[0] for file in folder.glob("*.wav")}
+        waveforms = {file.name: soundfile.read(file)[0] for file in folder.glob("*.wav")}
         assert not list(folder.glob("*.tmp"))
-        return json.loads((folder / "settings.json").read_text()), sounds
+        return json.loads((folder / "settings.json").read_text()), waveforms
 
     return call
 
 
 def test_the_result_is_the_vocoders_with_its_own_analysis(run, checkpoint, tmp_path, capsys):
     write_sound(tmp_path / "a.wav", seconds=0.5)
-    settings, sounds = run("--input", tmp_path / "a.wav")
+    settings, waveforms = run("--input", tmp_path / "a.wav")
     vocoder = load_model(Vocoder, checkpoint)
     waveform = decode_audio({"path": str(tmp_path / "a.wav"), "bytes": None})[0]
     padded = torch.nn.functional.pad(waveform, (0, -waveform.shape[1] % SMALL_MEL.hop_length))
     with torch.no_grad():
         expected = vocoder(LogMel(SMALL_MEL)(padded))[0, :4000]
-    assert sounds.keys() == {"a.wav"} and len(sounds["a.wav"]) == 4000
-    assert torch.allclose(torch.from_numpy(sounds["a.wav"]).float(), expected.clamp(-1, 1), atol=1 / 32768 + 1e-5)
+    assert waveforms.keys() == {"a.wav"} and len(waveforms["a.wav"]) == 4000
+    assert torch.allclose(torch.from_numpy(waveforms["a.wav"]).float(), expected.clamp(-1, 1), atol=1 / 32768 + 1e-5)
     assert settings["vocoder_checkpoint"] == str(checkpoint) and settings["vocoder_weights"] == "raw"
     assert settings["mel"] == SMALL_MEL.as_dict() and "git_commit" in settings
     assert settings["files"][0]["input"] == str(tmp_path / "a.wav") and settings["files"][0]["seconds"] == 0.5
-    assert "a.wav  0.50 s at " in capsys.readouterr().out
+    assert "a.wav  0.50 s, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("chunk_frames", [1, 7, 50, 201])
-def test_long_sounds_are_analysed_in_pieces(chunk_frames):
+def test_long_waveforms_are_analysed_in_chunks(chunk_frames):
     waveform = torch.randn(200 * SMALL_MEL.hop_length + 3, generator=torch.Generator().manual_seed(0))
     whole, found = analyse(waveform, LogMel(SMALL_MEL)), analyse(waveform, LogMel(SMALL_MEL), chunk_frames)
     assert found.shape == whole.shape == (SMALL_MEL.n_mels, 201)
     assert (found - whole).abs().max() < 1e-5
 
 
-def test_a_log_mel_gives_what_its_sound_gives(run, tmp_path):
+def test_a_log_mel_gives_what_its_waveform_gives(run, tmp_path):
     write_sound(tmp_path / "a.wav", seconds=0.512)
     waveform = decode_audio({"path": str(tmp_path / "a.wav"), "bytes": None})[0][0]
     mel = analyse(waveform, LogMel(SMALL_MEL))
     torch.save({"mel": mel}, tmp_path / "b.pt")
     torch.save(mel, tmp_path / "c.pt")
-    _, sounds = run("--input", *(tmp_path / name for name in ("a.wav", "b.pt", "c.pt")))
-    assert (sounds["a.wav"] == sounds["b.wav"]).all() and (sounds["b.wav"] == sounds["c.wav"]).all()
+    _, waveforms = run("--input", *(tmp_path / name for name in ("a.wav", "b.pt", "c.pt")))
+    assert (waveforms["a.wav"] == waveforms["b.wav"]).all() and (waveforms["b.wav"] == waveforms["c.wav"]).all()
 
 
 def test_channels_rates_formats_and_folders(run, tmp_path):
@@ -79,8 +79,8 @@ def test_channels_rates_formats_and_folders(run, tmp_path):
     write_sound(folder / "stereo.flac", rate=22050, n_channels=2)
     write_sound(folder / "deep" / "long.ogg", rate=16000, seconds=1.0)
     write_sound(folder / "short.wav", seconds=0.001)
-    _, sounds = run("--input", folder)
-    lengths = {name: len(samples) for name, samples in sounds.items()}
+    _, waveforms = run("--input", folder)
+    lengths = {name: len(samples) for name, samples in waveforms.items()}
     assert lengths == {"stereo.wav": 4000, "deep__long.wav": 8000, "short.wav": 8}
 
 
@@ -92,7 +92,7 @@ def test_pieces_give_the_same_waveform():
         assert (Synthesizer(vocoder, chunk_frames).waveform(mel) - whole).abs().max() <= 1e-5
 
 
-def test_bf16_is_another_rounding_of_the_same_sound(run, tmp_path):
+def test_bf16_is_another_rounding_of_the_same_waveform(run, tmp_path):
     write_sound(tmp_path / "a.wav", seconds=0.5)
     _, exact = run("--input", tmp_path / "a.wav")
     settings, rounded = run("--input", tmp_path / "a.wav", "--bf16")
@@ -119,7 +119,7 @@ def test_damaged_files_are_left_out(run, tmp_path, caplog):
     torch.save(torch.zeros(SMALL_MEL.n_mels, 1), tmp_path / "f.pt")
     damaged = [tmp_path / name for name in ("b.flac", "c.pt", "d.pt", "e.pt", "f.pt")]
     assert run("--input", tmp_path / "a.wav", *damaged)[1].keys() == {"a.wav"}
-    reasons = ["no sound", "a tensor of shape (41, 9)", "not finite", "no file of tensors, or damaged\n"]
+    reasons = ["no sound", "a tensor of shape (41, 9)", "not finite", "not a file of tensors, or damaged\n"]
     reasons += ["a log-mel of 1 frames is too short, at least 2 are needed"]
     for name, reason in zip(damaged, reasons, strict=True):
         assert f"{name} is left out: " in caplog.text and reason in caplog.text
@@ -144,7 +144,7 @@ def test_inputs_are_never_written_over(run, tmp_path):
     write_sound(folder / "a.wav")
     before = (folder / "a.wav").read_bytes()
     for name in (folder, folder / ".." / "out" / "a.wav"):
-        with pytest.raises(ValueError, match=r"a\.wav is an input and would be written over; name .* --output_dir"):
+        with pytest.raises(ValueError, match=r"a\.wav is an input and would be overwritten.* --output_dir"):
             run("--input", name)
     assert (folder / "a.wav").read_bytes() == before and len(list(folder.iterdir())) == 1
     write_sound(tmp_path / "b.wav")

@@ -1,4 +1,7 @@
-"""Drawing sound: log-mels, waveforms, phase errors and latents as images; time runs from left to right."""
+"""Images of audio: log-mels, waveforms, phase errors and latents, with time from left to right.
+
+M mel bins, F frames, S samples, K frequency bins, Z latent channels, L latent frames.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,10 +14,10 @@ from model.audio.spectral import stft
 from utils.drawing.images import GAP, INK, LINE, PAPER, Group, shorten
 
 TRIPLE = ("target", "predicted", "difference")
-SPAN = 1.5  # nats: a difference of mels that is drawn white
-MAX_WIDTH = 480  # pixels of one drawn clip
-AUDIBLE = 1e-3  # phases of bins quieter than this share of the loudest one are not drawn
-# Dark blue over red to light yellow, brightness rising evenly.
+SPAN = 1.5  # nats: differences of log-mels from here on are white
+MAX_WIDTH = 480  # pixels of one clip
+AUDIBLE = 1e-3  # phases of bins below this share of the maximum magnitude are not drawn
+# From dark blue over red to light yellow, with linearly increasing lightness.
 WARM = (
     (4, 6, 30),
     (41, 19, 84),
@@ -25,55 +28,59 @@ WARM = (
     (252, 182, 78),
     (252, 252, 191),
 )
+# Diverging: blue is negative, grey zero, red positive.
 SIGNED = ((33, 66, 140), (120, 160, 214), (240, 240, 240), (226, 140, 110), (160, 30, 40))
 BLUE, ORANGE = (31, 88, 163), (221, 106, 28)
 
 
-def colored(values: Tensor, low: float, high: float, palette: Sequence[tuple[int, int, int]] = WARM) -> Image.Image:
-    """A matrix as an image, its first row at the bottom.
+def colored(values: Tensor, low: float, high: float, *, palette: Sequence[tuple[int, int, int]] = WARM) -> Image.Image:
+    """A matrix as an image with the first row at the bottom.
 
     Args:
-        values: (rows, columns); what is not finite is drawn as `low`.
-        low, high: the values of the palette's first and last colour.
+        values: (rows, columns); NaN and negative infinity are drawn as `low`.
+        low, high: the values of the first and the last colour of the palette.
     """
     values = torch.nan_to_num(values.detach().float().cpu(), low, high, low)
     position = ((values - low) / max(high - low, 1e-12)).clamp(0, 1).flip(0) * (len(palette) - 1)
+    # Linear interpolation between the two nearest colours: (rows, columns, 3).
     colors = torch.tensor(palette, dtype=torch.float32)
     lower = position.floor().long().clamp_max(len(palette) - 2)
     mixed = torch.lerp(colors[lower], colors[lower + 1], (position - lower).unsqueeze(-1))
     return Image.fromarray(mixed.round().byte().numpy())
 
 
-def fit_width(image: Image.Image, n_frames: int, height: int, longest: int = 0) -> Image.Image:
-    """An image with one column per frame at a scale by which the longest clip of a sheet is `MAX_WIDTH` wide.
+def fit_width(image: Image.Image, n_frames: int, height: int, *, max_frames: int = 0) -> Image.Image:
+    """An image resized so that the longest clip of a sheet is `MAX_WIDTH` wide and all clips have the same time scale.
 
-    Args: longest: frames of the longest clip; 0: this one.
+    Args: max_frames: frames of the longest clip; 0: those of this one.
     """
-    width = max(1, round(n_frames * min(MAX_WIDTH / max(longest, n_frames), 4)))
+    # A frame is at most 4 pixels wide.
+    width = max(1, round(n_frames * min(MAX_WIDTH / max(max_frames, n_frames), 4)))
     is_larger = width >= image.width and height >= image.height
     return image.resize((width, height), Image.Resampling.NEAREST if is_larger else Image.Resampling.BOX)
 
 
-def mel_triple(target: Tensor, predicted: Tensor, log_floor: float, longest: int = 0) -> list[Image.Image]:
-    """Target, prediction and absolute difference of one log-mel, low frequencies at the bottom.
+def mel_triple(generated: Tensor, target: Tensor, log_floor: float, *, max_frames: int = 0) -> list[Image.Image]:
+    """Target, generated log-mel and their absolute difference, low frequencies at the bottom, see `TRIPLE`.
 
-    The first two share one scale, from the floor to the target's maximum; the difference is white from `SPAN` on.
+    The first two have the same scale, from the floor to the maximum of the target. The difference is white from
+    `SPAN` on.
 
     Args:
-        target, predicted: (M, F); frames beyond the shorter one are left out.
-        longest: frames of the longest clip on the sheet, see `fit_width`.
+        generated, target: (M, F); frames beyond the shorter one are left out.
+        max_frames: frames of the longest clip on the sheet, see `fit_width`.
     """
-    target, predicted = target.detach().float().cpu(), predicted.detach().float().cpu()
-    M, F = len(target), min(target.shape[1], predicted.shape[1])
-    target, predicted = target[:, :F], predicted[:, :F]
+    generated, target = generated.detach().float().cpu(), target.detach().float().cpu()
+    M, F = len(target), min(generated.shape[1], target.shape[1])
+    generated, target = generated[:, :F], target[:, :F]
     high = max(target.max().item(), log_floor + 1)
-    images = [colored(each, log_floor, high) for each in (target, predicted)]
-    images.append(colored((target - predicted).abs(), 0, SPAN))
-    return [fit_width(image, F, max(M, 80), longest) for image in images]
+    images = [colored(mel, log_floor, high) for mel in (target, generated)]
+    images.append(colored((target - generated).abs(), 0, SPAN))
+    return [fit_width(image, F, max(M, 80), max_frames=max_frames) for image in images]
 
 
 def strip_sheet(groups: Sequence[Group], labels: Sequence[str] = (), *, title: str = "") -> Image.Image:
-    """Rows of images of any proportions, each group a row with its caption below, columns aligned.
+    """Rows of images of any aspect ratio: a row per group with its caption below, columns aligned.
 
     Args:
         groups: each with as many images as the first one.
@@ -81,6 +88,7 @@ def strip_sheet(groups: Sequence[Group], labels: Sequence[str] = (), *, title: s
         title: one line at the top.
     """
     assert groups and all(len(group.images) == len(groups[0].images) for group in groups), "unequal groups"
+    # Layout: widths of the columns, heights of the rows.
     font = ImageFont.load_default(13)
     widths = [max(image.width for image in column) for column in zip(*(group.images for group in groups))]
     lefts = [GAP + sum(widths[:i]) + i * GAP for i in range(len(widths))]
@@ -88,6 +96,7 @@ def strip_sheet(groups: Sequence[Group], labels: Sequence[str] = (), *, title: s
     top = GAP + LINE * bool(title) + LINE * bool(labels)
     sheet = Image.new("RGB", (max(lefts[-1] + widths[-1] + GAP, 240), top + sum(heights)), PAPER)
     draw = ImageDraw.Draw(sheet)
+    # Title and column labels, then one row per group.
     if title:
         draw.text((GAP, GAP), shorten(title, sheet.width - 2 * GAP, font), INK, font)
     for left, width, label in zip(lefts, widths, labels):
@@ -102,20 +111,22 @@ def strip_sheet(groups: Sequence[Group], labels: Sequence[str] = (), *, title: s
 
 
 def waveform_image(waveforms: Mapping[str, Tensor], rate: int, height: int = 96) -> Image.Image:
-    """Waveforms below each other at one scale of time and level: the range within each column of pixels.
+    """Waveforms below each other with common axes. Each column of pixels shows the range of its samples.
 
     Args:
         waveforms: label -> (S,).
         rate: Hz.
         height: pixels per waveform.
     """
-    sounds = {label: waveform.detach().float().cpu() for label, waveform in waveforms.items()}
-    length = max(len(sound) for sound in sounds.values())
-    peak = max(max(sound.nan_to_num().abs().max().item() for sound in sounds.values()), 1e-4)
+    # Common axes: the longest waveform and the maximum level.
+    waveforms = {label: waveform.detach().float().cpu().nan_to_num() for label, waveform in waveforms.items()}
+    length = max(len(waveform) for waveform in waveforms.values())
+    peak = max(max(waveform.abs().max().item() for waveform in waveforms.values()), 1e-4)
     groups = []
-    for color, (label, sound) in zip((BLUE, ORANGE) * len(sounds), sounds.items()):
+    for color, (label, waveform) in zip((BLUE, ORANGE) * len(waveforms), waveforms.items()):
         padded = torch.zeros(length)
-        padded[: len(sound)] = sound.nan_to_num()
+        padded[: len(waveform)] = waveform
+        # (S,) -> (MAX_WIDTH, samples per column); pixels between minimum and maximum of a column are coloured.
         columns = torch.nn.functional.pad(padded, (0, -length % MAX_WIDTH)).view(MAX_WIDTH, -1)
         middle = height / 2
         tops = (middle - columns.amax(1) / peak * (middle - 1)).round().int().numpy()
@@ -127,36 +138,44 @@ def waveform_image(waveforms: Mapping[str, Tensor], rate: int, height: int = 96)
     return strip_sheet(groups, title=f"{length / rate:.2f} s, full scale {peak:.3f}")
 
 
-def phase_errors(real: Tensor, made: Tensor, n_fft: int, hop_length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """How far the phases of a made waveform lie from the real one's.
+def phase_errors(generated: Tensor, target: Tensor, *, n_fft: int, hop_length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Errors of the phases of a generated waveform.
 
-    Args: real, made: (S,).
+    Args: generated, target: (S,).
     Returns:
         phase: |difference| of the phases, wrapped, (K, F) in [0, pi].
-        frequency: |difference| of their change from frame to frame, wrapped, (K, F), 0 in the first frame; it does
-            not mind a constant offset of phase.
-        weight: the real magnitude over its maximum, (K, F).
+        frequency: |difference| of the phase increments between frames, wrapped, (K, F), 0 in the first frame. It is
+            invariant to a constant phase offset.
+        weight: magnitude of the target divided by its maximum, (K, F).
     """
-    length = min(len(real), len(made))
+    length = min(len(generated), len(target))
     window = torch.hann_window(n_fft)
-    a, b = (stft(each[None, :length].detach().float().cpu(), window, hop_length)[0] for each in (real, made))
-    turn = a * b.conj()
-    change = torch.nn.functional.pad(turn[:, 1:] * turn[:, :-1].conj(), (1, 0), value=1.0)
-    magnitude = a.abs()
-    return turn.angle().abs(), change.angle().abs(), magnitude / magnitude.max().clamp_min(1e-12)
+    estimate, truth = (
+        stft(waveform[None, :length].detach().float().cpu(), window, hop_length)[0] for waveform in (generated, target)
+    )  # (K, F), complex
+    rotation = truth * estimate.conj()  # Its angle is the difference of the phases.
+    change = torch.nn.functional.pad(rotation[:, 1:] * rotation[:, :-1].conj(), (1, 0), value=1.0)
+    magnitude = truth.abs()
+    return rotation.angle().abs(), change.angle().abs(), magnitude / magnitude.max().clamp_min(1e-12)
 
 
-def phase_image(real: Tensor, made: Tensor, n_fft: int, hop_length: int) -> tuple[Image.Image, dict[str, float]]:
-    """Phase errors of bins that can be heard, and their means weighted by magnitude.
+def phase_image(
+    generated: Tensor, target: Tensor, *, n_fft: int, hop_length: int
+) -> tuple[Image.Image, dict[str, float]]:
+    """Phase errors of audible bins, and their means weighted by magnitude.
 
-    Args: real, made: (S,).
-    Returns: the image, and `phase` and `frequency` in radians; chance gives pi / 2 and, as frames overlap, about 1.
+    Args: generated, target: (S,).
+    Returns: the image, and the means `phase` and `frequency` in radians. Random phases have pi / 2 and, since frames
+        overlap, about 1.
     """
-    *errors, weight = phase_errors(real, made, n_fft, hop_length)
+    *errors, weight = phase_errors(generated, target, n_fft=n_fft, hop_length=hop_length)
     total = weight.sum().clamp_min(1e-12)
     names = ("phase", "frequency")
     means = {name: ((error * weight).sum() / total).item() for name, error in zip(names, errors)}
-    captions = (f"phase error, mean {means['phase']:.2f} rad", f"of its change, mean {means['frequency']:.2f} rad")
+    captions = (
+        f"phase error, mean {means['phase']:.2f} rad",
+        f"error of phase increments, mean {means['frequency']:.2f} rad",
+    )
     groups = []
     for error, caption in zip(errors, captions):
         image = colored(torch.where(weight > AUDIBLE, error, 0.0), 0, torch.pi)
@@ -164,12 +183,15 @@ def phase_image(real: Tensor, made: Tensor, n_fft: int, hop_length: int) -> tupl
     return strip_sheet(groups), means
 
 
-def latent_image(latents: Tensor, longest: int = 0) -> Image.Image:
-    """Latents over time, one row per channel (and mel row within it): 2.5 deviations about its mean fill the palette.
+def latent_image(latents: Tensor, *, max_frames: int = 0) -> Image.Image:
+    """Latents over time, one row per channel (and mel row within it). The palette spans mean +- 2.5 std of the row.
 
-    Args: latents: (Z, L), or (Z, m, L).
+    Args:
+        latents: (Z, L), or (Z, m, L).
+        max_frames: frames of the longest clip on the sheet, see `fit_width`.
     """
     rows = latents.detach().float().cpu().flatten(0, -2)
     mean, std = rows.mean(1, keepdim=True), rows.std(1, keepdim=True, correction=0)
-    image = colored((rows - mean) / (2.5 * std).clamp_min(1e-8), -1, 1, SIGNED)
-    return fit_width(image, rows.shape[1], max(6 * len(rows), 48) if len(rows) < 64 else len(rows), longest)
+    image = colored((rows - mean) / (2.5 * std).clamp_min(1e-8), -1, 1, palette=SIGNED)
+    height = max(6 * len(rows), 48) if len(rows) < 64 else len(rows)
+    return fit_width(image, rows.shape[1], height, max_frames=max_frames)

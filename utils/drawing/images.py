@@ -1,4 +1,7 @@
-"""Drawing: tensors as images, and sheets of labelled images for TensorBoard, evaluation and inference."""
+"""Tensors as images, and sheets of labelled images for TensorBoard, evaluation and inference.
+
+B batch, C channels, Y X rows and columns, Z latent channels, y x latent rows and columns.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,14 +15,14 @@ from dataset_loading.files import replacing
 from dataset_loading.image.pixels import to_uint8
 
 TRIPLE = ("input", "reconstruction", "difference x2")
-MIN_CELL, MAX_CELL = 128, 256  # sides of drawn images in pixels
+MIN_CELL, MAX_CELL = 128, 256  # side of an image on a sheet, in pixels
 GAP, LINE = 6, 18  # pixels between images, and height of a line of text
 INK, PAPER = (30, 30, 30), (236, 236, 236)
 
 
 @dataclasses.dataclass
 class Group:
-    """Images that belong together, drawn in one row with a caption below."""
+    """Images drawn side by side with a common caption below."""
 
     images: Sequence[Image.Image]
     caption: str = ""
@@ -30,23 +33,23 @@ def to_image(image: Tensor) -> Image.Image:
     return Image.fromarray(to_uint8(image.detach()).expand(3, -1, -1).permute(1, 2, 0).cpu().numpy())
 
 
-def difference(a: Tensor, b: Tensor) -> Tensor:
+def difference(generated: Tensor, target: Tensor) -> Tensor:
     """Twice the absolute difference as an image: black where equal, white from half the value range on.
 
     Args:
-        a, b: (..., C, Y, X) in [-1, 1].
+        generated, target: (..., C, Y, X) in [-1, 1].
     Returns: the same shape, in [-1, 1].
     """
-    return (2 * (a - b).abs() - 1).clamp(-1, 1)
+    return (2 * (generated - target).abs() - 1).clamp(-1, 1)
 
 
-def triple(image: Tensor, reconstruction: Tensor) -> list[Image.Image]:
-    """Input, reconstruction and difference (see `TRIPLE`) of one image (3, Y, X) in [-1, 1]."""
-    return [to_image(each) for each in (image, reconstruction, difference(image, reconstruction.clamp(-1, 1)))]
+def triple(generated: Tensor, target: Tensor) -> list[Image.Image]:
+    """Input (the target), reconstruction and difference of one image (3, Y, X) in [-1, 1], see `TRIPLE`."""
+    return [to_image(image) for image in (target, generated, difference(generated.clamp(-1, 1), target))]
 
 
 def channel_images(latents: Tensor) -> Tensor:
-    """Latent channels as grey images: per channel, 2.5 standard deviations about the mean of the batch fill [-1, 1].
+    """Latent channels as grey images: per channel, mean +- 2.5 std of the batch is mapped to [-1, 1].
 
     Args:
         latents: (B, Z, y, x).
@@ -58,10 +61,9 @@ def channel_images(latents: Tensor) -> Tensor:
 
 
 def fit_cell(image: Image.Image, side: int) -> Image.Image:
-    """An image inside a square of `side` pixels, enlarged by a whole factor or shrunk to fit."""
-    longest = max(image.size)
-    factor = side // longest
-    scale = factor or side / longest
+    """An image inside a square of `side` pixels, enlarged by an integer factor or shrunk to fit."""
+    factor = side // max(image.size)  # Integer factors keep pixels sharp; 0 where the image must shrink.
+    scale = factor or side / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     scaled = image.convert("RGB").resize(size, Image.Resampling.NEAREST if factor else Image.Resampling.LANCZOS)
     cell = Image.new("RGB", (side, side), PAPER)
@@ -70,7 +72,7 @@ def fit_cell(image: Image.Image, side: int) -> Image.Image:
 
 
 def shorten(text: str, width: float, font) -> str:
-    """The text, cut to `width` pixels."""
+    """The text, truncated to `width` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
@@ -86,16 +88,17 @@ def draw_sheet(
     title: str = "",
     min_cell: int = MIN_CELL,
 ) -> Image.Image:
-    """Groups of images side by side and below each other.
+    """Groups of images, `n_across` of them side by side.
 
     Args:
         groups: each with the same number of images.
         labels: one per image of a group, above the first row.
-        n_across: groups in one row.
+        n_across: groups per row.
         title: one line at the top.
         min_cell: side of the square that a small image is enlarged to, in pixels.
     """
     assert groups and all(len(group.images) == len(groups[0].images) for group in groups), "groups of unequal length"
+    # Layout: the side of a cell, the size of a group, and the rows of groups.
     font = ImageFont.load_default(13)
     longest = max(max(image.size) for group in groups for image in group.images)
     side = min(max(longest, min_cell), MAX_CELL)
@@ -107,10 +110,11 @@ def draw_sheet(
     n_rows = -(-len(groups) // n_across)
     sheet = Image.new("RGB", (n_across * group_width, top + n_rows * row_height + GAP), PAPER)
     draw = ImageDraw.Draw(sheet)
+    # Title, then every group: its images, labels above the first row, its caption below.
     if title:
         draw.text((1.5 * GAP, GAP), shorten(title, sheet.width - 3 * GAP, font), INK, font)
-    for number, group in enumerate(groups):
-        row, column = divmod(number, n_across)
+    for index, group in enumerate(groups):
+        row, column = divmod(index, n_across)
         left, upper = column * group_width + int(1.5 * GAP), top + row * row_height
         for i, image in enumerate(group.images):
             sheet.paste(fit_cell(image, side), (left + i * (side + GAP), upper))
@@ -129,7 +133,7 @@ def save_image(image: Image.Image, file: Path) -> None:
 
 
 def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
-    """Repeat the last row and column until both sides are divisible.
+    """Repeat the last row and column until both sides are multiples of `multiple`.
 
     Args:
         image: (B, C, Y, X).
@@ -140,7 +144,8 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
 
 
 def resize_shorter_side(image: Image.Image, length: int) -> Image.Image:
-    """The image with its shorter side `length` pixels long and its proportions kept."""
+    """The image resized so that its shorter side has `length` pixels, with its aspect ratio preserved."""
     scale = length / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
+    # The gap makes a fast reduction by an integer factor precede the exact resampling.
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)

@@ -1,5 +1,6 @@
-"""What the evaluations of vocoders and audio VAEs share: clips in rows, their metrics, speed, table, sounds, sheet.
+"""Base of the evaluations of vocoders and audio VAEs: metrics of every clip and system, speed, table, audio, sheet.
 
+A row is a system that produces waveforms, such as the evaluated model or Griffin-Lim.
 S samples, M mel bins, F frames.
 """
 
@@ -12,7 +13,6 @@ from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from PIL import Image
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from model.audio.spectral import LogMel, MelSettings
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
 from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator
+from utils.evaluation.tables import Column, score_table
 from utils.metrics.audio import (
     N_CEPSTRA,
     PACKAGES,
@@ -41,43 +42,49 @@ from utils.timing import RealTime
 
 logger = logging.getLogger(__name__)
 
-GRIFFIN_LIM_ITERATIONS = 60
-MIN_WORDS = 4  # Shorter transcripts are not recognised: one word alone is a matter of luck.
-Scores = dict[str, float | None]
+GRIFFIN_LIM_ITERATIONS = 60  # with momentum
+MIN_WORDS = 4  # Shorter transcripts are not recognised: without context, a single word is unreliable.
+Scores = dict[str, float | None]  # None: not defined for a clip
 Metric = Literal["pesq", "stoi", "mel", "stft", "pitch", "speaker", "wer"]
 # fmt: off
-COLUMNS = {  # score -> title in the table, which values are good, digits
-    "pesq_wb":            ("PESQ-wb",  "high", 2),
-    "pesq_wb_starts":     ("4 starts", "high", 2),
-    "stoi":               ("STOI",     "high", 3),
-    "mel_l1":             ("mel-L1",   "low",  3),
-    "mcd_db":             ("MCD dB",   "low",  2),
-    "stft_distance":      ("STFT",     "low",  3),
-    "voicing_f1":         ("V/UV F1",  "high", 3),
-    "periodicity_rmse":   ("period.",  "low",  3),
-    "speaker_similarity": ("speaker",  "high", 3),
-    "wer":                ("WER",      "low",  3),
-    "real_time_factor":   ("x time",   "low",  3),
+COLUMNS = {
+    "pesq_wb":            Column("PESQ-wb",  "{:.2f}", "high"),
+    "pesq_wb_starts":     Column("4 starts", "{:.2f}", "high"),
+    "stoi":               Column("STOI",     "{:.3f}", "high"),
+    "mel_l1":             Column("mel-L1",   "{:.3f}", "low"),
+    "mcd_db":             Column("MCD dB",   "{:.2f}", "low"),
+    "stft_distance":      Column("STFT",     "{:.3f}", "low"),
+    "voicing_f1":         Column("V/UV F1",  "{:.3f}", "high"),
+    "periodicity_rmse":   Column("period.",  "{:.3f}", "low"),
+    "speaker_similarity": Column("speaker",  "{:.3f}", "high"),
+    "wer":                Column("WER",      "{:.3f}", "low"),
+    "real_time_factor":   Column("RTF",      "{:.3f}", "low"),
 }
 # fmt: on
 DEFINITIONS = {
-    "rows": "ground_truth: the recorded waveforms. Every row is held against `reference` clip by clip; scores are "
-    "means over the clips for which they are defined",
-    "pesq_wb": "wide-band PESQ (P.862.2) at 16 kHz, 1.0 to 4.64; over 16 s, the mean of its pieces",
-    "pesq_wb_starts": "its mean over clips cut by 0, 4, 8 and 12 ms at the beginning: PESQ depends on where its "
-    "frames of 16 ms lie relative to a vocoder's, by 0.4 or more; compare systems with other frames by this mean",
-    "stoi": "short-time objective intelligibility, 0 to 1",
-    "mel_l1": "mean |difference| of natural log-mels of magnitudes (`mel`), of the row's waveform and of the data",
-    "mcd_db": f"mel-cepstral distortion of the same log-mels, coefficients 1 to {N_CEPSTRA}, frame by frame",
-    "stft_distance": "spectral convergence + mean |difference| of log magnitudes, mean of frames of 512, 1024, 2048",
-    "voicing_f1": "F1 of voiced frames by a normalised cross-correlation tracker, 60 to 550 Hz, 10 ms",
-    "periodicity_rmse": "root mean square difference of the tracker's correlation",
-    "f0_rmse_cents": "root mean square difference of pitch where both are voiced; an octave error counts 1200",
-    "speaker_similarity": "cosine of resemblyzer's embeddings",
-    "wer": f"errors over words, whisper tiny.en, greedy, on clips whose transcript has {MIN_WORDS} words or more; "
-    "numbers are spelled out, case and punctuation ignored",
-    "real_time_factor": "seconds of computing per second of sound, clips one at a time: CPU seconds of one thread, or "
-    "seconds on the GPU; the first clip left out where there are several",
+    "rows": "The systems compared. ground_truth: the recorded waveforms. Each clip of each row is compared with the "
+    "same clip of the row `reference`; scores are means over the clips for which they are defined.",
+    "pesq_wb": "Wide-band PESQ (ITU-T P.862.2) at 16 kHz, 1.0 to 4.64. Clips longer than 16 s are split; the score is "
+    "the mean over the pieces.",
+    "pesq_wb_starts": "Mean of wide-band PESQ after removing 0, 4, 8 and 12 ms at the beginning of both clips. PESQ "
+    "depends on the offset between its frames of 16 ms and those of a vocoder, by 0.4 or more; use this mean to "
+    "compare systems with different frames.",
+    "stoi": "Short-time objective intelligibility, 0 to 1.",
+    "mel_l1": "Mean absolute difference of natural log-mels of magnitudes (definition: `mel`) between the row's "
+    "waveform and the data.",
+    "mcd_db": f"Mel-cepstral distortion in dB of the same log-mels, coefficients 1 to {N_CEPSTRA}, without alignment.",
+    "stft_distance": "Spectral convergence plus mean absolute difference of log magnitudes, mean over frame sizes of "
+    "512, 1024 and 2048 samples.",
+    "voicing_f1": "F1 score of voiced frames, with a normalised cross-correlation pitch tracker, 60 to 550 Hz, "
+    "every 10 ms.",
+    "periodicity_rmse": "Root mean square difference of the periodicity, the tracker's correlation.",
+    "f0_rmse_cents": "Root mean square difference of the pitch in cents over frames voiced in both clips; an octave "
+    "error counts 1200.",
+    "speaker_similarity": "Cosine similarity of resemblyzer's speaker embeddings.",
+    "wer": f"Word error rate of Whisper tiny.en with greedy decoding on clips whose transcript has {MIN_WORDS} words "
+    "or more, with numbers spelled out and without case and punctuation.",
+    "real_time_factor": "Seconds of computation per second of audio at batch size 1: CPU seconds of one thread, or "
+    "seconds on the GPU. The first clip is excluded if there are several.",
 }
 
 
@@ -100,10 +107,10 @@ class Clip:
 
     Attributes:
         entry: its entry in the manifest.
-        mel: the true log-mel (M, F).
+        mel: the target log-mel (M, F).
         predicted: the model's log-mel (M, F), for the sheet.
-        rows: row's name -> waveform (S,) on the CPU; the first one is the reference.
-        scores: row's name -> scores that the stage measures itself.
+        rows: name of the row -> waveform (S,) on the CPU; the first row is the reference.
+        scores: name of the row -> scores that only the stage defines.
     """
 
     entry: dict[str, Any]
@@ -117,7 +124,7 @@ class ClipScorer:
     """Metrics of the rows of a clip.
 
     Args:
-        settings: the log-mel.
+        settings: definition of the log-mel.
         metrics: names as in `AudioEvaluationArguments.metrics`.
     Raises: ValueError: a metric's package is missing.
     """
@@ -127,6 +134,7 @@ class ClipScorer:
         for sentence in self.not_measured.values():
             logger.warning(sentence)
         metrics = [metric for metric in metrics if metric not in self.not_measured]
+        # Any other missing package should stop the evaluation at the start, not after the first clip.
         for metric in metrics:
             for package in PACKAGES.get(metric, []):
                 import_optional(package)
@@ -134,49 +142,54 @@ class ClipScorer:
         self.encoder, self.recognizer = SpeakerEncoder(), Recognizer(torch.get_num_threads())
 
     def score(self, clip: Clip) -> dict[str, Scores]:
-        """Row's name -> scores."""
+        """Name of the row -> scores."""
+        # Everything that the rows have in common is computed once: log-mels, pitch and speaker of the reference.
         reference = next(iter(clip.rows.values()))
         mels = {name: self.log_mel(waveform[None])[0] for name, waveform in clip.rows.items()}
-        pitch, voice = None, None
+        pitch, speaker = None, None
         if "pitch" in self.metrics:
             pitch = track_pitch(reference, self.rate)
         if "speaker" in self.metrics:
-            voice = self.encoder.embed(reference, self.rate)
+            speaker = self.encoder.embed(reference, self.rate)
+        # All metrics of each row, generated before target.
         scores: dict[str, Scores] = {}
         for name, waveform in clip.rows.items():
-            row = dict(clip.scores.get(name, {}))
+            row = dict(clip.scores.get(name, {}))  # what the stage has measured itself
+            # Perception and intelligibility, of waveforms.
             if "pesq" in self.metrics:
-                row["pesq_wb"], row["pesq_wb_starts"] = pesq_wb_and_mean(reference, waveform, self.rate)
+                row["pesq_wb"], row["pesq_wb_starts"] = pesq_wb_and_mean(waveform, reference, self.rate)
             if "stoi" in self.metrics:
-                row["stoi"] = stoi(reference, waveform, self.rate)
+                row["stoi"] = stoi(waveform, reference, self.rate)
+            # Spectra: the log-mel of the row's waveform and that of the data, and short-time Fourier transforms.
             if "mel" in self.metrics:
-                row |= {"mel_l1": mel_l1(clip.mel, mels[name]), "mcd_db": mcd(clip.mel, mels[name])}
+                row |= {"mel_l1": mel_l1(mels[name], clip.mel), "mcd_db": mcd(mels[name], clip.mel)}
             if "stft" in self.metrics:
-                row["stft_distance"] = multi_resolution_stft_distance(reference, waveform)
+                row["stft_distance"] = multi_resolution_stft_distance(waveform, reference)
+            # Voicing, pitch, speaker.
             if pitch is not None:
-                row |= pitch_scores(pitch, track_pitch(waveform, self.rate))
+                row |= pitch_scores(track_pitch(waveform, self.rate), pitch)
             if "speaker" in self.metrics:
-                row["speaker_similarity"] = self.encoder.cosine(voice, self.encoder.embed(waveform, self.rate))
+                row["speaker_similarity"] = self.encoder.cosine(self.encoder.embed(waveform, self.rate), speaker)
             scores[name] = row
         return scores
 
     def transcribe(self, clip: Clip) -> dict[str, str]:
-        """Row's name -> what is understood; empty where the true transcript is too short or unknown."""
+        """Name of the row -> recognised text; empty where the true transcript is too short or unknown."""
         if "wer" not in self.metrics or len(normalize_text(clip.entry["caption"])) < MIN_WORDS:
             return {}
         return {name: self.recognizer.transcribe(waveform, self.rate) for name, waveform in clip.rows.items()}
 
 
 class AudioEvaluator(Evaluator):
-    """Clips are taken whole and one at a time. Subclasses state `row_names`, `build_dataset` and `clip`."""
+    """Evaluates whole clips at batch size 1. Subclasses state `row_names`, `build_dataset` and `clip`."""
 
     arguments_class = AudioEvaluationArguments
-    row_names: dict[str, str]  # row -> how the table names it; "model" among them
+    row_names: dict[str, str]  # row -> its label in the table; "model" is the evaluated one
     title: ClassVar[str]
     definitions: ClassVar[dict[str, str]] = DEFINITIONS
 
     def clip(self, dataset: Any, index: int) -> Clip:
-        """Everything that is measured of one sample."""
+        """The waveforms of all rows for one sample."""
         raise NotImplementedError
 
     def __init__(self, args: Any, checkpoint: Path):
@@ -186,56 +199,66 @@ class AudioEvaluator(Evaluator):
         self.speed = RealTime(self.device)
 
     def griffin_lim(self, row: str, mel: Tensor) -> Tensor:
-        """A log-mel (M, F) as a waveform (S,) without a trained vocoder; timed as a row's."""
+        """The waveform (S,) of a log-mel (M, F) by Griffin-Lim; its time counts for the row."""
         seconds = mel.shape[1] * self.settings.hop_length / self.settings.sample_rate
-        mel = mel[None].to(self.device)
+        mel = mel[None].to(self.device)  # (1, M, F)
         return self.speed.run(row, seconds, lambda: griffin_lim(mel, self.settings, GRIFFIN_LIM_ITERATIONS))[0].cpu()
 
     def autocast(self) -> torch.autocast:
-        """The precision that the model runs in."""
+        """bfloat16 autocast, if asked for."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16)
 
-    def finite(self, made: Tensor, entry: dict[str, Any], maker: Path | None = None) -> Tensor:
-        """What a checkpoint made, by default the evaluated one, fp32 on the CPU.
+    def finite(self, output: Tensor, entry: dict[str, Any], checkpoint: Path | None = None) -> Tensor:
+        """The output of a checkpoint, by default the evaluated one, in fp32 on the CPU.
 
         Raises: ValueError: it is not finite; names checkpoint and sample.
         """
-        if not made.isfinite().all():
+        if not output.isfinite().all():
             raise ValueError(
-                f"{maker or self.checkpoint} makes of {entry['key']} values that are not finite; the weights are "
-                "broken"
+                f"{checkpoint or self.checkpoint} generates values that are not finite for {entry['key']}; the "
+                "weights are broken"
             )
-        return made.float().cpu()
+        return output.float().cpu()
 
     def measure(self, dataset, indices):
         on_sheet = {indices[i] for i in evenly_spaced(len(indices), self.args.contact_sheet)}
-        values: dict[str, list[Scores]] = {}
+        values: dict[str, list[Scores]] = {}  # by row: scores of every clip
         transcripts: list[dict[str, Any]] = []
-        drawn: list[tuple[Clip, Scores]] = []
+        examples: list[tuple[Clip, Scores]] = []
+        # One clip at a time: waveforms of all rows, their scores, and their words.
         for index in indices:
             clip = self.clip(dataset, index)
             scores = self.scorer.score(clip)
             for name, row in scores.items():
                 values.setdefault(name, []).append(row)
-            found = self.scorer.transcribe(clip)
-            if found:
-                transcripts.append({"key": clip.entry["key"], "text": clip.entry["caption"], **found})
+            recognized = self.scorer.transcribe(clip)
+            if recognized:
+                transcripts.append({"key": clip.entry["key"], "text": clip.entry["caption"], **recognized})
             if index in on_sheet:
-                drawn.append((clip, scores["model"]))
-        return self.report(values, transcripts, drawn, len(indices))
+                examples.append((clip, scores["model"]))
+        return self.report(values, transcripts, examples)
 
-    def report(self, values, transcripts, drawn, n_clips: int) -> Evaluation:
-        """Numbers as metrics, scalars, tables, sounds and the contact sheet."""
+    def report(self, values, transcripts, examples) -> Evaluation:
+        """Scores as metrics, scalars, tables, audio and the contact sheet.
+
+        Args:
+            values: row -> scores of every clip.
+            transcripts: recognised text of every row, for the clips that have one.
+            examples: clips of the contact sheet with the model's scores.
+        """
+        # Means over clips; the word error rate is a ratio of sums over clips.
         scores = {name: means(rows) for name, rows in values.items()}
         counts = {name: counts_of(rows) for name, rows in values.items()}
         for name, row in scores.items():
             if transcripts:
-                texts, found = ([each[key] for each in transcripts] for key in ("text", name))
-                row["wer"], counts[name]["wer"] = word_error_rate(texts, found), len(transcripts)
+                recognized, texts = ([transcript[key] for transcript in transcripts] for key in (name, "text"))
+                row["wer"], counts[name]["wer"] = word_error_rate(recognized, texts), len(transcripts)
             row["real_time_factor"] = self.speed.factor(name)
+        # Without transcripts there is no word error rate, which is no error.
         if "wer" in self.args.metrics and not transcripts:
             logger.warning("no word error rate: no clip has a transcript of %d words or more", MIN_WORDS)
-        reference = next(iter(scores))
+        # The report: scores in metrics.json, those of the model in TensorBoard, all of them in the table.
+        n_clips = len(values["model"])
         model = {
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "mel": self.settings.as_dict(),
@@ -243,66 +266,61 @@ class AudioEvaluator(Evaluator):
         }
         metrics = {
             "scores": scores,
-            "n_clips_defined": counts,
-            "reference": reference,
+            "n_clips_defined": counts,  # a mean over few clips is to be read with care
+            "reference": next(iter(scores)),
             "model": model,
             "transcripts": transcripts,
             "not_measured": self.scorer.not_measured,
         }
         scalars = {name: value for name, value in scores["model"].items() if value is not None}
-        evaluation = Evaluation(metrics, scalars, [self.score_table(scores, n_clips, len(transcripts))], {})
-        if drawn:
-            evaluation.images["contact_sheet.png"] = self.contact_sheet(drawn, n_clips)
-            for clip, _ in drawn:
+        evaluation = Evaluation(metrics, scalars, [self.score_table(scores, n_clips, len(transcripts))])
+        if examples:
+            # The sheet, and the waveforms of all rows for the same clips.
+            evaluation.images["contact_sheet.png"] = self.contact_sheet(examples, n_clips)
+            for clip, _ in examples:
                 for name, waveform in clip.rows.items():
-                    sound = (waveform, self.settings.sample_rate)
-                    evaluation.sounds[f"{clip.entry['key']}_{name}"] = sound
+                    evaluation.audio[f"{clip.entry['key']}_{name}"] = (waveform, self.settings.sample_rate)
         return evaluation
 
     def score_table(self, scores: dict[str, Scores], n_clips: int, n_recognized: int) -> Table:
-        """One row per way to a waveform."""
-        reference = self.row_names[next(iter(scores))]
-        where = "seconds on the GPU" if self.device.type == "cuda" else "CPU seconds of one thread"
-        shown = [name for name in COLUMNS if any(row.get(name) is not None for row in scores.values())]
+        """One row per system, with notes on the metrics that were measured."""
+        reference = next(iter(scores))
+        unit = "GPU seconds" if self.device.type == "cuda" else "CPU seconds of one thread"
         notes = {
-            "mel_l1": "mel-L1 and MCD: against the data's log-mels.",
-            "pesq_wb_starts": "4 starts: mean PESQ once 0, 4, 8, 12 ms are cut off.",
-            "periodicity_rmse": "period.: error of periodicity.",
-            "wer": f"WER: {n_recognized} clips of {MIN_WORDS} words or more.",
-            "real_time_factor": f"x time: computing per second of sound, {where}.",
+            "mel_l1": "mel-L1, MCD: compared with the log-mels of the data.",
+            "pesq_wb_starts": "4 starts: mean PESQ after removing 0, 4, 8, 12 ms.",
+            "periodicity_rmse": "period.: RMSE of the periodicity.",
+            "wer": f"WER: {n_recognized} clips with {MIN_WORDS} words or more.",
+            "real_time_factor": f"RTF: {unit} per second of audio.",
         }
-        caption = " ".join([f"Every row against: {reference}.", *(notes[name] for name in shown if name in notes)])
-        caption = " ".join([caption, *self.scorer.not_measured.values()])
-        table = Table(title=f"{self.title}, {n_clips} clips", caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        table.title_justify = table.caption_justify = "left"
-        table.add_column("", no_wrap=True)
-        for name in shown:
-            heading, good, _ = COLUMNS[name]
-            table.add_column(f"{heading}\n({good})", justify="right", no_wrap=True)
-        for row in (row for row in self.row_names if row in scores):
-            cells = [number(scores[row].get(name), COLUMNS[name][2]) for name in shown]
-            table.add_row(self.row_names[row], *cells, style="bold" if row == "model" else "")
-        return table
+        measured = [note for name, note in notes.items() if any(row.get(name) is not None for row in scores.values())]
+        unmeasured = self.scorer.not_measured.values()
+        return score_table(
+            scores,
+            COLUMNS,
+            title=f"{self.title}, {n_clips} clips",
+            names=self.row_names,
+            reference=reference,
+            caption=" ".join([f"All rows compared with: {self.row_names[reference]}.", *measured, *unmeasured]),
+        )
 
-    def contact_sheet(self, drawn: list[tuple[Clip, Scores]], n_clips: int) -> Image.Image:
-        """One row per clip: the log-mel, the model's, their difference."""
-        longest = max(clip.mel.shape[1] for clip, _ in drawn)
+    def contact_sheet(self, examples: list[tuple[Clip, Scores]], n_clips: int) -> Image.Image:
+        """One row per clip: target log-mel, the model's, their difference."""
+        # All clips have the same time scale.
+        max_frames = max(clip.mel.shape[1] for clip, _ in examples)
         groups = []
-        for clip, scores in drawn:
+        for clip, scores in examples:
+            # The caption of a row: scores of the model, then the transcript or the key.
             shown = [
-                f"{COLUMNS[name][0]} {scores[name]:.{COLUMNS[name][2]}f}"
+                f"{COLUMNS[name].title} {COLUMNS[name].cell(scores, name)}"
                 for name in ("pesq_wb", "stoi", "mel_l1")
                 if scores.get(name) is not None
             ]
             caption = "  ".join([*shown, clip.entry["caption"] or clip.entry["key"]])
-            groups.append(Group(mel_triple(clip.mel, clip.predicted, self.settings.log_floor, longest), caption))
-        title = f"{self.checkpoint.parent.name}, step {self.step}: log-mels of {len(drawn)} clips out of {n_clips}"
+            images = mel_triple(clip.predicted, clip.mel, self.settings.log_floor, max_frames=max_frames)
+            groups.append(Group(images, caption))
+        title = f"{self.checkpoint.parent.name}, step {self.step}: log-mels of {len(examples)} of {n_clips} clips"
         return strip_sheet(groups, TRIPLE, title=title)
-
-
-def number(value: float | None, digits: int) -> str:
-    """A value as it stands in a table; "-" for None."""
-    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def counts_of(rows: Sequence[Scores]) -> dict[str, int]:
@@ -313,4 +331,4 @@ def counts_of(rows: Sequence[Scores]) -> dict[str, int]:
 def means(rows: Sequence[Scores]) -> Scores:
     """Score -> mean over the clips for which it is defined; None where there are none."""
     defined = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
-    return {name: statistics.fmean(found) if found else None for name, found in defined.items()}
+    return {name: statistics.fmean(values) if values else None for name, values in defined.items()}

@@ -1,6 +1,6 @@
-"""What the evaluation of every stage shares: flags, loading, and the form of the result.
+"""Base of the evaluations of all stages: flags, loading of checkpoint and data, and the form of the results.
 
-A stage's evaluator is a subclass of `Evaluator` in a module of its own, registered in `evaluate.py`.
+The evaluator of a stage is a subclass of `Evaluator` in its own module, registered in `evaluate.py`.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ from dataset_loading.image.pixels import ResizeMode
 from utils.checkpoints import chosen_weights, load_model, read_stage, step_of
 from utils.devices import compute_device
 from utils.drawing.images import save_image
-from utils.drawing.players import add_sound, playable
+from utils.drawing.playback import add_audio, playable
 from utils.options import declared_fields, option
 
 logger = logging.getLogger(__name__)
 
-SOUNDS = "sounds"  # folder of wav files under the output folder
+AUDIO = "sounds"  # folder of wav files in the output folder
 
 
 @dataclasses.dataclass
@@ -83,34 +83,34 @@ class ImageEvaluationArguments(ContactSheetArguments, BatchedEvaluationArguments
 
 @dataclasses.dataclass
 class Evaluation:
-    """What an evaluator found.
+    """The results of an evaluation.
 
     Attributes:
-        metrics: content of metrics.json beyond what all stages have; JSON values.
-        scalars: what goes to TensorBoard, by name.
-        tables: what is printed.
-        images: what is drawn, by file name.
-        curves: further scalars by name, over another axis than the training step.
-        sounds: waveforms (S,) in [-1, 1] with their sampling rates, by name.
+        metrics: content of metrics.json, except what all stages have in common; JSON values.
+        scalars: numbers for TensorBoard, by name.
+        tables: printed to the console.
+        images: by file name.
+        curves: further numbers for TensorBoard, by name, over another axis than the training step.
+        audio: waveforms (S,) in [-1, 1] with their sampling rates, by name.
     """
 
     metrics: dict[str, Any]
     scalars: dict[str, float]
     tables: Sequence[RenderableType]
-    images: dict[str, Image]
+    images: dict[str, Image] = dataclasses.field(default_factory=dict)
     curves: dict[str, dict[int, float]] = dataclasses.field(default_factory=dict)
-    sounds: dict[str, tuple[torch.Tensor, int]] = dataclasses.field(default_factory=dict)
+    audio: dict[str, tuple[torch.Tensor, int]] = dataclasses.field(default_factory=dict)
 
     def save(self, folder: Path) -> list[Path]:
-        """Write images, and sounds as wav files; returns the files, and for sounds their folder."""
+        """Write images, and audio as wav files; returns the images and the folder of the wav files."""
         for name, image in self.images.items():
             save_image(image, folder / name)
-        for name, (waveform, rate) in self.sounds.items():
-            save_waveform(playable(waveform), rate, folder / SOUNDS / f"{name}.wav")
-        return [*(folder / name for name in self.images), *([folder / SOUNDS] if self.sounds else [])]
+        for name, (waveform, rate) in self.audio.items():
+            save_waveform(playable(waveform), rate, folder / AUDIO / f"{name}.wav")
+        return [*(folder / name for name in self.images), *([folder / AUDIO] if self.audio else [])]
 
     def log(self, writer: SummaryWriter, group: str, step: int) -> None:
-        """Write scalars, curves, images and sounds to TensorBoard."""
+        """Write scalars, curves, images and audio to TensorBoard."""
         for name, value in self.scalars.items():
             writer.add_scalar(f"{group}/{name}", value, step)
         for name, curve in self.curves.items():
@@ -118,28 +118,29 @@ class Evaluation:
                 writer.add_scalar(f"{group}/{name}", value, position)
         for name, image in self.images.items():
             writer.add_image(f"{group}/{Path(name).stem}", np.asarray(image), step, dataformats="HWC")
-        for name, (waveform, rate) in self.sounds.items():
-            add_sound(writer, f"{group}/{name}", waveform, rate, step)
+        for name, (waveform, rate) in self.audio.items():
+            add_audio(writer, f"{group}/{name}", waveform, rate=rate, step=step)
 
 
 class Evaluator:
-    """Evaluates one checkpoint. Subclasses state the class attributes, `build_dataset` and `measure`.
+    """Evaluates one checkpoint. A subclass defines the class attributes, `build_dataset` and `measure`.
 
     Args:
         args: the flags.
         checkpoint: a complete checkpoint folder.
     Raises:
-        ValueError: a flag was given that this stage does not have; or `--weights ema` was given and the checkpoint has
-            no averaged weights.
+        ValueError: a flag was given that has no effect on this stage, or `--weights ema` for a checkpoint without
+            averaged weights.
     """
 
     arguments_class: ClassVar[type[EvaluationArguments]]  # Other flags are refused.
     model_class: ClassVar[type]
-    definitions: ClassVar[dict[str, str]]  # name of a metric -> how it is defined
+    definitions: ClassVar[dict[str, str]]  # name of a metric -> its definition, for metrics.json
 
     def __init__(self, args: Any, checkpoint: Path):
         self.args, self.checkpoint = args, checkpoint
         self.record = read_stage(checkpoint)
+        # Flags of other stages, and flags that have no effect on this one, are refused before anything is loaded.
         known = {field.name for field in declared_fields(self.arguments_class)}
         foreign = ", ".join(f"--{name}" for name in args.given if name not in known)
         if foreign:
@@ -162,7 +163,7 @@ class Evaluator:
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
-        """What was evaluated, and how, for metrics.json."""
+        """What was evaluated and how, for metrics.json."""
         return {
             "stage": self.record["stage"],
             "checkpoint": str(self.checkpoint),
@@ -171,7 +172,7 @@ class Evaluator:
             "precision": "bf16 autocast" if self.args.bf16 else "fp32",
             "definitions": self.definitions,
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
+            "threads": torch.get_num_threads(),  # for the speed
             "trained_at_commit": self.record["git_commit"],
         }
 
@@ -184,13 +185,17 @@ class Evaluator:
         return self.cache()
 
     def describe_data(self, dataset: Any, n_samples: int) -> dict[str, Any]:
-        """Which samples were evaluated, for metrics.json; warns where the run's own data set has changed since."""
+        """The evaluated samples, for metrics.json. Warns if the run's data set has been rebuilt since training."""
         folder, split = self.source()
+        # A rebuilt cache may split samples differently, so held-out samples may have been trained on.
         trained_on = self.record["data"]
-        is_same = dataset.fingerprint == trained_on["fingerprint"].partition("+")[0]  # Without conditions.
+        is_same = (
+            dataset.fingerprint == trained_on["fingerprint"].partition("+")[0]
+        )  # without the fingerprint of conditions
         if folder == trained_on["folder"] and not is_same:
             logger.warning(
-                "%s was made anew since the run trained on it (fingerprint %s, now %s): it may hold training samples",
+                "%s was rebuilt since the run trained on it (fingerprint %s, now %s): its held-out split may contain "
+                "training samples",
                 folder,
                 trained_on["fingerprint"],
                 dataset.fingerprint,

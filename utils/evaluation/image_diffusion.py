@@ -1,17 +1,18 @@
-"""Evaluation of text to image: images drawn for held-out captions beside the real ones, and curves over sampling.
+"""Evaluation of text-to-image diffusion: images generated for held-out captions are compared with the real ones, also
+over sampling settings.
 
-N images, D features. Features are kept, images are not.
+N images, D features. Features of all images are held in memory, images are not.
 """
 
 import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_stack
@@ -20,16 +21,21 @@ from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
 from model.samplers import SamplerKind, n_evaluations
 from utils.drawing.images import Group, draw_sheet, to_image
-from utils.evaluation.evaluator import Evaluation, ImageEvaluationArguments, ImageEvaluator
+from utils.evaluation.evaluator import (
+    Evaluation,
+    ImageEvaluationArguments,
+    ImageEvaluator,
+)
+from utils.evaluation.generated_images import BatchedGenerator, PairedLatentDataset, agreement_scores
 from utils.evaluation.image_diffusion_report import (
     curve_sheet,
     curve_table,
     curves_by_steps,
     detail_table,
-    score_table,
+    generation_table,
 )
-from utils.evaluation.source_images import SourceImages
-from utils.generation.text_to_image import SamplingArguments, TextToImage
+from utils.evaluation.source_images import SourceImageDataset
+from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
 from utils.metrics.caption_agreement import (
     N_POOLED,
     ImageFeatures,
@@ -40,12 +46,11 @@ from utils.metrics.caption_agreement import (
 )
 from utils.metrics.feature_sets import compare_sets, memorisation
 from utils.options import option
-from utils.seeds import seed_of
 from utils.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
 
-N_DRAWN = 3  # images per caption on the contact sheet
+N_COPIES = 3  # generated images per caption on the contact sheet
 
 
 @dataclasses.dataclass
@@ -74,240 +79,137 @@ class ImageDiffusionEvaluationArguments(SamplingArguments, ImageEvaluationArgume
                 raise ValueError(f"--{name} is empty; give one value or more")
 
 
-class LatentImages(Dataset):
-    """Cached latents, and the raw images where they can be read.
-
-    Item: `mean` (Z, y, x), `image` (3, S, S) where there is a source, `index`.
-    """
-
-    def __init__(self, latents: ImageLatentDataset, source: SourceImages | None = None):
-        self.latents, self.source = latents, source
-        self.entries, self.fingerprint = latents.entries, latents.fingerprint
-
-    def __len__(self) -> int:
-        return len(self.latents)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        sample = self.latents[index]
-        item = {"mean": sample["mean"], "index": sample["index"]}
-        return item if self.source is None else {**item, "image": self.source[index]}
-
-
-class Painter:
-    """Draws images for captions in batches and looks at them. Seeds belong to the sample's key, not to the batch.
-
-    Args:
-        seed: of the evaluation; `copy` tells several images of a caption apart.
-    """
-
-    def __init__(self, text_to_image: TextToImage, look: ImageFeatures, seed: int, batch_size: int, bf16=False):
-        self.text_to_image, self.look = text_to_image, look
-        self.seed, self.batch_size, self.bf16 = seed, batch_size, bf16
-
-    def draw(
-        self, samples: Sequence[dict], settings: SamplingArguments, copy: int = 0, watch: Stopwatch | None = None
-    ) -> Iterator[Tensor]:
-        """Batches (B, 3, S, S) in [-1, 1], one image per sample, a dict with `key` and `caption`."""
-        device = self.text_to_image.device
-        watch = watch or Stopwatch(device)
-        for start in range(0, len(samples), self.batch_size):
-            batch = samples[start : start + self.batch_size]
-            prompts = [sample["caption"] for sample in batch]
-            seeds = [seed_of(self.seed, f"{sample['key']} {copy}") for sample in batch]
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-                images = watch.time(
-                    lambda each, texts=prompts: self.text_to_image.images(texts, each, settings), seeds
-                )
-            yield images.float()
-
-    def features(self, samples: Sequence[dict], settings: SamplingArguments, watch: Stopwatch | None = None) -> Tensor:
-        """Features of the images, (N, D)."""
-        return torch.cat([self.look(images) for images in self.draw(samples, settings, watch=watch)])
-
-    def reconstruct(self, batch: dict[str, Tensor]) -> Tensor:
-        """What the VAE makes of cached latents, or of images, (B, 3, S, S) in [-1, 1]."""
-        vae, device = self.text_to_image.vae, self.text_to_image.device
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            if "mean" in batch:
-                latents = vae.denormalize_latents(batch["mean"].to(device))
-            else:
-                latents = vae.encode(batch["image"].to(device))[0]
-            return vae.decode(latents).float().clamp(-1, 1)
-
-
-def agreement_scores(probe: TextProbe | None, features: Tensor, captions: Sequence[str]) -> dict[str, float | None]:
-    """`agreement` and `words` of `TextProbe.agreement`; None where captions cannot be told apart."""
-    try:
-        found = probe.agreement(features, captions) if probe else {}
-    except UnusableCaptionsError:
-        found = {}
-    return {"agreement": found.get("top1"), "words": found.get("words")}
-
-
-@torch.no_grad()
-def train_probe(text_to_image: TextToImage, dataset: ImageLatentDataset, n_samples: int = 2000) -> TextProbe:
-    """A probe trained on reconstructions of the training latents, spread evenly.
-
-    Raises: UnusableCaptionsError: nothing can be learned from the captions.
-    """
-    indices = evenly_spaced(len(dataset), n_samples)
-    painter = Painter(text_to_image, ImageFeatures().to(text_to_image.device), 0, 32)
-    captions = [dataset.entries[i]["caption"] for i in indices]
-    return TextProbe(reconstruction_features(painter, dataset, indices), captions)
-
-
-def reconstruction_features(painter: Painter, dataset: ImageLatentDataset, indices: Sequence[int]) -> Tensor:
-    """Features of what the VAE makes of cached latents, (N, D)."""
-    loader = DataLoader(Subset(LatentImages(dataset), indices), painter.batch_size, collate_fn=collate_stack)
-    return torch.cat([painter.look(painter.reconstruct(batch)) for batch in loader])
-
-
-@torch.no_grad()
-def generation_metrics(
-    text_to_image: TextToImage,
-    dataset: ImageLatentDataset,
-    indices: Sequence[int],
-    settings: SamplingArguments,
-    probe: TextProbe | None = None,
-    *,
-    seed: int = 0,
-    batch_size: int = 32,
-) -> dict[str, float]:
-    """Generated images against reconstructions of the same cached samples, quick enough for training.
-
-    Returns:
-        frechet, kid: on pooled features, see `ImageDiffusionEvaluator.definitions`.
-        agreement, words: where a probe is given, see `train_probe`, and the captions differ.
-    """
-    painter = Painter(text_to_image, ImageFeatures().to(text_to_image.device), seed, batch_size)
-    samples = [dataset.entries[i] for i in indices]
-    real = reconstruction_features(painter, dataset, indices)
-    drawn = painter.features(samples, settings)
-    sets = compare_sets(real[:, :N_POOLED], drawn[:, :N_POOLED])
-    scores = {"frechet": sets["frechet"], "kid": sets["kid"]}
-    scores |= agreement_scores(probe, drawn, [sample["caption"] for sample in samples])
-    return {name: value for name, value in scores.items() if value is not None}
-
-
 class ImageDiffusionEvaluator(ImageEvaluator):
-    """Everything random belongs to --seed and the samples' keys."""
+    """Generates one image per held-out caption. Random numbers depend on --seed and the sample's key alone."""
 
     arguments_class = ImageDiffusionEvaluationArguments
     model_class = ImageDiffusion
     definitions: ClassVar[dict[str, str]] = {
-        "reference": "what rows are compared with. real: the raw images of the held-out samples, fitted as "
-        "preprocessing did, or those of --dataset; where they or the raw training images cannot be read, or with "
-        "--compare_with reconstruction: what the VAE makes of the latents",
-        "rows": "real: the held-out images. training: as many training images, spread evenly: what perfection "
-        "reaches. reconstruction: the held-out images through the VAE: the best for this VAE. generated: drawn for "
-        "the held-out captions. shuffled: the same, each held against another's caption. chance: guessing",
-        "frechet": f"Frechet distance on {N_POOLED} pooled EfficientNet-Lite0 features (not Inception: not the FID of "
-        f"papers), as many images on both sides; biased upwards under {2 * N_POOLED} images",
-        "kid": "kernel distance on the same features, kernel (x.y / 1280 + 1)^3, U-statistic; unbiased, may be "
-        "negative; its error is the jackknife's",
-        "precision": "share of images within the reach of a reference image, which ends at its 3rd nearest other "
-        "one (arXiv 1904.06991), on the same features: realism",
-        "recall": "the same with the sides exchanged: variety",
-        "to_reconstruction": "frechet and kid of generated images to reconstructions: without the VAE's part",
-        "memorisation": "median_ratio: median distance of generated images to the nearest training image, over "
-        "that of held-out ones, all as the VAE reconstructs them; share_closer: share of generated images nearer "
-        "than 95 % of the held-out ones, 0.05 where nothing is copied",
-        "agreement": "share of images whose own caption is the most similar of all distinct evaluated captions; a "
-        "probe (ridge regression on features, trained on the reference's training images) reads the words that at "
-        "least 5 training captions have; similarity is the cosine of word vectors with zero mean, unit variance. "
-        "captions: n_distinct evaluated; n_words the probe knows; n_without_words evaluated ones with none of these; "
-        "explained: share of the words' variance predicted for training captions left out",
-        "words": "probability that a word is read more strongly in an image whose caption has it than in one whose "
-        "caption has not, mean over words; chance is 0.5",
-        "seconds_per_image": "text encoder, sampler and decoder, first batch left out where there are several",
+        "reference": "The images with which the rows are compared. real: the raw images of the held-out samples, "
+        "cropped or padded as in preprocessing, or those of --dataset. reconstruction: images decoded from the cached "
+        "latents; used with --compare_with reconstruction, or if raw images cannot be read.",
+        "rows": "real: the held-out images. training: the same number of training images, an upper bound. "
+        "reconstruction: the held-out images after the VAE, an upper bound for this VAE. generated: images for the "
+        "held-out captions. shuffled: the generated images with captions of other samples. chance: random guessing.",
+        "frechet": f"Frechet distance of {N_POOLED} pooled EfficientNet-Lite0 features, of sets of equal size. "
+        "Not comparable with FID, which uses Inception features. Biased upwards below "
+        f"{2 * N_POOLED} images.",
+        "kid": "Squared maximum mean discrepancy of the same features with the kernel (x.y / 1280 + 1)^3, as "
+        "U-statistic. Unbiased, may be negative. kid_error: its jackknife standard error.",
+        "precision": "Improved precision (arXiv 1904.06991) of the same features with k = 3: share of images on the "
+        "manifold of the reference images. Measures realism.",
+        "recall": "Improved recall: share of reference images on the manifold of the images. Measures diversity.",
+        "to_reconstruction": "frechet and kid of generated images compared with reconstructions, which excludes the "
+        "error of the VAE.",
+        "memorisation": "Distances to the nearest training image, all images decoded by the VAE. median_ratio: median "
+        "over generated images divided by the median over held-out images. share_closer: share of generated images "
+        "that are closer than 95 % of the held-out images; 0.05 is expected without memorisation.",
+        "agreement": "Retrieval accuracy: share of images whose own caption is the most similar among all distinct "
+        "evaluated captions. Similarity is the cosine of standardised word vectors; those of images are predicted by "
+        "a probe, ridge regression on image features fitted to the training images and the words of at least 5 of "
+        "their captions. captions: n_distinct evaluated captions, n_words in the probe's vocabulary, "
+        "n_without_words evaluated captions without such a word, explained: share of the words' variance (R^2) that "
+        "the probe predicts for held-out training captions.",
+        "words": "Area under the ROC curve of predicting whether a caption contains a word, mean over words; chance: "
+        "0.5.",
+        "seconds_per_image": "Time of text encoder, sampler and decoder. The first batch is excluded if there are "
+        "several.",
     }
 
     def load_model(self):
-        self.text_to_image = TextToImage.load(self.checkpoint, self.args.vae_checkpoint, self.weights, self.device)
-        look = ImageFeatures().to(self.device)
-        self.painter = Painter(self.text_to_image, look, self.args.seed, self.args.batch_size, self.args.bf16)
-        return self.text_to_image.model
+        args = self.args
+        pipeline = TextToImagePipeline.load(
+            self.checkpoint, args.vae_checkpoint, weights=self.weights, device=self.device
+        )
+        extractor = ImageFeatures().to(self.device)
+        self.generator = BatchedGenerator(
+            pipeline, extractor, seed=args.seed, batch_size=args.batch_size, bf16=args.bf16
+        )
+        return pipeline.model
 
     def build_dataset(self):
-        """The held-out samples; also finds the training ones."""
+        """The held-out samples. Also opens the training samples, for the probe and the nearest neighbours."""
         folder, split = self.cache()
-        wanted = {"vae_fingerprint": self.record["latents"]["vae_fingerprint"]}
+        fingerprint = self.record["latents"]["vae_fingerprint"]
         splits = ["train"] if self.args.dataset else ["train", split]
-        latents = {name: ImageLatentDataset(folder, name).expect(**wanted) for name in splits}
+        latents = {name: ImageLatentDataset(folder, name).expect(vae_fingerprint=fingerprint) for name in splits}
+        # Compare with the raw images where both splits have them, otherwise with decoded latents.
         sources = self.open_sources(latents)
         self.reference = "real" if sources else "reconstruction"
-        self.training = LatentImages(latents["train"], sources.get("train"))
+        self.training = PairedLatentDataset(latents["train"], sources.get("train"))
+        # Other captioned images, at the size of the training images; or the held-out split of the cache.
         if self.args.dataset:
             size = latents["train"].manifest["settings"]["image_size"]
             return ImageFolderDataset(
                 self.args.dataset, self.args.split, image_size=size, resize_mode=self.args.resize_mode
             )
-        return LatentImages(latents[split], sources.get(split))
+        return PairedLatentDataset(latents[split], sources.get(split))
 
-    def open_sources(self, latents: dict[str, ImageLatentDataset]) -> dict[str, SourceImages]:
-        """The raw images of each split; none where they cannot be read or are not wanted."""
+    def open_sources(self, latents: dict[str, ImageLatentDataset]) -> dict[str, SourceImageDataset]:
+        """The raw images of each split; empty where they cannot be read, or with --compare_with reconstruction."""
         if self.args.compare_with == "reconstruction":
             return {}
         try:
-            return {name: SourceImages(each) for name, each in latents.items()}
+            return {name: SourceImageDataset(dataset) for name, dataset in latents.items()}
         except (OSError, ValueError) as error:
-            if "compare_with" in self.args.given:
+            if "compare_with" in self.args.given:  # Raw images were asked for.
                 raise
-            logger.warning("raw images cannot be read, reconstructions stand for them: %s", error)
+            logger.warning("raw images cannot be read, comparing with reconstructions instead: %s", error)
             return {}
 
-    def look_at(self, dataset: Any, indices: Sequence[int], on_sheet: Sequence[int] = ()):
-        """Features by row (real, reconstruction) of existing samples, and their images at some positions."""
+    def extract_features(self, dataset: Any, indices: Sequence[int], on_sheet: Sequence[int] = ()):
+        """Features of real and reconstructed images, (N, D) by row, and the images at the positions `on_sheet`."""
         features: dict[str, list[Tensor]] = {}
-        drawn: dict[int, list[Image.Image]] = {}
+        examples: dict[int, list[Image.Image]] = {}
         loader = DataLoader(
             Subset(dataset, indices), self.args.batch_size, num_workers=self.args.num_workers, collate_fn=collate_stack
         )
         position = 0
         for batch in loader:
-            rows = {"reconstruction": self.painter.reconstruct(batch)}
+            # The rows of this batch, each (B, 3, S, S).
+            rows = {"reconstruction": self.generator.reconstruct(batch)}
             if self.reference == "real":
                 rows = {"real": batch["image"].to(self.device), **rows}
             for name, images in rows.items():
-                features.setdefault(name, []).append(self.painter.look(images))
+                features.setdefault(name, []).append(self.generator.extractor(images))
+            # Rows of the batch are transposed: the images of one sample, in the order of the rows.
             for images in zip(*rows.values()):
                 if position in on_sheet:
-                    drawn[position] = [to_image(image) for image in images]
+                    examples[position] = [to_image(image) for image in images]
                 position += 1
-        return {name: torch.cat(parts) for name, parts in features.items()}, drawn
+        return {name: torch.cat(batches) for name, batches in features.items()}, examples
 
     def measure(self, dataset, indices):
-        samples = [dataset.entries[index] for index in indices]
+        samples = [dataset.entries[index] for index in indices]  # dicts with `key` and `caption`
         on_sheet = distinct_captions(samples, self.args.contact_sheet)
+        # The probe is fitted to training images and their captions.
         chosen = evenly_spaced(len(self.training), self.args.training_samples or len(self.training))
-        training, _ = self.look_at(self.training, chosen)
-        probe, problem = None, ""
+        training, _ = self.extract_features(self.training, chosen)
+        problem = ""
         try:
-            probe = TextProbe(training[self.reference], [self.training.entries[i]["caption"] for i in chosen])
+            self.probe = TextProbe(training[self.reference], [self.training.entries[i]["caption"] for i in chosen])
         except UnusableCaptionsError as error:
-            problem = f"{self.training.latents.folder}: {error}"
-            logger.warning("text agreement cannot be measured: %s", problem)
-        rows, drawn = self.look_at(dataset, indices, on_sheet)
+            self.probe, problem = None, f"{self.training.latents.folder}: {error}"
+            logger.warning("agreement with the captions cannot be measured: %s", problem)
+        # Features of the held-out images, of their reconstructions, and of images generated for their captions.
+        rows, examples = self.extract_features(dataset, indices, on_sheet)
         watch = Stopwatch(self.device)
-        rows["generated"] = self.painter.features(samples, self.args, watch)
-        scores = self.scores(rows, training, probe, samples)
-        pooled = {name: each[:, :N_POOLED] for name, each in rows.items()}
+        rows["generated"] = self.generator.features(samples, self.args, watch)
+        captions = [sample["caption"] for sample in samples]
+        scores = self.scores(rows, training[self.reference], captions)
+        pooled = {name: features[:, :N_POOLED] for name, features in rows.items()}  # (N, 1280)
+        # The report: scores, memorisation, the captions, settings, size and speed.
         metrics = {
             "scores": scores,
             "reference": self.reference,
-            "memorisation": memorisation(
-                pooled["generated"], pooled["reconstruction"], training["reconstruction"][:, :N_POOLED]
-            )
-            | {"n_training": len(chosen)},
-            "captions": {
-                "n_distinct": len({sample["caption"] for sample in samples}),
-                "n_words": len(probe.words) if probe else 0,
-                "n_without_words": sum(not words_of(one["caption"]) & set(probe.words) for one in samples)
-                if probe
-                else 0,
-                "explained": probe.explained if probe else None,
-                "problem": problem,
+            "memorisation": {
+                **memorisation(
+                    pooled["generated"], pooled["reconstruction"], training["reconstruction"][:, :N_POOLED]
+                ),
+                "n_training": len(chosen),
             },
+            "captions": {**self.describe_captions(captions), "problem": problem},
+            # How the images were sampled, and at what cost.
             "sampling": {**self.args.settings(), "seed": self.args.seed},
             "model": {
                 "parameters": sum(p.numel() for p in self.model.parameters()),
@@ -317,38 +219,56 @@ class ImageDiffusionEvaluator(ImageEvaluator):
                 "batch_size": self.args.batch_size,
             },
         }
-        evaluation = Evaluation(metrics, self.scalars(metrics), [score_table(metrics, len(samples))], {})
-        evaluation.tables = [*evaluation.tables, detail_table(metrics)]
+        # Tables, the sheet, and the curve over sampling settings.
+        tables = [generation_table(metrics, len(samples)), detail_table(metrics)]
+        evaluation = Evaluation(metrics, self.scalars(metrics), tables)
         if on_sheet:
-            evaluation.images["contact_sheet.png"] = self.contact_sheet(samples, on_sheet, drawn)
+            evaluation.images["contact_sheet.png"] = self.contact_sheet(samples, on_sheet, examples)
         if self.args.curve:
-            self.measure_curve(evaluation, samples, rows[self.reference], probe)
+            self.measure_curve(evaluation, samples, rows[self.reference])
         return evaluation
 
-    def scores(self, rows, training, probe, samples) -> dict[str, dict[str, float | None]]:
-        """The rows of the table."""
-        captions = [sample["caption"] for sample in samples]
-        pooled = {name: each[:, :N_POOLED] for name, each in rows.items()}
-        real, reconstruction = pooled[self.reference], pooled["reconstruction"]
-        same = training[self.reference][evenly_spaced(len(training[self.reference]), len(samples)), :N_POOLED]
+    def describe_captions(self, captions: Sequence[str]) -> dict[str, Any]:
+        """How many captions were evaluated, and how well the probe knows their words."""
+        words = set(self.probe.words) if self.probe else set()
+        return {
+            "n_distinct": len(set(captions)),
+            "n_words": len(words),
+            "n_without_words": sum(not words_of(caption) & words for caption in captions) if self.probe else 0,
+            "explained": self.probe.explained if self.probe else None,
+        }
+
+    def scores(self, rows, training: Tensor, captions: Sequence[str]) -> dict[str, dict[str, float | None]]:
+        """The rows of the table.
+
+        Args:
+            rows: features of the held-out samples by row, (N, D).
+            training: features of training images, (T, D).
+        """
+        pooled = {name: features[:, :N_POOLED] for name, features in rows.items()}
+        target, reconstruction = pooled[self.reference], pooled["reconstruction"]
         scores: dict[str, dict[str, float | None]] = {}
-        if len(same) == len(real):
-            scores["training"] = compare_sets(real, same)
+        # As many training images as held-out ones: the scores of another sample of real images.
+        same_size = training[evenly_spaced(len(training), len(captions)), :N_POOLED]
+        if len(same_size) == len(target):
+            scores["training"] = compare_sets(same_size, target)
         for name, features in rows.items():
-            own = {} if name == self.reference else compare_sets(real, pooled[name])
-            scores[name] = {**own, **agreement_scores(probe, features, captions)}
+            distances = {} if name == self.reference else compare_sets(pooled[name], target)
+            scores[name] = {**distances, **agreement_scores(self.probe, features, captions)}
+        # Distance from the reconstructions: the error of the diffusion model without that of the VAE.
         if self.reference == "real":
-            without_vae = compare_sets(reconstruction, pooled["generated"])
+            without_vae = compare_sets(pooled["generated"], reconstruction)
             scores["generated"] |= {f"{name}_to_reconstruction": without_vae[name] for name in ("frechet", "kid")}
         n_distinct = len(set(captions))
-        if probe and n_distinct > 1:
+        # Baselines of the agreement: wrong captions, and random guessing.
+        if self.probe and n_distinct > 1:
             shuffled = other_captions(captions, self.args.seed)
-            scores["shuffled"] = agreement_scores(probe, rows["generated"], shuffled)
+            scores["shuffled"] = agreement_scores(self.probe, rows["generated"], shuffled)
             scores["chance"] = {"agreement": 1 / n_distinct, "words": 0.5}
         return scores
 
     def scalars(self, metrics: dict[str, Any]) -> dict[str, float]:
-        """What goes to TensorBoard."""
+        """Numbers for TensorBoard."""
         names = ("frechet", "kid", "precision", "recall", "agreement", "words")
         scalars = {name: metrics["scores"]["generated"][name] for name in names}
         scalars["agreement_shuffled"] = metrics["scores"].get("shuffled", {}).get("agreement")
@@ -356,16 +276,17 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         scalars["seconds_per_image"] = metrics["model"]["seconds_per_image"]
         return {name: value for name, value in scalars.items() if value is not None}
 
-    def contact_sheet(self, samples, on_sheet, drawn) -> Image.Image:
-        """One row of images per caption: what exists, and what is generated with three seeds."""
+    def contact_sheet(self, samples, on_sheet, examples) -> Image.Image:
+        """One row per caption: the real image, its reconstruction, and images generated with three seeds."""
         chosen = [samples[position] for position in on_sheet]
+        # One list of images per copy, in the order of the captions.
         copies = [
-            [to_image(image) for batch in self.painter.draw(chosen, self.args, copy) for image in batch]
-            for copy in range(N_DRAWN)
+            [to_image(image) for batch in self.generator.generate(chosen, self.args, copy=copy) for image in batch]
+            for copy in range(N_COPIES)
         ]
-        labels = (["real"] if self.reference == "real" else []) + ["reconstruction"] + ["generated"] * N_DRAWN
+        labels = (["real"] if self.reference == "real" else []) + ["reconstruction"] + ["generated"] * N_COPIES
         groups = [
-            Group([*drawn[position], *(images[row] for images in copies)], samples[position]["caption"])
+            Group([*examples[position], *(images[row] for images in copies)], samples[position]["caption"])
             for row, position in enumerate(on_sheet)
         ]
         title = (
@@ -374,25 +295,32 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         )
         return draw_sheet(groups, labels, n_across=min(2, len(groups)), title=title)
 
-    def measure_curve(self, evaluation: Evaluation, samples, reference: Tensor, probe: TextProbe | None) -> None:
-        """Add every combination of steps, guidance scale and sampler to the evaluation."""
+    def measure_curve(self, evaluation: Evaluation, samples, target: Tensor) -> None:
+        """Add every combination of steps, guidance scale and sampler to the evaluation.
+
+        Args: target: features of the reference images, (N, D).
+        """
         args, points = self.args, []
+        # A subset of the samples, the same for every point.
         chosen = evenly_spaced(len(samples), args.curve_samples)
-        samples, real = [samples[i] for i in chosen], reference[chosen, :N_POOLED]
+        samples, target = [samples[i] for i in chosen], target[chosen, :N_POOLED]
         captions, shown = [sample["caption"] for sample in samples], {}
         for sampler in args.curve_samplers:
             for scale in args.curve_scales:
                 for n_steps in args.curve_steps:
                     changes = {"sampler": sampler, "guidance_scale": scale, "n_steps": n_steps}
-                    settings = SamplingArguments(**{**args.settings(), **changes})
+                    settings = SamplingArguments(**{**args.settings(), **changes})  # the other settings as given
                     watch = Stopwatch(self.device)
-                    features = self.painter.features(samples, settings, watch)
+                    features = self.generator.features(samples, settings, watch)
                     point = {**changes, "n_evaluations": n_evaluations(sampler, n_steps)}
-                    point |= compare_sets(real, features[:, :N_POOLED])
-                    point |= agreement_scores(probe, features, captions)
+                    point |= compare_sets(features[:, :N_POOLED], target)
+                    point |= agreement_scores(self.probe, features, captions)
                     points.append({**point, "seconds_per_image": 1 / watch.per_second()})
-                    shown[sampler, scale, n_steps] = to_image(next(self.painter.draw(samples[:1], settings))[0])
+                    # The first caption again, for the sheet.
+                    images = next(self.generator.generate(samples[:1], settings))
+                    shown[sampler, scale, n_steps] = to_image(images[0])
                     logger.info("curve: %s, guidance %g, %d steps", sampler, scale, n_steps)
+        # The curve in metrics.json, as a table, as a sheet, and in TensorBoard.
         evaluation.metrics["curve"] = {"n_samples": len(samples), "points": points}
         evaluation.tables = [*evaluation.tables, curve_table(points, len(samples))]
         evaluation.images["curve.png"] = curve_sheet(shown, captions[0])
@@ -400,8 +328,8 @@ class ImageDiffusionEvaluator(ImageEvaluator):
 
 
 def distinct_captions(samples: Sequence[dict], n: int) -> list[int]:
-    """Positions of at most n samples with different captions, spread evenly."""
-    first: dict[str, int] = {}
+    """Positions of at most n samples with different captions, evenly spaced."""
+    first: dict[str, int] = {}  # caption -> position of its first sample
     for position, sample in enumerate(samples):
         first.setdefault(sample["caption"], position)
     positions = list(first.values())

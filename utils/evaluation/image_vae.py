@@ -1,4 +1,4 @@
-"""Evaluation of an image VAE: reconstructions beside reference rows, health of the latents, speed.
+"""Evaluation of an image VAE: reconstruction quality next to simple codecs, statistics of the latents, speed.
 
 B batch, Y X rows and columns, Z latent channels, y x latent rows and columns.
 """
@@ -6,7 +6,6 @@ B batch, Y X rows and columns, Z latent channels, y x latent rows and columns.
 import dataclasses
 import io
 import logging
-import math
 import statistics
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
@@ -26,17 +24,29 @@ from dataset_loading.image.pixels import ImageDataset, to_float, to_uint8
 from model.image.feature_extractors import PerceptualDistance
 from model.image.vae import ImageVAE
 from utils.drawing.images import Group, draw_sheet, to_image
-from utils.evaluation.evaluator import Evaluation, ImageEvaluationArguments, ImageEvaluator
-from utils.evaluation.tables import latent_table
+from utils.evaluation.evaluator import (
+    Evaluation,
+    ImageEvaluationArguments,
+    ImageEvaluator,
+)
+from utils.evaluation.tables import Column, fact_table, latent_table, score_table
 from utils.metrics.images import FeatureMoments, KernelDistance, SharedFeatures, frechet_distance, psnr, ssim
-from utils.metrics.latents import LatentHealth
+from utils.metrics.latents import LATENT_DEFINITION, LatentHealth, normalized_std
 from utils.options import option
 from utils.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
 
-N_FEATURES = 1280
+N_FEATURES = 1280  # of EfficientNet-Lite0, pooled
 JPEG_QUALITY = 10
+COLUMNS = {
+    "psnr_db": Column("PSNR dB", "{:.2f}", "high"),
+    "ssim": Column("SSIM", "{:.4f}", "high"),
+    "perceptual": Column("perceptual", "{:.4f}", "low"),
+    "frechet": Column("Frechet", "{:.1f}", "low"),
+    "kid": Column("KID", "{:.3f}", "low", error="kid_error"),
+    "compression": Column("compression", "{:.1f} x", "high"),
+}
 
 
 @dataclasses.dataclass
@@ -49,27 +59,28 @@ class ImageVAEEvaluationArguments(ImageEvaluationArguments):
 
 
 class ImageVAEEvaluator(ImageEvaluator):
-    """Posterior means are decoded: nothing is random."""
+    """Decodes posterior means, so nothing is random."""
 
     arguments_class = ImageVAEEvaluationArguments
     model_class = ImageVAE
     definitions: ClassVar[dict[str, str]] = {
-        "psnr_db": "mean over images of 10 log10(2^2 / mean squared error), RGB clamped to [-1, 1]",
-        "ssim": "mean over images, RGB channels and pixels; Gaussian window of 11 pixels, deviation 1.5",
-        "perceptual": "squared distance of unit-length EfficientNet-Lite0 features, mean of 5 depths; in [0, 4]",
-        "frechet": f"Frechet distance on {N_FEATURES} pooled EfficientNet-Lite0 features (not Inception: not the FID "
-        f"of papers); biased upwards under {2 * N_FEATURES} images",
-        "kid": "kernel distance on the same features, kernel (x.y / 1280 + 1)^3, U-statistic over pairs (image, "
-        "reconstruction); unbiased, may be negative; its error is the jackknife's",
-        "latents": "per channel over images and positions: mean and std of the posterior means, posterior_std the "
-        "root mean posterior variance, normalized_std the std of samples over the stored one, "
-        "kl to N(0, 1) in nats per position; dead: kl < 0.01 or std < 0.05",
-        "compression": "input values per latent value (VAE, thumbnail), raw bytes per file byte (JPEG)",
-        "speed": "images per second of the model alone, first batch left out where there are several",
+        "psnr_db": "Peak signal-to-noise ratio, 10 log10(2^2 / mean squared error), of RGB values clamped to [-1, 1]; "
+        "mean over images.",
+        "ssim": "Structural similarity with a Gaussian window of 11 pixels and std 1.5; mean over images and pixels.",
+        "perceptual": "Squared distance of unit-length EfficientNet-Lite0 features, mean over 5 depths, in [0, 4].",
+        "frechet": f"Frechet distance of {N_FEATURES} pooled EfficientNet-Lite0 features. Not comparable with FID, "
+        f"which uses Inception features. Biased upwards below {2 * N_FEATURES} images.",
+        "kid": "Squared maximum mean discrepancy of the same features with the kernel (x.y / 1280 + 1)^3, "
+        "as U-statistic over pairs (image, reconstruction). Unbiased, may be negative. kid_error: its "
+        "jackknife standard error.",
+        "latents": LATENT_DEFINITION,
+        "compression": "Input values per latent value (VAE, thumbnail), or raw bytes per file byte (JPEG).",
+        "speed": "Images per second of the model without data loading. The first batch is excluded if there are "
+        "several.",
     }
 
     def build_dataset(self):
-        """The data set at the size of the model's training images."""
+        """The held-out images at the size of the model's training images."""
         size = self.model.config.image_size
         if self.args.dataset:
             return ImageFolderDataset(
@@ -78,138 +89,160 @@ class ImageVAEEvaluator(ImageEvaluator):
         return ImageDataset(*self.cache()).expect(image_size=size)
 
     def measure(self, dataset, indices):
+        # The perceptual distance and the distances of sets use the same features.
         features = SharedFeatures().to(self.device)
         distance = PerceptualDistance(features)
+        # One row of scores for the model and one per codec; they share the features of the input images.
         references = {name: REFERENCES[name] for name in self.args.references}
-        rows = {name: Scores() for name in ("model", *references)}
+        rows = {name: ReconstructionScores(features, distance) for name in ("model", *references)}
         ratios: dict[str, list[float]] = {name: [] for name in rows}
-        real_moments, health, drawn = FeatureMoments(), LatentHealth(), {}
+        real_moments, health, examples = FeatureMoments(), LatentHealth(), {}
         encode_watch, decode_watch = Stopwatch(self.device), Stopwatch(self.device)
         on_sheet = {indices[i] for i in evenly_spaced(len(indices), self.args.contact_sheet)}
         loader = DataLoader(
             Subset(dataset, indices), self.args.batch_size, num_workers=self.args.num_workers, collate_fn=collate_stack
         )
         for batch in loader:
+            # Reconstruction from the posterior mean: (B, 3, Y, X) -> (B, Z, y, x) -> (B, 3, Y, X).
             image = batch["image"].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 mean, logvar = encode_watch.time(self.model.encode, image)
                 reconstruction = decode_watch.time(self.model.decode, mean).float().clamp(-1, 1)
             self.check_finite(reconstruction, batch["index"], dataset)
             health.update(mean, logvar)
-            ratios["model"] += [image[0].numel() / mean[0].numel()] * len(image)
-            made = {"model": reconstruction}
+            ratios["model"] += [image[0].numel() / mean[0].numel()] * len(image)  # values per latent value
+            # The codecs on the same batch, and the scores of all rows.
+            reconstructions = {"model": reconstruction}
             for name, reference in references.items():
-                made[name], ratio = reference(image, mean.shape[-2:])
+                reconstructions[name], ratio = reference(image, mean.shape[-2:])
                 ratios[name] += ratio
-            features.clear()
+            features.clear()  # those of the last batch
             real_moments.update(features.pooled(image))
-            for name, images in made.items():
-                rows[name].update(image, images, features, distance)
-            for index, real, fake in zip(batch["index"].tolist(), image, reconstruction):
+            for name, images in reconstructions.items():
+                rows[name].update(images, image)
+            for index, generated, target in zip(batch["index"].tolist(), reconstruction, image):
                 if index in on_sheet:
-                    drawn[index] = (to_image(real), to_image(fake), psnr(real[None], fake[None]).item())
+                    value = psnr(generated[None], target[None]).item()
+                    examples[index] = (to_image(target), to_image(generated), value)
+        # Means over images, distances of sets, and the std of latents after normalization.
         scores = {name: row.compute(real_moments) for name, row in rows.items()}
         for name, score in scores.items():
             score["compression"] = statistics.fmean(ratios[name])
-        speed = {"encode": encode_watch.per_second(), "decode": decode_watch.per_second()}
         latents = health.compute()
-        stored = self.model.latent_std.tolist()
-        spread_of_samples = map(math.hypot, latents["std"], latents["posterior_std"])
-        latents["normalized_std"] = [found / std for found, std in zip(spread_of_samples, stored)]
-        return self.report(scores, latents, speed, tuple(mean.shape[1:]), dataset, drawn)
+        latents["normalized_std"] = normalized_std(latents, self.model.latent_std)
+        # Size and speed of the model.
+        model = {
+            "image_size": self.model.config.image_size,
+            "latent_shape": list(mean.shape[1:]),
+            "compression": scores["model"]["compression"],
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "encode_per_second": encode_watch.per_second(),
+            "decode_per_second": decode_watch.per_second(),
+            "batch_size": self.args.batch_size,
+        }
+        evaluation = self.report(scores, latents, model, n_samples=len(indices))
+        if examples:
+            evaluation.images["contact_sheet.png"] = self.contact_sheet(examples, dataset, evaluation)
+        return evaluation
 
     def check_finite(self, reconstruction: Tensor, index: Tensor, dataset: Any) -> None:
-        """ValueError naming a sample whose reconstruction is not finite."""
-        finite = torch.isfinite(reconstruction).flatten(1).all(1).cpu()
+        """Raises: ValueError: a reconstruction is not finite; names its sample."""
+        finite = torch.isfinite(reconstruction).flatten(1).all(1).cpu()  # (B,)
         if not finite.all():
             key = dataset.entries[index[~finite][0].item()]["key"]
             raise ValueError(
                 f"{self.checkpoint} reconstructs {key} with values that are not finite; the weights are broken"
             )
 
-    def report(self, scores, latents, speed, latent_shape, dataset, drawn) -> Evaluation:
-        """Numbers as metrics, scalars, tables and the contact sheet."""
-        size = self.model.config.image_size
-        n_samples, score = scores["model"].pop("n_samples"), scores["model"]
-        for reference in scores.values():
-            reference.pop("n_samples", None)
-        parameters = sum(p.numel() for p in self.model.parameters())
-        model = {
-            "image_size": size,
-            "latent_shape": list(latent_shape),
-            "compression": score["compression"],
-            "parameters": parameters,
-            "encode_per_second": speed["encode"],
-            "decode_per_second": speed["decode"],
-            "batch_size": self.args.batch_size,
-        }
+    def report(self, scores, latents, model, *, n_samples: int) -> Evaluation:
+        """Scores of all rows, statistics of the latents, size and speed as metrics, scalars and tables."""
         names = ("psnr_db", "ssim", "perceptual", "frechet", "kid")
-        scalars = {name: score[name] for name in names if score[name] is not None}
+        scalars = {name: scores["model"][name] for name in names if scores["model"][name] is not None}
         scalars["dead_channels"] = float(sum(latents["dead"]))
-        images = {}
-        if drawn:
-            title = (
-                f"{self.checkpoint.parent.name}, step {self.step}: input and reconstruction of {len(drawn)} images "
-                f"out of {n_samples}, mean PSNR {score['psnr_db']:.1f} dB"
-            )
-            groups = [
-                Group((real, fake), f"{value:.1f} dB  {caption_of(dataset.entries[index])}")
-                for index, (real, fake, value) in drawn.items()
-            ]
-            labels = ("input", "reconstruction")
-            images["contact_sheet.png"] = draw_sheet(groups, labels, n_across=4, title=title)
-        tables = [score_table(scores, n_samples, size), latent_table(latents), self.model_table(model)]
-        return Evaluation({"scores": scores, "latents": latents, "model": model}, scalars, tables, images)
+        # Notes below the table.
+        caption = (
+            "PSNR, SSIM: similarity of pixels. perceptual: distance of network features. Frechet, KID: distance of\n"
+            "both sets of images (0: none). compression: values per latent value, or raw bytes per byte of JPEG file."
+        )
+        if n_samples < 2 * N_FEATURES:
+            limit = 2 * N_FEATURES
+            caption += f"\nFrechet is biased upwards below {limit} images (here {n_samples}): read KID, which is not."
+        size = model["image_size"]
+        title = f"Reconstruction of {n_samples} images, {size}x{size} pixels"
+        table = score_table(scores, COLUMNS, title=title, names=ROW_NAMES, caption=caption)
+        tables = [table, latent_table(latents), self.model_table(model)]
+        return Evaluation({"scores": scores, "latents": latents, "model": model}, scalars, tables)
+
+    def contact_sheet(self, examples: dict[int, tuple], dataset: Any, evaluation: Evaluation) -> Image.Image:
+        """Input and reconstruction of some images.
+
+        Args: examples: index -> input, reconstruction, and its PSNR.
+        """
+        title = (
+            f"{self.checkpoint.parent.name}, step {self.step}: input and reconstruction of {len(examples)} images, "
+            f"mean PSNR of all {evaluation.metrics['scores']['model']['psnr_db']:.1f} dB"
+        )
+        groups = [
+            Group((target, generated), f"{value:.1f} dB  {caption_of(dataset.entries[index])}")
+            for index, (target, generated, value) in examples.items()
+        ]
+        return draw_sheet(groups, ("input", "reconstruction"), n_across=4, title=title)
 
     def model_table(self, model: dict[str, Any]) -> Table:
         """Size and speed."""
-        table = Table(title="Model", title_justify="left", show_header=False, box=SIMPLE_HEAD)
-        values = 3 * model["image_size"] ** 2
-        shape = "x".join(map(str, model["latent_shape"]))
+        size, shape = model["image_size"], model["latent_shape"]
         device = (
             torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )
         precision = "bf16 autocast" if self.args.bf16 else "fp32"
-        table.add_row("parameters", f"{model['parameters']:,}")
-        table.add_row("image", f"3x{model['image_size']}x{model['image_size']} = {values:,} values")
-        table.add_row("latent", f"{shape} = {int(np.prod(model['latent_shape'])):,} values")
-        table.add_row("compression", f"{model['compression']:.1f} times fewer values")
-        table.add_row("encode", f"{model['encode_per_second']:.0f} images/s ({device}, {precision})")
-        table.add_row("decode", f"{model['decode_per_second']:.0f} images/s")
-        return table
+        facts = {  # the numbers of values show where the compression comes from
+            "parameters": f"{model['parameters']:,}",
+            "image": f"3x{size}x{size} = {3 * size**2:,} values",
+            "latent": f"{'x'.join(map(str, shape))} = {int(np.prod(shape)):,} values",
+            "compression": f"{model['compression']:.1f} x fewer values",
+            "encode": f"{model['encode_per_second']:.0f} images/s ({device}, {precision})",
+            "decode": f"{model['decode_per_second']:.0f} images/s",
+        }
+        return fact_table("Model", facts)
 
 
-class Scores:
-    """Metrics of one row of the table, batch by batch."""
+class ReconstructionScores:
+    """Metrics of one row of the table, accumulated over batches.
 
-    def __init__(self):
+    Args:
+        features: features of the images of the current batch, shared by all rows.
+        distance: perceptual distance on these features.
+    """
+
+    def __init__(self, features: SharedFeatures, distance: nn.Module):
+        self.features, self.distance = features, distance
         self.values: dict[str, list[float]] = {"psnr_db": [], "ssim": [], "perceptual": []}
         self.moments, self.kernel = FeatureMoments(), KernelDistance()
 
-    def update(self, real: Tensor, fake: Tensor, features: SharedFeatures, distance: nn.Module) -> None:
+    def update(self, generated: Tensor, target: Tensor) -> None:
         """Add a batch of images, each (B, 3, Y, X) in [-1, 1]."""
-        self.values["psnr_db"] += psnr(fake, real).tolist()
-        self.values["ssim"] += ssim(fake, real).tolist()
-        self.values["perceptual"] += distance(fake, real).tolist()
-        self.moments.update(features.pooled(fake))
-        self.kernel.update(features.pooled(real), features.pooled(fake))
+        self.values["psnr_db"] += psnr(generated, target).tolist()
+        self.values["ssim"] += ssim(generated, target).tolist()
+        self.values["perceptual"] += self.distance(generated, target).tolist()
+        self.moments.update(self.features.pooled(generated))
+        self.kernel.update(self.features.pooled(target), self.features.pooled(generated))
 
-    def compute(self, real: FeatureMoments) -> dict[str, Any]:
-        """Means, and the spread of the PSNR; distances of sets are None under 3 images."""
+    def compute(self, target: FeatureMoments) -> dict[str, Any]:
+        """Means, minimum and std of the PSNR; distances of sets are None below 3 images."""
         n_samples = len(self.values["psnr_db"])
         scores: dict[str, Any] = {name: statistics.fmean(values) for name, values in self.values.items()}
         scores["psnr_db_lowest"] = min(self.values["psnr_db"])
         scores["psnr_db_std"] = statistics.pstdev(self.values["psnr_db"])
         enough = n_samples >= 3
-        scores["frechet"] = frechet_distance(real, self.moments) if enough else None
+        # The target goes first: its square root is computed once for all rows.
+        scores["frechet"] = frechet_distance(target, self.moments) if enough else None
         scores["kid"], scores["kid_error"] = self.kernel.compute() if enough else (None, None)
-        scores["n_samples"] = n_samples
         return scores
 
 
 def jpeg(image: Tensor, latent_size: tuple[int, int]) -> tuple[Tensor, list[float]]:
-    """Images (B, 3, Y, X) through JPEG, and raw bytes per file byte."""
-    decoded, ratios = [], []
+    """JPEG compression of images (B, 3, Y, X): decoded images, and raw bytes per file byte."""
+    decoded, ratios = [], []  # JPEG files differ in size, so each image has its own ratio
     for pil_image in map(to_image, image):
         file = io.BytesIO()
         pil_image.save(file, "JPEG", quality=JPEG_QUALITY)
@@ -219,7 +252,8 @@ def jpeg(image: Tensor, latent_size: tuple[int, int]) -> tuple[Tensor, list[floa
 
 
 def thumbnail(image: Tensor, latent_size: tuple[int, int]) -> tuple[Tensor, list[float]]:
-    """Images (B, 3, Y, X) shrunk to the latent's rows and columns and enlarged, and values per value."""
+    """Images (B, 3, Y, X) downsampled to the latent's rows and columns and upsampled, and the ratio of values."""
+    # Down (B, 3, y, x), to 8 bits as a stored image would be, and up again (B, 3, Y, X).
     small = F.interpolate(image, size=tuple(latent_size), mode="bicubic", antialias=True).clamp(-1, 1)
     large = F.interpolate(to_float(to_uint8(small)), size=tuple(image.shape[-2:]), mode="bicubic").clamp(-1, 1)
     return large, [image[0].numel() / small[0].numel()] * len(image)
@@ -232,35 +266,3 @@ ROW_NAMES = {"model": "this model", "jpeg": f"JPEG, quality {JPEG_QUALITY}", "th
 def caption_of(entry: dict[str, Any]) -> str:
     """The caption, or the key where there is none."""
     return entry["caption"] or entry["key"]
-
-
-def score_table(scores: dict[str, dict[str, Any]], n_samples: int, size: int) -> Table:
-    """One row per way of storing the images."""
-    caption = (
-        "PSNR, SSIM: equality of pixels. perceptual: difference of network features. Frechet, KID: difference of the\n"
-        "two sets of images (0: none). compression: values per latent value, or bytes per byte of the JPEG file."
-    )
-    if n_samples < 2 * N_FEATURES:
-        caption += (
-            f"\nFrechet is biased upwards under {2 * N_FEATURES} images (here {n_samples}): read KID, which is not."
-        )
-    title = f"Reconstruction of {n_samples} images, {size}x{size} pixels"
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    for name in ("PSNR dB", "SSIM", "perceptual", f"Frechet (n={n_samples})", "KID", "compression"):
-        good = "high" if name in ("PSNR dB", "SSIM", "compression") else "low"
-        table.add_column(f"{name}\n({good}: good)", justify="right", no_wrap=True)
-    for name, score in scores.items():
-        sets = ("-", "-")
-        if score["kid"] is not None:
-            sets = (f"{score['frechet']:.1f}", f"{score['kid']:.3f} +- {score['kid_error']:.3f}")
-        table.add_row(
-            ROW_NAMES[name],
-            f"{score['psnr_db']:.2f}",
-            f"{score['ssim']:.4f}",
-            f"{score['perceptual']:.4f}",
-            *sets,
-            f"{score['compression']:.1f} x",
-            style="bold" if name == "model" else "",
-        )
-    return table

@@ -1,37 +1,46 @@
-"""Evaluation of a recurrent VAE: that of an image VAE at its own number of steps, PSNR over the number of decoder
-steps, and steps and PSNR over the exit threshold."""
+"""Evaluation of a recurrent VAE: the evaluation of an image VAE at the model's number of decoder steps, PSNR over the
+number of steps, and steps and PSNR over the exit threshold."""
 
 import statistics
 from typing import Any, ClassVar
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch.utils.data import DataLoader, Subset
 
 from dataset_loading.collators import collate_stack
 from model.image.recurrent_vae import RecurrentVAE
 from utils.evaluation.image_vae import ImageVAEEvaluator
+from utils.evaluation.tables import Column, score_table
 from utils.metrics.images import psnr
 
-STEPS = (1, 2, 4, 8, 16, 32)
+STEPS = (1, 2, 4, 8, 16, 32)  # depths that are measured, with that of the model
+# Root mean square change of an image in one step, at which its decoding ends.
 THRESHOLDS = (0.1, 0.05, 0.03, 0.02, 0.015, 0.01, 0.007, 0.005)
+EXIT_COLUMNS = {
+    "threshold": Column("threshold", "{:g}"),
+    "mean_steps": Column("mean steps", "{:.2f}"),
+    "saved": Column("steps saved", "{:.0%}"),
+    "psnr_db": Column("PSNR dB", "{:.2f}"),
+    "difference_db": Column("difference", "{:+.2f}"),
+}
 
 
 class RecurrentVAEEvaluator(ImageVAEEvaluator):
-    """Posterior means are decoded: nothing is random."""
+    """Decodes posterior means, so nothing is random."""
 
     model_class = RecurrentVAE
     definitions: ClassVar[dict[str, str]] = {
         **ImageVAEEvaluator.definitions,
-        "decoder_steps": "mean PSNR in dB after each number of decoder steps, all from one pass of the deepest",
-        "early_exit": "each image stops after the step that changes it by less than the threshold (root mean square "
-        "over values in [-1, 1]), at the model's n_steps at the latest: mean steps taken, share of steps saved, mean "
-        "PSNR, and its difference to no exit",
+        "decoder_steps": "Mean PSNR in dB after each number of decoder steps, all from a single pass.",
+        "early_exit": "The decoding of an image stops after the step that changes it by less than the threshold (root "
+        "mean square over values in [-1, 1]), at the latest after the model's n_steps: mean number of steps, share of "
+        "steps saved, mean PSNR, and its difference from the PSNR without early exit.",
     }
 
     def measure(self, dataset, indices):
         evaluation = super().measure(dataset, indices)
+        # Depths to measure, the model's own among them; PSNR of every image by depth and by threshold.
         n_steps = self.model.config.n_steps
         depths = sorted({*STEPS, n_steps})
         by_depth: dict[int, list[float]] = {k: [] for k in depths}
@@ -42,6 +51,7 @@ class RecurrentVAEEvaluator(ImageVAEEvaluator):
         for batch in loader:
             image = batch["image"].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+                # One encoding, all depths from a single pass of the decoder, one pass per threshold.
                 mean, _ = self.model.encode(image)
                 for k, reconstruction in zip(depths, self.model.decode_steps(mean, depths)):
                     by_depth[k] += psnr(reconstruction, image).tolist()
@@ -49,6 +59,7 @@ class RecurrentVAEEvaluator(ImageVAEEvaluator):
                     reconstruction, steps = self.model.decode_until_settled(mean, threshold)
                     taken += steps.tolist()
                     values += psnr(reconstruction, image).tolist()
+        # Means over images, compared with the PSNR without early exit.
         curve = {k: statistics.fmean(values) for k, values in by_depth.items()}
         exits = []
         for threshold, (taken, values) in by_threshold.items():
@@ -63,27 +74,15 @@ class RecurrentVAEEvaluator(ImageVAEEvaluator):
 
 
 def depth_table(curve: dict[int, float], n_steps: int) -> Table:
-    """One column per number of steps."""
-    title = f"PSNR in dB after this many decoder steps (the model's own: {n_steps})"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for k in curve:
-        table.add_column(str(k), justify="right", style="bold" if k == n_steps else "")
-    table.add_row(*(f"{value:.2f}" for value in curve.values()))
-    return table
+    """One row per number of decoder steps; that of the model in bold."""
+    return score_table(
+        {k: {"steps": k, "psnr_db": value} for k, value in curve.items()},
+        {"steps": Column("steps", "{:d}"), "psnr_db": Column("PSNR dB", "{:.2f}")},
+        title=f"PSNR over decoder steps (n_steps of the model: {n_steps})",
+        evaluated=n_steps,
+    )
 
 
 def exit_table(exits: list[dict[str, Any]], n_steps: int) -> Table:
     """One row per threshold."""
-    title = f"Early exit, at the latest after {n_steps} decoder steps"
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for name in ("exit below", "mean steps", "steps saved", "PSNR dB", "difference"):
-        table.add_column(name, justify="right")
-    for row in exits:
-        table.add_row(
-            f"{row['threshold']:g}",
-            f"{row['mean_steps']:.2f}",
-            f"{row['saved']:.0%}",
-            f"{row['psnr_db']:.2f}",
-            f"{row['difference_db']:+.2f}",
-        )
-    return table
+    return score_table(dict(enumerate(exits)), EXIT_COLUMNS, title=f"Early exit, at most {n_steps} decoder steps")

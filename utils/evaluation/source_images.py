@@ -1,4 +1,4 @@
-"""The raw images behind preprocessed latents."""
+"""The raw images from which latents were preprocessed."""
 
 from collections import Counter
 
@@ -10,18 +10,19 @@ from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, fit_image
 from dataset_loading.sources import open_source
 
 
-class SourceImages:
-    """The images that a preprocessed folder was made from, in the order of its samples.
+class SourceImageDataset:
+    """The raw images of a preprocessed folder, in the order of its samples.
 
-    Item: (3, S, S) float32 in [-1, 1], fitted as preprocessing did.
+    Item: (3, S, S) float32 in [-1, 1], cropped or padded as in preprocessing.
 
     Args:
         dataset: preprocessed images or latents.
     Raises:
-        FileNotFoundError, ValueError: the source is not where it was, or lacks images of the folder.
+        FileNotFoundError, ValueError: the source has moved, or lacks images of the folder.
     """
 
     def __init__(self, dataset: CachedDataset):
+        # The arguments of preprocessing name the source; a validation set may have its own.
         arguments, settings = dataset.manifest["arguments"], dataset.manifest["settings"]
         name, split = arguments["dataset_name"], arguments["dataset_split"]
         if dataset.split == "validation" and arguments["validation_dataset"]:
@@ -29,18 +30,20 @@ class SourceImages:
         options = {"media": arguments["media_column"], "config": arguments["dataset_config"]}
         self.source = open_source(name, split, "image", suffixes=IMAGE_SUFFIXES, **options)
         self.size, self.mode, self.color = (
-            settings[each] for each in ("image_size", "resize_mode", "background_color")
+            settings[field] for field in ("image_size", "resize_mode", "background_color")
         )
+        # Rows of the source by sample key. Files that occur more than once are numbered, as in preprocessing.
         rows, seen = {}, Counter()
         for row, (file, _) in enumerate(self.source):
             rows[sample_key(file, seen[file], 0)] = row
             seen[file] += 1
         self.keys = [entry["key"] for entry in dataset.entries]
+        # Every sample must have its image, otherwise indices would not match.
         missing = [key for key in self.keys if key not in rows]
         if missing:
             raise FileNotFoundError(
                 f"{self.source.identity} lacks {len(missing)} of the {len(self.keys)} images that "
-                f"{dataset.folder} was made from, the first is {missing[0]}"
+                f"{dataset.folder} was preprocessed from, the first is {missing[0]}"
             )
         self.rows = [rows[key] for key in self.keys]
 

@@ -1,12 +1,11 @@
-"""Evaluation of a language model: held-out text in bits per byte, beside what packers and token frequencies reach;
-for recurrent models the loss over thinking steps, and what early exits save."""
+"""Evaluation of a language model: bits per byte on held-out text, next to gzip, lzma and a unigram baseline. For
+recurrent models also the loss over thinking steps, and the loss and speed with early exits."""
 
 import dataclasses
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch.utils.data import DataLoader, Subset
 
@@ -15,6 +14,7 @@ from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.language_head import IGNORED, next_token_targets
 from utils.evaluation.evaluator import BatchedEvaluationArguments, Evaluation, Evaluator
+from utils.evaluation.tables import Column, fact_table, score_table
 from utils.generation.text import GenerationArguments, TextGenerator, check_tokenizer, split_windows
 from utils.metrics.text import (
     compressed_bits_per_byte,
@@ -28,9 +28,22 @@ from utils.metrics.text import (
 from utils.options import option
 from utils.timing import Stopwatch
 
-SPEED_PROMPTS = 4  # prompts that are continued, one after another, to time generation; the first one warms up
-PACKED_BYTES = 16_000_000  # Of the evaluated text, for gzip and lzma.
-DECODED_TOKENS = 1 << 20  # At once.
+SPEED_PROMPTS = 4  # prompts continued one after another to time generation; the first one is the warm-up
+COMPRESSED_BYTES = 16_000_000  # of the evaluated text, for gzip and lzma
+DECODED_TOKENS = 1 << 20  # tokens that are decoded at once
+ROW_NAMES = {"model": "this model", "unigram": "unigram", "gzip": "gzip -9", "lzma": "lzma -9e"}
+COLUMNS = {
+    "steps": Column("steps", "{:d}"),
+    "threshold": Column("threshold", "{:g}"),
+    "bits_per_byte": Column("bits per byte", "{:.4f}"),
+    "loss": Column("loss", "{:.4f}"),
+    "loss_difference": Column("difference", "{:+.4f}"),
+    "perplexity": Column("perplexity", "{:.2f}"),
+    "accuracy": Column("accuracy", "{:.4f}"),
+    "thinking_steps": Column("mean steps", "{:.2f}"),
+    "relative_seconds": Column("relative time", "{:.2f}"),
+    "tokens_per_second": Column("tokens/s", "{:.1f}"),
+}
 
 
 @dataclasses.dataclass
@@ -53,28 +66,32 @@ class TextEvaluationArguments(BatchedEvaluationArguments):
 
 
 class TextEvaluator(Evaluator):
-    """Nothing is random: generation is timed with the likeliest tokens."""
+    """Nothing is random: the timed generation is greedy."""
 
     arguments_class = TextEvaluationArguments
     model_class = MegaTransformerForCausalLM
     definitions: ClassVar[dict[str, str]] = {
-        "loss": "nats per target token: sum over all evaluated targets / their number; perplexity is its exponential",
-        "bits_per_byte": "sum of nats / ln 2 / UTF-8 bytes of the targets; comparable between tokenizers",
-        "accuracy": "share of targets that are the likeliest token",
-        "unigram": "the evaluated targets under the token frequencies of the training split, each counted once more",
-        "gzip, lzma": f"packed size of the evaluated text, at most its first {PACKED_BYTES // 10**6} MB, in bits per "
-        "byte; packers have not seen the training split",
-        "targets_per_second": "evaluated targets over the model's time, without reading; a pass takes as many of "
-        "--batch_size windows as have 256 MB of logits in fp32 together, at least one",
-        "tokens_per_second": "new tokens of one sequence at a time, the likeliest ones; the prompt counts as time",
-        "thinking_steps": "the same targets after other numbers of steps than the model's own",
-        "exits": "tokens stop once another step changes less than the threshold: mean steps, loss, computing time of "
-        "whole windows relative to no exits at the same most steps, and tokens per second of generation",
+        "loss": "Cross-entropy in nats per target token: the sum over all evaluated targets divided by their number.",
+        "perplexity": "Exponential of the loss.",
+        "bits_per_byte": "Sum of the cross-entropy in bits divided by the UTF-8 bytes of the targets; comparable "
+        "between tokenizers.",
+        "accuracy": "Share of targets that are the most probable token.",
+        "unigram": "A unigram model of the tokens of the training split with add-one smoothing, on the same targets.",
+        "gzip, lzma": "Compressed size of the evaluated text in bits per byte, for at most its first "
+        f"{COMPRESSED_BYTES // 10**6} MB. The compressors have not seen the training split.",
+        "targets_per_second": "Evaluated targets per second of the model, without data loading. A forward pass has at "
+        "most --batch_size windows, and fewer (at least one) where their logits would exceed 256 MB in fp32.",
+        "tokens_per_second": "New tokens per second of greedy generation at batch size 1, including the time for the "
+        "prompt.",
+        "thinking_steps": "The same targets with other numbers of thinking steps.",
+        "exits": "Early exit: a token stops when another step changes it by less than the threshold. Mean number of "
+        "steps, loss, time of whole windows relative to no exits with the same maximum number of steps, and "
+        "generated tokens per second.",
     }
 
     def load_model(self):
         model = super().load_model()
-        model.lm_head.chunk_size = 0  # The accuracy needs logits.
+        model.lm_head.chunk_size = 0  # A loss in chunks returns no logits, which the accuracy needs.
         return model
 
     def build_dataset(self):
@@ -92,6 +109,7 @@ class TextEvaluator(Evaluator):
         batches = DataLoader(
             Subset(dataset, indices), args.batch_size, num_workers=args.num_workers, collate_fn=collate_stack
         )
+        # Loss of the model and of the baselines, speed of the forward pass and of generation.
         sums, seconds = self.sums(batches, **self.without_exit())
         rows = {"model": ratios(sums), **self.baselines(dataset, batches, sums)}
         metrics: dict[str, Any] = {"scores": rows, "n_targets": int(sums["targets"]), "n_bytes": int(sums["bytes"])}
@@ -102,159 +120,129 @@ class TextEvaluator(Evaluator):
         }
         if args.speed_tokens:
             metrics["tokens_per_second"] = self.generation_speed(dataset, **self.without_exit())
-        tables = [score_table(rows), detail_table(metrics)]
+        title = "Bits per byte on held-out text"
+        tables = [score_table(rows, COLUMNS, title=title, names=ROW_NAMES), detail_table(metrics)]
+        # Recurrent models: other depths, and early exit.
         if args.thinking_steps:
             metrics["thinking_steps"] = [
                 {"steps": n, **ratios(self.sums(batches, n_thinking_steps=n, exit_threshold=0.0)[0])}
                 for n in sorted(set(args.thinking_steps))
             ]
-            tables.append(row_table("Loss over thinking steps", metrics["thinking_steps"]))
+            rows_by_depth = dict(enumerate(metrics["thinking_steps"]))
+            columns = {name: column for name, column in COLUMNS.items() if name != "thinking_steps"}
+            tables.append(score_table(rows_by_depth, columns, title="Loss over thinking steps"))
         if args.exit_thresholds:
             metrics["exits"] = self.exit_rows(dataset, batches)
-            tables.append(row_table("Early exit", metrics["exits"]))
+            tables.append(score_table(dict(enumerate(metrics["exits"])), COLUMNS, title="Early exit"))
         curves = {"loss_by_thinking_steps": {row["steps"]: row["loss"] for row in metrics.get("thinking_steps", [])}}
-        return Evaluation(metrics, rows["model"], tables, {}, curves)
+        return Evaluation(metrics, rows["model"], tables, curves=curves)
 
     def check_flags(self) -> None:
         """Raises: ValueError: flags of the recurrent core for a model without one, exits without a criterion, or more
-        steps than the model takes."""
+        steps than the model's maximum."""
         args, config = self.args, self.model.config
         flags = [name for name in ("thinking_steps", "exit_thresholds") if getattr(args, name)]
         if flags and not config.n_recurrent_layers:
             raise ValueError(f"--{flags[0]} has no effect: {self.checkpoint} has no recurrent core")
-        most = max([*args.thinking_steps, args.max_thinking_steps])
-        if flags and most > config.recurrent_max_thinking_steps:
+        # The largest number of steps that the flags ask for.
+        n_steps = max([*args.thinking_steps, args.max_thinking_steps])
+        if flags and n_steps > config.recurrent_max_thinking_steps:
             limit = config.recurrent_max_thinking_steps
-            raise ValueError(f"{most} thinking steps exceed recurrent_max_thinking_steps={limit} of {self.checkpoint}")
+            raise ValueError(
+                f"{n_steps} thinking steps exceed recurrent_max_thinking_steps={limit} of {self.checkpoint}"
+            )
+        # The flag replaces the criterion of the configuration.
         if args.exit_criterion != "own":
             config.recurrent_exit_criterion = args.exit_criterion
         elif args.exit_thresholds and config.recurrent_exit_criterion == "none":
             raise ValueError("--exit_thresholds needs --exit_criterion: the model has recurrent_exit_criterion='none'")
 
     def without_exit(self) -> dict[str, float]:
-        """The keywords that let every token take all steps; none for models without a core."""
+        """The arguments of the model that disable early exit; empty for models without a recurrent core."""
         return {"exit_threshold": 0.0} if self.model.config.n_recurrent_layers else {}
 
     def sums(self, batches: DataLoader, **keywords) -> tuple[dict[str, float], float]:
-        """`window_sums` of all evaluated windows together with their `bytes`, and the seconds that the model took."""
-        totals: dict[str, float] = {}
+        """Totals of `window_sums` and `bytes` over all evaluated windows, and the seconds of the forward passes."""
+        totals: dict[str, float] = {}  # accumulated in fp64
         watch, seconds = Stopwatch(self.device), 0.0
         for batch in batches:
             inputs = model_inputs({name: value.to(self.device) for name, value in batch.items()})
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 start = watch.now()
-                few = windows_at_once(self.model.config.vocab_size, inputs["labels"].shape[1])
-                found = window_sums(self.model, inputs, at_once=few, **keywords)
+                at_once = windows_at_once(self.model.config.vocab_size, inputs["labels"].shape[1])
+                sums = window_sums(self.model, inputs, at_once=at_once, **keywords)
                 seconds += watch.now() - start
-            for name, value in {**found, "bytes": batch["n_bytes"]}.items():
+            for name, value in {**sums, "bytes": batch["n_bytes"]}.items():
                 totals[name] = totals.get(name, 0.0) + value.double().sum().item()
         return totals, seconds
 
     def baselines(
         self, dataset: TextDataset, batches: DataLoader, sums: dict[str, float]
     ) -> dict[str, dict[str, float]]:
-        """What the same targets cost without a model: as drawn from the training split's frequencies, and packed."""
+        """The same targets under a unigram model of the training split, and the text compressed by gzip and lzma."""
         vocab_size = self.model.config.vocab_size
-        held_out, begun, n_bytes = torch.zeros(vocab_size, dtype=torch.int64), [], 0
+        # Counts of the evaluated targets, (V,), and the first of them for the compressors.
+        held_out, first_ids, n_bytes = torch.zeros(vocab_size, dtype=torch.int64), [], 0
         for batch in batches:
             inputs = model_inputs(batch)
-            ids = next_token_targets(inputs["labels"], inputs["segment_ids"])
+            ids = next_token_targets(inputs["labels"], inputs["segment_ids"])  # (B, L)
             ids = ids[ids != IGNORED]
             held_out += torch.bincount(ids, minlength=vocab_size)
-            if n_bytes < PACKED_BYTES:
-                begun.append(ids.int())
+            if n_bytes < COMPRESSED_BYTES:
+                first_ids.append(ids.int())
                 n_bytes += int(batch["n_bytes"].sum())
+        # The unigram baseline needs the frequencies of the training split.
         train = TextDataset(self.cache()[0], "train", dataset.sequence_length)
         nats = unigram_nats(token_counts(train.tokens, vocab_size), held_out) * sums["targets"]
         rows = {"unigram": ratios({"nats": nats, "targets": sums["targets"], "bytes": sums["bytes"]})}
-        parts = torch.cat(begun).split(DECODED_TOKENS)
-        text = "".join(dataset.tokenizer.decode(part, skip_special_tokens=True) for part in parts)
-        text = text.encode()[:PACKED_BYTES]
-        packed = compressed_bits_per_byte(text) if text else {}
-        return {**rows, **{name: {"bits_per_byte": value} for name, value in packed.items()}}
+        # The compressors see the text as bytes, without special tokens.
+        chunks = torch.cat(first_ids).split(DECODED_TOKENS)
+        text = "".join(dataset.tokenizer.decode(chunk, skip_special_tokens=True) for chunk in chunks)
+        text = text.encode()[:COMPRESSED_BYTES]
+        compressed = compressed_bits_per_byte(text) if text else {}
+        return {**rows, **{name: {"bits_per_byte": value} for name, value in compressed.items()}}
 
     def generation_speed(self, dataset: TextDataset, **keywords) -> float:
-        """New tokens per second of one sequence at a time."""
+        """New tokens per second of greedy generation at batch size 1."""
         generator = TextGenerator(self.model, dataset.tokenizer)
+        # Prompt and continuation fit into a training window.
         n_new = min(self.args.speed_tokens, dataset.sequence_length // 2)
         settings = GenerationArguments(max_new_tokens=n_new, temperature=0.0, **keywords)
+        # One prompt at a time, as in interactive use.
         watch = Stopwatch(self.device)
         for prompt, _ in split_windows(dataset, SPEED_PROMPTS, n_new):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-                continued = partial(generator.continue_tokens, settings=settings, must_fill=True)
-                watch.time(continued, [prompt])
+                generate = partial(generator.continue_tokens, settings=settings, must_fill=True)
+                watch.time(generate, [prompt])
         return watch.per_second() * n_new
 
     def exit_rows(self, dataset: TextDataset, batches: DataLoader) -> list[dict[str, float]]:
-        """One row without exits and one per threshold, at the same most steps."""
+        """One row without exits and one per threshold, with the same maximum number of steps."""
         config = self.model.config
-        most = self.args.max_thinking_steps or config.recurrent_test_thinking_steps
-        most = most or config.recurrent_mean_thinking_steps
-        rows: list[dict[str, float]] = []
+        max_steps = self.args.max_thinking_steps or config.recurrent_test_thinking_steps
+        max_steps = max_steps or config.recurrent_mean_thinking_steps
+        rows: list[dict[str, float]] = []  # threshold 0: no exits
         for threshold in (0.0, *sorted(set(self.args.exit_thresholds))):
-            sums, seconds = self.sums(batches, n_thinking_steps=most, exit_threshold=threshold)
-            row = {"threshold": threshold, "most_steps": most, **ratios(sums), "seconds": seconds}
+            sums, seconds = self.sums(batches, n_thinking_steps=max_steps, exit_threshold=threshold)
+            row = {"threshold": threshold, "most_steps": max_steps, **ratios(sums), "seconds": seconds}
             if self.args.speed_tokens:
-                keywords = {"thinking_steps": most, "exit_threshold": threshold}
+                keywords = {"thinking_steps": max_steps, "exit_threshold": threshold}
                 row["tokens_per_second"] = self.generation_speed(dataset, **keywords)
             rows.append(row)
+        # Relative to the first row, which has no exits.
         for row in rows:
             row["loss_difference"] = row["loss"] - rows[0]["loss"]
             row["relative_seconds"] = row["seconds"] / rows[0]["seconds"]
         return rows
 
 
-NAMES = {"model": "this model", "unigram": "token frequencies", "gzip": "gzip -9", "lzma": "lzma -9e"}
-COLUMNS = {
-    "steps": ("steps", "d"),
-    "threshold": ("exit below", "g"),
-    "bits_per_byte": ("bits per byte", ".4f"),
-    "loss": ("loss", ".4f"),
-    "loss_difference": ("difference", "+.4f"),
-    "perplexity": ("perplexity", ".2f"),
-    "accuracy": ("accuracy", ".4f"),
-    "thinking_steps": ("mean steps", ".2f"),
-    "relative_seconds": ("time", ".2f"),
-    "tokens_per_second": ("tokens/s", ".1f"),
-}
-
-
-def cells(row: dict[str, Any], columns: list[str]) -> list[str]:
-    """The numbers of a row as they stand in a table; "-" for what it lacks."""
-    return [format(row[name], COLUMNS[name][1]) if name in row else "-" for name in columns]
-
-
-def score_table(scores: dict[str, dict[str, float]]) -> Table:
-    """The model beside the baselines."""
-    table = Table(title="Held-out text", title_justify="left", box=SIMPLE_HEAD)
-    columns = ["bits_per_byte", "loss", "perplexity", "accuracy"]
-    table.add_column("", no_wrap=True)
-    for name in columns:
-        table.add_column(COLUMNS[name][0], justify="right")
-    for name, row in scores.items():
-        table.add_row(NAMES[name], *cells(row, columns), style="bold" if name == "model" else "")
-    return table
-
-
-def row_table(title: str, rows: list[dict[str, Any]]) -> Table:
-    """One row per depth or threshold."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    columns = [name for name in COLUMNS if name in rows[0]]
-    if "steps" in columns:
-        columns.remove("thinking_steps")
-    for name in columns:
-        table.add_column(COLUMNS[name][0], justify="right")
-    for row in rows:
-        table.add_row(*cells(row, columns))
-    return table
-
-
 def detail_table(metrics: dict[str, Any]) -> Table:
     """Size and speed."""
-    table = Table(title="Model", title_justify="left", show_header=False, box=SIMPLE_HEAD)
-    table.add_row("parameters", f"{metrics['model']['parameters']:,}")
-    table.add_row("evaluated targets, bytes", f"{metrics['n_targets']:,}, {metrics['n_bytes']:,}")
-    table.add_row("targets per second", f"{metrics['targets_per_second']:.0f}")
+    facts = {
+        "parameters": f"{metrics['model']['parameters']:,}",
+        "evaluated targets, bytes": f"{metrics['n_targets']:,}, {metrics['n_bytes']:,}",
+        "targets per second": f"{metrics['targets_per_second']:.0f}",
+    }
     if "tokens_per_second" in metrics:
-        table.add_row("generated tokens per second", f"{metrics['tokens_per_second']:.1f}")
-    return table
+        facts["generated tokens per second"] = f"{metrics['tokens_per_second']:.1f}"
+    return fact_table("Model", facts)

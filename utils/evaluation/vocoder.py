@@ -1,4 +1,4 @@
-"""Evaluation of a vocoder: held-out clips from their true log-mels, beside the recordings and Griffin-Lim."""
+"""Evaluation of a vocoder: waveforms of held-out log-mels, compared with the recordings, next to Griffin-Lim."""
 
 from typing import ClassVar
 
@@ -8,7 +8,7 @@ from utils.evaluation.audio import DEFINITIONS, GRIFFIN_LIM_ITERATIONS, AudioEva
 
 
 class VocoderEvaluator(AudioEvaluator):
-    """Nothing is random."""
+    """Vocodes target log-mels; nothing is random."""
 
     model_class = Vocoder
     title = "Vocoder"
@@ -19,7 +19,7 @@ class VocoderEvaluator(AudioEvaluator):
     }
     definitions: ClassVar[dict[str, str]] = {
         **DEFINITIONS,
-        "griffin_lim": f"{GRIFFIN_LIM_ITERATIONS} iterations with momentum 0.99 on the true log-mel",
+        "griffin_lim": f"{GRIFFIN_LIM_ITERATIONS} iterations with momentum 0.99 on the target log-mel.",
     }
 
     def build_dataset(self):
@@ -27,14 +27,16 @@ class VocoderEvaluator(AudioEvaluator):
 
     def clip(self, dataset, index):
         sample, entry = dataset[index], dataset.entries[index]
-        mel = sample["mel"]
+        mel = sample["mel"]  # (M, F)
         seconds = len(sample["waveform"]) / self.settings.sample_rate
         with self.autocast():
             batch = mel[None].to(self.device)
-            made = self.speed.run("model", seconds, lambda: self.model(batch))[0]
+            waveform = self.speed.run("model", seconds, lambda: self.model(batch))[0]  # (S,)
+        # The first row is the reference.
         rows = {
             "ground_truth": sample["waveform"],
             "griffin_lim": self.griffin_lim("griffin_lim", mel),
-            "model": self.finite(made, entry),
+            "model": self.finite(waveform, entry),
         }
-        return Clip(entry, mel, self.scorer.log_mel(rows["model"][None])[0], rows)
+        predicted = self.scorer.log_mel(rows["model"][None])[0]
+        return Clip(entry=entry, mel=mel, predicted=predicted, rows=rows)

@@ -1,4 +1,4 @@
-"""From sounds and log-mels in files to waveforms in files, for the inference scripts.
+"""Vocoding and reconstruction of audio files and log-mels, for the inference scripts.
 
 B batch, S samples, M mel bins, F mel frames.
 """
@@ -29,12 +29,12 @@ from utils.options import option, suggest
 logger = logging.getLogger(__name__)
 
 MEL_SUFFIX = ".pt"
-MAX_CLIPPED_SHARE = 1e-3  # of the samples of a file, without a warning
+MAX_CLIPPED_SHARE = 1e-3  # of the samples of a file; more cause a warning
 
 
 @dataclasses.dataclass
 class SynthesisArguments:
-    """Flags of scripts whose last model is a vocoder."""
+    """Flags of all scripts that vocode."""
 
     input: list[str] = option([], "files, and folders of files")
     weights: Literal["ema", "raw"] = option("ema", "averaged weights, if they were saved, or the trained weights")
@@ -44,62 +44,65 @@ class SynthesisArguments:
 
 
 def find_inputs(names: Iterable[str], suffixes: Collection[str]) -> dict[str, Path]:
-    """Files named one by one or in folders, by a name that no two share.
+    """Files given directly or in folders, by unique names.
 
-    Raises: FileNotFoundError: a name does not exist, or nothing was found.
+    Raises: FileNotFoundError: a path does not exist, or there are no files.
     """
-    found: dict[str, Path] = {}
+    inputs: dict[str, Path] = {}
     for name in map(Path, names):
         if not name.exists():
             raise FileNotFoundError(f"{name} does not exist")
         files = walk(name, suffixes) if name.is_dir() else [name]
         for file in files:
+            # The path within the folder as a name; repeated names are numbered from 2.
             inside = file.relative_to(name) if name.is_dir() else Path(name.name)
             stem = "__".join(inside.with_suffix("").parts)
             numbered = (f"{stem}_{number}" for number in itertools.count(2))
-            found[next(key for key in itertools.chain([stem], numbered) if key not in found)] = file
-    if not found:
-        raise FileNotFoundError(f"no inputs in {', '.join(names)}; known endings: {' '.join(sorted(suffixes))}")
-    return found
+            inputs[next(key for key in itertools.chain([stem], numbered) if key not in inputs)] = file
+    if not inputs:
+        raise FileNotFoundError(f"no inputs in {', '.join(names)}; known suffixes: {' '.join(sorted(suffixes))}")
+    return inputs
 
 
 def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
-    """Raises: ValueError: an input would be written over; names it."""
-    taken = {file.resolve() for file in inputs}
+    """Raises: ValueError: an output would overwrite an input; names it."""
+    protected = {file.resolve() for file in inputs}  # Links count as the files they point to.
     for file in outputs:
-        if file.resolve() in taken:
-            raise ValueError(f"{file} is an input and would be written over; name another folder by --output_dir")
+        if file.resolve() in protected:
+            raise ValueError(f"{file} is an input and would be overwritten; give another folder with --output_dir")
 
 
-def load_stage_model(model_class: type, stage: str, path: str | Path, weights: Literal["ema", "raw"] = "ema") -> Any:
+def load_stage_model(
+    model_class: type, stage: str, path: str | Path, *, weights: Literal["ema", "raw"] = "ema"
+) -> Any:
     """The model of a run or checkpoint folder of one stage, in fp32 and eval mode, on the CPU.
 
     Raises:
         FileNotFoundError: no complete checkpoint.
         ValueError: a checkpoint of another stage.
     """
-    found = read_stage(path)["stage"]
-    if found != stage:
-        raise ValueError(f"{resolve_checkpoint(path)} is of stage {found!r}; one of stage {stage!r} is needed")
+    actual = read_stage(path)["stage"]
+    if actual != stage:
+        raise ValueError(f"{resolve_checkpoint(path)} is of stage {actual!r}; one of stage {stage!r} is needed")
     return load_model(model_class, path, weights).requires_grad_(False)
 
 
 def load_vocoder(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> Vocoder:
     """The vocoder of a run or checkpoint folder; raises as `load_stage_model`."""
-    return load_stage_model(Vocoder, "vocoder", path, weights)
+    return load_stage_model(Vocoder, "vocoder", path, weights=weights)
 
 
 def read_waveform(file: Path, sample_rate: int) -> Tensor:
-    """A sound as the mean of its channels at `sample_rate`, (S,) fp32.
+    """The mean of the channels of an audio file at `sample_rate`, (S,) fp32.
 
-    Raises: OSError, ValueError: the file cannot be read as sound.
+    Raises: OSError, ValueError: the file cannot be read as audio.
     """
     samples, rate = decode_audio({"path": str(file), "bytes": None})
     return resample(samples.mean(0), rate, sample_rate)
 
 
 def read_mel(file: Path, settings: MelSettings) -> Tensor:
-    """A log-mel (M, F) fp32 from a file of a tensor, or of a dictionary with one under "mel", as caches hold them.
+    """A log-mel (M, F) fp32 from a file that holds a tensor, or a dictionary with the key "mel" as in caches.
 
     Raises: OSError, ValueError: no such file, another shape, too few frames, or values that are not finite.
     """
@@ -108,11 +111,13 @@ def read_mel(file: Path, settings: MelSettings) -> Tensor:
     except OSError:
         raise
     except Exception as error:  # What torch.load raises on other files depends on their bytes.
-        raise ValueError("no file of tensors, or damaged") from error
+        raise ValueError("not a file of tensors, or damaged") from error
+    # Shape, length and values are checked before anything is computed.
     mel = content.get("mel") if isinstance(content, dict) else content
     if not isinstance(mel, Tensor) or mel.ndim != 2 or len(mel) != settings.n_mels or not mel.shape[1]:
-        found = f"a tensor of shape {tuple(mel.shape)}" if isinstance(mel, Tensor) else f"a {type(content).__name__}"
-        raise ValueError(f"{found} where a log-mel of shape ({settings.n_mels}, frames) is needed")
+        actual = f"a tensor of shape {tuple(mel.shape)}" if isinstance(mel, Tensor) else f"a {type(content).__name__}"
+        raise ValueError(f"{actual} where a log-mel of shape ({settings.n_mels}, frames) is needed")
+    # The waveform must be long enough for its log-mel to be computed again.
     if mel.shape[1] * settings.hop_length < settings.min_samples:
         needed = -(-settings.min_samples // settings.hop_length)
         raise ValueError(f"a log-mel of {mel.shape[1]} frames is too short, at least {needed} are needed")
@@ -122,56 +127,60 @@ def read_mel(file: Path, settings: MelSettings) -> Tensor:
 
 
 def check_caches(files: Iterable[Path], settings: MelSettings, name: str) -> None:
-    """Refuse log-mels from preprocessed folders that were made with another definition.
+    """Check that log-mels from preprocessed folders have the given definition.
 
-    Raises: ValueError: both definitions, and the command that makes what is needed.
+    Args: name: of the model that reads them, for the message.
+    Raises: ValueError: names both definitions, and the command that makes the right log-mels.
     """
+    # A log-mel file of a cache has the manifest of the cache one folder above.
     for folder in sorted({file.parent for file in files if file.suffix == MEL_SUFFIX}):
         if (folder.parent / MANIFEST).is_file():
             AudioDataset(folder.parent, folder.name).expect_mel(settings, name)
 
 
 def analyse(waveform: Tensor, log_mel: LogMel, chunk_frames: int = 4096) -> Tensor:
-    """The log-mel of a whole sound of any length, with silence behind up to whole frames, in bounded memory.
+    """The log-mel of a waveform of any length in bounded memory. Silence fills the last frame.
 
     Args:
-        waveform: (S,) at the log-mel's rate.
-        chunk_frames: frames that are analysed at once, and their neighbours'.
+        waveform: (S,) at the sampling rate of the log-mel.
+        chunk_frames: frames per chunk, without their context.
     Returns: (M, F) with F * hop_length >= S.
     """
     hop_length = log_mel.settings.hop_length
-    n_frames = -(-max(len(waveform), log_mel.settings.min_samples) // hop_length)
+    n_frames = -(-max(len(waveform), log_mel.settings.min_samples) // hop_length)  # rounded up
     waveform = F.pad(waveform, (0, n_frames * hop_length - len(waveform)))
-    context = -(-log_mel.settings.n_fft // hop_length)  # The ends of a piece are reflected, as those of the whole are.
-    pieces = []
+    # The ends of a chunk are padded by reflection, as those of the whole are; context frames on both sides, which are
+    # dropped afterwards, keep that out of the result.
+    context = -(-log_mel.settings.n_fft // hop_length)
+    chunks = []
     for start in range(0, n_frames, chunk_frames):
         first, last = max(0, start - context), min(n_frames, start + chunk_frames + context)
-        found = log_mel(waveform[None, first * hop_length : last * hop_length])[0]
-        pieces.append(found[:, start - first : start - first + chunk_frames])
-    return torch.cat(pieces, dim=1)
+        mel = log_mel(waveform[None, first * hop_length : last * hop_length])[0]
+        chunks.append(mel[:, start - first : start - first + chunk_frames])
+    return torch.cat(chunks, dim=1)
 
 
 class Synthesizer:
-    """A vocoder, ready to turn files into files.
+    """Reads audio files or log-mels, and writes vocoded audio files.
 
     Args:
         vocoder: in eval mode, on any device.
-        chunk_frames: mel frames taken at once; 0: all.
+        chunk_frames: mel frames per forward pass; 0: all.
         bf16: bfloat16 autocast.
     Attributes:
-        log_mel: the vocoder's own analysis, on the CPU.
-        record: where it was loaded from, for the settings of a run.
+        log_mel: the log-mel that the vocoder was trained on, on the CPU.
+        record: checkpoint, weights and device, for the settings of a run.
     """
 
     def __init__(self, vocoder: Vocoder, chunk_frames: int = 0, bf16: bool = False):
         self.vocoder, self.chunk_frames, self.bf16 = vocoder, chunk_frames, bf16
         self.log_mel, self.rate = LogMel(vocoder.config.mel), vocoder.config.sample_rate
         self.record: dict[str, Any] = {"mel": vocoder.config.mel.as_dict(), "device": str(vocoder.device)}
-        self.name = "the vocoder"  # In messages.
+        self.name = "the vocoder"  # in messages
 
     @classmethod
     def load(cls, path: str, args: SynthesisArguments) -> Self:
-        """The vocoder that the flags mean, on the GPU where there is one; raises as `load_vocoder`."""
+        """The vocoder of a run or checkpoint folder, on the GPU if there is one; raises as `load_vocoder`."""
         checkpoint = resolve_checkpoint(path)
         weights = chosen_weights(checkpoint, args)
         vocoder = load_vocoder(checkpoint, weights).to(compute_device())
@@ -181,7 +190,7 @@ class Synthesizer:
         return loaded
 
     def read(self, file: Path) -> tuple[Tensor, int]:
-        """The log-mel (M, F) of a file, and the samples that the sound of it has.
+        """The log-mel (M, F) of a file, and its number of samples as audio.
 
         Raises: OSError, ValueError: the file cannot be read.
         """
@@ -192,22 +201,22 @@ class Synthesizer:
         return analyse(waveform, self.log_mel), len(waveform)
 
     def read_all(self, files: dict[str, Path]) -> Iterator[tuple[str, tuple[Tensor, int]]]:
-        """Name and `read` of every file; damaged ones are named in a warning and left out.
+        """Name and content (see `read`) of every file; damaged files are skipped with a warning.
 
         Raises: ValueError: a preprocessed folder has another log-mel than the vocoder, or no file can be read.
         """
         check_caches(files.values(), self.log_mel.settings, self.name)
-        n_read = 0
+        n_read = 0  # An error only if no file can be read.
         for name, file in files.items():
             try:
-                found = self.read(file)
+                content = self.read(file)
             except (OSError, ValueError) as error:
                 logger.warning("%s is left out: %s", file, error)
                 continue
             n_read += 1
-            yield name, found
+            yield name, content
         if not n_read:
-            raise ValueError(f"none of {len(files)} files could be read as a sound or a log-mel")
+            raise ValueError(f"none of {len(files)} files could be read as audio or a log-mel")
 
     @torch.inference_mode()
     def waveform(self, mel: Tensor) -> Tensor:
@@ -215,40 +224,41 @@ class Synthesizer:
 
         Raises: ValueError: it is not finite.
         """
-        mel = mel[None].to(self.vocoder.device)
-        pieces = 0 < self.chunk_frames < mel.shape[-1]
+        mel = mel[None].to(self.vocoder.device)  # (1, M, F)
+        is_long = 0 < self.chunk_frames < mel.shape[-1]
         with torch.autocast(mel.device.type, torch.bfloat16, enabled=self.bf16):
-            waveform = self.vocoder.vocode_chunked(mel, self.chunk_frames) if pieces else self.vocoder(mel)
+            waveform = self.vocoder.vocode_chunked(mel, self.chunk_frames) if is_long else self.vocoder(mel)
         if not waveform.isfinite().all():
             raise ValueError("the waveform is not finite: the vocoder's weights are broken")
         return waveform[0].float().cpu()
 
     def write(self, mel: Tensor, n_samples: int, file: Path) -> dict[str, Any]:
-        """Synthesise a log-mel (M, F) into a WAV file of `n_samples`.
+        """Vocode a log-mel (M, F), and write a WAV file of `n_samples`.
 
-        Returns: numbers about it: seconds of sound and of computing, mean distance of its log-mel from the given one,
-        share of samples cut off.
+        Returns: name of the file, seconds of audio and of computation, L1 between the log-mel of the waveform and the
+            given one, share of clipped samples.
         """
+        # Vocode, with its time; analyse the waveform again, for the distance from the given log-mel.
         start = time.perf_counter()
         waveform = self.waveform(mel)
         elapsed = time.perf_counter() - start
         distance = (analyse(waveform, self.log_mel)[:, : mel.shape[1]] - mel.cpu()).abs().mean().item()
         clipped = save_waveform(waveform[:n_samples], self.rate, file)
         if clipped > MAX_CLIPPED_SHARE:
-            logger.warning("%s: %.2g of the samples exceeded full scale and were cut off", file, clipped)
-        found = {"file": file.name, "seconds": n_samples / self.rate, "compute_seconds": elapsed}
-        return {**found, "mel_l1": distance, "clipped_share": clipped}
+            logger.warning("%s: %.2g of the samples exceeded full scale and were clipped", file, clipped)
+        record = {"file": file.name, "seconds": n_samples / self.rate, "compute_seconds": elapsed}
+        return {**record, "mel_l1": distance, "clipped_share": clipped}
 
 
 class AudioReconstructor:
-    """An audio VAE, ready to reconstruct log-mels.
+    """Reconstructs log-mels with an audio VAE.
 
     Args:
         vae: in eval mode, on any device.
-        speaker: the place of the speaker in `vae.config.speakers`; None where there are none.
+        speaker: index of the speaker in `vae.config.speakers`; None for a VAE without speakers.
         bf16: bfloat16 autocast.
     Attributes:
-        record: where it was loaded from, for the settings of a run.
+        record: checkpoint and weights, for the settings of a run.
     """
 
     def __init__(self, vae: AudioVAE, speaker: int | None = None, bf16: bool = False):
@@ -256,43 +266,45 @@ class AudioReconstructor:
         self.record: dict[str, Any] = {}
 
     @classmethod
-    def load(cls, path: str, args: SynthesisArguments, synthesizer: Synthesizer, speaker: str = "") -> Self:
-        """The audio VAE that the flags mean, on the vocoder's device.
+    def load(cls, path: str, args: SynthesisArguments, synthesizer: Synthesizer, *, speaker: str = "") -> Self:
+        """The audio VAE of a run or checkpoint folder, on the vocoder's device.
 
-        Args: speaker: name of the speaker, for a VAE that knows speakers.
+        Args: speaker: name of the speaker, for a VAE that is conditioned on speakers.
         Raises:
             FileNotFoundError: no complete checkpoint.
-            ValueError: a checkpoint of another stage, another log-mel than the vocoder's, an unknown speaker, none
-                where one is needed, or one where the VAE knows none.
+            ValueError: a checkpoint of another stage, another log-mel than the vocoder's, an unknown speaker, no
+                speaker where one is needed, or a speaker for a VAE without speakers.
         """
         checkpoint = resolve_checkpoint(path)
         weights = chosen_weights(checkpoint, args)
-        vae = load_stage_model(AudioVAE, "audio_vae", checkpoint, weights)
+        # Both models must have the same definition of the log-mel.
+        vae = load_stage_model(AudioVAE, "audio_vae", checkpoint, weights=weights)
         remedy = "Train one of them anew on the cache of the other; a cache for vocoders serves audio VAEs as well."
         name = f"the audio VAE {checkpoint}"
         mel, vocoder_mel = vae.config.mel, synthesizer.vocoder.config.mel
         check_same_mel(mel, vocoder_mel, first_name=name, second_name=synthesizer.name, remedy=remedy)
+        # A VAE with speakers needs one of them, a VAE without takes none.
         speakers = vae.config.speakers
         if speaker and not speakers:
             raise ValueError(f"--speaker {speaker} has no effect: {name} was trained without speakers")
         if speakers and speaker not in speakers:
             given = f"knows no speaker {speaker!r}{suggest(speaker, speakers)}" if speaker else "needs --speaker"
             raise ValueError(f"{name} {given} (speakers: {', '.join(speakers)})")
-        place = speakers.index(speaker) if speaker else None
-        loaded = cls(vae.to(synthesizer.vocoder.device), place, args.bf16)
+        index = speakers.index(speaker) if speaker else None
+        loaded = cls(vae.to(synthesizer.vocoder.device), index, args.bf16)
         loaded.record = {"vae_checkpoint": str(checkpoint), "vae_weights": weights}
         return loaded
 
     @torch.inference_mode()
     def reconstruction(self, mel: Tensor) -> Tensor:
-        """The log-mel of the posterior's mean, nowhere under the floor: (M, F) -> (M, F) fp32 on the CPU.
+        """Reconstruction of a log-mel from the posterior mean, clamped at the floor: (M, F) -> (M, F) fp32 on the CPU.
 
         Raises: ValueError: it is not finite.
         """
         device = self.vae.device
-        speaker = None if self.speaker is None else torch.tensor([self.speaker], device=device)
+        speaker = None if self.speaker is None else torch.tensor([self.speaker], device=device)  # (1,)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            made = self.vae(mel[None].to(device), speaker=speaker).reconstruction[0].float().cpu()
-        if not made.isfinite().all():
+            reconstruction = self.vae(mel[None].to(device), speaker=speaker).reconstruction[0].float().cpu()
+        if not reconstruction.isfinite().all():
             raise ValueError("the reconstructed log-mel is not finite: the audio VAE's weights are broken")
-        return made.clamp_min(self.vae.config.mel.log_floor)
+        return reconstruction.clamp_min(self.vae.config.mel.log_floor)

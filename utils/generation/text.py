@@ -1,4 +1,4 @@
-"""Continuations of prompts by a causal model, for training, evaluation and inference.  B batch, L tokens."""
+"""Generation of text by a causal model, for training, evaluation and inference.  B batch, L tokens, V vocabulary."""
 
 import dataclasses
 import logging
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class GenerationArguments:
-    """Flags of text generation."""
+    """Flags of everything that generates text."""
 
     max_new_tokens: int = option(200, "maximum number of tokens per continuation; fewer where the document ends", gt=0)
     temperature: float = option(1.0, "divisor of the logits in sampling; 0: greedy", ge=0)
@@ -66,26 +66,32 @@ class GenerationArguments:
             raise ValueError(f"--exit_threshold={self.exit_threshold} must be -1, 0 or above")
 
 
-class SeededNoise(LogitsProcessor):
-    """Adds Gumbel noise, so that the likeliest token becomes a draw from the softmax (Gumbel, 1954), with random
-    numbers of its own for each row, from the row's seed."""
+class SeededGumbelProcessor(LogitsProcessor):
+    """Adds Gumbel noise to the scores, so that their argmax is a sample from the softmax (Gumbel, 1954).
+
+    Each row has its own random numbers, so its sample does not depend on the rest of the batch.
+
+    Args: seeds: one per row.
+    """
 
     def __init__(self, seeds: Sequence[int]):
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, input_ids, scores):
         """(B, V) -> (B, V)."""
-        uniform = torch.stack([torch.rand(scores.shape[1], generator=each) for each in self.generators])
+        uniform = torch.stack([torch.rand(scores.shape[1], generator=generator) for generator in self.generators])
+        # -log(-log u) is standard Gumbel; the bound avoids log(0).
         return scores - (-uniform.clamp_min(1e-38).log()).log().to(scores.device)
 
 
 def copy_seed(seed: int, copy: int) -> int:
     """The seed of one of several continuations of a prompt; that of copy 0 is the seed itself."""
+    # SeedSequence gives independent streams, unlike seed + copy, which other prompts may use.
     return int(np.random.SeedSequence([seed, copy]).generate_state(1)[0]) if copy else seed
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 file that hold text.
+    """The lines of a UTF-8 file that are not blank.
 
     Raises: ValueError: it has none, or is not UTF-8; the message names the file.
     """
@@ -93,34 +99,34 @@ def read_prompts(path: str | Path) -> list[str]:
         text = Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"--prompt_file {path} is not UTF-8 ({error}); save it as UTF-8") from error
-    # str.splitlines would also cut at characters that prompts may contain, such as U+2028.
+    # str.splitlines would also split at characters that prompts may contain, such as U+2028.
     lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"--prompt_file {path} has no line with text")
     return lines
 
 
-def drawing(settings: Any, seeds: Sequence[int]) -> LogitsProcessorList:
-    """What turns logits into what `temperature`, `top_k` and `top_p` mean, and draws; nothing at temperature 0.
+def sampling_processors(settings: Any, seeds: Sequence[int]) -> LogitsProcessorList:
+    """Logits processors for sampling with `temperature`, `top_k` and `top_p`; none at temperature 0 (greedy).
 
     Args: seeds: one per row.
     """
-    steps = LogitsProcessorList()
+    processors = LogitsProcessorList()
     if settings.temperature:
-        steps.append(TemperatureLogitsWarper(float(settings.temperature)))
-        steps.extend([TopKLogitsWarper(settings.top_k)] if settings.top_k else [])
-        steps.extend([TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else [])
-        steps.append(SeededNoise(seeds))
-    return steps
+        processors.append(TemperatureLogitsWarper(float(settings.temperature)))
+        processors.extend([TopKLogitsWarper(settings.top_k)] if settings.top_k else [])
+        processors.extend([TopPLogitsWarper(settings.top_p)] if settings.top_p < 1 else [])
+        processors.append(SeededGumbelProcessor(seeds))  # after the filters: -inf stays -inf
+    return processors
 
 
 class TextGenerator:
-    """A causal model and its tokenizer, ready to continue texts.
+    """Generates continuations of prompts with a causal model and its tokenizer.
 
     Args:
         model: in eval mode.
-        tokenizer: the one that the model was trained with.
-        trained_length: tokens of the windows that it was trained on; None: not known, nothing is warned of.
+        tokenizer: the tokenizer that the model was trained with.
+        trained_length: sequence length in training; None: unknown, so longer texts cause no warning.
     """
 
     def __init__(
@@ -143,18 +149,18 @@ class TextGenerator:
         stage = record["stage"]
         if stage != "multimodal":
             raise ValueError(
-                f"{checkpoint} is of stage {stage!r}; text is written by checkpoints of stage 'multimodal'"
+                f"{checkpoint} is of stage {stage!r}; text is generated by checkpoints of stage 'multimodal'"
             )
         model = load_model(MegaTransformerForCausalLM, folder, weights).requires_grad_(False).to(device)
         return cls(model, load_tokenizer(str(folder)), record["arguments"]["sequence_length"])
 
     @cached_property
     def encoder(self) -> Tokenizer:
-        """What encoded the training texts, so that prompts become the same tokens."""
+        """The encoder of the training texts, so that prompts get the same tokens."""
         return document_encoder(self.tokenizer)
 
     def encode(self, prompt: str) -> list[int]:
-        """Tokens of a prompt; it begins as every document does, and special tokens in it are plain characters."""
+        """Tokens of a prompt, with the token that begins a document. Special tokens in it are read as plain text."""
         return [document_ends(self.tokenizer)[0], *self.encoder.encode(prompt, add_special_tokens=False).ids]
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -162,69 +168,76 @@ class TextGenerator:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def core_keywords(self, settings: Any) -> dict[str, Any]:
-        """The keywords of the recurrent core that the flags mean.
+        """The arguments of the recurrent core that the flags set.
 
         Raises: ValueError: one of them was given for a model without a core, or an exit without a criterion.
         """
-        given: dict[str, Any] = {"n_thinking_steps": settings.thinking_steps} if settings.thinking_steps else {}
-        given |= {} if settings.exit_threshold < 0 else {"exit_threshold": settings.exit_threshold}
-        if given and not self.model.config.n_recurrent_layers:
+        # 0 steps and a negative threshold stand for the settings of the model.
+        keywords: dict[str, Any] = {"n_thinking_steps": settings.thinking_steps} if settings.thinking_steps else {}
+        keywords |= {} if settings.exit_threshold < 0 else {"exit_threshold": settings.exit_threshold}
+        if keywords and not self.model.config.n_recurrent_layers:
             flag = "--thinking_steps" if settings.thinking_steps else "--exit_threshold"
             raise ValueError(f"{flag} has no effect: the model has no recurrent core")
-        if given.get("exit_threshold") and self.model.config.recurrent_exit_criterion == "none":
+        if keywords.get("exit_threshold") and self.model.config.recurrent_exit_criterion == "none":
             raise ValueError(
                 f"--exit_threshold={settings.exit_threshold}: the model has recurrent_exit_criterion='none'"
             )
-        return given
+        return keywords
 
-    def check_length(self, longest: int, n_new: int) -> None:
-        """Warn, once, where a text grows longer than what the model was trained on.
+    def check_length(self, n_prompt: int, n_new: int) -> None:
+        """Warn once if a text becomes longer than the training sequences.
 
-        Args: longest: tokens of the longest prompt; n_new: most new ones.
-        Raises: ValueError: the model has learned positions, and fewer.
+        Args:
+            n_prompt: tokens of the longest prompt.
+            n_new: maximum number of new tokens.
+        Raises: ValueError: the model has learned positions, and too few of them.
         """
-        config, needed = self.model.config, longest + n_new - 1  # The last token is not read.
-        given = f"a prompt of {longest} tokens and max_new_tokens={n_new}"
+        config, needed = self.model.config, n_prompt + n_new - 1  # The last token is not an input.
+        given = f"a prompt of {n_prompt} tokens and max_new_tokens={n_new}"
         if config.position_embedding == "learned" and needed > config.max_position_embeddings:
             raise ValueError(
                 f"{given} need {needed} positions, the model has learned max_position_embeddings="
-                f"{config.max_position_embeddings}: shorten the prompt, or make fewer tokens"
+                f"{config.max_position_embeddings}: shorten the prompt, or generate fewer tokens"
             )
+        # Other position embeddings extrapolate, with worse results.
         if self.trained_length and needed > self.trained_length:
             logger.warning(
-                "%s need %d positions, the model was trained with --sequence_length %d: expect worse text behind that",
+                "%s need %d positions, the model was trained with --sequence_length %d: expect worse text beyond that",
                 given,
                 needed,
                 self.trained_length,
             )
-            self.trained_length = None
+            self.trained_length = None  # one warning is enough
 
     @torch.no_grad()
     def continue_tokens(
         self,
         prompts: Sequence[Sequence[int]],
         settings: Any,
+        *,
         must_fill: bool = False,
         seeds: Sequence[int] | None = None,
     ) -> list[list[int]]:
-        """New tokens of each prompt, up to the end of the document or `max_new_tokens`.
+        """New tokens for each prompt, up to the end of the document or `max_new_tokens`.
 
-        Prompts of different lengths are padded on the left. A continuation does not depend on what else is in the
-        batch: each one draws from a stream of random numbers of its own.
+        Prompts of different lengths are padded on the left. A continuation does not depend on the other prompts of
+        the batch, since each one has its own stream of random numbers.
 
         Args:
             prompts: B lists of at least one token.
             settings: a `GenerationArguments`.
-            must_fill: no document ends before `max_new_tokens`.
-            seeds: B, one per prompt; None: all streams begin at `settings.seed`.
-        Raises: ValueError: the model has too few learned positions; flags of the core that it does not have.
+            must_fill: generate exactly `max_new_tokens`.
+            seeds: B, one per prompt; None: `settings.seed` for all of them.
+        Raises: ValueError: the model has too few learned positions, or no core for the flags of one.
         """
-        config, longest = self.model.config, max(map(len, prompts))
-        self.check_length(longest, settings.max_new_tokens)
+        # Prompts as a batch padded on the left, and its mask: (B, L).
+        config, n_prompt = self.model.config, max(map(len, prompts))
+        self.check_length(n_prompt, settings.max_new_tokens)
         padding = config.pad_token_id if config.pad_token_id is not None else config.eos_token_id
-        ids = torch.tensor([[padding] * (longest - len(each)) + list(each) for each in prompts])
-        mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in prompts])
-        found = self.model.generate(
+        ids = torch.tensor([[padding] * (n_prompt - len(prompt)) + list(prompt) for prompt in prompts])
+        mask = torch.tensor([[0] * (n_prompt - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        # Always greedy for transformers: sampling is the argmax of logits with Gumbel noise.
+        tokens = self.model.generate(
             ids.to(self.model.device),
             attention_mask=mask.to(self.model.device),
             max_new_tokens=settings.max_new_tokens,
@@ -232,36 +245,38 @@ class TextGenerator:
             num_beams=settings.n_beams,
             do_sample=False,
             pad_token_id=padding,
-            logits_processor=drawing(settings, seeds or [settings.seed] * len(prompts)),
-            synced_gpus=False,  # Under ZeRO-3 one process may run a whole copy, or all do the same.
+            logits_processor=sampling_processors(settings, seeds or [settings.seed] * len(prompts)),
+            synced_gpus=False,  # Under ZeRO-3 either one process has the whole model, or all generate the same.
             **self.core_keywords(settings),
         )
-        return [self.up_to_the_end(row) for row in found[:, longest:]]
+        return [self.truncate_at_end(row) for row in tokens[:, n_prompt:]]
 
-    def up_to_the_end(self, row: Tensor) -> list[int]:
-        """The tokens (L,) in front of the first that ends a document."""
+    def truncate_at_end(self, row: Tensor) -> list[int]:
+        """The tokens (L,) before the first end-of-document token."""
+        # After its end token, a finished row of the batch is padded.
         ids, end = row.tolist(), self.model.config.eos_token_id
         return ids[: ids.index(end)] if end in ids else ids
 
     def continue_texts(self, prompts: Sequence[str], settings: Any, seeds: Sequence[int] | None = None) -> list[str]:
         """The continuation of each prompt, without the prompt; `seeds` as in `continue_tokens`."""
-        found = self.continue_tokens([self.encode(each) for each in prompts], settings, seeds=seeds)
-        return [self.decode(ids) for ids in found]
+        continuations = self.continue_tokens([self.encode(prompt) for prompt in prompts], settings, seeds=seeds)
+        return [self.decode(ids) for ids in continuations]
 
 
 def split_windows(dataset: Any, n_samples: int, n_new: int) -> list[tuple[list[int], list[int]]]:
-    """Prompts and their true continuations out of a data set of windows.
+    """Prompts and their true continuations from a data set of windows.
 
     Args:
         dataset: samples with `input_ids` and `segment_ids`, (L,).
-        n_samples: windows, spread evenly over the set.
-        n_new: most tokens of a continuation.
-    Returns: pairs of token lists; prompt and continuation are of one document, the prompt is at least as long. A
-        prompt and n_new tokens fit into a window if n_new is at most half of one.
+        n_samples: number of windows, evenly spaced over the data set.
+        n_new: maximum number of tokens of a continuation.
+    Returns: pairs of token lists. Prompt and continuation are from the same document, and the prompt is at least as
+        long. A prompt and n_new tokens fit into a window if n_new is at most half of one.
     """
     pairs = []
     for index in evenly_spaced(len(dataset), n_samples):
         sample = dataset[index]
+        # The longest document of the window is split in the middle, or n_new tokens before its end.
         runs = np.split(sample["input_ids"].numpy(), np.flatnonzero(np.diff(sample["segment_ids"].numpy())) + 1)
         document = max(runs, key=len).tolist()
         cut = max(-(-len(document) // 2), len(document) - n_new)
@@ -270,18 +285,18 @@ def split_windows(dataset: Any, n_samples: int, n_new: int) -> list[tuple[list[i
 
 
 def check_tokenizer(folder: Path, dataset: TextDataset, advice: str) -> None:
-    """Refuse texts that were not tokenised by a checkpoint's tokenizer.
+    """Check that texts were tokenised by the tokenizer of a checkpoint.
 
     Args:
         folder: a checkpoint folder of the multimodal stage.
         dataset: the texts.
-        advice: what to do then.
+        advice: the remedy, for the message.
     Raises: ValueError: names both tokenizers.
     """
     other = load_tokenizer(str(folder))
-    found, wanted = tokenizer_hash(dataset.tokenizer), tokenizer_hash(other)
-    if found != wanted:
+    tokenizer, expected = tokenizer_hash(dataset.tokenizer), tokenizer_hash(other)
+    if tokenizer != expected:
         raise ValueError(
-            f"{folder} was trained with tokenizer {wanted} of {vocabulary_size(other)} tokens, the texts in "
-            f"{dataset.folder} have tokenizer {found} of {dataset.vocab_size} tokens: {advice}"
+            f"{folder} was trained with tokenizer {expected} of {vocabulary_size(other)} tokens, the texts in "
+            f"{dataset.folder} have tokenizer {tokenizer} of {dataset.vocab_size} tokens: {advice}"
         )

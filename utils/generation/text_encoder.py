@@ -1,4 +1,4 @@
-"""Captions as hidden states of a frozen text encoder, for the cache.  T text tokens, E width."""
+"""Captions as hidden states of a frozen text encoder, for caches of latents.  T text tokens, E width."""
 
 from collections.abc import Iterator
 
@@ -10,26 +10,27 @@ from model.text.feature_extractors import FrozenTextEncoder
 
 
 def caption_states(encoder: FrozenTextEncoder, captions: list[str], max_tokens: int) -> list[Tensor]:
-    """The last hidden states of each caption's own tokens.
+    """The last hidden states of each caption, without padding.
 
     Args:
-        max_tokens: captions are cut to so many tokens, or fewer where the encoder has fewer positions.
+        max_tokens: captions are truncated to this number of tokens, or to the number of positions of the encoder.
     Returns: for each caption (T, E) bfloat16, T >= 1.
     Raises: ValueError: a caption has no token.
     """
-    states, mask = encoder(captions, max_tokens)
-    ragged = [one[kept].cpu().clone() for one, kept in zip(states, mask)]
-    for caption, one in zip(captions, ragged):
-        if not len(one):
+    states, mask = encoder(captions, max_tokens)  # (B, T, E), (B, T)
+    # Copies, since a view would keep the whole batch in memory.
+    ragged = [row[is_token].cpu().clone() for row, is_token in zip(states, mask)]
+    for caption, row in zip(captions, ragged):
+        if not len(row):
             raise ValueError(
-                f"the caption {caption!r} has no tokens for --text_encoder {encoder.name}; give all images "
-                "captions, or take an encoder whose tokenizer marks the end of a text, such as T5, BERT or CLIP"
+                f"the caption {caption!r} has no tokens with --text_encoder {encoder.name}; give all images "
+                "captions, or use an encoder whose tokenizer marks the end of a text, such as T5, BERT or CLIP"
             )
     return ragged
 
 
 def text_encoder_fingerprint(encoder: FrozenTextEncoder) -> str:
-    """16 hexadecimal digits that name the encoder's weights and vocabulary, not its path."""
+    """16 hexadecimal digits of a hash of the encoder's weights and vocabulary."""
 
     def chunks() -> Iterator[object]:
         yield repr(sorted(encoder.tokenizer.get_vocab().items())).encode()

@@ -1,4 +1,4 @@
-"""Captions to images: text encoder and UNet, sampler, VAE decoder.
+"""Text-to-image pipeline: text encoder and UNet, sampler, VAE decoder.
 
 B batch, Z latent channels, y x latent rows and columns, S side of an image, T text tokens.
 """
@@ -29,7 +29,7 @@ BYTES_ONLY = ("n_text_layers", "text_head_width", "n_gram_sizes", "n_gram_bucket
 
 @dataclasses.dataclass
 class SamplingArguments:
-    """Flags of sampling images from a diffusion model."""
+    """Flags of everything that samples images."""
 
     sampler: SamplerKind = option("dpmpp_2m", "sampler; euler and ddim take the same steps")
     n_steps: int = option(20, "sampling steps", gt=0)
@@ -57,12 +57,12 @@ class SamplingArguments:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingArguments)}
 
 
-class TextToImage:
-    """A diffusion model and the VAE of its latents, ready to draw.
+class TextToImagePipeline:
+    """Generates images for captions with a diffusion model and the VAE of its latents.
 
     Args:
-        model, vae: on one device, in eval mode.
-        text_encoder: the frozen encoder of the captions where the model was trained on one.
+        model, vae: on the same device, in eval mode.
+        text_encoder: the frozen encoder of the captions, if the model was trained on one.
     """
 
     def __init__(self, model: ImageDiffusion, vae: VAE, text_encoder: FrozenTextEncoder | None = None):
@@ -73,20 +73,22 @@ class TextToImage:
         cls,
         checkpoint: str | Path,
         vae_checkpoint: str = "",
+        *,
         weights: Literal["ema", "raw"] = "ema",
         device: torch.device | str = "cpu",
     ) -> Self:
         """From a run or checkpoint folder of the diffusion stage.
 
         Args:
-            vae_checkpoint: where the VAE lies now; by default where it lay in training.
+            vae_checkpoint: path of the VAE; empty: the path recorded in training.
         Raises:
             FileNotFoundError: a checkpoint is missing.
-            ValueError: the checkpoint is of another stage, or the VAE is not the one of its latents.
+            ValueError: the checkpoint is of another stage, or its latents come from another VAE.
         """
         record = read_stage(checkpoint)
         if record["stage"] != "image_diffusion":
             raise ValueError(f"{checkpoint} is of stage {record['stage']!r}; text to image needs image_diffusion")
+        # Latents of another VAE would decode to noise, so the VAE is identified by its fingerprint.
         path = vae_checkpoint or record["latents"]["vae_checkpoint"]
         check_vae(path, record["latents"]["vae_fingerprint"], f"the latents that {checkpoint} was trained on")
         model = load_model(ImageDiffusion, checkpoint, weights).requires_grad_(False).to(device)
@@ -97,14 +99,15 @@ class TextToImage:
 
     @property
     def device(self) -> torch.device:
-        """Where the models are."""
+        """The device of the models."""
         return self.model.device
 
-    def text(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """The model's text inputs for captions: tokens or frozen states, and their mask."""
+    def text_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """The model's text inputs for captions: tokens (B, T) or frozen states (B, T, E), and their mask (B, T)."""
         if self.text_encoder is not None:
             states, mask = self.text_encoder(list(prompts), self.model.config.max_tokens)
             return {"text_states": states.to(self.device), "mask": mask.to(self.device)}
+        # Captions as bytes, padded to the same length.
         ids = [encode_caption(prompt, self.model.config.max_tokens) for prompt in prompts]
         tokens, mask = pad_tokens(ids)
         return {"tokens": tokens.to(self.device), "mask": mask.to(self.device)}
@@ -113,15 +116,18 @@ class TextToImage:
     def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments) -> Tensor:
         """Sample latents, one per prompt and seed.
 
-        The random numbers of an image depend on its seed alone, whatever else is in the batch and on which device.
+        The random numbers of an image depend on its seed alone, not on the batch or the device.
+
         Returns: (B, Z, y, x) standardised, fp32.
         """
         assert settings.sampler in SAMPLERS and len(prompts) == len(seeds)
+        # Noise from one generator per image, on the CPU so that every device sees the same numbers.
         process = self.model.process
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         noise = initial_noise(self.model.latent_shape(), generators, process).to(self.device)
-        condition = self.model.encode_text(**self.text(prompts))
-        low, high = settings.guidance_interval
+        # Classifier-free guidance: the denoiser combines predictions with captions and without.
+        condition = self.model.encode_text(**self.text_inputs(prompts))
+        low, high = settings.guidance_interval  # times between which guidance acts
         denoiser = guided_denoiser(
             process,
             self.model.network,
@@ -131,7 +137,7 @@ class TextToImage:
             interval=(low, high),
             rescale=settings.guidance_rescale,
         )
-        times = process.sampling_times(settings.n_steps).to(self.device)
+        times = process.sampling_times(settings.n_steps).to(self.device)  # from noise to data
         return sample(settings.sampler, denoiser, noise, process=process, times=times, generators=generators)
 
     @torch.no_grad()
@@ -141,6 +147,7 @@ class TextToImage:
         Returns: (B, 3, S, S) in [-1, 1], fp32.
         Raises: ValueError: an image is not finite.
         """
+        # Latents in the units of the VAE, then images; one that is not finite is named by its prompt.
         latents = self.latents(prompts, seeds, settings)
         images = self.vae.decode(self.vae.denormalize_latents(latents))
         finite = images.isfinite().flatten(1).all(1).tolist()
@@ -153,24 +160,24 @@ class TextToImage:
 
 
 def load_text_encoder(latents: dict) -> FrozenTextEncoder | None:
-    """The frozen text encoder of cached latents, None where captions are bytes.
+    """The frozen text encoder of cached latents; None where captions are bytes.
 
     Args: latents: settings of the cache's manifest.
-    Raises: ValueError: the encoder of that name has other weights or another vocabulary by now.
+    Raises: ValueError: the encoder with this name has other weights or another vocabulary than in preprocessing.
     """
     if not latents["text_encoder"]:
         return None
     encoder = FrozenTextEncoder(latents["text_encoder"])
-    found, wanted = text_encoder_fingerprint(encoder), latents["text_encoder_fingerprint"]
-    if found != wanted:
+    fingerprint, expected = text_encoder_fingerprint(encoder), latents["text_encoder_fingerprint"]
+    if fingerprint != expected:
         raise ValueError(
-            f"the text encoder {encoder.name} has fingerprint {found}, but the captions were encoded by {wanted}; "
-            "put that one back, or make the latents anew"
+            f"the text encoder {encoder.name} has fingerprint {fingerprint}, but the captions were encoded by "
+            f"{expected}; restore that encoder, or preprocess the latents again"
         )
     return encoder
 
 
-def fit_to_latents(config: ImageDiffusionConfig, latents: dict, overrides: Sequence[str], folder: Path):
+def fit_to_latents(config: ImageDiffusionConfig, latents: dict, overrides: Sequence[str], *, folder: Path):
     """The configuration with the fields that cached latents determine.
 
     Args:
@@ -180,20 +187,25 @@ def fit_to_latents(config: ImageDiffusionConfig, latents: dict, overrides: Seque
     Returns: a new `ImageDiffusionConfig`.
     Raises: ValueError: an override contradicts the latents.
     """
+    # Shapes and the kind of captions follow from the cache.
     channels, side, _ = latents["latent_shape"]
+    # The number of tokens is rounded up, as tensors of captions are padded to this multiple.
     n_tokens = -(-latents["max_tokens"] // TOKENS_MULTIPLE) * TOKENS_MULTIPLE
-    found = {"latent_channels": channels, "latent_size": side, "max_tokens": n_tokens}
+    fields = {"latent_channels": channels, "latent_size": side, "max_tokens": n_tokens}
     if latents["text_encoder"]:
-        found |= {"text_encoder": "frozen", "text_embedding_width": latents["text_embedding_width"]}
+        fields |= {"text_encoder": "frozen", "text_embedding_width": latents["text_embedding_width"]}
     elif config.text_encoder == "frozen":
         raise ValueError(
-            f"text_encoder='frozen' takes the states of a text encoder, which {folder} lacks; make latents with "
+            f"text_encoder='frozen' needs the states of a text encoder, which {folder} lacks; make latents with "
             "preprocess_image_diffusion_dataset.py --text_encoder, or give --override text_encoder=bytes"
         )
+    # Overrides may repeat these fields, but not contradict them.
     for pair in overrides:
         name = pair.partition("=")[0]
-        if name in found and getattr(config, name) != found[name]:
-            raise ValueError(f"--override {pair} does not fit the latents in {folder}: they need {name}={found[name]}")
+        if name in fields and getattr(config, name) != fields[name]:
+            raise ValueError(
+                f"--override {pair} does not fit the latents in {folder}: they need {name}={fields[name]}"
+            )
         if name in BYTES_ONLY and latents["text_encoder"]:
-            raise ValueError(f"--override {pair} has no effect: the captions in {folder} are encoded already")
-    return config.replace(**found)
+            raise ValueError(f"--override {pair} has no effect: the captions in {folder} are already encoded")
+    return config.replace(**fields)

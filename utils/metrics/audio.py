@@ -1,8 +1,8 @@
-"""Metrics of sound: a clip against the clip that it should equal.  S samples, M mel bins, F frames, K frequency bins.
+"""Metrics of audio: a generated clip compared with its target.  S samples, M mel bins, F frames, K frequency bins.
 
-Waveforms are 1-D, in about [-1, 1]; of two that differ in length the common beginning is compared. A metric that is
-not defined for a clip (too short, silent, unvoiced) is None. Some come from packages that only evaluation needs, see
-`import_optional`.
+Waveforms are 1-D, in about [-1, 1]. Two waveforms of different lengths are compared over the length of the shorter
+one. A metric that is not defined for a clip (too short, silent, unvoiced) is None. Some metrics come from packages
+that only evaluation needs, see `import_optional`.
 """
 
 import importlib
@@ -20,11 +20,11 @@ from dataset_loading.audio.signal import resample
 from model.audio.spectral import stft
 
 PESQ_RATE = 16000  # Hz, of wide-band PESQ
-# The package has room for 50 utterances and writes beyond it where there are more; they take 0.4 s each at least.
-PESQ_LONGEST = 16  # seconds
-PESQ_STARTS = (0, 64, 128, 192)  # samples cut off at the beginning, of PESQ's frames of 256
+# The package has a buffer for 50 utterances and overruns it where there are more. An utterance takes at least 0.4 s.
+PESQ_MAX_SECONDS = 16
+PESQ_STARTS = (0, 64, 128, 192)  # samples removed at the beginning: quarters of PESQ's frames of 256
 SPEECH_RATE = 16000  # Hz, of the recogniser and the speaker encoder
-N_CEPSTRA = 13
+N_CEPSTRA = 13  # as usual for MCD; coefficient 0, the level, is left out
 STFT_SIZES = ((512, 128), (1024, 256), (2048, 512))  # samples of a frame, and between frames
 PACKAGES = {  # metric -> packages that it needs
     "pesq": ["pesq"],
@@ -61,8 +61,8 @@ def import_optional(name: str) -> Any:
         ) from error
 
 
-def as_waveform(waveform: Tensor | np.ndarray, rate: int, wanted: int = 0) -> Tensor:
-    """A 1-D float waveform on the CPU, at another rate where one is wanted.
+def as_waveform(waveform: Tensor | np.ndarray, rate: int, new_rate: int = 0) -> Tensor:
+    """A 1-D float waveform on the CPU, resampled to `new_rate` unless it is 0.
 
     Raises: ValueError: it has another shape, no samples, or values that are not finite.
     """
@@ -71,146 +71,156 @@ def as_waveform(waveform: Tensor | np.ndarray, rate: int, wanted: int = 0) -> Te
         raise ValueError(f"a waveform must be of shape (S,) with S > 0, got {tuple(waveform.shape)}")
     if not waveform.isfinite().all():
         raise ValueError("a waveform has values that are not finite")
-    return resample(waveform, rate, wanted) if wanted and wanted != rate else waveform
+    return resample(waveform, rate, new_rate) if new_rate and new_rate != rate else waveform
 
 
-def pair(reference: Tensor, degraded: Tensor, rate: int, wanted: int = 0) -> tuple[Tensor, Tensor]:
-    """Two waveforms at one rate, cut to the shorter one."""
-    a, b = as_waveform(reference, rate, wanted), as_waveform(degraded, rate, wanted)
-    length = min(len(a), len(b))
-    return a[:length], b[:length]
+def align(generated: Tensor, target: Tensor, rate: int, *, new_rate: int = 0) -> tuple[Tensor, Tensor]:
+    """Two waveforms at one rate (`new_rate` unless it is 0), both cut to the shorter one."""
+    generated, target = as_waveform(generated, rate, new_rate), as_waveform(target, rate, new_rate)
+    length = min(len(generated), len(target))
+    return generated[:length], target[:length]
 
 
-# ---- Of two waveforms.
+# ---- Metrics of two waveforms.
 
 
-def pesq_wb(reference: Tensor, degraded: Tensor, rate: int) -> float | None:
-    """Wide-band PESQ (ITU-T P.862.2), 1.0 to 4.64, at 16 kHz; the mean of equal pieces of 8 to 16 s, which is what it
-    is made for, where the clip is longer.
+def pesq_wb(generated: Tensor, target: Tensor, rate: int) -> float | None:
+    """Wide-band PESQ (ITU-T P.862.2), 1.0 to 4.64, at 16 kHz.
+
+    A clip of more than 16 s is split into equal pieces of 8 to 16 s, the range that PESQ is made for; the score is
+    the mean over the pieces.
 
     Returns: None where no utterance is found or the clip is shorter than a quarter of a second.
     Raises: ValueError: the package is missing.
     """
     package = import_optional("pesq")
-    a, b = pair(reference, degraded, rate, PESQ_RATE)
-    n_pieces = math.ceil(len(a) / (PESQ_LONGEST * PESQ_RATE))
+    generated, target = align(generated, target, rate, new_rate=PESQ_RATE)
+    n_pieces = math.ceil(len(target) / (PESQ_MAX_SECONDS * PESQ_RATE))
     if n_pieces > 1:
-        pieces = zip(a.tensor_split(n_pieces), b.tensor_split(n_pieces))
+        pieces = zip(generated.tensor_split(n_pieces), target.tensor_split(n_pieces))
         values = [value for piece in pieces if (value := pesq_wb(*piece, PESQ_RATE)) is not None]
         return sum(values) / len(values) if values else None
-    # The package divides by the larger of both peaks, and by zero where all is silent.
-    if len(a) < PESQ_RATE // 4 or not a.any() or not b.any():
+    # The package divides by the larger of both peaks, hence by zero where both are silent.
+    if len(target) < PESQ_RATE // 4 or not target.any() or not generated.any():
         return None
     try:
-        return float(package.pesq(PESQ_RATE, a.numpy(), b.numpy(), "wb"))
+        return float(package.pesq(PESQ_RATE, target.numpy(), generated.numpy(), "wb"))
     except (package.NoUtterancesError, package.BufferTooShortError):
         return None
 
 
-def pesq_wb_starts(reference: Tensor, degraded: Tensor, rate: int) -> float | None:
+def pesq_wb_starts(generated: Tensor, target: Tensor, rate: int) -> float | None:
     """Mean of wide-band PESQ over four starts, 4 ms apart.
 
-    PESQ's own frames are 16 ms apart. Where a vocoder's frames are as well, its value depends on where both grids
-    begin: Griffin-Lim at a hop of 256 samples scores up to 0.4 more, or 0.9 with centred frames, once the same few
-    milliseconds are cut off both clips. Systems with different frames compare by this mean.
+    PESQ's own frames are 16 ms apart. If a vocoder's frames are 16 ms apart as well, the score depends on the offset
+    between both grids: Griffin-Lim at a hop of 256 samples scores up to 0.4 higher, or 0.9 with centred frames, after
+    the same few milliseconds are removed from both clips. Compare systems with different frames by this mean.
 
     Returns, raises: as `pesq_wb`.
     """
-    return pesq_wb_and_mean(reference, degraded, rate)[1]
+    return pesq_wb_and_mean(generated, target, rate)[1]
 
 
-def pesq_wb_and_mean(reference: Tensor, degraded: Tensor, rate: int) -> tuple[float | None, float | None]:
-    """`pesq_wb`, and `pesq_wb_starts`, of which it is the first start."""
-    a, b = pair(reference, degraded, rate, PESQ_RATE)
-    values = [pesq_wb(a[start:], b[start:], PESQ_RATE) for start in PESQ_STARTS if start < len(a)]
+def pesq_wb_and_mean(generated: Tensor, target: Tensor, rate: int) -> tuple[float | None, float | None]:
+    """`pesq_wb` and `pesq_wb_starts`. The former is the first of the four starts, so it is computed once."""
+    generated, target = align(generated, target, rate, new_rate=PESQ_RATE)
+    starts = [start for start in PESQ_STARTS if start < len(target)]
+    values = [pesq_wb(generated[start:], target[start:], PESQ_RATE) for start in starts]
     defined = [value for value in values if value is not None]
     return values[0], sum(defined) / len(defined) if len(defined) == len(PESQ_STARTS) else None
 
 
-def stoi(reference: Tensor, degraded: Tensor, rate: int) -> float | None:
+def stoi(generated: Tensor, target: Tensor, rate: int) -> float | None:
     """Short-time objective intelligibility (Taal et al. 2011), about 0 to 1.
 
-    Returns: None where less than 0.4 s of the reference is louder than its loudest frame less 40 dB.
+    Returns: None where less than 0.4 s of the target is within 40 dB of its loudest frame.
     Raises: ValueError: the package is missing.
     """
     package = import_optional("pystoi")
-    a, b = pair(reference, degraded, rate)
-    if not a.any() or not b.any():
+    generated, target = align(generated, target, rate)
+    if not target.any() or not generated.any():
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         try:
-            value = float(package.stoi(a.numpy(), b.numpy(), rate, extended=False))
-        except (RuntimeWarning, ValueError):  # Too few frames: a warning, or frames that cannot be stacked.
+            value = float(package.stoi(target.numpy(), generated.numpy(), rate, extended=False))
+        except (RuntimeWarning, ValueError):  # Too few frames: either a warning or an array of ragged frames.
             return None
     return value if math.isfinite(value) else None
 
 
-def multi_resolution_stft_distance(reference: Tensor, degraded: Tensor) -> float | None:
-    """Spectral convergence plus mean |difference| of log magnitudes (arXiv 1910.11480, eqs. 5-7), mean of 3 sizes.
+def multi_resolution_stft_distance(generated: Tensor, target: Tensor) -> float | None:
+    """Spectral convergence plus L1 of log magnitudes (arXiv 1910.11480, eqs. 5-7), mean over 3 frame sizes.
 
-    Returns: None where the clip is shorter than the longest frame, or the reference is silent.
+    Returns: None where the clip is shorter than the longest frame, or the target is silent.
     """
-    a, b = pair(reference, degraded, 0)
-    if len(a) < STFT_SIZES[-1][0] or not a.any():
+    generated, target = align(generated, target, 0)  # The rate does not matter without resampling.
+    if len(target) < STFT_SIZES[-1][0] or not target.any():
         return None
     total = 0.0
     for n_fft, hop_length in STFT_SIZES:
         window = torch.hann_window(n_fft)
-        real, made = (stft(each[None], window, hop_length).abs() for each in (a, b))
-        convergence = (real - made).norm() / real.norm()
-        logs = (real.clamp_min(1e-5).log() - made.clamp_min(1e-5).log()).abs().mean()
-        total += (convergence + logs).item()
+        # Magnitudes, (1, K, F).
+        estimate, truth = (stft(waveform[None], window, hop_length).abs() for waveform in (generated, target))
+        convergence = (truth - estimate).norm() / truth.norm()
+        log_distance = (truth.clamp_min(1e-5).log() - estimate.clamp_min(1e-5).log()).abs().mean()
+        total += (convergence + log_distance).item()
     return total / len(STFT_SIZES)
 
 
-# ---- Of two log-mels.
+# ---- Metrics of two log-mels.
 
 
-def mel_l1(reference: Tensor, degraded: Tensor, n_frames: int | None = None) -> float:
+def mel_l1(generated: Tensor, target: Tensor, n_frames: int | None = None) -> float:
     """Mean absolute difference of natural log-mels over the first `n_frames` frames, or all that both have.
 
-    Args: reference, degraded: (M, F).
+    Args: generated, target: (M, F).
     """
-    a, b = common_frames(reference, degraded, n_frames)
-    return (a - b).abs().mean().item()
+    generated, target = common_frames(generated, target, n_frames)
+    return (generated - target).abs().mean().item()
 
 
-def mcd(reference: Tensor, degraded: Tensor, n_frames: int | None = None) -> float:
-    """Mel-cepstral distortion in dB, frame by frame without alignment (Kubichek 1993).
+def mcd(generated: Tensor, target: Tensor, n_frames: int | None = None) -> float:
+    """Mel-cepstral distortion in dB, frame by frame without time alignment (Kubichek 1993).
 
-    The root mean square difference in dB of the two log-mels, once each is smoothed to its cepstral coefficients 1 to
-    13, which leave the level out: 10 / ln 10 sqrt(2 sum (c_i - c'_i)^2), with log-mel = c_0 + sum c_i cos(...).
+    MCD = 10 / ln 10 sqrt(2 sum_i (c_i - c'_i)^2) over the cepstral coefficients i = 1 ... 13 of the two log-mels,
+    log-mel = c_0 + sum_i c_i cos(...). This is the root mean square difference in dB of the log-mels after smoothing
+    them to these coefficients; c_0, the level, is left out.
 
-    Args: reference, degraded: natural log-mels of magnitudes, (M, F).
+    Args: generated, target: natural log-mels of magnitudes, (M, F).
     """
-    a, b = common_frames(reference, degraded, n_frames)
-    M = len(a)
+    generated, target = common_frames(generated, target, n_frames)
+    M = len(target)
     order = torch.arange(1, min(N_CEPSTRA, M - 1) + 1, dtype=torch.float64)
+    # DCT-II of the difference of the log-mels: (n_cepstra, M) @ (M, F).
     cosines = torch.cos(math.pi / M * order[:, None] * (torch.arange(M, dtype=torch.float64) + 0.5))
-    cepstra = 2 / M * cosines @ (a.double() - b.double())
+    cepstra = 2 / M * cosines @ (generated.double() - target.double())
     return (10 / math.log(10) * (2 * cepstra.square().sum(0)).sqrt()).mean().item()
 
 
-def common_frames(reference: Tensor, degraded: Tensor, n_frames: int | None) -> tuple[Tensor, Tensor]:
+def common_frames(generated: Tensor, target: Tensor, n_frames: int | None) -> tuple[Tensor, Tensor]:
     """Two log-mels (M, F) on the CPU, cut to the same number of frames.
 
-    Raises: ValueError: they differ in mel bins, or share no frame.
+    Raises: ValueError: they differ in mel bins, or have no frame in common.
     """
-    a, b = (torch.as_tensor(each).detach().float().cpu() for each in (reference, degraded))
-    if a.ndim != 2 or b.ndim != 2 or len(a) != len(b):
-        raise ValueError(f"log-mels must be of shape (M, F) with one M, got {tuple(a.shape)} and {tuple(b.shape)}")
-    F = min(a.shape[1], b.shape[1], a.shape[1] if n_frames is None else n_frames)
+    generated, target = (torch.as_tensor(mel).detach().float().cpu() for mel in (generated, target))
+    if generated.ndim != 2 or target.ndim != 2 or len(generated) != len(target):
+        shapes = f"{tuple(generated.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"log-mels must be of shape (M, F) with the same M, got {shapes}")
+    lengths = generated.shape[1], target.shape[1]
+    F = min(*lengths, *([] if n_frames is None else [n_frames]))
     if F < 1:
-        raise ValueError(f"log-mels of {a.shape[1]} and {b.shape[1]} frames share none of the first {n_frames}")
-    return a[:, :F], b[:, :F]
+        raise ValueError(
+            f"log-mels of {lengths[0]} and {lengths[1]} frames have none of the first {n_frames} in common"
+        )
+    return generated[:, :F], target[:, :F]
 
 
-# ---- Voices, by a trained network.
+# ---- Similarity of speakers, by a trained network.
 
 
 class SpeakerEncoder:
-    """Embeddings of voices (arXiv 1710.10467) by the package resemblyzer, loaded at the first use."""
+    """Speaker embeddings (arXiv 1710.10467) by the package resemblyzer, which is loaded at the first use."""
 
     def __init__(self):
         self.encoder: Any = None
@@ -229,11 +239,11 @@ class SpeakerEncoder:
         speech = package.preprocess_wav(samples)
         return torch.from_numpy(self.encoder.embed_utterance(speech)) if len(speech) else None
 
-    def similarity(self, reference: Tensor, degraded: Tensor, rate: int) -> float | None:
-        """Cosine of the two embeddings, 1 for the same clip."""
-        return self.cosine(self.embed(reference, rate), self.embed(degraded, rate))
+    def similarity(self, generated: Tensor, target: Tensor, rate: int) -> float | None:
+        """Cosine similarity of the two embeddings, 1 for the same clip."""
+        return self.cosine(self.embed(generated, rate), self.embed(target, rate))
 
     @staticmethod
     def cosine(a: Tensor | None, b: Tensor | None) -> float | None:
-        """Cosine of two embeddings; None where one is missing."""
+        """Cosine similarity of two embeddings; None where one is missing."""
         return None if a is None or b is None else torch.nn.functional.cosine_similarity(a, b, dim=0).item()

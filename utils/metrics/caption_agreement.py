@@ -1,7 +1,7 @@
-"""Does an image show what its caption says? A probe reads the caption's words from frozen features of the image.
+"""Agreement of images with their captions, measured by a probe that predicts words from image features.
 
-N images, D features, W words, M captions. The probe is trained on real images and their captions in closed form:
-the same data give the same probe. It knows single words that occur often enough, not their order.
+N images, D features, W words, M captions. The probe is fitted in closed form to real images and their captions, so the
+same data give the same probe. It is a bag-of-words model of the more frequent words.
 """
 
 import hashlib
@@ -15,20 +15,20 @@ from torch import Tensor
 
 from model.image.feature_extractors import EfficientNetFeatures, FrozenModule
 
-N_POOLED = 1280  # the first features; distances between sets of images are taken on these alone
-GRID, COLOUR_GRID = 2, 4  # rows and columns that a tap, and the image itself, are averaged to
+N_POOLED = 1280  # the first features; distances between sets of images use these alone
+GRID, COLOUR_GRID = 2, 4  # rows and columns to which a tap, and the image itself, are average-pooled
 BLOCKS = (N_POOLED, *(GRID**2 * width for width in (16, 24, 40, 112, 320)), 3 * COLOUR_GRID**2)
-MIN_OCCURRENCES = 5  # captions that have a word, and that lack it
+MIN_OCCURRENCES = 5  # minimum number of captions with a word, and of captions without it
 MAX_WORDS, MAX_TRAINING, N_FOLDS = 1000, 5000, 10
 PENALTIES = torch.logspace(-5, 1, 13).tolist()  # in units of the mean squared length of an image's features
 
 
 class UnusableCaptionsError(ValueError):
-    """No probe can be trained on these captions; the message says why."""
+    """No probe can be fitted to these captions; the message gives the reason."""
 
 
 class ImageFeatures(FrozenModule):
-    """EfficientNet-Lite0 (ImageNet): pooled features, its taps on a grid of 2 x 2, and colours on one of 4 x 4."""
+    """EfficientNet-Lite0 (ImageNet): pooled features, its taps pooled to 2 x 2, and the image pooled to 4 x 4."""
 
     def __init__(self):
         super().__init__()
@@ -37,7 +37,7 @@ class ImageFeatures(FrozenModule):
 
     def forward(self, image: Tensor) -> Tensor:
         """Args: image: (B, 3, Y, X) in [-1, 1], sides at least 32.
-        Returns: (B, D) fp32 on the CPU, parts as in BLOCKS, the pooled ones first."""
+        Returns: (B, D) fp32 on the CPU, blocks as in BLOCKS, the pooled features first."""
         pooled = self.network.extract(image.float()).mean((2, 3))
         taps, self.network.taps = self.network.taps, []
         coarse = [F.adaptive_avg_pool2d(tap, GRID).flatten(1) for tap in taps]
@@ -51,7 +51,7 @@ def words_of(caption: str) -> set[str]:
 
 
 def other_captions(captions: Sequence[str], seed: int) -> list[str]:
-    """For each caption a different one of the same set; equal ones get equal ones.
+    """For each caption a different caption of the same set; equal captions get equal ones.
 
     Raises: UnusableCaptionsError: all captions are equal.
     """
@@ -66,17 +66,17 @@ def other_captions(captions: Sequence[str], seed: int) -> list[str]:
 class TextProbe:
     """Ridge regression from the features of an image to the words of its caption.
 
-    Features are standardised and each block weighs the same; words are standardised too. The penalty is the one with
-    the smallest error on captions left out, a tenth at a time (in closed form, from one decomposition).
+    Features are standardised, and each block has the same total variance; words are standardised too. The penalty is
+    chosen by 10-fold cross-validation over distinct captions, in closed form from one decomposition.
 
     Args:
-        features: of real images, (N, D), see `ImageFeatures`; at most 5000 are used, spread evenly.
+        features: of real images, (N, D), see `ImageFeatures`; at most 5000 are used, evenly spaced.
         captions: N texts.
     Attributes:
-        words: the W words it knows.
-        explained: share of the words' variance that it predicts for captions left out.
+        words: its vocabulary of W words.
+        explained: share of the words' variance that it predicts for held-out captions (R^2).
     Raises:
-        UnusableCaptionsError: no word occurs in 5 captions and is missing in 5 others.
+        UnusableCaptionsError: no word occurs in 5 captions and is absent from 5 others.
     """
 
     def __init__(self, features: Tensor, captions: Sequence[str]):
@@ -84,71 +84,75 @@ class TextProbe:
         if len(captions) > MAX_TRAINING:
             features, captions = features[chosen], [captions[i] for i in chosen]
         self.words = choose_words(captions)
+        # Standardise features and words. A block of `size` features is divided by sqrt(size).
         self.center, self.scale = features.mean(0), features.std(0).clamp_min(1e-6)
         self.scale = self.scale * torch.cat([torch.full((size,), size**0.5) for size in BLOCKS])
         share = self.count_words(captions).mean(0)
-        self.share, self.deviation = share, (share * (1 - share)).sqrt()
+        self.share, self.std = share, (share * (1 - share)).sqrt()  # of a Bernoulli variable
         x, y = self.standardise(features), self.word_vectors(captions)
+        # Ridge regression for every penalty from one decomposition; the best one by cross-validation is kept.
         u, s, v = thin_svd(x)
         folds, projected = caption_folds(captions), u.T @ y
         penalties = [penalty * float(s.sum()) / len(x) for penalty in PENALTIES]
-        errors = [held_out_error(u, s / (s + penalty), y, projected, folds) for penalty in penalties]
+        errors = [held_out_error(u, s / (s + penalty), y, projected=projected, folds=folds) for penalty in penalties]
         best = min(range(len(errors)), key=errors.__getitem__)
         self.explained = 1 - errors[best]
         self.weight = v @ (projected * (s.sqrt() / (s + penalties[best]))[:, None])  # (D, W)
 
     def standardise(self, features: Tensor) -> Tensor:
-        """(N, D) -> (N, D), zero mean; all blocks with the same total variance."""
+        """(N, D) -> (N, D) with zero mean and the same total variance in every block."""
         return (features - self.center) / self.scale
 
     def count_words(self, captions: Sequence[str]) -> Tensor:
         """(N, W) fp32, 1 where the caption has the word."""
-        return torch.tensor([[word in found for word in self.words] for found in map(words_of, captions)]).float()
+        return torch.tensor([[word in words for word in self.words] for words in map(words_of, captions)]).float()
 
     def word_vectors(self, captions: Sequence[str]) -> Tensor:
         """(N, W), zero mean and unit variance over the training captions."""
-        return (self.count_words(captions) - self.share) / self.deviation
+        return (self.count_words(captions) - self.share) / self.std
 
     def predict(self, features: Tensor) -> Tensor:
         """(N, D) -> word vectors (N, W)."""
         return self.standardise(features) @ self.weight
 
     def similarity(self, features: Tensor, captions: Sequence[str]) -> Tensor:
-        """Cosine between what each image shows and what each caption says, (N, M)."""
+        """Cosine similarity of the word vectors predicted from N images and those of M captions, (N, M)."""
         return F.normalize(self.predict(features), dim=1) @ F.normalize(self.word_vectors(captions), dim=1).T
 
     def agreement(self, features: Tensor, captions: Sequence[str]) -> dict[str, float]:
-        """How well images (N, D) and their N captions go together.
+        """Agreement of images (N, D) with their N captions.
 
-        top1      share of images that are most similar to their own caption among the distinct ones; several equally
-                  similar captions share the point
-        words     probability that a word is predicted higher for an image whose caption has it than for one whose
-                  caption has not, mean over the words that some but not all captions have; 0.5 is chance
+        top1      retrieval accuracy: share of images whose own caption has the highest similarity among the distinct
+                  captions; ties count fractionally
+        words     area under the ROC curve of predicting a word, mean over the words that some but not all captions
+                  have; 0.5 is chance
         Raises: UnusableCaptionsError: all captions are equal.
         """
         distinct = sorted(set(captions))
         if len(distinct) < 2:
             raise UnusableCaptionsError(f"there is only one caption, {distinct[0]!r}")
-        number = {caption: i for i, caption in enumerate(distinct)}
-        scores = self.similarity(features, distinct)
+        indices = {caption: i for i, caption in enumerate(distinct)}
+        scores = self.similarity(features, distinct)  # (N, M)
         best = scores >= scores.amax(1, keepdim=True) - 1e-6
-        own = torch.tensor([number[caption] for caption in captions])
-        credit = best[torch.arange(len(own)), own] / best.sum(1)
+        target = torch.tensor([indices[caption] for caption in captions])
+        credit = best[torch.arange(len(target)), target] / best.sum(1)
         return {"top1": credit.mean().item(), "words": self.rank_words(features, captions)}
 
     def rank_words(self, features: Tensor, captions: Sequence[str]) -> float:
-        """See `words` in `agreement`; 0.5 where no known word tells the captions apart."""
+        """See `words` in `agreement`; 0.5 where no word of the vocabulary differs between the captions."""
         has = self.count_words(captions)
-        has, predicted = (each[:, (has.mean(0) % 1) > 0].double() for each in (has, self.predict(features)))
+        differs = (has.mean(0) % 1) > 0  # in some but not all captions
+        has, predicted = has[:, differs].double(), self.predict(features)[:, differs].double()
         if has.shape[1] == 0:
             return 0.5
+        # AUC as the Mann-Whitney U statistic of the ranks.
         ranks = predicted.argsort(0).argsort(0) + 1
         n_with, n_without = has.sum(0), (1 - has).sum(0)
         return (((ranks * has).sum(0) - n_with * (n_with + 1) / 2) / (n_with * n_without)).mean().item()
 
 
 def choose_words(captions: Sequence[str]) -> list[str]:
-    """Words that at least 5 captions have and at least 5 lack, the 1000 most frequent of them."""
+    """Words that occur in at least 5 captions and are absent from at least 5; at most the 1000 most frequent."""
     counts = Counter(word for caption in captions for word in words_of(caption))
     enough = range(MIN_OCCURRENCES, len(captions) - MIN_OCCURRENCES + 1)
     words = sorted((word for word, count in counts.items() if count in enough), key=lambda word: (-counts[word], word))
@@ -159,33 +163,40 @@ def choose_words(captions: Sequence[str]) -> list[str]:
     if len(set(captions)) == 1:
         raise UnusableCaptionsError(f"there is only one caption, {captions[0]!r}")
     raise UnusableCaptionsError(
-        f"no word occurs in {MIN_OCCURRENCES} of {len(captions)} captions and is missing in {MIN_OCCURRENCES} others"
+        f"no word occurs in {MIN_OCCURRENCES} of {len(captions)} captions and is absent from {MIN_OCCURRENCES} others"
     )
 
 
 def thin_svd(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """u (N, R), squared singular values (R,), v (D, R) of (N, D), from the smaller of x x^T and x^T x."""
+    """SVD of x (N, D): u (N, R), squared singular values (R,), v (D, R), from the smaller of x x^T and x^T x."""
     s, vectors = torch.linalg.eigh(x @ x.T if len(x) <= x.shape[1] else x.T @ x)
-    kept = s > 1e-6 * s[-1]
-    s, vectors = s[kept], vectors[:, kept]
+    is_significant = s > 1e-6 * s[-1]  # Directions without variance would be divided by zero.
+    s, vectors = s[is_significant], vectors[:, is_significant]
     if len(x) <= x.shape[1]:
         return vectors, s, x.T @ vectors / s.sqrt()
     return x @ vectors / s.sqrt(), s, vectors
 
 
 def caption_folds(captions: Sequence[str]) -> list[Tensor]:
-    """Indices of the images in each of at most ten parts; equal captions are in one part."""
+    """Indices of the images in each of at most ten folds; equal captions are in the same fold."""
     distinct = sorted(set(captions), key=lambda caption: hashlib.sha256(caption.encode()).digest())
-    part = {caption: i % N_FOLDS for i, caption in enumerate(distinct)}
-    parts = torch.tensor([part[caption] for caption in captions])
-    return [torch.nonzero(parts == i)[:, 0] for i in range(min(N_FOLDS, len(distinct)))]
+    fold = {caption: i % N_FOLDS for i, caption in enumerate(distinct)}
+    folds = torch.tensor([fold[caption] for caption in captions])
+    return [torch.nonzero(folds == i)[:, 0] for i in range(min(N_FOLDS, len(distinct)))]
 
 
-def held_out_error(u: Tensor, shrink: Tensor, y: Tensor, projected: Tensor, folds: list[Tensor]) -> float:
-    """Mean squared error of ridge regression on each fold when it is left out.
+def held_out_error(u: Tensor, shrink: Tensor, y: Tensor, *, projected: Tensor, folds: list[Tensor]) -> float:
+    """Mean squared error of ridge regression in cross-validation.
 
-    With the hat matrix H = u diag(shrink) u^T + 1/N (the mean), the residual of a fold that is left out is
+    With the hat matrix H = u diag(shrink) u^T + 1/N (the mean), the residual of a held-out fold f is
     (I - H_ff)^-1 (y - H y)_f.
+
+    Args:
+        u: left singular vectors of the features, (N, R).
+        shrink: s / (s + penalty), (R,).
+        y: word vectors, (N, W).
+        projected: u^T y, (R, W).
+        folds: indices of the images in each fold.
     """
     residual = y - u @ (shrink[:, None] * projected)
     total = 0.0

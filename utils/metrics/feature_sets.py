@@ -1,6 +1,6 @@
-"""Sets of images compared by their features: distances, precision and recall, memorised training images.
+"""Metrics of sets of images, computed from their features: distances, precision and recall, memorisation.
 
-N, M images, D features. Everything is fp64: the distance of equal features is 0.
+N, M images, D features. Everything is computed in fp64, so that the distance of equal features is 0.
 """
 
 import torch
@@ -9,13 +9,13 @@ from torch import Tensor
 from utils.metrics.images import FeatureMoments, KernelDistance, frechet_distance
 
 N_NEIGHBOURS = 3  # as in arXiv 1904.06991
-CHUNK = 1024  # rows of a matrix of distances that are held at once
+CHUNK = 1024  # rows of a distance matrix that are in memory at once
 
 
 def frechet_of_features(a: Tensor, b: Tensor) -> float:
-    """`frechet_distance` of two sets of features (N, D) and (M, D), quick where a set is smaller than D.
+    """`frechet_distance` of two sets of features (N, D) and (M, D), fast where a set is smaller than D.
 
-    With centred features a, b the trace of (A B)^(1/2) is the sum of the singular values of a b^T, (N, M), divided by
+    For centred features a, b the trace of (A B)^(1/2) is the sum of the singular values of a b^T, (N, M), divided by
     ((N - 1)(M - 1))^(1/2).
     """
     a, b = a.double(), b.double()
@@ -25,8 +25,9 @@ def frechet_of_features(a: Tensor, b: Tensor) -> float:
         moments[1].update(b)
         return frechet_distance(*moments)
     gap = (a.mean(0) - b.mean(0)).square().sum()
-    a, b = (each - each.mean(0) for each in (a, b))
-    a, b = (each / (len(each) - 1) ** 0.5 for each in (a, b))
+    # Centre and scale, so that A = a^T a and tr A = |a|^2.
+    a, b = (features - features.mean(0) for features in (a, b))
+    a, b = (features / (len(features) - 1) ** 0.5 for features in (a, b))
     cross = torch.linalg.svdvals(a @ b.T).sum()
     return max(0.0, (gap + a.square().sum() + b.square().sum() - 2 * cross).item())
 
@@ -38,65 +39,68 @@ def distances(a: Tensor, b: Tensor) -> Tensor:
 
 def nearest_distances(queries: Tensor, references: Tensor) -> Tensor:
     """Distance of each query (N, D) to the nearest reference (M, D): (N,)."""
-    parts = references.split(CHUNK)
+    chunks = references.split(CHUNK)
     return torch.cat(
-        [torch.stack([distances(q, part).amin(1) for part in parts]).amin(0) for q in queries.split(CHUNK)]
+        [torch.stack([distances(q, chunk).amin(1) for chunk in chunks]).amin(0) for q in queries.split(CHUNK)]
     )
 
 
 def neighbourhood_radii(features: Tensor, n_neighbours: int = N_NEIGHBOURS) -> Tensor:
-    """Distance of each of (N, D) to its k-th nearest other one, (N,)."""
+    """Distance of each feature vector (N, D) to its k-th nearest neighbour, (N,)."""
     radii = []
     for start in range(0, len(features), CHUNK):
-        found = distances(features[start : start + CHUNK], features)
-        found[torch.arange(len(found)), start + torch.arange(len(found))] = torch.inf
-        radii.append(found.kthvalue(n_neighbours, dim=1).values)
+        rows = distances(features[start : start + CHUNK], features)  # (chunk, N)
+        rows[torch.arange(len(rows)), start + torch.arange(len(rows))] = torch.inf  # not its own neighbour
+        radii.append(rows.kthvalue(n_neighbours, dim=1).values)
     return torch.cat(radii)
 
 
 def coverage(points: Tensor, features: Tensor, radii: Tensor) -> float:
-    """Share of points (N, D) that lie in a ball around any of the features (M, D) with these radii (M,)."""
-    inside = [(distances(part, features) <= radii).any(1) for part in points.split(CHUNK)]
+    """Share of points (N, D) inside at least one of the balls around the features (M, D) with radii (M,)."""
+    inside = [(distances(chunk, features) <= radii).any(1) for chunk in points.split(CHUNK)]
     return torch.cat(inside).double().mean().item()
 
 
-def precision_recall(real: Tensor, generated: Tensor, n_neighbours: int = N_NEIGHBOURS) -> tuple[float, float]:
+def precision_recall(generated: Tensor, target: Tensor, n_neighbours: int = N_NEIGHBOURS) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019, arXiv 1904.06991).
 
-    A set's manifold is the union of balls around its features that reach to the k-th nearest other one. Precision is
-    the share of generated images on the real manifold, recall the share of real ones on the generated manifold.
+    The manifold of a set is the union of balls around its features, each with the distance to the k-th nearest
+    neighbour as radius. Precision is the share of generated images on the manifold of the target (real) images,
+    recall the share of target images on the manifold of the generated ones.
 
     Args:
-        real, generated: (N, D), (M, D), more than k each.
+        generated, target: (N, D), (M, D), more than k each.
     """
-    if min(len(real), len(generated)) <= n_neighbours:
-        raise ValueError(
-            f"precision and recall need more than {n_neighbours} images, got {len(real)}, {len(generated)}"
-        )
-    precision = coverage(generated, real, neighbourhood_radii(real, n_neighbours))
-    return precision, coverage(real, generated, neighbourhood_radii(generated, n_neighbours))
+    if min(len(generated), len(target)) <= n_neighbours:
+        sizes = f"{len(generated)}, {len(target)}"
+        raise ValueError(f"precision and recall need more than {n_neighbours} images in each set, got {sizes}")
+    precision = coverage(generated, target, neighbourhood_radii(target, n_neighbours))
+    recall = coverage(target, generated, neighbourhood_radii(generated, n_neighbours))
+    return precision, recall
 
 
 def memorisation(generated: Tensor, held_out: Tensor, training: Tensor) -> dict[str, float]:
-    """Whether generated images are nearer to training images than images that were never trained on.
+    """Compares distances to the nearest training image: those of generated images and those of held-out images.
 
     Args: features (N, D), (M, D), (T, D).
     Returns:
-        median_ratio: median distance of generated images to the nearest training image, over that of held-out ones
-        share_closer: share of generated images nearer than 95 % of the held-out ones; 0.05 where nothing is copied
+        median_ratio: median distance of generated images divided by that of held-out images.
+        share_closer: share of generated images that are closer than 95 % of the held-out images; 0.05 is expected
+            without memorisation.
     """
-    found, usual = nearest_distances(generated, training), nearest_distances(held_out, training)
+    nearest, baseline = nearest_distances(generated, training), nearest_distances(held_out, training)
     return {
-        "median_ratio": (found.median() / usual.median().clamp_min(1e-12)).item(),
-        "share_closer": (found < usual.quantile(0.05)).double().mean().item(),
+        "median_ratio": (nearest.median() / baseline.median().clamp_min(1e-12)).item(),
+        "share_closer": (nearest < baseline.quantile(0.05)).double().mean().item(),
     }
 
 
-def compare_sets(real: Tensor, other: Tensor) -> dict[str, float | None]:
-    """Distances of a set of features (N, D) to the real ones (N, D), both of the same size; None under 4 images."""
+def compare_sets(generated: Tensor, target: Tensor) -> dict[str, float | None]:
+    """All metrics of two sets of features of the same size, each (N, D); None below 4 images."""
     names = ("frechet", "kid", "kid_error", "precision", "recall")
-    if len(real) <= N_NEIGHBOURS:
+    if len(target) <= N_NEIGHBOURS:
         return dict.fromkeys(names)
     kernel = KernelDistance()
-    kernel.update(real, other)
-    return dict(zip(names, (frechet_of_features(real, other), *kernel.compute(), *precision_recall(real, other))))
+    kernel.update(generated, target)
+    frechet = frechet_of_features(generated, target)
+    return dict(zip(names, (frechet, *kernel.compute(), *precision_recall(generated, target))))

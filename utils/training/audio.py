@@ -20,7 +20,7 @@ from utils.checkpoints import resolve_checkpoint
 from utils.command_line import parse_overrides
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
-from utils.drawing.players import add_sound
+from utils.drawing.playback import add_audio
 from utils.metrics.audio import PACKAGES, not_measured, pesq_wb, stoi
 from utils.options import declared_fields, from_preset
 from utils.training.callbacks import EvaluationCallback
@@ -122,7 +122,7 @@ class AudioCallback(EvaluationCallback):
         groups, distances = [], []
         for sample, mel, name in zip(self.samples, generated, self.names):
             distances.append((mel - sample["mel"]).abs().mean().item())
-            images = mel_triple(sample["mel"], mel, self.settings.log_floor, longest)
+            images = mel_triple(mel, sample["mel"], self.settings.log_floor, max_frames=longest)
             groups.append(Group(images, f"{distances[-1]:.3f}  {name}"))
         self.add_image("mel", strip_sheet(groups, TRIPLE), step)
         self.writer.add_scalar("listening/mel_l1", statistics.fmean(distances), step)
@@ -130,11 +130,11 @@ class AudioCallback(EvaluationCallback):
     def add_sounds(self, kind: str, waveforms: list[Tensor], step: int) -> None:
         """A player per clip, `sounds/<clip>_<kind>`."""
         for number, waveform in enumerate(waveforms):
-            add_sound(self.writer, f"sounds/{number:02d}_{kind}", waveform, self.settings.sample_rate, step)
+            add_audio(self.writer, f"sounds/{number:02d}_{kind}", waveform, rate=self.settings.sample_rate, step=step)
 
     def add_scores(self, generated: list[Tensor], real: list[Tensor], step: int) -> None:
         """PESQ and STOI of the first clips, where their packages are installed and the waveforms are finite."""
-        pairs = [pair for pair in zip(real[:N_SCORED], generated[:N_SCORED]) if pair[1].isfinite().all()]
+        pairs = [pair for pair in zip(generated[:N_SCORED], real[:N_SCORED]) if pair[0].isfinite().all()]
         for name, score in SCORES.items():
             if not all(importlib.util.find_spec(package) for package in PACKAGES[name]):
                 continue

@@ -245,7 +245,7 @@ class AudioReconstructionCallback(AudioCallback):
         # Posteriors: means (1, Z, ..., L) as images, their histograms by channel, and channels that carry nothing.
         means, logvars = [mean for _, mean, _ in content], [logvar for _, _, logvar in content]
         longest = max(mean.shape[-1] for mean in means)
-        groups = [Group([latent_image(mean[0], longest)], name) for mean, name in zip(means, self.names)]
+        groups = [Group([latent_image(mean[0], max_frames=longest)], name) for mean, name in zip(means, self.names)]
         self.add_image("latents", strip_sheet(groups), step)
         for channel in range(means[0].shape[1]):
             values = torch.cat([mean[0, channel].flatten() for mean in means])

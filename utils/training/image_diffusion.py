@@ -12,8 +12,8 @@ from model.diffusion_process import TimeSampling, Weighting
 from model.text.feature_extractors import FrozenTextEncoder
 from model.vae import VAE
 from utils.drawing.images import Group, draw_sheet, to_image
-from utils.evaluation.image_diffusion import generation_metrics, train_probe
-from utils.generation.text_to_image import SamplingArguments, TextToImage
+from utils.evaluation.generated_images import generation_metrics, train_probe
+from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
 from utils.megatransformer_utils import StageArguments
 from utils.metrics.caption_agreement import TextProbe, UnusableCaptionsError
 from utils.options import option
@@ -68,7 +68,7 @@ class PromptGridCallback(EvaluationCallback):
     column per scale.
 
     Args:
-        vae, text_encoder: see `TextToImage`.
+        vae, text_encoder: see `TextToImagePipeline`.
         prompts: captions.
         args: sampling flags, and `grid_scales`.
     """
@@ -80,11 +80,11 @@ class PromptGridCallback(EvaluationCallback):
 
     def compute(self, model):
         model, vae = self.trainer.accelerator.unwrap_model(model), self.vae.to(self.trainer.args.device)
-        generator = TextToImage(model, vae, self.text_encoder)
+        pipeline = TextToImagePipeline(model, vae, self.text_encoder)
         seeds = list(range(len(self.prompts)))
         try:
             return [
-                generator.images(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
+                pipeline.images(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
                 for scale in self.args.grid_scales
             ]
         except ValueError as error:  # A run may recover from what one look at it shows.
@@ -104,7 +104,7 @@ class SampleMetrics:
     The probe for the agreement is trained on the training latents at the first call.
 
     Args:
-        vae, text_encoder: see `TextToImage`.
+        vae, text_encoder: see `TextToImagePipeline`.
         folder: preprocessed latents.
         args: sampling flags, `eval_batch_size`, and `eval_images`: captions, spread evenly over the validation set.
     """
@@ -118,17 +118,22 @@ class SampleMetrics:
 
     def __call__(self, model) -> dict[str, float]:
         """Metrics by name of an `ImageDiffusion` in eval mode."""
-        generator = TextToImage(model, self.vae.to(model.device), self.text_encoder)
+        pipeline = TextToImagePipeline(model, self.vae.to(model.device), self.text_encoder)
         if not self.has_probe:
             self.has_probe = True
             try:
-                self.probe = train_probe(generator, self.training)
+                self.probe = train_probe(pipeline, self.training)
             except UnusableCaptionsError as error:
                 logger.warning("agreement with the captions is not measured: %s", error)
         batch_size = self.args.eval_batch_size
         try:
             return generation_metrics(
-                generator, self.held_out, self.indices, self.args, self.probe, batch_size=batch_size
+                pipeline,
+                self.held_out,
+                self.indices,
+                settings=self.args,
+                probe=self.probe,
+                batch_size=batch_size,
             )
         except ValueError as error:  # A run may recover from what one look at it shows.
             logger.warning("no metrics of generated images: %s", error)

@@ -126,10 +126,9 @@ class ImageVAEGANTrainer(GANTrainer):
         image = inputs["image"]
         output = model(image=image)
         reconstruction = output.reconstruction.float().clamp(-1, 1)
-        mse = (reconstruction - image).square().flatten(1).mean(1)
         terms = {
             "l1": (reconstruction - image).abs().flatten(1).mean(1),
-            "psnr": 10 * torch.log10(4.0 / mse.clamp_min(1e-10)),  # Of a range of 2, from -1 to 1.
+            "psnr": psnr(reconstruction, image),
             "kl": kl_divergence(output.mean, output.logvar) / image[0].numel(),
         }
         if self.criterion.perceptual is not None:
@@ -179,7 +178,7 @@ class ImageReconstructionCallback(EvaluationCallback):
         reconstruction, mean, logvar = content
         # Inputs, reconstructions and differences.
         values = psnr(reconstruction, self.image).tolist()
-        groups = [Group(triple(*pair), f"{value:.1f} dB") for *pair, value in zip(self.image, reconstruction, values)]
+        groups = [Group(triple(*pair), f"{value:.1f} dB") for *pair, value in zip(reconstruction, self.image, values)]
         self.add_image("reconstruction", draw_sheet(groups, TRIPLE, n_across=2), step)
 
         # Posteriors: means as images, their histograms by channel, and channels that carry nothing.

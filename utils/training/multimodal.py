@@ -207,7 +207,7 @@ class MultimodalTrainer(StageTrainer):
             deep = terms if is_default else window_sums(model, given, n_thinking_steps=depth, **no_exit)
             terms[f"nats_{depth}_steps"] = deep["nats"]
         if self.exits(model):
-            exited = window_sums(model, given, self.config.recurrent_max_thinking_steps, few)
+            exited = window_sums(model, given, max_steps=self.config.recurrent_max_thinking_steps, at_once=few)
             terms |= {"nats_with_exits": exited["nats"], "step_counts": exited["step_counts"]}
         return {name: value.float() for name, value in terms.items()}
 

@@ -196,7 +196,7 @@ class VocoderCallback(AudioCallback):
 
         # Waveforms and phases of the first clip; scores of all.
         self.add_image("waveform", waveform_image({"real": real[0], "generated": generated[0]}, rate), step)
-        phases = [phase_image(*pair, n_fft, hop_length) for pair in zip(real, generated)]
+        phases = [phase_image(*pair, n_fft=n_fft, hop_length=hop_length) for pair in zip(generated, real)]
         self.add_image("phase", phases[0][0], step)
         for name in ("phase", "frequency"):
             mean = statistics.fmean(errors[name] for _, errors in phases)

@@ -1,4 +1,4 @@
-"""Images of sound: what lies where, in which colour."""
+"""Images of audio: positions and colours of what they show."""
 
 import math
 
@@ -45,15 +45,15 @@ def test_a_triple_shows_equal_mels_with_a_dark_difference():
     target, predicted, difference = mel_triple(mel, mel, -11.5)
     assert np.array_equal(np.asarray(target), np.asarray(predicted))
     assert {difference.getpixel((x, y)) for x in range(difference.width) for y in range(80)} == {WARM[0]}
-    *_, brightest = mel_triple(mel, mel + 9.0, -11.5)
+    *_, brightest = mel_triple(mel + 9.0, mel, -11.5)
     assert brightest.getpixel((3, 3)) == WARM[-1]
 
 
 def test_clips_of_one_sheet_have_one_scale_of_time():
     mel = torch.zeros(80, 100)
-    short, long = (mel_triple(mel[:, :n], mel[:, : n + 5], -11.5, 400)[0] for n in (50, 100))
+    short, long = (mel_triple(mel[:, : n + 5], mel[:, :n], -11.5, max_frames=400)[0] for n in (50, 100))
     assert 2 * short.width == long.width and 4 * long.width == MAX_WIDTH
-    assert mel_triple(mel[:, :1], mel, -11.5, 4000)[0].width == 1
+    assert mel_triple(mel, mel[:, :1], -11.5, max_frames=4000)[0].width == 1
 
 
 def test_a_sheet_holds_images_of_any_size_in_columns():
@@ -77,13 +77,15 @@ def test_waveforms_are_drawn_at_one_scale():
     assert waveform_image({"silent": torch.zeros(10), "broken": torch.full((10,), math.nan)}, 16000).width > 0
 
 
-def test_phase_errors_of_a_known_turn():
-    real = torch.randn(8000, generator=torch.Generator().manual_seed(0))
-    for made, expected in ((real, 0), (-real, math.pi)):
-        phase, frequency, weight = phase_errors(real, made, 256, 64)
+def test_phase_errors_of_a_known_rotation():
+    target = torch.randn(8000, generator=torch.Generator().manual_seed(0))
+    for generated, expected in ((target, 0), (-target, math.pi)):
+        phase, frequency, weight = phase_errors(generated, target, n_fft=256, hop_length=64)
         assert torch.allclose(phase, torch.full_like(phase, expected), atol=1e-3) and frequency.max() < 1e-2
         assert weight.max() == 1 and phase.shape == (129, 125)
-    image, means = phase_image(real, torch.randn(8000, generator=torch.Generator().manual_seed(1)), 256, 64)
+    image, means = phase_image(
+        torch.randn(8000, generator=torch.Generator().manual_seed(1)), target, n_fft=256, hop_length=64
+    )
     assert image.width > 240
     assert means["phase"] == pytest.approx(math.pi / 2, abs=0.1)
     assert 0.8 < means["frequency"] < 1.3  # Frames overlap, so that chance gives less.

@@ -90,8 +90,8 @@ def test_the_table_explains_itself(run, capsys):
     for phrase in (
         "this model",
         "PSNR dB",
-        "(high: good)",
-        "(low: good)",
+        "(high)",
+        "(low)",
         "read KID",
         "16x4x4",
         "12.0 x",
@@ -170,7 +170,7 @@ def rewritten(checkpoint, tmp_path):
 def test_a_data_set_that_was_made_anew_is_named(rewritten, image_cache, caplog):
     folder = rewritten(data={"folder": str(image_cache), "fingerprint": "another"})
     report = evaluate.main(["--checkpoint", str(folder), "--max_samples", "1", "--references"])
-    assert "was made anew since the run trained on it (fingerprint another" in caplog.text
+    assert "was rebuilt since the run trained on it (fingerprint another" in caplog.text
     assert not report["data"]["is_the_runs_own"]
 
 

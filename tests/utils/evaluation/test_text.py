@@ -141,8 +141,8 @@ def test_texts_of_another_tokenizer_are_refused(flat, tmp_path, caplog):
     assert re.search(r"with tokenizer \w{16} of 258 tokens, .* tokenizer \w{16} of 300 tokens", caplog.text)
 
 
-def test_only_the_beginning_is_packed(flat, text_cache, tmp_path, monkeypatch, report):
-    monkeypatch.setattr(text_evaluator, "PACKED_BYTES", 500)
+def test_only_the_beginning_is_compressed(flat, text_cache, tmp_path, monkeypatch, report):
+    monkeypatch.setattr(text_evaluator, "COMPRESSED_BYTES", 500)
     monkeypatch.setattr(text_metrics, "LOGITS_AT_ONCE", 32 * 258 * 2)
     words = ["--checkpoint", str(flat), "--speed_tokens", "0", "--output_dir", str(tmp_path)]
     short = evaluate.main(words)["scores"]
@@ -153,7 +153,7 @@ def test_only_the_beginning_is_packed(flat, text_cache, tmp_path, monkeypatch, r
         assert short[name] == pytest.approx(report["scores"][name], rel=1e-6)
 
 
-def test_no_model_of_sound_or_images_is_loaded():
+def test_no_model_of_audio_or_images_is_loaded():
     program = "import sys, utils.evaluation.text; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     names = loaded.stdout.split()

@@ -118,5 +118,5 @@ def test_ridge_and_its_left_out_errors_are_those_of_the_normal_equations(shape):
         center, level = x[kept].mean(0), y[kept].mean(0)
         weight = solve(x[kept] - center, y[kept] - level)
         total += (y[fold] - level - (x[fold] - center) @ weight).square().sum().item()
-    error = held_out_error(u, s / (s + penalty), y, u.T @ y, folds)
+    error = held_out_error(u, s / (s + penalty), y, projected=u.T @ y, folds=folds)
     assert error == pytest.approx(total / y.numel(), rel=1e-9)

@@ -33,7 +33,7 @@ def loop_coverage(points, features, k):
 @pytest.mark.parametrize("k", [1, 3])
 def test_precision_and_recall_are_the_definition(k):
     real, generated = clouds()
-    precision, recall = precision_recall(real, generated, k)
+    precision, recall = precision_recall(generated, real, k)
     assert precision == pytest.approx(loop_coverage(generated, real, k)) and 0 < precision < 1
     assert recall == pytest.approx(loop_coverage(real, generated, k)) and 0 < recall < 1
 
@@ -41,19 +41,19 @@ def test_precision_and_recall_are_the_definition(k):
 def test_collapse_costs_recall_and_nonsense_costs_precision():
     real, _ = clouds(n=200, m=1)
     collapsed = real[:1] + 0.01 * torch.randn(200, 4, generator=torch.Generator().manual_seed(1))
-    precision, recall = precision_recall(real, collapsed)
+    precision, recall = precision_recall(collapsed, real)
     assert precision == 1 and recall < 0.05
-    assert precision_recall(real, real + 100) == (0, 0) and precision_recall(real, real) == (1, 1)
+    assert precision_recall(real + 100, real) == (0, 0) and precision_recall(real, real) == (1, 1)
 
 
 def test_chunks_change_nothing(monkeypatch):
     real, generated = clouds()
-    whole = nearest_distances(real, generated), neighbourhood_radii(real), precision_recall(real, generated)
+    whole = nearest_distances(real, generated), neighbourhood_radii(real), precision_recall(generated, real)
     monkeypatch.setattr("utils.metrics.feature_sets.CHUNK", 7)
     assert torch.equal(nearest_distances(real, generated), whole[0]) and torch.equal(
         neighbourhood_radii(real), whole[1]
     )
-    assert precision_recall(real, generated) == whole[2]
+    assert precision_recall(generated, real) == whole[2]
 
 
 @pytest.mark.parametrize("sizes", [(6, 9), (9, 6), (30, 40)], ids=str)
@@ -69,7 +69,7 @@ def test_quick_frechet_distance_is_the_slow_one(sizes):
 def test_sets_of_few_images_have_no_distance():
     real, _ = clouds(n=3)
     assert set(compare_sets(real, real).values()) == {None}
-    with pytest.raises(ValueError, match="need more than 3 images, got 3, 3"):
+    with pytest.raises(ValueError, match="more than 3 images in each set, got 3, 3"):
         precision_recall(real, real)
 
 

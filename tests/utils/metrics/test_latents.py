@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.helpers.noise import normal
-from utils.metrics.latents import LatentHealth
+from utils.metrics.latents import LatentHealth, normalized_std
 
 
 def test_latent_health_is_its_definition_whatever_the_batches():
@@ -30,3 +30,15 @@ def test_dead_channels_are_collapsed_or_constant():
     assert health.compute()["dead"] == [False, True, True]
     with pytest.raises(ValueError, match="no samples"):
         LatentHealth().compute()
+
+
+def test_samples_have_the_std_of_means_and_noise_together():
+    generator = torch.Generator().manual_seed(0)
+    mean = 2 * torch.randn(64, 3, 50, generator=generator)
+    logvar = torch.zeros(64, 3, 50)
+    health = LatentHealth()
+    health.update(mean, logvar)
+    samples = mean + torch.randn(mean.shape, generator=generator)
+    stored = torch.tensor([1.0, 2.0, 4.0])
+    expected = samples.std((0, 2)) / stored
+    assert normalized_std(health.compute(), stored) == pytest.approx(expected.tolist(), rel=0.05)

@@ -143,7 +143,7 @@ def test_passes_are_split_where_logits_would_be_too_many():
     model.register_forward_pre_hook(lambda _, __, given: sizes.append(len(given["labels"])), with_kwargs=True)
     inputs = {"input_ids": ids, "labels": ids, "segment_ids": torch.zeros_like(ids)}
     with torch.no_grad():
-        whole, split = (window_sums(model, inputs, most_steps=16, at_once=n) for n in (0, 3))
+        whole, split = (window_sums(model, inputs, max_steps=16, at_once=n) for n in (0, 3))
     assert sizes == [7, 3, 3, 1] and whole.keys() == split.keys() >= {"hits", "step_counts"}
     for name, value in whole.items():
         torch.testing.assert_close(split[name], value)

@@ -1,0 +1,16 @@
+"""Audio for playback in TensorBoard and in files."""
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+
+def playable(waveform: Tensor) -> Tensor:
+    """A waveform (S,) on the CPU, fp32, clamped to [-1, 1], silent where it is not finite."""
+    return torch.nan_to_num(torch.as_tensor(waveform).detach().float().cpu(), 0.0, 0.0, 0.0).clamp(-1, 1)
+
+
+def add_audio(writer: SummaryWriter, name: str, waveform: Tensor, *, rate: int, step: int) -> None:
+    """Add a waveform (S,) to TensorBoard, with a player."""
+    # TensorBoard expects (1, S).
+    writer.add_audio(name, playable(waveform)[None], step, sample_rate=rate)
