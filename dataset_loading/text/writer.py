@@ -111,22 +111,39 @@ def prepare_text(
         logger.info("%s: its own split %r is held out; validation_fraction is unused", source, split)
         corpus.validation, corpus.own_split = read(source, split=split), split
 
-    # Everything that shapes the folder. A tokenizer that exists is known by its content, not by its path.
     existing = None if tokenizer == "bpe" else load(tokenizer)
-    settings = {
+    options = {"text_column": text_column, "vocab_size": vocab_size, "tokenizer_sample_bytes": tokenizer_sample_bytes}
+    settings = describe_settings(corpus, rules, tokenizer, existing=existing, **options)
+    write_once(folder, corpus, rules, settings=settings, tokenizer=existing)
+    digests.save()
+    return folder
+
+
+def describe_settings(
+    corpus: Corpus,
+    rules: Rules,
+    tokenizer: str,
+    *,
+    existing: PreTrainedTokenizerFast | None,
+    text_column: str,
+    vocab_size: int | None,
+    tokenizer_sample_bytes: int,
+) -> dict[str, Any]:
+    """Everything that shapes the folder; `prepare_text` describes the arguments.
+
+    Args: existing: the tokenizer, None where "bpe" is still to be trained.
+    """
+    fraction = f"{rules.validation_fraction} of the source"
+    return {
         "source": corpus.training.identity,
-        "validation": corpus.validation.identity
-        if corpus.validation
-        else f"{rules.validation_fraction} of the source",
+        "validation": corpus.validation.identity if corpus.validation else fraction,
         "text_column": text_column,
+        # A tokenizer that exists is known by its content, not by its path.
         "tokenizer": tokenizer if tokenizer in ("bytes", "bpe") else f"hash {tokenizers.tokenizer_hash(existing)}",
         "vocab_size": tokenizers.vocabulary_size(existing) if existing else vocab_size or BPE_SIZE,
         "tokenizer_sample_bytes": None if existing else tokenizer_sample_bytes,
         **{name: getattr(rules, name) for name in ("seed", "keep_duplicates", "document_bytes", "limit")},
     }
-    write_once(folder, corpus, rules, settings=settings, tokenizer=existing)
-    digests.save()
-    return folder
 
 
 def check_rules(rules: Rules) -> None:
