@@ -119,7 +119,7 @@ def test_damaged_files_are_left_out(run, tmp_path, caplog):
     torch.save(torch.zeros(SMALL_MEL.n_mels, 1), tmp_path / "f.pt")
     damaged = [tmp_path / name for name in ("b.flac", "c.pt", "d.pt", "e.pt", "f.pt")]
     assert run("--input", tmp_path / "a.wav", *damaged)[1].keys() == {"a.wav"}
-    reasons = ["no sound", "a tensor of shape (41, 9)", "not finite", "not a file of tensors, or damaged\n"]
+    reasons = ["no audio", "a tensor of shape (41, 9)", "not finite", "not a file of tensors, or damaged\n"]
     reasons += ["a log-mel of 1 frames is too short, at least 2 are needed"]
     for name, reason in zip(damaged, reasons, strict=True):
         assert f"{name} is left out: " in caplog.text and reason in caplog.text
