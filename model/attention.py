@@ -17,7 +17,7 @@ from model.cpu_kernels import Linear, causal_attention, is_blockwise_faster
 from model.norms import build_norm
 from model.positions import apply_rotary
 
-GATED = {"swiglu": F.silu, "geglu": F.gelu}
+GATED = {"swiglu": F.silu, "geglu": F.gelu}  # activation of the gate
 
 
 def relu_squared(x: Tensor) -> Tensor:
@@ -49,8 +49,9 @@ def eager_attention(
         mask: (B or 1, H or 1, L, S), bool (true: visible) or what is added to the scores; None: causal, L = S.
     Returns: outputs (B, H, L, K) and weights (B, H, L, S).
     """
+    # Every query head gets the keys and values of its group: (B, H, S, K).
     k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], dim=1) for part in (k, v))
-    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5
+    scores = (q @ k.transpose(-1, -2)).float() * q.shape[-1] ** -0.5  # (B, H, L, S)
     if mask is None:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
@@ -93,7 +94,7 @@ class SelectedTokens:
     def __init__(self, chosen: Tensor):
         self.shape = chosen.shape
         self.is_all = bool(chosen.all())
-        self.batch, self.position = chosen.nonzero(as_tuple=True)
+        self.batch, self.position = chosen.nonzero(as_tuple=True)  # (N,) each
         self.last: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -119,6 +120,7 @@ class SelectedTokens:
     def keep(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """New keys and values of the chosen tokens, (N, G, K) each, with the last ones of the others: (B, G, L, K)."""
         before = self.last.get(layer, (None, None))
+        # Groups after positions for `scatter`, (B, L, G, K), and back; old ones are overwritten in place.
         dense = [
             self.scatter(new, None if old is None else old.transpose(1, 2)).transpose(1, 2)
             for new, old in zip((keys, values), before)
@@ -143,9 +145,9 @@ class MegaTransformerSelfAttention(nn.Module):
     def forward(self, x: Tensor, shared: LayerInputs, slot: int) -> Tensor:
         """Args: x: (B, L, D). slot: the cache's slot of this layer. Returns: (B, L, D)."""
         q, k, v = self.project(x, shared.rotary)
-        k, v = k.transpose(1, 2), v.transpose(1, 2)
+        k, v = k.transpose(1, 2), v.transpose(1, 2)  # (B, G, L, K)
         if shared.cache is not None:
-            k, v = shared.cache.update(k, v, slot)
+            k, v = shared.cache.update(k, v, slot)  # (B, G, S, K), the past first
         return self.o_proj(self.attend(q, k, v, shared=shared))
 
     def project(self, x: Tensor, rotary: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -153,6 +155,7 @@ class MegaTransformerSelfAttention(nn.Module):
         # One product for queries, keys and values, (B, L, H + 2 G, K); queries and keys rotate together.
         H, G = self.n_heads, self.n_groups
         qkv = self.qkv_proj(x).view(*x.shape[:-1], H + 2 * G, self.head_width)
+        # QK-norm (arXiv 2302.05442), per head.
         if self.q_norm is not None and self.k_norm is not None:
             q, k, v = qkv.split([H, G, G], dim=-2)
             qk = torch.cat([self.q_norm(q), self.k_norm(k)], dim=-2)
@@ -166,6 +169,7 @@ class MegaTransformerSelfAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, shared: LayerInputs) -> Tensor:
         """Args: q: (B, L, H, K); k, v: (B, G, S, K). Returns: the heads' outputs side by side, (B, L, H K)."""
         q, mask, dropout = q.transpose(1, 2), shared.mask, self.dropout if self.training else 0.0
+        # The definition, which alone returns weights.
         if self.config._attn_implementation == "eager":
             # A single query sees all keys.
             seen = mask if mask is not None or q.shape[2] > 1 else q.new_ones(1, k.shape[2], dtype=torch.bool)
@@ -176,6 +180,7 @@ class MegaTransformerSelfAttention(nn.Module):
         elif shared.is_causal and is_blockwise_faster(q, k, mask=mask, dropout=dropout):
             out = causal_attention(q, k, v, mask=mask)
         else:
+            # The library's kernel: without a mask a single query sees all keys, several are causal.
             is_causal = True if mask is None and q.shape[2] > 1 else False  # noqa: SIM210 - a plain bool for compilers
             if mask is not None and mask.dtype != torch.bool:
                 mask = mask.to(q.dtype)
@@ -183,7 +188,7 @@ class MegaTransformerSelfAttention(nn.Module):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=is_grouped
             )
-        return out.transpose(1, 2).flatten(2)
+        return out.transpose(1, 2).flatten(2)  # (B, H, L, K) -> (B, L, H K)
 
 
 class SimpleFFN(nn.Module):
@@ -202,7 +207,7 @@ class SimpleFFN(nn.Module):
         """(..., D) -> (..., D)."""
         hidden = self.in_proj(x)
         if self.is_gated:
-            gate, value = hidden.chunk(2, dim=-1)
+            gate, value = hidden.chunk(2, dim=-1)  # (..., W) each, from one product
             hidden = self.activation(gate) * value
         else:
             hidden = self.activation(hidden)
@@ -235,6 +240,7 @@ class Residual(nn.Module):
             branch = F.dropout(branch, self.dropout)
         if self.post_norm is None:
             return x + branch
+        # Norms before and after the branch, or one after the sum.
         return x + self.post_norm(branch) if self.pre_norm is not None else self.post_norm(x + branch)
 
 
@@ -280,6 +286,7 @@ class MegaTransformerBlock(GradientCheckpointingLayer):
         k, v = tokens.keep(layer, k, v)
         if shared.cache is not None:
             k, v = shared.cache.update(k, v, slot)
+        # Attention runs on whole sequences; rows of tokens that left are dropped.
         branch = tokens.select(self.attention.attend(tokens.scatter(q), k, v, shared=shared))
         x = self.attention_norms.after(x, self.attention.o_proj(branch))
         return self.ffn_norms.after(x, self.ffn(self.ffn_norms.before(x)))

@@ -99,6 +99,7 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
             initialization.ones_(module.weight)
         elif isinstance(module, MegaTransformerRecurrentBlock) and hasattr(module, "learned_state"):
             initialization.normal_(module.learned_state, std=config.recurrent_state_std)
+        # Biases of all of them.
         if getattr(module, "bias", None) is not None:
             initialization.zeros_(module.bias)
 
@@ -126,15 +127,18 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         super().__init__(config)
         if config.modalities != ["text"]:
             raise ValueError(f"modalities={config.modalities} need the multimodal model; this one has text alone")
+        # Embedding: tokens and, where learned, positions.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        # The stack; a part with 0 layers does nothing.
         self.prelude = SimpleBlock(config, config.n_prelude_layers)
         self.main = SimpleBlock(config, config.n_layers)
         self.core = MegaTransformerRecurrentBlock(config) if config.n_recurrent_layers else None
         self.coda = SimpleBlock(config, config.n_coda_layers)
         self.norm = build_norm(config) if config.use_final_norm else nn.Identity()
+        # Plain numbers and no buffer, so that casting the model does not round them.
         if config.use_rotary_embedding:
             self.frequencies = rotary_frequencies(
                 config.rotary_width,
@@ -176,7 +180,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         past_key_values = chosen_cache(cache, past_key_values)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and is_checkpointing(self):
-            use_cache, past_key_values = False, None
+            use_cache, past_key_values = False, None  # layers run again would write twice
         if use_cache and past_key_values is None and not self.training:
             past_key_values = KeyValueCache()
         # The options in force, and what all layers share.
@@ -196,7 +200,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
 
         # Embedding.
         if self.config.use_embedding_scale:
-            x = x * self.config.hidden_size**0.5
+            x = x * self.config.hidden_size**0.5  # arXiv 1706.03762, section 3.4
         if self.config.position_embedding == "learned":
             x = x + self.embed_positions(positions)
         elif self.config.position_embedding == "sinusoidal":
@@ -240,7 +244,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
     ) -> tuple[LayerInputs, Tensor]:
         """What all layers share, and the positions (B or 1, L)."""
         L, device = x.shape[1], x.device
-        past = 0 if cache is None else cache.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()  # tokens in the cache
         # Positions: given, counted within documents, from the mask of tokens, or from the beginning.
         queries = torch.arange(L, device=device) + past
         positions = position_ids
@@ -255,17 +259,21 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         n_keys = L if cache is None else cache.get_mask_sizes(L, 0)[0]
         is_static = cache is not None and cache.is_compileable
         mask, is_causal = None, True
+        # A ready mask (B, 1, L, S) replaces ours; it need not be causal.
         if attention_mask is not None and attention_mask.ndim == 4:
             mask, is_causal, attention_mask = attention_mask, False, None
             if segment_ids is not None:
                 mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+        # Compilers cannot branch on values: any mask of tokens counts as padding.
         is_padded = attention_mask is not None and (torch.compiler.is_compiling() or not attention_mask.bool().all())
-        has_past = L > 1 and n_keys > L
+        has_past = L > 1 and n_keys > L  # several queries after a past
+        # Otherwise kernels do without a mask: whole sequences, or a single query that sees everything.
         if mask is None and (is_padded or segment_ids is not None or is_static or has_past):
             tokens = attention_mask if is_padded else None
             mask = visible_keys(
                 queries, torch.arange(n_keys, device=device), attention_mask=tokens, segment_ids=segment_ids
             )
+        # ALiBi: a bias on the scores, -inf where a key is hidden.
         if self.config.use_alibi_bias:
             keys = torch.arange(n_keys, device=device)
             mask = visible_keys(queries, keys) if mask is None else mask
@@ -293,6 +301,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         Returns: the coda's output (B, L, D), and the steps taken (B, L) int64.
         """
         config, core = self.config, self.core
+        # Slots of the coda come after those of the core's last step.
         last_slot = core.slot(thinking.n_steps - 1, first_slot) + len(core.layers)
         # Without exits, every token takes all steps.
         if not thinking.exit_threshold:
@@ -302,7 +311,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         # With exits, padding takes no step, and criterion "kl" needs the head at each step.
         is_token = None
         if attention_mask is not None and attention_mask.ndim == 2:
-            is_token = attention_mask[:, -x.shape[1] :].bool()
+            is_token = attention_mask[:, -x.shape[1] :].bool()  # without the past
         if config.recurrent_exit_criterion == "kl" and predict is None:
             raise ValueError('recurrent_exit_criterion="kl" compares predictions, which this model has no head for')
         if torch.is_grad_enabled() and x.requires_grad:

@@ -19,6 +19,7 @@ class GradientCheckpointingLayer(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and self.training:
+            # `gradient_checkpointing_enable()` sets this function on every such layer.
             return self._gradient_checkpointing_func(partial(super().__call__, **kwargs), *args)
         return super().__call__(*args, **kwargs)
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 BLOCK = 128  # queries that are worked on together
 KEPT_BYTES = 48 << 20  # Attention weights of a layer beyond this are computed again in the backward pass.
-FEW_ROWS = 8
+FEW_ROWS = 8  # up to here reading the weight takes longest
 SPLITS = 4  # A product with few rows goes faster as so many smaller ones.
 
 
@@ -19,6 +19,7 @@ def weights_of_block(q: Tensor, k: Tensor, mask: Tensor | None, *, groups: int, 
     n = end - start
     scores = torch.bmm(q[:, :, start:end].reshape(N, r * n, K), k[:, :end].transpose(1, 2))
     if mask is None:
+        # All queries of the block see the keys before it; within it they are causal.
         future = torch.ones(n, n, dtype=torch.bool, device=q.device).triu_(1)
         scores.view(N, r, n, end)[..., start:].masked_fill_(future, -torch.inf)
     else:
@@ -42,6 +43,7 @@ def blockwise_attention(
     (B, H, L, K), G = q.shape, k.shape[1]
     r, N = H // G, B * G
     q = (q * K**-0.5).reshape(N, r, L, K)
+    # Groups join the batch, and the r heads of a group share its keys.
     k, v = k.reshape(N, L, K), v.reshape(N, L, K)
     out, saved = q.new_empty(N, r, L, K), []
     # A block of queries sees the keys up to its end alone: half of all products are never computed.
@@ -128,6 +130,7 @@ def is_blockwise_faster(q: Tensor, k: Tensor, *, mask: Tensor | None, dropout: f
 
 def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:
     """`blockwise_attention`, keeping the weights for the backward pass where they are small: (B, H, L, K)."""
+    # Queries of block i have i blocks of keys: half of L x (L + BLOCK) weights.
     n_bytes = q.shape[0] * q.shape[1] * q.shape[2] * (q.shape[2] + BLOCK) // 2 * q.element_size()
     keep = torch.is_grad_enabled() and q.requires_grad and n_bytes <= KEPT_BYTES
     return blockwise_attention(q, k, v, mask, keep)[0]
@@ -144,6 +147,7 @@ class Linear(nn.Linear):
         if torch.is_grad_enabled() or x.numel() > FEW_ROWS * self.in_features or not self.can_split(x):
             return super().forward(x)
         weight, rows = self.weight, x.reshape(-1, self.in_features)
+        # (SPLITS, D' / SPLITS, D) x (SPLITS, D, rows).
         out = torch.bmm(weight.view(SPLITS, -1, self.in_features), rows.t().expand(SPLITS, -1, -1))
         out = out.view(weight.shape[0], -1).t().contiguous().view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias

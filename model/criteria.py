@@ -27,6 +27,7 @@ def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
         (B,) fp32.
     """
     mean, logvar = mean.float(), logvar.float()
+    # In closed form (arXiv 1312.6114, appendix B).
     return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(dim=1)
 
 
@@ -41,11 +42,12 @@ def gradient_loss(reconstruction: Tensor, target: Tensor, n_scales: int = 3) -> 
     error = reconstruction.float() - target.float()
     if min(error.shape[-2:]) < 2**n_scales:
         raise ValueError(f"an image of {error.shape[-2]}x{error.shape[-1]} pixels is too small for {n_scales} scales")
+    # Pooling and differences are linear: they act on the error, not on both images.
     total = error.new_zeros(())
     for scale in range(n_scales):
         if scale > 0:
             error = F.avg_pool2d(error, 2)
-        total = total + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        total = total + error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()  # columns, rows
     return total / n_scales
 
 
@@ -88,6 +90,7 @@ class ReconstructionLoss(nn.Module):
             raise ValueError(
                 "l1_weight, gradient_weight and perceptual_weight are all 0: nothing would be reconstructed"
             )
+        # A weight without its distance, or a distance without its weight, is a mistake.
         if perceptual_weight > 0 and perceptual is None:
             raise ValueError(
                 f"perceptual_weight={perceptual_weight} needs a perceptual distance; see build_perceptual"
@@ -132,6 +135,7 @@ def discriminator_loss(kind: AdversarialKind, real_logits: list[Tensor], fake_lo
         real_logits, fake_logits: one tensor of any shape per sub-discriminator.
     """
     check_adversarial_kind(kind)
+    # In fp32; each sub-discriminator counts the same, whatever the size of its map.
     of_real, of_fake, _ = ADVERSARIAL_LOSSES[kind]
     losses = [
         of_real(real.float()).mean() + of_fake(fake.float()).mean()
@@ -168,11 +172,13 @@ def r1_penalty(discriminator: nn.Module, real: Tensor) -> Tensor:
         fp32 scalar with a graph into the discriminator's parameters.
     """
     with torch.autocast(real.device.type, enabled=False):
+        # A leaf of its own: the gradient is that of the pixels.
         real = real.detach().float().requires_grad_()
         all_logits, _ = discriminator(real)
         penalties = []
         for logits in all_logits:
-            output = logits.sum() / logits[0].numel() ** 0.5
+            output = logits.sum() / logits[0].numel() ** 0.5  # sum over sqrt(n) for each sample
+            # Samples do not mix, so that the gradient of the sum holds each sample's own, (B, C, Y, X).
             (gradient,) = torch.autograd.grad(output, real, create_graph=True)
             penalties.append(gradient.square().flatten(1).sum(dim=1).mean())
     return torch.stack(penalties).mean()
@@ -186,6 +192,7 @@ def lecam_penalty(
     mean (real - ema_fake)^2 + mean (fake - ema_real)^2; the averages are of mean logits over past updates.
     """
     losses = [
+        # Each side is drawn to the average logit of the other.
         (real.float() - ema_fake).square().mean() + (fake.float() - ema_real).square().mean()
         for real, fake in zip(real_logits, fake_logits, strict=True)
     ]

@@ -27,8 +27,8 @@ from model.layers import Downsample, Upsample, ZeroConv2d, ZeroLinear, init_laye
 from model.text.tokenizer import PADDING, VOCABULARY
 
 MAX_PERIOD = 10_000.0  # slowest wave of the time embedding, in units of the network's time
-HASH_MODULUS = 2**31 - 1
-HASH_BASE = 1_000_003
+HASH_MODULUS = 2**31 - 1  # a Mersenne prime; products with tokens fit int64
+HASH_BASE = 1_000_003  # a prime above the vocabulary
 
 
 @dataclass
@@ -79,8 +79,9 @@ def time_features(time: Tensor, width: int) -> Tensor:
     Returns:
         (B, width) fp32, cosines first.
     """
+    # MAX_PERIOD^(-2 i / width), i = 0, 1, ..: from 1 to about 1 / MAX_PERIOD.
     frequencies = torch.exp(torch.arange(width // 2, device=time.device) * (-2 * math.log(MAX_PERIOD) / width))
-    angles = time.float()[:, None] * frequencies
+    angles = time.float()[:, None] * frequencies  # (B, width / 2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -109,8 +110,9 @@ class AdaptiveNorm(nn.Module):
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         """x (B, D, Y, X), conditioning (B, conditioning_width) fp32 -> (B, D, Y, X), channels last."""
         with torch.autocast(x.device.type, enabled=False):
-            scale, shift = self.scale_shift(conditioning)[:, None, None].chunk(2, dim=-1)
-        x = F.layer_norm(x.permute(0, 2, 3, 1), (self.width,))
+            scale, shift = self.scale_shift(conditioning)[:, None, None].chunk(2, dim=-1)  # (B, 1, 1, D) each
+        x = F.layer_norm(x.permute(0, 2, 3, 1), (self.width,))  # (B, Y, X, D)
+        # x (1 + scale) + shift in one kernel.
         return torch.addcmul(shift.to(x.dtype), x, 1 + scale.to(x.dtype)).permute(0, 3, 1, 2)
 
 
@@ -147,7 +149,7 @@ class Attention(nn.Module):
         k, v = self.key_value(context).unflatten(-1, (2, -1, self.head_width)).unbind(2)  # (B, T, H, K)
         q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        allowed = None if mask is None else mask[:, None, None, :]
+        allowed = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, T)
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2))
 
 
@@ -255,7 +257,7 @@ class UNet(nn.Module):
         finer = range(len(widths) - 1)
         self.time = TimeEmbedding(widths[0], conditioning_width)
         self.text = nn.Linear(text_width, conditioning_width)
-        self.stem = nn.Conv2d(in_channels + 2, widths[0], 3, padding=1)
+        self.stem = nn.Conv2d(in_channels + 2, widths[0], 3, padding=1)  # 2: the coordinates
         self.down = nn.ModuleList(level(i, use_skips=False) for i in finer)
         self.downsamples = nn.ModuleList(Downsample(widths[i], widths[i + 1]) for i in finer)
         self.middle = level(len(widths) - 1, use_skips=False)
@@ -271,6 +273,7 @@ class UNet(nn.Module):
         Returns:
             (B, out_channels, Y, X) fp32."""
         x = x.contiguous(memory_format=torch.channels_last)
+        # Conditioning vector (B, conditioning_width): time plus pooled text.
         with torch.autocast(x.device.type, enabled=False):
             conditioning = F.silu(self.time(time) + self.text(text.pooled.float()))
         # Down.
@@ -299,6 +302,7 @@ def n_gram_buckets(tokens: Tensor, sizes: list[int], n_buckets: int) -> Tensor:
     """
     T, rows = tokens.shape[1], []
     for k, size in enumerate(sizes):
+        # The hash of the last `size` tokens; each size has a part of the table for itself.
         value = tokens
         for j in range(1, min(size, T)):
             value = value + F.pad(tokens[:, :-j], (j, 0)) * pow(HASH_BASE, j, HASH_MODULUS)
@@ -319,6 +323,7 @@ class TextLayer(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """x (B, T, E), mask (B, T) -> (B, T, E)."""
+        # Self-attention, without padding as keys; then the feed-forward layer.
         normed = self.norm(x)
         x = x + self.attention(normed, normed, mask)
         return x + self.out(F.gelu(self.hidden(self.feed_forward_norm(x))))
@@ -402,7 +407,7 @@ class NullCondition(nn.Module):
 
     def replace(self, text: TextCondition, drop: Tensor) -> TextCondition:
         """The captions where `drop` (B,) bool is False, the null condition where it is True."""
-        null = self(len(text)).pad(text.mask.shape[1])
+        null = self(len(text)).pad(text.mask.shape[1])  # its one state, then masked zeros
         return TextCondition(
             torch.where(drop[:, None, None], null.states.to(text.states.dtype), text.states),
             torch.where(drop[:, None], null.mask, text.mask),

@@ -28,9 +28,9 @@ Weighting = Literal["none", "min_snr"]
 TimeSampling = Literal["logit_normal", "uniform"]
 Spacing = Literal["default", "karras", "uniform"]
 
-N_BETAS = 1000
-EDM_SIGMA_MIN, EDM_SIGMA_MAX, EDM_RHO = 0.002, 80.0, 7.0
-EDM_LOWEST_TIME = (EDM_SIGMA_MIN / EDM_SIGMA_MAX) ** (1 / EDM_RHO)
+N_BETAS = 1000  # steps of a discretised schedule, as in DDPM (arXiv 2006.11239)
+EDM_SIGMA_MIN, EDM_SIGMA_MAX, EDM_RHO = 0.002, 80.0, 7.0  # arXiv 2206.00364, table 1
+EDM_LOWEST_TIME = (EDM_SIGMA_MIN / EDM_SIGMA_MAX) ** (1 / EDM_RHO)  # t at which sigma is EDM_SIGMA_MIN
 # Values of sigma / alpha that place the times of sampling, see `sampling_times`.
 START_RATIO, RATIO_SCALE, LAST_RATIO = 160.0, 5.0, 1.05
 
@@ -38,19 +38,23 @@ START_RATIO, RATIO_SCALE, LAST_RATIO = 160.0, 5.0, 1.05
 def _betas(schedule: Schedule) -> np.ndarray:
     """Noise variances (1000,) fp64 of one discretised schedule."""
     if schedule == "linear":
+        # arXiv 2006.11239, section 4.
         return np.linspace(1e-4, 0.02, N_BETAS)
     if schedule == "scaled_linear":
+        # Latent diffusion: equal steps of sqrt(beta).
         return np.linspace(0.00085**0.5, 0.012**0.5, N_BETAS) ** 2
+    # cosine (arXiv 2102.09672, eq. 17), with betas up to 0.999 as there.
     alpha_bar = np.cos((np.linspace(0.0, 1.0, N_BETAS + 1) + 0.008) / 1.008 * math.pi / 2) ** 2
     return np.minimum(1 - alpha_bar[1:] / alpha_bar[:-1], 0.999)
 
 
 def _alpha_table(schedule: Schedule, zero_terminal_snr: bool) -> np.ndarray:
     """alpha at t = 0, 1/1000, .., 1, (1001,) fp64, falling from 1; rescaled as in arXiv 2305.08891, alg. 1."""
-    alpha = np.sqrt(np.cumprod(1 - _betas(schedule)))
+    alpha = np.sqrt(np.cumprod(1 - _betas(schedule)))  # sqrt(alpha_bar) of DDPM
     if zero_terminal_snr:
+        # The last value becomes 0, the first one stays.
         alpha = (alpha - alpha[-1]) * (alpha[0] / (alpha[0] - alpha[-1]))
-    return np.concatenate([[1.0], alpha])
+    return np.concatenate([[1.0], alpha])  # alpha = 1 exactly at t = 0
 
 
 def _choice(name: str, value: str, kind: object) -> None:
@@ -98,6 +102,7 @@ class DiffusionProcess:
         _choice("prediction", prediction, Prediction)
         self.schedule, self.prediction, self.zero_terminal_snr = schedule, prediction, zero_terminal_snr
         self.time_shift = time_shift
+        # Refuse combinations that cannot work or would have no effect.
         flow = schedule == "rectified_flow"
         if flow != (prediction == "velocity") and prediction != "x0":
             raise ValueError(
@@ -121,15 +126,17 @@ class DiffusionProcess:
         # A numpy array, since models are also built under torch.device("meta").
         tabulated = schedule in ("linear", "scaled_linear", "cosine")
         self._table = _alpha_table(schedule, zero_terminal_snr) if tabulated else np.empty(0)
-        self._device_tables: dict[torch.device, Tensor] = {}
+        self._device_tables: dict[torch.device, Tensor] = {}  # copies of the table, one per device
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Share of data and of noise at times t, any shape, in [0, 1]; exactly (1, 0) at t = 0."""
         t = _precise(t)
+        # Schedules with a formula.
         if self.schedule == "rectified_flow":
             return 1 - t, t
         if self.schedule == "edm":
             return torch.ones_like(t), EDM_SIGMA_MAX * t**EDM_RHO
+        # Schedules of betas: alpha between two entries of the table, in fp64.
         table = self._device_tables.get(t.device)
         if table is None:
             table = self._device_tables[t.device] = torch.from_numpy(self._table).to(t.device)
@@ -137,16 +144,17 @@ class DiffusionProcess:
         left = position.floor().clamp(0, N_BETAS - 1)
         index = left.long()
         alpha = torch.lerp(table[index], table[index + 1], position - left)
-        sigma = ((1 - alpha) * (1 + alpha)).clamp(min=0).sqrt()
+        sigma = ((1 - alpha) * (1 + alpha)).clamp(min=0).sqrt()  # sqrt(1 - alpha^2), accurate near alpha = 1
         return alpha.to(t.dtype), sigma.to(t.dtype)
 
     def time_at_ratio(self, ratio: np.ndarray) -> np.ndarray:
         """Times t, fp64, at which sigma / alpha equals `ratio` (0 .. inf); the inverse of `alpha_sigma`."""
         with np.errstate(invalid="ignore"):
             if self.schedule == "rectified_flow":
-                return np.where(np.isinf(ratio), 1.0, ratio / (1 + ratio))
+                return np.where(np.isinf(ratio), 1.0, ratio / (1 + ratio))  # inf / inf is nan, and replaced
             if self.schedule == "edm":
                 return (ratio / EDM_SIGMA_MAX) ** (1 / EDM_RHO)
+        # alpha^2 + sigma^2 = 1: the ratio gives alpha, and the table its time (negated, to rise).
         alpha = 1 / np.sqrt(1 + ratio**2)
         return np.interp(-alpha, -self._table, np.linspace(0.0, 1.0, N_BETAS + 1))
 
@@ -161,7 +169,7 @@ class DiffusionProcess:
         if self.schedule in ("rectified_flow", "edm"):
             norm = torch.hypot(alpha, sigma)
             return alpha / norm, sigma / norm
-        return alpha, sigma
+        return alpha, sigma  # of unit norm already
 
     def network_input(self, x_t: Tensor, t: Tensor) -> Tensor:
         """x_t (B, ...) as the network is fed it: unchanged, for edm divided by sqrt(1 + sigma^2), its c_in."""
@@ -179,9 +187,10 @@ class DiffusionProcess:
         if self.schedule == "rectified_flow":
             return 1000 * t
         if self.schedule == "edm":
+            # (ln sigma - ln sigma_min) / (ln sigma_max - ln sigma_min), ln sigma = ln sigma_max + rho ln t.
             log_ratio = math.log(EDM_SIGMA_MAX / EDM_SIGMA_MIN)
             return 1000 * (1 + EDM_RHO * t.log() / log_ratio).clamp(min=0)
-        return 1000 * t - 1
+        return 1000 * t - 1  # t = (i + 1) / 1000 lies after beta i
 
     def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the network is to predict for data and unit noise (B, ...) at times t (B,).
@@ -191,11 +200,12 @@ class DiffusionProcess:
         """
         x0, noise = _precise(x0), _precise(noise)
         if self.prediction == "velocity":
-            return noise - x0
+            return noise - x0  # d x_t / d t
         if self.prediction == "epsilon":
             return noise
         if self.prediction == "x0":
             return x0
+        # v (arXiv 2202.00512, section 4).
         alpha, sigma = self._unit_alpha_sigma(t)
         return _like(alpha, x0) * noise - _like(sigma, x0) * x0
 
@@ -206,9 +216,12 @@ class DiffusionProcess:
             return prediction
         alpha, sigma = self.alpha_sigma(t)
         if self.prediction == "velocity":
+            # x_t = x0 + t (noise - x0).
             return x_t - _like(sigma, x_t) * prediction
         if self.prediction == "epsilon":
+            # x_t = alpha x0 + sigma noise.
             return (x_t - _like(sigma, x_t) * prediction) / _like(alpha, x_t)
+        # v: x_t over its norm n and v are a rotation of x0 and noise: x0 = (alpha x_t / n - sigma v) / n.
         squared_norm = alpha**2 + sigma**2
         return _like(alpha / squared_norm, x_t) * x_t - _like(sigma / squared_norm.sqrt(), x_t) * prediction
 
@@ -234,6 +247,7 @@ class DiffusionProcess:
             return ((alpha / sigma) ** 2).clamp(max=gamma)
         if self.prediction == "v":
             alpha, sigma = self._unit_alpha_sigma(t)
+        # v, where 1 / (S + 1) = sigma^2, and velocity, with weight sigma^2 min(S, gamma).
         return torch.minimum(alpha**2, gamma * sigma**2)
 
     def shift(self, t: Tensor) -> Tensor:
@@ -253,13 +267,15 @@ class DiffusionProcess:
         _choice("sampling", sampling, TimeSampling)
         edm = self.schedule == "edm"
         lowest = EDM_LOWEST_TIME if edm else 0.0
+        # In fp64, since u close to 0 or 1 decides about the tails.
         u = uniforms.double()
         if sampling == "uniform":
             return self.shift(lowest + (1 - lowest) * u).float()
         if not std > 0:
             raise ValueError(f"std={std} of logit-normal times must be above 0")
-        normal = mean + std * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))
+        normal = mean + std * torch.special.ndtri(u.clamp(1e-7, 1 - 1e-7))  # clamped: infinite at 0 and 1
         if edm:
+            # normal is ln(sigma), and t = (sigma / sigma_max)^(1 / rho).
             return ((normal - math.log(EDM_SIGMA_MAX)) / EDM_RHO).exp().clamp(lowest, 1.0).float()
         return self.shift(torch.sigmoid(normal)).float()
 
@@ -282,25 +298,29 @@ class DiffusionProcess:
         _choice("spacing", spacing, Spacing)
         if n_steps < 1:
             raise ValueError(f"n_steps={n_steps} must be at least 1")
+        # The ratio to start from; infinite where t = 1 is pure noise.
         end_ratio = self._ratio(1.0)
         start = end_ratio if math.isinf(end_ratio) else min(end_ratio, START_RATIO)
         edm = self.schedule == "edm"
+        # Equal steps of t.
         if spacing == "uniform":
             if edm:
                 return self._shifted(np.append(np.linspace(1.0, EDM_LOWEST_TIME, n_steps), 0.0))
             return self._shifted(np.linspace(self.time_at_ratio(np.array(start)), 0.0, n_steps + 1))
+        # Equal steps of ratio^(1 / rho) (arXiv 2206.00364, eq. 5).
         if spacing == "karras":
             low = EDM_SIGMA_MIN if edm else self._ratio(1 / N_BETAS)
             root = np.linspace(min(start, START_RATIO) ** (1 / EDM_RHO), low ** (1 / EDM_RHO), n_steps)
             ratio = root**EDM_RHO
         else:
+            # default: equal steps of u = (k / (k + 5))^(1/3), the first of half the size.
             share = 1.0 if math.isinf(start) else start / (start + RATIO_SCALE)
             low = LAST_RATIO / n_steps
-            steps = np.maximum(np.arange(n_steps) - 0.5, 0.0) / max(n_steps - 1.5, 0.5)
+            steps = np.maximum(np.arange(n_steps) - 0.5, 0.0) / max(n_steps - 1.5, 0.5)  # 0, 0.5, 1.5, .. / (n - 1.5)
             first, last = np.cbrt([share, low / (low + RATIO_SCALE)])
             with np.errstate(divide="ignore"):
-                ratio = RATIO_SCALE / ((first + steps * (last - first)) ** -3 - 1)
-        ratio[0] = start
+                ratio = RATIO_SCALE / ((first + steps * (last - first)) ** -3 - 1)  # k = 5 / (u^-3 - 1)
+        ratio[0] = start  # exact, also where it is infinite
         return self._shifted(np.append(self.time_at_ratio(ratio), 0.0))
 
     def _ratio(self, t: float) -> float:

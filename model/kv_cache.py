@@ -52,6 +52,7 @@ class GrowingLayer(DynamicLayer):
             return super().update(key_states, value_states)  # Writing in place would break the backward pass.
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        # A larger buffer where the keys do not fit, or a new one where inference mode made the old.
         length = self.get_seq_length()
         end = length + key_states.shape[-2]
         if self.buffers is None or self.buffers[0].shape[-2] < end or self.is_frozen():
@@ -138,4 +139,5 @@ def take_back(cache: Cache, slot: int, length: int) -> None:
     layer = cache.layers[slot]
     if not isinstance(layer, DynamicLayer):
         raise ValueError(f"recurrent_cache_steps needs a cache that can be shortened, not {type(layer).__name__}")
+    # Shorter views; the next update writes over what they leave out.
     layer.keys, layer.values = layer.keys[:, :, :-length], layer.values[:, :, :-length]

@@ -26,7 +26,7 @@ def init_layer(module: nn.Module) -> None:
         initialization.zeros_(module.weight)
         initialization.zeros_(module.bias)
     elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.ConvTranspose1d | nn.Linear):
-        initialization.kaiming_uniform_(module.weight, a=5**0.5)
+        initialization.kaiming_uniform_(module.weight, a=5**0.5)  # bound 1 / sqrt(fan in)
         if module.bias is not None:
             initialization.zeros_(module.bias)
     elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
@@ -52,7 +52,8 @@ class Downsample(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, Y, X) -> (B, out_width, Y/2, X/2)."""
-        x = F.pixel_unshuffle(x, 2)
+        x = F.pixel_unshuffle(x, 2)  # (B, 4 D, Y/2, X/2)
+        # Shortcut: means of groups of 4 D / out_width channels.
         return self.conv(x) + x.unflatten(1, (self.out_width, -1)).mean(dim=2)
 
 
@@ -66,4 +67,5 @@ class Upsample(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, Y, X) -> (B, out_width, 2Y, 2X)."""
+        # Shortcut: every channel `n_repeats` times, 4 out_width channels in all.
         return F.pixel_shuffle(self.conv(x) + x.repeat_interleave(self.n_repeats, dim=1), 2)

@@ -69,12 +69,14 @@ def rename_layer(layer: dict[str, Tensor], config: MegaTransformerConfig) -> dic
         for kind in ("weight", "bias"):
             if (tensor := layer.get(f"{theirs}.{kind}")) is None:
                 continue
+            # Of all weights only those that rotate order their channels differently.
             if theirs in ("self_attn.q_proj", "self_attn.k_proj"):
                 tensor = neighbouring_pairs(tensor, config.width_per_head)
             joined.setdefault(f"{ours}.{kind}", []).append(tensor)
-    return {name: torch.cat(tensors) for name, tensors in joined.items()}
+    return {name: torch.cat(tensors) for name, tensors in joined.items()}  # q, k, v; gate, up
 
 
 def neighbouring_pairs(rows: Tensor, width: int) -> Tensor:
     """Rows of a query or key projection, (H K, ...), with channel i of each head at 2 i and i + K / 2 at 2 i + 1."""
+    # (H, 2, K / 2) -> (H, K / 2, 2).
     return rows.unflatten(0, (-1, 2, width // 2)).transpose(1, 2).flatten(0, 2)

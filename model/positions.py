@@ -23,6 +23,7 @@ def rotary_frequencies(
         interpolation: positions are divided by it, to stretch a trained length (arXiv 2306.15595).
         ntk_factor: stretches low frequencies more than high ones (NTK-aware scaling).
     """
+    # Constants: computed on the CPU, without touching the random stream.
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         module = RotaryEmbedding(width, theta=theta, theta_rescale_factor=ntk_factor, cache_max_seq_len=1)
     return (module.freqs.detach() / interpolation).tolist()
@@ -37,7 +38,7 @@ def rotary_table(frequencies: list[float], positions: Tensor) -> Tensor:
     Returns: (B or 1, L, 1, K / 2, 2) fp32; the 1 stands for the heads.
     """
     rates = torch.tensor(frequencies, dtype=torch.float32, device=positions.device)
-    angles = positions[..., None, None].float() * rates
+    angles = positions[..., None, None].float() * rates  # (B or 1, L, 1, K / 2)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
@@ -50,13 +51,15 @@ def apply_rotary(x: Tensor, table: Tensor) -> Tensor:
     Returns: (B, L, H, K) in the type of x; the rotation itself is done in fp32.
     """
     width = 2 * table.shape[-2]
+    # Partial rotary embedding: the other channels pass through.
     if width < x.shape[-1]:
         return torch.cat([apply_rotary(x[..., :width].contiguous(), table), x[..., width:]], dim=-1)
-    pairs = x.float().view(*x.shape[:-1], width // 2, 2)
+    pairs = x.float().view(*x.shape[:-1], width // 2, 2)  # (B, L, H, K / 2, 2)
     if torch.compiler.is_compiling():  # Compilers do not fuse complex numbers.
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     else:
+        # (a + i b) (cos + i sin).
         rotated = torch.view_as_real(torch.view_as_complex(pairs) * torch.view_as_complex(table))
     return rotated.flatten(-2).to(x.dtype)
 
@@ -78,7 +81,7 @@ def alibi_bias(n_heads: int, queries: Tensor, keys: Tensor) -> Tensor:
     Returns: (B or 1, H, L, S) fp32.
     """
     slopes = torch.tensor(alibi_slopes(n_heads), dtype=torch.float32, device=queries.device)
-    distance = (queries[:, :, None] - keys[:, None, :]).abs().float()
+    distance = (queries[:, :, None] - keys[:, None, :]).abs().float()  # (B or 1, L, S)
     return -slopes[:, None, None] * distance[:, None]
 
 
@@ -90,6 +93,7 @@ def sinusoidal_embedding(positions: Tensor, width: int) -> Tensor:
         width: D, even.
     Returns: (B or 1, L, D) fp32.
     """
+    # 10000^(-2 i / D).
     rates = torch.exp(torch.arange(0, width, 2, device=positions.device) * (-math.log(10000.0) / width))
     angles = positions[..., None].float() * rates
     return torch.cat([angles.sin(), angles.cos()], dim=-1)
@@ -107,14 +111,16 @@ def visible_keys(
         segment_ids: (B, L), where L = S; equal numbers are the same document. None: one document.
     Returns: (B or 1, 1, L, S) bool.
     """
-    visible = (keys <= queries[:, None])[None, None]
+    visible = (keys <= queries[:, None])[None, None]  # causal, (1, 1, L, S)
     if attention_mask is not None:
         tokens = attention_mask.bool()
+        # A static cache has room for more keys than there are tokens.
         if tokens.shape[1] < len(keys):
             tokens = torch.nn.functional.pad(tokens, (0, len(keys) - tokens.shape[1]))
         visible = visible & tokens[:, None, None, : len(keys)]
     if segment_ids is not None:
         visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+    # Padding sees itself: the softmax of an empty row would be nan.
     return visible | (keys == queries[:, None])
 
 
@@ -123,5 +129,6 @@ def positions_in_segments(segment_ids: Tensor) -> Tensor:
     L = segment_ids.shape[1]
     index = torch.arange(L, device=segment_ids.device)
     starts = torch.ones_like(segment_ids, dtype=torch.bool)
-    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]
+    starts[:, 1:] = segment_ids[:, 1:] != segment_ids[:, :-1]  # first tokens of documents
+    # Index minus that of the last start before.
     return index - torch.where(starts, index, 0).cummax(dim=1).values

@@ -87,10 +87,12 @@ class MegaTransformerRecurrentBlock(nn.Module):
             return noise * self.config.recurrent_state_std
         if kind == "learned":
             return self.learned_state.to(x.dtype).expand_as(x)
+        # Otherwise zeros, which are also the mean of "normal", for evaluation.
         return x if kind == "embedding" else torch.zeros_like(x)
 
     def slot(self, step: int, first_slot: int) -> int:
         """The cache's slot of the core's first layer at a step."""
+        # Steps own their slots, or share them with every `recurrent_cache_steps`-th step.
         shared_by = self.config.recurrent_cache_steps or self.config.recurrent_max_thinking_steps
         return first_slot + (step % shared_by) * (len(self.layers) + self.config.n_coda_layers)
 

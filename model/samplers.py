@@ -42,9 +42,10 @@ class _Steps:
     def __init__(self, x: Tensor, process: DiffusionProcess, times: Tensor):
         if times.dim() != 1 or len(times) < 2 or bool((times[1:] >= times[:-1]).any()) or times[-1] != 0:
             raise ValueError("times must fall strictly and end at 0; use DiffusionProcess.sampling_times")
+        # On the CPU in fp64, once for the whole run.
         alpha, sigma = process.alpha_sigma(times.double().cpu())
         self.alpha, self.sigma = alpha.tolist(), sigma.tolist()
-        self.times = times.to(x.device, x.dtype)[:, None].expand(-1, len(x))
+        self.times = times.to(x.device, x.dtype)[:, None].expand(-1, len(x))  # (n + 1, B)
         self.n_steps = len(times) - 1
 
     def log_ratio(self, i: int) -> float:
@@ -80,8 +81,11 @@ def ddim(
     for i in range(steps.n_steps):
         alpha, alpha_next, sigma, sigma_next = *steps.alpha[i : i + 2], *steps.sigma[i : i + 2]
         # Std of x_s given x_t and x0: sigma_s / sigma_t times that of x_t given x_s.
+        # For alpha^2 + sigma^2 = 1 this is eq. 16.
         std = eta * sigma_next / sigma * math.sqrt(max(sigma**2 - (alpha * sigma_next / alpha_next) ** 2, 0.0))
+        # The rest of the variance sigma_s^2 is noise that x_t has already.
         ratio = math.sqrt(max(sigma_next**2 - std**2, 0.0)) / sigma
+        # Mean of x_s given x_t and x0, then fresh noise.
         x0 = denoiser(x, steps.times[i])
         x = ratio * x + (alpha_next - alpha * ratio) * x0
         if std > 0 and generators is not None:
@@ -102,6 +106,7 @@ def euler(
     """Euler's method on the probability-flow ODE: x0 (B, ...) from x (B, ...) at times[0]."""
     steps = _Steps(x, process, times)
     for i in range(steps.n_steps):
+        # Euler's step of x / alpha over sigma / alpha, exact as long as x0 does not change.
         of_x, of_x0 = steps.coefficients(i)
         x = of_x * x + of_x0 * denoiser(x, steps.times[i])
     return x
@@ -117,6 +122,7 @@ def heun(
     x / alpha over sigma / alpha (arXiv 2206.00364, alg. 1).
     """
     steps = _Steps(x, process, times)
+    # y = x / scale as a function of tau, which is 1 at pure noise and 0 at data.
     scale = [a + s for a, s in zip(steps.alpha, steps.sigma)]
     tau = [s / c for s, c in zip(steps.sigma, scale)]
     y = x / scale[0]
@@ -124,11 +130,12 @@ def heun(
         # Euler's guess at the next time, whose slope is averaged with that of this time.
         x0 = denoiser(x, steps.times[i])
         if i == steps.n_steps - 1:
-            return x0
+            return x0  # tau = 0: y = x0
         slope = (y - x0) / tau[i]
         step = tau[i + 1] - tau[i]
         guess = y + step * slope
         x0 = denoiser(scale[i + 1] * guess, steps.times[i + 1])
+        # The mean of both slopes.
         y = y + 0.5 * step * (slope + (guess - x0) / tau[i + 1])
         x = scale[i + 1] * y
     return x
@@ -139,14 +146,15 @@ def dpmpp_2m(
 ) -> Tensor:
     """DPM-Solver++(2M) (arXiv 2211.01095, alg. 2): x0 (B, ...) from x (B, ...) at times[0]."""
     steps = _Steps(x, process, times)
-    log_ratio = [steps.log_ratio(i) for i in range(steps.n_steps + 1)]
+    log_ratio = [steps.log_ratio(i) for i in range(steps.n_steps + 1)]  # lambda of the paper
     last = x
     for i in range(steps.n_steps):
         of_x, of_x0 = steps.coefficients(i)
-        x0 = estimate = denoiser(x, steps.times[i])
+        x0 = estimate = denoiser(x, steps.times[i])  # one evaluation per step
         step, last_step = log_ratio[i + 1] - log_ratio[i], log_ratio[i] - log_ratio[max(i - 1, 0)]
         # Second order: extrapolate x0 over ln(alpha / sigma); first order where a step is infinite or the first.
         if 0 < last_step < math.inf and step < math.inf:
+            # (1 + 1 / (2 r)) x0 - 1 / (2 r) last, r = last_step / step.
             estimate = torch.lerp(last, x0, 1 + step / (2 * last_step))
         x, last = of_x * x + of_x0 * estimate, x0
     return x
@@ -164,7 +172,7 @@ SAMPLERS: dict[SamplerKind, Callable[..., Tensor]] = {
 
 def n_evaluations(name: SamplerKind, n_steps: int) -> int:
     """How often sampler `name` calls its denoiser in n_steps steps."""
-    return 2 * n_steps - 1 if name == "heun" else n_steps
+    return 2 * n_steps - 1 if name == "heun" else n_steps  # Heun's last step needs one
 
 
 def sample(
@@ -194,6 +202,7 @@ def rescale_guidance(guided: Tensor, conditional: Tensor, rescale: float) -> Ten
     arXiv 2305.08891, section 3.4, eq. 15 and 16; one std per sample.
     """
     dims = tuple(range(1, guided.dim()))
+    # Eq. 15 is guided * factor, eq. 16 its mixture with guided.
     factor = conditional.std(dims, keepdim=True) / guided.std(dims, keepdim=True)
     return guided * (rescale * factor + (1 - rescale))
 
@@ -223,6 +232,7 @@ def guided_denoiser(
         raise ValueError(f"guidance interval=({low}, {high}) must satisfy 0 <= low < high <= 1")
     if not 0 <= rescale <= 1:
         raise ValueError(f"guidance rescale={rescale} must be in [0, 1]")
+    # Conditions (2 B rows) are joined once for all steps.
     both = None if scale == 1 else condition.cat(null_condition)
 
     def predict(x: Tensor, t: Tensor, rows: Any) -> Tensor:
@@ -238,7 +248,7 @@ def guided_denoiser(
             inside = (t >= low) & (t <= high)
             if not inside.any():
                 return predict(x, t, condition)
-            weight = torch.where(inside, scale, 1.0).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+            weight = torch.where(inside, scale, 1.0).to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))  # (B, 1, ..)
         # Both conditions in one batch of 2 B rows.
         conditional, null = predict(torch.cat([x, x]), torch.cat([t, t]), both).chunk(2)
         guided = null + weight * (conditional - null)

@@ -22,7 +22,7 @@ def lognormal_poisson(generator: np.random.Generator, mean: float, sigma: float)
         mean: of n, at least 0.
         sigma: std of the logarithm of the Poisson rate; 0: plain Poisson.
     """
-    log_rate = generator.normal(math.log(max(mean, SMALLEST_MEAN)) - 0.5 * sigma**2, sigma)
+    log_rate = generator.normal(math.log(max(mean, SMALLEST_MEAN)) - 0.5 * sigma**2, sigma)  # E[exp(tau)] = mean
     return int(generator.poisson(math.exp(log_rate)))
 
 
@@ -34,6 +34,7 @@ def sample_thinking_steps(config, generator: np.random.Generator, mean: float | 
         mean: replaces `recurrent_mean_thinking_steps`, at least 1.
     """
     mean = config.recurrent_mean_thinking_steps if mean is None else mean
+    # The distribution "fixed" is the mean itself.
     steps = round(mean)
     if config.recurrent_steps_distribution == "lognormal_poisson":
         steps = 1 + lognormal_poisson(generator, mean - 1, config.recurrent_sigma)

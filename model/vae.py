@@ -48,6 +48,7 @@ class VAE(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
+        # Statistics of `normalize_latents`; until they are measured, latents stay as they are.
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
@@ -59,6 +60,7 @@ class VAE(PreTrainedModel):
             noise: (B, Z, y, x) standard normal, or None to decode the posterior mean.
         """
         mean, logvar = self.encode(image)
+        # Reparametrisation (arXiv 1312.6114, section 2.4).
         latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         return VAEOutput(reconstruction=self.decode(latents), mean=mean, logvar=logvar)
 
@@ -78,6 +80,7 @@ class VAE(PreTrainedModel):
                 f"an image of {Y}x{X} pixels cannot be encoded: both sides must be divisible by the "
                 f"compression {self.config.compression}; crop, pad or resize it"
             )
+        # (B, 2Z, y, x) -> two of (B, Z, y, x).
         mean, logvar = self.encoder(image).float().chunk(2, dim=1)
         return mean, logvar.clamp(*LOGVAR_RANGE)
 
@@ -100,7 +103,7 @@ class VAE(PreTrainedModel):
 
     def normalize_latents(self, latents: Tensor) -> Tensor:
         """(B, Z, ...) as encoded -> zero mean and unit std per channel over the training set."""
-        shape = (-1, *[1] * (latents.ndim - 2))
+        shape = (-1, *[1] * (latents.ndim - 2))  # (Z, 1, 1) for images
         return (latents - self.latent_mean.view(shape)) / self.latent_std.view(shape)
 
     def denormalize_latents(self, latents: Tensor) -> Tensor:
@@ -125,6 +128,7 @@ class VAE(PreTrainedModel):
                 raise ValueError(f"latent {name} is not finite: {value.tolist()}")
         if (std <= 0).any():
             raise ValueError(f"latent std must be positive, got {std.tolist()}")
+        # In place: they stay buffers, of the same type and device.
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 

@@ -13,9 +13,10 @@ class FrameConv(nn.Conv1d):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, in channels) -> (B, F, out channels)."""
-        x = x.transpose(1, 2)
+        x = x.transpose(1, 2)  # (B, channels, F)
         if x.is_cuda:
             return super().forward(x).transpose(1, 2)
+        # An image of one row, (B, channels, 1, F).
         padding = (0, self.padding[0])
         y = F.conv2d(x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, padding=padding, groups=self.groups)
         return y.squeeze(2).transpose(1, 2)

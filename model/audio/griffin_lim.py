@@ -21,10 +21,12 @@ def mel_to_magnitude(
         start: positive magnitudes, (B, F, K).
     Returns: (B, F, K).
     """
+    # The factor filters.sum(1) undoes the division by it in `spread`.
     target = amplitude * filters.sum(1)
     magnitude = start
     for _ in range(n_iterations):
-        current = (magnitude @ filters.T).clamp_min_(1e-10)
+        current = (magnitude @ filters.T).clamp_min_(1e-10)  # mel of the magnitudes, (B, F, M)
+        # magnitude_k *= sum_m filter_mk (amplitude_m / current_m) / sum_m filter_mk.
         magnitude = (current.reciprocal_().mul_(target) @ spread.T).mul_(magnitude)
     return magnitude
 
@@ -38,7 +40,7 @@ def mel_gain(magnitude: Tensor, amplitude: Tensor, *, filters: Tensor, spread: T
         amplitude, filters, spread: as of `mel_to_magnitude`.
     Returns: (B, F, K).
     """
-    current = torch.maximum(magnitude @ filters.T, 0.1 * amplitude)
+    current = torch.maximum(magnitude @ filters.T, 0.1 * amplitude)  # 0.1: at most tenfold
     return (amplitude / current * filters.sum(1)) @ spread.T
 
 
@@ -51,12 +53,14 @@ def starting_magnitude(amplitude: Tensor, inverse: Tensor, spread: Tensor) -> Te
         spread: bins as weighted means of the filters over them, (K, M).
     Returns: (B, F, K).
     """
+    # The least-squares inverse can be negative, the envelope cannot.
     return torch.maximum(amplitude @ inverse.T, 0.2 * (amplitude @ spread.T)).clamp_min(1e-6)
 
 
 def inversion_matrices(settings: MelSettings) -> tuple[Tensor, Tensor, Tensor]:
     """Filters (M, K), their pseudo-inverse (K, M), and the smooth envelope's weights (K, M)."""
     filters = mel_filters(settings)
+    # Shares of the filters over each bin, (M, K); then amplitudes become mean magnitudes of a filter.
     weights = filters / filters.sum(0, keepdim=True).clamp_min(1e-8)
     return filters, torch.linalg.pinv(filters), (weights / filters.sum(1, keepdim=True).clamp_min(1e-8)).T.contiguous()
 
@@ -82,15 +86,16 @@ def griffin_lim(
     amplitude = mel.exp().transpose(1, 2)
     start = starting_magnitude(amplitude, inverse, spread)
     magnitude = mel_to_magnitude(amplitude, filters, spread, n_iterations=50, start=start).transpose(1, 2)
-    transform = Spectrogram(settings.n_fft, settings.hop_length).to(mel.device)
+    transform = Spectrogram(settings.n_fft, settings.hop_length).to(mel.device)  # frames of the log-mel
     # Random phases, then: project on consistent spectra, extrapolate with momentum, restore the magnitudes.
     generator = generator or torch.Generator().manual_seed(0)
     phase = 2 * torch.pi * torch.rand(magnitude.shape, generator=generator)
     spectrum = torch.polar(magnitude, phase.to(mel.device))
     previous = torch.zeros_like(spectrum)
     for _ in range(n_iterations):
-        consistent = transform(transform.inverse(spectrum))
+        consistent = transform(transform.inverse(spectrum))  # nearest spectrum of a waveform
+        # Momentum in the form of torchaudio's `griffinlim`.
         direction = consistent - momentum / (1 + momentum) * previous
-        spectrum = magnitude * direction / direction.abs().clamp_min(1e-16)
+        spectrum = magnitude * direction / direction.abs().clamp_min(1e-16)  # new phases, given magnitudes
         previous = consistent
     return transform.inverse(spectrum)

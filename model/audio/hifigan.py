@@ -24,7 +24,7 @@ class Snake(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.log_frequency = nn.Parameter(torch.zeros(width, 1))
+        self.log_frequency = nn.Parameter(torch.zeros(width, 1))  # a = exp(this) > 0, 1 at the start
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, S) -> (B, C, S)."""
@@ -50,16 +50,18 @@ class ResidualStack(GradientCheckpointingLayer):
 
     def __init__(self, width: int, kernel_size: int, kind: str):
         super().__init__()
-        side = kernel_size // 2
+        side = kernel_size // 2  # padding that keeps the length
         self.dilated = nn.ModuleList(
             nn.Conv1d(width, width, kernel_size, padding=side * dilation, dilation=dilation)
             for dilation in self.dilations
         )
         self.plain = nn.ModuleList(nn.Conv1d(width, width, kernel_size, padding=side) for _ in self.dilations)
+        # Two per pair: before the dilated convolution and before the plain one.
         self.activations = nn.ModuleList(activation(kind, width) for _ in range(2 * len(self.dilations)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, S) -> (B, C, S)."""
+        # x + plain(activation(dilated(activation(x)))), once per dilation.
         for i, (dilated, plain) in enumerate(zip(self.dilated, self.plain, strict=True)):
             y = dilated(self.activations[2 * i](x))
             x = x + plain(self.activations[2 * i + 1](y))
@@ -77,9 +79,11 @@ class HiFiGANGenerator(nn.Module):
         super().__init__()
         self.config = config
         C, kind = config.hifigan_width, config.hifigan_activation
+        # Width after each upsampling: half of that before.
         widths = [C // 2 ** (i + 1) for i in range(len(config.hifigan_factors))]
         self.stem = nn.Conv1d(config.n_mels, C, 7, padding=3)
         self.ups, self.stacks, self.activations = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        # Per upsampling: activation, transposed convolution, one residual stack per kernel size.
         for factor, before, after in zip(config.hifigan_factors, [C, *widths], widths, strict=False):
             self.activations.append(activation(kind, before))
             # A kernel of twice the factor, or one more where the factor is odd: the length is exactly multiplied.
@@ -88,15 +92,18 @@ class HiFiGANGenerator(nn.Module):
             self.stacks.append(
                 nn.ModuleList(ResidualStack(after, kernel, kind) for kernel in config.hifigan_kernel_sizes)
             )
+        # One channel, the waveform.
         self.activations.append(activation(kind, widths[-1]))
         self.out = nn.Conv1d(widths[-1], 1, 7, padding=3)
 
     def forward(self, mel: Tensor) -> Tensor:
         """(B, M, F) -> (B, F * hop_length) in [-1, 1]."""
-        x = self.stem(mel)
+        x = self.stem(mel)  # (B, C, F)
         for before, up, stacks in zip(self.activations, self.ups, self.stacks, strict=False):
-            x = up(before(x))
+            x = up(before(x))  # half the channels, more samples
+            # Multi-receptive field fusion: the mean over kernel sizes.
             x = torch.stack([stack(x) for stack in stacks]).mean(0)
+        # (B, 1, S) -> (B, S), fp32.
         return torch.tanh(self.out(self.activations[-1](x))[:, 0].float())
 
     def chunk_arguments(self, mel: Tensor, chunk_frames: int) -> dict[str, Tensor]:
@@ -109,7 +116,8 @@ class HiFiGANGenerator(nn.Module):
         largest = max(self.config.hifigan_kernel_sizes)
         samples, rate = 3.0, 1.0  # In frames: the stem.
         for factor in self.config.hifigan_factors:
-            rate *= factor
+            rate *= factor  # samples per frame after this upsampling
+            # Reach of the widest stack in samples: its dilated convolutions and as many plain ones.
             steps = largest // 2 * (sum(ResidualStack.dilations) + len(ResidualStack.dilations))
-            samples += 1 + steps / rate
-        return math.ceil(samples + 3 / rate)
+            samples += 1 + steps / rate  # 1: bounds the reach of the transposed convolution
+        return math.ceil(samples + 3 / rate)  # 3: the last convolution

@@ -31,5 +31,6 @@ def masked_mean(values: Tensor, n_frames: Tensor | None) -> Tensor:
     values = values.float()
     if n_frames is None:
         return values.flatten(1).mean(1)
+    # `where` and no product: padding may hold anything, infinities too.
     total = values.where(valid_frames(n_frames, values.shape[-1])[:, None], 0.0).sum((1, 2))
     return total / (values.shape[1] * n_frames.clamp_min(1))

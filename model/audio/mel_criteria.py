@@ -21,7 +21,7 @@ def mel_gradient_loss(error: Tensor, n_frames: Tensor) -> Tensor:
         n_frames: (B,).
     Returns: (B,) fp32.
     """
-    over_time = masked_mean(error.diff(dim=-1).abs(), n_frames - 1)
+    over_time = masked_mean(error.diff(dim=-1).abs(), n_frames - 1)  # n frames make n - 1 pairs
     return over_time + masked_mean(error.diff(dim=-2).abs(), n_frames)
 
 
@@ -72,8 +72,9 @@ def character_loss(logits: Tensor, lengths: Tensor, tokens: Tensor, *, token_len
         token_lengths: (B,), the first one counted.
     Returns: (B,) fp32.
     """
-    log_probabilities = logits.float().log_softmax(-1).transpose(0, 1)
+    log_probabilities = logits.float().log_softmax(-1).transpose(0, 1)  # (L, B, V)
     n_characters = token_lengths - 1
+    # The token that begins the text is not spoken, and so not a target.
     losses = F.ctc_loss(
         log_probabilities, tokens[:, 1:], lengths, n_characters, PADDING, reduction="none", zero_infinity=True
     )

@@ -41,15 +41,17 @@ class MelDiscriminator(Discriminator):
         use_spectral_norm: bool = False,
     ):
         super().__init__()
+        # (M, 1), for every frame of a mel.
         self.register_buffer("band_mean", band_mean.detach().clone()[:, None])
         self.register_buffer("band_std", band_std.detach().clone()[:, None])
         widths = [self.in_channels(len(band_mean))] + [channels * min(2**i, 8) for i in range(n_layers)]
+        # Layers of stride 2, then one convolution to the logits.
         layer = partial(convolution, kind=self.convolution, use_spectral_norm=use_spectral_norm)
         self.layers = nn.ModuleList(
             layer(width, out_width, 4, stride=2) for width, out_width in zip(widths, widths[1:])
         )
         self.head = layer(widths[-1], 1, 3, stride=1)
-        self.eval()
+        self.eval()  # freezes new spectral norms
 
     def in_channels(self, n_mels: int) -> int:
         """Channels that the first layer takes."""
@@ -62,7 +64,7 @@ class MelDiscriminator(Discriminator):
     def forward(self, mel: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Args: mel: log-mel (B, M, F), F (and M for `patch_2d`) at least 2**n_layers.
         Returns: [logits (B, 1, ...)], one feature map per layer."""
-        x = self.arrange((mel - self.band_mean) / self.band_std)
+        x = self.arrange((mel - self.band_mean) / self.band_std)  # (B, M, F) or (B, 1, M, F)
         if min(x.shape[2:]) < 2 ** len(self.layers):
             raise ValueError(
                 f"a mel of {mel.shape[1]} bins and {mel.shape[2]} frames is too small for a discriminator of "
@@ -72,7 +74,7 @@ class MelDiscriminator(Discriminator):
         features = []
         for layer in self.layers:
             x = F.leaky_relu(layer(x), LEAKY_SLOPE)
-            features.append(x)
+            features.append(x)  # half the frames (and bins) of the layer before
         return [self.head(x)], features
 
 
@@ -97,7 +99,7 @@ class MelPatchDiscriminator2d(MelDiscriminator):
         return 1
 
     def arrange(self, mel):
-        return mel[:, None].contiguous(memory_format=torch.channels_last)
+        return mel[:, None].contiguous(memory_format=torch.channels_last)  # (B, 1, M, F)
 
 
 MelDiscriminatorKind = Literal["patch_1d", "patch_2d"]

@@ -40,8 +40,10 @@ class MelSettings:
         for name in ("sample_rate", "n_fft", "hop_length", "n_mels"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be > 0")
+        # Reflection adds (n_fft - hop_length) / 2 whole samples on both sides.
         if self.n_fft % 2 or self.hop_length % 2:
             raise ValueError(f"n_fft={self.n_fft} and hop_length={self.hop_length} must be even")
+        # Overlap-add cuts frames into pieces of one hop.
         if self.n_fft % self.hop_length or self.n_fft < 2 * self.hop_length:
             raise ValueError(f"hop_length={self.hop_length} must divide n_fft={self.n_fft} at least twice")
         if not 0 <= self.f_min < self.f_max <= self.sample_rate / 2:
@@ -73,6 +75,7 @@ class MelSettings:
 
 MelPreset = Literal["16k", "22k", "24k", "44k", "48k"]
 # fmt: off
+# 22k is HiFi-GAN's definition, 24k and 44k are BigVGAN's (24khz_100band, 44khz_128band_512x).
 MEL_PRESETS: dict[MelPreset, MelSettings] = {
     "16k":   MelSettings(),
     "22k":   MelSettings(sample_rate=22050, n_fft=1024, hop_length=256, n_mels=80,  f_max=8000.0),
@@ -144,6 +147,7 @@ def mirror_ends(waveform: Tensor, before: int, after: int) -> Tensor:
     S = waveform.shape[-1]
     if max(before, after) >= S:
         raise ValueError(f"a waveform of {S} samples is too short to be extended by {max(before, after)}")
+    # The samples next to each end, mirrored; the ends themselves do not repeat.
     ends = waveform[..., 1 : before + 1].flip(-1), waveform[..., S - 1 - after : S - 1].flip(-1)
     return torch.cat([ends[0], waveform, ends[1]], dim=-1)
 
@@ -158,6 +162,7 @@ def stft(waveform: Tensor, window: Tensor, hop_length: int) -> Tensor:
     """
     n_fft = len(window)
     with torch.autocast(waveform.device.type, enabled=False):
+        # Frames (B, F, N), windowed; spectra (B, F, K) -> (B, K, F).
         frames = reflect_pad(waveform.float(), n_fft, hop_length).unfold(-1, n_fft, hop_length)
         return torch.fft.rfft(frames * window).transpose(1, 2)
 
@@ -172,6 +177,7 @@ def istft(spectrum: Tensor, window: Tensor, hop_length: int) -> Tensor:
     """
     n_fft = len(window)
     with torch.autocast(spectrum.device.type, enabled=False):
+        # Frames (B, F, N), windowed again, summed, and divided by the sum of squared windows.
         frames = torch.fft.irfft(spectrum.transpose(1, 2), n=n_fft) * window
         return overlap_add(frames, hop_length) / squared_windows(window, hop_length, frames.shape[1])
 
@@ -187,6 +193,7 @@ def overlap_add(frames: Tensor, hop_length: int) -> Tensor:
     B, n_frames, n_fft = frames.shape
     overlap = n_fft // hop_length
     pieces = frames.view(B, n_frames, overlap, hop_length)
+    # Piece i of all frames, moved by i hops: (B, F + overlap - 1, hop).
     total = sum(F.pad(pieces[:, :, i], (0, 0, i, overlap - 1 - i)) for i in range(overlap))
     cut = (n_fft - hop_length) // 2  # samples that `reflect_pad` added on either side
     return total.reshape(B, -1)[:, cut : cut + n_frames * hop_length]
@@ -196,6 +203,7 @@ def squared_windows(window: Tensor, hop_length: int, n_frames: int) -> Tensor:
     """What `overlap_add` makes of frames that are all the squared window, (n_frames * hop_length,)."""
     n_fft = len(window)
     overlap = n_fft // hop_length
+    # Number of the frame whose piece i covers hop h: h - i, (hops, overlap).
     first = torch.arange(n_frames + overlap - 1, device=window.device)[:, None] - torch.arange(
         overlap, device=window.device
     )
@@ -254,4 +262,5 @@ class LogMel(nn.Module):
     def from_magnitude(self, magnitude: Tensor) -> Tensor:
         """(B, K, F) magnitudes -> (B, M, F) log-mel."""
         with torch.autocast(magnitude.device.type, enabled=False):
+            # (M, K) x (B, K, F); silence is at `log_floor`.
             return (self.filters @ magnitude.float()).clamp_min(self.settings.floor).log()

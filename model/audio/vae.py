@@ -37,16 +37,19 @@ class AudioVAEConfig(AudioConfig):
 
     model_type = "audio_vae"
 
+    # Patches and latents.
     architecture: Literal["conv1d", "conv2d"] = option("conv1d", "mel bins as channels, or as rows of an image")
     latent_channels: int = option(20, "latent channels Z", gt=0)
     patch_frames: int = option(2, "mel frames c per latent frame", gt=0)
     patch_bins: int = option(8, "mel bins per latent row", gt=0, only_with=("architecture", "conv2d"))
 
+    # Network.
     width: int = option(256, "channels D of the network", gt=0)
     n_encoder_blocks: int = option(2, "residual blocks of the encoder", ge=0)
     n_decoder_blocks: int = option(3, "residual blocks of the decoder", ge=0)
     kernel_size: int = option(7, "positions that a block's depthwise convolution sees along each axis", gt=0)
 
+    # Speakers and characters.
     speakers: list[str] = option([], "names of the speakers the model is conditioned on; [] for none")
     speaker_width: int = option(64, "width of a speaker's embedding", gt=0)
     use_ctc: bool = option(False, "a head that reads characters out of the latents, for a CTC loss")
@@ -148,6 +151,7 @@ class AudioVAE(VAE):
         """
         n_frames = self.check_frames(n_frames, mel.shape[0], mel.shape[-1], device=mel.device)
         mean, logvar = self.encode(mel, n_frames, speaker)
+        # Reparametrised latents, cut to the frames of the input after decoding.
         latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         reconstruction = self.decode_all(latents, n_frames, speaker)[..., : mel.shape[-1]]
         logits = self.read_characters(latents, n_frames) if self.character_head is not None else None
@@ -201,6 +205,7 @@ class AudioVAE(VAE):
     def decode_all(self, latents: Tensor, n_frames: Tensor, speaker: Tensor | None) -> Tensor:
         """As `decode`, without checks and without cutting: (B, M, L * c)."""
         mask = self.latent_mask(n_frames, latents.shape[-1])
+        # Latents of padding are zero, as those of `encode`.
         patches = self.decoder(latents.movedim(1, -1) * mask, mask, self.embed_speaker(speaker))
         mel = self.denormalize_mel(self.from_patches(patches))
         return mel.where(valid_frames(n_frames, mel.shape[-1])[:, None], self.config.mel.log_floor)
@@ -216,7 +221,7 @@ class AudioVAE(VAE):
 
     def latents_lengths(self, n_frames: Tensor) -> Tensor:
         """Valid latent frames of clips with so many mel frames, of the same shape."""
-        return -(-n_frames // self.config.compression)
+        return -(-n_frames // self.config.compression)  # rounded up
 
     def latent_shape(self, n_frames: int) -> tuple[int, ...]:
         """(Z, L) or (Z, m, L) of a mel with so many frames."""
@@ -271,6 +276,7 @@ class AudioVAE(VAE):
     def from_patches(self, patches: Tensor) -> Tensor:
         """The inverse of `to_patches`."""
         patches = patches[:, None] if self.config.architecture == "conv1d" else patches
+        # (B, m, L, M / m * c) -> (B, m, M / m, L * c) -> (B, M, L * c).
         return patches.unflatten(3, (-1, self.config.patch_frames)).transpose(2, 3).flatten(3).flatten(1, 2)
 
     # ---- What it starts as.

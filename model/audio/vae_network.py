@@ -42,10 +42,13 @@ class Block(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, mask: Tensor, speaker: Tensor | None) -> Tensor:
         """(B, [m,] L, D) -> the same shape; mask is (B, [1,] L, 1), speaker (B, [1,] 1, E)."""
+        # Padding is zero to the convolution, as what lies beyond the ends.
         h = self.norm(self.conv(x * mask))
         if self.speaker is not None:
+            # The speaker scales and shifts the normalised states, by 1 and 0 at the start.
             scale, shift = self.speaker(speaker).chunk(2, dim=-1)
             h = h * (1 + scale) + shift
+        # Two linear layers on every position.
         return x + self.out(F.gelu(self.linear(h)))
 
 
@@ -61,10 +64,12 @@ class PatchCode(nn.Linear):
 
     def initial_weight(self) -> Tensor:
         """The lowest cosine patterns (DCT-II) over the SCALE, or their transpose times it."""
+        # Orthonormal rows, one per pattern, (patterns, values of a patch).
         n_values, n_patterns = max(self.weight.shape), min(self.weight.shape)
         position = (torch.arange(n_values, dtype=torch.float64) + 0.5) * torch.pi / n_values
         patterns = torch.cos(torch.arange(n_patterns, dtype=torch.float64)[:, None] * position)
         patterns = (patterns / patterns.norm(dim=1, keepdim=True)).float()
+        # The weight of a linear layer is (out, in).
         is_inverse = self.out_features == n_values
         return patterns.T * self.SCALE if is_inverse else patterns / self.SCALE
 
@@ -72,7 +77,7 @@ class PatchCode(nn.Linear):
 class PosteriorHead(ZeroLinear):
     """Linear layer to mean and logvar of the posterior; starts at mean 0 and logvar -5."""
 
-    LOGVAR = -5.0
+    LOGVAR = -5.0  # a std of 0.08
 
 
 class Network(nn.Module):
@@ -81,7 +86,7 @@ class Network(nn.Module):
     def __init__(self, config, in_width: int, n_blocks: int):
         super().__init__()
         self.stem = nn.Linear(in_width, config.width)
-        n_axes = 1 if config.architecture == "conv1d" else 2
+        n_axes = 1 if config.architecture == "conv1d" else 2  # latent frames, or rows and frames
         self.blocks = nn.ModuleList(Block(config, n_axes) for _ in range(n_blocks))
         self.norm = nn.LayerNorm(config.width)
 
@@ -90,7 +95,7 @@ class Network(nn.Module):
         x = self.stem(x)
         for block in self.blocks:
             x = block(x, mask, speaker)
-        return F.gelu(self.norm(x.float()))
+        return F.gelu(self.norm(x.float()))  # norm in fp32
 
 
 class Encoder(Network):
@@ -107,6 +112,7 @@ class Encoder(Network):
         # In fp32 also under autocast: rounding would exceed a small std.
         with torch.autocast(x.device.type, enabled=False):
             mean, logvar = self.head(x).chunk(2, dim=-1)
+        # The network corrects the mean of the linear path; logvar is its own.
         return mean + self.code(patches), logvar.clamp(*LOGVAR_RANGE)
 
 
@@ -120,6 +126,7 @@ class Decoder(Network):
 
     def forward(self, latents: Tensor, mask: Tensor, speaker: Tensor | None) -> Tensor:
         """(B, [m,] L, Z) -> (B, [m,] L, patch_size) fp32."""
+        # The network's correction, 0 at the start, plus the linear path.
         return self.head(self.hidden(latents, mask, speaker)).float() + self.code(latents)
 
 
@@ -128,5 +135,5 @@ class CharacterHead(nn.Sequential):
     blank."""
 
     def __init__(self, config):
-        n_values = config.latent_channels * config.n_rows
+        n_values = config.latent_channels * config.n_rows  # of one latent frame
         super().__init__(nn.Linear(n_values, config.width), nn.GELU(), nn.Linear(config.width, VOCABULARY))

@@ -19,7 +19,7 @@ from model.audio.harmonic_prior import EPSILON, FourierTransform
 from model.audio.vocoders import Vocoder
 
 OPSET = 17
-EXAMPLE_FRAMES = 40
+EXAMPLE_FRAMES = 40  # of the mel that is traced
 
 
 class MatrixFourierTransform(nn.Module):

@@ -88,6 +88,7 @@ class VocoderConfig(AudioConfig):
     def validate_f0(self):
         if self.architecture != "istft":
             return
+        # The autocorrelation needs two periods in a frame.
         lowest = 2 * self.sample_rate / self.n_fft
         if not lowest <= self.f0_min < self.f0_max <= self.sample_rate / 8:
             raise ValueError(
@@ -106,11 +107,11 @@ class ConvNeXtBlock(GradientCheckpointingLayer):
         self.norm = nn.LayerNorm(D)
         self.widen = nn.Linear(D, hidden)
         self.narrow = nn.Linear(hidden, D)
-        self.scale = LayerScale(D, 1 / config.n_layers)
+        self.scale = LayerScale(D, 1 / config.n_layers)  # as in Vocos
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, F, D) -> (B, F, D)."""
-        y = self.norm(self.depthwise(x))
+        y = self.norm(self.depthwise(x))  # along frames, channel by channel
         return self.scale(x, self.narrow(F.gelu(self.widen(y))))
 
 
@@ -154,11 +155,12 @@ class HarmonicGenerator(nn.Module):
         D, n_bins = config.width, config.n_fft // 2 + 1
         self.prior = HarmonicPrior(config)
         self.transform = FourierTransform(config.n_fft, config.hop_length)
+        # The stem reads the log-mel, pitch and voicing.
         self.stem = FrameConv(config.n_mels + 2, D, config.kernel_size, padding=config.kernel_size // 2)
         self.stem_norm = nn.LayerNorm(D)
         self.blocks = nn.ModuleList(ConvNeXtBlock(config) for _ in range(config.n_layers))
         self.norm = nn.LayerNorm(D)
-        self.head = ZeroLinear(D, 3 * n_bins)
+        self.head = ZeroLinear(D, 3 * n_bins)  # gain, comb depth, phase
         # Phases are meant at a frame's centre, half a frame after the transform's origin: every other sign flips.
         self.register_buffer("signs", 1.0 - 2.0 * (torch.arange(n_bins) % 2))
 
@@ -170,7 +172,8 @@ class HarmonicGenerator(nn.Module):
             magnitude = self.prior.magnitude(mel)
             f0, voicing = self.prior.pitch(magnitude, self.transform)
             comb, phase = self.prior.harmonics(f0, self.prior.cycles(f0) if cycles is None else cycles)
-            pitch = torch.log2(f0.float() * self.config.sample_rate / 128)
+            pitch = torch.log2(f0.float() * self.config.sample_rate / 128)  # octaves above 128 Hz
+            # Brought to about unit size, (B, F, M + 2).
             features = torch.cat([mel.transpose(1, 2) / 4 + 1, pitch[..., None], voicing[..., None]], dim=-1)
 
         # The network's corrections of log-magnitude, comb depth and phase, (B, F, K) each; all 0 at the start.
@@ -179,7 +182,7 @@ class HarmonicGenerator(nn.Module):
 
         # Corrected spectrum to waveform, then Griffin-Lim projections make neighbouring frames agree.
         with torch.autocast(mel.device.type, enabled=False):
-            magnitude = magnitude * torch.exp((gain + depth * comb).clamp(-8, 4))
+            magnitude = magnitude * torch.exp((gain + depth * comb).clamp(-8, 4))  # bounded log-gain
             phase = phase + shift
             signed = magnitude * self.signs
             waveform = self.transform.inverse(signed * torch.cos(phase), signed * torch.sin(phase))
@@ -209,6 +212,7 @@ class HarmonicGenerator(nn.Module):
     def chunk_arguments(self, mel: Tensor, chunk_frames: int) -> dict[str, Tensor]:
         """What the pieces of a long mel take from the whole: the cycles of the fundamental, (B, F)."""
         with torch.autocast(mel.device.type, enabled=False):
+            # Pitch depends on its frame alone; its cycles add up over the whole mel.
             pieces = [
                 self.prior.pitch(self.prior.magnitude(piece.float()), self.transform)[0]
                 for piece in mel.split(chunk_frames, -1)
@@ -219,8 +223,10 @@ class HarmonicGenerator(nn.Module):
     def context_frames(self) -> int:
         """Frames on either side that a frame's samples depend on, given the cycles."""
         n_half = self.config.n_half_rate_layers
+        # Stem and blocks; at half the rate a position is two frames, and pairs reach one more.
         side = (self.config.kernel_size // 2) * (1 + self.config.n_layers + n_half) + (n_half > 0)
         overlap = self.config.n_fft // self.config.hop_length
+        # The inverse transform reaches `overlap` frames, a projection (transform and inverse) twice that.
         return side + overlap * (1 + 2 * (self.config.n_projections + self.config.n_mel_projections))
 
 

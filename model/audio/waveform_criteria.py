@@ -33,6 +33,7 @@ def spectral_convergence(fake: Tensor, real: Tensor, *, floor: float, n_frames: 
 def safe_sqrt(values: Tensor) -> Tensor:
     """The square root of numbers >= 0, with slope 0 where they are 0."""
     positive = values > 0
+    # The inner `where` keeps the infinite slope out: 0 times infinity would be nan.
     return torch.where(positive, torch.where(positive, values, 1.0).sqrt(), 0.0)
 
 
@@ -48,7 +49,7 @@ def log_distance(fake: Tensor, real: Tensor, *, floor: float, n_frames: Tensor |
 def safe_angle(values: Tensor) -> Tensor:
     """Angles of complex numbers in [-pi, pi], 0 with slope 0 where they are too small to have one."""
     real, imaginary = values.real, values.imag
-    has_angle = real.square() + imaginary.square() > 1e-30
+    has_angle = real.square() + imaginary.square() > 1e-30  # elsewhere atan2(0, 1) stands in
     return torch.atan2(torch.where(has_angle, imaginary, 0.0), torch.where(has_angle, real, 1.0))
 
 
@@ -77,7 +78,7 @@ def phase_distances(fake: Tensor, real: Tensor, *, floor: float, n_frames: Tenso
     delay = safe_angle(unit[:, 1:] * unit[:, :-1].conj()).abs() * torch.minimum(weight[:, 1:], weight[:, :-1])
     change = safe_angle(unit[..., 1:] * unit[..., :-1].conj()).abs()
     change = change * torch.minimum(weight[..., 1:], weight[..., :-1])
-    n_pairs = None if n_frames is None else n_frames - 1
+    n_pairs = None if n_frames is None else n_frames - 1  # neighbouring frames
     return {"group_delay": masked_mean(delay, n_frames), "frequency": masked_mean(change, n_pairs)}
 
 
@@ -158,6 +159,7 @@ class VocoderLoss(nn.Module):
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.log_mel = LogMel(mel)
         self.resolutions = nn.ModuleList(Spectrogram(n_fft, n_fft // 4) for n_fft in resolutions)
+        # Reflection needs more samples than it adds, and the frequency's errors need two frames.
         longest = max([mel.n_fft, *(n_fft for n_fft in resolutions if stft_weight > 0)])
         self.min_samples = max(mel.min_samples, 2 * mel.hop_length, 3 * longest // 8 + 1)
 
@@ -237,4 +239,5 @@ class VocoderLoss(nn.Module):
 
 def scale_of(spectrogram: Spectrogram) -> Tensor:
     """The factor that gives white noise of variance 1 a mean squared magnitude of 1."""
+    # White noise of variance 1 has a mean squared magnitude of sum window^2.
     return spectrogram.window.square().sum().rsqrt()

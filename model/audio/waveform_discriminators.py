@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from model.audio.spectral import Spectrogram, mirror_ends
 from utils.options import suggest
 
-LEAKY_SLOPE = 0.1
+LEAKY_SLOPE = 0.1  # as in HiFi-GAN
 Maps = tuple[list[Tensor], list[Tensor]]
 
 
@@ -46,6 +46,7 @@ class PeriodDiscriminator(nn.Module):
     def __init__(self, period: int, widths: Sequence[int], strides: Sequence[int], *, use_weight_norm: bool = False):
         super().__init__()
         self.period = period
+        # Kernels of one row: the P phases never mix.
         self.layers = nn.ModuleList(
             convolution(width, out_width, (1, 5), stride=(1, stride), use_weight_norm=use_weight_norm)
             for width, out_width, stride in zip([1, *widths], widths, strides)
@@ -56,6 +57,7 @@ class PeriodDiscriminator(nn.Module):
         """Args: waveform: (B, S).
         Returns: [logits (B, 1, P, r)], the feature maps of all layers but the first, the logits among them."""
         B, S = waveform.shape
+        # Extended to whole periods and folded: row p has the samples p, p + P, p + 2 P, ...
         x = mirror_ends(waveform, 0, -S % self.period) if S % self.period else waveform
         x = x.view(B, 1, -1, self.period).transpose(2, 3).contiguous(memory_format=torch.channels_last)  # (B, 1, P, R)
         features = []
@@ -95,6 +97,7 @@ class ResolutionDiscriminator(nn.Module):
         self.spectrogram = Spectrogram(n_fft, n_fft // 4)
         self.scale = (3 / 8 * n_fft) ** -0.5  # Of a periodic Hann window.
         self.compression, self.normalize = compression, normalize
+        # Bands as ranges of bins, with layers of their own; the head is common.
         edges = [round(share * (n_fft // 2 + 1)) for share in bands]
         self.bands = list(zip(edges, edges[1:]))
         widths = [2, *(layer[0] for layer in layers)]
@@ -109,6 +112,7 @@ class ResolutionDiscriminator(nn.Module):
 
     def spectrum(self, waveform: Tensor) -> Tensor:
         """(B, S) -> (B, 2, F, K) real and imaginary parts, channels last."""
+        # Mean 0, peak 0.8, whatever the loudness.
         if self.normalize:
             waveform = waveform - waveform.mean(-1, keepdim=True)
             waveform = 0.8 * waveform / (waveform.abs().amax(-1, keepdim=True) + 1e-9)
@@ -116,6 +120,7 @@ class ResolutionDiscriminator(nn.Module):
         x = torch.view_as_real(spectrum).permute(0, 3, 1, 2)
         if self.compression == 1:
             return x
+        # X |X|^(c - 1) has the phase of X and its magnitude to the power c.
         power = (x.square().sum(1, keepdim=True) * self.scale**2) + self.power_floor
         return x * (self.scale * power.pow(0.5 * (self.compression - 1)))
 
@@ -125,12 +130,13 @@ class ResolutionDiscriminator(nn.Module):
         x = self.spectrum(waveform.float())
         ends, features = [], []
         for (low, high), stack in zip(self.bands, self.stacks):
-            band = x[..., low:high]
+            band = x[..., low:high]  # (B, 2, F, bins of the band)
             for i, layer in enumerate(stack):
                 band = F.leaky_relu(layer(band), LEAKY_SLOPE)
                 if i > 0:
                     features.append(band)
             ends.append(band)
+        # The bands' last maps side by side, along frequency.
         logits = self.head(torch.cat(ends, dim=-1) if len(ends) > 1 else ends[0])
         return [logits], [*features, logits]
 
@@ -176,6 +182,7 @@ DISCRIMINATORS: dict[WaveformDiscriminatorKind, dict] = {
         "resolutions": (512, 1024, 2048),
         "period": {"widths": (16, 32, 64, 128), "strides": (3, 3, 3, 3)},
         "resolution": {
+            # Channels, kernel (frames, bins), stride.
             "layers": ((16, (3, 5), (2, 2)), (32, (3, 3), (2, 2)), (64, (3, 3), (2, 2))),
             "compression": 0.3,
         },
@@ -222,8 +229,10 @@ def build_waveform_discriminator(
         raise ValueError(f"discriminator periods {list(periods)} must be > 0")
     if any(n_fft < 16 or n_fft % 8 for n_fft in resolutions):
         raise ValueError(f"discriminator resolutions {list(resolutions)} must be multiples of 8, at least 16")
+    # The row's channels, widened.
     widths = [max(1, round(width * widening)) for width in row["period"]["widths"]]
     layers = [(max(1, round(width * widening)), *layer) for width, *layer in row["resolution"]["layers"]]
     parts: list[nn.Module] = [PeriodDiscriminator(period, **{**row["period"], "widths": widths}) for period in periods]
     parts += [ResolutionDiscriminator(n_fft, **{**row["resolution"], "layers": layers}) for n_fft in resolutions]
+    # The shortest waveform: one period, and more samples than reflection adds.
     return WaveformDiscriminator(parts, max([*periods, *(3 * n_fft // 8 + 1 for n_fft in resolutions)]))

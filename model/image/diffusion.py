@@ -39,14 +39,17 @@ class ImageDiffusionConfig(StrictConfig):
 
     model_type = "image_diffusion"
 
+    # Diffusion process.
     schedule: Schedule = option("rectified_flow", "how noise grows with time")
     prediction: Prediction = option("velocity", "what the network predicts")
     zero_terminal_snr: bool = option(False, "rescale the schedule so that time 1 is pure noise (arXiv 2305.08891)")
     time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t); 1 leaves them", gt=0)
 
+    # Latents.
     latent_channels: int = option(16, "latent channels Z of the VAE", gt=0)
     latent_size: int = option(32, "side of the training latents: image side over the VAE's compression", gt=0)
 
+    # Network.
     architecture: Literal["residual", "ldm"] = option(
         "residual", "network; ldm loads diffusers' UNet2DConditionModel weights"
     )
@@ -67,6 +70,7 @@ class ImageDiffusionConfig(StrictConfig):
         False, "linear layers around attention, not 1x1 convolutions", only_with=("architecture", "ldm")
     )
 
+    # Text.
     text_encoder: Literal["bytes", "frozen"] = option(
         "bytes", "bytes: a transformer over bytes, trained with the network; frozen: embeddings from the cache"
     )
@@ -92,6 +96,7 @@ class ImageDiffusionConfig(StrictConfig):
         for name in ("n_blocks", "use_attention"):
             if len(getattr(self, name)) != len(self.widths):
                 raise ValueError(f"{name}={getattr(self, name)} must have as many entries as widths={self.widths}")
+        # Sides are halved once between two levels.
         smallest = 2 ** (len(self.widths) - 1)
         if self.latent_size % smallest:
             raise ValueError(
@@ -182,10 +187,12 @@ class ImageDiffusion(PreTrainedModel):
 
     def __init__(self, config: ImageDiffusionConfig):
         super().__init__(config)
+        # Process and network.
         self.process = DiffusionProcess(
             config.schedule, config.prediction, config.zero_terminal_snr, time_shift=config.time_shift
         )
         self.network = build_residual(config) if config.architecture == "residual" else LDMUNet(config)
+        # Text encoder; ldm was trained on the embeddings as they are.
         if config.text_encoder == "bytes":
             self.text_encoder = ByteTextEncoder(
                 config.text_width,
@@ -200,6 +207,7 @@ class ImageDiffusion(PreTrainedModel):
         else:
             assert config.text_embedding_width is not None
             self.text_encoder = FrozenTextAdapter(config.text_embedding_width, config.text_width)
+        # The learned condition of captions that are dropped.
         self.null = NullCondition(config.text_width)
         self.post_init()
 
@@ -220,6 +228,7 @@ class ImageDiffusion(PreTrainedModel):
             time: t in [0, 1], (B,).
             tokens, text_states, mask, drop: see `encode_text`.
         """
+        # Condition, then prediction.
         if tokens is None and text_states is None:
             condition = self.null_condition(len(latents))
         else:
@@ -293,6 +302,7 @@ class ImageDiffusion(PreTrainedModel):
                 f"latents of shape {tuple(latents.shape)} do not fit: expected (B, {Z}, y, x) with y and x divisible "
                 f"by {multiple}"
             )
+        # Input and time as the process scales them for the network.
         x = self.process.network_input(latents.float(), time)
         return self.network(x, self.process.network_time(time), condition)
 
@@ -329,7 +339,7 @@ class ImageDiffusion(PreTrainedModel):
                     f"{folder / name} is missing; expected a folder saved by diffusers' UNet2DConditionModel"
                 )
         fields = config_from_diffusers(json.loads((folder / "config.json").read_text()))
-        model = cls(ImageDiffusionConfig(**{**fields, **overrides}))
+        model = cls(ImageDiffusionConfig(**{**fields, **overrides}))  # overrides win over the file
         model.load_diffusers_weights(load_file(folder / "diffusion_pytorch_model.safetensors"))
         return model
 
@@ -344,6 +354,7 @@ class ImageDiffusion(PreTrainedModel):
         if self.config.architecture != "ldm":
             raise ValueError(f"architecture={self.config.architecture!r} cannot take diffusers' weights; use 'ldm'")
         weights, expected = rename_diffusers_weights(state_dict), self.network.state_dict()
+        # Names and shapes must match one to one.
         theirs, ours = ({name: tuple(value.shape) for name, value in state.items()} for state in (weights, expected))
         wrong = sorted(name for name in theirs | ours if theirs.get(name) != ours.get(name))
         if wrong:

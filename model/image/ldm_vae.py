@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from model.checkpointing import GradientCheckpointingLayer
 
-NORM_EPS = 1e-6
+NORM_EPS = 1e-6  # as in diffusers' AutoencoderKL
 
 
 class LDMResidualBlock(GradientCheckpointingLayer):
@@ -48,9 +48,9 @@ class LDMAttention(GradientCheckpointingLayer):
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, Y, X) -> the same shape."""
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, Y * X, D)
-        q, k, v = (layer(h).unsqueeze(1) for layer in (self.query, self.key, self.value))
+        q, k, v = (layer(h).unsqueeze(1) for layer in (self.query, self.key, self.value))  # (B, 1, Y * X, D)
         h = self.output(F.scaled_dot_product_attention(q, k, v).squeeze(1))
-        return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])
+        return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])  # (B, Y * X, D) -> (B, D, Y, X)
 
 
 class LDMDownsample(GradientCheckpointingLayer):
@@ -62,7 +62,7 @@ class LDMDownsample(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, Y, X) -> (B, D, Y/2, X/2)."""
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # (left, right, top, bottom)
 
 
 class LDMUpsample(GradientCheckpointingLayer):
@@ -94,6 +94,7 @@ class LDMEncoder(nn.Module):
         widths, groups, Z = config.encoder_widths, config.n_norm_groups, config.latent_channels
         self.stem = nn.Conv2d(3, widths[0], 3, padding=1)
         self.stages = nn.ModuleList()
+        # Fine to coarse: a stage's first block changes the width, all stages but the last end in downsampling.
         for i, (width, n_blocks) in enumerate(zip(widths, config.n_encoder_blocks)):
             ins = [widths[max(i - 1, 0)]] + [width] * (n_blocks - 1)
             stage = nn.ModuleList(LDMResidualBlock(in_width, width, groups) for in_width in ins)
@@ -102,10 +103,12 @@ class LDMEncoder(nn.Module):
             self.stages.append(stage)
         self.middle = nn.ModuleList(middle(widths[-1], groups))
         self.norm = nn.GroupNorm(groups, widths[-1], eps=NORM_EPS)
-        self.head = nn.Conv2d(widths[-1], 2 * Z, 3, padding=1)
+        self.head = nn.Conv2d(widths[-1], 2 * Z, 3, padding=1)  # mean and logvar
+        # diffusers' `quant_conv`, which Stable Diffusion 3 and FLUX lack.
         self.posterior = nn.Conv2d(2 * Z, 2 * Z, 1) if config.use_quant_conv else nn.Identity()
 
     def forward(self, image: Tensor) -> Tensor:
+        # Stem and stages, then the coarsest part.
         x = self.stem(image.contiguous(memory_format=torch.channels_last))
         for stage in self.stages:
             for block in stage:
@@ -122,6 +125,7 @@ class LDMDecoder(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        # Lists run from fine to coarse, the decoder from coarse to fine.
         widths, groups, Z = config.decoder_widths[::-1], config.n_norm_groups, config.latent_channels
         self.prior = nn.Conv2d(Z, Z, 1) if config.use_quant_conv else nn.Identity()
         self.stem = nn.Conv2d(Z, widths[0], 3, padding=1)
@@ -137,6 +141,7 @@ class LDMDecoder(nn.Module):
         self.head = nn.Conv2d(widths[-1], 3, 3, padding=1)
 
     def forward(self, latents: Tensor) -> Tensor:
+        # Stem and the coarsest part, then the stages.
         x = self.stem(self.prior(latents.contiguous(memory_format=torch.channels_last)))
         for block in self.middle:
             x = block(x)
@@ -174,10 +179,12 @@ def rename_diffusers_weights(state_dict: dict[str, Tensor]) -> dict[str, Tensor]
             n_blocks[match[1]] = max(n_blocks.get(match[1], 0), int(match[2]) + 1)
     weights = {}
     for name, value in state_dict.items():
+        # Ours counts a resampling layer as the last one of its stage.
         if match := re.match(r"((\w+)\.(?:down|up)_blocks\.(\d+))\.(?:down|up)samplers\.0\.(.*)", name):
             name = f"{match[2]}.stages.{match[3]}.{n_blocks[match[1]]}.{match[4]}"
         for pattern, replacement in DIFFUSERS_NAMES:
             name = re.sub(pattern, replacement, name)
+        # Older files hold the attention's layers as 1x1 convolutions, (D, D, 1, 1).
         is_matrix = re.search(r"\.middle\.1\.(query|key|value|output)\.weight$", name)
         weights[name] = value.flatten(1) if is_matrix else value
     return weights
@@ -192,6 +199,7 @@ def config_from_diffusers(config: dict[str, Any]) -> tuple[dict[str, Any], Any, 
     """
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
         raise ValueError(f"_class_name={config['_class_name']!r}: only diffusers' AutoencoderKL can be read")
+    # Options that the architecture has one value of.
     for name, expected in (
         ("act_fn", "silu"),
         ("mid_block_add_attention", True),
@@ -203,6 +211,7 @@ def config_from_diffusers(config: dict[str, Any]) -> tuple[dict[str, Any], Any, 
     use_quant_conv = config.get("use_quant_conv", True)
     if config.get("use_post_quant_conv", True) != use_quant_conv:
         raise ValueError("use_quant_conv and use_post_quant_conv differ; architecture 'ldm' has both or neither")
+    # Fields; the decoder has one residual block more per stage.
     widths = list(config["block_out_channels"])
     fields = {
         "architecture": "ldm",
@@ -216,6 +225,7 @@ def config_from_diffusers(config: dict[str, Any]) -> tuple[dict[str, Any], Any, 
         "n_norm_groups": config.get("norm_num_groups", 32),
         "use_quant_conv": use_quant_conv,
     }
+    # Statistics: per channel, or shift and 1 / factor for all channels (0.18215: diffusers' default).
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
         mean, std = config.get("shift_factor") or 0.0, 1 / config.get("scaling_factor", 0.18215)

@@ -59,6 +59,7 @@ class CanvasCode(nn.Linear):
     def initial_weight(self) -> Tensor:
         """The weight it starts with: orthonormal patterns over `PatchCode.SCALE`."""
         P, n = self.patch_size, self.compression // self.patch_size
+        # (Z, 3, f, f) cut into n x n patches: (Z, n, n, 3, P, P), a patch's values last.
         patterns = cosine_patterns(self.compression, self.out_features).view(-1, 3, n, P, n, P)
         return patterns.permute(0, 2, 4, 1, 3, 5).flatten(1) / PatchCode.SCALE
 
@@ -178,6 +179,7 @@ class RecurrentDecoder(nn.Module):
 
     def begin(self, latents: Tensor) -> DecoderState:
         """The state before the first step."""
+        # The image of the linear path as patches, (B, Y/P, X/P, C); zeros for state and correction.
         base = F.pixel_unshuffle(self.code(latents), self.patch_size).permute(0, 2, 3, 1).contiguous()
         latents = latents.float().permute(0, 2, 3, 1).contiguous()
         state = base.new_zeros((*base.shape[:3], self.width))
@@ -189,6 +191,7 @@ class RecurrentDecoder(nn.Module):
         """Step k, counted from 1; the state after it and the update of the canvas, (B, Y/P, X/P, C)."""
         log_step = torch.full((), float(k), device=now.base.device).log()
         state, correction = self.step(now.state, now.base + now.correction, now.latents, log_step=log_step)
+        # The averaged iteration, with full steps in training.
         share = 1.0 if self.training else min(1.0, self.FULL_STEPS / k)
         update = share * (correction - now.correction)
         state = now.state + share * (state - now.state)
@@ -242,9 +245,11 @@ class RecurrentDecoder(nn.Module):
         rows = torch.arange(len(latents), device=latents.device)
         for k in range(1, n_steps + 1):
             now, update = self.advance(now, k)
+            # Root mean square of the change; the last step settles all samples.
             settled = update.square().flatten(1).mean(1).sqrt() < threshold
             if k == n_steps:
                 settled = torch.ones_like(settled)
+            # Settled samples get their results and leave the batch.
             images[rows[settled]] = self.image(now.select(settled))
             n_taken[rows[settled]] = k
             rows, now = rows[~settled], now.select(~settled)

@@ -27,16 +27,19 @@ class RecurrentVAEConfig(StrictConfig):
 
     model_type = "recurrent_vae"
 
+    # Images and latents.
     image_size: int = option(256, "side of the training images in pixels; any multiple of the compression works", gt=0)
     latent_channels: int = option(16, "latent channels Z", gt=0)
     patch_size: int = option(4, "side of the encoder's pixel-unshuffle, in pixels", gt=0)
 
+    # Encoder.
     encoder_widths: list[int] = option([64, 128], "channels of the encoder's stages", gt=0)
     n_encoder_blocks: list[int] = option([1, 1], "residual blocks of the encoder's stages", ge=0)
     n_posterior_refinements: int = option(
         0, "corrections of the posterior by what its reconstruction misses; 0: the encoder alone", ge=0
     )
 
+    # Decoder.
     canvas_patch_size: int = option(2, "side P of a patch of the decoder's canvas, in pixels", gt=0)
     decoder_width: int = option(32, "channels D of the decoder's state", gt=0)
     n_decoder_blocks: int = option(1, "residual blocks of the decoder's step", gt=0)
@@ -102,8 +105,10 @@ class PosteriorRefiner(nn.Module):
     def forward(self, error: Tensor, posterior: Tensor) -> Tensor:
         """error: image minus reconstruction, (B, 3, Y, X); posterior: mean and logvar, (B, 2Z, y, x), as is the
         correction returned, in fp32."""
+        # The error at the latent resolution, (B, 3 f^2, y, x), beside the posterior.
         error = F.pixel_unshuffle(error, self.compression).contiguous(memory_format=torch.channels_last)
         x = self.block(self.error_in(error) + self.posterior_in(posterior))
+        # The correction in fp32, as the posterior.
         with torch.autocast(x.device.type, enabled=False):
             return self.head(F.silu(self.norm(x.float())))
 
@@ -146,6 +151,7 @@ class RecurrentVAE(VAE):
         n_steps = self.config.n_steps if n_steps is None else n_steps
         n_backprop_steps = n_steps if n_backprop_steps is None else n_backprop_steps
         check_steps(n_steps=n_steps, n_backprop_steps=n_backprop_steps)
+        # Posterior, reparametrised latents, and the images of the last steps.
         mean, logvar = self.encode(image)
         latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
         reconstruction, intermediates = self.decoder(latents, n_steps, n_backprop_steps)
@@ -158,6 +164,7 @@ class RecurrentVAE(VAE):
             # What the reconstruction of the present mean misses, without a graph; then the refiner corrects by it.
             with torch.no_grad():
                 error = image - self.decode(mean, n_steps=self.REFINEMENT_STEPS)
+            # Weights that were cast without a graph must not serve the decoding that has one.
             torch.clear_autocast_cache()
             d_mean, d_logvar = self.refiner(error, torch.cat([mean, logvar], dim=1)).chunk(2, dim=1)
             mean, logvar = mean + d_mean, (logvar + d_logvar).clamp(*LOGVAR_RANGE)

@@ -39,10 +39,12 @@ class ImageVAEConfig(StrictConfig):
     architecture: Literal["residual", "ldm"] = option(
         "residual", "network; ldm loads diffusers' AutoencoderKL weights"
     )
+    # Images and latents.
     image_size: int = option(256, "side of the training images in pixels; any multiple of the compression works", gt=0)
     latent_channels: int = option(16, "latent channels Z", gt=0)
     patch_size: int = option(4, "side P of the stem's pixel-unshuffle in pixels; 1 for ldm", gt=0)
 
+    # Network.
     encoder_widths: list[int] = option([64, 128], "channels of the encoder's stages", gt=0)
     decoder_widths: list[int] = option([64, 128], "channels of the decoder's stages", gt=0)
     n_encoder_blocks: list[int] = option([1, 1], "residual blocks of the encoder's stages", ge=0)
@@ -159,6 +161,7 @@ def cosine_patterns(patch_size: int, n_patterns: int) -> Tensor:
         for u in range(patch_size)
         for v in range(patch_size)
     )
+    # Products of one colour direction and two waves, (3, f, f), flattened in the order of `pixel_unshuffle`.
     patterns = [
         torch.einsum("c,y,x->cyx", colors[c], waves[u], waves[v]).flatten() for _, c, u, v in order[:n_patterns]
     ]
@@ -168,7 +171,7 @@ def cosine_patterns(patch_size: int, n_patterns: int) -> Tensor:
 class PosteriorHead(ZeroConv2d):
     """1x1 convolution to mean and logvar of the posterior; starts at mean 0 and logvar -5."""
 
-    LOGVAR = -5.0
+    LOGVAR = -5.0  # a std of 0.08
 
 
 class ResidualEncoder(nn.Module):
@@ -181,6 +184,7 @@ class ResidualEncoder(nn.Module):
         self.code = PatchCode(config.compression, config.latent_channels, inverse=False)
         self.stem = nn.Conv2d(3 * config.patch_size**2, widths[0], 1)
         blocks: list[nn.Module] = []
+        # Fine to coarse, with a downsampling before every stage but the first.
         for i, (width, n_blocks) in enumerate(zip(widths, config.n_encoder_blocks)):
             if i > 0:
                 blocks.append(Downsample(widths[i - 1], width))
@@ -191,12 +195,14 @@ class ResidualEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         image = image.contiguous(memory_format=torch.channels_last)
+        # Network: (B, 3, Y, X) -> (B, 3 P^2, Y/P, X/P) -> (B, D, y, x).
         x = self.stem(F.pixel_unshuffle(image, self.patch_size))
         for block in self.blocks:
             x = block(x)
         # The posterior is computed in fp32: under bf16 autocast its rounding would exceed a small std.
         with torch.autocast(x.device.type, enabled=False):
             mean, logvar = self.head(F.silu(self.norm(x.float()))).chunk(2, dim=1)
+        # The network corrects the mean of the linear path.
         return torch.cat([mean + self.code(image), logvar], dim=1)
 
 
@@ -210,6 +216,7 @@ class ResidualDecoder(nn.Module):
         self.code = PatchCode(config.compression, config.latent_channels, inverse=True)
         self.stem = nn.Conv2d(config.latent_channels, widths[-1], 1)
         blocks: list[nn.Module] = []
+        # Coarse to fine, with an upsampling after every stage but the finest.
         for i in reversed(range(len(widths))):
             blocks += [ResidualBlock(widths[i]) for _ in range(config.n_decoder_blocks[i])]
             if i > 0:
@@ -223,6 +230,7 @@ class ResidualDecoder(nn.Module):
         x = self.stem(latents)
         for block in self.blocks:
             x = block(x)
+        # The network's image, 0 at the start, plus that of the linear path.
         return F.pixel_shuffle(self.head(F.silu(self.norm(x))), self.patch_size) + self.code(latents)
 
 
@@ -284,6 +292,7 @@ class ImageVAE(VAE):
                     f"{folder / name} is missing; expected a folder saved by diffusers' AutoencoderKL"
                 )
         fields, mean, std = config_from_diffusers(json.loads((folder / "config.json").read_text()))
+        # Weights and statistics; a single number stands for all channels.
         model = cls(ImageVAEConfig(**fields))
         model.load_diffusers_weights(load_file(folder / "diffusion_pytorch_model.safetensors"))
         Z = model.config.latent_channels
@@ -301,6 +310,7 @@ class ImageVAE(VAE):
         if self.config.architecture != "ldm":
             raise ValueError(f"architecture={self.config.architecture!r} cannot take diffusers' weights; use 'ldm'")
         weights = rename_diffusers_weights(state_dict)
+        # diffusers' file lacks only the latent statistics.
         expected = {name: value for name, value in self.state_dict().items() if not name.startswith("latent_")}
         if set(weights) != set(expected):
             missing, extra = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))

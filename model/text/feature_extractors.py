@@ -21,6 +21,7 @@ class FrozenTextEncoder:
         config = AutoConfig.from_pretrained(name)
         self.name = name
         self.tokenizer = AutoTokenizer.from_pretrained(name)
+        # Decoders such as GPT-2 have no padding token; the mask hides what stands in for it.
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         kind = AutoModelForTextEncoding if config.is_encoder_decoder else AutoModel
