@@ -16,9 +16,10 @@ from utils.preprocessing.samples import Example
 
 
 class AudioVAEPreprocess(AudioPreprocess):
-    name = "audio_vae"
+    name = "audio_vae"  # written to cached_datasets/audio_vae
 
     def encode(self, example: Example, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        # (S,) -> (M, F).
         return {"mel": log_mel(example.data, self.mel)}
 
 

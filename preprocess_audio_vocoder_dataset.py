@@ -15,9 +15,10 @@ from utils.preprocessing.samples import Example
 
 
 class AudioVocoderPreprocess(AudioPreprocess):
-    name = "audio_vocoder"
+    name = "audio_vocoder"  # written to cached_datasets/audio_vocoder
 
     def encode(self, example: Example, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        # (S,) -> (M, F), with S = F * hop_length.
         return {"mel": log_mel(example.data, self.mel), "waveform": example.data}
 
 

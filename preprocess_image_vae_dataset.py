@@ -20,6 +20,7 @@ from utils.preprocessing.driver import Preprocess
 from utils.preprocessing.image import IMAGE_SETTINGS, ImageArguments, decode_source_image
 from utils.preprocessing.samples import Example
 
+# Flags with the names of the fields of `Augmentation`.
 AUGMENTATIONS = [field.name for field in dataclasses.fields(Augmentation)]
 
 
@@ -54,6 +55,7 @@ class ImageVAEPreprocessArguments(ImageArguments):
     )
 
     def validate_augmentation(self):
+        # Copies differ only by augmentations that are on.
         used = [name for name in AUGMENTATIONS if getattr(self, name) != getattr(type(self), name)]
         if self.num_augmented_copies and not used:
             raise ValueError(
@@ -62,7 +64,7 @@ class ImageVAEPreprocessArguments(ImageArguments):
 
 
 class ImageVAEPreprocess(Preprocess):
-    name = "image_vae"
+    name = "image_vae"  # written to cached_datasets/image_vae
     arguments_class = ImageVAEPreprocessArguments
     media = "image"
     suffixes = IMAGE_SUFFIXES
@@ -72,6 +74,7 @@ class ImageVAEPreprocess(Preprocess):
         self.augmentation = Augmentation(**{name: getattr(args, name) for name in AUGMENTATIONS})
 
     def settings(self) -> dict[str, Any]:
+        # All that shapes the tensors; a folder of other settings is refused.
         names = ("image_size", *IMAGE_SETTINGS, *AUGMENTATIONS)
         return {name: getattr(self.args, name) for name in names}
 
@@ -84,6 +87,7 @@ class ImageVAEPreprocess(Preprocess):
         args, image = self.args, example.data
         if example.copy:
             image = self.augmentation.change_geometry(image, generator)
+        # Every copy becomes square, the augmented ones between two changes.
         image = fit_image(image, args.image_size, args.resize_mode, background_color=args.background_color)
         if example.copy:
             image = self.augmentation.change_pixels(image, generator)

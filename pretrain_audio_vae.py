@@ -22,22 +22,25 @@ from utils.training.audio_vae import AudioReconstructionCallback, AudioVAEArgume
 
 
 class AudioVAEStage(AudioStage):
-    name = "audio_vae"
+    name = "audio_vae"  # runs are in runs/audio_vae
     arguments_class = AudioVAEArguments
     config_class = AudioVAEConfig
     model_class = AudioVAE
-    presets = AUDIO_VAE
-    trainer_class = AudioVAEGANTrainer
+    presets = AUDIO_VAE  # --config names a row
+    trainer_class = AudioVAEGANTrainer  # its docstring states the loss
     dataset_class = AudioVAEDataset
 
     def build_config(self):
         """The preset with what the flags say of speakers and characters."""
+        # Two fields follow from flags and data, and cannot be overridden.
         for field in ("speakers", "use_ctc"):
             if any(pair.startswith(f"{field}=") for pair in self.args.override):
                 raise ValueError(f"--override {field}: it follows from --use_speakers and --ctc_weight; leave it out")
+        # The speakers of the training set, in the order of their indices.
         speakers = AudioVAEDataset(self.cache_dir, "train").speakers if self.args.use_speakers else []
         if self.args.use_speakers and not speakers:
             raise ValueError(f"{self.cache_dir} names no speakers; train without --use_speakers")
+        # The vocoder of the logged clips must read the log-mel of the cache.
         if self.args.vocoder_checkpoint:
             name = f"--vocoder_checkpoint {self.args.vocoder_checkpoint}"
             mel = load_vocoder(self.args.vocoder_checkpoint).config.mel
@@ -51,6 +54,7 @@ class AudioVAEStage(AudioStage):
     def build_model(self, config):
         """A new model starts from the mel bins' statistics and the principal components of the training set."""
         model = super().build_model(config)
+        # Loaded weights bring their statistics along.
         if not self.args.init_from and not self.find_checkpoint():
             dataset = self.build_dataset("train", config)
             model.fit_to_data(SpreadMels(dataset, self.args.latent_statistics_samples))
@@ -58,6 +62,7 @@ class AudioVAEStage(AudioStage):
 
     def build_trainer_parts(self, model):
         args = self.args
+        # Losses on log-mels, and an adversary that gets the statistics of their bins.
         criterion = MelLoss(l1_weight=args.l1_weight, l2_weight=args.l2_weight, gradient_weight=args.gradient_weight)
         if args.gan_weight == 0:
             return {"criterion": criterion}

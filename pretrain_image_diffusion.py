@@ -23,12 +23,12 @@ from utils.training.stage import Stage
 
 
 class ImageDiffusionStage(Stage):
-    name = "image_diffusion"
+    name = "image_diffusion"  # runs are in runs/image_diffusion
     arguments_class = ImageDiffusionArguments
     config_class = ImageDiffusionConfig
     model_class = ImageDiffusion
-    presets = IMAGE_DIFFUSION
-    trainer_class = DiffusionTrainer
+    presets = IMAGE_DIFFUSION  # --config names a row
+    trainer_class = DiffusionTrainer  # its docstring states the loss
 
     @cached_property
     def latents(self) -> dict:
@@ -44,6 +44,7 @@ class ImageDiffusionStage(Stage):
     def build_config(self):
         """The preset with what the latents determine; the VAE, or an override, that does not fit them is refused."""
         path, latents = self.latents["vae_checkpoint"], self.latents
+        # Latents of another VAE would decode to noise.
         check_vae(path, latents["vae_fingerprint"], f"the latents in {self.cache_dir}")
         self.vae = load_vae(path, self.args.vae_config).requires_grad_(False)
         self.text_encoder = load_text_encoder(latents)
@@ -59,9 +60,11 @@ class ImageDiffusionStage(Stage):
         if self.args.dry_run:  # All parts need the frozen networks, which `prepare` loads.
             return {}
         parts = {}
+        # Weights std^p of the latent channels, divided by their mean.
         if self.args.channel_weight_power:
             weights = self.vae.latent_std**self.args.channel_weight_power
             parts["channel_weights"] = weights / weights.mean()
+        # Metrics of generated images, measured at each evaluation.
         if self.args.eval_images:
             parts["measure_samples"] = SampleMetrics(self.vae, self.text_encoder, self.cache_dir, args=self.args)
         return parts
@@ -69,6 +72,7 @@ class ImageDiffusionStage(Stage):
     def build_callbacks(self, trainer, writer):
         prompts = self.args.prompts
         if not prompts:
+            # By default captions spread evenly over the validation set.
             captions = [entry["caption"] for entry in ImageLatentDataset(self.cache_dir, "validation").entries]
             prompts = [captions[index] for index in evenly_spaced(len(captions), self.args.n_prompts)]
         if not prompts:

@@ -14,11 +14,11 @@ from utils.training.image_vae import ImageVAEGANStage, ImageVAEGANTrainer
 
 
 class ImageVAEStage(ImageVAEGANStage):
-    name = "image_vae"
+    name = "image_vae"  # runs are in runs/image_vae
     config_class = ImageVAEConfig
     model_class = ImageVAE
-    presets = IMAGE_VAE
-    trainer_class = ImageVAEGANTrainer
+    presets = IMAGE_VAE  # --config names a row
+    trainer_class = ImageVAEGANTrainer  # its docstring states the loss
 
 
 if __name__ == "__main__":

@@ -26,16 +26,16 @@ from utils.training.text import check_checkpoint, check_core_flags, fit_to_token
 
 
 class MultimodalStage(Stage):
-    name = "multimodal"
+    name = "multimodal"  # runs are in runs/multimodal
     cache_name = "text"
     arguments_class = MultimodalArguments
     config_class = MegaTransformerConfig
     model_class = MegaTransformerForCausalLM
-    presets = MEGATRANSFORMER
-    trainer_class = MultimodalTrainer
+    presets = MEGATRANSFORMER  # --config names a row
+    trainer_class = MultimodalTrainer  # its docstring states the loss
 
     def prepare(self):
-        tokenize_texts(self.args, self.cache_dir)
+        tokenize_texts(self.args, self.cache_dir)  # once; later runs read the cache
 
     def unprepared(self):
         return untokenized(self.args, self.cache_dir)
@@ -47,6 +47,7 @@ class MultimodalStage(Stage):
 
     def build_config(self):
         """The preset with what the texts determine."""
+        # A checkpoint to start from, or to resume, must have the tokenizer of the texts.
         for path in filter(None, (self.args.init_from, self.find_checkpoint())):
             check_checkpoint(path, self.texts, resumes=path != self.args.init_from)
         config = fit_to_tokenizer(super().build_config(), self.texts, self.args.override)
@@ -60,6 +61,7 @@ class MultimodalStage(Stage):
         return {"tokenizer": self.texts.tokenizer}
 
     def build_callbacks(self, trainer, writer):
+        # Histograms of thinking steps, and continuations of validation prompts.
         callbacks = [ThinkingStepsCallback(trainer, writer)]
         if self.args.n_samples:
             settings = {"n_samples": self.args.n_samples, "n_tokens": self.args.sample_tokens}

@@ -15,13 +15,13 @@ from utils.training.recurrent_vae import RecurrentVAEArguments, RecurrentVAEGANT
 
 
 class RecurrentVAEStage(ImageVAEGANStage):
-    name = "recurrent_vae"
-    cache_name = "image_vae"
+    name = "recurrent_vae"  # runs are in runs/recurrent_vae
+    cache_name = "image_vae"  # the data of the image VAE
     arguments_class = RecurrentVAEArguments
     config_class = RecurrentVAEConfig
     model_class = RecurrentVAE
-    presets = RECURRENT_VAE
-    trainer_class = RecurrentVAEGANTrainer
+    presets = RECURRENT_VAE  # --config names a row
+    trainer_class = RecurrentVAEGANTrainer  # its docstring states the loss
 
 
 if __name__ == "__main__":

@@ -19,14 +19,14 @@ from utils.training.vocoder import VocoderArguments, VocoderCallback, VocoderTra
 
 
 class VocoderStage(AudioStage):
-    name = "vocoder"
+    name = "vocoder"  # runs are in runs/vocoder
     cache_name = "audio_vocoder"
     arguments_class = VocoderArguments
     config_class = VocoderConfig
     dataset_class = VocoderDataset
     model_class = Vocoder
-    presets = VOCODER
-    trainer_class = VocoderTrainer
+    presets = VOCODER  # --config names a row
+    trainer_class = VocoderTrainer  # its docstring states the loss
 
     def build_callbacks(self, trainer, writer):
         n_clips = self.args.n_logged_samples
@@ -34,6 +34,7 @@ class VocoderStage(AudioStage):
 
     def build_trainer_parts(self, model):
         args, mel = self.args, model.config.mel
+        # Spectral losses; their longest frame needs crops of some length.
         criterion = VocoderLoss(
             mel,
             mel_weight=args.mel_weight,
@@ -43,8 +44,10 @@ class VocoderStage(AudioStage):
             resolutions=args.stft_resolutions,
         )
         check_segment(args.segment_frames, mel, min_samples=criterion.min_samples, flag="--stft_resolutions")
+        # --gan_weight 0: the spectral losses alone.
         if args.gan_weight == 0:
             return {"criterion": criterion}
+        # The adversary, whose periods and resolutions need crops of some length too.
         discriminator = build_waveform_discriminator(
             args.discriminator,
             args.discriminator_periods,

@@ -46,6 +46,7 @@ class ExportArguments:
 def export(args: ExportArguments) -> None:
     """Write under a temporary name, compare with the PyTorch model, rename."""
     import_runtime()  # Missing packages are reported before the export.
+    # The vocoder, on the CPU, where the export is compared with it.
     checkpoint, output = resolve_checkpoint(args.checkpoint), Path(args.output)
     vocoder = load_vocoder(checkpoint, chosen_weights(checkpoint, args))
     output.parent.mkdir(parents=True, exist_ok=True)

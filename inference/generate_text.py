@@ -44,9 +44,11 @@ class GenerateTextArguments(GenerationArguments):
 
 def generate(args: GenerateTextArguments) -> None:
     """Continue all prompts, each `--n_texts` times."""
+    # Prompts of the command line, then those of the file.
     prompts = [*args.prompts, *(read_prompts(args.prompt_file) if args.prompt_file else [])]
     # Copy 0 of every prompt has the given seed, the others seeds derived from it.
     tasks = [(prompt, copy_seed(args.seed, copy)) for prompt in prompts for copy in range(args.n_texts)]
+    # The model and its tokenizer.
     checkpoint, folder = resolve_checkpoint(args.checkpoint), Path(args.output_dir)
     weights = chosen_weights(checkpoint, args)
     device = str(compute_device())
@@ -58,6 +60,7 @@ def generate(args: GenerateTextArguments) -> None:
         batch, seeds = zip(*tasks[start : start + args.batch_size])
         continuations = generator.continue_texts(batch, args, seeds)
         for prompt, seed, continuation in zip(batch, seeds, continuations):
+            # A file holds the prompt and its continuation.
             file = folder / f"{len(texts):03}.txt"
             file.write_text(prompt + continuation, encoding="utf-8")
             print(f"--- {file}\n{prompt}{continuation}")

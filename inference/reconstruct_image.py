@@ -44,6 +44,7 @@ class ReconstructionArguments:
 @torch.inference_mode()
 def reconstruct(args: ReconstructionArguments) -> None:
     """Reconstruct all images; damaged files are skipped with a warning."""
+    # The inputs, the model, and the length of the shorter side.
     files = find_images(args.input)
     model = load_vae(args.checkpoint, needs_statistics=False).to(compute_device())
     length = model.config.image_size if args.image_size < 0 else args.image_size
@@ -51,7 +52,7 @@ def reconstruct(args: ReconstructionArguments) -> None:
     for name, file in files.items():
         try:
             source = decode_image({"path": str(file), "bytes": None}, args.background_color)
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNG files
             logger.warning("%s is left out: %s", file, error)
             continue
         # Resize, pad for the model: (1, 3, Y, X) -> (1, 3, Y', X'); crop the reconstruction.
@@ -67,6 +68,7 @@ def reconstruct(args: ReconstructionArguments) -> None:
         print(f"{output}  {image.shape[3]}x{image.shape[2]} pixels, PSNR {value:.2f} dB")
     if not groups:
         raise ValueError(f"none of {len(files)} files could be read as an image")
+    # The sheet of the first MAX_ROWS images.
     save_image(draw_sheet(groups, TRIPLE), Path(args.output_dir) / "sheet.png")
     print(Path(args.output_dir) / "sheet.png")
 

@@ -50,7 +50,7 @@ def generate(args: TextToImageArguments) -> None:
     prompts = [*args.prompts, *(map(str.strip, read_prompts(args.prompt_file)) if args.prompt_file else [])]
     seeds, folder = args.seeds or list(range(args.n_images)), Path(args.output_dir)
     checkpoint = resolve_checkpoint(args.checkpoint)
-    weights = chosen_weights(checkpoint, args)
+    weights = chosen_weights(checkpoint, args)  # averaged ones, if they were saved
     device = str(compute_device())
     pipeline = TextToImagePipeline.load(checkpoint, args.vae_checkpoint, weights=weights, device=device)
     # Every prompt with every seed, in batches; images of the first prompts are kept for the sheet.
@@ -59,7 +59,7 @@ def generate(args: TextToImageArguments) -> None:
     for start in range(0, len(tasks), args.batch_size):
         batch = tasks[start : start + args.batch_size]
         images = pipeline.images([prompt for _, prompt, _ in batch], [seed for *_, seed in batch], args)
-        for (index, prompt, seed), image in zip(batch, map(to_image, images)):
+        for (index, prompt, seed), image in zip(batch, map(to_image, images)):  # images: (B, 3, S, S)
             file = f"{index:03}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower())[:60]}_seed{seed}.png"
             save_image(image, folder / file)
             print(folder / file)
@@ -67,7 +67,7 @@ def generate(args: TextToImageArguments) -> None:
             shown += [image] if index < MAX_ROWS else []
     # The sheet: a row per prompt, a column per seed.
     rows = [shown[start : start + len(seeds)] for start in range(0, len(shown), len(seeds))]
-    labels = [f"seed {seed}" for seed in seeds]
+    labels = [f"seed {seed}" for seed in seeds]  # above the columns
     save_image(draw_sheet([Group(*row) for row in zip(rows, prompts)], labels), folder / "sheet.png")
     record = {"checkpoint": str(checkpoint), "weights": weights, "seeds": seeds, "device": device, "images": files}
     write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})

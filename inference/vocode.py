@@ -42,6 +42,7 @@ def vocode(args: VocodeArguments) -> None:
     for name, (mel, n_samples) in synthesizer.read_all(files):
         record = synthesizer.write(mel, n_samples, folder / f"{name}.wav")
         records.append({"input": str(files[name]), **record})
+        # The real-time factor: seconds of computation per second of audio.
         factor = record["compute_seconds"] / record["seconds"]
         numbers = f"{record['seconds']:.2f} s, {factor:.3f} x real time, log-mel L1 {record['mel_l1']:.3f}"
         print(f"{folder / record['file']}  {numbers}")

@@ -21,6 +21,7 @@ from dataset_loading.files import replace_file, sync_to_disk
 
 logger = logging.getLogger(__name__)
 
+# Files of a checkpoint: its mark, the record of its run, the averaged weights.
 COMPLETE = "COMPLETE.json"
 STAGE = "stage.json"
 EMA = "ema.safetensors"
@@ -37,6 +38,7 @@ def mark_complete(folder: Path) -> None:
     for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE):
         sync_to_disk(file)
         sizes[str(file.relative_to(folder))] = file.stat().st_size
+    # The list is written last: a folder that has it is whole.
     write_json(folder / COMPLETE, {"files": sizes})
 
 
@@ -46,6 +48,7 @@ def is_complete(folder: Path) -> bool:
         sizes = json.loads((folder / COMPLETE).read_text())["files"]
     except (OSError, ValueError, KeyError):
         return False
+    # A file of another size was cut short.
     files = {name: folder / name for name in sizes}
     return all(file.is_file() and file.stat().st_size == sizes[name] for name, file in files.items())
 
@@ -79,12 +82,14 @@ def resolve_checkpoint(path: str | Path) -> Path:
     folder = Path(path)
     if not folder.is_dir():
         raise FileNotFoundError(f"no checkpoint at {folder}: the folder does not exist")
+    # A checkpoint folder stands for itself.
     if step_of(folder) >= 0:
         if not is_complete(folder):
             raise FileNotFoundError(
                 f"{folder} was not written completely ({COMPLETE} is missing or does not fit); use an older one"
             )
         return folder
+    # A run folder stands for its newest complete checkpoint.
     newest = newest_complete(folder)
     if newest is None:
         raise FileNotFoundError(
@@ -108,12 +113,13 @@ def without_copies(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_model(model_class: type, path: str | Path, weights: Literal["ema", "raw"] = "ema"):
-    """A stage's model from a checkpoint or run folder, in fp32 and eval mode; averaged weights where they were kept.
+    """A stage's model from a checkpoint or run folder, in fp32 and eval mode; averaged weights where there are some.
 
-    The model is whole on every process, also where ZeRO-3 is set up, under which `from_pretrained` would share its
-    weights out. Random number generators are left as they were.
+    The model is whole on every process, also under ZeRO-3, where `from_pretrained` would shard its weights.
+    Random number generators keep their states.
     """
     folder = resolve_checkpoint(path)
+    # Averaged weights are one file; transformers splits large raw weights into several.
     files = (
         [folder / EMA] if weights == "ema" and (folder / EMA).is_file() else sorted(folder.glob("model*.safetensors"))
     )
@@ -124,6 +130,7 @@ def load_model(model_class: type, path: str | Path, weights: Literal["ema", "raw
     state = {name: value for file in files for name, value in load_file(file).items()}
     # Tied weights are saved under one name.
     state |= {name: state[source] for name, source in model.all_tied_weights_keys.items() if name not in state}
+    # fp32, whatever precision the weights were saved in; integers and booleans stay as they are.
     model.load_state_dict(
         {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
     )
@@ -131,7 +138,7 @@ def load_model(model_class: type, path: str | Path, weights: Literal["ema", "raw
 
 
 def chosen_weights(checkpoint: Path, args: Any) -> Literal["ema", "raw"]:
-    """Which weights of a checkpoint folder the flag `--weights` means; averaged ones only where they were kept.
+    """Which weights of a checkpoint folder the flag `--weights` means; averaged ones only where there are some.
 
     Raises: ValueError: `--weights ema` was given and there are none.
     """
@@ -146,6 +153,7 @@ def rotate(run_dir: Path, limit: int) -> None:
     one."""
     folders = checkpoints_in(run_dir)
     complete = [folder for folder in folders if is_complete(folder)]
+    # Incomplete and older than a complete one: interrupted. A newer one may still be in progress.
     stale = [
         folder for folder in folders if folder not in complete and complete and step_of(folder) < step_of(complete[-1])
     ]

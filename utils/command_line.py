@@ -29,7 +29,7 @@ def explained_errors(logger: logging.Logger) -> Iterator[None]:
         if os.environ.get("MEGATRANSFORMER_TRACEBACK"):
             raise
         logger.error("%s", error)
-        raise SystemExit(2) from error
+        raise SystemExit(2) from error  # as argparse ends on a wrong command line
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -54,6 +54,7 @@ class StrictParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         words = [self.current_name(word) for word in (sys.argv[1:] if args is None else args)]
         parsed, unknown = self.parse_known_args(words, namespace)
+        # argparse would only name the unknown flag; the closest known one helps more.
         if unknown:
             flags = [text for action in self._actions for text in action.option_strings]
             self.error(f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], flags)}")
@@ -76,6 +77,7 @@ def parse_arguments(arguments_class: type, argv: list[str] | None, description: 
         formatter_class=formatter,
         argument_default=argparse.SUPPRESS,
     )
+    # A flag per declared field, and the one that launchers append.
     defaults = arguments_class()
     for field in declared_fields(arguments_class):
         add_flag(parser, field, getattr(defaults, field.name))
@@ -89,6 +91,7 @@ def parse_arguments(arguments_class: type, argv: list[str] | None, description: 
     parsed = arguments_class(**values)
     parsed.given = sorted(values)
     try:
+        # Types and bounds, then flags that the others switch off.
         validate_fields(parsed, "--{}")
         check_effects(parsed, parsed.given, "--{name}")
     except ValueError as error:
@@ -102,6 +105,7 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, default:
     kinds = [part for part in typing.get_args(field.type) if part is not types.NoneType]
     optional = typing.get_origin(field.type) in (types.UnionType, typing.Union)
     kind = kinds[0] if optional else field.type
+    # The help text; argparse reads a single % as a format.
     meaning = field.metadata["meaning"].replace("%", "%%")
     shown = " ".join(map(str, default)) if isinstance(default, list) else str(default)
     text = f"{meaning} (default: {shown})" if shown else meaning
@@ -112,10 +116,12 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, default:
         # Not argparse's `choices`: `validate_fields` also suggests the closest one.
         parser.add_argument(f"--{field.name}", help=f"{text}; {type_name(kind)}")
     elif typing.get_origin(kind) is list:
+        # Choices are parsed as strings, which `validate_fields` checks.
         item = typing.get_args(kind)[0]
         item = str if typing.get_origin(item) is Literal else item
         parser.add_argument(f"--{field.name}", nargs="*", type=item, help=text)
     else:
+        # A flag that is given without a value takes `bare`, where the option has one.
         bare = field.metadata["bare"]
         parser.add_argument(
             f"--{field.name}", type=kind, help=text, **({} if bare is None else {"nargs": "?", "const": bare})

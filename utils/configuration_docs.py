@@ -26,6 +26,7 @@ names the other field and the values of it that are needed.
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
+    # A bar within a cell would end the cell.
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
@@ -41,6 +42,7 @@ def condition_cell(conditions: list[Condition]) -> str:
     """Conditions in words, the names as code: "`use_ema`: True"."""
     texts = []
     for name, required in conditions:
+        # A tuple lists acceptable values; `bool` stands for any value that is neither 0 nor empty.
         choices = required if isinstance(required, tuple) else (required,)
         values = " or ".join("not 0 or empty" if choice is bool else repr(choice) for choice in choices)
         texts.append(f"`{name}`: {values}")

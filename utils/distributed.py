@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 logger = logging.getLogger(__name__)
 
-# A process of several on a CPU calls its device "cpu:0", "cpu:1", ..., and loads optimizer states to it by that name,
-# which `torch.load` knows of other devices only.
+# One of several processes on a CPU calls its device "cpu:0", "cpu:1", ..., and loads optimizer states to it by that
+# name, which `torch.load` knows of other devices only.
 torch.serialization.register_package(
     5, lambda storage: None, lambda storage, location: storage if location.startswith("cpu:") else None
 )
@@ -44,13 +44,13 @@ def barrier() -> None:
 def end_processes() -> None:
     """Leave the process group and end its threads, once nothing of the run refers to it.
 
-    A thread of the group that lets go of its last piece of work while Python ends aborts the process.
+    A thread of the group that releases its last work item while Python exits aborts the process.
     """
     if dist.is_available() and dist.is_initialized():
         barrier()
         dist.destroy_process_group()
         gc.collect()  # A trainer and its parts refer to each other, and to the group.
-        time.sleep(0.2)  # DeepSpeed keeps the group and its threads: they let go of the barrier meanwhile.
+        time.sleep(0.2)  # DeepSpeed keeps the group and its threads: they release the barrier meanwhile.
 
 
 def mean_across_ranks(tensor: torch.Tensor) -> torch.Tensor:

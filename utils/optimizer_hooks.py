@@ -54,6 +54,7 @@ class GradientFilter(OptimizerHook):
 
     def after_step(self, optimizer, args, kwargs):
         super().after_step(optimizer, args, kwargs)
+        # The optimizer has initialised its state by now.
         for parameter, values in self.waiting.items():
             optimizer.state[parameter].update(values)
         self.waiting.clear()
@@ -92,6 +93,7 @@ class GradientMA(GradientFilter):
         if "grokfast_ring" not in state:
             state["grokfast_ring"] = gradient.new_zeros((self.window, *gradient.shape))
             state["grokfast_count"] = torch.zeros((), dtype=torch.float32)
+        # The oldest gradient is overwritten.
         count = int(state["grokfast_count"])
         state["grokfast_ring"][count % self.window] = gradient
         state["grokfast_count"] += 1
@@ -126,6 +128,7 @@ class NonFiniteGuard(OptimizerHook):
             parameter.grad = None
         self.in_a_row += 1
         self.skipped += 1
+        # A row of such steps is no longer a single bad batch.
         if self.in_a_row >= self.limit:
             raise FloatingPointError(
                 f"{self.in_a_row} optimizer steps in a row had non-finite gradients; lower --learning_rate, look for "
@@ -156,8 +159,10 @@ class WeightEMA(OptimizerHook):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 state = optimizer.state.get(parameter)
+                # A parameter that has not been stepped has no state, and nothing to average.
                 if not state:
                     continue
+                # The average starts at the weights after the first step.
                 if "weight_ema" not in state:
                     state["weight_ema"] = parameter.detach().float().clone()
                 n = float(state["step"])
@@ -183,16 +188,19 @@ class WeightEMA(OptimizerHook):
             # other groups have none yet; link them again.
             zero._hp_optimizer_states_linked = False
             zero._lazy_init_hp_params_optimizer_state()
+        # One average per parameter, then under each of its names; buffers come from the model.
         averages = {parameter: self.average_of(parameter).detach() for parameter in model.parameters()}
         named = {name: averages[parameter] for name, parameter in model.named_parameters(remove_duplicate=False)}
         return {**model.state_dict(), **named}
 
     def average_of(self, parameter: nn.Parameter) -> Tensor:
         """The whole average of one parameter, gathered where ZeRO shards it."""
+        # Whole parameters: without ZeRO the optimizer holds them themselves.
         if parameter in self.optimizer.state:
             return self.optimizer.state[parameter]["weight_ema"]
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        # Shards: ZeRO's optimizer holds flat pieces, which DeepSpeed gathers into the whole.
         average = safe_get_full_optimizer_state(parameter, "weight_ema")
         assert average is not None, "the engine lost the weight average of a parameter"
         return average

@@ -20,6 +20,7 @@ from transformers import PreTrainedConfig
 
 logger = logging.getLogger(__name__)
 
+# Bound -> its sign in messages, and the test of a value.
 BOUNDS = {
     "gt": (">", lambda value, bound: value > bound),
     "ge": (">=", lambda value, bound: value >= bound),
@@ -56,6 +57,7 @@ def option(
     """
     unknown = set(bounds) - set(BOUNDS)
     assert not unknown, f"option() takes {sorted(BOUNDS)}, not {sorted(unknown)}"
+    # A list of conditions, or None: the base class decides, see `inherited`.
     conditions = [only_with] if isinstance(only_with, tuple) else only_with
     metadata = {"meaning": meaning, "bounds": bounds, "bare": bare, "only_with": conditions, "aliases": aliases}
     if isinstance(default, list | dict):
@@ -87,6 +89,7 @@ def check_type(value: Any, annotation: Any) -> bool:
     if origin in (typing.Union, types.UnionType):
         return any(check_type(value, part) for part in parts)
     if origin is Literal:
+        # The types must match too, since True == 1 == 1.0.
         return any(value == part and type(value) is type(part) for part in parts)
     if origin is list:
         return isinstance(value, list) and all(check_type(item, parts[0]) for item in value)
@@ -124,7 +127,7 @@ def declared_sections(owner: Any) -> dict[Section, list[dataclasses.Field]]:
             if name.startswith("SECTION_"):
                 section = getattr(base, name)
             elif name in fields:
-                sections.setdefault(section, []).append(fields.pop(name))
+                sections.setdefault(section, []).append(fields.pop(name))  # once, in the section of its base
     return sections
 
 
@@ -146,6 +149,7 @@ def effect_conditions(owner: type) -> dict[str, list[Condition]]:
         shared = [section.only_with] if section.only_with else []
         for field in fields:
             conditions[field.name] = [*shared, *(inherited(owner, field.name, "only_with") or [])]
+    # Options that always have an effect are left out.
     return {name: rows for name, rows in conditions.items() if rows}
 
 
@@ -170,6 +174,7 @@ def is_met(required: Any, value: Any) -> bool:
     A tuple lists acceptable values, a function decides (`bool`: neither zero nor empty), and of an option that is a
     list one entry must be the required value.
     """
+    # `bool`, or one of the predicates above.
     if callable(required):
         return bool(required(value))
     if isinstance(required, tuple):
@@ -189,7 +194,7 @@ def condition_text(condition: Condition) -> str:
 
 
 def check_effects(owner: Any, names: Collection[str], spelling: str = "{name}={value!r}") -> None:
-    """Check that options have an effect beside the others, by the `only_with` of their declarations.
+    """Check that options have an effect together with the others, by the `only_with` of their declarations.
 
     Args:
         owner: the object with all options.
@@ -198,6 +203,7 @@ def check_effects(owner: Any, names: Collection[str], spelling: str = "{name}={v
     Raises:
         ValueError: names the option, and the other one that switches it off.
     """
+    # Only options that were set are checked: a default without effect is no mistake.
     for name, conditions in effect_conditions(type(owner)).items():
         for other, required in conditions if name in names else ():
             value = getattr(owner, other)
@@ -254,16 +260,19 @@ def from_preset(config_class: type, presets: dict[str, Any], name: str, **overri
     """Build `config_class` from a row of a preset table, with some fields replaced.
 
     Args:
-        presets: rows of fields, beside `parameters`, their number in the model; or the new name of a renamed row.
+        presets: rows of fields and of `parameters`, the number of parameters of the model; or the new name of a
+            renamed row.
     Raises:
         ValueError: the name is not in the table; the message lists the names and suggests one.
     """
     if name not in presets:
         names = [key for key, row in presets.items() if isinstance(row, dict)]
         raise ValueError(f"unknown preset {name!r}{suggest(name, names)} (presets: {', '.join(names)})")
+    # The value of a former name is the new one.
     if isinstance(new_name := presets[name], str):
         logger.warning("preset %r has been renamed to %r", name, new_name)
         name = new_name
+    # Overrides replace the fields of the row.
     fields = {field: value for field, value in presets[name].items() if field != "parameters"}
     return config_class(**{**fields, **overrides})
 
@@ -278,6 +287,7 @@ class StrictConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any):
         known = {field.name for field in declared_fields(self)}
         aliases = {name for name, own in self.attribute_map.items() if own in known}
+        # What is left in kwargs is no declared field.
         for name in kwargs:
             # config.json also holds keys of transformers itself, and private ones such as _name_or_path.
             if name not in TRANSFORMERS_KEYS and name not in aliases and not name.startswith("_"):
@@ -304,6 +314,7 @@ class StrictConfig(PreTrainedConfig):
         """All declared fields, one per line: `name = value   # meaning`, below the titles of their sections."""
         lines = []
         for section, fields in declared_sections(self).items():
+            # Meanings are aligned within a section.
             rows = [(f"{field.name} = {getattr(self, field.name)!r}", field.metadata["meaning"]) for field in fields]
             width = max(len(setting) for setting, _ in rows)
             lines += ["", f"[{section.title}]"] if section.title else []

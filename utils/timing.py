@@ -13,7 +13,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.calls: list[tuple[int, float]] = []
+        self.calls: list[tuple[int, float]] = []  # (samples, seconds)
 
     def time(self, function: Callable, batch: torch.Tensor) -> Any:
         """Call the function on the batch."""
@@ -24,6 +24,7 @@ class Stopwatch:
 
     def now(self) -> float:
         """Seconds of a clock, read after the device has finished its work."""
+        # Kernels run asynchronously: without waiting, only their launch would be timed.
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter()
@@ -42,7 +43,7 @@ class RealTime:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.calls: dict[str, list[tuple[float, float]]] = {}
+        self.calls: dict[str, list[tuple[float, float]]] = {}  # name -> (seconds of computing, seconds of audio)
 
     def run(self, name: str, seconds_of_audio: float, function: Callable[[], Any]) -> Any:
         """Call the function, whose result lasts `seconds_of_audio`."""

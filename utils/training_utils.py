@@ -37,7 +37,7 @@ TRAINERS = {
     "MultimodalTrainer": "multimodal",
 }
 
-# The seam with transformers: what the trainers override or read of its `Trainer`, most of it private. A name ->
+# The interface to transformers: what the trainers override or read of its `Trainer`, most of it private. A name ->
 # its parameters there (None: an attribute of the instance), and why we need it. tests/utils/test_transformers_seam.py
 # names every entry that the installed transformers lacks or calls in another way.
 RELIES_ON: dict[str, tuple[str | None, str]] = {
@@ -80,8 +80,8 @@ def __getattr__(name: str) -> type:
 class EpochSampler(Sampler[int]):
     """A permutation of the training set per (seed, epoch), cut to whole optimizer steps.
 
-    All processes draw the same permutation; accelerate deals its batches out in turn, so that a step sees the same
-    samples on one process or on many, with or without gradient accumulation.
+    All processes compute the same permutation; accelerate distributes its batches in turn, so that a step sees the
+    same samples on one process or on many, with or without gradient accumulation.
     """
 
     def __init__(self, n_samples: int, samples_per_step: int, seed: int):
@@ -91,6 +91,7 @@ class EpochSampler(Sampler[int]):
                 "accumulation x processes); lower --batch_size or --gradient_accumulation_steps, or add data"
             )
         self.n_samples, self.seed, self.epoch = n_samples, seed, 0
+        # The samples that fill no optimizer step are left out; they are others in each epoch.
         self.length = n_samples - n_samples % samples_per_step
 
     def set_epoch(self, epoch: int) -> None:
@@ -101,6 +102,7 @@ class EpochSampler(Sampler[int]):
         return self.length
 
     def __iter__(self):
+        # The factor exceeds any number of epochs, so that no two (seed, epoch) share a permutation.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         return iter(torch.randperm(self.n_samples, generator=generator)[: self.length].tolist())
 
@@ -118,10 +120,13 @@ class StageTrainer(Trainer):
         super().__init__(**kwargs)
         self.stage_arguments = stage_arguments
         self.stage_record = stage_record or {}
+        # Hooks around the optimizer's step, see `utils/optimizer_hooks.py`.
         self.guard = NonFiniteGuard(stage_arguments.max_skipped_steps, any_across_ranks)
         self.ema = WeightEMA(stage_arguments.ema_decay) if stage_arguments.use_ema else None
+        # A plain copy of the model for the averaged weights, built at the first evaluation.
         self.ema_model = None
         self.ema_model_step = -1  # The step whose averaged weights `ema_model` holds.
+        # Sums and counts of the terms since the last log line; step and time from which speeds are measured.
         self.terms: dict[str, Tensor] = {}
         self.term_counts: dict[str, int] = {}
         self.last_log = (0, time.perf_counter())
@@ -168,6 +173,7 @@ class StageTrainer(Trainer):
         if self.optimizer is None:
             super().create_optimizer(model)
             self.hooks = self.optimizer_hooks()
+            # In order: the guard drops non-finite gradients before a filter could store them.
             for hook in self.hooks:
                 hook.attach(self.optimizer)
         return self.optimizer
@@ -209,10 +215,12 @@ class StageTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self.terms:
+            # Means over micro-batches and processes; sorted names have the same order on every process.
             names = sorted(self.terms)
             means = mean_across_ranks(torch.stack([self.terms[name] / self.term_counts[name] for name in names]))
             logs.update(zip(names, means.tolist(), strict=True))
             self.terms, self.term_counts = {}, {}
+            # Speeds since the last log line, peak memory, and the steps that were skipped.
             step, moment = self.last_log
             self.last_log = (self.state.global_step, time.perf_counter())
             if self.last_log[0] > step:  # Time in evaluation and saving does not count.
@@ -231,14 +239,17 @@ class StageTrainer(Trainer):
 
     def evaluation_model(self):
         """A model in eval mode to evaluate, sample and measure with: a plain copy with the averaged weights, or the
-        trained model itself where no average is kept. Every process must call it."""
+        trained model itself where there is no average. Every process must call it."""
+        # The averaged weights of this step may be loaded already.
         if self.ema_model is not None and self.ema_model_step == self.state.global_step:
             return self.ema_model
         averaged = self.averaged_weights()
+        # No average: the trained model, within its engine where ZeRO may shard it.
         if averaged is None:
             model = self.model_wrapped if self.is_deepspeed_enabled else self.model
             model.eval()
             return model
+        # The copy is built once, and gets the averaged weights of the present step.
         if self.ema_model is None:
             with torch.random.fork_rng():  # Fresh weights, overwritten at once, must not move the run's generator.
                 self.ema_model = type(self.model)(self.model.config).requires_grad_(False)
@@ -248,7 +259,7 @@ class StageTrainer(Trainer):
         return self.ema_model
 
     def averaged_weights(self) -> dict[str, Tensor] | None:
-        """The averaged weights as a state dict; None where none are kept yet. Every process must call it."""
+        """The averaged weights as a state dict; None where there are none yet. Every process must call it."""
         if self.ema is None or self.ema.optimizer is None:
             return None
         return self.ema.state_dict_of(self.model, self.model_wrapped if self.is_deepspeed_enabled else None)
@@ -305,17 +316,19 @@ class StageTrainer(Trainer):
         return None
 
     def load_extra_state(self, state: dict) -> None:
-        """Take over what `extra_state` gave."""
+        """Restore the state that `extra_state` returned."""
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         if is_complete(folder):
             return
+        # Rank 0 removes what an interrupted run left; the others wait for it.
         if rank() == 0 and folder.exists():
             shutil.rmtree(folder)
         barrier()
         self.before_saving()
         try:
+            # Files of transformers and of the stage; the mark comes once every process has written its own.
             super()._save_checkpoint(model, trial)
             self.save_extras(folder)
             barrier()
@@ -327,6 +340,7 @@ class StageTrainer(Trainer):
                 f"could not write {folder}: {error}. The half-written folder is removed and earlier checkpoints are "
                 "kept; free disk space and go on with --resume_from_checkpoint latest"
             ) from error
+        # Old checkpoints go once the new one is complete.
         if rank() == 0:
             rotate(Path(self.args.output_dir), self.stage_arguments.save_total_limit)
         barrier()
@@ -338,6 +352,7 @@ class StageTrainer(Trainer):
 
     def save_extras(self, folder: Path) -> None:
         """Averaged weights, the stage's own state and its record."""
+        # Gathering shards is collective, so every process takes part; rank 0 alone writes.
         averaged = self.averaged_weights()
         state = self.extra_state()
         if rank() == 0:

@@ -131,6 +131,7 @@ class ClipScorer:
 
     def __init__(self, settings: MelSettings, metrics: Sequence[str]):
         self.not_measured = not_measured(metrics)
+        # A metric whose package needs a compiler is left out, with a warning.
         for sentence in self.not_measured.values():
             logger.warning(sentence)
         metrics = [metric for metric in metrics if metric not in self.not_measured]
@@ -221,6 +222,7 @@ class AudioEvaluator(Evaluator):
         return output.float().cpu()
 
     def measure(self, dataset, indices):
+        # Clips of the contact sheet, evenly spaced.
         on_sheet = {indices[i] for i in evenly_spaced(len(indices), self.args.contact_sheet)}
         values: dict[str, list[Scores]] = {}  # by row: scores of every clip
         transcripts: list[dict[str, Any]] = []
@@ -259,6 +261,7 @@ class AudioEvaluator(Evaluator):
             logger.warning("no word error rate: no clip has a transcript of %d words or more", MIN_WORDS)
         # The report: scores in metrics.json, those of the model in TensorBoard, all of them in the table.
         n_clips = len(values["model"])
+        # Size, log-mel and speed of the model.
         model = {
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "mel": self.settings.as_dict(),
@@ -293,6 +296,7 @@ class AudioEvaluator(Evaluator):
             "wer": f"WER: {n_recognized} clips with {MIN_WORDS} words or more.",
             "real_time_factor": f"RTF: {unit} per second of audio.",
         }
+        # Notes on the metrics that some row has.
         measured = [note for name, note in notes.items() if any(row.get(name) is not None for row in scores.values())]
         unmeasured = self.scorer.not_measured.values()
         return score_table(

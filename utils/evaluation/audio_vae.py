@@ -115,6 +115,7 @@ class AudioVAEEvaluator(AudioEvaluator):
 
         Raises: ValueError: the VAE does not know the speaker.
         """
+        # The position in the list is the index of the embedding.
         known = list(self.model.config.speakers)
         if not known:
             return None
@@ -178,6 +179,7 @@ class AudioVAEEvaluator(AudioEvaluator):
 
     def model_table(self, model: dict[str, Any], score: dict[str, float]) -> Table:
         """Size, reconstruction error without vocoder, and speed."""
+        # The numbers of the report, as text.
         facts = {
             "parameters": f"{model['parameters']:,}",
             "latents": f"{model['latent_channels']} channels, {model['latent_frames_per_second']:.1f} frames/s",

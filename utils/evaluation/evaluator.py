@@ -105,6 +105,7 @@ class Evaluation:
         """Write images, and audio as wav files; returns the images and the folder of the wav files."""
         for name, image in self.images.items():
             save_image(image, folder / name)
+        # Values that a file cannot hold are clamped or silent.
         for name, (waveform, rate) in self.audio.items():
             save_waveform(playable(waveform), rate, folder / AUDIO / f"{name}.wav")
         return [*(folder / name for name in self.images), *([folder / AUDIO] if self.audio else [])]
@@ -113,6 +114,7 @@ class Evaluation:
         """Write scalars, curves, images and audio to TensorBoard."""
         for name, value in self.scalars.items():
             writer.add_scalar(f"{group}/{name}", value, step)
+        # Curves have their own axis in place of the training step.
         for name, curve in self.curves.items():
             for position, value in curve.items():
                 writer.add_scalar(f"{group}/{name}", value, position)
@@ -145,6 +147,7 @@ class Evaluator:
         foreign = ", ".join(f"--{name}" for name in args.given if name not in known)
         if foreign:
             raise ValueError(f"{foreign}: no effect on {checkpoint}, which is of stage {self.record['stage']!r}")
+        # The model with the chosen weights, on the device.
         self.step = step_of(checkpoint)
         self.device = compute_device()
         self.weights = chosen_weights(checkpoint, args)
@@ -170,7 +173,7 @@ class Evaluator:
             "step": self.step,
             "weights": self.weights,
             "precision": "bf16 autocast" if self.args.bf16 else "fp32",
-            "definitions": self.definitions,
+            "definitions": self.definitions,  # so that metrics.json explains itself
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),  # for the speed
             "trained_at_commit": self.record["git_commit"],

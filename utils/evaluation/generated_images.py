@@ -97,6 +97,7 @@ class BatchedGenerator:
 def agreement_scores(probe: TextProbe | None, features: Tensor, captions: Sequence[str]) -> dict[str, float | None]:
     """`agreement` and `words`, see `TextProbe.agreement`; None without probe or where all captions are equal."""
     try:
+        # Captions that are all equal cannot be told apart.
         agreement = probe.agreement(features, captions) if probe else {}
     except UnusableCaptionsError:
         agreement = {}
@@ -109,6 +110,7 @@ def train_probe(pipeline: TextToImagePipeline, dataset: ImageLatentDataset, n_sa
 
     Raises: UnusableCaptionsError: no probe can be fitted to the captions.
     """
+    # Decoded latents, not raw images: the probe learns from what the VAE can show.
     indices = evenly_spaced(len(dataset), n_samples)
     generator = BatchedGenerator(pipeline, ImageFeatures().to(pipeline.device), seed=0, batch_size=32)
     captions = [dataset.entries[i]["caption"] for i in indices]

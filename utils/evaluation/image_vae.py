@@ -98,6 +98,7 @@ class ImageVAEEvaluator(ImageEvaluator):
         ratios: dict[str, list[float]] = {name: [] for name in rows}
         real_moments, health, examples = FeatureMoments(), LatentHealth(), {}
         encode_watch, decode_watch = Stopwatch(self.device), Stopwatch(self.device)
+        # Images of the contact sheet, evenly spaced.
         on_sheet = {indices[i] for i in evenly_spaced(len(indices), self.args.contact_sheet)}
         loader = DataLoader(
             Subset(dataset, indices), self.args.batch_size, num_workers=self.args.num_workers, collate_fn=collate_stack
@@ -120,6 +121,7 @@ class ImageVAEEvaluator(ImageEvaluator):
             real_moments.update(features.pooled(image))
             for name, images in reconstructions.items():
                 rows[name].update(images, image)
+            # Examples for the contact sheet, with their PSNR.
             for index, generated, target in zip(batch["index"].tolist(), reconstruction, image):
                 if index in on_sheet:
                     value = psnr(generated[None], target[None]).item()
@@ -156,6 +158,7 @@ class ImageVAEEvaluator(ImageEvaluator):
 
     def report(self, scores, latents, model, *, n_samples: int) -> Evaluation:
         """Scores of all rows, statistics of the latents, size and speed as metrics, scalars and tables."""
+        # Scalars of the model for TensorBoard.
         names = ("psnr_db", "ssim", "perceptual", "frechet", "kid")
         scalars = {name: scores["model"][name] for name in names if scores["model"][name] is not None}
         scalars["dead_channels"] = float(sum(latents["dead"]))
@@ -167,6 +170,7 @@ class ImageVAEEvaluator(ImageEvaluator):
         if n_samples < 2 * N_FEATURES:
             limit = 2 * N_FEATURES
             caption += f"\nFrechet is biased upwards below {limit} images (here {n_samples}): read KID, which is not."
+        # Tables: scores of all rows, latents, size and speed.
         size = model["image_size"]
         title = f"Reconstruction of {n_samples} images, {size}x{size} pixels"
         table = score_table(scores, COLUMNS, title=title, names=ROW_NAMES, caption=caption)
@@ -191,6 +195,7 @@ class ImageVAEEvaluator(ImageEvaluator):
     def model_table(self, model: dict[str, Any]) -> Table:
         """Size and speed."""
         size, shape = model["image_size"], model["latent_shape"]
+        # The speed belongs to a device and a precision, which the table names.
         device = (
             torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         )
@@ -224,6 +229,7 @@ class ReconstructionScores:
         self.values["psnr_db"] += psnr(generated, target).tolist()
         self.values["ssim"] += ssim(generated, target).tolist()
         self.values["perceptual"] += self.distance(generated, target).tolist()
+        # The same pooled features serve both distances of sets.
         self.moments.update(self.features.pooled(generated))
         self.kernel.update(self.features.pooled(target), self.features.pooled(generated))
 
@@ -246,7 +252,7 @@ def jpeg(image: Tensor, latent_size: tuple[int, int]) -> tuple[Tensor, list[floa
     for pil_image in map(to_image, image):
         file = io.BytesIO()
         pil_image.save(file, "JPEG", quality=JPEG_QUALITY)
-        decoded.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))
+        decoded.append(torch.from_numpy(np.array(Image.open(file))).permute(2, 0, 1))  # (3, Y, X)
         ratios.append(image[0].numel() / file.tell())
     return to_float(torch.stack(decoded)).to(image.device), ratios
 

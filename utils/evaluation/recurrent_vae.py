@@ -45,6 +45,7 @@ class RecurrentVAEEvaluator(ImageVAEEvaluator):
         depths = sorted({*STEPS, n_steps})
         by_depth: dict[int, list[float]] = {k: [] for k in depths}
         by_threshold: dict[float, tuple[list[int], list[float]]] = {value: ([], []) for value in THRESHOLDS}
+        # A second pass over the data, with all depths and thresholds per batch.
         loader = DataLoader(
             Subset(dataset, indices), self.args.batch_size, num_workers=self.args.num_workers, collate_fn=collate_stack
         )
@@ -67,6 +68,7 @@ class RecurrentVAEEvaluator(ImageVAEEvaluator):
             saved, difference = 1 - mean_steps / n_steps, value - curve[n_steps]
             row = {"threshold": threshold, "mean_steps": mean_steps, "saved": saved, "psnr_db": value}
             exits.append({**row, "difference_db": difference})
+        # Added to the results of the image VAE: metrics, scalars, tables.
         evaluation.metrics.update(decoder_steps={str(k): value for k, value in curve.items()}, early_exit=exits)
         evaluation.scalars.update({f"psnr_db_{k}_steps": value for k, value in curve.items()})
         evaluation.tables = [*evaluation.tables, depth_table(curve, n_steps), exit_table(exits, n_steps)]

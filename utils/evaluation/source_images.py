@@ -56,4 +56,5 @@ class SourceImageDataset:
             image = decode_image(self.source.rows[self.rows[index]][self.source.media], self.color)
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"{self.keys[index]} in {self.source.identity} cannot be read ({error})") from error
+        # Cropped or padded to (S, S), then (3, S, S).
         return to_float(to_tensor(fit_image(image, self.size, self.mode, background_color=self.color)))

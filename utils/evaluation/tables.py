@@ -32,6 +32,7 @@ class Column:
 
     def cell(self, row: Mapping[str, Any], name: str) -> str:
         """The value of the metric `name` in a row, with its error; "-" where it is missing or None."""
+        # Not every row has every metric.
         if row.get(name) is None:
             return "-"
         value = self.template.format(row[name])  # the error has the same number of digits
@@ -71,6 +72,7 @@ def score_table(
         table.add_column(column.heading, justify="left" if is_text else "right", no_wrap=True)
     # Rows in the order of their labels, or in their own order.
     for key in rows if names is None else [key for key in names if key in rows]:
+        # The evaluated model is bold, the reference dimmed.
         label = [] if names is None else [names[key]]
         cells = [column.cell(rows[key], name) for name, column in shown.items()]
         table.add_row(*label, *cells, style="bold" if key == evaluated else "dim" if key == reference else "")
@@ -98,6 +100,7 @@ def latent_table(latents: dict[str, list]) -> Table:
     """Minimum, median and maximum over the channels of each statistic of the latents."""
     n_channels, n_dead = len(latents["dead"]), sum(latents["dead"])
     statistic = {"minimum": min, "median": statistics.median, "maximum": max}
+    # A row per statistic, with its minimum, median and maximum over the channels.
     rows = {name: {key: pick(latents[name]) for key, pick in statistic.items()} for name in LATENT_NAMES}
     return score_table(
         rows,

@@ -141,6 +141,7 @@ class TextEvaluator(Evaluator):
         """Raises: ValueError: flags of the recurrent core for a model without one, exits without a criterion, or more
         steps than the model's maximum."""
         args, config = self.args, self.model.config
+        # Flags that need a recurrent core, and the steps that it can take.
         flags = [name for name in ("thinking_steps", "exit_thresholds") if getattr(args, name)]
         if flags and not config.n_recurrent_layers:
             raise ValueError(f"--{flags[0]} has no effect: {self.checkpoint} has no recurrent core")
@@ -168,6 +169,7 @@ class TextEvaluator(Evaluator):
         for batch in batches:
             inputs = model_inputs({name: value.to(self.device) for name, value in batch.items()})
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+                # The forward passes alone are timed.
                 start = watch.now()
                 at_once = windows_at_once(self.model.config.vocab_size, inputs["labels"].shape[1])
                 sums = window_sums(self.model, inputs, at_once=at_once, **keywords)
@@ -186,6 +188,7 @@ class TextEvaluator(Evaluator):
         for batch in batches:
             inputs = model_inputs(batch)
             ids = next_token_targets(inputs["labels"], inputs["segment_ids"])  # (B, L)
+            # Targets alone, (N,).
             ids = ids[ids != IGNORED]
             held_out += torch.bincount(ids, minlength=vocab_size)
             if n_bytes < COMPRESSED_BYTES:
@@ -222,6 +225,7 @@ class TextEvaluator(Evaluator):
         max_steps = self.args.max_thinking_steps or config.recurrent_test_thinking_steps
         max_steps = max_steps or config.recurrent_mean_thinking_steps
         rows: list[dict[str, float]] = []  # threshold 0: no exits
+        # Loss, its time, and the speed of generation at every threshold.
         for threshold in (0.0, *sorted(set(self.args.exit_thresholds))):
             sums, seconds = self.sums(batches, n_thinking_steps=max_steps, exit_threshold=threshold)
             row = {"threshold": threshold, "most_steps": max_steps, **ratios(sums), "seconds": seconds}

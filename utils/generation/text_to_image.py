@@ -91,6 +91,7 @@ class TextToImagePipeline:
         # Latents of another VAE would decode to noise, so the VAE is identified by its fingerprint.
         path = vae_checkpoint or record["latents"]["vae_checkpoint"]
         check_vae(path, record["latents"]["vae_fingerprint"], f"the latents that {checkpoint} was trained on")
+        # The frozen networks, on the device.
         model = load_model(ImageDiffusion, checkpoint, weights).requires_grad_(False).to(device)
         text_encoder = load_text_encoder(record["latents"])
         if text_encoder is not None:
@@ -165,8 +166,10 @@ def load_text_encoder(latents: dict) -> FrozenTextEncoder | None:
     Args: latents: settings of the cache's manifest.
     Raises: ValueError: the encoder with this name has other weights or another vocabulary than in preprocessing.
     """
+    # Captions as bytes need no encoder.
     if not latents["text_encoder"]:
         return None
+    # A name does not identify weights: those of a hub model may have changed.
     encoder = FrozenTextEncoder(latents["text_encoder"])
     fingerprint, expected = text_encoder_fingerprint(encoder), latents["text_encoder_fingerprint"]
     if fingerprint != expected:

@@ -30,9 +30,11 @@ from utils.options import option, other_than_none
 from utils.preprocessing.driver import PACKAGES, Preprocess, PreprocessArguments
 from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of
 
+# Usual names of columns in hub data sets, in order of preference.
 CAPTION_COLUMNS = ("text", "text_normalized", "transcription", "transcript", "sentence")
 SPEAKER_COLUMNS = ("speaker", "speaker_id")
 MEL_FLAGS = tuple(field.name for field in dataclasses.fields(MelSettings))
+# Flags that shape the waveforms, and therefore belong to the fingerprint of a cache.
 CONDITIONING = (
     "segment_seconds",
     "min_seconds",
@@ -131,6 +133,7 @@ class AudioPreprocessArguments(PreprocessArguments):
             raise ValueError(f"--notch_hz={self.notch_hz} must be 0, 50 or 60")
 
     def validate_augmentation(self):
+        # Copies differ only by augmentations that are on.
         used = [name for name in AUGMENTATIONS if getattr(self, name) != getattr(type(self), name)]
         flags = ", ".join(f"--{name}" for name in AUGMENTATIONS)
         if self.num_augmented_copies and not used:
@@ -160,6 +163,7 @@ class AudioPreprocess(Preprocess):
 
     def open_sources(self) -> dict[str, Source]:
         sources = super().open_sources()
+        # A speaker column that does not exist is an error before any file is read.
         for source in sources.values():
             self.find_column(source, "speaker_column", SPEAKER_COLUMNS)
         return sources
@@ -187,9 +191,11 @@ class AudioPreprocess(Preprocess):
         # After the hum is gone: it would make silence loud, and hide where speech begins.
         if is_silent(waveform, rate):
             raise SkipSampleError("silent")
+        # Ends are trimmed before the level is set; what is left may be too short.
         if args.trim_db:
             waveform = trim_silence(waveform, rate, args.trim_db)
             self.check_length(waveform)
+        # Gain may exceed full scale, so that the peak is limited last.
         if args.loudness_db is not None:
             waveform = normalize_loudness(waveform, rate, args.loudness_db, measure=args.loudness_measure)
         return limit_peak(waveform)
@@ -211,6 +217,7 @@ class AudioPreprocess(Preprocess):
         if example.copy:
             waveform = self.augmentation(waveform, rate, generator)
             level = example.data.abs().max() / waveform.abs().max().clamp_min(1e-12)
+            # A faster copy is shorter, perhaps too short for a log-mel.
             waveform = F.pad(waveform, (0, max(0, self.args.min_samples - len(waveform))))
         # Segments, each cut to whole frames: S = F * hop_length.
         limit = round(self.args.segment_seconds * rate) or len(waveform)

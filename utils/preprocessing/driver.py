@@ -158,6 +158,7 @@ class Preprocess:
             ValueError: a folder made with other settings, too many broken files, or no sample at all.
             OSError: a file cannot be written.
         """
+        # The sources, the head of the manifest, and what earlier runs have written.
         started = time.perf_counter()
         sources = self.open_sources()
         header = self.header(sources)
@@ -172,6 +173,7 @@ class Preprocess:
                 if outcome.broken:
                     problems.append(outcome)
                     self.check_broken(problems, total)
+                # Where nothing new was written, the journal has the entries already.
                 for entry in outcome.entries if outcome.n_written else ():
                     journal.write(json.dumps([outcome.split, entry]) + "\n")
                 journal.flush()
@@ -206,6 +208,7 @@ class Preprocess:
                 raise ValueError(
                     f"training and validation would both read {sources['train'].identity}; see --validation_split"
                 )
+        # A caption column that a flag names must exist; the usual ones are optional.
         for source in sources.values():
             if not self.find_column(source, "caption_column", self.caption_columns):
                 names = " or ".join(map(repr, self.caption_columns))
@@ -220,6 +223,7 @@ class Preprocess:
         column = getattr(self.args, flag)
         if column in source.columns:
             return column
+        # A name other than the default was given by the user.
         if column != getattr(type(self.args), flag):
             columns = ", ".join(source.columns)
             raise ValueError(f"--{flag}={column!r} is no column of {source.identity}; there is: {columns}")
@@ -285,6 +289,7 @@ class Preprocess:
             name: split and key of the copy.
         """
         split, key = name
+        # The first part has the key of the copy itself, and its entry tells the number of parts.
         n_parts = earlier.get(name, {}).get("parts", 1)
         entries = [earlier.get((split, part_key(key, part))) for part in range(n_parts)]
         is_whole = all(self.is_valid(entry, split, raw.caption) for entry in entries)
@@ -303,7 +308,7 @@ class Preprocess:
     def prepare(self, task: Task) -> Prepared:
         """Decode one raw file and encode its missing copies; a file that cannot be is an outcome without entries."""
         outcome = Outcome(task.number, task.split, task.name, list(task.entries))
-        if not task.missing:
+        if not task.missing:  # Earlier runs wrote all copies.
             return Prepared(outcome, [])
         examples = []
         try:
@@ -331,6 +336,7 @@ class Preprocess:
             entry = {"key": example.key, "source": example.name, "copy": example.copy}
             entry |= {**notes_of(example, example.n_parts), **self.measure(example.data)}
             entries.append(entry | ({"part": example.part, "parts": example.n_parts} if example.n_parts > 1 else {}))
+        # Copies and their parts in order, whichever run wrote them.
         entries.sort(key=lambda entry: (entry["copy"], entry.get("part", 0)))
         return dataclasses.replace(outcome, entries=entries, n_written=len(examples))
 

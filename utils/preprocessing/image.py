@@ -10,6 +10,7 @@ from utils.options import option
 from utils.preprocessing.driver import PreprocessArguments
 from utils.preprocessing.samples import SkipSampleError
 
+# Flags that shape the tensors of every image stage; they belong to the fingerprint of a cache.
 IMAGE_SETTINGS = ("resize_mode", "background_color", "min_image_size")
 
 
@@ -23,7 +24,7 @@ class ImageArguments(PreprocessArguments):
 
     def validate_background(self):
         try:
-            ImageColor.getrgb(self.background_color)
+            ImageColor.getrgb(self.background_color)  # raises for unknown colors
         except ValueError as error:
             raise ValueError(f"--background_color={self.background_color!r}: {error}") from error
 
@@ -38,6 +39,7 @@ def decode_source_image(media: dict[str, Any] | None, args: ImageArguments, enou
         OSError, ValueError: the file is missing, damaged, or no image.
     """
     try:
+        # A small image is intact: it is skipped, and does not count as broken.
         return decode_image(media, args.background_color, enough=enough, min_side=args.min_image_size)
     except TooSmallError as error:
         raise SkipSampleError(str(error)) from error

@@ -22,7 +22,7 @@ class ProgressReport:
         self.task = self.bar.add_task(name, total=total)
         self.name, self.total, self.done = name, total, 0
         self.started = self.shown = time.monotonic()
-        self.interval = 0.2 if console.is_terminal else 30.0
+        self.interval = 0.2 if console.is_terminal else 30.0  # seconds between redraws, or log lines
 
     def __enter__(self) -> "ProgressReport":
         self.bar.start()
@@ -43,5 +43,6 @@ class ProgressReport:
     def show(self) -> None:
         """Redraw the bar."""
         self.shown = time.monotonic()
+        # Raw samples per second since the start.
         speed = f"{self.name} {self.done / max(self.shown - self.started, 1e-3):.0f}/s"
         self.bar.update(self.task, completed=self.done, description=speed, refresh=True)

@@ -41,7 +41,7 @@ class Raw:
 class Task:
     """A raw sample with the copies still to be written, `{copy: key}`, and the entries of those that are there."""
 
-    number: int
+    number: int  # position in the source, which orders the manifest
     split: str
     name: str
     raw: Raw
@@ -57,9 +57,9 @@ class Outcome:
     split: str
     name: str
     entries: list[dict[str, Any]]
-    n_written: int = 0
-    broken: str = ""
-    skipped: str = ""
+    n_written: int = 0  # samples that this run wrote
+    broken: str = ""  # reason, if the file cannot be read or encoded
+    skipped: str = ""  # reason, if an intact sample is left out
 
 
 @dataclasses.dataclass
@@ -101,7 +101,7 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
         split: [entry for outcome in outcomes if outcome.split == split for entry in outcome.entries]
         for split in splits
     }
-    # Number of samples, and sums of the sizes that `measure` gave, such as seconds.
+    # Number of samples, and sums of the sizes that `measure` returned, such as seconds.
     totals: dict[str, Any] = {}
     for split in splits:
         totals[split] = {"samples": len(entries[split])}

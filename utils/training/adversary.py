@@ -118,14 +118,14 @@ class Adversary:
         # adaptive factor.
         self.statistics = {"anchors": torch.zeros(2), "gradients": torch.zeros(2)}
         self.parameters = [p for p in discriminator.parameters() if p.requires_grad]
-        self.pending: list[Tensor] = []
+        self.pending: list[Tensor] = []  # a (4,) per micro-batch of this optimizer step, see `play`
         self.trains = False  # Whether the pending micro-batches carry gradients for the discriminator.
         self.gradient_norm = torch.zeros(())
 
     # ---- Schedule.
 
     def active(self, step: int) -> bool:
-        """Whether the adversary plays at this optimizer step."""
+        """Whether the adversary takes part in this optimizer step."""
         return self.arguments.gan_weight > 0 and step >= self.arguments.gan_start_step
 
     def updates_at(self, step: int) -> bool:
@@ -155,7 +155,7 @@ class Adversary:
         return min(1e4, math.sqrt(reconstruction / adversarial)) if adversarial > 0 else 0.0
 
     def check_start(self, n_steps: int) -> None:
-        """Warn where a run of `n_steps` ends before the discriminator plays.
+        """Warn where a run of `n_steps` ends before the discriminator starts.
 
         Raises: ValueError: `--gan_start_step` was given and asks for that.
         """
@@ -174,6 +174,7 @@ class Adversary:
         self.discriminator.to(device).eval()
         broadcast_tensors([*self.discriminator.parameters(), *self.discriminator.buffers()])
         self.statistics = {name: value.to(device) for name, value in self.statistics.items()}
+        # The schedule counts optimizer steps from `gan_start_step` on.
         updates = max(1, n_steps - self.arguments.gan_start_step)
         self.scheduler = get_scheduler(
             lr_scheduler_type,
@@ -211,6 +212,7 @@ class Adversary:
             arguments.gan_ramp_steps == 0 or self.statistics["gradients"][1] == 0
         )
         guides = weight > 0 or adapts
+        # Neither side learns from this micro-batch.
         if not trains and not guides:
             self.trains = False
             self.pending.append(leaf.new_zeros(4))  # `update` has the schedule to advance.
@@ -222,6 +224,7 @@ class Adversary:
         self.trains = trains
         for parameter in self.parameters:
             parameter.requires_grad_(trains)
+        # Where the generator is not guided, no graph leads to the leaf.
         matches = guides and arguments.feature_matching_weight > 0
         fake_logits, fake_maps = self.discriminate(leaf if guides else leaf.detach(), uniforms)
         real_logits, real_maps = None, None
@@ -264,6 +267,7 @@ class Adversary:
     ) -> dict[str, Tensor]:
         """The discriminator's loss and its backward, for one micro-batch; returns what is to be logged."""
         arguments = self.arguments
+        # The adversarial loss, and the penalties that are due at this update.
         loss = discriminator_loss(arguments.gan_loss, real_logits, fake_logits)
         logs = {"discriminator": loss.detach()}
         if arguments.lecam_weight > 0 and self.updates > 0:
@@ -278,7 +282,7 @@ class Adversary:
             logs["r1"] = penalty.detach()
         (loss * share).backward(inputs=self.parameters)
 
-        # How well it tells them apart; least squares aims at 1 and 0, the other losses at either side of 0.
+        # Accuracy: least squares aims at 1 and 0, the other losses at either side of 0.
         boundary = 0.5 if arguments.gan_loss == "least_squares" else 0.0
         logs["logits_real"] = mean_of_means(real_logits).detach()
         logs["logits_fake"] = mean_of_means(fake_logits).detach()
@@ -349,7 +353,7 @@ class Adversary:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over a state; `prepare` must have run."""
+        """Restore a state; `prepare` must have run."""
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])

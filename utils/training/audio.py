@@ -49,6 +49,7 @@ class AudioStage(Stage):
         self.check_checkpoint(dataset)
         fields = {field.name for field in declared_fields(self.config_class)}
         overrides = parse_overrides(self.args.override, fields)
+        # The log-mel of the cache, unless overrides name fields of it: then the two must be equal.
         mel = {} if overrides.keys() & set(MEL_FIELDS) else dataset.mel.as_dict()
         config = from_preset(self.config_class, self.presets, self.args.config, **{**mel, **overrides})
         dataset.expect_mel(config.mel, "this run's --override")
@@ -59,6 +60,7 @@ class AudioStage(Stage):
 
     def check_checkpoint(self, dataset: AudioDataset) -> None:
         """Raises: ValueError: the checkpoint to start from or to resume has another log-mel than the cache."""
+        # Weights belong to one log-mel, however the run starts from them.
         named = {"--init_from": self.args.init_from, "--resume_from_checkpoint": self.find_checkpoint()}
         for flag, path in named.items():
             if path:
@@ -70,9 +72,9 @@ class AudioStage(Stage):
 
 
 class AudioCallback(EvaluationCallback):
-    """Logs what a model makes of the same validation clips, one at a time, so that nothing is padded.
+    """Logs the output of a model for the same validation clips, one at a time, so that nothing is padded.
 
-    Subclasses say what it makes of a clip: `run`, and what is written: `write`.
+    Subclasses compute the output for a clip in `run`, and write it in `write`.
 
     Args:
         n_clips: spread evenly over the validation set.
@@ -82,6 +84,7 @@ class AudioCallback(EvaluationCallback):
         super().__init__(trainer, writer)
         self.n_clips = n_clips
         self.is_first = True  # What does not change is written once.
+        # Rank 0 writes the scores, and tells which ones are missing.
         if writer is not None:
             for sentence in not_measured(SCORES).values():
                 logger.warning(sentence)
@@ -97,6 +100,7 @@ class AudioCallback(EvaluationCallback):
         for index in evenly_spaced(len(dataset), self.n_clips):
             sample = dict(dataset[index])
             sample["mel"] = sample["mel"][:, :MAX_FRAMES]
+            # The waveform ends with the last frame that is left.
             if "waveform" in sample:
                 sample["waveform"] = sample["waveform"][: MAX_FRAMES * hop_length]
             samples.append(sample)
@@ -113,11 +117,12 @@ class AudioCallback(EvaluationCallback):
         return [self.run(model, sample, self.trainer.args.device) for sample in self.samples]
 
     def run(self, model, sample: dict[str, Tensor], device: torch.device) -> Any:
-        """What the model makes of one clip, on every process."""
+        """The output of the model for one clip, on every process."""
         raise NotImplementedError
 
     def add_mels(self, generated: list[Tensor], step: int) -> None:
         """True and generated log-mel (M, F) of every clip, their difference, and its mean absolute value."""
+        # All clips of the sheet have one time scale.
         longest = max(sample["mel"].shape[1] for sample in self.samples)
         groups, distances = [], []
         for sample, mel, name in zip(self.samples, generated, self.names):
@@ -134,11 +139,13 @@ class AudioCallback(EvaluationCallback):
 
     def add_scores(self, generated: list[Tensor], real: list[Tensor], step: int) -> None:
         """PESQ and STOI of the first clips, where their packages are installed and the waveforms are finite."""
+        # Early in training a waveform may not be finite.
         pairs = [pair for pair in zip(generated[:N_SCORED], real[:N_SCORED]) if pair[0].isfinite().all()]
         for name, score in SCORES.items():
             if not all(importlib.util.find_spec(package) for package in PACKAGES[name]):
                 continue
             values = [score(*pair, self.settings.sample_rate) for pair in pairs]
+            # None: the score is not defined for the clip.
             values = [value for value in values if value is not None]
             if values:
                 self.writer.add_scalar(f"listening/{name}", statistics.fmean(values), step)

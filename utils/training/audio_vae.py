@@ -1,4 +1,4 @@
-"""The audio VAE: flags, segments of clips, losses over valid frames, characters read out of latents, logged clips.
+"""The audio VAE: flags, segments of clips, losses over valid frames, characters predicted from latents, logged clips.
 
 B batch, M mel bins, F mel frames, Z latent channels, L latent frames, V characters, T text tokens.
 """
@@ -125,7 +125,7 @@ class AudioVAEGANTrainer(GANTrainer):
     """Trains an `AudioVAE` on log-mels x (B, M, F), reconstructed as x_hat.
 
         loss = l1_weight * |x_hat - x| + l2_weight * (x_hat - x)^2 + gradient_weight * |gradient of x_hat - x|
-             + kl_weight * KL / (M F) + ctc_weight * nats per character of the transcript, read out of the latents
+             + kl_weight * KL / (M F) + ctc_weight * nats per character of the transcript, given the latents
              + gan_weight(step) * adaptive_factor * (adversarial + feature_matching_weight * feature_matching)
 
     Every term is the mean over samples of each sample's own mean over its F valid frames; KL is a sum over its valid
@@ -134,10 +134,12 @@ class AudioVAEGANTrainer(GANTrainer):
     """
 
     def generate(self, model, inputs):
+        # The segments (B, M, F) of this step, and the noise (B, Z, ..., L) of their posteriors.
         mel, n_frames = self.segments(inputs)
         shape = self.model.latent_shape(mel.shape[-1])
-        # Drawn with time first: a sample's noise does not depend on how its batch is padded.
+        # Sampled with time first: a sample's noise does not depend on how its batch is padded.
         noise = self.sample_noise(inputs, "posterior", (shape[-1], *shape[:-1])).movedim(1, -1)
+        # Reconstructions, and the weighted terms of the latents.
         output = model(mel=mel, n_frames=n_frames, noise=noise, speaker=inputs.get("speaker"))
         terms = self.latent_terms(output, {**inputs, "mel": mel, "n_frames": n_frames})
         terms = self.weighted({name: values.mean() for name, values in terms.items()})
@@ -159,9 +161,10 @@ class AudioVAEGANTrainer(GANTrainer):
     def latent_terms(self, output: AudioVAEOutput, batch: dict) -> dict[str, Tensor]:
         """Loss terms of the latents, name -> (B,), to be weighted by `<name>_weight`: `kl`, nats per input value, to
         which latents in padding add nothing, and `ctc`, nats per character, where the model has such a head."""
+        # KL is a sum over valid latents; divided by M * n_frames it is in nats per input value.
         terms = {"kl": kl_divergence(output.mean, output.logvar) / (batch["mel"].shape[1] * batch["n_frames"])}
         if self.stage_arguments.ctc_weight:
-            lengths = self.model.latents_lengths(batch["n_frames"])
+            lengths = self.model.latents_lengths(batch["n_frames"])  # latent frames, (B,)
             terms["ctc"] = character_loss(
                 output.character_logits, lengths, batch["tokens"], token_lengths=batch["token_lengths"]
             )
@@ -169,10 +172,12 @@ class AudioVAEGANTrainer(GANTrainer):
 
     def evaluation_terms(self, model, inputs):
         mel, n_frames = inputs["mel"], inputs["n_frames"]
+        # Whole clips; without noise the posterior mean is decoded.
         output = model(mel=mel, n_frames=n_frames, speaker=inputs.get("speaker"))
         reconstruction = output.reconstruction.float().clamp_min(self.model.config.mel.log_floor)
         mel_l1 = masked_mean((reconstruction - mel).abs(), n_frames)
         terms = self.latent_terms(output, inputs)
+        # The loss has the weighted terms of the latents, and no adversarial one.
         return {"mel_l1": mel_l1, **terms, "loss": sum(self.weighted(terms).values(), mel_l1)}
 
     def before_saving(self):
@@ -203,6 +208,7 @@ class AudioReconstructionCallback(AudioCallback):
     def __init__(self, trainer, writer, *, n_clips: int, vocoder_checkpoint: str = ""):
         super().__init__(trainer, writer, n_clips=n_clips)
         self.vocoder = load_vocoder(vocoder_checkpoint) if vocoder_checkpoint else None
+        # A vocoder reads only log-mels of the definition that it was trained on.
         if self.vocoder is not None:
             name = f"the vocoder {vocoder_checkpoint}"
             remedy = "use a vocoder that was trained on the same log-mels"
@@ -211,12 +217,12 @@ class AudioReconstructionCallback(AudioCallback):
 
     @cached_property
     def real(self) -> list[Tensor]:
-        """The waveforms that the true log-mels become."""
+        """The vocoded true log-mels."""
         return [self.vocode(sample["mel"]) for sample in self.samples]
 
     def run(self, model, sample, device):
         speaker = sample["speaker"][None].to(device) if "speaker" in sample else None
-        mel = sample["mel"][None].to(device)
+        mel = sample["mel"][None].to(device)  # (1, M, F)
         output = model(mel=mel, n_frames=torch.tensor([mel.shape[-1]], device=device), speaker=speaker)
         reconstruction = output.reconstruction[0].float().clamp_min(self.settings.log_floor)
         return tuple(tensor.float().cpu() for tensor in (reconstruction, output.mean, output.logvar))
@@ -225,6 +231,7 @@ class AudioReconstructionCallback(AudioCallback):
         """(M, F) -> (S,) on the CPU; the log-mel of silence where it is too short, or where it is not finite."""
         log_floor, min_samples = self.settings.log_floor, self.settings.min_samples
         device = self.trainer.args.device
+        # Frames up to the shortest waveform that has a log-mel.
         missing = max(0, -(-min_samples // self.settings.hop_length) - mel.shape[1])
         mel = F.pad(mel.nan_to_num(log_floor, log_floor, log_floor), (0, missing), value=log_floor)[None].to(device)
         if self.vocoder is None:

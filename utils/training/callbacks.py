@@ -1,5 +1,5 @@
-"""Callbacks of the stages: clean stop on a signal, numbers for TensorBoard, and the base of those that show what a
-model makes of validation samples."""
+"""Callbacks of the stages: clean stop on a signal, numbers for TensorBoard, and the base of those that show the
+output of a model for validation samples."""
 
 import contextlib
 import logging
@@ -29,6 +29,7 @@ class StopOnSignalCallback(TrainerCallback):
         self.signalled = False
 
     def on_train_begin(self, args, state, control, **kwargs):
+        # The former handlers return when training ends.
         self.previous = {number: signal.signal(number, self.remember) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -44,6 +45,7 @@ class StopOnSignalCallback(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if any_across_ranks(self.signalled, args.device):
             logger.warning("signal received: saving at step %d and stopping", state.global_step)
+            # Every process takes the same decision, at the same step.
             control.should_save = True
             control.should_training_stop = True
 
@@ -61,17 +63,18 @@ class ScalarLogsCallback(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         for name, value in (logs or {}).items():
+            # Entries that are no numbers stay on the console.
             if isinstance(value, int | float):
                 self.writer.add_scalar(grouped(name), value, state.global_step)
         self.writer.flush()
 
 
 class EvaluationCallback(TrainerCallback):
-    """Shows something of the model in TensorBoard after each evaluation, and before the first step.
+    """Shows the present model in TensorBoard after each evaluation, and before the first step.
 
     Every process computes, because a forward of sharded weights is collective; a plain copy with averaged weights is
-    run by rank 0 alone. Only rank 0, which has a writer, writes. Training is not moved: random number generators are
-    left as they were. Subclasses say what is computed: `compute`, and what is written: `write`.
+    run by rank 0 alone. Only rank 0, which has a writer, writes. Training is not affected: random number generators
+    keep their states. Subclasses say what is computed: `compute`, and what is written: `write`.
 
     Args:
         trainer: whose model is shown.
@@ -95,6 +98,7 @@ class EvaluationCallback(TrainerCallback):
         """Compute on every process, write on rank 0."""
         with unmoved_generators():
             model = self.trainer.evaluation_model()
+            # A plain copy needs no collective forward: rank 0 computes alone.
             if self.writer is None and model is self.trainer.ema_model:
                 return
             content = self.compute(model)
@@ -107,17 +111,19 @@ class EvaluationCallback(TrainerCallback):
         raise NotImplementedError
 
     def write(self, content: Any, step: int) -> None:
-        """Write what `compute` gave, on rank 0."""
+        """Write the result of `compute`, on rank 0."""
         raise NotImplementedError
 
     def add_image(self, name: str, image: Any, step: int) -> None:
         """Write a PIL image under `images/`."""
+        # (Y, X, 3), which TensorBoard calls HWC.
         self.writer.add_image(f"images/{name}", np.asarray(image), step, dataformats="HWC")
 
 
 @contextlib.contextmanager
 def unmoved_generators() -> Iterator[None]:
-    """Give Python's, NumPy's and torch's random number generators their states back at the end."""
+    """Restore the states of Python's, NumPy's and torch's random number generators at the end."""
+    # torch restores its generators itself, those of the CPU and of the GPU of this process.
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     try:
@@ -133,4 +139,5 @@ def grouped(name: str) -> str:
     for prefix, group in (("eval_", "eval"), ("train_", "summary")):
         if name.startswith(prefix):
             return f"{group}/{name.removeprefix(prefix)}"
+    # A name with a slash names its group.
     return name if "/" in name else f"train/{name}"

@@ -44,7 +44,7 @@ class DiffusionTrainer(StageTrainer):
         holds it; (B, Z, ...)."""
         mean, std = inputs["mean"], inputs["std"]
         if "flipped_mean" in inputs:
-            flip = self.sample_uniforms(inputs, "flip", (1,) * (mean.ndim - 1)) < 0.5
+            flip = self.sample_uniforms(inputs, "flip", (1,) * (mean.ndim - 1)) < 0.5  # (B, 1, ...)
             mean = torch.where(flip, inputs["flipped_mean"], mean)
             std = torch.where(flip, inputs["flipped_std"], std)
         return mean + std * self.sample_noise(inputs, "posterior", mean.shape[1:])
@@ -72,8 +72,10 @@ class DiffusionTrainer(StageTrainer):
         """Mean squared error of the prediction per sample and channel, (B, Z) fp32."""
         process = self.model.process
         text = {name: inputs[name] for name in TEXT_INPUTS if name in inputs}
+        # The noisy latents (B, Z, ...), and the prediction of the same shape.
         output = model(latents=process.add_noise(latents, noise, time), time=time, drop=drop, **text)
         target = process.target(latents, noise, time)
+        # The mean is taken over positions: (B, Z, ...) -> (B, Z).
         return (output.prediction.float() - target).square().flatten(2).mean(2)
 
     def evaluation_terms(self, model, inputs):
@@ -82,6 +84,7 @@ class DiffusionTrainer(StageTrainer):
         n_buckets, index, latents = self.stage_arguments.n_time_buckets, inputs["index"], inputs["mean"]
         terms: dict[str, Tensor] = {}
         for bucket in range(n_buckets):
+            # Step 0 stands for every evaluation: the same sample has the same times and noise in all of them.
             within = sample_uniform(self.args.seed, 0, index, stream=f"evaluation time {bucket}", shape=())
             noise = sample_normal(
                 self.args.seed, 0, index, stream=f"evaluation noise {bucket}", shape=latents.shape[1:]

@@ -1,4 +1,4 @@
-"""The GAN engine: a generator trained through one engine against an adversary beside it."""
+"""The GAN engine: a generator trained through one engine against an adversary outside of it."""
 
 import dataclasses
 
@@ -27,7 +27,7 @@ class Generation:
 
 
 class GANTrainer(StageTrainer):
-    """Trains a generator through one engine against an adversary beside it, with a split graph.
+    """Trains a generator through one engine against an adversary outside of it, with a split graph.
 
         loss = sum(criterion(sample, target))                             (names and weights: see the criterion)
              + sum(generation.terms)
@@ -61,12 +61,14 @@ class GANTrainer(StageTrainer):
         return {name: weights[name] * term for name, term in terms.items() if weights[name]}
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
+        # The length of the run, and of the schedule, is known from here on.
         if self.adversary is not None and self.adversary.scheduler is None:
             self.adversary.check_start(num_training_steps)
             self.adversary.prepare(self.args.device, self.args.lr_scheduler_type, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def stage_step(self, model, inputs):
+        # Forward; all losses of the sample act on a detached copy of it, the leaf.
         model.train()
         inputs = self._prepare_inputs(inputs)
         share = 1.0 / self.current_gradient_accumulation_steps
@@ -87,6 +89,7 @@ class GANTrainer(StageTrainer):
         # One backward through the generator.
         terms = {name: term.detach() for name, term in {**terms, **generation.terms}.items()}
         surrogate = (generation.sample.float() * gradient).sum() + sum(generation.terms.values())
+        # `share` divides by the micro-batches, which DeepSpeed would do once more.
         engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
         self.accelerator.backward(surrogate * share, **engine)
 
@@ -110,6 +113,7 @@ class GANTrainer(StageTrainer):
             share: the micro-batch's share of the step.
         Returns: the weighted adversarial gradient at the leaf, and the weighted terms that it comes from.
         """
+        # Augmentation, weights and the kind of step depend on (seed, step, sample) and past steps alone.
         step = self.state.global_step
         uniforms = self.sample_uniforms(inputs, "augment", (8,)) if self.adversary.augment is not None else None
         weight = self.adversary.generator_weight(step)
@@ -121,6 +125,7 @@ class GANTrainer(StageTrainer):
         # Terms of the log line, under `gan/` as they are and, where they act on the generator, weighted in the loss.
         logs = {**adversarial.logs, "weight": weight, "adaptive_factor": factor}
         self.record({f"gan/{name}": value for name, value in logs.items()})
+        # While the discriminator warms up, it does not guide the generator.
         if adversarial.gradient is None or weight == 0:
             return torch.zeros_like(leaf), {}
         names = [name for name in ("generator", "feature_matching") if name in adversarial.logs]

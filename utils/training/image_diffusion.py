@@ -81,17 +81,19 @@ class PromptGridCallback(EvaluationCallback):
     def compute(self, model):
         model, vae = self.trainer.accelerator.unwrap_model(model), self.vae.to(self.trainer.args.device)
         pipeline = TextToImagePipeline(model, vae, self.text_encoder)
+        # The same seeds at every step and scale: only model and guidance change.
         seeds = list(range(len(self.prompts)))
         try:
             return [
                 pipeline.images(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
                 for scale in self.args.grid_scales
             ]
-        except ValueError as error:  # A run may recover from what one look at it shows.
+        except ValueError as error:  # Images are not finite; those of later steps may be.
             logger.warning("no grid of prompts at step %d: %s", self.trainer.state.global_step, error)
             return None
 
     def write(self, content, step):
+        # From a batch of images per scale to a row of images per prompt.
         groups = [Group([to_image(image) for image in row], prompt) for prompt, *row in zip(self.prompts, *content)]
         sheet = draw_sheet(groups, [f"guidance {scale:g}" for scale in self.args.grid_scales], n_across=2)
         self.add_image("prompts", sheet, step)
@@ -114,17 +116,19 @@ class SampleMetrics:
         self.training, self.held_out = (ImageLatentDataset(folder, split) for split in ("train", "validation"))
         self.indices = evenly_spaced(len(self.held_out), args.eval_images)
         self.probe: TextProbe | None = None
-        self.has_probe = False
+        self.has_probe = False  # whether fitting was tried; captions may not allow it
 
     def __call__(self, model) -> dict[str, float]:
         """Metrics by name of an `ImageDiffusion` in eval mode."""
         pipeline = TextToImagePipeline(model, self.vae.to(model.device), self.text_encoder)
+        # The probe is fitted once; it does not depend on the model.
         if not self.has_probe:
             self.has_probe = True
             try:
                 self.probe = train_probe(pipeline, self.training)
             except UnusableCaptionsError as error:
                 logger.warning("agreement with the captions is not measured: %s", error)
+        # Generated images compared with the decoded latents of the same captions.
         batch_size = self.args.eval_batch_size
         try:
             return generation_metrics(
@@ -135,6 +139,6 @@ class SampleMetrics:
                 probe=self.probe,
                 batch_size=batch_size,
             )
-        except ValueError as error:  # A run may recover from what one look at it shows.
+        except ValueError as error:  # Images are not finite; those of later steps may be.
             logger.warning("no metrics of generated images: %s", error)
             return {}

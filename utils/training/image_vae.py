@@ -32,11 +32,13 @@ from utils.training.stage import Stage
 class ImageVAEGANArguments(AdversaryArguments, StageArguments):
     """Flags of every stage that trains a VAE-GAN on images."""
 
+    # Losses.
     l1_weight: float = option(1.0, "weight of the mean absolute error", ge=0)
     gradient_weight: float = option(0.0, "weight of the multi-scale image gradient difference", ge=0)
     perceptual_weight: float = option(0.5, "weight of the perceptual distance; 0: no perceptual network", ge=0)
     perceptual: PerceptualKind = option("efficientnet", "feature network of the perceptual distance")
     kl_weight: float = option(1e-6, "weight of the KL divergence in nats per input value", ge=0)
+    # The adversary.
     discriminator: DiscriminatorKind = option("patch", "type of discriminator", only_with=WITH_ADVERSARY)
     discriminator_channels: int = option(
         32, "channels of the discriminator's first layer", gt=0, only_with=WITH_ADVERSARY
@@ -46,6 +48,7 @@ class ImageVAEGANArguments(AdversaryArguments, StageArguments):
     diff_augment: list[AugmentationKind] = option(
         [], "differentiable augmentations of the discriminator's input", only_with=WITH_ADVERSARY
     )
+    # Statistics and logs.
     latent_statistics_samples: int = option(
         1024, "training images on which mean and std of the latents are measured", gt=0
     )
@@ -62,6 +65,7 @@ class ImageVAEGANStage(Stage):
 
     def build_trainer_parts(self, model):
         args = self.args
+        # The perceptual network is loaded only where its distance has a weight.
         perceptual = build_perceptual(args.perceptual) if args.perceptual_weight > 0 else None
         criterion = ReconstructionLoss(
             l1_weight=args.l1_weight,
@@ -106,14 +110,16 @@ class ImageVAEGANTrainer(GANTrainer):
     reconstruction terms, which are means over input values.
     """
 
-    # Loss terms beside those of the reconstruction, (output, target) -> scalar, None where there is nothing to
+    # Loss terms in addition to those of the reconstruction, (output, target) -> scalar, None where there is nothing to
     # measure; the weight of each is the flag `<name>_weight`.
     TERMS: ClassVar[dict[str, Callable[..., Tensor | None]]] = {"kl": kl_per_value}
 
     def generate(self, model, inputs):
         image = inputs["image"]
+        # Noise (B, Z, y, x) of the posteriors, which belongs to (seed, step, sample).
         noise = self.sample_noise(inputs, "posterior", self.model.latent_shape(image.shape[-1]))
         output = model(image=image, noise=noise, **self.decoder_options())
+        # Weighted terms of the latents, and those that a subclass adds.
         terms = {name: term(output, image) for name, term in self.TERMS.items()}
         terms = self.weighted({name: term for name, term in terms.items() if term is not None})
         return Generation(output.reconstruction, image, terms)
@@ -126,6 +132,7 @@ class ImageVAEGANTrainer(GANTrainer):
         image = inputs["image"]
         output = model(image=image)
         reconstruction = output.reconstruction.float().clamp(-1, 1)
+        # Terms per sample, (B,), of images decoded from posterior means.
         terms = {
             "l1": (reconstruction - image).abs().flatten(1).mean(1),
             "psnr": psnr(reconstruction, image),
@@ -133,6 +140,7 @@ class ImageVAEGANTrainer(GANTrainer):
         }
         if self.criterion.perceptual is not None:
             terms["perceptual"] = self.criterion.perceptual(reconstruction, image)
+        # The loss has no perceptual and no adversarial term.
         return {**terms, "loss": terms["l1"] + self.stage_arguments.kl_weight * terms["kl"]}
 
     def before_saving(self):
@@ -152,7 +160,7 @@ class ImageReconstructionCallback(EvaluationCallback):
     images/latent_channels      posterior means, one row per image, one column per channel
     latents/mean_<channel>        histogram of the posterior means
     latents/posterior_std         histogram of the posterior's standard deviations
-    latents/dead_channels         channels that carry next to nothing on these images
+    latents/dead_channels         channels that carry almost no information on these images
 
     Args:
         n_images: spread evenly over the validation set.
@@ -172,6 +180,7 @@ class ImageReconstructionCallback(EvaluationCallback):
 
     def compute(self, model):
         output = model(image=self.image.to(self.trainer.args.device))
+        # Images (B, C, Y, X), means and log-variances (B, Z, y, x).
         return tuple(tensor.float().cpu() for tensor in (output.reconstruction, output.mean, output.logvar))
 
     def write(self, content, step):

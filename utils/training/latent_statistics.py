@@ -27,12 +27,14 @@ def measure_latent_statistics(trainer: StageTrainer, moments_of: Callable[..., T
     """
     model = trainer.evaluation_model()
     moments = torch.zeros(3, trainer.model.config.latent_channels, dtype=torch.float64, device=trainer.args.device)
+    # Sums over the samples of this process, then over all processes.
     for samples, counts in batches_of_rank(trainer):
         batch_moments = moments_of(model, trainer._prepare_inputs(trainer.data_collator(samples)))
         if counts:
             moments += batch_moments
     total = mean_across_ranks(moments)  # The number of processes cancels in the ratios.
     mean = total[0] / total[2]
+    # Rounding can make a small variance negative.
     std = (total[1] / total[2] - mean.square()).clamp_min(1e-12).sqrt()
     return mean.float(), std.float()
 
@@ -43,9 +45,11 @@ def batches_of_rank(trainer: StageTrainer) -> Iterator[tuple[list[dict], bool]]:
     the end it gets one that does not count."""
     dataset, batch_size = trainer.train_dataset, trainer.args.per_device_eval_batch_size
     indices = evenly_spaced(len(dataset), trainer.stage_arguments.latent_statistics_samples)
+    # Each round gives a batch to every process, by rank.
     for start in range(0, len(indices), batch_size * world_size()):
         first = start + rank() * batch_size
         samples = [dataset[index] for index in indices[first : first + batch_size]]
+        # Any sample stands in where this process has none left.
         yield samples or [dataset[0]], bool(samples)
 
 
@@ -59,7 +63,7 @@ def image_moments(mean: Tensor, logvar: Tensor) -> Tensor:
 def sequence_moments(mean: Tensor, logvar: Tensor, lengths: Tensor) -> Tensor:
     """Moments of posteriors (B, Z, L) or (B, Z, m, L), over the first `lengths` (B,) frames. Returns (3, Z)."""
     mean, variance = mean.double(), logvar.double().exp()
-    valid = valid_frames(lengths, mean.shape[-1])
-    valid = valid.view(len(mean), *[1] * (mean.ndim - 2), -1).expand_as(mean).double()
+    valid = valid_frames(lengths, mean.shape[-1])  # (B, L)
+    valid = valid.view(len(mean), *[1] * (mean.ndim - 2), -1).expand_as(mean).double()  # (B, Z, ..., L)
     values = (mean, mean.square() + variance, valid)
     return torch.stack([(value * valid).transpose(0, 1).flatten(1).sum(1) for value in values])

@@ -1,5 +1,5 @@
-"""The multimodal transformer: flags; a trainer with a loss over all targets of an optimizer step, each of which draws
-its number of thinking steps; continuations and histograms in TensorBoard.  B batch, L sequence."""
+"""The multimodal transformer: flags; a trainer with a loss over all targets of an optimizer step, each of which
+samples its number of thinking steps; continuations and histograms in TensorBoard.  B batch, L sequence."""
 
 import dataclasses
 import json
@@ -102,6 +102,7 @@ class MultimodalTrainer(StageTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and the number of their targets per process (a mean)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # fp64 counts exactly.
         total = torch.zeros((), dtype=torch.float64, device=device)
         for batch in batches:
             total += self.model.count_targets(batch["input_ids"], batch["segment_ids"]).to(device)
@@ -137,17 +138,19 @@ class MultimodalTrainer(StageTrainer):
         keywords = {"n_thinking_steps": n_steps}
         self.record({"thinking_steps": torch.tensor(float(n_steps))})
         if self.config.recurrent_state_initialization == "normal":
-            shape = (inputs["input_ids"].shape[1], self.config.hidden_size)
+            shape = (inputs["input_ids"].shape[1], self.config.hidden_size)  # (L, D) per sample
             keywords["initial_state"] = self.sample_noise(inputs, "initial_state", shape)
         return keywords
 
     def draw_thinking_steps(self) -> int:
         """The number of thinking steps of the present optimizer step, from (seed, step), and the process where
         `--recurrent_steps_per_rank` asks for it."""
+        # One number for all processes, unless each one samples its own.
         owner = rank() if self.stage_arguments.recurrent_steps_per_rank else 0
         step = self.state.global_step
         (generator,) = generators(self.args.seed, step, torch.tensor([owner]), stream="thinking_steps")
         n_steps = sample_thinking_steps(self.config, generator, self.mean_thinking_steps())
+        # Once per optimizer step, not per micro-batch.
         if self.drawn_steps_until != step:
             self.drawn_steps.append(n_steps)
             self.drawn_steps_until = step
@@ -176,7 +179,7 @@ class MultimodalTrainer(StageTrainer):
     # ---- Evaluation.
 
     def evaluated_depths(self) -> list[int]:
-        """Numbers of thinking steps that have a validation loss of their own; none for flat models."""
+        """Numbers of thinking steps whose validation loss is measured; none for models without a core."""
         if not self.is_recurrent:
             return []
         mean, maximum = self.config.recurrent_mean_thinking_steps, self.config.recurrent_max_thinking_steps
@@ -190,7 +193,7 @@ class MultimodalTrainer(StageTrainer):
 
     def evaluation_terms(self, model, inputs):
         """`window_sums` per sample without exits, bytes, nats at every depth, and where tokens exit early their nats
-        and steps. Passes that make all logits are split."""
+        and steps. Passes that compute all logits are split."""
         # Sums without exits; logits (B, L, V) may be too large for all windows at once.
         given = model_inputs(inputs)
         no_exit: dict = {"exit_threshold": 0.0} if self.is_recurrent else {}
@@ -215,10 +218,12 @@ class MultimodalTrainer(StageTrainer):
         """`ratios` of sums over the validation set, and the losses at every depth and with exits."""
         sums = {name: values.double().sum(0) for name, values in terms.items()}
         counts = sums.pop("step_counts", None)
+        # Without exits all targets take the same number of steps, which is no metric.
         summary = ratios({name: value.item() for name, value in sums.items() if name != "steps"})
         for name in sums:
             if name.startswith("nats_"):
                 summary[f"loss_{name.removeprefix('nats_')}"] = (sums[name] / sums["targets"]).item()
+        # With exits: how many targets took 0, 1, 2, ... steps, and the mean.
         if counts is not None:
             self.used_steps = counts.numpy()
             summary["thinking_steps"] = (counts @ torch.arange(len(counts)).double() / counts.sum()).item()
@@ -252,11 +257,13 @@ class TextSamplesCallback(EvaluationCallback):
         n_new = min(self.n_tokens, trainer.eval_dataset.sequence_length // 2)
         pairs = split_windows(trainer.eval_dataset, self.n_samples, n_new)
         prompts = [prompt for prompt, _ in pairs]
+        # Threshold 0 keeps tokens from leaving the core early, see `MultimodalTrainer.exits`.
         exits = {} if trainer.exits(model) or not trainer.is_recurrent else {"exit_threshold": 0.0}
         greedy, sampled = (
             generator.continue_tokens(prompts, dataclasses.replace(settings, max_new_tokens=n_new, **exits))
             for settings in (GREEDY, SAMPLED)
         )
+        # Token ids of the four texts of each sample, decoded.
         names = ("prompt", "true continuation", "greedy", "sampled")
         rows = [dict(zip(names, (*pair, *ids), strict=True)) for pair, *ids in zip(pairs, greedy, sampled)]
         return [{name: generator.decode(ids) for name, ids in row.items()} for row in rows]

@@ -13,7 +13,7 @@ from utils.options import above_one, option
 from utils.seeds import generators
 from utils.training.image_vae import ImageVAEGANArguments, ImageVAEGANTrainer
 
-EVALUATED_STEPS = (1, 2, 4, 8, 16)
+EVALUATED_STEPS = (1, 2, 4, 8, 16)  # depths whose PSNR is logged
 
 
 @dataclasses.dataclass
@@ -56,7 +56,7 @@ class RecurrentVAEArguments(ImageVAEGANArguments):
 def draw_n_steps(seed: int, step: int, *, mean: float, sigma: float, minimum: int, maximum: int) -> int:
     """Decoder steps of one optimizer step, from a truncated log-normal Poisson distribution (arXiv 2502.05171, 3.3).
 
-    tau ~ N(log(mean) - sigma^2 / 2, sigma), n ~ Poisson(exp(tau)), drawn anew until minimum <= n <= maximum.
+    tau ~ N(log(mean) - sigma^2 / 2, sigma), n ~ Poisson(exp(tau)), sampled again until minimum <= n <= maximum.
     The number depends on (seed, step) alone: it is the same on all processes, for all micro-batches, and when resumed.
 
     Args:
@@ -68,6 +68,7 @@ def draw_n_steps(seed: int, step: int, *, mean: float, sigma: float, minimum: in
     if not 1 <= minimum <= mean <= maximum:
         raise ValueError(f"steps must satisfy 1 <= minimum={minimum} <= mean={mean} <= maximum={maximum}")
     (generator,) = generators(seed, step, torch.zeros(1, dtype=torch.int64), stream="decoder_steps")
+    # Rejection: the next number of the same stream, until one is in range.
     while True:
         n = lognormal_poisson(generator, mean, sigma)
         if minimum <= n <= maximum:
@@ -78,6 +79,7 @@ def intermediate_error(output: RecurrentVAEOutput, target: Tensor) -> Tensor | N
     """Mean absolute error of the intermediate images to the target; None where there are no such images."""
     if not len(output.intermediates):
         return None
+    # (steps, B, C, Y, X) - (B, C, Y, X): all images have the same target.
     return (output.intermediates.float() - target).abs().mean()
 
 
@@ -112,6 +114,7 @@ class RecurrentVAEGANTrainer(ImageVAEGANTrainer):
         )
 
     def decoder_options(self):
+        # The same number for all micro-batches and processes of an optimizer step.
         n_steps = self.n_steps()
         self.record({"decoder_steps": torch.tensor(float(n_steps))})
         return {"n_steps": n_steps, "n_backprop_steps": self.stage_arguments.n_backprop_steps}
@@ -119,6 +122,7 @@ class RecurrentVAEGANTrainer(ImageVAEGANTrainer):
     def evaluation_terms(self, model, inputs):
         image = inputs["image"]
         terms = super().evaluation_terms(model, inputs)
+        # A pass to the largest depth gives the images of all smaller ones.
         output = model(image=image, n_steps=EVALUATED_STEPS[-1])
         images = [*output.intermediates, output.reconstruction]  # Of step 1, 2, ...
         return {**terms, **{f"psnr_{k}_steps": psnr(images[k - 1].float(), image) for k in EVALUATED_STEPS}}

@@ -47,7 +47,7 @@ class Stage:
     arguments_class: ClassVar[type[StageArguments]] = StageArguments
     config_class: ClassVar[type[StrictConfig]]
     model_class: ClassVar[type]
-    presets: ClassVar[dict[str, dict]]
+    presets: ClassVar[dict[str, dict]]  # name -> fields of the configuration
     trainer_class: ClassVar[type[StageTrainer]]
 
     def __init__(self, args: Any):
@@ -104,6 +104,7 @@ class Stage:
         if self.args.dry_run:
             self.describe()
             return {}
+        # Errors of folders, configuration and data are raised before the model exists.
         self.check_run()
         self.prepare()
         config = self.build_config()
@@ -113,6 +114,7 @@ class Stage:
         training = training_arguments(self.args, self.run_dir)
         set_seed(self.args.seed)
         model = self.build_model(config)
+        # Rank 0 decides where to resume, so that all processes agree.
         checkpoint = from_main(str(self.find_checkpoint() or "")) or None
         if checkpoint:
             check_resumable(
@@ -123,9 +125,11 @@ class Stage:
             )
             logger.info("resuming from %s", checkpoint)
         trainer = self.build_trainer(model, datasets, training)
+        # In place, so that parameters keep their names in checkpoints.
         if self.args.compile_model:
             compile_in_place(model)
 
+        # Train, save the last step, and evaluate it.
         trainer.train(resume_from_checkpoint=checkpoint)
         self.check_length(trainer, checkpoint)
         if trainer.has_trained:
@@ -151,6 +155,7 @@ class Stage:
         if not self.args.init_from:
             return self.model_class(config)
         model = load_model(self.model_class, self.args.init_from)
+        # Weights fit only a model of the same configuration.
         differing = [
             f.name for f in declared_fields(config) if getattr(config, f.name) != getattr(model.config, f.name)
         ]
@@ -210,6 +215,7 @@ class Stage:
             stage_record=self.record(datasets["train"], zero_stage_of(training)),
             **self.build_trainer_parts(model),
         )
+        # Callbacks that read the trainer's model and validation set.
         for callback in self.build_callbacks(trainer, self.writer):
             trainer.add_callback(callback)
         return trainer
@@ -229,6 +235,7 @@ class Stage:
 
     def describe(self) -> None:
         """Print what a run would be: configuration, counts, steps, memory. Nothing is written to disk."""
+        # The arguments, and what is still to be prepared.
         console = Console(soft_wrap=True, highlight=False)
         console.print(f"[bold]{self.name}[/bold] -> {self.run_dir}")
         console.print(json.dumps(dataclasses.asdict(self.args), indent=2), markup=False)
@@ -238,12 +245,12 @@ class Stage:
             return
         config = self.build_config()
         datasets = self.build_datasets(config)
+        # The meta device has shapes and no memory, so that a model of any size is counted quickly.
         with torch.device("meta"):
             model = self.model_class(config)
             self.build_trainer_parts(model)  # Losses and discriminators refuse what they cannot work with.
 
-        # Optimizer steps, and the memory of what is kept for each parameter: fp32 weights, gradients, two Adam
-        # moments, and the average.
+        # Optimizer steps, and the memory per parameter: fp32 weights, gradients, two Adam moments, and the average.
         n_parameters = sum(p.numel() for p in model.parameters())
         n_ranks = int(os.environ.get("WORLD_SIZE", 1))
         per_step = self.args.batch_size * self.args.gradient_accumulation_steps * n_ranks
@@ -251,6 +258,7 @@ class Stage:
             len(datasets["train"]), per_step, epochs=self.args.num_train_epochs, max_steps=self.args.max_steps
         )
         gib = n_parameters * 4 * (4 + self.args.use_ema) / 2**30
+        # The report of the counts.
         console.print(config.describe(), markup=False)
         console.print(f"parameters: {n_parameters:,}")
         console.print("samples: " + ", ".join(f"{split} {len(dataset):,}" for split, dataset in datasets.items()))
@@ -265,8 +273,10 @@ def zero_stage_of(training) -> int:
 
 def set_up_logging() -> None:
     """Log lines of rank 0 at INFO, of other ranks from WARNING on."""
+    # The process group does not exist yet: the rank is that of the launcher.
     level = logging.INFO if launched_rank() == 0 else logging.WARNING
     logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S")
+    # Libraries log from WARNING on.
     transformers.utils.logging.set_verbosity_warning()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -17,12 +17,14 @@ from utils.options import option
 class TextArguments:
     """Flags of a stage that trains on text."""
 
+    # Training texts.
     text_dataset: str = option(
         "", "text file, folder, .jsonl, .csv, .parquet, hub name, or python-topics; default: the existing cache"
     )
     text_column: str = option("text", "text column of a table or hub data set", only_with=("text_dataset", bool))
     text_config: str = option("", "configuration of a hub data set", only_with=("text_dataset", bool))
     text_split: str = option("train", "training split of a hub data set", only_with=("text_dataset", bool))
+    # Held-out texts.
     validation_dataset: str = option(
         "",
         "held-out texts; default: the validation split of text_dataset, or validation_fraction of it",
@@ -38,6 +40,7 @@ class TextArguments:
         lt=1,
         only_with=[("text_dataset", bool), ("validation_dataset", "")],
     )
+    # Documents that cannot be read.
     max_broken_fraction: float = option(
         0.01,
         "maximum fraction of documents that are unreadable or not text",
@@ -45,6 +48,7 @@ class TextArguments:
         le=1,
         only_with=("text_dataset", bool),
     )
+    # Tokens and windows.
     tokenizer: str = option(
         "bytes",
         "bytes; bpe, trained on the texts; or a tokenizer's folder or hub name",
@@ -61,6 +65,7 @@ def tokenize_texts(args: Any, folder: Path) -> None:
 
     Raises: FileNotFoundError: no texts are named, and the folder is not there.
     """
+    # Raises where there are neither texts nor a cache.
     untokenized(args, folder)
     if not args.text_dataset:
         return
@@ -122,13 +127,16 @@ def check_checkpoint(path: str | Path, dataset: TextDataset, resumes: bool) -> N
 
 def check_core_flags(args: Any, config: MegaTransformerConfig) -> None:
     """Raises: ValueError: flags of the recurrent core for a model without one, or more steps than the core takes."""
+    # Flags that act on a recurrent core alone.
     names = ("recurrent_steps_per_rank", "recurrent_curriculum", "eval_thinking_steps")
     given = [name for name in names if getattr(args, name)]
     if given and not config.n_recurrent_layers:
         raise ValueError(f"--{given[0]} has no effect: --config {args.config} has no recurrent core")
+    # A fixed number of steps is not sampled.
     is_fixed = config.recurrent_steps_distribution == "fixed"
     if args.recurrent_steps_per_rank and is_fixed:
         raise ValueError("--recurrent_steps_per_rank has no effect with recurrent_steps_distribution='fixed'")
+    # The core takes no more steps than its maximum.
     limit = config.recurrent_max_thinking_steps
     if args.eval_thinking_steps and max(args.eval_thinking_steps) > limit:
         raise ValueError(f"--eval_thinking_steps={args.eval_thinking_steps}: recurrent_max_thinking_steps={limit}")
@@ -156,6 +164,7 @@ def fit_to_tokenizer(
                 f"--override {name}={value} does not fit the tokenizer of {dataset.folder}: "
                 f"{name} must be {rule}{required[name]}"
             )
+    # Every token of a window needs a position.
     if dataset.sequence_length > config.max_position_embeddings:
         raise ValueError(
             f"--sequence_length={dataset.sequence_length} exceeds max_position_embeddings="

@@ -73,9 +73,10 @@ def check_segment(segment_frames: int, mel: MelSettings, *, min_samples: int, fl
 
     Args:
         min_samples: what a loss or a discriminator needs.
-        flag: that shapes it, for the remedy.
+        flag: the one that determines it, for the remedy.
     Raises: ValueError: training crops are shorter.
     """
+    # The needed frames are rounded up.
     n_samples, n_needed = segment_frames * mel.hop_length, -(-min_samples // mel.hop_length)
     if n_samples < min_samples:
         raise ValueError(
@@ -138,6 +139,7 @@ class VocoderTrainer(GANTrainer):
     """
 
     def generate(self, model, inputs):
+        # Crops (B, M, segment_frames) and (B, segment_frames * hop_length).
         mel, target = crop_pairs(
             inputs["mel"],
             inputs["waveform"],
@@ -151,16 +153,17 @@ class VocoderTrainer(GANTrainer):
 
     def evaluation_terms(self, model, inputs):
         """The loss's distances on whole clips, unweighted, and `loss`, their weighted sum. Padding does not count: a
-        clip's numbers do not depend on the clips beside it."""
+        clip's numbers do not depend on the rest of the batch."""
         mel, target, hop_length = inputs["mel"], inputs["waveform"], self.model.config.hop_length
         # Silence after every clip, so that the longest one of a batch ends as the others do.
         n_extra = self.model.generator.context_frames + -(-self.criterion.min_samples // hop_length)
         mel = F.pad(mel, (0, n_extra), value=self.model.config.mel.log_floor)
-        n_samples = inputs["n_frames"] * hop_length
+        n_samples = inputs["n_frames"] * hop_length  # (B,)
         generated = model(mel=mel).float()
         valid = valid_frames(n_samples, generated.shape[1])  # (B, S)
         target = F.pad(target, (0, n_extra * hop_length))
 
+        # Distances per clip, (B,), over its valid samples.
         terms = self.criterion.distances(generated * valid, target, n_samples)
         loss = sum(self.criterion.weights[name] * values for name, values in terms.items())
         return {**{("mel_l1" if name == "mel" else name): values for name, values in terms.items()}, "loss": loss}
@@ -177,6 +180,7 @@ class VocoderCallback(AudioCallback):
     """
 
     def run(self, model, sample, device):
+        # The watch waits for the device, so that the computation is timed.
         watch = Stopwatch(device)
         start = watch.now()
         waveform = model(mel=sample["mel"][None].to(device))[0].float()
