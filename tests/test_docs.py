@@ -1,53 +1,38 @@
 """README, CLAUDE.md and docs name only what exists: files, flags, classes; and their commands parse."""
 
 import ast
+import dataclasses
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 
-from evaluate import EvaluateArguments
-from inference import reconstruct_audio
-from inference.export_vocoder import ExportArguments
-from inference.generate_text import GenerateTextArguments
-from inference.reconstruct_image import ReconstructionArguments
-from inference.text_to_image import TextToImageArguments
-from inference.vocode import VocodeArguments
-from preprocess_audio_vae_dataset import AudioVAEPreprocess
-from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
-from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
-from preprocess_image_vae_dataset import ImageVAEPreprocess
-from pretrain_audio_vae import AudioVAEStage
-from pretrain_image_diffusion import ImageDiffusionStage
-from pretrain_image_vae import ImageVAEStage
-from pretrain_multimodal import MultimodalStage
-from pretrain_recurrent_vae import RecurrentVAEStage
-from pretrain_vocoder import VocoderStage
 from utils.command_line import parse_arguments
 from utils.options import declared_fields
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CLAUDE.md", *sorted((ROOT / "docs").glob("*.md"))]
-SCRIPTS = {
-    "pretrain_image_vae.py": ImageVAEStage.arguments_class,
-    "preprocess_image_vae_dataset.py": ImageVAEPreprocess.arguments_class,
-    "preprocess_image_diffusion_dataset.py": ImageDiffusionPreprocess.arguments_class,
-    "pretrain_image_diffusion.py": ImageDiffusionStage.arguments_class,
-    "pretrain_recurrent_vae.py": RecurrentVAEStage.arguments_class,
-    "preprocess_audio_vocoder_dataset.py": AudioVocoderPreprocess.arguments_class,
-    "preprocess_audio_vae_dataset.py": AudioVAEPreprocess.arguments_class,
-    "pretrain_vocoder.py": VocoderStage.arguments_class,
-    "pretrain_audio_vae.py": AudioVAEStage.arguments_class,
-    "pretrain_multimodal.py": MultimodalStage.arguments_class,
-    "evaluate.py": EvaluateArguments,
-    "inference/text_to_image.py": TextToImageArguments,
-    "inference/reconstruct_image.py": ReconstructionArguments,
-    "inference/vocode.py": VocodeArguments,
-    "inference/reconstruct_audio.py": reconstruct_audio.ReconstructionArguments,
-    "inference/export_vocoder.py": ExportArguments,
-    "inference/generate_text.py": GenerateTextArguments,
-}
+
+
+def arguments_of(script: Path) -> type | None:
+    """The class of a script's flags: that of its stage, or the one that it declares itself."""
+    name = ".".join(script.relative_to(ROOT).with_suffix("").parts)
+    module = importlib.import_module(name)
+    classes = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
+    stages = [cls.arguments_class for cls in classes if "name" in vars(cls) and hasattr(cls, "arguments_class")]
+    own = [cls for cls in classes if dataclasses.is_dataclass(cls) and cls.__name__.endswith("Arguments")]
+    return next(iter([*stages, *own]), None)
+
+
+PROGRAMS = [
+    *sorted(ROOT.glob("preprocess_*.py")),
+    *sorted(ROOT.glob("pretrain_*.py")),
+    ROOT / "evaluate.py",
+    *sorted(ROOT.glob("inference/[a-z]*.py")),
+]
+SCRIPTS = {str(script.relative_to(ROOT)): arguments_of(script) for script in PROGRAMS}
 # Made by running the commands, or given by the reader.
 MADE = ("runs/", "cached_datasets/", "data/", "my_", "inference/generated", "checkpoint-", ".venv", "/")
 
@@ -79,12 +64,19 @@ def known_flags() -> set[str]:
 
 
 def known_classes() -> set[str]:
-    """Names of all classes and functions of the repository."""
+    """Names of all classes, functions and literal types of the repository."""
     names = set()
     folders = ("model", "utils", "dataset_loading", "inference", "benchmarks", "tests")
     for path in [*ROOT.glob("*.py"), *(path for folder in folders for path in (ROOT / folder).rglob("*.py"))]:
-        tree = ast.walk(ast.parse(path.read_text()))
-        names |= {node.name for node in tree if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        module = ast.parse(path.read_text())
+        names |= {node.name for node in ast.walk(module) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
+        names |= {
+            target.id
+            for node in module.body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
     return names
 
 
