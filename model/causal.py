@@ -27,7 +27,7 @@ from model.positions import (
 )
 from model.presets import MEGATRANSFORMER
 from model.recurrent import MegaTransformerRecurrentBlock
-from model.thinking import Thinking
+from model.thinking import ResolvedThinking, Thinking
 from utils.configuration import MegaTransformerConfig
 from utils.options import from_preset
 
@@ -288,7 +288,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         shared: LayerInputs,
         first_slot: int,
         *,
-        thinking: Thinking,
+        thinking: ResolvedThinking,
         attention_mask: Tensor | None,
         predict: Any,
     ) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ from model.attention import LayerInputs, MegaTransformerBlock, SelectedTokens, S
 from model.cpu_kernels import Linear
 from model.kv_cache import take_back
 from model.norms import build_norm
-from model.thinking import Thinking
+from model.thinking import ResolvedThinking
 
 
 class SumAdapter(nn.Module):
@@ -103,7 +103,7 @@ class MegaTransformerRecurrentBlock(nn.Module):
             for n in range(len(self.layers)):
                 take_back(shared.cache, self.slot(step, first_slot) + n, length)
 
-    def check_past(self, cache: Cache | None, first_slot: int, thinking: Thinking) -> None:
+    def check_past(self, cache: Cache | None, first_slot: int, thinking: ResolvedThinking) -> None:
         """Check that a cache holds the keys and values of every step that this call reads.
 
         Raises: ValueError: the past lacks those of a step.
@@ -127,7 +127,7 @@ class MegaTransformerRecurrentBlock(nn.Module):
                     "number of steps, and with or without exits, that the past was computed with"
                 )
 
-    def forward(self, x: Tensor, shared: LayerInputs, first_slot: int, *, thinking: Thinking) -> Tensor:
+    def forward(self, x: Tensor, shared: LayerInputs, first_slot: int, *, thinking: ResolvedThinking) -> Tensor:
         """The state after all steps, without exits.
 
         Args:
@@ -162,7 +162,7 @@ class MegaTransformerRecurrentBlock(nn.Module):
         shared: LayerInputs,
         first_slot: int,
         *,
-        thinking: Thinking,
+        thinking: ResolvedThinking,
         coda: SimpleBlock,
         predict: Callable[[Tensor], Tensor],
         is_token: Tensor | None = None,

@@ -58,7 +58,7 @@ class Thinking:
     initial_state: Tensor | None = None
     exit_threshold: float | None = None
 
-    def resolve(self, config, is_training: bool) -> "Thinking":
+    def resolve(self, config, is_training: bool) -> "ResolvedThinking":
         """The options in force: defaults filled in from the configuration, a threshold of 0 where there are no exits.
 
         A model without a recurrent core gets 0 steps.
@@ -67,7 +67,7 @@ class Thinking:
         """
         if not config.n_recurrent_layers:
             self.refuse_without_core()
-            return Thinking(n_steps=0, exit_threshold=0.0)
+            return ResolvedThinking()
         self.check(config)
         # Exits belong to inference: training takes all its steps.
         threshold = self.exit_threshold
@@ -76,7 +76,7 @@ class Thinking:
         elif threshold is None:
             threshold = config.recurrent_exit_criteria_threshold
         n_backprop_steps = self.n_backprop_steps
-        return Thinking(
+        return ResolvedThinking(
             n_steps=self.choose_steps(config, is_training),
             n_backprop_steps=config.recurrent_backprop_steps if n_backprop_steps is None else n_backprop_steps,
             initial_state=self.initial_state,
@@ -121,3 +121,12 @@ class Thinking:
         if not 1 <= steps <= limit:
             raise ValueError(f"n_thinking_steps={steps} must be from 1 to recurrent_max_thinking_steps={limit}")
         return steps
+
+
+@dataclass
+class ResolvedThinking(Thinking):
+    """Thinking options in force: every number is known."""
+
+    n_steps: int = 0
+    n_backprop_steps: int = 0
+    exit_threshold: float = 0.0

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
+from utils import training_utils
 from utils.command_line import parse_arguments
 from utils.options import declared_fields
 
@@ -146,3 +148,14 @@ def test_named_make_targets_exist():
     for document in DOCUMENTS:
         named = set(re.findall(r"(?:^|`)make ([a-z-]+)", document.read_text(), flags=re.M))
         assert named <= targets, f"{document.name}: {named - targets}"
+
+
+def test_every_stage_is_named_and_registered():
+    """A script without its row in CLAUDE.md, a stage without an evaluator, a trainer that cannot be imported."""
+    guide = (ROOT / "CLAUDE.md").read_text()
+    assert not [script for script in SCRIPTS if f"`{script}`" not in guide]
+    for script in ROOT.glob("pretrain_*.py"):
+        module = importlib.import_module(script.stem)
+        (stage,) = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == script.stem]
+        assert stage.name in evaluate.EVALUATORS
+        assert stage.trainer_class is getattr(training_utils, stage.trainer_class.__name__)

@@ -76,7 +76,9 @@ class StageArguments:
         False, "on a GPU: only kernels with bitwise reproducible results; slower (CPU kernels always are)"
     )
     use_gradient_checkpointing: bool = option(False, "recompute blocks in the backward pass to save memory")
-    compile_model: bool = option(False, "torch.compile the blocks of a transformer, or another model as a whole")
+    compile_model: bool = option(
+        False, "torch.compile the blocks of a transformer, or another model as a whole; GPUs only"
+    )
     use_deepspeed: bool = option(False, "train with the DeepSpeed engine")
     deepspeed_config: str = option(
         "ds_config_zero-2.json", "DeepSpeed configuration file", only_with=("use_deepspeed", True)

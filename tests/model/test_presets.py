@@ -30,6 +30,11 @@ ROWS = [(table, name) for table in MODELS for name, row in getattr(presets, tabl
 ALIASES = [(table, name) for table in MODELS for name, row in getattr(presets, table).items() if isinstance(row, str)]
 
 
+def test_every_table_is_tested():
+    tables = {name for name, value in vars(presets).items() if name.isupper() and isinstance(value, dict)}
+    assert tables == MODELS.keys()
+
+
 @pytest.mark.parametrize("table, name", ROWS)
 def test_parameters_are_as_stated(table, name):
     with torch.device("meta"):

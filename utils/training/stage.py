@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,7 +47,7 @@ class Stage:
     arguments_class: ClassVar[type[StageArguments]] = StageArguments
     config_class: ClassVar[type[StrictConfig]]
     model_class: ClassVar[type]
-    presets: ClassVar[dict[str, dict]]  # name -> fields of the configuration
+    presets: ClassVar[Mapping[str, Any]]  # name -> fields of the configuration, or another name
     trainer_class: ClassVar[type[StageTrainer]]
 
     def __init__(self, args: Any):
