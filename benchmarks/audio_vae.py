@@ -63,7 +63,7 @@ def forward(model: nn.Module, mel: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(reconstruction, mean, logvar) of either side, with sampled latents."""
     if isinstance(model, AudioVAE):
         # (B, Z, L) for the noise of the posterior.
-        noise = torch.randn(len(mel), *model.latent_shape(mel.shape[-1]))
+        noise = torch.randn(len(mel), *model.latent_shape(mel.shape[-1]), device=mel.device)
         output = model(mel, noise=noise)
         return output.reconstruction, output.mean, output.logvar
     posterior = model.encode(mel[:, None]).latent_dist  # (B, M, F) as (B, 1, M, F)
@@ -75,7 +75,7 @@ def training_step(model: nn.Module, mel: Tensor, bf16: bool) -> Callable[[], Non
 
     def run() -> None:
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(mel.device.type, torch.bfloat16, enabled=bf16):
             reconstruction, mean, logvar = forward(model, mel)
         # Both terms per value of the log-mel.
         kl = kl_divergence(mean.float(), logvar.float()).mean() / mel[0].numel()

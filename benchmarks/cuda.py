@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import audio_vae, diffusion, image_vae, vocoder
-from benchmarks.transformer import LARGE, compile_blocks, matrix_parameters
+from benchmarks.transformer import LARGE, compile_blocks, training_operations, training_step
 from benchmarks.transformer_peers import SIDES
 from benchmarks.vocoder_peers import Vocos, VocosRecipe
 from model.audio.spectral import mel_preset
 from model.audio.vae import AudioVAE
-from model.criteria import kl_divergence
 from model.image.vae import ImageVAE
 from utils.checkpoints import write_json
 from utils.command_line import explained_errors, parse_arguments
@@ -115,15 +114,11 @@ def compare_image_vae(results: ResultRows) -> None:
         return AutoencoderKL(3, 3, **blocks, block_out_channels=widths, layers_per_block=2, latent_channels=4)
 
     def step(model: nn.Module) -> Callable[[], None]:
-        z = model.config.latent_channels
-        noise = torch.randn(16, z, 32, 32, device=DEVICE)
+        noise = torch.randn(16, model.config.latent_channels, 32, 32, device=DEVICE)
 
         def run() -> None:
             model.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16):
-                reconstruction, mean, logvar = image_vae.forward(model, image, noise)
-            kl = kl_divergence(mean.float(), logvar.float()).mean() / image[0].numel()
-            ((reconstruction.float() - image).abs().mean() + 1e-3 * kl).backward()
+            image_vae.loss_of(model, image, noise, bf16=True).backward()
 
         return run
 
@@ -139,22 +134,10 @@ def compare_image_vae(results: ResultRows) -> None:
 
 def compare_image_diffusion(results: ResultRows) -> None:
     """Training steps on latents of 4x16x16, and diffusers' UNet2DConditionModel of the same size."""
-    # Latents, times, and captions of different lengths.
-    B, generator = 128, torch.Generator().manual_seed(0)
-    latents = torch.randn(B, *diffusion.LATENT_SHAPE, generator=generator).to(DEVICE)
-    states = torch.randn(B, diffusion.N_TOKENS, diffusion.TEXT_WIDTH, generator=generator).to(DEVICE)
-    lengths = torch.randint(8, diffusion.N_TOKENS + 1, (B, 1), generator=generator)
-    mask = (torch.arange(diffusion.N_TOKENS) < lengths).to(DEVICE)
-    times = torch.rand(B, generator=generator).to(DEVICE)
+    B = 128
 
     def step(model: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            model.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16):
-                prediction = diffusion.predict(model, latents, times, states=states, mask=mask)
-            (prediction.float() - latents).square().mean().backward()
-
-        return run
+        return diffusion.training_step(model, B, bf16=True, device=DEVICE)
 
     sides = {name: diffusion.build(name) for name in (diffusion.OURS, diffusion.THEIRS)}
     results.add_step(f"UNet step, {B} x 4x16x16", sides, step, unit="latents", n_units=B)
@@ -204,19 +187,7 @@ def compare_audio_vae(results: ResultRows) -> None:
     mel = 2 * torch.randn(16, settings.n_mels, 512, device=DEVICE) - 5
 
     def step(model: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            model.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16):
-                if isinstance(model, AudioVAE):
-                    noise = torch.randn(len(mel), *model.latent_shape(mel.shape[-1]), device=DEVICE)
-                    output = model(mel, noise=noise)
-                    reconstruction, mean, logvar = output.reconstruction, output.mean, output.logvar
-                else:
-                    reconstruction, mean, logvar = audio_vae.forward(model, mel)
-            kl = kl_divergence(mean.float(), logvar.float()).mean() / mel[0].numel()
-            ((reconstruction.float() - mel).abs().mean() + 1e-6 * kl).backward()
-
-        return run
+        return audio_vae.training_step(model, mel, bf16=True)
 
     # AutoencoderKL reads the log-mel as an image with one channel, see `audio_vae.forward`.
     sides = {"ours medium": AudioVAE.from_preset("medium"), "diffusers": audio_vae.build_theirs()}
@@ -228,27 +199,15 @@ def compare_transformer(results: ResultRows) -> None:
     B, L = 16, 1024
     tokens = torch.randint(LARGE.vocab_size, (B, L), device=DEVICE)
 
-    def step(loss: Callable[[Tensor], Tensor], model: nn.Module) -> Callable[[], None]:
-        def run() -> None:
-            model.zero_grad()
-            with torch.autocast("cuda", torch.bfloat16):
-                loss(tokens).backward()
-
-        return run
-
     # Our loss in chunks of different sizes (0: all logits at once), and Llama.
     for name, chunk in (("ours", 512), ("ours", 4096), ("ours", 0), ("llama", None)):
         side = SIDES[name](LARGE) if chunk is None else SIDES[name](LARGE, loss_chunk_size=chunk)
         side.model.to(DEVICE)
         compile_blocks(side)
-        # 6 operations per weight and token. Attention: a causal query attends to half of the keys on average, 2
-        # products of 2 operations each, three times with the backward pass.
-        attention = 6 * LARGE.n_layers * LARGE.hidden_size * L
-        operations = (6 * matrix_parameters(side.model) + attention) * B * L
+        operations = training_operations(side.model, B, L)
         label = name if chunk is None else f"{name}, chunk {chunk}"
-        results.add(
-            "LM step, 16 x 1024, layers compiled", label, step(side.loss, side.model), unit="tokens", n_units=B * L
-        )
+        step = training_step(side, tokens, bf16=True)
+        results.add("LM step, 16 x 1024, layers compiled", label, step, unit="tokens", n_units=B * L)
         share = operations / results.rows[-1]["median_s"] / results.args.peak_tflops / 1e12
         results.rows[-1]["share_of_peak"] = share
         print(f"{'':34} {label:16} {share:.1%} of {results.args.peak_tflops:g} TFLOPS", flush=True)

@@ -78,7 +78,9 @@ def predict(model: nn.Module, latents: Tensor, time: Tensor, *, states: Tensor, 
     return model(latents, 1000 * time, states, encoder_attention_mask=mask).sample
 
 
-def training_step(model: nn.Module, batch_size: int, bf16: bool = False) -> Callable[[], None]:
+def training_step(
+    model: nn.Module, batch_size: int, bf16: bool = False, *, device: torch.device | str = "cpu"
+) -> Callable[[], None]:
     """Forward and backward of a velocity loss on fixed random numbers."""
     # Latents, times and captions of different lengths.
     generator = torch.Generator().manual_seed(0)
@@ -88,10 +90,11 @@ def training_step(model: nn.Module, batch_size: int, bf16: bool = False) -> Call
     # The default process: rectified flow, whose target is the velocity.
     process = DiffusionProcess()
     latents, target = process.add_noise(x0, noise, time), process.target(x0, noise, time)
+    latents, target, time, states, mask = (tensor.to(device) for tensor in (latents, target, time, states, mask))
 
     def run() -> None:
         model.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        with torch.autocast(latents.device.type, torch.bfloat16, enabled=bf16):
             prediction = predict(model, latents, time, states=states, mask=mask)
         (prediction.float() - target).square().mean().backward()
 

@@ -83,7 +83,7 @@ def forward(model: nn.Module, image: Tensor, noise: Tensor) -> tuple[Tensor, Ten
 
 def loss_of(model: nn.Module, image: Tensor, noise: Tensor, *, bf16: bool = False) -> Tensor:
     """L1 + 1e-3 KL in nats per input value."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+    with torch.autocast(image.device.type, torch.bfloat16, enabled=bf16):
         reconstruction, mean, logvar = forward(model, image, noise)
     kl = kl_divergence(mean, logvar).mean() / image[0].numel()  # per input value, as the L1
     return (reconstruction - image).abs().mean() + 1e-3 * kl

@@ -233,6 +233,16 @@ def matrix_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.ndim == 2 and id(p) not in tables - heads)
 
 
+def training_operations(model: nn.Module, n_sequences: int, length: int) -> float:
+    """Operations of forward and backward of the larger shape: 6 per weight and token, and attention.
+
+    A causal query attends to half of the keys on average: 2 products of 2 operations each, three times with the
+    backward pass.
+    """
+    attention = 6 * LARGE.n_layers * LARGE.hidden_size * length
+    return (6 * matrix_parameters(model) + attention) * n_sequences * length
+
+
 def on_gpu(args: BenchmarkArguments) -> None:
     """Compare training of the larger shape in bf16 with compiled layers, and its share of the GPU's peak."""
     tokens = torch.randint(LARGE.vocab_size, (args.batch_size, args.sequence_length), device="cuda")
@@ -243,11 +253,8 @@ def on_gpu(args: BenchmarkArguments) -> None:
     runs = {name: training_step(side, tokens, bf16=True) for name, side in sides.items()}
     seconds = interleave(runs, args)
     report("bf16 training, layers compiled", seconds, tokens.numel())
-    # 6 operations per weight and token. Attention: a causal query attends to half of the keys on average, 2 products
-    # of 2 operations each, three times with the backward pass.
-    attention = 6 * LARGE.n_layers * LARGE.hidden_size * args.sequence_length
     for name, side in sides.items():
-        operations = (6 * matrix_parameters(side.model) + attention) * tokens.numel()
+        operations = training_operations(side.model, *tokens.shape)
         share = operations / min(seconds[name]) / args.peak_tflops / 1e12
         n_parameters = sum(p.numel() for p in side.model.parameters())
         print(

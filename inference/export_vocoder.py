@@ -12,13 +12,12 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset_loading.files import replacing
 from model.audio.vocoder_export import export_onnx
-from utils.checkpoints import chosen_weights, resolve_checkpoint
+from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
 from utils.generation.audio import load_vocoder
 from utils.generation.vocoder_onnx import compare_with_onnx, import_runtime
@@ -28,7 +27,7 @@ from utils.options import option
 @dataclasses.dataclass
 class ExportArguments:
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    weights: Literal["ema", "raw"] = option("ema", "averaged weights, if they were saved, or the trained weights")
+    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
     output: str = option("inference/generated/audio/vocoder.onnx", "output file")
     tolerance: float = option(
         1e-4, "maximum accepted difference of waveforms, relative to full scale or the peak", gt=0

@@ -12,11 +12,10 @@ import dataclasses
 import logging
 import sys
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
+from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.generation.text import GenerationArguments, TextGenerator, copy_seed, read_prompts
@@ -26,7 +25,7 @@ from utils.options import option
 @dataclasses.dataclass
 class GenerateTextArguments(GenerationArguments):
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    weights: Literal["ema", "raw"] = option("ema", "averaged weights, if they were saved, or the trained weights")
+    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
     prompts: list[str] = option([], "texts to continue")
     prompt_file: str = option("", "further texts, one per line")
     n_texts: int = option(

@@ -11,11 +11,10 @@ import logging
 import re
 import sys
 from pathlib import Path
-from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
+from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import Group, draw_sheet, save_image, to_image
@@ -30,7 +29,7 @@ MAX_ROWS = 32  # prompts that are shown on the sheet
 class TextToImageArguments(SamplingArguments):
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
     vae_checkpoint: str = option("", "folder of the latents' VAE; default: the path recorded in training")
-    weights: Literal["ema", "raw"] = option("ema", "averaged weights, if they were saved, or the trained weights")
+    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
     prompts: list[str] = option([], "captions of the images")
     prompt_file: str = option("", "further captions, one per line")
     n_images: int = option(

@@ -25,6 +25,8 @@ logger = logging.getLogger(__name__)
 COMPLETE = "COMPLETE.json"
 STAGE = "stage.json"
 EMA = "ema.safetensors"
+# Averaged weights, where a checkpoint has them, or those that were trained.
+WeightsKind = Literal["ema", "raw"]
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -112,7 +114,7 @@ def without_copies(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if name not in model.all_tied_weights_keys}
 
 
-def load_model(model_class: type, path: str | Path, weights: Literal["ema", "raw"] = "ema"):
+def load_model(model_class: type, path: str | Path, weights: WeightsKind = "ema"):
     """A stage's model from a checkpoint or run folder, in fp32 and eval mode; averaged weights where there are some.
 
     The model is whole on every process, also under ZeRO-3, where `from_pretrained` would shard its weights.
@@ -137,7 +139,7 @@ def load_model(model_class: type, path: str | Path, weights: Literal["ema", "raw
     return model.eval()
 
 
-def chosen_weights(checkpoint: Path, args: Any) -> Literal["ema", "raw"]:
+def chosen_weights(checkpoint: Path, args: Any) -> WeightsKind:
     """Which weights of a checkpoint folder the flag `--weights` means; averaged ones only where there are some.
 
     Raises: ValueError: `--weights ema` was given and there are none.

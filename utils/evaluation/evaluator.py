@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dataset_loading.audio.signal import save_waveform
 from dataset_loading.image.pixels import ResizeMode
-from utils.checkpoints import chosen_weights, load_model, read_stage, step_of
+from utils.checkpoints import WeightsKind, chosen_weights, load_model, read_stage, step_of
 from utils.devices import compute_device
 from utils.drawing.images import save_image
 from utils.drawing.playback import add_audio, playable
@@ -34,7 +34,7 @@ class EvaluationArguments:
 
     # What is evaluated, on which data.
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    weights: Literal["ema", "raw"] = option("ema", "averaged weights, if they were saved, or the trained weights")
+    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
     cached_dataset: str = option("", "preprocessed data set; default: the one that the run trained on")
     split: str = option("", "split of the data set; default: validation")
     max_samples: int = option(0, "maximum number of samples, spread evenly over the split; 0: all", ge=0)

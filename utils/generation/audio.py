@@ -9,7 +9,7 @@ import logging
 import time
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +22,7 @@ from dataset_loading.sources import walk
 from model.audio.spectral import LogMel, MelSettings, check_same_mel
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
-from utils.checkpoints import chosen_weights, load_model, read_stage, resolve_checkpoint
+from utils.checkpoints import WeightsKind, chosen_weights, load_model, read_stage, resolve_checkpoint
 from utils.devices import compute_device
 from utils.options import option, suggest
 
@@ -37,7 +37,7 @@ class SynthesisArguments:
     """Flags of all scripts that vocode."""
 
     input: list[str] = option([], "files, and folders of files")
-    weights: Literal["ema", "raw"] = option("ema", "averaged weights, if they were saved, or the trained weights")
+    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
     chunk_frames: int = option(2000, "mel frames per pass of the vocoder; 0: all", ge=0)
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights; Fourier transforms stay in fp32")
     output_dir: str = option("", "folder of the results")
@@ -72,9 +72,7 @@ def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
             raise ValueError(f"{file} is an input and would be overwritten; give another folder with --output_dir")
 
 
-def load_stage_model(
-    model_class: type, stage: str, path: str | Path, *, weights: Literal["ema", "raw"] = "ema"
-) -> Any:
+def load_stage_model(model_class: type, stage: str, path: str | Path, *, weights: WeightsKind = "ema") -> Any:
     """The model of a run or checkpoint folder of one stage, in fp32 and eval mode, on the CPU.
 
     Raises:
@@ -87,7 +85,7 @@ def load_stage_model(
     return load_model(model_class, path, weights).requires_grad_(False)
 
 
-def load_vocoder(path: str | Path, weights: Literal["ema", "raw"] = "ema") -> Vocoder:
+def load_vocoder(path: str | Path, weights: WeightsKind = "ema") -> Vocoder:
     """The vocoder of a run or checkpoint folder; raises as `load_stage_model`."""
     return load_stage_model(Vocoder, "vocoder", path, weights=weights)
 

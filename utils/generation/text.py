@@ -5,7 +5,7 @@ import logging
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from dataset_loading.text.tokenizers import (
 )
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
-from utils.checkpoints import load_model, read_stage, resolve_checkpoint
+from utils.checkpoints import WeightsKind, load_model, read_stage, resolve_checkpoint
 from utils.options import option
 
 logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ class TextGenerator:
         self.model, self.tokenizer, self.trained_length = model, tokenizer, trained_length
 
     @classmethod
-    def load(cls, checkpoint: str | Path, weights: Literal["ema", "raw"] = "ema", device: Any = "cpu") -> Self:
+    def load(cls, checkpoint: str | Path, weights: WeightsKind = "ema", device: Any = "cpu") -> Self:
         """From a run or checkpoint folder of the multimodal stage.
 
         Raises:

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from model.samplers import SAMPLERS, SamplerKind, guided_denoiser, initial_noise
 from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import TOKENS_MULTIPLE, encode_caption, pad_tokens
 from model.vae import VAE
-from utils.checkpoints import load_model, read_stage
+from utils.checkpoints import WeightsKind, load_model, read_stage
 from utils.generation.latents import check_vae, load_vae
 from utils.generation.text_encoder import text_encoder_fingerprint
 from utils.options import option, other_than_one
@@ -74,7 +74,7 @@ class TextToImagePipeline:
         checkpoint: str | Path,
         vae_checkpoint: str = "",
         *,
-        weights: Literal["ema", "raw"] = "ema",
+        weights: WeightsKind = "ema",
         device: torch.device | str = "cpu",
     ) -> Self:
         """From a run or checkpoint folder of the diffusion stage.
