@@ -140,10 +140,18 @@ def reflect_pad(waveform: Tensor, n_fft: int, hop_length: int) -> Tensor:
 def mirror_ends(waveform: Tensor, before: int, after: int) -> Tensor:
     """(B, S) -> (B, before + S + after), extended by reflection without repeating the ends.
 
-    The library's kernel has no deterministic backward pass on a GPU; slices have.
+    The library's kernel has no deterministic backward pass on a GPU; `mirror_by_slices` has.
     """
-    if not (waveform.is_cuda and torch.are_deterministic_algorithms_enabled()):
-        return F.pad(waveform, (before, after), mode="reflect")
+    if waveform.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return mirror_by_slices(waveform, before, after)
+    return F.pad(waveform, (before, after), mode="reflect")
+
+
+def mirror_by_slices(waveform: Tensor, before: int, after: int) -> Tensor:
+    """`mirror_ends` by slicing.
+
+    Raises: ValueError: the waveform is too short to be reflected.
+    """
     S = waveform.shape[-1]
     if max(before, after) >= S:
         raise ValueError(f"a waveform of {S} samples is too short to be extended by {max(before, after)}")

@@ -6,8 +6,18 @@ import librosa
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
-from model.audio.spectral import MEL_PRESETS, LogMel, MelSettings, Spectrogram, check_same_mel, mel_filters, mel_preset
+from model.audio.spectral import (
+    MEL_PRESETS,
+    LogMel,
+    MelSettings,
+    Spectrogram,
+    check_same_mel,
+    mel_filters,
+    mel_preset,
+    mirror_by_slices,
+)
 
 
 @pytest.fixture
@@ -68,6 +78,21 @@ def test_fp32_under_autocast(waveform):
         inside = log_mel(waveform)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, log_mel(waveform))
+
+
+@pytest.mark.parametrize("before, after", [(0, 0), (0, 3), (3, 0), (9, 2), (9, 9)])
+def test_reflection_by_slices_equals_the_kernel(before, after):
+    """Values and gradients, up to the longest extension of 10 samples."""
+    waveform, weights = torch.randn(2, 10), torch.randn(2, 10 + before + after)
+    results = []
+    for reflect in (mirror_by_slices, lambda x, *ends: F.pad(x, ends, mode="reflect")):
+        leaf = waveform.clone().requires_grad_()
+        extended = reflect(leaf, before, after)
+        (extended * weights).sum().backward()
+        results.append((extended, leaf.grad))
+    torch.testing.assert_close(results[0], results[1])
+    with pytest.raises(ValueError, match="10 samples is too short"):
+        mirror_by_slices(waveform, 10, 0)
 
 
 def test_silence_is_the_floor():
