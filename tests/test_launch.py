@@ -114,7 +114,7 @@ def test_resume_under_zero_2_is_exact_and_changed_flags_take_effect(train, image
     assert largest_difference(straight.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
     assert straight.losses[4:] == resumed.losses[4:]
     # From step 4 again, with other settings: as in one process without an engine.
-    words = "--learning_rate 5e-4 --weight_decay 0.1 --adam_beta1 0.5 --max_grad_norm 0.05 --max_steps 8".split()  # noqa: SIM905
+    words = "--learning_rate 5e-4 --weight_decay 0.1 --adam_beta1 0.5 --max_grad_norm 0.05".split()  # noqa: SIM905
     words += ["--discriminator_learning_rate", "3e-4", "--resume_from_checkpoint"]
     one = train("one", 8, "--batch_size", "8", "--save_steps", "4")
     changed = train("one", 8, *words, str(one.folder.parent / "checkpoint-4"))
