@@ -49,7 +49,7 @@ class MultimodalStage(Stage):
         """The preset with what the texts determine."""
         # A checkpoint to start from, or to resume, must have the tokenizer of the texts.
         for path in filter(None, (self.args.init_from, self.find_checkpoint())):
-            check_checkpoint(path, self.texts, resumes=path != self.args.init_from)
+            check_checkpoint(path, self.texts)
         config = fit_to_tokenizer(super().build_config(), self.texts, self.args.override)
         check_core_flags(self.args, config)
         return config

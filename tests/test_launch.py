@@ -107,12 +107,23 @@ def test_bf16_keeps_fp32_weights(train, image_cache, tmp_path):
     assert all(value.dtype == torch.float32 for value in [*two.weights().values(), *two.weights("ema").values()])
 
 
-def test_resume_under_zero_2_is_exact(image_cache, tmp_path):
+def test_resume_under_zero_2_is_exact_and_changed_flags_take_effect(train, image_cache, tmp_path):
     straight, resumed = launch_and_resume("image_vae", image_cache, tmp_path, ["--batch_size", "4"])
     for name in ("model", "ema"):
         assert largest_difference(straight.weights(name), resumed.weights(name)) == 0
     assert largest_difference(straight.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
     assert straight.losses[4:] == resumed.losses[4:]
+    # From step 4 again, with other settings: as in one process without an engine.
+    words = "--learning_rate 5e-4 --weight_decay 0.1 --adam_beta1 0.5 --max_grad_norm 0.05".split()  # noqa: SIM905
+    words += ["--discriminator_learning_rate", "3e-4", "--resume_from_checkpoint"]
+    one = train("one", 8, "--batch_size", "8", "--save_steps", "4")
+    changed = train("one", 8, *words, str(one.folder.parent / "checkpoint-4"))
+    again = launch(
+        "ds_config_zero-2.json", image_cache, tmp_path / "b", 8, *words, str(resumed.folder.parent / "checkpoint-4")
+    )
+    assert_same(changed, again)
+    assert changed.losses[5:] != pytest.approx(straight.losses[5:], rel=1e-4)
+    assert (resumed.folder.parent / "abandoned-1" / "checkpoint-8").is_dir()
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "ds_config_zero-3.json"])

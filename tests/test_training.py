@@ -138,9 +138,10 @@ ImageVAEStage.main(argv)
 
 
 def test_full_disk_keeps_earlier_checkpoints(train, image_cache, tmp_path):
-    earlier = train("full", 2, "--batch_size", "8")
+    constant = ["--batch_size", "8", "--lr_scheduler_type", "constant"]
+    earlier = train("full", 3, *constant)
     words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--run_name", "full"]
-    flags = ["--max_steps", "4", "--batch_size", "8", "--resume_from_checkpoint"]
+    flags = ["--max_steps", "6", *constant, "--resume_from_checkpoint"]
     process = run_script(FULL_DISK, *SMALL_RUN, *words, *flags)
     _, log = process.communicate(timeout=120)
     assert process.returncode == 2, log[-2000:]
@@ -177,7 +178,7 @@ def test_a_run_is_not_overwritten(train):
         train("once", 4)
 
 
-@pytest.mark.parametrize("n_steps", [3, 8])  # Within an epoch and at its end.
+@pytest.mark.parametrize("n_steps", [4, 8])  # Within an epoch and at its end.
 def test_a_finished_run_is_only_evaluated_again(train, n_steps):
     run = train("done", n_steps, "--batch_size", "8")
     before = {path: path.read_bytes() for path in sorted(run.folder.parent.rglob("checkpoint-*/*"))}
@@ -188,7 +189,7 @@ def test_a_finished_run_is_only_evaluated_again(train, n_steps):
 
 
 def test_changed_data_are_refused_on_resume(train, image_cache, tmp_path):
-    run = train("data", 2)
+    run = train("data", 3)
     record = json.loads((run.folder / "stage.json").read_text())
     record["data"]["fingerprint"] = "other"
     (run.folder / "stage.json").write_text(json.dumps(record))

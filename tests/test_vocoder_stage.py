@@ -194,7 +194,7 @@ def test_another_log_mel_is_refused_with_both_definitions_and_the_command(flag, 
     else:
         words, folder = [flag, str(whole.folder)], make_audio_cache(tmp_path / "other", 12, "--n_mels", "40")
     with pytest.raises(ValueError) as refused:
-        run_stage(VocoderStage, SMALL_VOCODER, folder, tmp_path, "refused", 1, "--batch_size", "2", *words)
+        run_stage(VocoderStage, SMALL_VOCODER, folder, tmp_path, "refused", 6, "--batch_size", "8", *words)
     message = str(refused.value)
     assert "use different log-mels, they differ in n_mels" in message
     assert MelSettings().describe() in message and MelSettings(n_mels=40).describe() in message

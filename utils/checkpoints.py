@@ -166,36 +166,21 @@ def rotate(run_dir: Path, limit: int) -> None:
         shutil.rmtree(folder)
 
 
-def check_resumable(folder: Path, *, zero_stage: int, n_ranks: int, fingerprint: str) -> None:
-    """Check that a run can be resumed from a checkpoint by this engine.
-
-    Raises:
-        ValueError: the checkpoint was trained on other data, by another engine, or by another number of processes
-            under ZeRO; the message names both and what to do.
-    """
-    record = read_stage(folder)
-    # Data: the order of samples belongs to the data set.
-    if record["data"]["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{folder} was trained on other data ({record['data']['folder']}, fingerprint "
-            f"{record['data']['fingerprint']}; this cache has {fingerprint}). Give the same --cached_dataset, or "
-            f"start a new run from its weights with --init_from {folder}"
-        )
-    # Engine: each ZeRO stage saves optimizer states in its own form, one shard per process from stage 1 on.
-    written_zero, written_ranks = record["zero_stage"], record["n_ranks"]
-    if written_zero != zero_stage:
-        names = [
-            "without DeepSpeed" if stage < 0 else f"under ZeRO stage {stage}" for stage in (written_zero, zero_stage)
-        ]
-        raise ValueError(
-            f"{folder} was written {names[0]}, this run trains {names[1]}: optimizer states differ. Resume with the "
-            f"same engine, or start a new run from its weights with --init_from {folder}"
-        )
-    if zero_stage > 0 and written_ranks != n_ranks:
-        raise ValueError(
-            f"{folder} holds optimizer shards of {written_ranks} processes, this run has {n_ranks}. Resume with "
-            f"{written_ranks} processes, or start a new run from its weights with --init_from {folder}"
-        )
+def set_aside(run_dir: Path, folders: list[Path]) -> None:
+    """Move checkpoints of a run that went another way into a new folder `abandoned-N` of the run, where resuming and
+    loading find them only by their own path. Interrupted ones, which have no COMPLETE.json, stay where they are."""
+    folders = [folder for folder in folders if (folder / COMPLETE).is_file()]
+    if not folders:
+        return
+    number = 1
+    while (run_dir / f"abandoned-{number}").exists():
+        number += 1
+    target = run_dir / f"abandoned-{number}"
+    target.mkdir()
+    for folder in folders:
+        folder.rename(target / folder.name)
+    names = ", ".join(folder.name for folder in folders)
+    logger.warning("%s of %s: moved to %s, since the run goes on from an earlier step", names, run_dir, target.name)
 
 
 def provenance() -> dict:

@@ -9,7 +9,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 from utils.options import check_effects, declared_fields, inherited, suggest, type_name, validate_fields
@@ -61,12 +61,19 @@ class StrictParser(argparse.ArgumentParser):
         return parsed
 
 
-def parse_arguments(arguments_class: type, argv: list[str] | None, description: str) -> Any:
+def parse_arguments(
+    arguments_class: type,
+    argv: list[str] | None,
+    description: str,
+    *,
+    complete: Callable[[Any], None] = lambda arguments: None,
+) -> Any:
     """Parse the command line into a dataclass of `option()` fields.
 
     Booleans become `--flag` and `--no_flag`, lists take several values. Prefixes of flags are allowed.
     `--local_rank`, which launchers append, is accepted. Flags given explicitly are listed in the attribute `given`.
 
+    Args: complete: called before values are checked; it may set flags that were not given.
     Raises:
         SystemExit: with status 2 and a message naming flag, value and rule, for any wrong input.
     """
@@ -90,6 +97,7 @@ def parse_arguments(arguments_class: type, argv: list[str] | None, description: 
     values.pop("local_rank", None)
     parsed = arguments_class(**values)
     parsed.given = sorted(values)
+    complete(parsed)
     try:
         # Types and bounds, then flags that the others switch off.
         validate_fields(parsed, "--{}")

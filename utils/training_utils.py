@@ -4,12 +4,15 @@ checkpoints, evaluation on averaged weights, named loss terms), and the GrokFast
 The trainers of the stages are in `utils/training/` and can be imported from here.
 """
 
+import contextlib
 import importlib
 import logging
 import math
+import pickle
 import resource
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from utils.checkpoints import EMA, STAGE, is_complete, mark_complete, rotate, without_copies, write_json
+from utils.checkpoints import EMA, STAGE, mark_complete, rotate, set_aside, without_copies, write_json
 from utils.distributed import any_across_ranks, barrier, mean_across_ranks, rank
 from utils.optimizer_hooks import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook, WeightEMA
 from utils.seeds import sample_normal, sample_uniform
@@ -67,6 +70,7 @@ RELIES_ON: dict[str, tuple[str | None, str]] = {
     "_save_checkpoint": ("model, trial", "a checkpoint is complete or absent"),
     "_save": ("output_dir, state_dict", "tied weights are written once"),
     "_load_optimizer_and_scheduler": ("checkpoint", "the stage's own state is loaded with them"),
+    "_load_rng_state": ("checkpoint", "a damaged file is named"),
 }
 
 
@@ -131,6 +135,8 @@ class StageTrainer(Trainer):
         self.term_counts: dict[str, int] = {}
         self.last_log = (0, time.perf_counter())
         self.has_trained = False  # Not where a finished run is resumed.
+        self.saved_step = -1  # The step of the last checkpoint that this run wrote.
+        self.optimizer_settings: list[dict] = []  # Of each parameter group, as the flags say.
 
     # ---- Data order.
 
@@ -177,6 +183,18 @@ class StageTrainer(Trainer):
             for hook in self.hooks:
                 hook.attach(self.optimizer)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        # A checkpoint that is loaded next overwrites them; `ResumeCallback` lets the flags take effect again.
+        groups = (optimizer or self.optimizer).param_groups
+        self.optimizer_settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
+        return scheduler
+
+    @property
+    def run_lengths(self) -> list[list[int]]:
+        """Pairs (step, length of the run from this step on), one unless a resume changed the length."""
+        return self.stage_record.get("run_lengths") or [[0, self.state.max_steps]]
 
     def check_hooks_fired(self) -> None:
         """Raise if the engine replaced the optimizer and silently dropped the hooks."""
@@ -320,11 +338,13 @@ class StageTrainer(Trainer):
 
     def _save_checkpoint(self, model, trial) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if is_complete(folder):
+        if self.saved_step == self.state.global_step:
             return
-        # Rank 0 removes what an interrupted run left; the others wait for it.
-        if rank() == 0 and folder.exists():
-            shutil.rmtree(folder)
+        # Rank 0 makes room: another run's checkpoint is set aside, an interrupted one removed; the others wait for it.
+        if rank() == 0:
+            set_aside(folder.parent, [folder])
+            if folder.exists():
+                shutil.rmtree(folder)
         barrier()
         self.before_saving()
         try:
@@ -340,6 +360,7 @@ class StageTrainer(Trainer):
                 f"could not write {folder}: {error}. The half-written folder is removed and earlier checkpoints are "
                 "kept; free disk space and go on with --resume_from_checkpoint latest"
             ) from error
+        self.saved_step = self.state.global_step
         # Old checkpoints go once the new one is complete.
         if rank() == 0:
             rotate(Path(self.args.output_dir), self.stage_arguments.save_total_limit)
@@ -365,10 +386,32 @@ class StageTrainer(Trainer):
             write_json(folder / STAGE, self.stage_record)
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        file = Path(checkpoint) / "stage_state.pt" if checkpoint else None
-        if file is not None and file.is_file():
-            self.load_extra_state(torch.load(file, map_location=self.args.device, weights_only=True))
+        if not checkpoint:
+            return
+        with explained_state(f"{checkpoint}: the state of the optimizer or of its schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        file = Path(checkpoint) / "stage_state.pt"
+        if file.is_file():  # A stage without a state of its own has none.
+            with explained_state(str(file)):
+                self.load_extra_state(torch.load(file, map_location=self.args.device, weights_only=True))
+
+    def _load_rng_state(self, checkpoint) -> None:
+        with explained_state(f"{checkpoint}: the states of the random number generators (rng_state*.pth)"):
+            super()._load_rng_state(checkpoint)
+
+
+@contextlib.contextmanager
+def explained_state(name: str) -> Iterator[None]:
+    """Around the loading of a state: what does not fit, or is damaged, is an error that names it.
+
+    Raises: ValueError
+    """
+    try:
+        yield
+    except (AttributeError, EOFError, IndexError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{name} cannot be restored: {type(error).__name__}: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 class GrokfastEMATrainer(StageTrainer):

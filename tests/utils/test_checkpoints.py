@@ -7,7 +7,6 @@ from safetensors.torch import load_file, save_file
 from model.causal import MegaTransformerForCausalLM
 from utils.checkpoints import (
     EMA,
-    check_resumable,
     checkpoints_in,
     is_complete,
     load_model,
@@ -17,8 +16,6 @@ from utils.checkpoints import (
     rotate,
     without_copies,
 )
-
-DATA = {"folder": "cache", "fingerprint": "a"}
 
 
 def checkpoint(run, step, complete=True, **record):
@@ -55,20 +52,6 @@ def test_rotation_counts_complete_ones_only(tmp_path):
     checkpoint(tmp_path, 1000, complete=False)
     rotate(tmp_path, 2)
     assert [folder.name for folder in checkpoints_in(tmp_path)] == ["checkpoint-2", "checkpoint-3", "checkpoint-1000"]
-
-
-@pytest.mark.parametrize("zero, ranks, message", [(2, 1, "2 processes, this run has 1"), (-1, 2, "without DeepSpeed")])
-def test_resume_that_would_fail_is_refused(tmp_path, zero, ranks, message):
-    folder = checkpoint(tmp_path, 5, zero_stage=2, n_ranks=2, data=DATA)
-    with pytest.raises(ValueError, match=message):
-        check_resumable(folder, zero_stage=zero, n_ranks=ranks, fingerprint="a")
-    check_resumable(folder, zero_stage=2, n_ranks=2, fingerprint="a")
-
-
-def test_other_number_of_ranks_is_fine_without_sharding(tmp_path):
-    for step, zero_stage in ((5, -1), (6, 0)):
-        folder = checkpoint(tmp_path, step, zero_stage=zero_stage, n_ranks=2, data=DATA)
-        check_resumable(folder, zero_stage=zero_stage, n_ranks=1, fingerprint="a")
 
 
 @pytest.mark.parametrize("is_tied", [True, False])

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from model.criteria import (
 )
 from utils.distributed import broadcast_tensors, mean_across_ranks
 from utils.options import option
+from utils.training.schedules import apply_settings, rate_factor
 
 logger = logging.getLogger(__name__)
 
@@ -359,6 +360,19 @@ class Adversary:
         self.scheduler.load_state_dict(state["scheduler"])
         self.statistics = state["statistics"]
         self.updates, self.skipped_updates = state["updates"], state["skipped_updates"]
+
+    def apply_flags(self, lr_scheduler_type: str, lengths: Sequence[Sequence[int]]) -> tuple[float, float]:
+        """Let this run's flags take effect in the optimizer and the schedule of a restored state.
+
+        Args: lengths: of the schedule, see `utils/training/schedules.py`.
+        Returns: the learning rate of the next update in the checkpoint, and now.
+        """
+        arguments = self.arguments
+        betas = (arguments.discriminator_beta1, arguments.adam_beta2)
+        settings = [{"initial_lr": arguments.discriminator_learning_rate, "betas": betas}]
+        n_warmup_steps = min(arguments.gan_warmup_steps, lengths[0][1] // 2)
+        factor = rate_factor(lr_scheduler_type, n_warmup_steps=n_warmup_steps, lengths=lengths)
+        return apply_settings(self.optimizer, self.scheduler, settings, factor)
 
 
 def mean_of_means(tensors: list[Tensor]) -> Tensor:

@@ -136,4 +136,6 @@ class GANTrainer(StageTrainer):
         return {"adversary": self.adversary.state_dict()} if self.adversary is not None else None
 
     def load_extra_state(self, state):
+        if self.adversary is None:
+            raise ValueError("it holds a discriminator, and this run has none: give the --gan_weight of that run")
         self.adversary.load_state_dict(state["adversary"])

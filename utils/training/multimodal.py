@@ -22,6 +22,7 @@ from utils.metrics.text import model_inputs, ratios, window_sums, windows_at_onc
 from utils.options import option
 from utils.seeds import generators
 from utils.training.callbacks import EvaluationCallback
+from utils.training.schedules import position
 from utils.training.text import TextArguments
 from utils.training_utils import StageTrainer
 
@@ -159,10 +160,15 @@ class MultimodalTrainer(StageTrainer):
     drawn_steps_until = -1  # The optimizer step of the last entry of `drawn_steps`.
 
     def mean_thinking_steps(self) -> float:
-        """The mean of the present optimizer step: it grows linearly from 1 over the curriculum's steps."""
+        """The mean of the present optimizer step: it grows linearly from 1 over the curriculum's steps, and goes on
+        evenly where a resume changed the length of the run."""
         mean = self.config.recurrent_mean_thinking_steps
-        grown = self.stage_arguments.recurrent_curriculum * self.state.max_steps
-        return mean if grown == 0 else min(mean, 1 + (mean - 1) * self.state.global_step / grown)
+        grown = self.stage_arguments.recurrent_curriculum * self.run_lengths[0][1]
+        return (
+            mean
+            if grown == 0
+            else min(mean, 1 + (mean - 1) * position(self.run_lengths, self.state.global_step) / grown)
+        )
 
     def get_decay_parameter_names(self, model) -> list[str]:
         """Weight decay acts on matrices: not on norms, biases, embeddings and learned states."""

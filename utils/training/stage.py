@@ -20,19 +20,22 @@ from transformers import TrainerCallback, set_seed
 
 from dataset_loading.collators import collate_stack
 from utils.checkpoints import (
-    check_resumable,
     checkpoints_in,
     load_model,
     newest_complete,
     provenance,
     resolve_checkpoint,
+    set_aside,
+    step_of,
 )
 from utils.command_line import explained_errors, parse_arguments, parse_overrides
 from utils.devices import compile_in_place
-from utils.distributed import end_processes, from_main, launched_rank, rank, world_size
+from utils.distributed import barrier, end_processes, from_main, launched_rank, rank, world_size
 from utils.megatransformer_utils import StageArguments, training_arguments
 from utils.options import StrictConfig, declared_fields, from_preset
 from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
+from utils.training.resume_callback import ResumeCallback
+from utils.training.resuming import Resumption, check_resumable, resume_arguments
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
 logger = logging.getLogger(__name__)
@@ -92,12 +95,25 @@ class Stage:
     @classmethod
     def main(cls, argv: list[str] | None = None) -> dict[str, float]:
         """Parse, check, build, train or resume, save, evaluate; returns the last evaluation's metrics."""
-        args = parse_arguments(cls.arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
         set_up_logging()
         with explained_errors(logger):
+            doc = sys.modules[cls.__module__].__doc__ or cls.name
+            args = parse_arguments(cls.arguments_class, argv, doc, complete=cls.complete_arguments)
             metrics = cls(args).run()
             end_processes()
             return metrics
+
+    @classmethod
+    def complete_arguments(cls, args: Any) -> None:
+        """Where a run is resumed: give flags that were not given the values of its checkpoint, and refuse others."""
+        # A checkpoint that is named by its path is continued in its run's folder, unless another one is named.
+        path = args.resume_from_checkpoint
+        if path not in ("", "latest") and not {"run_name", "output_dir"} & set(args.given):
+            run_dir = resolve_checkpoint(path).resolve().parent
+            if run_dir.parent.name == cls.name:
+                args.run_name, args.output_dir = run_dir.name, str(run_dir.parent.parent)
+        folder = cls(args).find_checkpoint()
+        args.resumption = resume_arguments(args, folder, cls.name, cls.config_class) if folder else None
 
     def run(self) -> dict[str, float]:
         """The order of every stage."""
@@ -114,24 +130,30 @@ class Stage:
         training = training_arguments(self.args, self.run_dir)
         set_seed(self.args.seed)
         model = self.build_model(config)
-        # Rank 0 decides where to resume, so that all processes agree.
+        # The checkpoint to go on from, where rank 0 sees one; all processes agree.
         checkpoint = from_main(str(self.find_checkpoint() or "")) or None
-        if checkpoint:
+        n_steps = self.count_steps(len(datasets["train"]), world_size())
+        if self.resumption is not None:
             check_resumable(
-                Path(checkpoint),
+                self.resumption,
+                model,
                 zero_stage=zero_stage_of(training),
                 n_ranks=world_size(),
                 fingerprint=datasets["train"].fingerprint,
+                args=self.args,
+                n_steps=n_steps,
             )
-            logger.info("resuming from %s", checkpoint)
-        trainer = self.build_trainer(model, datasets, training)
+            for line in self.resumption.describe():
+                logger.info("%s", line)
+        trainer = self.build_trainer(model, datasets, training, n_steps=n_steps)
         # In place, so that parameters keep their names in checkpoints.
         if self.args.compile_model:
             compile_in_place(model)
 
         # Train, save the last step, and evaluate it.
+        if self.resumption is not None and self.resumption.step < n_steps:
+            self.abandon_checkpoints_after(self.resumption.step)
         trainer.train(resume_from_checkpoint=checkpoint)
-        self.check_length(trainer, checkpoint)
         if trainer.has_trained:
             trainer._save_checkpoint(trainer.model_wrapped, None)
         else:
@@ -170,7 +192,11 @@ class Stage:
 
     def check_run(self) -> None:
         """Raises: ValueError: the run would be mixed with another one in its folder, or be compiled for a CPU."""
-        if not self.args.resume_from_checkpoint and checkpoints_in(self.run_dir):
+        # A checkpoint of another folder is continued in an empty one.
+        goes_on_here = self.args.resume_from_checkpoint == "latest" or (
+            self.resumption is not None and self.resumption.folder.resolve().parent == self.run_dir.resolve()
+        )
+        if not goes_on_here and checkpoints_in(self.run_dir):
             raise ValueError(
                 f"{self.run_dir} already holds {checkpoints_in(self.run_dir)[-1].name}; pass --resume_from_checkpoint "
                 "to go on with that run, or another --run_name"
@@ -180,26 +206,37 @@ class Stage:
                 "--compile_model needs a GPU: the CPU kernels that torch 2.11 compiles here write out of bounds"
             )
 
-    def check_length(self, trainer: StageTrainer, checkpoint: str | None) -> None:
-        """Raises: ValueError: the checkpoint that was resumed from is beyond the end of this run."""
-        step, max_steps = trainer.state.global_step, trainer.state.max_steps
-        if step > max_steps:
-            raise ValueError(
-                f"{checkpoint} is at step {step:,}, beyond this run's {max_steps:,}; raise --max_steps or "
-                "--num_train_epochs, or go on from an earlier checkpoint"
-            )
+    @property
+    def resumption(self) -> Resumption | None:
+        """What is resumed, None in a new run."""
+        return getattr(self.args, "resumption", None)
+
+    def count_steps(self, n_samples: int, n_ranks: int) -> int:
+        """Optimizer steps of the run with so many training samples and processes."""
+        per_step = self.args.batch_size * self.args.gradient_accumulation_steps * n_ranks
+        return expected_steps(n_samples, per_step, epochs=self.args.num_train_epochs, max_steps=self.args.max_steps)
+
+    def abandon_checkpoints_after(self, step: int) -> None:
+        """Set the later checkpoints of the run aside, where it goes on from an earlier one."""
+        if rank() == 0:
+            set_aside(self.run_dir, [folder for folder in checkpoints_in(self.run_dir) if step_of(folder) > step])
+        barrier()
 
     def find_checkpoint(self) -> Path | None:
         """The checkpoint to resume from, None for a new run: `latest` of a run that has no checkpoint yet is one."""
         path = self.args.resume_from_checkpoint
-        if not path:
-            return None
+        if self.resumption is not None or not path:
+            return self.resumption and self.resumption.folder
         return newest_complete(self.run_dir) if path == "latest" else resolve_checkpoint(path)
 
-    def build_trainer(self, model, datasets, training) -> StageTrainer:
+    def build_trainer(self, model, datasets, training, *, n_steps: int) -> StageTrainer:
         """The trainer with its parts, callbacks and the record that goes into every checkpoint."""
-        # Rank 0 alone has a writer. Callbacks that need the trainer are added once it exists.
-        self.writer = SummaryWriter(str(self.run_dir / "tensorboard")) if rank() == 0 else None
+        # Rank 0 alone has a writer; what was logged after the step that a run goes on from is no longer shown.
+        # Callbacks that need the trainer are added once it exists.
+        resumes = self.resumption is not None and self.resumption.step < n_steps
+        purge_step = self.resumption.step + 1 if resumes else None
+        folder = str(self.run_dir / "tensorboard")
+        self.writer = SummaryWriter(folder, purge_step=purge_step) if rank() == 0 else None
         callbacks: list[TrainerCallback] = [StopOnSignalCallback()]
         if self.writer is not None:
             callbacks.append(ScalarLogsCallback(self.writer))
@@ -212,20 +249,25 @@ class Stage:
             data_collator=self.build_collator(model.config),
             callbacks=callbacks,
             stage_arguments=self.args,
-            stage_record=self.record(datasets["train"], zero_stage_of(training)),
+            stage_record=self.record(datasets["train"], zero_stage_of(training), n_steps),
             **self.build_trainer_parts(model),
         )
+        if self.resumption is not None:
+            trainer.add_callback(ResumeCallback(trainer))
         # Callbacks that read the trainer's model and validation set.
         for callback in self.build_callbacks(trainer, self.writer):
             trainer.add_callback(callback)
         return trainer
 
-    def record(self, dataset: Dataset, zero_stage: int) -> dict:
+    def record(self, dataset: Dataset, zero_stage: int, n_steps: int) -> dict:
         """Content of `stage.json`: what this run is, so that later stages and resumed runs can check it."""
+        past = {"arguments": dataclasses.asdict(self.args), "run_lengths": [[0, n_steps]], "changes": []}
+        if self.resumption is not None:
+            past = self.resumption.record_of(self.args, self.run_dir, n_steps)
         return {
             "stage": self.name,
             "preset": self.args.config,
-            "arguments": dataclasses.asdict(self.args),
+            **past,
             "data": {"folder": str(self.cache_dir), "fingerprint": dataset.fingerprint},
             "zero_stage": zero_stage,
             "n_ranks": world_size(),
@@ -239,6 +281,8 @@ class Stage:
         console = Console(soft_wrap=True, highlight=False)
         console.print(f"[bold]{self.name}[/bold] -> {self.run_dir}")
         console.print(json.dumps(dataclasses.asdict(self.args), indent=2), markup=False)
+        for line in self.resumption.describe() if self.resumption is not None else []:
+            console.print(line, markup=False)
         if unprepared := self.unprepared():
             console.print(f"to be prepared: {unprepared}", markup=False)
             console.print("parameters, samples and steps can be counted once that is done")
@@ -254,9 +298,7 @@ class Stage:
         n_parameters = sum(p.numel() for p in model.parameters())
         n_ranks = int(os.environ.get("WORLD_SIZE", 1))
         per_step = self.args.batch_size * self.args.gradient_accumulation_steps * n_ranks
-        steps = expected_steps(
-            len(datasets["train"]), per_step, epochs=self.args.num_train_epochs, max_steps=self.args.max_steps
-        )
+        steps = self.count_steps(len(datasets["train"]), n_ranks)
         gib = n_parameters * 4 * (4 + self.args.use_ema) / 2**30
         # The report of the counts.
         console.print(config.describe(), markup=False)
@@ -280,5 +322,7 @@ def set_up_logging() -> None:
     transformers.utils.logging.set_verbosity_warning()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # It warns of flags that differ from those of a resumed checkpoint; they take effect here.
+    logging.getLogger("transformers.trainer_utils").setLevel(logging.ERROR)
     # Kernels of 1x1 have two layouts that are the same memory; DDP sees a difference and copies them, which is right.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")

@@ -97,14 +97,13 @@ def untokenized(args: Any, folder: Path) -> str:
     return f"{args.text_dataset}, tokenised by {args.tokenizer!r}{trained}, in {folder}"
 
 
-def check_checkpoint(path: str | Path, dataset: TextDataset, resumes: bool) -> None:
+def check_checkpoint(path: str | Path, dataset: TextDataset) -> None:
     """Check that a run can go on from a checkpoint.
 
     Args:
         path: run or checkpoint folder.
         dataset: the texts of this run.
-        resumes: whether that run is resumed; else a new one starts from its weights.
-    Raises: ValueError: it is of another stage or tokenizer, or, to be resumed, has windows of another length.
+    Raises: ValueError: it is of another stage or tokenizer.
     """
     folder = resolve_checkpoint(path)
     record = read_stage(folder)
@@ -116,13 +115,6 @@ def check_checkpoint(path: str | Path, dataset: TextDataset, resumes: bool) -> N
     # The tokenizer must be that of the checkpoint: ids mean nothing to another one.
     advice = f"prepare them with --tokenizer {folder} and another --cached_dataset, or train a new model"
     check_tokenizer(folder, dataset, advice)
-    # A resumed run goes on in the middle of an order of windows, whose number depends on their length.
-    length = record["arguments"]["sequence_length"]
-    if resumes and length != dataset.sequence_length:
-        raise ValueError(
-            f"{folder} was trained with --sequence_length {length}, this run has {dataset.sequence_length}: give the "
-            f"same, or start a new run from its weights with --init_from {folder}"
-        )
 
 
 def check_core_flags(args: Any, config: MegaTransformerConfig) -> None:

@@ -58,6 +58,7 @@ def trainer_at(
     flags = {"recurrent_steps_per_rank": per_rank, "recurrent_curriculum": curriculum}
     trainer.stage_arguments = type("Flags", (), flags)
     trainer.state = type("State", (), {"global_step": step, "max_steps": 1000})
+    trainer.stage_record = {"run_lengths": [[0, 1000]]}
     trainer.drawn_steps = []
     return trainer
 
