@@ -207,14 +207,23 @@ def newest_complete(run_dir: Path, *, check: bool = False) -> Path | None:
     """The newest complete checkpoint of a run; incomplete ones are named in a warning.
 
     Args: check: read all files, and pass over checkpoints that are damaged with a warning, too.
+    Raises: ValueError: there are complete checkpoints, and all are damaged; names a file.
     """
+    damages = []
     for folder in reversed(checkpoints_in(run_dir)):
         if problem := incompleteness(folder):
             logger.warning("ignoring %s: it was not written completely (%s)", folder, problem)
         elif check and (damage := damage_of(folder)):
-            logger.warning("ignoring %s: %s. The steps since the checkpoint before it are made again", folder, damage)
+            damages.append(damage)
         else:
+            for damage in damages:
+                logger.warning("%s; the steps after %s are made again", damage, folder)
             return folder
+    if damages:
+        raise ValueError(
+            f"{damages[0]}, and no checkpoint of {run_dir} is whole; copy one again from where it is whole, or start "
+            "a new run with another --run_name"
+        )
     return None
 
 

@@ -132,6 +132,9 @@ def test_a_flipped_byte_is_named_and_the_checkpoint_before_goes_on(model_folder,
         check_files(model_folder)
     assert newest_complete(model_folder.parent, check=True) == before
     assert f"{name} is damaged" in caplog.text
+    flip_byte(before / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"{name} is damaged.* no checkpoint of {before.parent} is whole"):
+        newest_complete(model_folder.parent, check=True)
 
 
 def test_only_what_is_read_is_checked(model_folder):
