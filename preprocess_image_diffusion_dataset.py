@@ -17,17 +17,17 @@ import torch
 from PIL import Image
 
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, fit_image, to_float, to_tensor
-from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import encode_caption
-from utils.checkpoints import resolve_checkpoint
+from utils.checkpoints import lasting_name, resolve_checkpoint
 from utils.devices import compute_device
-from utils.generation.latents import load_vae, standardized_posterior, vae_fingerprint
-from utils.generation.text_encoder import caption_states, text_encoder_fingerprint
+from utils.generation.latents import load_vae, pin_vae, standardized_posterior, vae_fingerprint, warn_of_other_vae
+from utils.generation.text_encoder import caption_states, open_text_encoder, text_encoder_fingerprint
 from utils.options import option
 from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
 from utils.preprocessing.image import IMAGE_SETTINGS, ImageArguments, decode_source_image
 from utils.preprocessing.samples import Example
 
+NAME_ANOTHER = "give another --text_encoder, or copy it again"
 LATENT_SETTINGS = ("horizontal_flip", "max_tokens", "bf16")
 
 
@@ -46,8 +46,6 @@ class ImageDiffusionPreprocessArguments(ImageArguments, BatchedPreprocessArgumen
     def validate_vae(self):
         if not self.vae_checkpoint:
             raise ValueError("--vae_checkpoint is missing: give a run of pretrain_image_vae.py, runs/image_vae/NAME")
-
-    def validate_copies(self):
         if self.num_augmented_copies:
             raise ValueError("--num_augmented_copies has no effect on latents; --horizontal_flip stores mirrored ones")
 
@@ -62,25 +60,29 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
 
     def __init__(self, args: ImageDiffusionPreprocessArguments):
         super().__init__(args)
-        checkpoint = resolve_checkpoint(args.vae_checkpoint)
-        self.vae, self.vae_fingerprint = load_vae(checkpoint, args.vae_config), vae_fingerprint(checkpoint)
-        self.text_encoder = FrozenTextEncoder(args.text_encoder) if args.text_encoder else None
+        self.checkpoint = resolve_checkpoint(args.vae_checkpoint)
+        self.vae, self.vae_fingerprint = load_vae(self.checkpoint, args.vae_config), vae_fingerprint(self.checkpoint)
+        warn_of_other_vae(self.folder, self.vae_fingerprint)
+        self.text_encoder = open_text_encoder(args.text_encoder, NAME_ANOTHER) if args.text_encoder else None
         self.image_size = args.image_size or self.vae.config.image_size
-        self.latent_shape = self.vae.latent_shape(self.image_size)
 
     def settings(self) -> dict[str, Any]:
         text = self.text_encoder
         return {
             **{name: getattr(self.args, name) for name in (*IMAGE_SETTINGS, *LATENT_SETTINGS)},
             "image_size": self.image_size,
-            "latent_shape": list(self.latent_shape),
+            "latent_shape": list(self.vae.latent_shape(self.image_size)),
             "vae_fingerprint": self.vae_fingerprint,
             "text_encoder_fingerprint": text_encoder_fingerprint(text) if text else "",
             "text_embedding_width": text.width if text else 0,
         }
 
     def information(self) -> dict[str, Any]:
-        return {"vae_checkpoint": self.args.vae_checkpoint, "text_encoder": self.args.text_encoder}
+        return {name: lasting_name(getattr(self.args, name)) for name in ("vae_checkpoint", "text_encoder")}
+
+    def work(self, tasks):
+        pin_vae(self.checkpoint, self.folder)  # A copy, as the VAE's own run may delete the checkpoint.
+        return super().work(tasks)
 
     def decode(self, media: dict[str, Any] | None) -> Image.Image:
         return decode_source_image(media, self.args, enough=3 * self.image_size)

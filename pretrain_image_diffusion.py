@@ -15,10 +15,12 @@ from dataset_loading.files import read_manifest
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.presets import IMAGE_DIFFUSION
-from utils.generation.latents import check_vae, load_vae
+from utils.checkpoints import checkpoints_in, lasting_name
+from utils.distributed import launched_rank
+from utils.generation.latents import find_vae, load_vae, pin_vae
 from utils.generation.text_to_image import fit_to_latents, load_text_encoder
 from utils.training.diffusion import DiffusionTrainer
-from utils.training.image_diffusion import ImageDiffusionArguments, PromptGridCallback, SampleMetrics
+from utils.training.image_diffusion import ImageDiffusionArguments, PromptGridCallback, SampleMetrics, check_init_from
 from utils.training.stage import Stage
 
 
@@ -34,21 +36,40 @@ class ImageDiffusionStage(Stage):
     def latents(self) -> dict:
         """How the latents of the cache were made, and the folder of their VAE."""
         settings = read_manifest(self.cache_dir, self.name)["settings"]
-        return {**settings, "vae_checkpoint": self.args.vae_checkpoint or settings["vae_checkpoint"]}
+        return {**settings, "vae_checkpoint": lasting_name(self.args.vae_checkpoint) or settings["vae_checkpoint"]}
+
+    @cached_property
+    def vae_checkpoint(self):
+        """The VAE that encoded the latents; those of another one would decode to noise."""
+        # A resumed run goes on with its copy, whatever has become of the folder that its command names.
+        given = "" if self.args.resume_from_checkpoint else self.args.vae_checkpoint
+        folders, name = (self.run_dir, self.cache_dir), f"the latents in {self.cache_dir}"
+        return find_vae(self.latents, name, given=given, folders=folders)
+
+    @cached_property
+    def vae(self):
+        """The frozen VAE of the latents."""
+        return load_vae(self.vae_checkpoint, self.args.vae_config).requires_grad_(False)
+
+    @cached_property
+    def text_encoder(self):
+        """The frozen text encoder where captions are its states."""
+        return load_text_encoder(self.latents, self.args.text_encoder, near=self.cache_dir)
 
     def prepare(self):
-        """Load the frozen networks: the latents' VAE, and the text encoder where captions are its states."""
-        self.vae = load_vae(self.latents["vae_checkpoint"], self.args.vae_config).requires_grad_(False)
-        self.text_encoder = load_text_encoder(self.latents)
+        """Keep a copy of the VAE, without which the run's model draws nothing."""
+        if self.vae and launched_rank() == 0:
+            # In place of another VAE's only where no checkpoint of the run needs that one.
+            pin_vae(self.vae_checkpoint, self.run_dir, may_replace=not checkpoints_in(self.run_dir))
 
     def build_config(self):
-        """The preset with what the latents determine; the VAE, or an override, that does not fit them is refused."""
-        path, latents = self.latents["vae_checkpoint"], self.latents
-        # Latents of another VAE would decode to noise.
-        check_vae(path, latents["vae_fingerprint"], f"the latents in {self.cache_dir}")
-        self.vae = load_vae(path, self.args.vae_config).requires_grad_(False)
-        self.text_encoder = load_text_encoder(latents)
-        return fit_to_latents(super().build_config(), latents, self.args.override, folder=self.cache_dir)
+        """The preset with what the latents determine; a VAE, a text encoder, a checkpoint to start from, or an
+        override that does not fit them is refused."""
+        assert self.vae is not None  # Raises where there is none that fits, also in a dry run.
+        assert self.text_encoder is not None or not self.latents["text_encoder"]
+        if self.args.init_from:
+            check_init_from(self.args.init_from, self.latents, self.cache_dir)
+        return fit_to_latents(super().build_config(), self.latents, self.args.override, folder=self.cache_dir)
 
     def build_dataset(self, split, config):
         return ImageLatentDataset(self.cache_dir, split)

@@ -92,6 +92,50 @@ def digest_file(file: str | Path) -> bytes:
 # ---- Manifests: written last, so that a folder with a manifest is complete.
 
 
+class Record(dict):
+    """An object of a JSON file. Reading a key that it lacks raises an error that names the file and what to do.
+
+    Attributes:
+        file: the file.
+        remedy: what to do about it.
+    """
+
+    __slots__ = ("file", "remedy")
+
+    def __init__(self, values: dict[str, Any], file: Path, remedy: str):
+        super().__init__(values)
+        self.file, self.remedy = file, remedy
+
+    def __missing__(self, name: str) -> Any:
+        raise self.damaged(f"it lacks {name!r}")
+
+    def damaged(self, reason: str) -> ValueError:
+        """The error about a wrong content."""
+        return ValueError(f"{self.file} is damaged ({reason}); {self.remedy}")
+
+    def expect_types(self, types: dict[str, Any], place: str = "") -> None:
+        """Check that keys are there, with values of these types, or of one of a tuple of types.
+
+        Args: place: where the object lies in the file, for the message.
+        Raises: ValueError: names file, key, value and type.
+        """
+        for name, kinds in types.items():
+            if name not in self:
+                raise self.damaged(f"{place or 'it'} lacks {name!r}")
+            if not isinstance(self[name], kinds):
+                kind_names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+                raise self.damaged(f"{place}{'.' if place else ''}{name}={shorten(self[name])} must be {kind_names}")
+
+    def __reduce__(self) -> tuple:
+        return Record, (dict(self), self.file, self.remedy)
+
+
+def shorten(value: Any) -> str:
+    """A value for a message, on one line of at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
 def read_manifest(folder: Path, stage: str | None, *, remedy: str = "") -> dict[str, Any]:
     """The manifest of a complete preprocessed folder.
 
@@ -127,3 +171,17 @@ def read_manifest(folder: Path, stage: str | None, *, remedy: str = "") -> dict[
     if stage is not None and stage_of_folder != stage:
         raise ValueError(f"{folder} was made for stage {stage_of_folder!r}, not for {stage!r}; {remedy}")
     return manifest
+
+
+def read_record(file: Path, remedy: str) -> Record:
+    """A JSON file that holds an object, whose inner objects are records, too.
+
+    Raises: ValueError: the file cannot be read as such; names it and what to do.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_hook=lambda values: Record(values, file, remedy))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); {remedy}") from error
+    if not isinstance(content, Record):
+        raise ValueError(f"{file} is damaged (it holds {shorten(content)}, not an object); {remedy}")
+    return content

@@ -19,16 +19,15 @@ from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import Group, draw_sheet, save_image, to_image
 from utils.generation.text import read_prompts
-from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
+from utils.generation.text_to_image import PipelineArguments, TextToImagePipeline
 from utils.options import option
 
 MAX_ROWS = 32  # prompts that are shown on the sheet
 
 
 @dataclasses.dataclass
-class TextToImageArguments(SamplingArguments):
+class TextToImageArguments(PipelineArguments):
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    vae_checkpoint: str = option("", "folder of the latents' VAE; default: the path recorded in training")
     weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
     prompts: list[str] = option([], "captions of the images")
     prompt_file: str = option("", "further captions, one per line")
@@ -51,7 +50,9 @@ def generate(args: TextToImageArguments) -> None:
     checkpoint = resolve_checkpoint(args.checkpoint)
     weights = chosen_weights(checkpoint, args)  # averaged ones, if they were saved
     device = str(compute_device())
-    pipeline = TextToImagePipeline.load(checkpoint, args.vae_checkpoint, weights=weights, device=device)
+    pipeline = TextToImagePipeline.load(
+        checkpoint, args.vae_checkpoint, args.text_encoder, weights=weights, device=device
+    )
     # Every prompt with every seed, in batches; images of the first prompts are kept for the sheet.
     tasks = [(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
     shown, files = [], []

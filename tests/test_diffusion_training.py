@@ -5,12 +5,17 @@ import json
 import pytest
 import torch
 
+import evaluate
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
 from pretrain_image_diffusion import ImageDiffusionStage
+from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
 from tests.helpers.latent_cache import save_vae
 from tests.helpers.runs import SMALL_DIFFUSION, largest_difference
-from utils.checkpoints import load_model
+from utils.checkpoints import load_model, mark_complete, write_json
+from utils.command_line import parse_arguments
+from utils.generation.latents import vae_fingerprint
+from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
 
 
 def test_record_names_the_vae_and_the_model_fits_its_latents(train_diffusion, latent_cache):
@@ -120,6 +125,50 @@ def test_another_vae_is_refused(train_diffusion, image_cache, tmp_path):
         train_diffusion("other", 2, "--vae_checkpoint", str(other))
     with pytest.raises(ValueError, match="preset 'tiny', not 'small'"):
         train_diffusion("preset", 2, "--vae_config", "small")
+
+
+def test_a_run_draws_without_the_folders_of_its_vae_and_data(train_diffusion, latent_cache, tmp_path, monkeypatch):
+    run = train_diffusion("keeps", 2, "--batch_size", "4")
+    moved = run.folder.parent.rename(tmp_path / "moved")
+    record = moved / "checkpoint-2" / "stage.json"
+    content = json.loads(record.read_text())
+    content["latents"]["vae_checkpoint"] = content["data"]["folder"] = "gone"  # As if both were deleted.
+    write_json(record, content)
+    mark_complete(record.parent)
+    monkeypatch.chdir(tmp_path)
+    pipeline = TextToImagePipeline.load("moved")
+    assert vae_fingerprint("moved/vae") == content["latents"]["vae_fingerprint"]
+    images = pipeline.images(["a red disc"], [0], SamplingArguments(n_steps=1))
+    assert images.shape == (1, 3, 32, 32)
+    with pytest.raises(FileNotFoundError, match=r"gone does not exist, .*checkpoint-2 .*--cached_dataset"):
+        evaluate.evaluate(parse_arguments(evaluate.EvaluateArguments, ["--checkpoint", "moved"], ""))
+
+
+def test_starting_from_a_model_of_another_vae_or_stage_is_refused(
+    train_diffusion, latent_cache, image_cache, tmp_path
+):
+    folder = save_diffusion_checkpoint(tmp_path / "image_diffusion" / "first", latent_cache)
+    record = json.loads((folder / "stage.json").read_text())
+    record["latents"]["vae_fingerprint"] = "another"
+    write_json(folder / "stage.json", record)
+    mark_complete(folder)
+    with pytest.raises(ValueError, match=r"vae_fingerprint='another'.*preprocess_image_diffusion.* --vae_checkpoint "):
+        train_diffusion("second", 2, "--init_from", str(folder))
+    vae = next((latent_cache / "vae").glob("checkpoint-*"))
+    with pytest.raises(ValueError, match="is of stage 'image_vae'; one of stage 'image_diffusion' is needed"):
+        train_diffusion("second", 2, "--init_from", str(vae))
+
+
+def test_a_damaged_checkpoint_is_passed_over_on_resume(train_diffusion, caplog):
+    run = train_diffusion("damaged", 2, "--batch_size", "4", "--save_steps", "1")
+    file = run.folder / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r"optimizer\.pt is damaged.*checkpoint-1"):
+        train_diffusion("damaged", 3, "--batch_size", "4", "--resume_from_checkpoint", str(run.folder))
+    train_diffusion("damaged", 3, "--batch_size", "4", "--resume_from_checkpoint", "latest")
+    assert f"{file} is damaged" in caplog.text and "checkpoint-1" in caplog.text
 
 
 def test_an_override_that_contradicts_the_latents_is_refused(train_diffusion):

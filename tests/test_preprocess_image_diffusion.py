@@ -124,6 +124,32 @@ def test_the_same_vae_elsewhere_is_the_same_cache_and_another_one_is_refused(raw
     assert contents(tmp_path / "out") == before
 
 
+def test_the_vae_stays_with_its_latents(raw, vae, image_cache, tmp_path, caplog):
+    """The run of the VAE goes on and deletes the checkpoint; the same command names the copy, which goes on."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(vae, run / "checkpoint-4")
+    first = make_latents(raw, run, out, "--limit", "4", "--validation_fraction", "0")
+    shutil.rmtree(run)
+    save_vae(run, image_cache, latent_mean=0.3)
+    with pytest.raises(SystemExit):
+        make_latents(raw, run, out, "--limit", "8", "--validation_fraction", "0")
+    assert f"--vae_checkpoint {out / 'vae'}" in caplog.text
+    second = make_latents(raw, out / "vae", out, "--limit", "8", "--validation_fraction", "0")
+    assert second["fingerprint"] == first["fingerprint"] and len(second["entries"]["train"]) == 8
+    assert vae_fingerprint(out / "vae") == vae_fingerprint(vae)
+    assert {file.name for file in (out / "vae" / "checkpoint-4").iterdir()} == {
+        *("COMPLETE.json", "README.md", "config.json", "ema.safetensors", "stage.json")
+    }
+
+
+def test_a_damaged_text_encoder_is_named(raw, vae, tmp_path, caplog):
+    folder = save_text_encoder(tmp_path / "encoder")
+    (folder / "model.safetensors").write_text("text")
+    with pytest.raises(SystemExit) as caught:
+        make_latents(raw, vae, tmp_path / "out", "--text_encoder", str(folder))
+    assert caught.value.code == 2 and f"the text encoder {folder} cannot be loaded" in caplog.text
+
+
 def test_other_sizes_and_precision(raw, vae, tmp_path):
     fingerprints, latents = [], []
     for name, *flags in (("fp32",), ("bf16", "--bf16"), ("large", "--image_size", "64")):

@@ -13,7 +13,7 @@ import torch
 
 from pretrain_image_vae import ImageVAEStage
 from tests.helpers.runs import SMALL_RUN, equal, largest_difference
-from utils.checkpoints import checkpoints_in, is_complete, newest_complete
+from utils.checkpoints import checkpoints_in, is_complete, mark_complete, newest_complete
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -193,9 +193,7 @@ def test_changed_data_are_refused_on_resume(train, image_cache, tmp_path):
     record = json.loads((run.folder / "stage.json").read_text())
     record["data"]["fingerprint"] = "other"
     (run.folder / "stage.json").write_text(json.dumps(record))
-    complete = json.loads((run.folder / "COMPLETE.json").read_text())
-    complete["files"]["stage.json"] = (run.folder / "stage.json").stat().st_size
-    (run.folder / "COMPLETE.json").write_text(json.dumps(complete))
+    mark_complete(run.folder)
     with pytest.raises(ValueError, match="was trained on other data"):
         train("data", 4, "--resume_from_checkpoint")
 

@@ -1,30 +1,44 @@
 """Checkpoints that are complete or ignored, and how the next stage finds and loads them.
 
 A folder `checkpoint-STEP` counts as a checkpoint once `COMPLETE.json`, written last, lists its files with their
-sizes. A run that is killed while it writes leaves a folder without it, which resuming and loading ignore.
+sizes and SHA-256. A run that is killed while it writes leaves a folder without it, which resuming and loading ignore.
+Looking for checkpoints compares sizes; what is loaded is compared with its digest first, so that a damaged file is
+named. Checkpoints of older versions have no digests: of those, the form of the files is checked.
 """
 
+import contextlib
+import functools
 import json
 import logging
+import os
 import platform
+import re
 import shutil
 import subprocess
+import zipfile
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dataset_loading.files import replace_file, sync_to_disk
+from dataset_loading.files import MANIFEST, Record, digest_file, read_record, replace_file, sync_to_disk
 
 logger = logging.getLogger(__name__)
 
-# Files of a checkpoint: its mark, the record of its run, the averaged weights.
+# Files of a checkpoint: its mark, the configuration, the record of its run, the averaged weights, what they are.
 COMPLETE = "COMPLETE.json"
+CONFIG = "config.json"
 STAGE = "stage.json"
 EMA = "ema.safetensors"
+CARD = "README.md"
+# Types of what a record holds, where it holds it.
+RECORD_TYPES = {"stage": str, "preset": str, "arguments": dict, "data": dict, "latents": dict}
 # Averaged weights, where a checkpoint has them, or those that were trained.
 WeightsKind = Literal["ema", "raw"]
 
@@ -35,24 +49,147 @@ def write_json(file: Path, content: Any) -> None:
 
 
 def mark_complete(folder: Path) -> None:
-    """Flush all files of a checkpoint to the disk, then list them with their sizes in COMPLETE.json."""
-    sizes = {}
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE):
+    """Flush all files of a checkpoint to the disk, then list them with their sizes and SHA-256 in COMPLETE.json."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != COMPLETE)
+
+    def describe(file: Path) -> tuple[int, str]:
         sync_to_disk(file)
-        sizes[str(file.relative_to(folder))] = file.stat().st_size
+        return file.stat().st_size, digest_file(file).hex()
+
+    # Threads, as hashing and flushing run in parallel; the files were just written, so they are read from memory.
+    with ThreadPoolExecutor(n_threads()) as pool:
+        descriptions = dict(zip([str(file.relative_to(folder)) for file in files], pool.map(describe, files)))
     # The list is written last: a folder that has it is whole.
-    write_json(folder / COMPLETE, {"files": sizes})
+    sizes = {name: size for name, (size, _) in descriptions.items()}
+    write_json(folder / COMPLETE, {"files": sizes, "sha256": {name: hex for name, (_, hex) in descriptions.items()}})
+
+
+def n_threads() -> int:
+    """Threads that hash files."""
+    return min(8, os.cpu_count() or 1)
+
+
+def read_mark(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
+    """Sizes and SHA-256 of a checkpoint's files, by name, from COMPLETE.json; older ones have no digests.
+
+    Raises: FileNotFoundError, ValueError: it is missing or damaged; names the file.
+    """
+    mark = read_record(folder / COMPLETE, remedy(folder))
+    mark.expect_types({"files": dict, **({"sha256": dict} if "sha256" in mark else {})})
+    sizes, digests = mark["files"], mark.get("sha256", {})
+    for fields, form in ((sizes, r"\d+"), (digests, "[0-9a-f]{64}")):
+        wrong = [name for name, value in fields.items() if not re.fullmatch(form, str(value))]
+        if wrong:
+            raise mark.damaged(f"{wrong[0]} has {fields[wrong[0]]!r}")
+    return sizes, digests
+
+
+# ---- Whole or damaged.
+
+
+def incompleteness(folder: Path) -> str:
+    """What is missing from a checkpoint, in words that name the file; "" if every listed file has its size."""
+    try:
+        sizes, _ = read_mark(folder)
+    except FileNotFoundError:
+        return f"{COMPLETE} is missing"
+    except (OSError, ValueError) as error:
+        return str(error)
+    # A file of another size was cut short.
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{name} is missing"
+        if file.stat().st_size != size:
+            return f"{name} has {file.stat().st_size:,} bytes, {COMPLETE} lists {size:,}"
+    return ""
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether COMPLETE.json is there and every file it lists has the listed size."""
+    """Whether COMPLETE.json is there and every file it lists has the listed size; no file is read."""
+    return not incompleteness(folder)
+
+
+def damage_of(folder: Path, names: Iterable[str] = ()) -> str:
+    """What is wrong with the files of a complete checkpoint, in words that name the file; "" if nothing is.
+
+    Args: names: files that are read; empty: all that COMPLETE.json lists.
+    """
+    sizes, digests = read_mark(folder)
+    files = {name: folder / name for name in names or sizes}
+    missing = [file for file in files.values() if not file.is_file()]
+    if missing:
+        return f"{missing[0]} is missing"
+    # The state of a file now: it is read once as long as that stays.
+    states = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files.values()]
+    with ThreadPoolExecutor(n_threads()) as pool:
+        problems = pool.map(damage_of_file, files.values(), [digests.get(name, "") for name in files], states)
+        return next(filter(None, problems), "")
+
+
+@functools.lru_cache(maxsize=4096)
+def damage_of_file(file: Path, expected: str, state: tuple[int, int]) -> str:
+    """What is wrong with a file, "" if nothing is; its form is checked where no SHA-256 is `expected`.
+
+    Args: state: size and time of the last change, under which the answer is kept.
+    """
+    if expected:
+        digest = digest_file(file).hex()
+        return "" if digest == expected else f"{file} is damaged: its SHA-256 is {digest}, {COMPLETE} has {expected}"
+    # Without a digest: JSON, the header of safetensors, and the checksums within what torch.save wrote.
     try:
-        sizes = json.loads((folder / COMPLETE).read_text())["files"]
-    except (OSError, ValueError, KeyError):
-        return False
-    # A file of another size was cut short.
-    files = {name: folder / name for name in sizes}
-    return all(file.is_file() and file.stat().st_size == sizes[name] for name, file in files.items())
+        if file.suffix == ".json":
+            read_record(file, "")
+        elif file.suffix == ".safetensors":
+            with safe_open(file, "pt"):
+                pass
+        elif file.suffix in (".pt", ".pth"):
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            return f"{file} is damaged: the checksum of {damaged} in it does not fit" if damaged else ""
+    except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
+        return f"{file} is damaged ({error})"
+    return ""
+
+
+def digest_in(folder: Path, name: str) -> bytes:
+    """SHA-256 of a file of a complete checkpoint, as listed in COMPLETE.json; computed for older checkpoints."""
+    _, digests = read_mark(folder)
+    return bytes.fromhex(digests[name]) if name in digests else digest_file(folder / name)
+
+
+def check_files(folder: Path, names: Iterable[str] = ()) -> None:
+    """Raises: ValueError: a file of a complete checkpoint is damaged, see `damage_of`; names file and remedy."""
+    if damage := damage_of(folder, names):
+        raise ValueError(f"{damage}; {remedy(folder)}")
+
+
+def remedy(folder: Path) -> str:
+    """What to do about a checkpoint that cannot be used."""
+    others = [path.name for path in checkpoints_in(folder.parent) if path != folder and (path / COMPLETE).is_file()]
+    intact = f"use another checkpoint of the run ({', '.join(others)}), or " if others else ""
+    return f"{intact}copy the folder again from where it is whole"
+
+
+@contextlib.contextmanager
+def explained_loading(file: Path) -> Iterator[None]:
+    """Around the loading of a checkpoint's file or folder: errors that its content causes name it.
+
+    Raises: ValueError: something in it has another form than this code writes.
+    """
+    try:
+        yield
+    except OSError:  # It names the file.
+        raise
+    except Exception as error:  # What libraries raise on damaged files depends on their bytes.
+        if isinstance(error, ValueError) and str(file) in str(error):  # It is explained already.
+            raise
+        reason = "; ".join(str(error).strip().splitlines()[:3])
+        folder = file if file.is_dir() else file.parent
+        raise ValueError(f"{file} cannot be loaded ({type(error).__name__}: {reason}); {remedy(folder)}") from error
+
+
+# ---- Which checkpoint.
 
 
 def step_of(folder: Path) -> int:
@@ -66,30 +203,46 @@ def checkpoints_in(run_dir: Path) -> list[Path]:
     return sorted((path for path in run_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)
 
 
-def newest_complete(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run; incomplete ones are named in a warning."""
+def newest_complete(run_dir: Path, *, check: bool = False) -> Path | None:
+    """The newest complete checkpoint of a run; incomplete ones are named in a warning.
+
+    Args: check: read all files, and pass over checkpoints that are damaged with a warning, too.
+    Raises: ValueError: there are complete checkpoints, and all are damaged; names a file.
+    """
+    damages = []
     for folder in reversed(checkpoints_in(run_dir)):
-        if is_complete(folder):
+        if problem := incompleteness(folder):
+            logger.warning("ignoring %s: it was not written completely (%s)", folder, problem)
+        elif check and (damage := damage_of(folder)):
+            damages.append(damage)
+        else:
+            for damage in damages:
+                logger.warning("%s; the steps after %s are made again", damage, folder)
             return folder
-        logger.warning("ignoring %s: it was not written completely", folder)
+    if damages:
+        raise ValueError(
+            f"{damages[0]}, and no checkpoint of {run_dir} is whole; copy one again from where it is whole, or start "
+            "a new run with another --run_name"
+        )
     return None
 
 
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The checkpoint folder meant by a run folder (its newest complete checkpoint) or a checkpoint folder.
+    """The checkpoint folder meant by a run folder (its newest complete checkpoint) or a checkpoint folder, whatever
+    its name is now.
 
     Raises:
         FileNotFoundError: nothing there, or nothing complete.
     """
     folder = Path(path)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no checkpoint at {folder}: the folder does not exist")
+        others = [path.name for path in checkpoints_in(folder.parent)] if step_of(folder) >= 0 else []
+        there = f"; {folder.parent} has {', '.join(others)}" if others else ""
+        raise FileNotFoundError(f"no checkpoint at {folder}: the folder does not exist{there}")
     # A checkpoint folder stands for itself.
-    if step_of(folder) >= 0:
-        if not is_complete(folder):
-            raise FileNotFoundError(
-                f"{folder} was not written completely ({COMPLETE} is missing or does not fit); use an older one"
-            )
+    if step_of(folder) >= 0 or (folder / COMPLETE).is_file():
+        if problem := incompleteness(folder):
+            raise FileNotFoundError(f"{folder} was not written completely ({problem}); {remedy(folder)}")
         return folder
     # A run folder stands for its newest complete checkpoint.
     newest = newest_complete(folder)
@@ -100,12 +253,60 @@ def resolve_checkpoint(path: str | Path) -> Path:
     return newest
 
 
-def read_stage(path: str | Path) -> dict:
-    """The record `stage.json` of a checkpoint: stage, preset, arguments, commit, package versions, data, processes."""
+def read_stage(path: str | Path, stage: str = "") -> Record:
+    """The record `stage.json` of a checkpoint: stage, preset, arguments, commit, package versions, data, processes.
+
+    Args: stage: the only stage that is accepted; "" accepts all.
+    Raises:
+        FileNotFoundError: no complete checkpoint, or none of a stage.
+        ValueError: the record is damaged, or of another stage.
+    """
     folder = resolve_checkpoint(path)
     if not (folder / STAGE).is_file():
         raise FileNotFoundError(f"{folder} has no {STAGE}: it was not written by a stage of this repository")
-    return json.loads((folder / STAGE).read_text())
+    check_files(folder, [STAGE])
+    record = read_record(folder / STAGE, remedy(folder))
+    record.expect_types({name: kind for name, kind in RECORD_TYPES.items() if name in record})
+    if stage and record["stage"] != stage:
+        raise ValueError(f"{folder} is of stage {record['stage']!r}; one of stage {stage!r} is needed")
+    return record
+
+
+# ---- Folders that records name, and that may have moved.
+
+
+def lasting_name(name: str) -> str:
+    """What a record keeps of a path or hub name: the absolute path where there is such a folder, else the name."""
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name
+
+
+def places(recorded: str | Path, near: Path, start: str = "") -> Iterator[Path]:
+    """Where a folder that a record names may be now: at that path, which may be relative to `start`, or under its
+    last names in a folder above `near`.
+
+    A run or a project that has moved keeps its inner order, so `runs/image_vae/demo` is found from
+    `/new/runs/image_diffusion/demo`, in whatever folder the program was started.
+    """
+    names = [name for name in Path(recorded).parts if name != Path(recorded).anchor]
+    yield Path(recorded)
+    yield Path(start, recorded)
+    for above in near.absolute().parents:
+        yield from (above.joinpath(*names[first:]) for first in range(len(names)))
+
+
+def data_of(checkpoint: Path) -> Path:
+    """The preprocessed folder that a run trained on, also where folders have moved since; the recorded path where it
+    is not found."""
+    record = read_stage(checkpoint)
+    recorded, fingerprint = Path(record["data"]["folder"]), record["data"]["fingerprint"].partition("+")[0]
+    for place in places(recorded, checkpoint, record.get("working_directory", "")):
+        with contextlib.suppress(OSError, ValueError):
+            if read_record(place / MANIFEST, "").get("fingerprint") == fingerprint:
+                return place
+    return recorded
+
+
+# ---- Loading.
 
 
 def without_copies(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -121,22 +322,77 @@ def load_model(model_class: type, path: str | Path, weights: WeightsKind = "ema"
     Random number generators keep their states.
     """
     folder = resolve_checkpoint(path)
-    # Averaged weights are one file; transformers splits large raw weights into several.
-    files = (
-        [folder / EMA] if weights == "ema" and (folder / EMA).is_file() else sorted(folder.glob("model*.safetensors"))
-    )
+    files = weight_files(folder, weights)
+    check_files(folder, [file.name for file in files])
+    with torch.random.fork_rng():  # Initial weights are overwritten at once.
+        model = model_class(load_config(model_class.config_class, folder))
+    with explained_loading(files[0] if len(files) == 1 else folder):
+        state = {name: value for file in files for name, value in load_file(file).items()}
+        # Tied weights are saved under one name.
+        tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in state}
+        state |= {name: state[source] for name, source in tied.items()}
+        # fp32, whatever precision the weights were saved in; integers and booleans stay as they are.
+        model.load_state_dict(
+            {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+        )
+    return model.eval()
+
+
+def weight_files(folder: Path, weights: WeightsKind = "ema") -> list[Path]:
+    """The files of a checkpoint's weights, averaged ones where they are asked for and there are some.
+
+    Raises: FileNotFoundError: there are none.
+    """
+    if weights == "ema" and (folder / EMA).is_file():
+        return [folder / EMA]
+    # transformers splits large raw weights into several files.
+    files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} has no model.safetensors; it is no checkpoint of a model")
-    with torch.random.fork_rng():  # Initial weights are overwritten at once.
-        model = model_class(model_class.config_class.from_pretrained(folder))
-    state = {name: value for file in files for name, value in load_file(file).items()}
-    # Tied weights are saved under one name.
-    state |= {name: state[source] for name, source in model.all_tied_weights_keys.items() if name not in state}
-    # fp32, whatever precision the weights were saved in; integers and booleans stay as they are.
-    model.load_state_dict(
-        {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+    return files
+
+
+def load_config(config_class: Any, path: str | Path) -> Any:
+    """The configuration of a model from a checkpoint or run folder.
+
+    Raises:
+        FileNotFoundError: no complete checkpoint.
+        ValueError: config.json is damaged, or of another model; names the file.
+    """
+    folder = resolve_checkpoint(path)
+    check_files(folder, [CONFIG])
+    read_record(folder / CONFIG, remedy(folder))
+    with explained_loading(folder / CONFIG):
+        return config_class.from_pretrained(folder)
+
+
+def write_card(folder: Path, model_class: type, stage: str, path: Path | None = None) -> None:
+    """Write README.md into a checkpoint: which file holds which weights, and the line that loads them.
+
+    Args: path: where the folder will be; None: where it is.
+    """
+    # Averaged weights are in a file of their own, which `from_pretrained` does not read.
+    averaged = (folder / EMA).is_file()
+    kinds = "`model.safetensors` holds the raw weights, as the optimizer left them"
+    if (folder / EMA).is_file() and not list(folder.glob("model*.safetensors")):
+        kinds = f"`{EMA}` holds the averaged weights"
+    elif averaged:
+        kinds += (
+            f"; `{EMA}` holds their moving average, which evaluation, inference and the next stage use.\n"
+            "`from_pretrained` of transformers reads the raw ones"
+        )
+    line = (
+        f"from {model_class.__module__} import {model_class.__name__}; from utils.checkpoints import load_model; "
+        f'model = load_model({model_class.__name__}, "{path or folder}")'
     )
-    return model.eval()
+    text = (
+        f"# {stage}, {folder.name}\n\n{kinds}. This line, run in the repository's folder, loads the "
+        f"{'averaged' if averaged else 'raw'} weights, in fp32 and eval mode:\n\n```python\n{line}\n```\n\n"
+        f"`{CONFIG}`: the model's configuration. `{STAGE}`: arguments, data, commit and versions of the run. "
+        f"`{COMPLETE}`: sizes and SHA-256 of all files.\nThe other files are the state of training, which "
+        "`--resume_from_checkpoint` reads.\n"
+    )
+    (folder / CARD).write_text(text, encoding="utf-8")
 
 
 def chosen_weights(checkpoint: Path, args: Any) -> WeightsKind:
@@ -184,8 +440,12 @@ def set_aside(run_dir: Path, folders: list[Path]) -> None:
 
 
 def provenance() -> dict:
-    """Commit of the code, and versions of the packages that a run depends on."""
+    """Commit of the code, versions of the packages that a run depends on, and the folder of relative paths."""
     root = Path(__file__).resolve().parent.parent
     git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
     packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")}
-    return {"git_commit": git.stdout.strip() or None, "packages": {"python": platform.python_version(), **packages}}
+    return {
+        "git_commit": git.stdout.strip() or None,
+        "packages": {"python": platform.python_version(), **packages},
+        "working_directory": os.getcwd(),
+    }

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from utils.checkpoints import EMA, STAGE, mark_complete, rotate, set_aside, without_copies, write_json
+from utils.checkpoints import EMA, STAGE, mark_complete, rotate, set_aside, without_copies, write_card, write_json
 from utils.distributed import any_across_ranks, barrier, mean_across_ranks, rank
 from utils.optimizer_hooks import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook, WeightEMA
 from utils.seeds import sample_normal, sample_uniform
@@ -384,6 +384,7 @@ class StageTrainer(Trainer):
             if state is not None:
                 torch.save(state, folder / "stage_state.pt")
             write_json(folder / STAGE, self.stage_record)
+            write_card(folder, type(self.model), self.stage_record.get("stage", ""))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if not checkpoint:

@@ -6,6 +6,7 @@ The evaluator of a stage is a subclass of `Evaluator` in its own module, registe
 import dataclasses
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dataset_loading.audio.signal import save_waveform
 from dataset_loading.image.pixels import ResizeMode
-from utils.checkpoints import WeightsKind, chosen_weights, load_model, read_stage, step_of
+from utils.checkpoints import WeightsKind, chosen_weights, data_of, load_model, read_stage, step_of
 from utils.devices import compute_device
 from utils.drawing.images import save_image
 from utils.drawing.playback import add_audio, playable
@@ -181,7 +182,21 @@ class Evaluator:
 
     def cache(self) -> tuple[str, str]:
         """Folder and split of the preprocessed data set."""
-        return self.args.cached_dataset or self.record["data"]["folder"], self.args.split or "validation"
+        return self.args.cached_dataset or self.own_folder, self.args.split or "validation"
+
+    @cached_property
+    def own_folder(self) -> str:
+        """The preprocessed data set that the run trained on.
+
+        Raises: FileNotFoundError: it is not where it was, nor where it would be if it had moved with the run.
+        """
+        folder = data_of(self.checkpoint)
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder} does not exist, the data set that {self.checkpoint} was trained on (fingerprint "
+                f"{self.record['data']['fingerprint']}); name its folder with --cached_dataset"
+            )
+        return str(folder)
 
     def source(self) -> tuple[str, str]:
         """Folder and split of the evaluated samples."""
@@ -195,7 +210,7 @@ class Evaluator:
         is_same = (
             dataset.fingerprint == trained_on["fingerprint"].partition("+")[0]
         )  # without the fingerprint of conditions
-        if folder == trained_on["folder"] and not is_same:
+        if not is_same and folder in (trained_on["folder"], str(data_of(self.checkpoint))):
             logger.warning(
                 "%s was rebuilt since the run trained on it (fingerprint %s, now %s): its held-out split may contain "
                 "training samples",

@@ -35,7 +35,7 @@ from utils.evaluation.image_diffusion_report import (
     generation_table,
 )
 from utils.evaluation.source_images import SourceImageDataset
-from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
+from utils.generation.text_to_image import PipelineArguments, SamplingArguments, TextToImagePipeline
 from utils.metrics.caption_agreement import (
     N_POOLED,
     ImageFeatures,
@@ -54,10 +54,9 @@ N_COPIES = 3  # generated images per caption on the contact sheet
 
 
 @dataclasses.dataclass
-class ImageDiffusionEvaluationArguments(SamplingArguments, ImageEvaluationArguments):
+class ImageDiffusionEvaluationArguments(PipelineArguments, ImageEvaluationArguments):
     """Flags of the evaluation of text to image."""
 
-    vae_checkpoint: str = option("", "folder of the latents' VAE; default: the path recorded in training")
     seed: int = option(0, "seed of the generated images", ge=0)
     compare_with: Literal["real", "reconstruction"] = option(
         "real", "reference of generated images: raw images, if they can be read, or the VAE's reconstructions"
@@ -119,7 +118,7 @@ class ImageDiffusionEvaluator(ImageEvaluator):
     def load_model(self):
         args = self.args
         pipeline = TextToImagePipeline.load(
-            self.checkpoint, args.vae_checkpoint, weights=self.weights, device=self.device
+            self.checkpoint, args.vae_checkpoint, args.text_encoder, weights=self.weights, device=self.device
         )
         extractor = ImageFeatures().to(self.device)
         self.generator = BatchedGenerator(

@@ -1,6 +1,7 @@
 """The raw images from which latents were preprocessed."""
 
 from collections import Counter
+from pathlib import Path
 
 from torch import Tensor
 
@@ -8,6 +9,7 @@ from dataset_loading.cache_writer import sample_key
 from dataset_loading.cached import CachedDataset
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, fit_image, to_float, to_tensor
 from dataset_loading.sources import open_source
+from utils.checkpoints import places
 
 
 class SourceImageDataset:
@@ -28,6 +30,11 @@ class SourceImageDataset:
         if dataset.split == "validation" and arguments["validation_dataset"]:
             name, split = arguments["validation_dataset"], arguments["validation_split"]
         options = {"media": arguments["media_column"], "config": arguments["dataset_config"]}
+        # A folder may be given relative to another working folder, or have moved together with the samples.
+        identity = settings.get("validation" if name != arguments["dataset_name"] else "source", "")
+        if Path(identity).is_absolute():
+            where = [Path(identity), *places(name, dataset.folder)]
+            name = next((str(place) for place in where if place.exists()), name)
         self.source = open_source(name, split, "image", suffixes=IMAGE_SUFFIXES, **options)
         self.size, self.mode, self.color = (
             settings[field] for field in ("image_size", "resize_mode", "background_color")

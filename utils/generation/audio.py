@@ -79,9 +79,7 @@ def load_stage_model(model_class: type, stage: str, path: str | Path, *, weights
         FileNotFoundError: no complete checkpoint.
         ValueError: a checkpoint of another stage.
     """
-    actual = read_stage(path)["stage"]
-    if actual != stage:
-        raise ValueError(f"{resolve_checkpoint(path)} is of stage {actual!r}; one of stage {stage!r} is needed")
+    read_stage(path, stage)
     return load_model(model_class, path, weights).requires_grad_(False)
 
 

@@ -30,7 +30,14 @@ from dataset_loading.text.tokenizers import (
 )
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
-from utils.checkpoints import WeightsKind, load_model, read_stage, resolve_checkpoint
+from utils.checkpoints import (
+    WeightsKind,
+    check_files,
+    explained_loading,
+    load_model,
+    read_stage,
+    resolve_checkpoint,
+)
 from utils.options import option
 
 logger = logging.getLogger(__name__)
@@ -155,7 +162,7 @@ class TextGenerator:
             )
         # The tokenizer is in the checkpoint, next to the weights.
         model = load_model(MegaTransformerForCausalLM, folder, weights).requires_grad_(False).to(device)
-        return cls(model, load_tokenizer(str(folder)), record["arguments"]["sequence_length"])
+        return cls(model, tokenizer_of(folder), record["arguments"]["sequence_length"])
 
     @cached_property
     def encoder(self) -> Tokenizer:
@@ -287,6 +294,13 @@ def split_windows(dataset: Any, n_samples: int, n_new: int) -> list[tuple[list[i
     return pairs
 
 
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer in a checkpoint folder. Raises: OSError, ValueError: it is missing or damaged; names the file."""
+    check_files(folder, [file.name for file in folder.glob("*token*.json")])
+    with explained_loading(folder / "tokenizer.json"):
+        return load_tokenizer(str(folder))
+
+
 def check_tokenizer(folder: Path, dataset: TextDataset, advice: str) -> None:
     """Check that texts were tokenised by the tokenizer of a checkpoint.
 
@@ -297,7 +311,7 @@ def check_tokenizer(folder: Path, dataset: TextDataset, advice: str) -> None:
     Raises: ValueError: names both tokenizers.
     """
     # Tokenizers are compared by their content, not by their paths.
-    other = load_tokenizer(str(folder))
+    other = tokenizer_of(folder)
     tokenizer, expected = tokenizer_hash(dataset.tokenizer), tokenizer_hash(other)
     if tokenizer != expected:
         raise ValueError(

@@ -9,6 +9,18 @@ from dataset_loading.files import fingerprint_of_bytes
 from model.text.feature_extractors import FrozenTextEncoder
 
 
+def open_text_encoder(name: str, remedy: str) -> FrozenTextEncoder:
+    """The encoder of a local folder or hub name.
+
+    Raises: FileNotFoundError: there is none, or its files are damaged; names it and the remedy.
+    """
+    try:
+        return FrozenTextEncoder(name)
+    except Exception as error:  # What libraries raise on damaged files depends on their bytes.
+        reason = str(error).partition("\n")[0]
+        raise FileNotFoundError(f"the text encoder {name} cannot be loaded ({reason}); {remedy}") from error
+
+
 def caption_states(encoder: FrozenTextEncoder, captions: list[str], max_tokens: int) -> list[Tensor]:
     """The last hidden states of each caption, without padding.
 

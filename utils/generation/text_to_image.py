@@ -5,7 +5,7 @@ B batch, Z latent channels, y x latent rows and columns, S side of an image, T t
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,9 +17,9 @@ from model.samplers import SAMPLERS, SamplerKind, guided_denoiser, initial_noise
 from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import TOKENS_MULTIPLE, encode_caption, pad_tokens
 from model.vae import VAE
-from utils.checkpoints import WeightsKind, load_model, read_stage
-from utils.generation.latents import check_vae, load_vae
-from utils.generation.text_encoder import text_encoder_fingerprint
+from utils.checkpoints import WeightsKind, data_of, load_model, places, read_stage, resolve_checkpoint
+from utils.generation.latents import find_vae, load_vae
+from utils.generation.text_encoder import open_text_encoder, text_encoder_fingerprint
 from utils.options import option, other_than_one
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,14 @@ class SamplingArguments:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingArguments)}
 
 
+@dataclasses.dataclass
+class PipelineArguments(SamplingArguments):
+    """Flags of what loads a pipeline: the frozen networks that a diffusion model was trained with."""
+
+    vae_checkpoint: str = option("", "folder of the latents' VAE; default: its copy in the run, or as recorded")
+    text_encoder: str = option("", "folder or hub name of the captions' text encoder; default: as recorded")
+
+
 class TextToImagePipeline:
     """Generates images for captions with a diffusion model and the VAE of its latents.
 
@@ -73,6 +81,7 @@ class TextToImagePipeline:
         cls,
         checkpoint: str | Path,
         vae_checkpoint: str = "",
+        text_encoder: str = "",
         *,
         weights: WeightsKind = "ema",
         device: torch.device | str = "cpu",
@@ -80,23 +89,26 @@ class TextToImagePipeline:
         """From a run or checkpoint folder of the diffusion stage.
 
         Args:
-            vae_checkpoint: path of the VAE; empty: the path recorded in training.
+            vae_checkpoint: path of the VAE; empty: its copy in the run or the cache, or the recorded path.
+            text_encoder: folder or hub name of the frozen encoder of the captions; empty: the recorded one.
         Raises:
             FileNotFoundError: a checkpoint is missing.
             ValueError: the checkpoint is of another stage, or its latents come from another VAE.
         """
-        record = read_stage(checkpoint)
+        folder, record = resolve_checkpoint(checkpoint), read_stage(checkpoint)
         if record["stage"] != "image_diffusion":
             raise ValueError(f"{checkpoint} is of stage {record['stage']!r}; text to image needs image_diffusion")
         # Latents of another VAE would decode to noise, so the VAE is identified by its fingerprint.
-        path = vae_checkpoint or record["latents"]["vae_checkpoint"]
-        check_vae(path, record["latents"]["vae_fingerprint"], f"the latents that {checkpoint} was trained on")
+        latents, cache = record["latents"], data_of(folder)
+        name = f"the latents that {checkpoint} was trained on"
+        path = find_vae(latents, name, given=vae_checkpoint, folders=(folder.absolute().parent, cache))
+        logger.info("the VAE of the latents is %s", path)
         # The frozen networks, on the device.
         model = load_model(ImageDiffusion, checkpoint, weights).requires_grad_(False).to(device)
-        text_encoder = load_text_encoder(record["latents"])
-        if text_encoder is not None:
-            text_encoder.model.to(device)
-        return cls(model, load_vae(path).requires_grad_(False).to(device), text_encoder)
+        encoder = load_text_encoder(latents, text_encoder, near=folder)
+        if encoder is not None:
+            encoder.model.to(device)
+        return cls(model, load_vae(path).requires_grad_(False).to(device), encoder)
 
     @property
     def device(self) -> torch.device:
@@ -160,27 +172,41 @@ class TextToImagePipeline:
         return images.clamp(-1, 1)
 
 
-def load_text_encoder(latents: dict) -> FrozenTextEncoder | None:
+def load_text_encoder(latents: Mapping[str, Any], given: str = "", *, near: Path = Path()) -> FrozenTextEncoder | None:
     """The frozen text encoder of cached latents; None where captions are bytes.
 
-    Args: latents: settings of the cache's manifest.
-    Raises: ValueError: the encoder with this name has other weights or another vocabulary than in preprocessing.
+    Args:
+        latents: settings of the cache's manifest.
+        given: folder or hub name that the user gives; empty: the recorded one.
+        near: a run or cache, from which a recorded folder is looked up where all have moved together.
+    Raises:
+        FileNotFoundError: there is none of that name, or its files are damaged.
+        ValueError: the encoder with this name has other weights or another vocabulary than in preprocessing, or one
+            was given and captions are bytes.
     """
     # Captions as bytes need no encoder.
     if not latents["text_encoder"]:
+        if given:
+            raise ValueError(f"--text_encoder {given} has no effect: the captions of these latents are bytes")
         return None
+    # A folder, or else a name on the hub.
+    recorded = latents["text_encoder"]
+    folder = next((place for place in places(recorded, near) if (place / "config.json").is_file()), recorded)
+    name, expected = given or str(folder), latents["text_encoder_fingerprint"]
+    encoder = open_text_encoder(name, f"name the one with fingerprint {expected} with --text_encoder")
     # A name does not identify weights: those of a hub model may have changed.
-    encoder = FrozenTextEncoder(latents["text_encoder"])
-    fingerprint, expected = text_encoder_fingerprint(encoder), latents["text_encoder_fingerprint"]
+    fingerprint = text_encoder_fingerprint(encoder)
     if fingerprint != expected:
         raise ValueError(
             f"the text encoder {encoder.name} has fingerprint {fingerprint}, but the captions were encoded by "
-            f"{expected}; restore that encoder, or preprocess the latents again"
+            f"{expected}; give that encoder with --text_encoder, or preprocess the latents again"
         )
     return encoder
 
 
-def fit_to_latents(config: ImageDiffusionConfig, latents: dict, overrides: Sequence[str], *, folder: Path):
+def fit_to_latents(
+    config: ImageDiffusionConfig, latents: Mapping[str, Any], overrides: Sequence[str], *, folder: Path
+):
     """The configuration with the fields that cached latents determine.
 
     Args:

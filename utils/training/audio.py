@@ -16,7 +16,7 @@ from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_audio
 from model.audio.configuration import MEL_FIELDS, AudioConfig
 from model.audio.spectral import MelSettings
-from utils.checkpoints import resolve_checkpoint
+from utils.checkpoints import load_config, read_stage
 from utils.command_line import parse_overrides
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
@@ -64,7 +64,8 @@ class AudioStage(Stage):
         named = {"--init_from": self.args.init_from, "--resume_from_checkpoint": self.find_checkpoint()}
         for flag, path in named.items():
             if path:
-                config = self.config_class.from_pretrained(resolve_checkpoint(path))
+                read_stage(path, self.name)  # Raises for checkpoints of another stage.
+                config = load_config(self.config_class, path)
                 dataset.expect_mel(config.mel, f"{flag} {path}", "or train a new model on the cache as it is")
 
     def build_dataset(self, split, config):

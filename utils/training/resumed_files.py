@@ -89,7 +89,7 @@ def read_state(folder: Path) -> TrainerState:
         raise ValueError(f"{file}: {error}. {remedy(folder)}") from error
 
 
-def check_files(folder: Path, record: dict[str, Any], config_class: type[StrictConfig]) -> None:
+def check_states(folder: Path, record: dict[str, Any], config_class: type[StrictConfig]) -> None:
     """Check that a checkpoint has what a resume reads, each file of its kind.
 
     transformers would begin with a new optimizer where its file is missing.

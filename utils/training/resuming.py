@@ -22,7 +22,7 @@ from utils.options import (
     type_name,
     validate_fields,
 )
-from utils.training.resumed_files import check_engine, check_files, check_model, new_run, read_record, read_state
+from utils.training.resumed_files import check_engine, check_model, check_states, new_run, read_record, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ ON_RESUME: dict[str, str] = {
             *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "n_logged_samples", "n_samples"),
             *("latent_statistics_samples", "sample_tokens", "eval_thinking_steps", "n_time_buckets", "prompts"),
             *("n_prompts", "eval_images", "grid_scales", "sampler", "n_steps", "guidance_scale", "guidance_interval"),
-            "guidance_rescale",
+            *("guidance_rescale", "text_encoder"),
             # Losses.
             *("l1_weight", "l2_weight", "gradient_weight", "perceptual_weight", "perceptual", "kl_weight"),
             *("intermediate_weight", "distillation_weight", "mel_weight", "stft_weight", "stft_resolutions"),
@@ -153,7 +153,7 @@ def resume_arguments(args: Any, folder: Path, stage: str, config_class: type[Str
         ValueError: a flag differs that cannot change, or a file of the checkpoint is not what it should be.
     """
     record = read_record(folder, stage)
-    check_files(folder, record, config_class)
+    check_states(folder, record, config_class)
     old = recorded_arguments(type(args), record["arguments"], folder / STAGE)
     take_over(args, old, folder / STAGE)
     changes = {name: (value, getattr(args, name)) for name, value in old.items() if getattr(args, name) != value}

@@ -20,10 +20,12 @@ from transformers import TrainerCallback, set_seed
 
 from dataset_loading.collators import collate_stack
 from utils.checkpoints import (
+    check_files,
     checkpoints_in,
     load_model,
     newest_complete,
     provenance,
+    read_stage,
     resolve_checkpoint,
     set_aside,
     step_of,
@@ -176,6 +178,7 @@ class Stage:
         """A new model, or one with the weights of another run of the same shape."""
         if not self.args.init_from:
             return self.model_class(config)
+        read_stage(self.args.init_from, self.name)  # Raises for checkpoints of another stage.
         model = load_model(self.model_class, self.args.init_from)
         # Weights fit only a model of the same configuration.
         differing = [
@@ -227,7 +230,10 @@ class Stage:
         path = self.args.resume_from_checkpoint
         if self.resumption is not None or not path:
             return self.resumption and self.resumption.folder
-        return newest_complete(self.run_dir) if path == "latest" else resolve_checkpoint(path)
+        if path == "latest":
+            return newest_complete(self.run_dir, check=True)
+        check_files(folder := resolve_checkpoint(path))
+        return folder
 
     def build_trainer(self, model, datasets, training, *, n_steps: int) -> StageTrainer:
         """The trainer with its parts, callbacks and the record that goes into every checkpoint."""

@@ -9,8 +9,8 @@ from model.image.recurrent_vae import RecurrentVAE
 from model.image.vae import ImageVAE
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.latent_cache import save_vae
-from utils.checkpoints import EMA, STAGE, mark_complete, write_json
-from utils.generation.latents import load_vae, standardized_posterior, vae_fingerprint
+from utils.checkpoints import EMA, STAGE, checkpoints_in, mark_complete, rotate, write_json
+from utils.generation.latents import find_vae, load_vae, pin_vae, standardized_posterior, vae_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +72,91 @@ def test_latents_that_are_not_finite_are_refused(checkpoint):
     vae = load_vae(checkpoint)
     with pytest.raises(ValueError, match="standardised latent of inf does not fit"):
         standardized_posterior(vae, torch.full((1, 3, 32, 32), torch.nan))
+
+
+# ---- The VAE of some latents.
+
+
+@pytest.fixture
+def project(checkpoint, tmp_path):
+    """A VAE's run, a cache of its latents with a copy of it, and what the cache records of it."""
+    run = tmp_path / "project" / "runs" / "image_vae" / "demo"
+    shutil.copytree(checkpoint, run / "checkpoint-4")
+    cache = tmp_path / "project" / "cached_datasets" / "image_diffusion"
+    pin_vae(run / "checkpoint-4", cache)
+    return run, cache, {"vae_fingerprint": vae_fingerprint(checkpoint), "vae_checkpoint": str(run)}
+
+
+def other_vae(run, image_cache, step):
+    """Another VAE as a later checkpoint of the run."""
+    made = save_vae(run / "new", image_cache, latent_mean=0.3)
+    return made.rename(run / f"checkpoint-{step}")
+
+
+def test_rotation_leaves_the_copy(project, image_cache):
+    run, cache, latents = project
+    other_vae(run, image_cache, 8)
+    rotate(run, 1)
+    assert [folder.name for folder in checkpoints_in(run)] == ["checkpoint-8"]
+    assert find_vae(latents, "the latents", folders=[cache]) == cache / "vae" / "checkpoint-4"
+    assert load_vae(cache / "vae", "tiny").latent_std.std() > 0
+
+
+def test_a_damaged_copy_is_passed_over_and_written_again(project, caplog):
+    run, cache, latents = project
+    file = cache / "vae" / "checkpoint-4" / EMA
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert find_vae(latents, "the latents", folders=[cache]) == run / "checkpoint-4"
+    assert f"{file} is damaged" in caplog.text
+    pin_vae(run / "checkpoint-4", cache)
+    assert find_vae(latents, "the latents", folders=[cache]) == cache / "vae" / "checkpoint-4"
+
+
+def test_an_older_checkpoint_of_the_run_or_a_renamed_run_is_found(project, image_cache):
+    run, cache, latents = project
+    shutil.rmtree(cache / "vae")
+    other_vae(run, image_cache, 8)
+    assert find_vae(latents, "the latents", given=run) == run / "checkpoint-4"
+    renamed = run.rename(run.parent / "renamed")
+    assert find_vae(latents, "the latents", folders=[cache]) == renamed / "checkpoint-4"
+    (renamed / "checkpoint-4").rename(renamed / "best")
+    assert load_vae(find_vae(latents, "the latents", given=renamed / "best")).latent_std.std() > 0
+
+
+def test_a_project_may_move(project, tmp_path, monkeypatch):
+    _, cache, latents = project
+    shutil.rmtree(cache / "vae")
+    moved = (tmp_path / "project").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    for recorded in (latents["vae_checkpoint"], "runs/image_vae/demo", "runs/image_vae/demo/checkpoint-4"):
+        vae = find_vae(
+            {**latents, "vae_checkpoint": recorded}, "them", folders=[moved / "cached_datasets" / "image_diffusion"]
+        )
+        assert vae == moved / "runs" / "image_vae" / "demo" / "checkpoint-4"
+
+
+def test_errors_name_the_checkpoint_that_fits(project, image_cache):
+    run, cache, latents = project
+    other = other_vae(run, image_cache, 8)
+    for given in (other, run.parent / "gone"):
+        with pytest.raises(
+            ValueError, match=rf"{given} has .* come from the VAE {latents['vae_fingerprint']}; it is at"
+        ):
+            find_vae(latents, "the latents", given=given, folders=[cache])
+    shutil.rmtree(cache / "vae")
+    shutil.rmtree(run / "checkpoint-4")
+    fingerprint = vae_fingerprint(other)
+    with pytest.raises(FileNotFoundError, match=rf"(?s)VAE {latents['vae_fingerprint']}.*{other}: .*{fingerprint}"):
+        find_vae(latents, "the latents", folders=[cache])
+
+
+def test_the_copy_of_another_vae_is_kept_while_it_is_needed(project, image_cache):
+    run, cache, latents = project
+    other = other_vae(run, image_cache, 8)
+    with pytest.raises(ValueError, match=rf"trained on latents of the VAE .*{latents['vae_fingerprint']}.*--cached"):
+        pin_vae(other, cache, may_replace=False)
+    assert vae_fingerprint(cache / "vae") == latents["vae_fingerprint"]
+    pin_vae(other, cache)
+    assert vae_fingerprint(cache / "vae") == vae_fingerprint(other) and len(checkpoints_in(cache / "vae")) == 1
