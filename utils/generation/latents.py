@@ -4,7 +4,8 @@ Latents mean nothing without the VAE that encoded them, and a VAE's run deletes 
 the latents and every run that trains on them hold a copy of the VAE in `vae/` (`pin_vae`). `find_vae` looks there
 first, then at recorded paths; what it returns has the fingerprint of the latents' VAE.
 
-B batch, C channels, Y X rows and columns, Z latent channels, y x latent rows and columns.
+B batch, C channels, Y X rows and columns, Z latent channels, y x latent rows and columns; M mel bins,
+F mel frames, m latent rows, L latent frames.
 """
 
 import json
@@ -12,12 +13,13 @@ import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from dataset_loading.files import fingerprint_of_bytes, read_record, remove_leftovers, replacing
+from model.audio.vae import AudioVAE
 from model.image.recurrent_vae import RecurrentVAE
 from model.image.vae import ImageVAE
 from model.vae import VAE
@@ -45,30 +47,43 @@ logger = logging.getLogger(__name__)
 
 # The folder of the copy of a VAE, in a cache of latents and in a run.
 PINNED = "vae"
-MAKES_LATENTS = "preprocess_image_diffusion_dataset.py"
 N_LISTED = 5  # VAEs that do not fit, in a message.
-# Stages whose checkpoints are VAEs of images.
-VAE_CLASSES: dict[str, type[VAE]] = {"image_vae": ImageVAE, "recurrent_vae": RecurrentVAE}
+Media = Literal["image", "audio"]
+# Stages whose checkpoints are VAEs, by what they encode.
+VAE_CLASSES: dict[Media, dict[str, type[VAE]]] = {
+    "image": {"image_vae": ImageVAE, "recurrent_vae": RecurrentVAE},
+    "audio": {"audio_vae": AudioVAE},
+}
 
 
-def load_vae(path: str | Path, preset: str = "", *, needs_statistics: bool = True) -> VAE:
+def latents_script(media: Media) -> str:
+    """The script that makes latents."""
+    return f"preprocess_{media}_diffusion_dataset.py"
+
+
+def load_vae(path: str | Path, preset: str = "", *, media: Media = "image", needs_statistics: bool = True) -> Any:
     """The VAE of a checkpoint or run folder with averaged weights, if any, in fp32 and eval mode, on the CPU.
 
     Args:
         preset: the preset that the checkpoint must have; "" accepts any.
+        media: what the VAE encodes.
         needs_statistics: raise if the VAE has no latent statistics, which every use of its latents needs.
     Raises:
         FileNotFoundError: no complete checkpoint.
-        ValueError: a checkpoint of a stage that trains no VAE, of another preset, or without latent statistics.
+        ValueError: a checkpoint of a stage that trains no VAE of these media, of another preset, or without latent
+            statistics.
     """
     folder = resolve_checkpoint(path)
     record = read_stage(folder)
-    if record["stage"] not in VAE_CLASSES:
-        known = ", ".join(VAE_CLASSES)
-        raise ValueError(f"{folder} is of stage {record['stage']!r}, which trains no VAE; stages that do: {known}")
+    classes = VAE_CLASSES[media]
+    if record["stage"] not in classes:
+        raise ValueError(
+            f"{folder} is of stage {record['stage']!r}, which trains no VAE of type {media}; stages that do: "
+            f"{', '.join(classes)}"
+        )
     if preset and preset != record["preset"]:
         raise ValueError(f"{folder} was trained with preset {record['preset']!r}, not {preset!r}")
-    vae = load_model(VAE_CLASSES[record["stage"]], folder)
+    vae = load_model(classes[record["stage"]], folder)
     # Mean 0 and std 1 are the initial values of the buffers.
     if needs_statistics and not vae.latent_mean.any() and (vae.latent_std == 1).all():
         raise ValueError(
@@ -92,15 +107,18 @@ def vae_fingerprint(path: str | Path) -> str:
     return fingerprint_of_bytes([json.dumps(config, sort_keys=True).encode(), *digests])
 
 
-def standardized_posterior(vae: VAE, image: Tensor) -> tuple[Tensor, Tensor]:
-    """Posteriors of images, standardised with the VAE's latent statistics.
+def standardized_posterior(vae: VAE, sample: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """Posteriors, standardised with the VAE's latent statistics.
 
-    Args: image: (B, C, Y, X) in [-1, 1] on the VAE's device.
-    Returns: mean and std, each (B, Z, y, x) fp32.
+    Args:
+        sample: images (B, C, Y, X) in [-1, 1] or log-mels (B, M, F) on the VAE's device.
+        kwargs: further arguments of the VAE's `encode`, such as the speaker.
+    Returns: mean and std, each (B, Z, y, x), of log-mels (B, Z, L) or (B, Z, m, L), fp32.
     Raises: ValueError: a value that is not finite, or outside the range of float16.
     """
-    mean, logvar = vae.encode(image)
-    mean, std = vae.normalize_latents(mean), torch.exp(0.5 * logvar) / vae.latent_std.view(-1, 1, 1)
+    mean, logvar = vae.encode(sample, **kwargs)
+    std = torch.exp(0.5 * logvar) / vae.latent_std.view(-1, *[1] * (logvar.ndim - 2))
+    mean = vae.normalize_latents(mean)
     # Caches store float16.
     maximum = torch.stack([mean.abs().amax(), std.amax()]).nan_to_num(torch.inf).amax().item()
     if maximum > torch.finfo(torch.float16).max:
@@ -111,7 +129,14 @@ def standardized_posterior(vae: VAE, image: Tensor) -> tuple[Tensor, Tensor]:
 # ---- The VAE of some latents: found by its fingerprint, and kept.
 
 
-def find_vae(latents: Mapping[str, Any], name: str, *, given: str | Path = "", folders: Sequence[Path] = ()) -> Path:
+def find_vae(
+    latents: Mapping[str, Any],
+    name: str,
+    *,
+    given: str | Path = "",
+    folders: Sequence[Path] = (),
+    media: Media = "image",
+) -> Path:
     """The checkpoint of the VAE that encoded some latents, wherever it is now.
 
     Args:
@@ -120,6 +145,7 @@ def find_vae(latents: Mapping[str, Any], name: str, *, given: str | Path = "", f
         given: the run or checkpoint folder that the user names. Empty: the copies in `folders`, then the recorded path
             and the runs beside it, also where all of them have moved together.
         folders: runs and caches that may hold a copy, see `pin_vae`.
+        media: what the VAE encodes.
     Returns: a complete checkpoint folder whose VAE has the fingerprint.
     Raises:
         FileNotFoundError: no VAE was found that fits; the message lists those that do not.
@@ -133,7 +159,7 @@ def find_vae(latents: Mapping[str, Any], name: str, *, given: str | Path = "", f
         if vae := matching(checkpoints_at(Path(given)), expected, seen):
             return vae
         elsewhere = matching(pins, expected, {}) or matching(recorded, expected, {})
-        advice = "give that one with --vae_checkpoint, or make latents of this one with " + MAKES_LATENTS
+        advice = "give that one with --vae_checkpoint, or make latents of this one with " + latents_script(media)
         if elsewhere:
             advice = f"it is at {elsewhere}: give that folder, or leave --vae_checkpoint out"
         state = next(iter(seen.values()), "no complete checkpoint")
@@ -145,20 +171,21 @@ def find_vae(latents: Mapping[str, Any], name: str, *, given: str | Path = "", f
         raise FileNotFoundError(
             f"the VAE {expected}, which {name} come from, is neither in {copies} nor at {latents['vae_checkpoint']}. "
             "Give its run, its checkpoint or a backup with --vae_checkpoint, or make latents of another VAE with "
-            f"{MAKES_LATENTS}{listed and f'. These do not fit:{listed}'}"
+            f"{latents_script(media)}{listed and f'. These do not fit:{listed}'}"
         )
     return vae
 
 
-def check_vae(path: str | Path, expected: str, latents: str) -> None:
+def check_vae(path: str | Path, expected: str, latents: str, *, media: Media = "image") -> None:
     """Check that a VAE is the one that encoded some latents.
 
     Args:
         expected: fingerprint of the VAE that encoded them.
         latents: their name in the message.
+        media: what the VAE encodes, for the remedy.
     Raises: ValueError: it has another fingerprint.
     """
-    find_vae({"vae_fingerprint": expected, "vae_checkpoint": path}, latents, given=path)
+    find_vae({"vae_fingerprint": expected, "vae_checkpoint": path}, latents, given=path, media=media)
 
 
 def warn_of_other_vae(folder: Path, fingerprint: str) -> None:
@@ -243,7 +270,8 @@ def pin_vae(checkpoint: Path, folder: Path, *, may_replace: bool = True) -> Path
         for file in (*weight_files(checkpoint), checkpoint / CONFIG, checkpoint / STAGE):
             shutil.copyfile(file, copy / file.name)
         stage = read_stage(checkpoint)["stage"]
-        write_card(copy, VAE_CLASSES[stage], stage, target / copy.name)
+        all_classes = {name: vae for classes in VAE_CLASSES.values() for name, vae in classes.items()}
+        write_card(copy, all_classes[stage], stage, target / copy.name)
         mark_complete(copy)
         if vae_fingerprint(copy) != expected:
             check_files(checkpoint)

@@ -14,7 +14,7 @@ from model.vae import VAE
 from utils.checkpoints import read_stage, resolve_checkpoint
 from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.generated_images import generation_metrics, train_probe
-from utils.generation.latents import MAKES_LATENTS, PINNED, checkpoints_at
+from utils.generation.latents import PINNED, checkpoints_at, latents_script
 from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
 from utils.megatransformer_utils import StageArguments
 from utils.metrics.caption_agreement import TextProbe, UnusableCaptionsError
@@ -85,7 +85,7 @@ def check_init_from(path: str, latents: Mapping[str, Any], cache: Path) -> None:
             value = next(map(str, pinned), record["latents"][flag]) or '""'
             raise ValueError(
                 f"--init_from {path} was trained on {name}={other!r}, the latents in {cache} have {expected!r}, which "
-                f"mean nothing to its weights. Make latents for it with {MAKES_LATENTS} --{flag} {value} and another "
+                f"mean nothing to its weights. Make latents for it with {latents_script('image')} --{flag} {value} and another "
                 "--output_dir, or train a new model without --init_from"
             )
 
