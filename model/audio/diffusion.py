@@ -317,7 +317,7 @@ class AudioDiffusion(PreTrainedModel):
             return self._described(condition.mask, self.null(len(condition)))
         # One learned vector in every frame; a prior of 0, the mean of standardised latents.
         B, L = condition.mask.shape
-        frames = self.null.state.expand(B, L, -1) * condition.mask[..., None]
+        frames = self.null(B).states.expand(B, L, -1) * condition.mask[..., None]
         prior = frames.new_zeros(B, L, self.config.latent_channels)
         return self._speech_frames(condition.mask, frames, prior, condition.vector)
 
