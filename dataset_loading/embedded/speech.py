@@ -15,7 +15,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
-import espeakng_loader
 import numpy as np
 import soundfile
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 from dataset_loading.audio.signal import limit_peak, resample, trim_silence
 from dataset_loading.embedded.openmoji import COLUMNS, build_once, run_command, write_splits
 from dataset_loading.embedded.scenes import N_DRAWINGS, Scene, list_scenes
+from model.text.espeak import UTF8, load_espeak
 
 PACKAGE = f"espeakng-loader {version('espeakng-loader')}"
 # fmt: off
@@ -38,10 +38,7 @@ TRIM_DB = 40.0  # Silence at both ends is cut to what `trim_silence` leaves.
 STRIDE = 121  # Captions are taken in steps of this, which has no divisor in common with their number.
 
 # Constants of eSpeak NG's speak_lib.h.
-SYNCHRONOUS_RETRIEVAL = 2
-DO_NOT_EXIT = 0x8000
 POSITION_CHARACTER = 1
-UTF8 = 1
 RATE, PITCH = 1, 3
 
 
@@ -116,11 +113,7 @@ class Speaker:
     """
 
     def __init__(self):
-        self.library = ctypes.CDLL(espeakng_loader.get_library_path())
-        data = espeakng_loader.get_data_path().encode()
-        self.sample_rate = self.library.espeak_Initialize(SYNCHRONOUS_RETRIEVAL, 0, data, DO_NOT_EXIT)
-        if self.sample_rate <= 0:
-            raise OSError(f"eSpeak NG finds no voices in {data.decode()}; reinstall espeakng-loader")
+        self.library, self.sample_rate = load_espeak()
         self.pieces: list[np.ndarray] = []
         self.library.espeak_ng_SetRandSeed.argtypes = [ctypes.c_long]
         # text, size, position, position type, end position, flags, identifier, user data

@@ -1,0 +1,395 @@
+"""Alignment of tokens with frames, for text to speech: which token lasts how long.
+
+B batch, M mel bins, F frames, T tokens, N states, K kinds of states, D features, Z latent channels, L latent frames.
+
+Tokens come in their order. Each lasts at least one frame, except optional ones (pauses), which may be skipped, though
+never two in a row. `monotonic_alignment` finds the best such alignment for any log-likelihoods; `PhoneHMM` learns
+those of phones from log-mels within seconds, from a flat start; `TokenMeans` does so on latents, jointly with a model.
+"""
+
+import dataclasses
+import functools
+import itertools
+import json
+import math
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Self
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from model.audio.lengths import valid_frames
+
+N_CEPSTRA = 13
+CEPSTRA_FLOOR = -9.0  # Log-mels are clamped here: the depth of silence tells phones nothing.
+MIN_VARIANCE = 0.02  # of the global variance
+QUIET_SHARE = 0.12  # of a clip's frames; those of them at its ends count as pauses at first
+PRIOR_FRAMES = (20.0, 3.0)  # Weight of the global Gaussian in the first pass, and in the later ones.
+MAX_CELLS = 2_000_000  # of clips x frames x states in a batch: about 50 MB
+
+
+# ---- The search.
+
+
+@torch.no_grad()
+def best_paths(log_likelihood: Tensor, n_states: Tensor, n_frames: Tensor, optional: Tensor) -> tuple[Tensor, Tensor]:
+    """The most likely path of each clip (Viterbi): from frame to frame it stays, goes on, or skips an optional state.
+
+    It begins in the first state, or the second where the first is optional, and ends likewise.
+
+    Args:
+        log_likelihood: (B, F, N) of each frame in each state.
+        n_states, n_frames: valid ones of each clip, (B,).
+        optional: states that may be skipped, (B, N) bool.
+    Returns: states (B, F) int64, meaningless beyond a clip's end, and the sum of log-likelihoods (B,), -inf where
+        a clip has too few frames.
+    """
+    # Longest clips first: those that have not ended are always the first rows.
+    lengths, order = n_frames.sort(descending=True, stable=True)
+    if (lengths != n_frames).any():  # Else nothing needs to be copied.
+        log_likelihood = log_likelihood[order]
+    optional, last = optional[order], n_states[order] - 1
+    B, n_all, N = log_likelihood.shape
+    device, dtype = log_likelihood.device, log_likelihood.dtype
+    # scores[:, s + 2] is that of the best path in state s so far; "state" -1 is the beginning.
+    scores = torch.full((B, N + 2), -torch.inf, device=device, dtype=dtype)
+    scores[:, 1] = 0
+    # A skip comes from the state before an optional one.
+    penalty = torch.full((B, N), -torch.inf, device=device, dtype=dtype)
+    penalty[:, 1:].masked_fill_(optional[:, :-1], 0.0)
+    # Whether the best path into a state comes from another one, and then whether it skips one.
+    moved = torch.zeros((n_all, B, N), dtype=torch.bool, device=device)
+    skipped = torch.zeros_like(moved)
+
+    # Forwards, in stretches of frames in which the same clips go on.
+    ends = sorted(set(lengths.tolist()))
+    for start, end in itertools.pairwise([0, *ends]):
+        n = int((lengths >= end).sum())
+        skip, step, stay = scores[:n, :-2], scores[:n, 1:-1], scores[:n, 2:]
+        best, penalties = torch.empty_like(stay), penalty[:n]
+        columns = (
+            log_likelihood[:n, start:end].unbind(1),
+            moved[start:end, :n].unbind(),
+            skipped[start:end, :n].unbind(),
+        )
+        for f, (value, is_move, is_skip) in enumerate(zip(*columns), start):
+            torch.add(skip, penalties, out=best)
+            torch.gt(best, step, out=is_skip)
+            torch.maximum(best, step, out=best)
+            torch.gt(best, stay, out=is_move)
+            torch.maximum(best, stay, out=best)
+            torch.add(best, value, out=stay)
+            if f == 0:
+                scores[:, 1] = -torch.inf  # The beginning lies behind all paths.
+
+    # The last state, or the one before it where the last is optional; backwards from there.
+    rows = torch.arange(B, device=device)
+    finals = torch.stack([scores[rows, last + 2], scores[rows, last + 1]], 1)
+    finals[:, 1].masked_fill_(~optional[rows, last], -torch.inf)
+    total, earlier = finals.max(1)
+    state = (last - earlier).clamp_min_(0)[:, None]  # (B, 1)
+    moves = moved.byte().mul_(skipped.byte().add_(1))  # (F, B, N): 0, 1 or 2 states
+    moves[0] = 0
+    states = torch.empty((n_all, B, 1), dtype=torch.int64, device=device)
+    for move, row in zip(reversed(moves.unbind()), reversed(states.unbind())):
+        row.copy_(state)
+        state -= move.gather(1, state)
+    places = order.argsort()
+    return states[:, places, 0].T, total[places]
+
+
+def monotonic_alignment(
+    log_likelihood: Tensor,
+    n_tokens: Tensor,
+    n_frames: Tensor,
+    optional: Tensor | None = None,
+    *,
+    min_frames: int = 1,
+) -> Tensor:
+    """Frames of each token in the most likely monotonic alignment (algorithm 1 of Glow-TTS, arXiv 2005.11129; that
+    tokens may be optional is added here).
+
+    Args:
+        log_likelihood: (B, F, T) of each frame in each token.
+        n_tokens, n_frames: valid ones of each clip, (B,).
+        optional: tokens that may last 0 frames, (B, T) bool, never two in a row; None: no token.
+        min_frames: minimum of each other token.
+    Returns: (B, T) int64, 0 beyond a clip's tokens; the sum of a clip is its number of frames.
+    Raises: ValueError: clips with too few frames (named).
+    """
+    B, _, T = log_likelihood.shape
+    optional = torch.zeros(B, T, dtype=torch.bool, device=log_likelihood.device) if optional is None else optional
+    # A token is so many states in a row: (B, T) -> states (B, N) with the token of each.
+    valid = valid_frames(n_tokens, T)
+    repeats = torch.where(optional, 1, min_frames) * valid
+    tokens = [torch.arange(T, device=valid.device).repeat_interleave(row) for row in repeats]
+    token_of = pad_sequence(tokens, batch_first=True)  # (B, N)
+    scores = log_likelihood.gather(2, token_of[:, None].expand(-1, log_likelihood.shape[1], -1))
+    states, total = best_paths(scores, repeats.sum(1), n_frames, optional.gather(1, token_of))
+    check_possible(total)
+    return count_frames(token_of.gather(1, states), n_frames, T)
+
+
+def count_frames(tokens: Tensor, n_frames: Tensor, n_tokens: int) -> Tensor:
+    """Tokens of all frames (B, F) -> frames of all tokens (B, n_tokens) int64, without the frames after the end."""
+    counts = torch.zeros(len(tokens), n_tokens, dtype=torch.int64, device=tokens.device)
+    return counts.scatter_add_(1, tokens, valid_frames(n_frames, tokens.shape[1]).long())
+
+
+def check_possible(total: Tensor) -> None:
+    """Raises: ValueError: a path does not exist, or its likelihood is not finite."""
+    impossible = (~total.isfinite()).nonzero()[:, 0].tolist()
+    if impossible:
+        raise ValueError(
+            f"clips {impossible} of the batch have fewer frames than their tokens need, or likelihoods that are not "
+            "finite; leave them out"
+        )
+
+
+# ---- The phone HMM.
+
+
+@dataclasses.dataclass(frozen=True)
+class Alignment:
+    """Alignments of several clips.
+
+    Attributes:
+        durations: mel frames of each token, (T,) int16 per clip; their sum is the clip's frames.
+        log_likelihood: of each clip, the mean per frame.
+    """
+
+    durations: list[Tensor]
+    log_likelihood: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class States:
+    """The states of a clip's tokens in their order: numbers of their Gaussians, and places of their tokens, (N,)."""
+
+    kinds: Tensor
+    tokens: Tensor
+
+
+class PhoneHMM:
+    """A hidden Markov model with one diagonal Gaussian per state, learned by Viterbi training from a flat start, as in
+    HTK. A symbol has the same states wherever it stands; all pauses share one state; stress makes no difference.
+
+    Args:
+        n_symbols: size of the table of symbols.
+        pauses: numbers of the symbols that may last 0 frames.
+        n_states: states of each other symbol, and so its fewest frames.
+    """
+
+    def __init__(self, n_symbols: int, pauses: Collection[int], n_states: int = 2):
+        self.n_symbols, self.pauses, self.n_states = n_symbols, sorted(pauses), n_states
+        # State 0 is the pause. Until `fit`, all Gaussians are alike.
+        self.n_kinds = 1 + n_symbols * n_states
+        self.mean = torch.zeros(self.n_kinds, 2 * N_CEPSTRA, dtype=torch.float64)
+        self.variance = torch.ones_like(self.mean)
+
+    def fit(self, mels: Sequence[Tensor], symbols: Sequence[Tensor], n_passes: int = 3) -> list[float]:
+        """Learn the Gaussians.
+
+        Args:
+            mels: log-mels, (M, F) each.
+            symbols: numbers of the symbols of each clip, (T,) each.
+            n_passes: rounds of estimation and alignment.
+        Returns: mean log-likelihood per frame of the alignment of each pass.
+        Raises: ValueError: no clip, or one with fewer frames than `needed_frames`.
+        """
+        if not mels:
+            raise ValueError("there are no clips to fit the aligner to")
+        features, states = [cepstra(mel) for mel in mels], [self.states(row) for row in symbols]
+        paths = [self.flat_start(*pair) for pair in zip(features, states, strict=True)]
+        total_frames, history = sum(map(len, features)), []
+        for i in range(n_passes):
+            self.estimate(features, paths, PRIOR_FRAMES[i > 0])
+            log_likelihood = 0.0
+            for clips, best, total in self.search(features, states):
+                log_likelihood += total.sum().item()
+                for row, clip in zip(best, clips):
+                    paths[clip] = states[clip].kinds[row[: len(features[clip])]]
+            history.append(log_likelihood / total_frames)
+        return history
+
+    def align(self, mels: Sequence[Tensor], symbols: Sequence[Tensor]) -> Alignment:
+        """Frames of every token; arguments and errors as for `fit`."""
+        features, states = [cepstra(mel) for mel in mels], [self.states(row) for row in symbols]
+        durations, likelihoods = [torch.empty(0)] * len(features), [0.0] * len(features)
+        for clips, best, total in self.search(features, states):
+            for row, clip, score in zip(best, clips, total.tolist()):
+                n_frames = len(features[clip])
+                tokens = states[clip].tokens[row[:n_frames]]
+                durations[clip] = tokens.bincount(minlength=len(symbols[clip])).to(torch.int16)
+                likelihoods[clip] = score / n_frames
+        return Alignment(durations, likelihoods)
+
+    def needed_frames(self, symbols: Tensor) -> int:
+        """The fewest frames that tokens (T,) can last: pauses may be skipped, of several in a row every other one."""
+        n_frames, n_pauses = 0, 0
+        for is_pause in torch.isin(symbols, torch.tensor(self.pauses)).tolist():
+            n_pauses = n_pauses + 1 if is_pause else 0
+            n_frames += n_pauses % 2 == 0 if is_pause else self.n_states
+        return max(n_frames, 1)
+
+    # ---- Steps of the training.
+
+    def states(self, symbols: Tensor) -> "States":
+        """The states of a clip with symbols (T,)."""
+        repeats = torch.where(torch.isin(symbols, torch.tensor(self.pauses)), 1, self.n_states)
+        tokens = torch.arange(len(symbols)).repeat_interleave(repeats)
+        place = torch.arange(len(tokens)) - (repeats.cumsum(0) - repeats)[tokens]  # of a state within its token
+        kinds = 1 + self.n_states * symbols.long()[tokens] + place
+        return States(kinds.where(~torch.isin(symbols, torch.tensor(self.pauses))[tokens], 0), tokens)
+
+    def flat_start(self, features: Tensor, states: "States") -> Tensor:
+        """Gaussians of all frames (F,): quiet ends are pauses, the states of all other tokens have equal shares."""
+        kinds = states.kinds[states.kinds > 0]
+        loudness = features[:, 0]
+        loud = (loudness >= loudness.quantile(QUIET_SHARE)).nonzero()[:, 0]
+        start, end = int(loud[0]), int(loud[-1]) + 1
+        path = torch.zeros(len(features), dtype=torch.int64)
+        if len(kinds):
+            path[start:end] = kinds[torch.arange(end - start) * len(kinds) // (end - start)]
+        return path
+
+    def estimate(self, features: list[Tensor], paths: list[Tensor], weight: float) -> None:
+        """Means and variances of the frames of each Gaussian, smoothed with `weight` frames of the global one."""
+        moments = torch.zeros(3, self.n_kinds, 2 * N_CEPSTRA, dtype=torch.float64)
+        for start in range(0, len(features), 256):
+            chunk = slice(start, start + 256)
+            x, path = torch.cat(features[chunk]).double(), torch.cat(paths[chunk])
+            for moment, values in zip(moments, (torch.ones_like(x), x, x.square())):
+                moment.index_add_(0, path, values)
+        n_frames, total, squares = moments
+        # The global Gaussian.
+        mean = total.sum(0) / n_frames.sum(0)
+        square = squares.sum(0) / n_frames.sum(0)
+        variance = (square - mean.square()).clamp_min(1e-6)  # A constant feature has no variance.
+        # Those of the states.
+        self.mean = (total + weight * mean) / (n_frames + weight)
+        own = (squares + weight * square) / (n_frames + weight) - self.mean.square()
+        self.variance = torch.maximum(own, MIN_VARIANCE * variance)
+
+    def search(
+        self, features: Sequence[Tensor], states: Sequence["States"]
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Best paths of all clips, in batches of like length.
+
+        Yields: places of the clips, states of all frames (B, F), log-likelihoods (B,).
+        """
+        batch: list[int] = []
+        N = 0
+        for clip in sorted(range(len(features)), key=lambda clip: -len(features[clip])):
+            N_with = max(N, len(states[clip].kinds))
+            if batch and (len(batch) + 1) * len(features[batch[0]]) * N_with > MAX_CELLS:
+                yield batch, *self.search_batch([features[i] for i in batch], [states[i] for i in batch])
+                batch, N_with = [], len(states[clip].kinds)
+            batch, N = [*batch, clip], N_with
+        if batch:
+            yield batch, *self.search_batch([features[i] for i in batch], [states[i] for i in batch])
+
+    def search_batch(self, features: list[Tensor], states: list["States"]) -> tuple[Tensor, Tensor]:
+        """`best_paths` of some clips, which are padded. Raises: ValueError: one has too few frames."""
+        kinds = pad_sequence([row.kinds for row in states], batch_first=True)  # (B, N)
+        n_states, n_frames = (torch.tensor(list(map(len, rows))) for rows in ([row.kinds for row in states], features))
+        x = pad_sequence(features, batch_first=True).double()  # (B, F, D)
+        # log N(x) = -(x^2 / v - 2 x m / v + m^2 / v + log 2 pi v) / 2, summed over features: (B, F, N).
+        precision = 1 / self.variance
+        weights = torch.cat([-0.5 * precision, self.mean * precision], 1)[kinds]  # (B, N, 2 D)
+        constant = -0.5 * (self.mean.square() * precision + (2 * math.pi * self.variance).log()).sum(1)[kinds]
+        scores = torch.cat([x.square(), x], 2) @ weights.transpose(1, 2) + constant[:, None]
+        best, total = best_paths(scores, n_states, n_frames, kinds == 0)
+        check_possible(total)
+        return best, total
+
+    # ---- Files.
+
+    def dump(self) -> bytes:
+        """The content of a safetensors file, which `load` reads; equal models give equal bytes."""
+        settings = {"n_symbols": self.n_symbols, "pauses": self.pauses, "n_states": self.n_states}
+        tensors = {"mean": self.mean.contiguous(), "variance": self.variance.contiguous()}
+        return safetensors.torch.save(tensors, {"settings": json.dumps(settings)})
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self:
+        """The model in a file. Raises: OSError, ValueError: no such file, or not one of an aligner."""
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"{file} does not exist")
+        try:
+            with safetensors.safe_open(file, "pt") as content:
+                model = cls(**json.loads(content.metadata()["settings"]))
+                model.mean, model.variance = content.get_tensor("mean"), content.get_tensor("variance")
+        except (safetensors.SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file} holds no aligner, or is damaged ({error}); delete it and fit it again"
+            ) from error
+        return model
+
+
+def cepstra(mel: Tensor) -> Tensor:
+    """Cepstral coefficients of a log-mel and their slopes over time: (M, F) -> (F, D) fp32."""
+    coefficients = cosines(mel.shape[0]) @ mel.float().clamp_min(CEPSTRA_FLOOR)  # (13, F)
+    # Slope of the regression line over 5 frames, the ends repeated.
+    padded = F.pad(coefficients, (2, 2), mode="replicate")
+    slope = (2 * (padded[:, 4:] - padded[:, :-4]) + padded[:, 3:-1] - padded[:, 1:-3]) / 10
+    return torch.cat([coefficients, slope]).T.contiguous()
+
+
+@functools.cache
+def cosines(M: int) -> Tensor:
+    """The first rows of the orthonormal discrete cosine transform of type II, (13, M) fp32."""
+    bins = (torch.arange(M, dtype=torch.float64) + 0.5) / M
+    basis = torch.cos(math.pi * torch.arange(N_CEPSTRA)[:, None] * bins) * math.sqrt(2 / M)
+    basis[0] /= math.sqrt(2)
+    return basis.float()
+
+
+# ---- Alignment with latents, jointly with a model.
+
+
+class TokenMeans(nn.Module):
+    """A mean of the latents for every symbol, whatever stands around it: aligns latents where there are no log-mels.
+
+    Means that see their neighbours explain a misplaced boundary by its context, and align worse.
+
+    Args:
+        n_symbols: size of the table of symbols.
+        latent_channels: Z.
+    """
+
+    def __init__(self, n_symbols: int, latent_channels: int):
+        super().__init__()
+        self.means = nn.Embedding(n_symbols, latent_channels)
+        nn.init.normal_(self.means.weight, std=0.1)
+
+    def log_likelihood(self, latents: Tensor, symbols: Tensor) -> Tensor:
+        """-|z - mean|^2 / 2 of standardised latents (B, L, Z) and symbols (B, T): (B, L, T) fp32."""
+        z, means = latents.float(), self.means(symbols).float()
+        return z @ means.transpose(1, 2) - 0.5 * (z.square().sum(2)[:, :, None] + means.square().sum(2)[:, None])
+
+    def align(
+        self, latents: Tensor, n_latent_frames: Tensor, symbols: Tensor, *, n_tokens: Tensor, optional: Tensor
+    ) -> Tensor:
+        """Latent frames of each token, (B, T) int64; see `monotonic_alignment`."""
+        scores = self.log_likelihood(latents, symbols).detach()
+        return monotonic_alignment(scores, n_tokens, n_latent_frames, optional)
+
+    def loss(self, latents: Tensor, symbols: Tensor, durations: Tensor) -> Tensor:
+        """Mean squared distance of the valid latents from the means of their tokens (the prior loss of Grad-TTS, arXiv
+        2105.06337, without its constant).
+
+        Args: durations: latent frames of each token, (B, T), whose sum is the clip's valid frames.
+        """
+        # The token of each latent frame, (B, L): the first that has not ended before it.
+        ends, n_frames = durations.cumsum(1), durations.sum(1)
+        frames = torch.arange(latents.shape[1], device=latents.device).expand(len(latents), -1)
+        tokens = torch.searchsorted(ends, frames.contiguous(), right=True).clamp_max(symbols.shape[1] - 1)
+        squares = (latents.float() - self.means(symbols.gather(1, tokens)).float()).square().mean(2)
+        valid = valid_frames(n_frames, latents.shape[1])
+        return squares.where(valid, 0.0).sum() / valid.sum()
