@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from model.audio.configuration import AudioDiffusionConfig
 from model.audio.diffusion import AudioDiffusion
 from model.audio.griffin_lim import griffin_lim
-from model.audio.lengths import valid_frames
+from model.audio.lengths import sequence_to_latents
 from model.audio.spectral import MelSettings, check_same_mel
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
@@ -153,8 +154,8 @@ class SpeechPipeline:
             )
         # Latents of another VAE would decode to noise, so the VAE is identified by its fingerprint.
         path = vae_checkpoint or latents["vae_checkpoint"]
-        check_vae(path, latents["vae_fingerprint"], f"the latents that {checkpoint} was trained on")
-        vae = load_vae(path).requires_grad_(False).to(device)
+        check_vae(path, latents["vae_fingerprint"], f"the latents that {checkpoint} was trained on", media="audio")
+        vae = load_vae(path, media="audio").requires_grad_(False).to(device)
         vocoder = load_matching_vocoder(vocoder_checkpoint, vae.config.mel, f"the VAE {path}")
         if vocoder is not None:
             vocoder.to(device)
@@ -253,9 +254,8 @@ class SpeechPipeline:
             if unknown:
                 raise ValueError(f"the VAE knows no speaker {unknown[0]!r}{suggest(unknown[0], known)}")
             places = torch.tensor([known.index(name) for name in speakers], device=self.device)
-        latents = self.vae.denormalize_latents(latents.transpose(1, 2).float())
-        # Latents of padding are those of no sound, whatever the VAE's mean is.
-        latents = latents * valid_frames(self.model.latent_frames(n_frames), latents.shape[-1])[:, None]
+        latents = sequence_to_latents(latents.float(), self.vae.config.latent_channels)
+        latents = self.vae.denormalize_latents(latents)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
             mels = self.vae.decode(latents, n_frames, places).float().cpu().clamp_min(self.vae.config.mel.log_floor)
         if not mels.isfinite().all():
@@ -340,3 +340,48 @@ def read_texts(path: str) -> list[str]:
     if not texts:
         raise ValueError(f"--input {path} has no line with text")
     return texts
+
+
+def fit_to_audio_latents(
+    config: AudioDiffusionConfig,
+    latents: dict[str, Any],
+    *,
+    speakers: Sequence[str],
+    vae_speakers: Sequence[str],
+    overrides: Sequence[str],
+    folder: Path,
+) -> AudioDiffusionConfig:
+    """The configuration with the fields that cached latents determine.
+
+    Args:
+        latents: settings of the cache's manifest.
+        speakers: that the model tells apart; fewer than two are none.
+        vae_speakers: those of the latents' VAE.
+        overrides: the `key=value` that the user gave.
+        folder: of the cache.
+    Raises: ValueError: an override contradicts the latents, or the VAE needs speakers that the model is not told.
+    """
+    fields: dict[str, Any] = {"latent_channels": latents["latent_channels"], "conditioning": latents["conditioning"]}
+    fields["compression"] = latents["mel_frames_per_latent"]
+    if latents["conditioning"] == "speech":
+        tokenizer = SpeechTokenizer.from_dict(latents["tokenizer"])
+        fields |= {"symbols": list(tokenizer.symbols), "n_symbols": len(tokenizer.symbols)}
+        fields |= {"pause_symbols": tokenizer.pauses, "speakers": list(speakers) if len(speakers) > 1 else []}
+    elif latents["text_embedding_width"]:
+        fields |= {"caption_encoder": "frozen", "caption_width": latents["text_embedding_width"]}
+    else:
+        fields |= {"caption_encoder": "bytes", "max_tokens": latents["max_tokens"]}
+    # Overrides may repeat these fields, but not contradict them.
+    for pair in overrides:
+        name = pair.partition("=")[0]
+        if name in fields and getattr(config, name) != fields[name]:
+            raise ValueError(
+                f"--override {pair} does not fit the latents in {folder}: they need {name}={fields[name]}"
+            )
+    missing = [name for name in vae_speakers if name not in fields.get("speakers", [])]
+    if missing:
+        raise ValueError(
+            f"the latents in {folder} come from a VAE with speakers, among them {missing[0]!r}, whom the model must "
+            "know to decode them; leave out --no_use_speakers, or use a VAE without speakers"
+        )
+    return config.replace(**fields)

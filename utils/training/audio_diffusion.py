@@ -3,12 +3,15 @@ frames, Z latent channels, T tokens, M mel bins, F mel frames."""
 
 import dataclasses
 import logging
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import seed_worker
 
+from dataset_loading.audio.latents import AudioLatentDataset, FrameBudgetSampler
 from dataset_loading.cached import evenly_spaced
 from model.audio.lengths import valid_frames
 from model.audio.text_conditioning import duration_errors
@@ -38,6 +41,13 @@ class AudioDiffusionArguments(AudioSamplingArguments, DiffusionArguments):
     weight_decay: float = option(0.01, "decoupled weight decay of matrices and kernels", ge=0)
     max_grad_norm: float = option(2.0, "maximum gradient norm, to which gradients are clipped; 0: no clipping", ge=0)
     warmup_ratio: float = option(0.1, "fraction of the steps with linear warm-up", ge=0, lt=1)
+
+    # Data.
+    use_speakers: bool = option(True, "condition the model on the speaker where there are several, speech only")
+    batch_frames: int = option(
+        800, "latent frames of a micro-batch and process, clips of like length; 0: batch_size clips", ge=0
+    )
+    batch_size: int = option(16, "clips per micro-batch and process", gt=0, only_with=("batch_frames", 0))
 
     # Losses.
     prior_weight: float = option(1.0, "weight of the squared error of the prior, speech only", ge=0)
@@ -69,6 +79,25 @@ class AudioDiffusionTrainer(DiffusionTrainer):
 
     Times, noise and dropped text belong to (seed, step, clip).
     """
+
+    # ---- Data order.
+
+    def get_train_dataloader(self):
+        """Batches of clips of like length by a budget of frames, if there is one."""
+        if not self.stage_arguments.batch_frames:
+            return super().get_train_dataloader()
+        args = self.args
+        self.epoch_sampler = frame_budget_sampler(self.train_dataset, self.stage_arguments, args.world_size)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.epoch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+        return self.accelerator.prepare(loader)
 
     # ---- Training.
 
@@ -105,7 +134,9 @@ class AudioDiffusionTrainer(DiffusionTrainer):
         noise = self.sample_noise(inputs, "noise", inputs["latents"].shape[1:])
 
         # Sums of this micro-batch over the numbers of the whole step.
-        sums, (n_frames, n_tokens) = self.clip_sums(model, inputs, noise, time, drop=drop), num_items_in_batch.float()
+        latents = self.draw_latents(inputs)
+        sums = self.clip_sums(model, inputs, latents, noise=noise, time=time, drop=drop)
+        n_frames, n_tokens = num_items_in_batch.float()
         weight = process.loss_weight(time, args.loss_weighting, args.min_snr_gamma)
         terms = {"mse": sums["flow"].sum() / n_frames}
         loss = (weight * sums["flow"]).sum() / n_frames
@@ -121,13 +152,23 @@ class AudioDiffusionTrainer(DiffusionTrainer):
         self.record({"frames_per_step": n_frames * self.args.world_size})
         return loss.detach()
 
+    def draw_latents(self, inputs: dict) -> Tensor:
+        """Latents sampled from each posterior, (B, L, Z)."""
+        if "latents_std" not in inputs:
+            return inputs["latents"]
+        return inputs["latents"] + inputs["latents_std"] * self.sample_noise(
+            inputs, "posterior", inputs["latents"].shape[1:]
+        )
+
     def clip_sums(
-        self, model, inputs: dict, noise: Tensor, time: Tensor, *, drop: Tensor | None = None
+        self, model, inputs: dict, latents: Tensor, *, noise: Tensor, time: Tensor, drop: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Errors of each clip, (B,) fp32: `flow` and for speech `prior`, squared errors summed over frames, and
         `duration`, summed over tokens."""
-        process, latents, n_frames = self.model.process, inputs["latents"].float(), inputs["n_latent_frames"]
+        process, n_frames = self.model.process, inputs["n_latent_frames"]
         text = {name: inputs[name] for name in TEXT_INPUTS if name in inputs}
+        if "caption_tokens" in inputs:
+            text["caption_states"] = inputs["caption_tokens"]
         valid = valid_frames(n_frames, latents.shape[1])[..., None]
         latents = latents.where(valid, 0.0)
         noisy = process.add_noise(latents, noise, time)
@@ -154,8 +195,7 @@ class AudioDiffusionTrainer(DiffusionTrainer):
         return [name for name, parameter in model.named_parameters() if name in names and parameter.ndim > 1]
 
     def rates(self, logs, steps_per_second):
-        frames = logs["frames_per_step"] * steps_per_second
-        return {**super().rates(logs, steps_per_second), "frames_per_second": frames}
+        return {"frames_per_second": logs["frames_per_step"] * steps_per_second}
 
     # ---- Durations.
 
@@ -200,7 +240,7 @@ class AudioDiffusionTrainer(DiffusionTrainer):
         those of prior and durations; and the numbers of frames and tokens."""
         terms: dict[str, Tensor] = {"n_frames": inputs["n_latent_frames"].float()}
         for name, time, noise in self.evaluation_points(inputs["index"], inputs["latents"].shape[1:]):
-            sums = self.clip_sums(model, inputs, noise, time)
+            sums = self.clip_sums(model, inputs, inputs["latents"], noise=noise, time=time)
             terms[name] = sums.pop("flow")
         # The others do not depend on the time.
         if self.is_speech:
@@ -222,6 +262,14 @@ class AudioDiffusionTrainer(DiffusionTrainer):
             }
             summary["loss"] += args.prior_weight * summary["prior"] + args.duration_weight * summary["duration"]
         return summary
+
+
+def frame_budget_sampler(
+    dataset: AudioLatentDataset, args: AudioDiffusionArguments, n_ranks: int
+) -> FrameBudgetSampler:
+    """The batches of a run with `--batch_frames`."""
+    n_parts = args.gradient_accumulation_steps * n_ranks
+    return FrameBudgetSampler(dataset.lengths, args.batch_frames * n_parts, args.seed, n_parts=n_parts)
 
 
 class SpeechCallback(EvaluationCallback):

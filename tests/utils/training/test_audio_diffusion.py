@@ -24,6 +24,7 @@ class Clips(Dataset):
 
     def __init__(self, n_clips: int, seed: int):
         self.clips = speech_clips([3 + i % 9 for i in range(n_clips)], n_channels=20, seed=seed)
+        self.lengths = [len(clip["latents"]) for clip in self.clips]
 
     def __len__(self):
         return len(self.clips)
@@ -47,7 +48,7 @@ class ClipsStage(Stage):
 
 SMALL = """widths=[16,24] n_blocks=[1,1] n_attentions=[0,1] head_width=8 conditioning_width=16 text_width=16
     frame_width=16 n_symbols=12 speakers=["a","b"]""".split()  # noqa: SIM905
-COMMON = """--config tiny --logging_steps 1 --eval_steps 1000 --save_steps 1000 --n_time_buckets 2
+COMMON = """--config tiny --batch_frames 0 --logging_steps 1 --eval_steps 1000 --save_steps 1000 --n_time_buckets 2
     --eval_batch_size 2""".split()  # noqa: SIM905
 
 
@@ -79,8 +80,17 @@ def test_accumulation_and_recomputation_change_nothing(train):
         )
 
 
+def test_a_budget_of_frames_gives_the_same_steps_in_parts(train):
+    whole = train("whole", 4, "--batch_frames", "80")
+    parts = train("parts", 4, "--batch_frames", "40", "--gradient_accumulation_steps", "2")
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+    assert largest_difference(whole.weights(), parts.weights()) <= 1e-4
+    frames = [line["frames_per_step"] for line in history(whole) if "loss" in line]
+    assert all(40 < count <= 80 for count in frames) and len(set(frames)) > 1
+
+
 def test_resumed_equals_straight_through_also_with_dropout(train, tmp_path):
-    flags = ["--batch_size", "8", "--save_steps", "3", "--trainer", "grokfast_ema"]
+    flags = ["--batch_frames", "80", "--save_steps", "3", "--trainer", "grokfast_ema"]
     straight = train("straight", 6, *flags, text_dropout=0.2)
     half = tmp_path / "audio_diffusion" / "half"
     half.mkdir()
