@@ -161,10 +161,13 @@ class Alignment:
     Attributes:
         durations: mel frames of each token, (T,) int16 per clip; their sum is the clip's frames.
         log_likelihood: of each clip, the mean per frame.
+        likelihood_ratio: the same minus that of the best state of each frame, whatever the text: at most 0, and far
+            below it where the transcript is wrong.
     """
 
     durations: list[Tensor]
     log_likelihood: list[float]
+    likelihood_ratio: list[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,13 +224,14 @@ class PhoneHMM:
         """Frames of every token; arguments and errors as for `fit`."""
         features, states = [cepstra(mel) for mel in mels], [self.states(row) for row in symbols]
         durations, likelihoods = [torch.empty(0)] * len(features), [0.0] * len(features)
+        free = [self.scores(row.double(), torch.arange(self.n_kinds)).amax(1).mean().item() for row in features]
         for clips, best, total in self.search(features, states):
             for row, clip, score in zip(best, clips, total.tolist()):
                 n_frames = len(features[clip])
                 tokens = states[clip].tokens[row[:n_frames]]
                 durations[clip] = tokens.bincount(minlength=len(symbols[clip])).to(torch.int16)
                 likelihoods[clip] = score / n_frames
-        return Alignment(durations, likelihoods)
+        return Alignment(durations, likelihoods, [min(score - best, 0.0) for score, best in zip(likelihoods, free)])
 
     def needed_frames(self, symbols: Tensor) -> int:
         """The fewest frames that tokens (T,) can last: pauses may be skipped, of several in a row every other one."""
@@ -299,14 +303,17 @@ class PhoneHMM:
         kinds = pad_sequence([row.kinds for row in states], batch_first=True)  # (B, N)
         n_states, n_frames = (torch.tensor(list(map(len, rows))) for rows in ([row.kinds for row in states], features))
         x = pad_sequence(features, batch_first=True).double()  # (B, F, D)
-        # log N(x) = -(x^2 / v - 2 x m / v + m^2 / v + log 2 pi v) / 2, summed over features: (B, F, N).
-        precision = 1 / self.variance
-        weights = torch.cat([-0.5 * precision, self.mean * precision], 1)[kinds]  # (B, N, 2 D)
-        constant = -0.5 * (self.mean.square() * precision + (2 * math.pi * self.variance).log()).sum(1)[kinds]
-        scores = torch.cat([x.square(), x], 2) @ weights.transpose(1, 2) + constant[:, None]
-        best, total = best_paths(scores, n_states, n_frames, kinds == 0)
+        best, total = best_paths(self.scores(x, kinds), n_states, n_frames, kinds == 0)
         check_possible(total)
         return best, total
+
+    def scores(self, x: Tensor, kinds: Tensor) -> Tensor:
+        """Log-likelihoods of features (..., F, D) in Gaussians (..., N): (..., F, N)."""
+        # log N(x) = -(x^2 / v - 2 x m / v + m^2 / v + log 2 pi v) / 2, summed over features.
+        precision = 1 / self.variance
+        weights = torch.cat([-0.5 * precision, self.mean * precision], 1)[kinds]  # (..., N, 2 D)
+        constant = -0.5 * (self.mean.square() * precision + (2 * math.pi * self.variance).log()).sum(1)[kinds]
+        return torch.cat([x.square(), x], -1) @ weights.transpose(-2, -1) + constant[..., None, :]
 
     # ---- Files.
 

@@ -1,4 +1,5 @@
-"""Clips of different lengths in one batch.  B batch, M mel bins, F frames."""
+"""Clips of different lengths in one batch.  B batch, M mel bins, F frames, Z latent channels, m latent rows, L latent
+frames."""
 
 import torch
 from torch import Tensor
@@ -34,3 +35,17 @@ def masked_mean(values: Tensor, n_frames: Tensor | None) -> Tensor:
     # `where` and no product: padding may hold anything, infinities too.
     total = values.where(valid_frames(n_frames, values.shape[-1])[:, None], 0.0).sum((1, 2))
     return total / (values.shape[1] * n_frames.clamp_min(1))
+
+
+def latents_to_sequence(latents: Tensor) -> Tensor:
+    """Latents of an audio VAE, (B, Z, L) or (B, Z, m, L), as a sequence of vectors: (B, L, Z) or (B, L, Z * m)."""
+    return latents.flatten(1, -2).transpose(1, 2)
+
+
+def sequence_to_latents(sequence: Tensor, n_channels: int) -> Tensor:
+    """The inverse of `latents_to_sequence`, as `AudioVAE.decode` takes it.
+
+    Args: n_channels: Z; where the vectors have m times as many values, the latents have m rows.
+    """
+    latents = sequence.transpose(1, 2)
+    return latents if latents.shape[1] == n_channels else latents.unflatten(1, (n_channels, -1))

@@ -97,7 +97,9 @@ def test_the_hmm_finds_boundaries_from_a_flat_start():
     single = aligner.align(mels[3:4], symbols[3:4])
     assert torch.equal(single.durations[0], alignment.durations[3])
     assert single.log_likelihood[0] == pytest.approx(alignment.log_likelihood[3], abs=1e-9)
-    assert aligner.align(mels[3:4], [symbols[3].flip(0)]).log_likelihood[0] < min(alignment.log_likelihood)
+    wrong = aligner.align(mels[3:4], [symbols[3].flip(0)])
+    assert wrong.log_likelihood[0] < min(alignment.log_likelihood)
+    assert wrong.likelihood_ratio[0] < 5 * min(alignment.likelihood_ratio) < 0 and max(alignment.likelihood_ratio) <= 0
 
 
 def test_needed_frames_are_those_of_the_shortest_alignment():

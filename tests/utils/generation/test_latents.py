@@ -38,7 +38,9 @@ def test_the_class_follows_the_stage(checkpoint, tmp_path):
     edit_json(tmp_path / "checkpoint-1" / STAGE, stage="recurrent_vae")
     assert isinstance(load_vae(tmp_path), RecurrentVAE)
     edit_json(tmp_path / "checkpoint-1" / STAGE, stage="image_diffusion")
-    with pytest.raises(ValueError, match=r"'image_diffusion', which trains no VAE; .* image_vae, recurrent_vae"):
+    with pytest.raises(
+        ValueError, match=r"'image_diffusion', which trains no VAE of type image; .* image_vae, recurrent_vae"
+    ):
         load_vae(tmp_path)
 
 

@@ -1,0 +1,222 @@
+"""Audio and texts to latents: what a file holds, what is left out and why, resumed runs, wrong models and flags."""
+
+# ruff: noqa: RUF001 (letters of phonetics)
+
+import shutil
+
+import pytest
+import soundfile
+import torch
+
+from dataset_loading.audio.cached import AudioVAEDataset
+from dataset_loading.cache_writer import save_tensors
+from dataset_loading.cached import CachedDataset
+from model.audio.alignment import PhoneHMM
+from model.audio.spectral import MelSettings
+from model.text.phonemes import SpeechTokenizer
+from preprocess_audio_diffusion_dataset import AudioDiffusionPreprocess
+from tests.helpers.audio_latent_cache import (
+    SENTENCES,
+    SETTINGS,
+    make_audio_latents,
+    save_audio_vae,
+    write_manifest,
+    write_spoken_cache,
+)
+from tests.helpers.captions import text_of
+from tests.helpers.text_encoder_folder import save_text_encoder
+from utils.generation.latents import load_vae, vae_fingerprint
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    return save_audio_vae(tmp_path_factory.mktemp("vae"))
+
+
+@pytest.fixture(scope="module")
+def mels(tmp_path_factory):
+    return write_spoken_cache(tmp_path_factory.mktemp("cache") / "mels")
+
+
+@pytest.fixture(scope="module")
+def latents(mels, vae, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache") / "latents"
+    make_audio_latents(mels, vae, folder)
+    return folder
+
+
+def samples(folder):
+    """All samples of a folder by the name of the recording."""
+    data = [CachedDataset(folder, split) for split in ("train", "validation")]
+    return {entry["source"]: (entry, part[i]) for part in data for i, entry in enumerate(part.entries)}
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*.pt"))}
+
+
+def test_a_file_holds_standardised_latents_tokens_and_durations(latents, mels, vae):
+    model, all_samples = load_vae(vae, media="audio"), samples(latents)
+    originals = [AudioVAEDataset(mels, split) for split in ("train", "validation")]
+    by_source = {entry["source"]: part[i]["mel"] for part in originals for i, entry in enumerate(part.entries)}
+    manifest = CachedDataset(latents, "train").manifest
+    tokenizer = SpeechTokenizer.from_dict(manifest["settings"]["tokenizer"])
+    aligner = PhoneHMM.load(latents / "aligner.safetensors")
+    for name, (entry, sample) in all_samples.items():
+        mel = by_source[name]
+        with torch.no_grad():
+            mean, logvar = model.encode(mel[None])
+        assert sample["mean"].dtype == sample["std"].dtype == torch.float16
+        expected = (mean[0] - model.latent_mean[:, None]) / model.latent_std[:, None]
+        assert torch.allclose(sample["mean"].float(), expected, rtol=2**-9, atol=1e-6)
+        assert torch.allclose(sample["std"].float(), (logvar[0] / 2).exp() / model.latent_std[:, None], rtol=2**-9)
+        assert torch.equal(sample["tokens"], tokenizer.encode(entry["caption"]))
+        alignment = aligner.align([mel], [sample["tokens"][:, 0]])
+        assert torch.equal(sample["durations"], alignment.durations[0]) and sample["durations"].dtype == torch.int16
+        assert sample["durations"].sum() == sample["n_mel_frames"] == mel.shape[1] == entry["mel_frames"]
+        assert entry["length"] == sample["mean"].shape[1] == -(-mel.shape[1] // 2)
+        assert entry["log_likelihood"] == pytest.approx(alignment.log_likelihood[0], abs=1e-3)
+        assert entry["likelihood_ratio"] == pytest.approx(alignment.likelihood_ratio[0], abs=1e-3)
+    assert len(all_samples) == 24 and "likelihood_ratio" not in manifest["totals"]["train"]
+    settings = manifest["settings"]
+    assert settings["vae_fingerprint"] == vae_fingerprint(vae) and settings["mel"] == SETTINGS.as_dict()
+    assert (settings["latent_channels"], settings["mel_frames_per_latent"]) == (5, 2)
+
+
+def test_workers_and_resuming_change_no_byte_and_keep_the_aligner(latents, mels, vae, tmp_path):
+    whole = contents(latents)
+    make_audio_latents(mels, vae, tmp_path / "2", "--num_workers", "2", "--batch_size", "5")
+    assert contents(tmp_path / "2") == whole and len(whole) == 24
+    # A folder with clips missing, and an aligner that a new fit would not give.
+    for name in sorted(whole)[::3]:
+        (tmp_path / "2" / name).unlink()
+    make_audio_latents(mels, vae, tmp_path / "2")
+    assert contents(tmp_path / "2") == whole
+    # The aligner of another folder serves a part of the clips.
+    manifest = make_audio_latents(mels, vae, tmp_path / "part", "--limit", "4", "--aligner", str(latents))
+    assert (
+        manifest["settings"]["aligner_fingerprint"]
+        == CachedDataset(latents, "train").manifest["settings"]["aligner_fingerprint"]
+    )
+    assert all(whole[name] == content for name, content in contents(tmp_path / "part").items())
+
+
+def test_clips_that_cannot_be_used_are_named_with_reasons(mels, vae, tmp_path, caplog):
+    folder = shutil.copytree(mels, tmp_path / "mels")
+    data = AudioVAEDataset(folder, "train")
+    entries = data.manifest["entries"]
+    save_tensors(folder / "train" / f"{entries['train'][0]['key']}.pt", {"mel": data[0]["mel"][:, :9]})
+    entries["train"][1]["caption"] = "  "
+    entries["train"][2]["caption"] = "..."
+    entries["validation"][0]["caption"] = "vision"  # ʒ is in no training text.
+    write_manifest(folder, entries)
+    manifest = make_audio_latents(folder, vae, tmp_path / "out")
+    reasons = {row["source"]: row["reason"] for row in manifest["skipped"]}
+    names = [entries["train"][i]["source"] for i in range(3)] + [entries["validation"][0]["source"]]
+    assert list(reasons) == names
+    assert "9 mel frames are too few" in reasons[names[0]] and reasons[names[1]] == "empty text"
+    assert "nothing to say" in reasons[names[2]] and "unknown symbols v ɪ ʒ" in reasons[names[3]]
+    assert "4 clips left out" in caplog.text and names[0] in caplog.text
+
+
+def test_the_worst_clips_are_those_with_wrong_transcripts(mels, vae, tmp_path, caplog):
+    folder = shutil.copytree(mels, tmp_path / "mels")
+    entries = AudioVAEDataset(folder, "train").manifest["entries"]
+    wrong = next(entry for entry in entries["train"] if entry["caption"] == SENTENCES[5])
+    wrong["caption"] = SENTENCES[2]
+    write_manifest(folder, entries)
+    caplog.set_level("INFO")
+    make_audio_latents(folder, vae, tmp_path / "out")
+    lines = caplog.text.split("per frame):")[1].splitlines()[1:]
+    assert len(lines) == 10 and wrong["source"] in lines[0]
+
+
+def test_captions_are_bytes_or_states_of_an_encoder(mels, vae, tmp_path):
+    make_audio_latents(mels, vae, tmp_path / "bytes", "--conditioning", "caption", "--max_tokens", "10")
+    for entry, sample in samples(tmp_path / "bytes").values():
+        assert sample.keys() == {"mean", "std", "n_mel_frames", "caption_tokens", "index"}
+        assert text_of(sample["caption_tokens"].tolist()) == entry["caption"][:9]
+    encoder = str(save_text_encoder(tmp_path / "encoder"))
+    flags = ("--conditioning", "caption", "--text_encoder", encoder, "--limit", "3")
+    manifest = make_audio_latents(mels, vae, tmp_path / "states", *flags)
+    states = samples(tmp_path / "states")["000.flac"][1]["caption_states"]
+    assert states.dtype == torch.bfloat16 and states.shape[1] == manifest["settings"]["text_embedding_width"] == 16
+    assert not (tmp_path / "states" / "aligner.safetensors").exists()
+
+
+def test_characters_have_one_state_and_a_warning(mels, vae, tmp_path, caplog):
+    manifest = make_audio_latents(mels, vae, tmp_path / "out", "--units", "characters")
+    assert "w" in manifest["settings"]["tokenizer"]["symbols"] and "tell no pronunciation" in caplog.text
+    assert PhoneHMM.load(tmp_path / "out" / "aligner.safetensors").n_states == 1
+
+
+def test_rows_of_latents_are_further_channels_and_speakers_are_told(mels, tmp_path):
+    fields = {"architecture": "conv2d", "patch_bins": 8, "latent_channels": 4, "speakers": ["ann"]}
+    vae = save_audio_vae(tmp_path / "vae", **fields)
+    manifest = make_audio_latents(mels, vae, tmp_path / "out")
+    assert manifest["settings"]["latent_channels"] == 20
+    assert {entry["speaker"] for entry in manifest["entries"]["train"]} == {"ann"}
+    assert "knows no speaker 'bob'" in manifest["skipped"][0]["reason"] and len(manifest["skipped"]) == 12
+    assert CachedDataset(tmp_path / "out", "train")[0]["mean"].shape[0] == 20
+
+
+def test_raw_audio_becomes_log_mels_of_the_vae_first(vae, tmp_path):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    lines = ["file_name,text,speaker"]
+    for i, text in enumerate(("one two", "two one", "one one")):
+        soundfile.write(raw / f"{i}.wav", 0.1 * torch.randn(20000).numpy(), 16000)
+        lines.append(f"{i}.wav,{text},ann")
+    (raw / "metadata.csv").write_text("\n".join(lines))
+    words = ["--dataset_name", str(raw), "--vae_checkpoint", str(vae), "--output_dir", str(tmp_path / "out")]
+    words += ["--num_workers", "0", "--validation_fraction", "0"]
+    manifest = AudioDiffusionPreprocess.main(words)
+    assert [entry["source"] for entry in manifest["entries"]["train"]] == ["0.wav", "1.wav", "2.wav"]
+    assert AudioVAEDataset(tmp_path / "out_mels", "train").mel == SETTINGS
+    assert manifest["command"] == ["preprocess_audio_diffusion_dataset.py", *manifest["command"][1:]]
+    assert ["--dataset_name", str(raw)] == manifest["command"][1:3] and "--audio_cache" not in manifest["command"]
+    with pytest.raises(SystemExit):
+        AudioDiffusionPreprocess.main([*words, "--mel", "22k"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--audio_cache", "x"], "--vae_checkpoint is missing"),
+        (["--vae_checkpoint", "x"], "none is given"),
+        (["--audio_cache", "x", "--dataset_name", "y", "--vae_checkpoint", "x"], "both are given"),
+        (["--audio_cache", "x", "--vae_checkpoint", "x", "--trim_db", "30"], "--trim_db has no effect"),
+        (["--audio_cache", "x", "--vae_checkpoint", "x", "--text_encoder", "y"], "--text_encoder has no effect"),
+        (["--audio_cache", "x", "--vae_checkpoint", "x", "--max_tokens", "9"], "--max_tokens has no effect"),
+        (
+            ["--audio_cache", "x", "--vae_checkpoint", "x", "--units", "characters", "--language", "fr"],
+            "--language has no effect",
+        ),
+    ],
+)
+def test_wrong_flags(flags, message, capsys):
+    with pytest.raises(SystemExit):
+        AudioDiffusionPreprocess.main(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_unfit_models_languages_and_folders_are_refused(latents, mels, vae, tmp_path, caplog):
+    other_mel = save_audio_vae(tmp_path / "mel", settings=MelSettings(n_mels=80))
+    other = save_audio_vae(tmp_path / "other", latent_mean=0.3)
+    cases = {
+        (mels, tmp_path / "gone", tmp_path / "new"): "does not exist",
+        (mels, other_mel, tmp_path / "new"): "n_mels",
+        (tmp_path / "no_cache", vae, tmp_path / "new"): "no_cache does not exist",
+        (mels, vae, tmp_path / "new", "--language", "fr-ffr"): "did you mean 'fr-fr'",
+        (mels, vae, tmp_path / "new", "--vae_config", "small"): "was trained with preset 'tiny'",
+        (mels, other, latents): f"vae_fingerprint='{vae_fingerprint(vae)}' there, '{vae_fingerprint(other)}' now",
+        (mels, vae, latents, "--units", "characters"): "units='phonemes' there, 'characters' now",
+        (mels, vae, tmp_path / "new", "--aligner", str(latents), "--no_gaps"): "gaps=True there, False now",
+    }
+    before = contents(latents)
+    for (cache, checkpoint, out, *flags), message in cases.items():
+        caplog.clear()
+        with pytest.raises(SystemExit) as caught:
+            make_audio_latents(cache, checkpoint, out, *flags)
+        assert caught.value.code == 2 and message in caplog.text
+    assert contents(latents) == before and not (tmp_path / "new").exists()
