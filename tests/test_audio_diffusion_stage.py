@@ -11,42 +11,31 @@ from dataset_loading.audio.latents import AudioLatentDataset
 from inference.text_to_speech import TextToSpeechArguments, speak
 from model.audio.diffusion import AudioDiffusion
 from pretrain_audio_diffusion import AudioDiffusionStage
-from tests.helpers.audio_latent_cache import SETTINGS, make_audio_latents, save_audio_vae, write_spoken_cache
+from tests.helpers.audio_latent_cache import SETTINGS, SMALL_SPEECH, make_audio_latents, make_speech, save_audio_vae
 from tests.helpers.runs import run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
 
-SMALL = [
-    "widths=[16,24]",
-    "n_blocks=[1,1]",
-    "n_attentions=[0,1]",
-    "head_width=8",
-    "conditioning_width=16",
-    "text_width=16",
-]
-COMMON = """--config tiny --batch_frames 256 --logging_steps 1 --eval_steps 1000 --save_steps 1000 --n_time_buckets 2
-    --n_logged_samples 0 --n_steps 2""".split()  # noqa: SIM905
+CAPTIONS = [word for word in SMALL_SPEECH if "=" in word and not word.startswith(("frame_width", "text_dropout"))]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Spoken sentences (mels), their VAE (vae), latents of speech (latents) and of captions (captions)."""
     folder = tmp_path_factory.mktemp("speech")
-    cache, vae = write_spoken_cache(folder / "mels"), save_audio_vae(folder / "vae")
-    make_audio_latents(cache, vae, folder / "latents")
-    make_audio_latents(cache, vae, folder / "captions", "--conditioning", "caption")
+    make_speech(folder)
+    make_audio_latents(folder / "mels", folder / "vae", folder / "captions", "--conditioning", "caption")
     save_stage_checkpoint(small_vocoder(**SETTINGS.as_dict(), **SMALL_VOCODER), "vocoder", folder / "vocoder")
     return folder
 
 
 @pytest.fixture
 def train(folder, tmp_path, fresh_logging):
-    """train(name, steps, *flags, override=(), latents="latents") -> Run."""
+    """train(name, steps, *flags) -> Run."""
 
-    def call(name, steps, *flags, override=("frame_width=16",), latents="latents"):
-        words = [*COMMON, "--override", *SMALL, *override]
-        return run_stage(AudioDiffusionStage, words, folder / latents, tmp_path, name, steps, *flags)
+    def call(name, steps, *flags, latents="latents"):
+        return run_stage(AudioDiffusionStage, SMALL_SPEECH, folder / latents, tmp_path, name, steps, *flags)
 
     return call
 
@@ -54,7 +43,7 @@ def train(folder, tmp_path, fresh_logging):
 @pytest.fixture(scope="module")
 def checkpoint(folder, tmp_path_factory):
     """A run with a decent learning rate for a few steps, so that weights are no zeros."""
-    words = [*COMMON, "--override", *SMALL, "frame_width=16", "--learning_rate", "1e-2"]
+    words = [*SMALL_SPEECH, "--learning_rate", "1e-2"]
     return run_stage(AudioDiffusionStage, words, folder / "latents", tmp_path_factory.mktemp("runs"), "run", 6).folder
 
 
@@ -96,14 +85,14 @@ def test_speech_is_logged(train, folder):
 
 
 def test_captions_train_without_alignment(train):
-    run = train("captions", 2, override=(), latents="captions")
+    run = train("captions", 2, "--override", *CAPTIONS, latents="captions")
     model = load_model(AudioDiffusion, run.folder)
     assert model.config.conditioning == "caption" and all(loss == loss and loss < 5 for loss in run.losses)
 
 
 def test_what_does_not_fit_the_latents_is_refused(train, folder, tmp_path):
     with pytest.raises(ValueError, match=r"latent_channels=8 does not fit .* latent_channels=5"):
-        train("channels", 1, override=("latent_channels=8",))
+        train("channels", 1, "--override", "latent_channels=8")
     with pytest.raises(ValueError, match=r"come from the VAE \w+; .*--vae_checkpoint"):
         train("vae", 1, "--vae_checkpoint", str(save_audio_vae(tmp_path / "other", latent_mean=0.3)))
     with pytest.raises(ValueError, match="preset 'tiny', not 'small'"):

@@ -18,9 +18,9 @@ from pretrain_multimodal import MultimodalStage
 from pretrain_recurrent_vae import RecurrentVAEStage
 from pretrain_vocoder import VocoderStage
 from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
+from tests.helpers.audio_latent_cache import SMALL_SPEECH, make_speech
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
 from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference, relative_distance, run_stage
-from tests.helpers.speech_latents import SMALL_SPEECH, make_speech
 from tests.helpers.text_cache import SMALL_CORE, make_text
 from utils.checkpoints import load_model
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
+from tests.helpers.audio_latent_cache import SMALL_SPEECH, make_speech
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
 from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, relative_distance
-from tests.helpers.speech_latents import SMALL_SPEECH, make_speech
 from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text
 
 ROOT = Path(__file__).resolve().parents[2]
