@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from model.audio.lengths import latents_to_sequence, sequence_to_latents
 from model.audio.vae import AudioVAE, AudioVAEConfig
 
 SIZES = {"n_mels": 16, "f_max": 8000.0, "width": 24, "n_encoder_blocks": 2, "n_decoder_blocks": 2, "kernel_size": 5}
@@ -270,3 +271,12 @@ def test_characters_can_be_read(model):
 def test_wrong_configurations_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
         AudioVAEConfig(**{**SIZES, **ARCHITECTURES["conv1d"], **wrong})
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 7), (2, 5, 3, 7)])
+def test_latents_are_sequences_of_vectors_and_back(shape):
+    latents = torch.randn(shape)
+    sequence = latents_to_sequence(latents)
+    assert sequence.shape == (2, 7, latents[0].numel() // 7)
+    assert torch.equal(sequence[1, 3], latents[1, ..., 3].flatten())
+    assert torch.equal(sequence_to_latents(sequence, 5), latents)

@@ -5,12 +5,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from model.audio.vae import AudioVAE
 from model.image.recurrent_vae import RecurrentVAE
 from model.image.vae import ImageVAE
+from tests.helpers.audio_latent_cache import save_audio_vae
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.latent_cache import save_vae
 from utils.checkpoints import EMA, STAGE, mark_complete, write_json
-from utils.generation.latents import load_vae, standardized_posterior, vae_fingerprint
+from utils.generation.latents import check_vae, load_vae, standardized_posterior, vae_fingerprint
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,17 @@ def test_the_class_follows_the_stage(checkpoint, tmp_path):
         ValueError, match=r"'image_diffusion', which trains no VAE of type image; .* image_vae, recurrent_vae"
     ):
         load_vae(tmp_path)
+
+
+def test_an_audio_vae_is_loaded_as_such_alone(checkpoint, tmp_path):
+    audio = save_audio_vae(tmp_path)
+    assert isinstance(load_vae(audio, media="audio"), AudioVAE)
+    with pytest.raises(ValueError, match="'audio_vae', which trains no VAE of type image"):
+        load_vae(audio)
+    with pytest.raises(ValueError, match="'image_vae', which trains no VAE of type audio; stages that do: audio_vae"):
+        load_vae(checkpoint, media="audio")
+    with pytest.raises(ValueError, match=r"the latents in x come from the VAE 0123.*preprocess_audio_diffusion"):
+        check_vae(audio, "0123", "the latents in x", media="audio")
 
 
 def test_unfit_checkpoints_are_refused(checkpoint, image_cache, tmp_path):
