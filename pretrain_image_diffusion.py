@@ -15,12 +15,11 @@ from dataset_loading.files import read_manifest
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.presets import IMAGE_DIFFUSION
-from utils.checkpoints import checkpoints_in, lasting_name
-from utils.distributed import launched_rank
-from utils.generation.latents import find_vae, load_vae, pin_vae
+from utils.checkpoints import lasting_name
+from utils.generation.latents import load_vae
 from utils.generation.text_to_image import fit_to_latents, load_text_encoder
-from utils.training.diffusion import DiffusionTrainer
-from utils.training.image_diffusion import ImageDiffusionArguments, PromptGridCallback, SampleMetrics, check_init_from
+from utils.training.diffusion import DiffusionTrainer, check_init_from, keep_vae, latents_vae
+from utils.training.image_diffusion import ImageDiffusionArguments, PromptGridCallback, SampleMetrics
 from utils.training.stage import Stage
 
 
@@ -41,10 +40,7 @@ class ImageDiffusionStage(Stage):
     @cached_property
     def vae_checkpoint(self):
         """The VAE that encoded the latents; those of another one would decode to noise."""
-        # A resumed run goes on with its copy, whatever has become of the folder that its command names.
-        given = "" if self.args.resume_from_checkpoint else self.args.vae_checkpoint
-        folders, name = (self.run_dir, self.cache_dir), f"the latents in {self.cache_dir}"
-        return find_vae(self.latents, name, given=given, folders=folders)
+        return latents_vae(self.args, self.latents, run_dir=self.run_dir, cache_dir=self.cache_dir)
 
     @cached_property
     def vae(self):
@@ -58,9 +54,7 @@ class ImageDiffusionStage(Stage):
 
     def prepare(self):
         """Keep a copy of the VAE, without which the run's model draws nothing."""
-        if self.vae and launched_rank() == 0:
-            # In place of another VAE's only where no checkpoint of the run needs that one.
-            pin_vae(self.vae_checkpoint, self.run_dir, may_replace=not checkpoints_in(self.run_dir))
+        keep_vae(self.vae_checkpoint, self.run_dir)
 
     def build_config(self):
         """The preset with what the latents determine; a VAE, a text encoder, a checkpoint to start from, or an

@@ -24,6 +24,7 @@ from transformers import initialization
 
 from model.checkpointing import GradientCheckpointingLayer
 from model.layers import Downsample, Upsample, ZeroConv2d, ZeroLinear, init_layer
+from model.positions import apply_rotary
 from model.text.tokenizer import PADDING, VOCABULARY
 
 MAX_PERIOD = 10_000.0  # slowest wave of the time embedding, in units of the network's time
@@ -142,12 +143,17 @@ class Attention(nn.Module):
         self.key_norm = nn.LayerNorm(head_width, bias=False)
         self.out = ZeroLinear(width, width)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        """mask (B, T) bool, True where attention is allowed -> (B, L, D)."""
+    def forward(
+        self, x: Tensor, context: Tensor, mask: Tensor | None = None, *, rotary: Tensor | None = None
+    ) -> Tensor:
+        """mask (B, T) bool, True where attention is allowed; rotary (1, L, 1, K / 2, 2), see `rotary_table`, where
+        positions rotate queries and keys of the same sequence -> (B, L, D)."""
         # Heads, with normalised queries and keys: their products are bounded, so that logits cannot grow.
         q = self.query(x).unflatten(-1, (-1, self.head_width))  # (B, L, H, K)
         k, v = self.key_value(context).unflatten(-1, (2, -1, self.head_width)).unbind(2)  # (B, T, H, K)
         q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
+        if rotary is not None:
+            q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         allowed = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, T)
         return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2))

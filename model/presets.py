@@ -79,6 +79,18 @@ AUDIO_VAE: dict[str, dict[str, Any] | str] = {
     "base":    "medium",
 }
 
+AUDIO_DIFFUSION: dict[str, dict[str, Any] | str] = {
+    "tiny":   preset(  4_730_985, widths=[192, 256], n_blocks=[2, 3], n_attentions=[0, 2], conditioning_width=256,
+                        text_width=192, frame_width=192),
+    "small":  preset( 20_271_913, widths=[384, 512], n_blocks=[2, 4], n_attentions=[0, 3], conditioning_width=384,
+                        text_width=384, frame_width=384),
+    "medium": preset( 57_574_313, widths=[512, 768], n_blocks=[3, 6], n_attentions=[0, 5], conditioning_width=512,
+                        text_width=512, frame_width=512, n_token_blocks=4, n_trunk_blocks=3),
+    "large":  preset(253_455_657, widths=[768, 1024, 1280], n_blocks=[3, 3, 8], n_attentions=[0, 2, 8],
+                        conditioning_width=768, text_width=768, frame_width=768, n_token_blocks=6,
+                        n_duration_blocks=3, n_trunk_blocks=4),
+}
+
 VOCODER: dict[str, dict[str, Any] | str] = {
     "tiny":       preset(   431_811, width=96,  n_layers=4),
     "small":      preset( 3_720_195, width=256, n_layers=8),

@@ -12,11 +12,13 @@ import pytest
 import torch
 
 from model.causal import MegaTransformerForCausalLM
+from pretrain_audio_diffusion import AudioDiffusionStage
 from pretrain_audio_vae import AudioVAEStage
 from pretrain_multimodal import MultimodalStage
 from pretrain_recurrent_vae import RecurrentVAEStage
 from pretrain_vocoder import VocoderStage
 from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
+from tests.helpers.audio_latent_cache import SMALL_SPEECH, make_speech
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
 from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference, relative_distance, run_stage
 from tests.helpers.text_cache import SMALL_CORE, make_text
@@ -32,6 +34,7 @@ COMMON = {
     "recurrent_vae": SMALL_RUN,
     "image_diffusion": SMALL_DIFFUSION,
     "audio_vae": SMALL_AUDIO_VAE,
+    "audio_diffusion": SMALL_SPEECH,
     "vocoder": SMALL_VOCODER,
     "multimodal": SMALL_CORE,
 }
@@ -242,6 +245,7 @@ def test_audio_stages_under_zero_3_equal_one_process(stage, tmp_path, fresh_logg
     assert largest_difference(one.adversary["discriminator"], two.adversary["discriminator"]) <= 1e-4
 
 
+ZERO_3 = pytest.param("ds_config_zero-3.json", marks=pytest.mark.slow)
 ZERO_0 = pytest.param("ds_config.json", marks=pytest.mark.slow)
 
 
@@ -275,6 +279,17 @@ def test_text_under_zero_2_equals_one_process_and_resumes_exactly(tmp_path, fres
     same_text(one, straight)
     assert all(largest_difference(straight.weights(name), resumed.weights(name)) == 0 for name in ("model", "ema"))
     assert straight.losses == resumed.losses and evaluated(straight) == evaluated(resumed)
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "ds_config_zero-2.json", ZERO_3])
+def test_speech_on_two_processes_equals_one(launcher, tmp_path, fresh_logging):
+    """Batches by a budget of frames: the two processes have clips of unequal lengths in unequal numbers."""
+    cache = make_speech(tmp_path / "cache")
+    one = run_stage(AudioDiffusionStage, SMALL_SPEECH, cache, tmp_path, "one", 4)
+    flags = ["--batch_frames", "128", "--eval_batch_size", "3"]
+    two = launch(launcher, cache, tmp_path, 4, *flags, stage="audio_diffusion")
+    assert two.losses == pytest.approx(one.losses, rel=1e-5) and evaluated(two) == pytest.approx(evaluated(one))
+    assert all(largest_difference(one.weights(name), two.weights(name)) <= 1e-5 for name in ("model", "ema"))
 
 
 def evaluated(run: Run) -> list[float]:

@@ -35,6 +35,7 @@ TRAINERS = {
     "ImageVAEGANTrainer": "image_vae",
     "RecurrentVAEGANTrainer": "recurrent_vae",
     "DiffusionTrainer": "diffusion",
+    "AudioDiffusionTrainer": "audio_diffusion",
     "VocoderTrainer": "vocoder",
     "AudioVAEGANTrainer": "audio_vae",
     "MultimodalTrainer": "multimodal",

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
+from tests.helpers.audio_latent_cache import SMALL_SPEECH, make_speech
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
 from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, relative_distance
 from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text
@@ -32,6 +33,7 @@ STAGES = {
     "image_diffusion": ("image_diffusion", SMALL_DIFFUSION, "latent_cache"),
     "vocoder": ("vocoder", SMALL_VOCODER, make_audio_cache),
     "audio_vae": ("audio_vae", SMALL_AUDIO_VAE, lambda folder: write_mel_cache(folder, SETTINGS)),
+    "audio_diffusion": ("audio_diffusion", SMALL_SPEECH, make_speech),
     "text_flat": ("multimodal", SMALL_TEXT, make_text),
     "text_recurrent": ("multimodal", SMALL_CORE, make_text),
 }

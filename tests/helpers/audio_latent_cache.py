@@ -24,6 +24,11 @@ SENTENCES = (
     "for help press the pound key",
 )
 VOICES = {"ann": ("en-us", 60), "bob": ("en-us+m7", 40)}
+# A run of text to speech on them.
+SMALL_SPEECH = """
+    --config tiny --override widths=[16,24] n_blocks=[1,1] n_attentions=[0,1] head_width=8 conditioning_width=16
+    text_width=16 frame_width=16 text_dropout=0 --logging_steps 1 --eval_steps 1000 --save_steps 1000
+    --n_time_buckets 2 --n_logged_samples 0 --n_steps 2 --batch_frames 256""".split()  # noqa: SIM905
 
 
 def write_spoken_cache(folder: Path, n_clips: int = 24, settings: MelSettings = SETTINGS) -> Path:
@@ -67,3 +72,10 @@ def make_audio_latents(cache: Path, vae: Path, out: Path, *flags: str) -> dict:
     """Preprocess in this process; returns the manifest."""
     words = ["--audio_cache", str(cache), "--vae_checkpoint", str(vae), "--output_dir", str(out)]
     return AudioDiffusionPreprocess.main([*words, "--num_workers", "0", *flags])
+
+
+def make_speech(folder: Path) -> Path:
+    """Spoken sentences (mels), their VAE (vae) and the latents (latents) in a folder; returns the latents."""
+    cache, vae = write_spoken_cache(folder / "mels"), save_audio_vae(folder / "vae")
+    make_audio_latents(cache, vae, folder / "latents")
+    return folder / "latents"

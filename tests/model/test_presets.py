@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from model import presets
+from model.audio.diffusion import AudioDiffusion
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from model.causal import MegaTransformerForCausalLM
@@ -21,6 +22,7 @@ MODELS = {
     "RECURRENT_VAE": RecurrentVAE,
     "IMAGE_DIFFUSION": ImageDiffusion,
     "AUDIO_VAE": AudioVAE,
+    "AUDIO_DIFFUSION": AudioDiffusion,
     "VOCODER": Vocoder,
     "MEGATRANSFORMER": MegaTransformerForCausalLM,
 }

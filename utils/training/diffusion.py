@@ -1,15 +1,50 @@
-"""The trainer of latent diffusion, for images and audio.  B batch, Z latent channels, K time buckets."""
+"""Flags and trainer of latent diffusion, for images and audio.  B batch, Z latent channels, K time buckets."""
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from utils.distributed import from_main, rank
+from model.diffusion_process import TimeSampling, Weighting
+from utils.checkpoints import checkpoints_in, read_stage, resolve_checkpoint
+from utils.distributed import from_main, launched_rank, rank
+from utils.generation.latents import PINNED, Media, checkpoints_at, find_vae, latents_script, pin_vae
+from utils.megatransformer_utils import StageArguments
+from utils.options import option
 from utils.seeds import sample_normal, sample_uniform
 from utils.training_utils import StageTrainer
 
 TEXT_INPUTS = ("tokens", "text_states", "mask")
+
+
+@dataclasses.dataclass
+class DiffusionArguments(StageArguments):
+    """Flags of the objective, for all stages of diffusion."""
+
+    # VAE of the latents.
+    vae_checkpoint: str = option(
+        "", "run or checkpoint folder of the latents' VAE; default: its copy in the run or the cache"
+    )
+    vae_config: str = option("", "preset of that VAE, checked against its checkpoint")
+
+    # Objective.
+    caption_dropout: float = option(0.1, "probability that a caption is replaced by the null condition", ge=0, lt=1)
+    time_sampling: TimeSampling = option("logit_normal", "distribution of training times")
+    time_mean: float = option(0.0, "mean of the logit-normal times", only_with=("time_sampling", "logit_normal"))
+    time_std: float = option(1.0, "std of the logit-normal times", gt=0, only_with=("time_sampling", "logit_normal"))
+    loss_weighting: Weighting = option("none", "weighting of the loss over times")
+    min_snr_gamma: float = option(
+        5.0,
+        "maximum signal-to-noise ratio of the min_snr weighting (arXiv 2303.09556)",
+        gt=0,
+        only_with=("loss_weighting", "min_snr"),
+    )
+
+    # Evaluation during training.
+    n_time_buckets: int = option(5, "intervals of [0, 1] whose validation loss is logged", gt=0, le=100)
 
 
 class DiffusionTrainer(StageTrainer):
@@ -81,19 +116,21 @@ class DiffusionTrainer(StageTrainer):
     def evaluation_terms(self, model, inputs):
         """The error at one time in each of K equal parts of [0, 1]; time and noise belong to the sample alone, so that
         evaluations are comparable. Channels and times have equal weights; `loss` is the mean over the parts."""
-        n_buckets, index, latents = self.stage_arguments.n_time_buckets, inputs["index"], inputs["mean"]
+        latents = inputs["mean"]
         terms: dict[str, Tensor] = {}
+        for name, time, noise in self.evaluation_points(inputs["index"], latents.shape[1:]):
+            terms[name] = self.squared_errors(model, inputs, latents=latents, noise=noise, time=time).mean(1)
+        return {**terms, "loss": torch.stack(list(terms.values())).mean(0)}
+
+    def evaluation_points(self, index: Tensor, shape: Sequence[int]) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Name of the loss, times (B,) and noise (B, *shape) in each of K equal parts of [0, 1], by sample alone."""
+        n_buckets, device = self.stage_arguments.n_time_buckets, self.args.device
         for bucket in range(n_buckets):
             # Step 0 stands for every evaluation: the same sample has the same times and noise in all of them.
             within = sample_uniform(self.args.seed, 0, index, stream=f"evaluation time {bucket}", shape=())
-            noise = sample_normal(
-                self.args.seed, 0, index, stream=f"evaluation noise {bucket}", shape=latents.shape[1:]
-            )
-            within, noise = within.to(latents.device), noise.to(latents.device)
-            time = (bucket + within) / n_buckets  # (B,)
-            name = f"loss_t{bucket / n_buckets:.2f}-{(bucket + 1) / n_buckets:.2f}"
-            terms[name] = self.squared_errors(model, inputs, latents=latents, noise=noise, time=time).mean(1)
-        return {**terms, "loss": torch.stack(list(terms.values())).mean(0)}
+            noise = sample_normal(self.args.seed, 0, index, stream=f"evaluation noise {bucket}", shape=shape)
+            time = (bucket + within.to(device)) / n_buckets  # (B,)
+            yield f"loss_t{bucket / n_buckets:.2f}-{(bucket + 1) / n_buckets:.2f}", time, noise.to(device)
 
     def evaluation_extras(self, model):
         if self.measure_samples is None:
@@ -101,3 +138,43 @@ class DiffusionTrainer(StageTrainer):
         # A plain copy with averaged weights is sampled by one process, weights that may be sharded by all.
         takes_part = model is not self.ema_model or rank() == 0
         return from_main(self.measure_samples(self.accelerator.unwrap_model(model)) if takes_part else {})
+
+
+def latents_vae(
+    args: DiffusionArguments, latents: Mapping[str, Any], *, run_dir: Path, cache_dir: Path, media: Media = "image"
+) -> Path:
+    """The checkpoint of the VAE that encoded the latents of a cache, see `find_vae`."""
+    # A resumed run goes on with its copy, whatever has become of the folder that its command names.
+    given = "" if args.resume_from_checkpoint else args.vae_checkpoint
+    return find_vae(latents, f"the latents in {cache_dir}", given=given, folders=(run_dir, cache_dir), media=media)
+
+
+def keep_vae(checkpoint: Path, run_dir: Path) -> None:
+    """Rank 0 copies the VAE into a run: in place of another one only where no checkpoint of the run needs that."""
+    if launched_rank() == 0:
+        pin_vae(checkpoint, run_dir, may_replace=not checkpoints_in(run_dir))
+
+
+def check_init_from(path: str, latents: Mapping[str, Any], cache: Path, *, media: Media = "image") -> None:
+    """Check that a run on latents can start from the weights of another one.
+
+    Args:
+        path: run or checkpoint folder to start from.
+        latents: settings of the cache's manifest.
+        cache: its folder, for messages.
+        media: what the latents encode.
+    Raises: ValueError: that run's latents come from another VAE, or its captions from another text encoder.
+    """
+    record = read_stage(path, f"{media}_diffusion")
+    fields = {"vae_fingerprint": "vae_checkpoint", "text_encoder_fingerprint": "text_encoder"}
+    for name, flag in fields.items():
+        other, expected = record["latents"][name], latents[name]
+        if other != expected:
+            # The copy of the VAE that the run keeps, else the recorded path or name.
+            pinned = checkpoints_at(resolve_checkpoint(path).parent / PINNED) if flag == "vae_checkpoint" else []
+            value = next(map(str, pinned), record["latents"][flag]) or '""'
+            raise ValueError(
+                f"--init_from {path} was trained on {name}={other!r}, the latents in {cache} have {expected!r}, which "
+                f"mean nothing to its weights. Make latents for it with {latents_script(media)} --{flag} {value} and "
+                "another --output_dir, or train a new model without --init_from"
+            )

@@ -2,57 +2,37 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.image.latents import ImageLatentDataset
-from model.diffusion_process import TimeSampling, Weighting
 from model.text.feature_extractors import FrozenTextEncoder
 from model.vae import VAE
-from utils.checkpoints import read_stage, resolve_checkpoint
 from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.generated_images import generation_metrics, train_probe
-from utils.generation.latents import PINNED, checkpoints_at, latents_script
 from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
-from utils.megatransformer_utils import StageArguments
 from utils.metrics.caption_agreement import TextProbe, UnusableCaptionsError
 from utils.options import option
 from utils.training.callbacks import EvaluationCallback
+from utils.training.diffusion import DiffusionArguments
 
 logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
-class ImageDiffusionArguments(SamplingArguments, StageArguments):
+class ImageDiffusionArguments(SamplingArguments, DiffusionArguments):
     """Flags of the text-to-image stage."""
 
-    # VAE of the latents.
-    vae_checkpoint: str = option(
-        "", "run or checkpoint folder of the latents' VAE; default: its copy in the run or the cache"
-    )
-    vae_config: str = option("", "preset of that VAE, checked against its checkpoint")
     text_encoder: str = option("", "folder or hub name of the captions' text encoder; default: as in preprocessing")
 
     # Objective.
-    caption_dropout: float = option(0.1, "probability that a caption is replaced by the null condition", ge=0, lt=1)
-    time_sampling: TimeSampling = option("logit_normal", "distribution of training times")
-    time_mean: float = option(0.0, "mean of the logit-normal times", only_with=("time_sampling", "logit_normal"))
-    time_std: float = option(1.0, "std of the logit-normal times", gt=0, only_with=("time_sampling", "logit_normal"))
-    loss_weighting: Weighting = option("none", "weighting of the loss over times")
-    min_snr_gamma: float = option(
-        5.0,
-        "maximum signal-to-noise ratio of the min_snr weighting (arXiv 2303.09556)",
-        gt=0,
-        only_with=("loss_weighting", "min_snr"),
-    )
     channel_weight_power: float = option(
         0.0, "exponent p of the loss weight std^p of a latent channel, by its std in the VAE; 0: equal weights", ge=0
     )
 
     # Evaluation and logs during training.
-    n_time_buckets: int = option(5, "intervals of [0, 1] whose validation loss is logged", gt=0, le=100)
     prompts: list[str] = option([], "captions of the logged image grids; default: validation captions")
     n_prompts: int = option(
         8, "validation captions of the logged image grids; 0: no grids", ge=0, only_with=("prompts", [])
@@ -64,30 +44,6 @@ class ImageDiffusionArguments(SamplingArguments, StageArguments):
         aliases=("eval_pictures",),
     )
     grid_scales: list[float] = option([1.0, 3.0], "guidance scales of the logged image grids", ge=0)
-
-
-def check_init_from(path: str, latents: Mapping[str, Any], cache: Path) -> None:
-    """Check that a run on latents can start from the weights of another one.
-
-    Args:
-        path: run or checkpoint folder to start from.
-        latents: settings of the cache's manifest.
-        cache: its folder, for messages.
-    Raises: ValueError: that run's latents come from another VAE, or its captions from another text encoder.
-    """
-    record = read_stage(path, "image_diffusion")
-    fields = {"vae_fingerprint": "vae_checkpoint", "text_encoder_fingerprint": "text_encoder"}
-    for name, flag in fields.items():
-        other, expected = record["latents"][name], latents[name]
-        if other != expected:
-            # The copy of the VAE that the run keeps, else the recorded path or name.
-            pinned = checkpoints_at(resolve_checkpoint(path).parent / PINNED) if flag == "vae_checkpoint" else []
-            value = next(map(str, pinned), record["latents"][flag]) or '""'
-            raise ValueError(
-                f"--init_from {path} was trained on {name}={other!r}, the latents in {cache} have {expected!r}, which "
-                f"mean nothing to its weights. Make latents for it with {latents_script('image')} --{flag} {value} and another "
-                "--output_dir, or train a new model without --init_from"
-            )
 
 
 class PromptGridCallback(EvaluationCallback):

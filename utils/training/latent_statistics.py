@@ -28,7 +28,7 @@ def measure_latent_statistics(trainer: StageTrainer, moments_of: Callable[..., T
     model = trainer.evaluation_model()
     moments = torch.zeros(3, trainer.model.config.latent_channels, dtype=torch.float64, device=trainer.args.device)
     # Sums over the samples of this process, then over all processes.
-    for samples, counts in batches_of_rank(trainer):
+    for samples, counts in batches_of_rank(trainer, trainer.stage_arguments.latent_statistics_samples):
         batch_moments = moments_of(model, trainer._prepare_inputs(trainer.data_collator(samples)))
         if counts:
             moments += batch_moments
@@ -39,12 +39,12 @@ def measure_latent_statistics(trainer: StageTrainer, moments_of: Callable[..., T
     return mean.float(), std.float()
 
 
-def batches_of_rank(trainer: StageTrainer) -> Iterator[tuple[list[dict], bool]]:
-    """This process's batches of samples, spread over the training set, whose order often goes by kind; and whether
-    they count. Every process has the same number of batches, since forwards of sharded weights are collective: beyond
-    the end it gets one that does not count."""
+def batches_of_rank(trainer: StageTrainer, n_samples: int) -> Iterator[tuple[list[dict], bool]]:
+    """This process's batches of `n_samples` training samples in all, spread over the training set, whose order often
+    goes by kind; and whether they count. Every process has the same number of batches, since forwards of sharded
+    weights are collective: beyond the end it gets one that does not count."""
     dataset, batch_size = trainer.train_dataset, trainer.args.per_device_eval_batch_size
-    indices = evenly_spaced(len(dataset), trainer.stage_arguments.latent_statistics_samples)
+    indices = evenly_spaced(len(dataset), n_samples)
     # Each round gives a batch to every process, by rank.
     for start in range(0, len(indices), batch_size * world_size()):
         first = start + rank() * batch_size

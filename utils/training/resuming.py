@@ -47,7 +47,7 @@ ON_RESUME: dict[str, str] = {
             *("validation_split", "validation_fraction", "max_broken_fraction", "tokenizer", "tokenizer_vocab_size"),
         ],
         MODEL: ["config", "override"],
-        SAMPLES: ["batch_size", "gradient_accumulation_steps"],
+        SAMPLES: ["batch_size", "batch_frames", "gradient_accumulation_steps"],
         # Data order and noise, the state of the optimizer, the shape of the discriminator.
         FIXED: [
             *("seed", "sequence_length", "include_modes", "use_speakers"),
@@ -83,6 +83,8 @@ ON_RESUME: dict[str, str] = {
             *("segment_frames", "caption_dropout", "time_sampling", "time_mean", "time_std"),
             *("mean_decoder_steps", "decoder_steps_sigma", "min_decoder_steps", "max_decoder_steps"),
             *("n_backprop_steps", "recurrent_steps_per_rank", "recurrent_curriculum"),
+            # Speech.
+            *("prior_weight", "duration_weight", "duration_samples", "sentences"),
         ],
     }.items()
     for name in names
@@ -278,22 +280,25 @@ def check_resumable(
 
 
 def check_samples(resumption: Resumption, args: Any, n_ranks: int) -> None:
-    """Raises: ValueError: an optimizer step would have another number of samples, which shifts the data order."""
+    """Raises: ValueError: an optimizer step would have another number of samples, or of latent frames, which shifts
+    the data order."""
     old, written_ranks = resumption.old_arguments, resumption.record["n_ranks"]
-    if not {"batch_size", "gradient_accumulation_steps"} <= old.keys():
+    # What a micro-batch is counted by.
+    size, unit = ("batch_frames", "latent frames") if getattr(args, "batch_frames", 0) else ("batch_size", "samples")
+    if not {size, "gradient_accumulation_steps"} <= old.keys():
         return  # `recorded_arguments` has warned.
     splits = {
-        "checkpoint": (old["batch_size"], old["gradient_accumulation_steps"], written_ranks),
-        "this run": (args.batch_size, args.gradient_accumulation_steps, n_ranks),
+        "checkpoint": (old[size], old["gradient_accumulation_steps"], written_ranks),
+        "this run": (getattr(args, size), args.gradient_accumulation_steps, n_ranks),
     }
     before, now = (batch * accumulation * ranks for batch, accumulation, ranks in splits.values())
     if before == now:
         return
     texts = [f"{name} {' x '.join(map(str, split))}" for name, split in splits.items()]
-    accumulation, rest = divmod(before, args.batch_size * n_ranks)
-    command = f"--gradient_accumulation_steps {accumulation}" if accumulation and not rest else "another --batch_size"
+    accumulation, rest = divmod(before, getattr(args, size) * n_ranks)
+    command = f"--gradient_accumulation_steps {accumulation}" if accumulation and not rest else f"another --{size}"
     raise ValueError(
-        f"{resumption.folder} was trained with {before} samples per optimizer step, this run has {now} (--batch_size "
+        f"{resumption.folder} was trained with {before} {unit} per optimizer step, this run has {now} (--{size} "
         f"x --gradient_accumulation_steps x processes: {', '.join(texts)}), which would change the data order. Give "
         f"{command}, or {new_run(resumption.folder)}"
     )

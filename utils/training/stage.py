@@ -88,6 +88,12 @@ class Stage:
         """What the stage shows of its model in TensorBoard; `writer` is None except on rank 0."""
         return []
 
+    def count_steps(self, dataset: Dataset, n_ranks: int) -> tuple[int, str]:
+        """Optimizer steps of a run on so many processes, and what one of them holds, in words."""
+        per_step = self.args.batch_size * self.args.gradient_accumulation_steps * n_ranks
+        epochs, max_steps = self.args.num_train_epochs, self.args.max_steps
+        return expected_steps(len(dataset), per_step, epochs=epochs, max_steps=max_steps), f"{per_step} samples"
+
     def extra_record(self) -> dict[str, Any]:
         """Content of `stage.json` beyond what all stages have."""
         return {}
@@ -134,7 +140,7 @@ class Stage:
         model = self.build_model(config)
         # The checkpoint to go on from, where rank 0 sees one; all processes agree.
         checkpoint = from_main(str(self.find_checkpoint() or "")) or None
-        n_steps = self.count_steps(len(datasets["train"]), world_size())
+        n_steps, _ = self.count_steps(datasets["train"], world_size())
         if self.resumption is not None:
             check_resumable(
                 self.resumption,
@@ -213,11 +219,6 @@ class Stage:
     def resumption(self) -> Resumption | None:
         """What is resumed, None in a new run."""
         return getattr(self.args, "resumption", None)
-
-    def count_steps(self, n_samples: int, n_ranks: int) -> int:
-        """Optimizer steps of the run with so many training samples and processes."""
-        per_step = self.args.batch_size * self.args.gradient_accumulation_steps * n_ranks
-        return expected_steps(n_samples, per_step, epochs=self.args.num_train_epochs, max_steps=self.args.max_steps)
 
     def abandon_checkpoints_after(self, step: int) -> None:
         """Set the later checkpoints of the run aside, where it goes on from an earlier one."""
@@ -303,14 +304,13 @@ class Stage:
         # Optimizer steps, and the memory per parameter: fp32 weights, gradients, two Adam moments, and the average.
         n_parameters = sum(p.numel() for p in model.parameters())
         n_ranks = int(os.environ.get("WORLD_SIZE", 1))
-        per_step = self.args.batch_size * self.args.gradient_accumulation_steps * n_ranks
-        steps = self.count_steps(len(datasets["train"]), n_ranks)
+        n_steps, content = self.count_steps(datasets["train"], n_ranks)
         gib = n_parameters * 4 * (4 + self.args.use_ema) / 2**30
         # The report of the counts.
         console.print(config.describe(), markup=False)
         console.print(f"parameters: {n_parameters:,}")
         console.print("samples: " + ", ".join(f"{split} {len(dataset):,}" for split, dataset in datasets.items()))
-        console.print(f"optimizer steps: {steps:,} of {per_step} samples on {n_ranks} process(es)")
+        console.print(f"optimizer steps: {n_steps:,} of {content} on {n_ranks} process(es)")
         console.print(f"weights, gradients and optimizer: {gib:.2f} GiB unsharded (activations come on top)")
 
 

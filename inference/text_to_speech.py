@@ -1,0 +1,80 @@
+r"""Speak texts: a WAV file for each, written as soon as it is spoken, and the settings as JSON.
+
+    python inference/text_to_speech.py --checkpoint runs/audio_diffusion/demo --vocoder_checkpoint runs/vocoder/demo \
+        --text "Please call me back tomorrow at half past nine."
+    echo "A first sentence. And a second one." | python inference/text_to_speech.py --checkpoint ... --input - --stream
+
+Long texts are spoken sentence by sentence. The same seed gives the same sound for a sentence, whatever its neighbours.
+"""
+
+import dataclasses
+import itertools
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from dataset_loading.audio.signal import save_waveform
+from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
+from utils.command_line import explained_errors, parse_arguments
+from utils.devices import compute_device
+from utils.generation.speech import SpeechPipeline, VoiceArguments, read_texts
+from utils.options import option
+
+
+@dataclasses.dataclass
+class TextToSpeechArguments(VoiceArguments):
+    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
+    vae_checkpoint: str = option("", "folder of the latents' VAE; default: its copy in the run or the cache")
+    vocoder_checkpoint: str = option("", "run or checkpoint folder of a vocoder; default: Griffin-Lim")
+    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
+    text: list[str] = option([], "texts")
+    input: str = option("", "file of further texts, one a line; -: standard input")
+    pause: float = option(0.2, "seconds of silence between sentences", ge=0)
+    stream: bool = option(False, "also write each sentence to a file of its own as soon as it is spoken")
+    output_dir: str = option("inference/generated/speech", "folder of the results")
+
+    def validate_texts(self):
+        if not self.checkpoint or not (self.text or self.input):
+            raise ValueError("--checkpoint and --text or --input are needed: a run folder, and what to say")
+
+
+def speak(args: TextToSpeechArguments) -> None:
+    texts, folder, files = [*args.text, *read_texts(args.input)], Path(args.output_dir), []
+    checkpoint, device = resolve_checkpoint(args.checkpoint), compute_device()
+    weights = chosen_weights(checkpoint, args)
+    paths = {name: getattr(args, name) for name in ("vae_checkpoint", "vocoder_checkpoint", "bf16")}
+    pipeline = SpeechPipeline.load(checkpoint, **paths, weights=weights, device=device)
+    rate = pipeline.vae.config.sample_rate
+    # All sentences in order, in batches; each text's file is written once its last sentence is spoken.
+    sentences = [pipeline.speakable(text) for text in texts]
+    waveforms = pipeline.speak(list(itertools.chain(*sentences)), args, **args.voice())
+    console, total = Console(stderr=True), sum(map(len, sentences))
+    waveforms = iter(track(waveforms, "sentences", total, console=console, disable=not sys.stderr.isatty()))
+    for number, (text, parts) in enumerate(zip(texts, sentences)):
+        pieces = []
+        for part, (sentence, waveform) in enumerate(itertools.islice(waveforms, len(parts))):
+            pieces += [torch.zeros(round(args.pause * rate)), waveform] if pieces else [waveform]
+            if args.stream:
+                save_waveform(waveform, rate, folder / f"{number:03}_{part:03}.wav")
+                print(f"{folder}/{number:03}_{part:03}.wav  {len(waveform) / rate:.2f} s  {sentence}", flush=True)
+        if pieces:
+            file, seconds = f"{number:03}.wav", sum(map(len, pieces)) / rate
+            clipped = save_waveform(torch.cat(pieces), rate, folder / file)
+            files.append({"file": file, "text": text, "seconds": seconds, "clipped_share": clipped})
+            print(f"{folder}/{file}  {seconds:.2f} s  {text}", flush=True)
+    if not files:
+        raise ValueError("nothing to say in any text: give letters or numbers with --text or --input")
+    record = {"checkpoint": str(checkpoint), "weights": weights, "device": str(device), "files": files}
+    write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    with explained_errors(logging.getLogger("text_to_speech")):
+        speak(parse_arguments(TextToSpeechArguments, None, __doc__ or ""))

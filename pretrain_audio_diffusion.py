@@ -1,0 +1,107 @@
+r"""Text to speech: diffusion on the latents of an audio VAE, conditioned on aligned phonemes; or captions to sound.
+
+Before: preprocess_audio_diffusion_dataset.py. After: inference/text_to_speech.py.
+
+    python pretrain_audio_diffusion.py --run_name demo --config tiny --vae_checkpoint runs/audio_vae/demo --bf16
+    deepspeed --num_gpus=8 pretrain_audio_diffusion.py --use_deepspeed --bf16 --run_name base --config small \
+        --vae_checkpoint runs/audio_vae/base --vae_config medium --vocoder_checkpoint runs/vocoder/base
+"""
+
+from functools import cached_property
+
+from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents
+from dataset_loading.files import read_manifest
+from model.audio.diffusion import AudioDiffusion, AudioDiffusionConfig
+from model.presets import AUDIO_DIFFUSION
+from utils.checkpoints import lasting_name
+from utils.generation.latents import load_vae
+from utils.generation.speech import SpeechPipeline, fit_to_audio_latents, load_matching_vocoder
+from utils.training.audio_diffusion import (
+    AudioDiffusionArguments,
+    AudioDiffusionTrainer,
+    SpeechCallback,
+    frame_budget_sampler,
+)
+from utils.training.diffusion import check_init_from, keep_vae, latents_vae
+from utils.training.stage import Stage
+from utils.training_utils import expected_steps
+
+
+class AudioDiffusionStage(Stage):
+    name = "audio_diffusion"  # runs are in runs/audio_diffusion
+    arguments_class = AudioDiffusionArguments
+    config_class = AudioDiffusionConfig
+    model_class = AudioDiffusion
+    presets = AUDIO_DIFFUSION  # --config names a row
+    trainer_class = AudioDiffusionTrainer  # its docstring states the loss
+
+    @cached_property
+    def latents(self) -> dict:
+        """How the latents of the cache were made, and the folder of their VAE."""
+        settings = read_manifest(self.cache_dir, self.name)["settings"]
+        return {**settings, "vae_checkpoint": lasting_name(self.args.vae_checkpoint) or settings["vae_checkpoint"]}
+
+    @cached_property
+    def vae_checkpoint(self):
+        """The VAE that encoded the latents; those of another one would decode to noise."""
+        return latents_vae(self.args, self.latents, run_dir=self.run_dir, cache_dir=self.cache_dir, media="audio")
+
+    @cached_property
+    def vae(self):
+        """The frozen VAE of the latents."""
+        return load_vae(self.vae_checkpoint, self.args.vae_config, media="audio").requires_grad_(False)
+
+    @cached_property
+    def vocoder(self):
+        """The frozen vocoder of logged clips, None for Griffin-Lim."""
+        name = f"the VAE {self.vae_checkpoint}"
+        return load_matching_vocoder(self.args.vocoder_checkpoint, self.vae.config.mel, name)
+
+    def prepare(self):
+        """Keep a copy of the VAE, without which the run's model says nothing."""
+        keep_vae(self.vae_checkpoint, self.run_dir)
+
+    def build_config(self):
+        """The preset with what the latents determine; a VAE, a vocoder, or an override that does not fit them is
+        refused."""
+        assert self.vocoder is not None or not self.args.vocoder_checkpoint
+        if self.args.init_from:
+            check_init_from(self.args.init_from, self.latents, self.cache_dir, media="audio")
+        return fit_to_audio_latents(
+            super().build_config(),
+            self.latents,
+            speakers=AudioLatentDataset(self.cache_dir, "train").speakers if self.args.use_speakers else [],
+            vae_speakers=self.vae.config.speakers,
+            overrides=self.args.override,
+            folder=self.cache_dir,
+        )
+
+    def build_dataset(self, split, config):
+        return AudioLatentDataset(self.cache_dir, split)
+
+    def build_collator(self, config):
+        return collate_audio_latents
+
+    def build_callbacks(self, trainer, writer):
+        if not self.args.n_logged_samples or trainer.model.config.conditioning != "speech":
+            return []
+        pipeline = SpeechPipeline(trainer.model, self.vae, trainer.train_dataset.tokenizer, self.vocoder)
+        settings = {"n_clips": self.args.n_logged_samples, "sentences": self.args.sentences, "args": self.args}
+        return [SpeechCallback(trainer, writer, pipeline=pipeline, **settings)]
+
+    def count_steps(self, dataset, n_ranks):
+        if not self.args.batch_frames:
+            return super().count_steps(dataset, n_ranks)
+        # The number of batches is a multiple of the micro-batches of a step.
+        n_parts = self.args.gradient_accumulation_steps * n_ranks
+        n_batches = len(frame_budget_sampler(dataset, self.args, n_ranks))
+        epochs, max_steps = self.args.num_train_epochs, self.args.max_steps
+        steps = expected_steps(n_batches, n_parts, epochs=epochs, max_steps=max_steps)
+        return steps, f"at most {self.args.batch_frames * n_parts} latent frames"
+
+    def extra_record(self):
+        return {"latents": self.latents}
+
+
+if __name__ == "__main__":
+    AudioDiffusionStage.main()

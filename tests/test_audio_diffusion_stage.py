@@ -1,0 +1,187 @@
+"""The stage of text to speech in one process, and speaking from its checkpoint: what is recorded, logged, refused."""
+
+import json
+
+import numpy as np
+import pytest
+import soundfile
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dataset_loading.audio.latents import AudioLatentDataset
+from inference.text_to_speech import TextToSpeechArguments, speak
+from model.audio.diffusion import AudioDiffusion
+from pretrain_audio_diffusion import AudioDiffusionStage
+from tests.helpers.audio_latent_cache import SETTINGS, SMALL_SPEECH, make_audio_latents, make_speech, save_audio_vae
+from tests.helpers.runs import run_stage
+from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder
+from utils.checkpoints import load_model
+from utils.command_line import parse_arguments
+
+CAPTIONS = [word for word in SMALL_SPEECH if "=" in word and not word.startswith(("frame_width", "text_dropout"))]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Spoken sentences (mels), their VAE (vae), latents of speech (latents) and of captions (captions)."""
+    folder = tmp_path_factory.mktemp("speech")
+    make_speech(folder)
+    make_audio_latents(folder / "mels", folder / "vae", folder / "captions", "--conditioning", "caption")
+    save_stage_checkpoint(small_vocoder(**SETTINGS.as_dict(), **SMALL_VOCODER), "vocoder", folder / "vocoder")
+    return folder
+
+
+@pytest.fixture
+def train(folder, tmp_path, fresh_logging):
+    """train(name, steps, *flags) -> Run."""
+
+    def call(name, steps, *flags, latents="latents"):
+        return run_stage(AudioDiffusionStage, SMALL_SPEECH, folder / latents, tmp_path, name, steps, *flags)
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def checkpoint(folder, tmp_path_factory):
+    """A run with a decent learning rate for a few steps, so that weights are no zeros."""
+    words = [*SMALL_SPEECH, "--learning_rate", "1e-2"]
+    return run_stage(AudioDiffusionStage, words, folder / "latents", tmp_path_factory.mktemp("runs"), "run", 6).folder
+
+
+@pytest.fixture
+def say(checkpoint, tmp_path):
+    """say(*words) -> settings, and waveforms by file name."""
+
+    def call(*words, name="out"):
+        folder = tmp_path / name
+        words = ["--checkpoint", checkpoint, "--output_dir", folder, "--n_steps", 2, *words]
+        speak(parse_arguments(TextToSpeechArguments, [str(word) for word in words], ""))
+        sounds = {file.name: soundfile.read(file, dtype="float32")[0] for file in sorted(folder.glob("*.wav"))}
+        return json.loads((folder / "settings.json").read_text()), sounds
+
+    return call
+
+
+def test_the_model_fits_its_latents_and_the_record_names_their_vae(checkpoint, folder):
+    latents = AudioLatentDataset(folder / "latents", "train")
+    model = load_model(AudioDiffusion, checkpoint)
+    config, settings = model.config, latents.manifest["settings"]
+    assert config.latent_channels == settings["latent_channels"] == 5 and config.compression == 2
+    assert config.symbols == list(latents.tokenizer.symbols) and config.pause_symbols == [1, 2, 3]
+    assert config.speakers == ["ann", "bob"] and config.conditioning == "speech"
+    record = json.loads((checkpoint / "stage.json").read_text())
+    assert record["latents"]["vae_fingerprint"] == settings["vae_fingerprint"]
+    assert model.duration_factor != 1
+
+
+def test_speech_is_logged(train, folder):
+    flags = ["--n_logged_samples", "2", "--sentences", "Hold the line. Goodbye.", "--eval_steps", "2"]
+    run = train("logged", 2, *flags, "--vocoder_checkpoint", str(folder / "vocoder"))
+    events = EventAccumulator(str(run.folder.parent / "tensorboard")).Reload()
+    assert set(events.Tags()["images"]) == {"images/mel", "images/durations"}
+    sounds = {f"sounds/{clip:02}_{kind}" for clip in (0, 1) for kind in ("real", "generated")}
+    assert set(events.Tags()["audio"]) == {*sounds, "sounds/sentence_00", "sounds/sentence_01"}
+    scalars = events.Tags()["scalars"]
+    assert {"eval/loss", "eval/prior", "eval/length_ratio", "eval/loss_t0.50-1.00"} <= set(scalars)
+
+
+def test_captions_train_without_alignment(train):
+    run = train("captions", 2, "--override", *CAPTIONS, latents="captions")
+    model = load_model(AudioDiffusion, run.folder)
+    assert model.config.conditioning == "caption" and all(loss == loss and loss < 5 for loss in run.losses)
+
+
+def test_what_does_not_fit_the_latents_is_refused(train, folder, tmp_path):
+    with pytest.raises(ValueError, match=r"latent_channels=8 does not fit .* latent_channels=5"):
+        train("channels", 1, "--override", "latent_channels=8")
+    with pytest.raises(ValueError, match=r"come from the VAE \w+; .*--vae_checkpoint"):
+        train("vae", 1, "--vae_checkpoint", str(save_audio_vae(tmp_path / "other", latent_mean=0.3)))
+    with pytest.raises(ValueError, match="preset 'tiny', not 'small'"):
+        train("preset", 1, "--vae_config", "small")
+    other = save_stage_checkpoint(small_vocoder(), "vocoder", tmp_path / "vocoder")
+    with pytest.raises(ValueError, match=r"the vocoder .*n_mels"):
+        train("mel", 1, "--n_logged_samples", "1", "--vocoder_checkpoint", str(other))
+    with pytest.raises(ValueError, match="raise the budget"):
+        train("budget", 1, "--batch_frames", "8")
+
+
+def test_a_dry_run_counts_steps_of_frames(folder, tmp_path, capsys):
+    words = ["--cached_dataset", folder / "latents", "--output_dir", tmp_path, "--dry_run", "--num_train_epochs", 3]
+    AudioDiffusionStage.main([str(word) for word in words])
+    assert "of at most 800 latent frames on 1 process(es)" in capsys.readouterr().out
+
+
+# ---- Speaking.
+
+
+def test_texts_files_and_settings(say, tmp_path, folder, capsys):
+    (tmp_path / "texts.txt").write_text("Goodbye.\n\n  Hold one.  \n", encoding="utf-8")
+    words = ["--text", "Press one for sales. Or wait!", "--input", tmp_path / "texts.txt", "--speaker", "bob"]
+    settings, sounds = say(*words, "--stream", "--vocoder_checkpoint", folder / "vocoder", "--pause", 0.5)
+    names = ["000.wav", "001.wav", "002.wav"]
+    assert [entry["file"] for entry in settings["files"]] == names and settings["files"][2]["text"] == "Hold one."
+    assert sounds.keys() == {*names, "000_000.wav", "000_001.wav", "001_000.wav", "002_000.wav"}
+    silence = np.zeros(SETTINGS.sample_rate // 2, np.float32)
+    assert np.array_equal(np.concatenate([sounds["000_000.wav"], silence, sounds["000_001.wav"]]), sounds["000.wav"])
+    assert settings["weights"] == "ema" and "git_commit" in settings and "000_001.wav" in capsys.readouterr().out
+
+
+def test_a_seed_gives_the_same_sound_in_every_batch(say, folder):
+    text = ["--text", "Hold one. Please press the pound key for help, or wait. Goodbye.", "--speaker", "ann"]
+    text += ["--vocoder_checkpoint", folder / "vocoder"]  # Griffin-Lim scales rounding errors up.
+    alone = say(*text, "--stream", name="alone")[1]
+    together = say(*text, "--stream", "--batch_size", 3, name="together")[1]
+    assert len(alone) == 4 and alone.keys() == together.keys()
+    for name in alone:
+        assert np.abs(alone[name] - together[name]).max() <= 2e-3
+    other = say(*text, "--seed", 1, name="other")[1]
+    assert np.abs(other["000.wav"] - alone["000.wav"]).max() > 1e-2
+
+
+def test_speed_speaker_and_the_prior_alone(say):
+    text = ["--text", "please press the pound key for help or hold the line and wait"]
+    usual = say(*text, "--speaker", "ann")[1]["000.wav"]
+    slow = say(*text, "--speaker", "ann", "--speed", 0.5)[1]["000.wav"]
+    assert len(slow) > 1.5 * len(usual)
+    for change in (["--speaker", "bob"], ["--speaker", "ann", "--n_steps", 0], ["--speaker", "ann", "--bf16"]):
+        changed = say(*text, *change)[1]["000.wav"]
+        assert len(changed) != len(usual) or np.abs(changed - usual).max() > 1e-4
+
+
+def test_what_cannot_be_said_is_named(say, tmp_path, caplog):
+    sounds = say("--text", "Hold one. ?!", "...", "--speaker", "ann")[1]
+    assert list(sounds) == ["000.wav"] and "'?!'" in caplog.text
+    # eSpeak NG reads emoji by their names, with phones that six sentences do not have.
+    assert len(say("--text", "🙂", "--speaker", "ann", name="emoji")[1]["000.wav"]) > 0
+    assert "nearest known ones" in caplog.text
+    with pytest.raises(ValueError, match="nothing to say"):
+        say("--text", "...", "--speaker", "ann")
+    with pytest.raises(ValueError, match="--speaker is needed; the model knows ann, bob"):
+        say("--text", "Goodbye.")
+    with pytest.raises(ValueError, match=r"--speaker 'anna' is unknown; did you mean 'ann'"):
+        say("--text", "Goodbye.", "--speaker", "anna")
+    with pytest.raises(ValueError, match="--language de has no effect"):
+        say("--text", "Goodbye.", "--speaker", "ann", "--language", "de")
+    (tmp_path / "empty.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"--input .*empty.txt has no line with text"):
+        say("--input", tmp_path / "empty.txt", "--speaker", "ann")
+
+
+def test_other_checkpoints_are_refused(say, folder, tmp_path):
+    for flag, message in (("--checkpoint", "text to speech needs audio_diffusion"), ("--vae_checkpoint", "vae|VAE")):
+        with pytest.raises(ValueError, match=message):
+            say("--text", "Goodbye.", "--speaker", "ann", flag, folder / "vocoder")
+    other = save_stage_checkpoint(small_vocoder(), "vocoder", tmp_path / "vocoder")
+    with pytest.raises(ValueError, match="n_mels"):
+        say("--text", "Goodbye.", "--speaker", "ann", "--vocoder_checkpoint", other)
+
+
+def test_flags_that_are_needed_or_have_no_effect(capsys):
+    for words, message in (
+        (["--checkpoint", "runs/x"], "--text or --input are needed"),
+        (["--checkpoint", "runs/x", "--text", "a", "--speed", "0"], "--speed=0.0 must be > 0"),
+        (["--checkpoint", "runs/x", "--text", "a", "--sampler", "ddpm"], "--sampler='ddpm'"),
+        (["--checkpoint", "runs/x", "--text", "a", "--guidance_interval", "0", "0.5"], "has no effect"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_arguments(TextToSpeechArguments, words, "")
+        assert message in capsys.readouterr().err

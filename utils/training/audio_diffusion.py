@@ -1,0 +1,358 @@
+"""Text to speech, and captions to sound: flags, trainer, and generated clips in TensorBoard.  B batch, L latent
+frames, Z latent channels, T tokens, M mel bins, F mel frames."""
+
+import dataclasses
+import logging
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers.trainer_utils import seed_worker
+
+from dataset_loading.audio.latents import AudioLatentDataset, FrameBudgetSampler
+from dataset_loading.cached import evenly_spaced
+from model.audio.lengths import valid_frames
+from model.audio.text_conditioning import duration_errors
+from utils.distributed import mean_across_ranks
+from utils.drawing.alignment import aligned_mel, duration_image
+from utils.drawing.audio import strip_sheet
+from utils.drawing.images import Group
+from utils.drawing.playback import add_audio
+from utils.generation.speech import AudioSamplingArguments, SpeechPipeline
+from utils.options import option
+from utils.training.callbacks import EvaluationCallback
+from utils.training.diffusion import DiffusionArguments, DiffusionTrainer
+from utils.training.latent_statistics import batches_of_rank
+
+logger = logging.getLogger(__name__)
+
+TEXT_INPUTS = ("tokens", "n_tokens", "durations", "speakers", "languages", "caption_states", "n_caption")
+
+
+@dataclasses.dataclass
+class AudioDiffusionArguments(AudioSamplingArguments, DiffusionArguments):
+    """Flags of the stage of diffusion on latents of audio."""
+
+    # What suits small sets of speech.
+    learning_rate: float = option(2e-3, "peak learning rate of AdamW", gt=0)
+    adam_beta2: float = option(0.98, "decay of AdamW's second moment", ge=0, lt=1)
+    weight_decay: float = option(0.01, "decoupled weight decay of matrices and kernels", ge=0)
+    max_grad_norm: float = option(2.0, "maximum gradient norm, to which gradients are clipped; 0: no clipping", ge=0)
+    warmup_ratio: float = option(0.1, "fraction of the steps with linear warm-up", ge=0, lt=1)
+
+    # Data.
+    use_speakers: bool = option(True, "condition the model on the speaker where there are several, speech only")
+    batch_frames: int = option(
+        800, "latent frames of a micro-batch and process, clips of like length; 0: batch_size clips", ge=0
+    )
+    batch_size: int = option(16, "clips per micro-batch and process", gt=0, only_with=("batch_frames", 0))
+
+    # Losses.
+    prior_weight: float = option(1.0, "weight of the squared error of the prior, speech only", ge=0)
+    duration_weight: float = option(0.5, "weight of the error of log-durations, speech only", ge=0)
+    duration_samples: int = option(512, "training clips on which the duration factor is fitted", gt=0)
+
+    # Logs during training.
+    sentences: list[str] = option(
+        ["The quick brown fox jumps over the lazy dog.", "Please call me back tomorrow morning."],
+        "sentences that are spoken in TensorBoard, speech only",
+    )
+    n_logged_samples: int = option(4, "validation clips logged to TensorBoard, as audio and images; 0: none", ge=0)
+    vocoder_checkpoint: str = option(
+        "",
+        "run or checkpoint folder of the vocoder of logged clips; default: Griffin-Lim",
+        only_with=("n_logged_samples", bool),
+    )
+
+
+class AudioDiffusionTrainer(DiffusionTrainer):
+    """Trains an `AudioDiffusion` on standardised latents of clips with aligned text, or with captions.
+
+        loss = sum over frames of loss_weight(t) * mean_z (prediction - target(x, noise, t))^2 / n_frames
+             + prior_weight    * sum over frames of mean_z (prior - x)^2                       / n_frames
+             + duration_weight * sum over tokens of smooth_l1(log_duration - log(1 + duration)) / n_tokens
+
+    Captions have the first term alone. Sums are over valid frames and tokens of all micro-batches and processes of an
+    optimizer step, n_frames and n_tokens their numbers: a frame has the same weight however clips are batched.
+
+    Times, noise and dropped text belong to (seed, step, clip).
+    """
+
+    # ---- Data order.
+
+    def get_train_dataloader(self):
+        """Batches of clips of like length by a budget of frames, if there is one."""
+        if not self.stage_arguments.batch_frames:
+            return super().get_train_dataloader()
+        args = self.args
+        self.epoch_sampler = frame_budget_sampler(self.train_dataset, self.stage_arguments, args.world_size)
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.epoch_sampler,
+            collate_fn=self.data_collator,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
+        )
+        return self.accelerator.prepare(loader)
+
+    # ---- Training.
+
+    @property
+    def is_speech(self) -> bool:
+        """Whether clips have tokens with durations."""
+        return self.model.config.conditioning == "speech"
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimizer step, and the numbers of their frames and tokens per process, (2,)."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        # fp64 counts exactly.
+        names = ("n_latent_frames", "n_tokens")
+        counts = [[float(batch[name].sum()) if name in batch else 0.0 for name in names] for batch in batches]
+        total = torch.tensor(counts, dtype=torch.float64).sum(0).to(device)
+        return batches, mean_across_ranks(total).clamp_min(1)
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """Forward and backward of one micro-batch.
+
+        Args: num_items_in_batch: frames and tokens of the optimizer step / processes, (2,). Engines average gradients
+            over processes, so that sums divided by these numbers become means over all frames and tokens.
+        Returns: the micro-batch's part of the loss, detached.
+        """
+        assert isinstance(num_items_in_batch, Tensor), "the numbers of frames come from get_batch_samples"
+        args, process = self.stage_arguments, self.model.process
+        model.train()
+        inputs = self._prepare_inputs(inputs)
+        # Everything random belongs to (seed, step, clip): times (B,), dropped text (B,), noise.
+        uniforms = self.sample_uniforms(inputs, "time", ())
+        time = process.training_times(uniforms, args.time_sampling, mean=args.time_mean, std=args.time_std)
+        drop = self.sample_uniforms(inputs, "drop", ()) < args.caption_dropout
+        # Time comes first, so that a clip's noise does not depend on how far it is padded.
+        noise = self.sample_noise(inputs, "noise", inputs["latents"].shape[1:])
+
+        # Sums of this micro-batch over the numbers of the whole step.
+        latents = self.draw_latents(inputs)
+        sums = self.clip_sums(model, inputs, latents, noise=noise, time=time, drop=drop)
+        n_frames, n_tokens = num_items_in_batch.float()
+        weight = process.loss_weight(time, args.loss_weighting, args.min_snr_gamma)
+        terms = {"mse": sums["flow"].sum() / n_frames}
+        loss = (weight * sums["flow"]).sum() / n_frames
+        if self.is_speech:
+            terms |= {"prior": sums["prior"].sum() / n_frames, "duration": sums["duration"].sum() / n_tokens}
+            loss = loss + args.prior_weight * terms["prior"] + args.duration_weight * terms["duration"]
+        engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
+        self.accelerator.backward(loss, **engine)
+
+        # Log lines hold means over micro-batches, and these are parts of a sum.
+        n_parts = self.current_gradient_accumulation_steps
+        self.record({f"loss/{name}": term * n_parts for name, term in terms.items()})
+        self.record({"frames_per_step": n_frames * self.args.world_size})
+        return loss.detach()
+
+    def draw_latents(self, inputs: dict) -> Tensor:
+        """Latents sampled from each posterior, (B, L, Z)."""
+        if "latents_std" not in inputs:
+            return inputs["latents"]
+        return inputs["latents"] + inputs["latents_std"] * self.sample_noise(
+            inputs, "posterior", inputs["latents"].shape[1:]
+        )
+
+    def clip_sums(
+        self, model, inputs: dict, latents: Tensor, *, noise: Tensor, time: Tensor, drop: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Errors of each clip, (B,) fp32: `flow` and for speech `prior`, squared errors summed over frames, and
+        `duration`, summed over tokens."""
+        process, n_frames = self.model.process, inputs["n_latent_frames"]
+        text = {name: inputs[name] for name in TEXT_INPUTS if name in inputs}
+        if "caption_tokens" in inputs:
+            text["caption_states"] = inputs["caption_tokens"]
+        valid = valid_frames(n_frames, latents.shape[1])[..., None]
+        latents = latents.where(valid, 0.0)
+        noisy = process.add_noise(latents, noise, time)
+        output = model(latents=noisy, time=time, n_latent_frames=n_frames, drop=drop, **text)
+
+        def frame_sum(prediction: Tensor, target: Tensor) -> Tensor:
+            return (prediction.float() - target).square().mean(2, keepdim=True).where(valid, 0.0).sum((1, 2))
+
+        sums = {"flow": frame_sum(output.prediction, process.target(latents, noise, time))}
+        if output.prior is not None:
+            sums["prior"] = frame_sum(output.prior, latents)
+            sums["duration"] = duration_errors(output.log_durations, inputs["durations"], inputs["n_tokens"])
+            # What predictions amount to, for the ratio of lengths.
+            predicted = self.model.expected_durations(output.log_durations.detach()).sum(1)
+            sums["predicted_frames"] = predicted * self.model.duration_factor
+        return sums
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """Weight decay acts on matrices and kernels: not on norms, biases, embeddings and learned states."""
+        names = set(super().get_decay_parameter_names(model))
+        for module_name, module in model.named_modules():
+            if isinstance(module, torch.nn.Embedding):
+                names.discard(f"{module_name}.weight")
+        return [name for name, parameter in model.named_parameters() if name in names and parameter.ndim > 1]
+
+    def rates(self, logs, steps_per_second):
+        return {"frames_per_second": logs["frames_per_step"] * steps_per_second}
+
+    # ---- Durations.
+
+    fitted_step = -1  # The step whose duration factor the model holds.
+
+    @torch.no_grad()
+    def fit_durations(self) -> None:
+        """Measure real over predicted mel frames of training clips, and store it in the model. Every process must
+        call it."""
+        if not self.is_speech or self.fitted_step == self.state.global_step:
+            return
+        evaluated = self.evaluation_model()
+        model = self.accelerator.unwrap_model(evaluated)
+        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        for samples, counts in batches_of_rank(self, self.stage_arguments.duration_samples):
+            inputs = self._prepare_inputs(self.data_collator(samples))
+            n_tokens, durations = inputs["n_tokens"], inputs["durations"]
+            speaker = {name: inputs[name] for name in ("speakers", "languages") if name in inputs}
+            text = model.encode_speech(inputs["tokens"], n_tokens, **speaker)
+            predicted = model.expected_durations(text.log_durations).where(text.mask, 0.0)
+            real = durations.where(text.mask, 0)
+            if counts:
+                totals += torch.stack([real.sum(dtype=torch.float64), predicted.sum(dtype=torch.float64)])
+        real, predicted = mean_across_ranks(totals).tolist()
+        # In the trained model, which is saved, and in the copy with averaged weights.
+        for holder in {self.model, model}:
+            holder.set_duration_factor(real / max(predicted, 1e-3))
+        self.fitted_step = self.state.global_step
+
+    def before_saving(self):
+        """Fit the duration factor, which is saved with the weights."""
+        self.fit_durations()
+
+    # ---- Evaluation.
+
+    def evaluate(self, *args: Any, **kwargs: Any):
+        self.fit_durations()
+        return super().evaluate(*args, **kwargs)
+
+    def evaluation_terms(self, model, inputs):
+        """Sums of each clip: squared errors at one time in each of K equal parts of [0, 1], by clip alone; for speech
+        those of prior and durations; and the numbers of frames and tokens."""
+        terms: dict[str, Tensor] = {"n_frames": inputs["n_latent_frames"].float()}
+        for name, time, noise in self.evaluation_points(inputs["index"], inputs["latents"].shape[1:]):
+            sums = self.clip_sums(model, inputs, inputs["latents"], noise=noise, time=time)
+            terms[name] = sums.pop("flow")
+        # The others do not depend on the time.
+        if self.is_speech:
+            real = inputs["durations"].where(valid_frames(inputs["n_tokens"], inputs["durations"].shape[1]), 0)
+            terms |= {**sums, "n_tokens": inputs["n_tokens"].float(), "real_frames": real.sum(1).float()}
+        return terms
+
+    def evaluation_summary(self, terms):
+        """Means over all frames and tokens of the validation set. `flow` is the mean over times, `loss` the weighted
+        sum of training with equal times, `length_ratio` predicted over real mel frames."""
+        args, totals = self.stage_arguments, {name: values.double().sum().item() for name, values in terms.items()}
+        summary = {name: total / totals["n_frames"] for name, total in totals.items() if name.startswith("loss_t")}
+        summary["flow"] = summary["loss"] = sum(summary.values()) / len(summary)
+        if self.is_speech:
+            summary |= {
+                "prior": totals["prior"] / totals["n_frames"],
+                "duration": totals["duration"] / totals["n_tokens"],
+                "length_ratio": totals["predicted_frames"] / totals["real_frames"],
+            }
+            summary["loss"] += args.prior_weight * summary["prior"] + args.duration_weight * summary["duration"]
+        return summary
+
+
+def frame_budget_sampler(
+    dataset: AudioLatentDataset, args: AudioDiffusionArguments, n_ranks: int
+) -> FrameBudgetSampler:
+    """The batches of a run with `--batch_frames`."""
+    n_parts = args.gradient_accumulation_steps * n_ranks
+    return FrameBudgetSampler(dataset.lengths, args.batch_frames * n_parts, args.seed, n_parts=n_parts)
+
+
+class SpeechCallback(EvaluationCallback):
+    """Logs what the model speaks: validation clips with predicted durations, and sentences.
+
+    images/mel                   decoded real latents | generated, both with the boundaries of their tokens
+    images/durations             predicted against real durations of tokens
+    sounds/<clip>_real, _generated, sounds/sentence_<number>
+
+    Args:
+        pipeline: of the frozen VAE and vocoder; its model is replaced by the present one.
+        n_clips: spread evenly over the validation set.
+        sentences: further texts that are spoken by the first speaker.
+        args: sampling flags.
+    """
+
+    before_training = False  # Noise through the VAE.
+
+    def __init__(self, trainer, writer, *, pipeline: SpeechPipeline, n_clips: int, sentences: list[str], args: Any):
+        super().__init__(trainer, writer)
+        self.pipeline, self.n_clips, self.args = pipeline, n_clips, args
+        self.sentences = [sentence for text in sentences for sentence in pipeline.speakable(text)]
+        self.is_first = True  # What does not change is written once.
+
+    @cached_property
+    def batch(self) -> dict[str, Tensor]:
+        """The clips as a batch."""
+        dataset = self.trainer.eval_dataset
+        indices = evenly_spaced(len(dataset), self.n_clips)
+        return self.trainer.data_collator([dataset[index] for index in indices])
+
+    @cached_property
+    def names(self) -> list[str]:
+        """The text of each clip."""
+        entries = self.trainer.eval_dataset.entries
+        chosen = [entries[index] for index in evenly_spaced(len(entries), self.n_clips)]
+        return [entry["caption"] or entry["key"] for entry in chosen]
+
+    def compute(self, model):
+        pipeline, device = self.pipeline, self.trainer.args.device
+        pipeline.model = self.trainer.accelerator.unwrap_model(model)
+        for network in (pipeline.vae, pipeline.vocoder):
+            if network is not None:
+                network.to(device)
+        batch = {name: value.to(device) for name, value in self.batch.items()}
+        inputs = {name: batch[name] for name in ("tokens", "n_tokens", "speakers", "languages") if name in batch}
+        # The same seeds at every step: only the model changes.
+        seeds, config = list(range(len(self.names))), pipeline.model.config
+        speakers = [config.speakers[place] for place in batch["speakers"].tolist()] if config.speakers else []
+        first = {"speaker": next(iter(config.speakers), ""), "language": next(iter(config.languages), "")}
+        try:
+            latents, durations = pipeline.latents(inputs, seeds, self.args)
+            generated = pipeline.decode(latents, durations.sum(1), speakers)
+            sentences = [waveform for _, waveform in pipeline.speak(self.sentences, self.args, **first)]
+        except ValueError as error:  # Log-mels are not finite; those of later steps may be.
+            logger.warning("nothing is spoken at step %d: %s", self.trainer.state.global_step, error)
+            return None
+        # Real latents through the same decoder.
+        real = pipeline.decode(batch["latents"], batch["durations"].sum(1), speakers)
+        return {"real": real, "generated": generated, "durations": durations.cpu(), "sentences": sentences}
+
+    def write(self, content, step):
+        n_tokens, durations = self.batch["n_tokens"].tolist(), self.batch["durations"]
+        clips = list(zip(content["real"], content["generated"], durations, content["durations"], n_tokens))
+        # Log-mels with the boundaries of tokens, in one time scale.
+        longest = max(mel.shape[1] for real, generated, *_ in clips for mel in (real, generated))
+        groups = []
+        for name, (real, generated, true, predicted, n) in zip(self.names, clips):
+            pairs = ((real, true[:n]), (generated, predicted[:n]))
+            floor = self.pipeline.vae.config.mel.log_floor
+            groups.append(Group([aligned_mel(*pair, floor, max_frames=longest) for pair in pairs], name))
+        self.add_image("mel", strip_sheet(groups, ("real", "generated")), step)
+        pairs = [(true[:n], predicted[:n]) for _, _, true, predicted, n in clips]
+        real, predicted = (torch.cat(side) for side in zip(*pairs))
+        self.add_image("durations", duration_image(real, predicted), step)
+        # Players.
+        rate = self.pipeline.vae.config.sample_rate
+        kinds = ("real", "generated") if self.is_first else ("generated",)
+        self.is_first = False
+        for number, (real, generated, *_) in enumerate(clips):
+            for kind, mel in (("real", real), ("generated", generated)):
+                if kind in kinds:
+                    waveform = self.pipeline.vocode(mel)
+                    add_audio(self.writer, f"sounds/{number:02d}_{kind}", waveform, rate=rate, step=step)
+        for number, waveform in enumerate(content["sentences"]):
+            add_audio(self.writer, f"sounds/sentence_{number:02d}", waveform, rate=rate, step=step)
