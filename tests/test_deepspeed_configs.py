@@ -51,6 +51,13 @@ def test_what_the_command_line_owns_is_refused(tmp_path, section):
         read_deepspeed_config(str(file), bf16=False)
 
 
+def test_a_file_without_gradient_norms_is_refused(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}))
+    with pytest.raises(ValueError, match=r'config.json: "compute_grad_norm": false.*remove it'):
+        read_deepspeed_config(str(file), bf16=False)
+
+
 def test_bf16_is_autocast_over_fp32_weights():
     config = read_deepspeed_config(str(ROOT / "ds_config_zero-2.json"), bf16=True)
     assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"} and "bf16" not in config

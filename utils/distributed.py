@@ -90,14 +90,19 @@ def read_deepspeed_config(file: str, bf16: bool) -> dict:
     """The DeepSpeed configuration with the autocast section that `--bf16` means.
 
     Raises:
-        ValueError: the file declares what the command line owns (optimizer, scheduler, precision), or asks for int8
-            communication where no GPU is.
+        ValueError: the file declares what the command line owns (optimizer, scheduler, precision), computes no
+            gradient norm, or asks for int8 communication where no GPU is.
     """
     with open(file) as stream:
         config = json.load(stream)
     for section in ("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"):
         if section in config:
             raise ValueError(f"{file} declares {section!r}, which the stage's own flags set; remove it from the file")
+    # The guard against non-finite gradients reads their norm.
+    if not config.get("zero_optimization", {}).get("compute_grad_norm", True):
+        raise ValueError(
+            f'{file}: "compute_grad_norm": false lets non-finite gradients reach the weights; remove it from the file'
+        )
     # ZeRO++: int8 collectives exist for CUDA, and for sharded parameters (stage 3) only.
     zero = config.get("zero_optimization", {})
     int8_keys = [key for key in INT8_KEYS if zero.get(key)]

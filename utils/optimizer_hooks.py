@@ -6,7 +6,9 @@ acts on whatever parameters the optimizer holds, whole or ZeRO's flat shards, wi
 it is sharded, saved and restored with the optimizer.
 """
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,39 +103,116 @@ class GradientMA(GradientFilter):
 
 
 class NonFiniteGuard(OptimizerHook):
-    """Drops the gradients of a step in which any of them is not finite on any process, so that the step changes
-    nothing.
+    """Skips the optimizer steps whose gradient is not finite, on all processes alike: such a step changes nothing.
 
-    Raises:
-        FloatingPointError: after `limit` such steps in a row.
+    A step is skipped where the squared norm of its gradient is no finite fp32 number. The gradient is that of the
+    whole step, over all parameters, micro-batches and processes, before clipping: a larger norm would make clipping
+    multiply by 0. `judge` is called once per optimizer step, the hook then keeps the gradients from the optimizer.
+
+    Attributes:
+        skips: whether the present optimizer step is skipped.
+        skipped, in_a_row: skipped steps of the whole run, and those since the last one that was not.
+        applied: steps that this process has not skipped.
     """
 
     def __init__(self, limit: int, any_across_ranks: Callable[[bool, torch.device], bool]):
         super().__init__()
         self.limit, self.any_across_ranks = limit, any_across_ranks
-        self.in_a_row = 0
-        self.skipped = 0
+        self.skips = False
+        self.skipped = self.in_a_row = self.applied = 0
+        self.zero: Any = None  # ZeRO's optimizer, where it shards gradients.
+        self.withheld: list[tuple[Tensor, Tensor | None]] = []  # ZeRO's shards, and their gradients
 
-    def before_step(self, optimizer, args, kwargs):
-        parameters = with_gradients(optimizer)
-        if not parameters:
+    def judge(self) -> None:
+        """Decide about the present step, from the whole gradients that the optimizer's parameters hold.
+
+        Raises: FloatingPointError: see `count`.
+        """
+        gradients = [parameter.grad for parameter in with_gradients(self.optimizer)]
+        if not gradients:
             return
-        # One number per parameter tells whether any of its gradient is not finite; processes agree on the answer.
-        sums = torch.stack([p.grad.sum(dtype=torch.float32) for p in parameters])
-        if not self.any_across_ranks(not torch.isfinite(sums).all().item(), sums.device):
+        norm = nn.utils.get_total_norm(gradients)
+        self.count(self.any_across_ranks(is_too_large(norm), norm.device))
+
+    def count(self, skips: bool) -> None:
+        """Note the decision about a step.
+
+        Raises: FloatingPointError: `limit` steps in a row are skipped.
+        """
+        self.skips = skips
+        if not skips:
             self.in_a_row = 0
+            self.applied += 1
             return
-        # Without gradients the optimizer leaves weights and moments as they are.
-        for parameter in parameters:
-            parameter.grad = None
         self.in_a_row += 1
         self.skipped += 1
         # A row of such steps is no longer a single bad batch.
         if self.in_a_row >= self.limit:
-            raise FloatingPointError(
-                f"{self.in_a_row} optimizer steps in a row had non-finite gradients; lower --learning_rate, look for "
-                "broken samples, or raise --max_skipped_steps"
-            )
+            raise FloatingPointError(f"{self.in_a_row} optimizer steps in a row had non-finite gradients; {REMEDIES}")
+
+    def check_progress(self, n_steps: int) -> None:
+        """Raises: FloatingPointError: all `n_steps` steps of the run were skipped. Called at its end, before it is
+        saved."""
+        if self.in_a_row == n_steps:
+            raise FloatingPointError(f"all {n_steps} optimizer steps had non-finite gradients; {REMEDIES}")
+
+    def before_step(self, optimizer, args, kwargs):
+        if self.zero is not None:
+            self.skips = is_too_large(self.zero._global_grad_norm)
+        # Without gradients the optimizer leaves weights and moments as they are, and so do the other hooks.
+        if self.skips:
+            for parameter in with_gradients(optimizer):
+                if self.zero is not None:
+                    self.withheld.append((parameter, parameter.grad))
+                parameter.grad = None
+
+    def state_dict(self) -> dict[str, int]:
+        """The counts of the whole run."""
+        return {"skipped": self.skipped, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue the counts of a resumed run."""
+        self.skipped, self.in_a_row = state["skipped"], state["in_a_row"]
+
+    def watch(self, engine: Any) -> None:
+        """Judge the steps of a DeepSpeed engine, which makes them within `backward`.
+
+        ZeRO stage 0 holds whole gradients, which are judged before the engine clips them. The other stages have the
+        norm once they step; where it is not finite, they skip the step before any hook.
+        """
+        step, is_sharded = engine.step, engine.zero_optimization_stage() > 0
+        self.zero = engine.optimizer if is_sharded else None
+
+        def judged_step(*args, **kwargs) -> None:
+            if not is_sharded:
+                self.judge()
+            step(*args, **kwargs)
+            # Offloaded optimizers keep the buffers of their gradients.
+            for parameter, gradient in self.withheld:
+                parameter.grad = gradient
+            self.withheld.clear()
+            if is_sharded:
+                # The Trainer would stop the schedule at an overflow, which no other engine reports.
+                engine.optimizer.overflow = False
+                self.count(is_too_large(engine.get_global_grad_norm()))
+
+        engine.step = judged_step
+
+
+REMEDIES = "lower --learning_rate, look for broken samples, or raise --max_skipped_steps"
+
+
+def is_too_large(norm: Tensor | float) -> bool:
+    """Whether the square of a gradient's norm is no finite fp32 number, on every engine alike: some compute norms in
+    fp64, or without squares where there is one value."""
+    return not torch.as_tensor(norm).float().square().isfinite().item()
+
+
+def advance(scheduler: Any) -> None:
+    """Step a schedule of the learning rate beside an optimizer that may never have stepped."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step\\(\\)` before")
+        scheduler.step()
 
 
 def with_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -143,7 +222,7 @@ def with_gradients(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 class WeightEMA(OptimizerHook):
     """After each step: average <- d average + (1 - d) weight, with d = min(decay, (1 + n) / (10 + n)) at the n-th
-    step.
+    step. A step without gradients, which is a skipped one, does not count.
 
     The warm-up of d is that of TensorFlow's ExponentialMovingAverage(num_updates). The average lives in
     `optimizer.state[p]["weight_ema"]`: it is sharded, saved and restored with the optimizer.
@@ -156,6 +235,8 @@ class WeightEMA(OptimizerHook):
     @torch.no_grad()
     def after_step(self, optimizer, args, kwargs):
         super().after_step(optimizer, args, kwargs)
+        if not with_gradients(optimizer):  # A skipped step.
+            return
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 state = optimizer.state.get(parameter)

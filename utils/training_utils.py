@@ -153,6 +153,8 @@ class StageTrainer(Trainer):
         if self.state.global_step >= self.state.max_steps:  # Here transformers would make one step more.
             self.control.should_training_stop = True
             return
+        if self.is_deepspeed_enabled and not self.has_trained:
+            self.guard.watch(self.model_wrapped)
         self.has_trained = True
         super()._run_epoch(epoch=epoch, **kwargs)
 
@@ -199,7 +201,8 @@ class StageTrainer(Trainer):
 
     def check_hooks_fired(self) -> None:
         """Raise if the engine replaced the optimizer and silently dropped the hooks."""
-        silent = [type(hook).__name__ for hook in self.hooks if hook.fired == 0]
+        # An engine may skip a step before any hook.
+        silent = [] if self.guard.applied == 0 else [type(hook).__name__ for hook in self.hooks if hook.fired == 0]
         if silent:
             raise RuntimeError(
                 f"{', '.join(silent)} did not run in the first optimizer step: the engine uses another optimizer. "
@@ -212,7 +215,20 @@ class StageTrainer(Trainer):
     def stage_step(self, model, inputs: dict) -> Tensor:
         """Forward and backward of one micro-batch; returns the detached loss, divided by the micro-batches of a
         step."""
-        return super().training_step(model, inputs)
+        loss = super().training_step(model, inputs)
+        self.judge_step()
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Backward of one micro-batch's loss, which is divided by the micro-batches of a step already."""
+        engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}  # DeepSpeed would divide once more.
+        self.accelerator.backward(loss, **engine)
+        self.judge_step()
+
+    def judge_step(self) -> None:
+        """Let the guard decide about the optimizer step, after its last backward; DeepSpeed has stepped by now."""
+        if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
+            self.guard.judge()
 
     # ---- Logs.
 
@@ -225,6 +241,8 @@ class StageTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs) -> None:
         self.check_hooks_fired()
+        if self.state.global_step >= self.state.max_steps:
+            self.guard.check_progress(self.state.global_step)
         total = self._total_loss_scalar
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
         # The Trainer resets its sum by subtraction, which a skipped non-finite step would turn into nan for good.
@@ -363,7 +381,8 @@ class StageTrainer(Trainer):
             ) from error
         self.saved_step = self.state.global_step
         # Old checkpoints go once the new one is complete.
-        if rank() == 0:
+        # Not while steps are skipped: the checkpoints before may be the ones to go back to.
+        if rank() == 0 and not self.guard.in_a_row:
             rotate(Path(self.args.output_dir), self.stage_arguments.save_total_limit)
         barrier()
         self.last_log = (self.state.global_step, time.perf_counter())
@@ -376,14 +395,13 @@ class StageTrainer(Trainer):
         """Averaged weights, the stage's own state and its record."""
         # Gathering shards is collective, so every process takes part; rank 0 alone writes.
         averaged = self.averaged_weights()
-        state = self.extra_state()
+        state = {"guard": self.guard.state_dict(), **(self.extra_state() or {})}
         if rank() == 0:
             if averaged is not None:
                 averaged = without_copies(self.model, averaged)
                 averaged = {name: tensor.cpu().contiguous() for name, tensor in averaged.items()}
                 save_file(averaged, folder / EMA, {"format": "pt"})
-            if state is not None:
-                torch.save(state, folder / "stage_state.pt")
+            torch.save(state, folder / "stage_state.pt")
             write_json(folder / STAGE, self.stage_record)
             write_card(folder, type(self.model), self.stage_record.get("stage", ""))
 
@@ -393,9 +411,13 @@ class StageTrainer(Trainer):
         with explained_state(f"{checkpoint}: the state of the optimizer or of its schedule"):
             super()._load_optimizer_and_scheduler(checkpoint)
         file = Path(checkpoint) / "stage_state.pt"
-        if file.is_file():  # A stage without a state of its own has none.
+        if file.is_file():  # Older checkpoints have none where the stage has no state of its own.
             with explained_state(str(file)):
-                self.load_extra_state(torch.load(file, map_location=self.args.device, weights_only=True))
+                state = torch.load(file, map_location=self.args.device, weights_only=True)
+                if guard := state.pop("guard", None):  # Older checkpoints do not count skipped steps.
+                    self.guard.load_state_dict(guard)
+                if state or self.extra_state() is not None:
+                    self.load_extra_state(state)
 
     def _load_rng_state(self, checkpoint) -> None:
         with explained_state(f"{checkpoint}: the states of the random number generators (rng_state*.pth)"):

@@ -10,7 +10,8 @@ from utils.training.image_vae import ImageVAEGANArguments
 def make(**changes):
     values = {"gan_start_step": 0, "gan_warmup_steps": 0, "gan_ramp_steps": 0, "max_grad_norm": 0.0, **changes}
     torch.manual_seed(0)
-    adversary = Adversary(build_discriminator("patch", 8, 2), ImageVAEGANArguments(**values))
+    discriminator = build_discriminator("patch", 8, 2, use_spectral_norm=changes.get("use_spectral_norm", False))
+    adversary = Adversary(discriminator, ImageVAEGANArguments(**values))
     adversary.prepare(torch.device("cpu"), "constant", 100)
     return adversary
 

@@ -1,6 +1,9 @@
+import copy
+
 import pytest
 import torch
 
+from tests.helpers.runs import equal
 from utils.optimizer_hooks import GradientEMA, GradientMA, NonFiniteGuard, WeightEMA
 
 
@@ -65,24 +68,67 @@ def test_absent_gradient_is_no_error():
     assert "grokfast_ema" in optimizer.state[absent]
 
 
-def test_guard_skips_and_then_stops():
+def guarded(*hooks, limit=3):
+    """A weight of two ones, its optimizer with a guard and hooks, and a function that makes a step."""
     weight = torch.nn.Parameter(torch.ones(2))
     optimizer = torch.optim.AdamW([weight], lr=0.1)
-    guard = NonFiniteGuard(2, lambda flag, device: flag)
-    guard.attach(optimizer)
-    weight.grad = torch.tensor([1.0, float("nan")])
-    optimizer.step()
-    assert torch.equal(weight, torch.ones(2)) and guard.skipped == 1
-    weight.grad = torch.ones(2)
-    optimizer.step()
-    assert not torch.equal(weight, torch.ones(2))
-    for _ in range(2):
-        weight.grad = torch.full((2,), float("inf"))
-        if guard.in_a_row == 1:
-            with pytest.raises(FloatingPointError, match="2 optimizer steps in a row"):
-                optimizer.step()
-        else:
-            optimizer.step()
+    guard = NonFiniteGuard(limit, lambda flag, device: flag)
+    for hook in (guard, *hooks):
+        hook.attach(optimizer)
+
+    def step(*gradient: float) -> None:
+        weight.grad = torch.tensor(gradient)
+        guard.judge()
+        torch.nn.utils.clip_grad_norm_([weight], 1.0)  # as engines do, between the two
+        optimizer.step()
+
+    return weight, optimizer, guard, step
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize("gradient", [(1.0, NAN), (INF, -INF), (INF, INF), (1e25, 1e25), (1e25, 0.0), (3e38, 3e38)])
+def test_a_skipped_step_changes_nothing(gradient):
+    weight, optimizer, guard, step = guarded(GradientEMA(), GradientMA(2), WeightEMA(0.9))
+    step(*gradient)
+    assert torch.equal(weight, torch.ones(2)) and not optimizer.state
+    step(1.0, 2.0)
+    step(3.0, 2.0)
+    before = copy.deepcopy((weight.data, optimizer.state_dict()["state"]))
+    step(*gradient)
+    assert equal(before, (weight.data, optimizer.state_dict()["state"]))
+    assert (guard.skipped, guard.in_a_row, guard.applied) == (2, 1, 2)
+
+
+def test_large_gradients_that_cancel_or_whose_sum_overflows_are_finite():
+    weight, _, guard, step = guarded()
+    step(1e19, -1e19)
+    step(1e19, 1e19)
+    assert guard.skipped == 0 and guard.applied == 2 and weight.isfinite().all()
+
+
+def test_a_row_of_skipped_steps_ends_the_run():
+    weight, _, guard, step = guarded(limit=2)
+    step(NAN, 1.0)
+    step(1.0, 1.0)
+    step(NAN, 1.0)
+    resumed = guarded(limit=2)[2]
+    resumed.load_state_dict(guard.state_dict())
+    assert (resumed.skipped, resumed.in_a_row) == (2, 1)
+    before = weight.clone()
+    with pytest.raises(FloatingPointError, match=r"2 optimizer steps in a row.*--max_skipped_steps"):
+        step(INF, 1.0)
+    assert torch.equal(weight, before)
+
+
+def test_a_run_without_a_finite_step_is_an_error_before_it_is_saved():
+    guard, step = guarded()[2:]
+    step(NAN, 1.0)
+    step(NAN, 1.0)
+    with pytest.raises(FloatingPointError, match=r"all 2 optimizer steps.*--learning_rate"):
+        guard.check_progress(2)
+    guard.check_progress(3)  # An earlier step was not skipped.
 
 
 def test_average_equals_definition():

@@ -1,11 +1,21 @@
+import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from pretrain_image_diffusion import ImageDiffusionStage
+from pretrain_multimodal import MultimodalStage
+from tests.helpers.non_finite_runs import CASES, run_case
+from tests.helpers.runs import SMALL_DIFFUSION, equal, run_stage
+from tests.helpers.text_cache import SMALL_CORE, make_text
 from utils import training_utils
+from utils.training.diffusion import DiffusionTrainer
+from utils.training.multimodal import MultimodalTrainer
 from utils.training_utils import TRAINERS, EpochSampler, StageTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -23,21 +33,71 @@ def test_sampler_deals_whole_steps():
         EpochSampler(3, 4, seed=1)
 
 
-def test_non_finite_steps_are_skipped_and_counted(train, monkeypatch):
-    from dataset_loading.image.pixels import ImageDataset
+def test_a_step_in_which_anything_is_not_finite_changes_nothing(image_cache, tmp_path, fresh_logging):
+    """The steps of `mixed`: a first step, images, what the discriminator sees, a norm of finite numbers."""
+    flags = ["--cached_dataset", str(image_cache), "--batch_size", "8", "--trainer", "grokfast_ema"]
+    run_case("mixed", tmp_path, flags, save_steps=1, limit=9)
+    folders = [tmp_path / "image_vae" / "mixed" / f"checkpoint-{step}" for step in range(1, 10)]
+    states = [trained_state(folder) for folder in folders]
+    for number, (before, after) in enumerate(itertools.pairwise(states), start=1):
+        skipped = number in CASES["mixed"]
+        for name in before if skipped else ("model", "optimizer"):
+            assert equal(before[name], after[name]) == skipped, (number, name)
+    assert not states[0]["optimizer"] and states[-1]["updates"] == 4
+    weights = [*states[-1]["model"].values(), *states[-1]["discriminator"].values()]
+    assert all(value.isfinite().all() for value in weights)
+    assert all({"exp_avg", "grokfast_ema", "weight_ema"} <= state.keys() for state in states[-1]["optimizer"].values())
+    record = torch.load(folders[-1] / "stage_state.pt")
+    assert record["guard"] == {"skipped": 4, "in_a_row": 0}
+    assert record["adversary"]["scheduler"]["last_epoch"] == 7  # steps since --gan_start_step 2
 
-    original = ImageDataset.__getitem__
 
-    def broken(self, index):
-        sample = original(self, index)
-        if index == 7 and self.split == "train":
-            sample["image"][:] = float("inf")
-        return sample
+def trained_state(folder: Path) -> dict:
+    """What a step may change of a checkpoint's model, its optimizer with all averages, and its adversary."""
+    adversary = torch.load(folder / "stage_state.pt", weights_only=True)["adversary"]
+    return {
+        "model": load_file(folder / "model.safetensors"),
+        "optimizer": torch.load(folder / "optimizer.pt", weights_only=True)["state"],
+        "discriminator": adversary["discriminator"],
+        "discriminator_optimizer": adversary["optimizer"]["state"],
+        "statistics": adversary["statistics"],
+        "updates": adversary["updates"],
+    }
 
-    monkeypatch.setattr(ImageDataset, "__getitem__", broken)
-    run = train("broken", 8, "--batch_size", "8", "--latent_statistics_samples", "4")
-    assert all(torch.isfinite(value).all() for value in run.weights().values())
-    assert sum(not torch.isfinite(torch.tensor(loss)) for loss in run.losses) == 1
+
+class NonFiniteDiffusionTrainer(DiffusionTrainer):
+    def compute_loss(self, *args, **kwargs):
+        return super().compute_loss(*args, **kwargs) * (float("nan") if self.state.global_step >= 2 else 1)
+
+
+class NonFiniteDiffusionStage(ImageDiffusionStage):
+    trainer_class = NonFiniteDiffusionTrainer
+
+
+class NonFiniteTextTrainer(MultimodalTrainer):
+    def backward(self, loss):
+        super().backward(loss * (float("nan") if self.state.global_step >= 2 else 1))
+
+
+class NonFiniteTextStage(MultimodalStage):
+    trainer_class = NonFiniteTextTrainer
+
+
+@pytest.mark.parametrize("stage", [NonFiniteDiffusionStage, NonFiniteTextStage])
+def test_stages_without_an_adversary_skip_and_end(stage, latent_cache, tmp_path, fresh_logging):
+    common, cache = SMALL_DIFFUSION, latent_cache
+    if stage is NonFiniteTextStage:
+        common, cache = SMALL_CORE, make_text(tmp_path / "cache")
+    flags = ["--batch_size", "4", "--max_skipped_steps", "3"]
+    run = run_stage(stage, common, cache, tmp_path, "short", 4, *flags)
+    skipped = [
+        line.get("skipped_steps")
+        for line in json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
+    ]
+    assert [count for count in skipped if count] == [1, 2]
+    assert all(value.isfinite().all() for name in ("model", "ema") for value in run.weights(name).values())
+    with pytest.raises(FloatingPointError, match="3 optimizer steps in a row"):
+        run_stage(stage, common, cache, tmp_path, "long", 9, *flags)
 
 
 def test_trainers_of_all_stages_are_found_here_and_loaded_when_asked_for():

@@ -27,6 +27,7 @@ from model.criteria import (
     r1_penalty,
 )
 from utils.distributed import broadcast_tensors, mean_across_ranks
+from utils.optimizer_hooks import advance, is_too_large
 from utils.options import option
 from utils.training.schedules import apply_settings, rate_factor
 
@@ -121,7 +122,13 @@ class Adversary:
         self.parameters = [p for p in discriminator.parameters() if p.requires_grad]
         self.pending: list[Tensor] = []  # a (4,) per micro-batch of this optimizer step, see `play`
         self.trains = False  # Whether the pending micro-batches carry gradients for the discriminator.
+        # Of the present optimizer step: norm of the gradient, means of `pending` over all processes, whether they are
+        # not finite, and the discriminator's buffers before it.
         self.gradient_norm = torch.zeros(())
+        self.averages = torch.zeros(4)
+        self.skips = False
+        self.buffers: list[Tensor] = []
+        self.skipped_in_a_row = 0
 
     # ---- Schedule.
 
@@ -220,8 +227,11 @@ class Adversary:
             return AdversarialTerms(None, {})
 
         # One pass of the discriminator over the generated samples, one over the real ones where they are needed.
-        if trains and not self.pending and hasattr(self.discriminator, "update_spectral_norms"):
-            self.discriminator.update_spectral_norms()
+        if trains and not self.pending:
+            # A skipped update gives the vectors of spectral norms back.
+            self.buffers = [buffer.clone() for buffer in self.discriminator.buffers()]
+            if hasattr(self.discriminator, "update_spectral_norms"):
+                self.discriminator.update_spectral_norms()
         self.trains = trains
         for parameter in self.parameters:
             parameter.requires_grad_(trains)
@@ -291,39 +301,69 @@ class Adversary:
         logs["accuracy_fake"] = mean_of_means([(logits < boundary).float() for logits in fake_logits])
         return logs
 
-    def update(self) -> bool:
-        """End an optimizer step: average the accumulated gradients over all processes, clip, step; a non-finite
-        gradient skips the update.
+    def is_finite(self) -> bool:
+        """End the micro-batches of an optimizer step: average statistics and gradients over all processes, and clip.
+        Every process must call it.
 
-        Returns: whether this step was one of the discriminator's, so that `gradient_norm` is new.
+        Returns: whether all of them are finite, the same on every process.
         """
-        statistics = torch.stack(self.pending).sum(0)  # (4,), see `play`
+        self.averages = torch.stack(self.pending).sum(0)  # (4,), see `play`
         self.pending = []
         if not self.trains:
             if self.arguments.use_adaptive_gan_weight:
-                self.blend_gradients(mean_across_ranks(statistics))
-            self.scheduler.step()
-            return False
+                self.averages = mean_across_ranks(self.averages)
+            # The gradient of the generator comes of the same numbers, and has its own guard.
+            return True
 
-        # Average over all processes: statistics and gradients travel in one flat tensor.
+        # Statistics and gradients travel in one flat tensor.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        flat = mean_across_ranks(torch.cat([statistics, *(g.reshape(-1).float() for g in gradients)]))
-        statistics, *pieces = flat.split([4, *(p.numel() for p in self.parameters)])
+        flat = mean_across_ranks(torch.cat([self.averages, *(g.reshape(-1).float() for g in gradients)]))
+        self.averages, *pieces = flat.split([4, *(p.numel() for p in self.parameters)])
         for parameter, piece in zip(self.parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
 
-        # Clip, step, and move the running means; all processes see the same numbers and decide alike.
+        # All processes see the same numbers and decide alike.
         max_norm = self.arguments.max_grad_norm or float("inf")
         self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters, max_norm)
-        if torch.isfinite(self.gradient_norm) and torch.isfinite(statistics).all():
+        self.skips = is_too_large(self.gradient_norm) or not self.averages.isfinite().all().item()
+        return not self.skips
+
+    def update(self, *, skips: bool = False) -> bool:
+        """End an optimizer step: step, and move the running means. A non-finite gradient skips the update: nothing
+        changes but the schedule.
+
+        Args: skips: whether the generator's step is skipped, and the update with it.
+        Returns: whether this step was one of the discriminator's, so that `gradient_norm` is new.
+        Raises: FloatingPointError: `max_skipped_steps` updates in a row were skipped.
+        """
+        if self.pending:
+            self.is_finite()
+        if not self.trains:
+            if self.arguments.use_adaptive_gan_weight and not skips:
+                self.blend_gradients(self.averages)
+            advance(self.scheduler)
+            return False
+
+        # Weights, moments, LeCAM's anchors and the adaptive factor, or nothing of it.
+        if not (skips or self.skips):
             self.optimizer.step()
-            self.blend("anchors", statistics[:2], decay=0.99)
-            self.blend_gradients(statistics)
+            self.blend("anchors", self.averages[:2], decay=0.99)
+            self.blend_gradients(self.averages)
             self.updates += 1
+            self.skipped_in_a_row = 0
         else:
+            for buffer, value in zip(self.discriminator.buffers(), self.buffers, strict=True):
+                buffer.copy_(value)
             self.skipped_updates += 1
-        self.scheduler.step()
+            self.skipped_in_a_row += 1
+        advance(self.scheduler)
         self.optimizer.zero_grad(set_to_none=True)
+        # Where the generator is updated more often, its guard sees no row of skipped steps.
+        if self.skipped_in_a_row >= self.arguments.max_skipped_steps:
+            raise FloatingPointError(
+                f"{self.skipped_in_a_row} updates of the discriminator in a row had non-finite gradients; lower "
+                "--discriminator_learning_rate, look for broken samples, or raise --max_skipped_steps"
+            )
         return True
 
     def blend_gradients(self, statistics: Tensor) -> None:

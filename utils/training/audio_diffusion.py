@@ -143,8 +143,7 @@ class AudioDiffusionTrainer(DiffusionTrainer):
         if self.is_speech:
             terms |= {"prior": sums["prior"].sum() / n_frames, "duration": sums["duration"].sum() / n_tokens}
             loss = loss + args.prior_weight * terms["prior"] + args.duration_weight * terms["duration"]
-        engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(loss, **engine)
+        self.backward(loss)
 
         # Log lines hold means over micro-batches, and these are parts of a sum.
         n_parts = self.current_gradient_accumulation_steps

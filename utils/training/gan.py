@@ -1,6 +1,7 @@
 """The GAN engine: a generator trained through one engine against an adversary outside of it."""
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
@@ -38,6 +39,9 @@ class GANTrainer(StageTrainer):
     Every loss on the generated sample x is taken on a detached leaf, and its gradient g there. The engine then sees
     exactly one forward and one backward, of `(x * g).sum() + sum(generation.terms)`, which gives the generator the
     same gradient.
+
+    A step is skipped as a whole: where the gradient of either network is not finite on any process, neither changes,
+    nor does any running statistic; both schedules go on.
 
     Subclasses say what is generated: `generate`.
     """
@@ -89,13 +93,14 @@ class GANTrainer(StageTrainer):
         # One backward through the generator.
         terms = {name: term.detach() for name, term in {**terms, **generation.terms}.items()}
         surrogate = (generation.sample.float() * gradient).sum() + sum(generation.terms.values())
-        # `share` divides by the micro-batches, which DeepSpeed would do once more.
-        engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(surrogate * share, **engine)
-
-        # The discriminator's update ends the optimizer step.
+        # A step whose discriminator's gradient is not finite is skipped as a whole: the generator's becomes nan too.
         is_over = self.adversary is not None and self.adversary.pending and self.accelerator.sync_gradients
-        if is_over and self.adversary.update():
+        if is_over and not self.adversary.is_finite():
+            surrogate = surrogate * math.nan
+        self.backward(surrogate * share)
+
+        # The discriminator's update ends the optimizer step, unless the generator's gradient was not finite.
+        if is_over and self.adversary.update(skips=self.guard.skips):
             self.record({"gan/discriminator_grad_norm": self.adversary.gradient_norm})
         self.record({f"loss/{name}": term for name, term in terms.items()})
         return sum(terms.values()) * share

@@ -121,8 +121,7 @@ class MultimodalTrainer(StageTrainer):
         inputs = self._prepare_inputs(inputs)
         # Forward and backward; the loss is a sum over targets already divided by their number.
         output = model(**model_inputs(inputs), **self.thinking(inputs), n_targets=num_items_in_batch, use_cache=False)
-        engine = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(output.loss, **engine)
+        self.backward(output.loss)
 
         # Log lines hold means over micro-batches, and these are parts of a sum.
         n_parts = self.current_gradient_accumulation_steps

@@ -5,6 +5,7 @@ import torch
 
 from model.criteria import discriminator_loss, feature_matching_loss, generator_loss, r1_penalty
 from tests.helpers.adversaries import batch, flat_gradient, make
+from tests.helpers.runs import equal
 
 
 @pytest.mark.parametrize("kind", ["hinge", "non_saturating"])
@@ -62,15 +63,46 @@ def test_schedule():
     assert [adversary.generator_weight(step) for step in (9, 14, 15, 20, 25, 99)] == [0, 0, 0, 0.25, 0.5, 0.5]
 
 
-def test_non_finite_gradient_skips_the_update():
-    adversary = make()
-    before = [p.clone() for p in adversary.discriminator.parameters()]
-    leaf, real, gradient = batch()
-    real[0, 0, 0, 0] = float("nan")
-    adversary.play(leaf, real, gradient, weight=0.1)
+@pytest.mark.parametrize("broken", ["real", "leaf", "leaf_gradient", "weights", "generator"])
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_skipped_update_changes_nothing_but_the_schedule(broken, max_grad_norm):
+    """Samples, gradients of the reconstruction, a norm of finite values, or the generator's step are not finite."""
+    kinds = {"lecam_weight": 0.1, "r1_weight": 1.0, "r1_every": 1, "use_spectral_norm": True}
+    adversary = make(max_grad_norm=max_grad_norm, **kinds)
+    adversary.play(*batch(), weight=0.1)
     adversary.update()
-    assert adversary.skipped_updates == 1 and adversary.updates == 0
-    assert all(torch.equal(a, b) for a, b in zip(before, adversary.discriminator.parameters()))
+    before = copy.deepcopy(adversary.state_dict())
+    leaf, real, gradient = batch()
+    if broken == "real":
+        real[0, 0, 0, 0] = float("nan")
+    elif broken == "leaf":
+        leaf = leaf.detach().fill_(float("inf")).requires_grad_()
+    elif broken == "leaf_gradient":
+        gradient *= 1e30
+    adversary.play(leaf, real, gradient, weight=0.1)
+    if broken == "weights":  # Each value is finite.
+        for parameter in adversary.parameters:
+            parameter.grad.fill_(1e25)
+    assert adversary.is_finite() == (broken == "generator")
+    assert adversary.update(skips=broken == "generator")
+    after = adversary.state_dict()
+    assert adversary.skipped_updates == 1 and adversary.updates == 1
+    assert after["scheduler"]["last_epoch"] == before["scheduler"]["last_epoch"] + 1
+    assert all(equal(before[name], after[name]) for name in ("discriminator", "optimizer", "statistics"))
+    assert any("original" in name for name in after["discriminator"])  # spectral norms
+
+
+def test_a_row_of_skipped_updates_ends_the_run_where_the_generator_is_updated_more_often():
+    adversary = make(max_skipped_steps=2, discriminator_every=2)
+    leaf, real, gradient = batch()
+    for trains in (True, False, True):
+        adversary.play(leaf, real * float("nan") if trains else real, gradient, weight=0.1, trains=trains)
+        if adversary.skipped_in_a_row == 1 and trains:
+            with pytest.raises(FloatingPointError, match=r"2 updates of the discriminator.*--max_skipped_steps"):
+                adversary.update()
+        else:
+            adversary.update()
+    assert adversary.skipped_updates == 2
 
 
 def test_state_round_trip_continues_exactly():
