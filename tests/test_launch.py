@@ -18,7 +18,15 @@ from pretrain_recurrent_vae import RecurrentVAEStage
 from pretrain_vocoder import VocoderStage
 from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
-from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference, relative_distance, run_stage
+from tests.helpers.runs import (
+    SMALL_DIFFUSION,
+    SMALL_RUN,
+    Run,
+    changed,
+    largest_difference,
+    relative_distance,
+    run_stage,
+)
 from tests.helpers.text_cache import SMALL_CORE, make_text
 from utils.checkpoints import load_model
 
@@ -39,8 +47,9 @@ COMMON = {
 
 def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str, stage: str = "image_vae") -> Run:
     """Run the stage on two processes; `launcher` is torchrun, or a DeepSpeed configuration."""
-    words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", "two", *flags]
-    program = [f"pretrain_{stage}.py", *COMMON[stage], "--max_steps", str(steps), *words]
+    words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", "two"]
+    words = changed(words, *flags)
+    program = [f"pretrain_{stage}.py", *changed([*COMMON[stage], "--max_steps", str(steps)], *words)]
     if launcher == "torchrun":
         command = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "tests/helpers/ends_alone.py", *program]
     else:

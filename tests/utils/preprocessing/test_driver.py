@@ -12,6 +12,7 @@ from dataset_loading.cache_writer import sample_key
 from dataset_loading.image.pixels import ImageDataset
 from preprocess_image_vae_dataset import ImageVAEPreprocess
 from tests.helpers.processes import has_files, run_until
+from tests.helpers.runs import changed
 from utils.command_line import parse_arguments
 from utils.preprocessing.driver import PreprocessArguments, command_words
 from utils.preprocessing.samples import is_validation
@@ -38,8 +39,8 @@ def write_images(folder: Path, count: int) -> Path:
 
 def prepare(raw: Path, out: Path, *flags: str) -> dict:
     """Run the image stage in this process."""
-    argv = ["--dataset_name", str(raw), "--output_dir", str(out), "--image_size", "16", "--num_workers", "0", *flags]
-    return ImageVAEPreprocess(parse_arguments(ImageVAEPreprocess.arguments_class, argv, "")).run()
+    argv = ["--dataset_name", str(raw), "--output_dir", str(out), "--image_size", "16", "--num_workers", "0"]
+    return ImageVAEPreprocess(parse_arguments(ImageVAEPreprocess.arguments_class, changed(argv, *flags), "")).run()
 
 
 def contents(out: Path) -> dict[str, bytes]:
