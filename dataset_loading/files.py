@@ -1,6 +1,7 @@
 """Files on disk: atomic writes, fingerprints of what shaped them, and the manifests that describe a folder of them."""
 
 import contextlib
+import ctypes
 import glob
 import hashlib
 import json
@@ -24,7 +25,8 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
     when the block ends, and deleted if it raises.
 
     Args:
-        sync: flush the file to the disk before the renaming, so that it survives a loss of power.
+        sync: flush the file to the disk before the renaming, and the renaming itself, so that both survive a loss of
+            power.
     """
     # The process id keeps processes that write the same file apart; the dot hides the file from listings.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -33,6 +35,8 @@ def replacing(path: Path, *, sync: bool = False) -> Iterator[Path]:
         if sync:
             sync_to_disk(temporary)
         os.replace(temporary, path)
+        if sync:
+            sync_to_disk(path.parent)  # The folder holds the name.
     except OSError as error:
         # A full disk gives no name, other failures the temporary one; users know the final one.
         if error.errno is not None and error.filename in (None, str(temporary)):
@@ -59,10 +63,29 @@ def remove_leftovers(path: Path) -> None:
 
 
 def sync_to_disk(file: Path) -> None:
-    """Flush a file that is already written from the page cache to the disk."""
+    """Flush a file that is already written, or a folder's list of names, from the page cache to the disk."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file_system(folder: Path) -> None:
+    """Flush all files on the file system of a folder to the disk: one call for thousands of small files, each of which
+    would take milliseconds alone.
+
+    Raises: OSError: the disk reports an error.
+    """
+    # Python has os.sync alone, which flushes all file systems; Linux can flush one.
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "syncfs"):
+        os.sync()
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if libc.syncfs(descriptor):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(folder))
     finally:
         os.close(descriptor)
 
@@ -92,7 +115,51 @@ def digest_file(file: str | Path) -> bytes:
 # ---- Manifests: written last, so that a folder with a manifest is complete.
 
 
-def read_manifest(folder: Path, stage: str | None, *, remedy: str = "") -> dict[str, Any]:
+class Record(dict):
+    """An object of a JSON file. Reading a key that it lacks raises an error that names the file and what to do.
+
+    Attributes:
+        file: the file.
+        remedy: what to do about it.
+    """
+
+    __slots__ = ("file", "remedy")
+
+    def __init__(self, values: dict[str, Any], file: Path, remedy: str):
+        super().__init__(values)
+        self.file, self.remedy = file, remedy
+
+    def __missing__(self, name: str) -> Any:
+        raise self.damaged(f"it lacks {name!r}")
+
+    def damaged(self, reason: str) -> ValueError:
+        """The error about a wrong content."""
+        return ValueError(f"{self.file} is damaged ({reason}); {self.remedy}")
+
+    def expect_types(self, types: dict[str, Any], place: str = "") -> None:
+        """Check that keys are there, with values of these types, or of one of a tuple of types.
+
+        Args: place: where the object lies in the file, for the message.
+        Raises: ValueError: names file, key, value and type.
+        """
+        for name, kinds in types.items():
+            if name not in self:
+                raise self.damaged(f"{place or 'it'} lacks {name!r}")
+            if not isinstance(self[name], kinds):
+                kind_names = " or ".join(kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,)))
+                raise self.damaged(f"{place}{'.' if place else ''}{name}={shorten(self[name])} must be {kind_names}")
+
+    def __reduce__(self) -> tuple:
+        return Record, (dict(self), self.file, self.remedy)
+
+
+def shorten(value: Any) -> str:
+    """A value for a message, on one line of at most 80 characters."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def read_manifest(folder: Path, stage: str | None, *, remedy: str = "") -> Record:
     """The manifest of a complete preprocessed folder.
 
     Args:
@@ -101,7 +168,7 @@ def read_manifest(folder: Path, stage: str | None, *, remedy: str = "") -> dict[
         remedy: how to make the folder, for the message; default: the command of the preprocessing script.
     Raises:
         FileNotFoundError: there is no complete folder; the message says what is there and which command to run.
-        ValueError: the manifest cannot be read, or is of another schema or stage.
+        ValueError: the manifest cannot be read, lacks what all manifests have, or is of another schema or stage.
     """
     script = f"preprocess_{stage or '<stage>'}_dataset.py"
     remedy = remedy or f"make it with: python {script} --dataset_name <hub name or folder> --output_dir {folder}"
@@ -115,15 +182,29 @@ def read_manifest(folder: Path, stage: str | None, *, remedy: str = "") -> dict[
             )
         state = f"is not a preprocessed folder (it has no {MANIFEST})" if any(folder.iterdir()) else "is empty"
         raise FileNotFoundError(f"{folder} {state}; {remedy}")
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-        schema, stage_of_folder = manifest["schema"], manifest["stage"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is damaged ({error!r}); delete the folder and {remedy}") from error
-    if schema != SCHEMA:
+    manifest = read_record(file, f"delete the folder and {remedy}")
+    # The layout first: manifests of another version may lack what is checked below.
+    manifest.expect_types({"schema": int, "stage": str})
+    if manifest["schema"] != SCHEMA:
         raise ValueError(
-            f"{folder} has schema version {schema}, this code reads {SCHEMA}; delete the folder and {remedy}"
+            f"{folder} has schema version {manifest['schema']}, this code reads {SCHEMA}; delete the folder and "
+            f"{remedy}"
         )
-    if stage is not None and stage_of_folder != stage:
-        raise ValueError(f"{folder} was made for stage {stage_of_folder!r}, not for {stage!r}; {remedy}")
+    if stage is not None and manifest["stage"] != stage:
+        raise ValueError(f"{folder} was made for stage {manifest['stage']!r}, not for {stage!r}; {remedy}")
+    manifest.expect_types({"fingerprint": str, "settings": Record})
     return manifest
+
+
+def read_record(file: Path, remedy: str) -> Record:
+    """A JSON file that holds an object, whose inner objects are records, too.
+
+    Raises: ValueError: the file cannot be read as such; names it and what to do.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"), object_hook=lambda values: Record(values, file, remedy))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error!r}); {remedy}") from error
+    if not isinstance(content, Record):
+        raise ValueError(f"{file} is damaged (it holds {shorten(content)}, not an object); {remedy}")
+    return content

@@ -26,16 +26,22 @@ from utils.options import (
 logger = logging.getLogger(__name__)
 
 
+# What gloo and NCCL say in the other processes when one ends in the middle of a run.
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+
+
 @contextlib.contextmanager
 def explained_errors(logger: logging.Logger) -> Iterator[None]:
-    """Around a command: errors that a user can cause end it with their message and exit status 2.
+    """Around a command: errors that a user can cause end it with their message and exit status 2, as does the loss of
+    another process of the same run, which has said why it ended.
 
     The environment variable MEGATRANSFORMER_TRACEBACK=1 shows the traceback instead.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("MEGATRANSFORMER_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        is_lost = any(sign in str(error) for sign in LOST_PROCESS)
+        if os.environ.get("MEGATRANSFORMER_TRACEBACK") or (isinstance(error, RuntimeError) and not is_lost):
             raise
         logger.error("%s", message_of(error))
         raise SystemExit(2) from error  # as argparse ends on a wrong command line
@@ -44,6 +50,8 @@ def explained_errors(logger: logging.Logger) -> Iterator[None]:
 def message_of(error: Exception) -> str:
     """The message of an error, also of one that a DataLoader's worker raised: torch wraps that in its traceback."""
     text = str(error)
+    if isinstance(error, RuntimeError):
+        return f"another process of this run has ended, its message says why ({text.strip().splitlines()[-1]})"
     if not re.match(r"Caught \w+ in DataLoader worker process \d+\.\n", text):
         return text
     # The traceback ends with "<type>: <message>", after those of the errors that caused it.

@@ -106,7 +106,7 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
     for split in splits:
         totals[split] = {"samples": len(entries[split])}
         for name, value in entries[split][0].items() if entries[split] else ():
-            if name not in ("copy", "length", "part", "parts") and isinstance(value, int | float):
+            if name not in ("copy", "bytes", "length", "part", "parts") and isinstance(value, int | float):
                 totals[split][name] = round(sum(entry[name] for entry in entries[split]), 3)
     # Raw files that gave no sample, with the reasons.
     left_out = {
