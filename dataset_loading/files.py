@@ -12,6 +12,21 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
+# What later stages read of a manifest's settings, by stage, with their types.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "image_vae": {"image_size": int},
+    "image_diffusion": {
+        "image_size": int,
+        "latent_shape": list,
+        "horizontal_flip": bool,
+        "max_tokens": int,
+        "vae_fingerprint": str,
+        "vae_checkpoint": str,
+        "text_encoder": str,
+        "text_encoder_fingerprint": str,
+        "text_embedding_width": int,
+    },
+}
 MANIFEST = "manifest.json"
 JOURNAL = "progress.jsonl"
 
@@ -193,6 +208,7 @@ def read_manifest(folder: Path, stage: str | None, *, remedy: str = "") -> Recor
     if stage is not None and manifest["stage"] != stage:
         raise ValueError(f"{folder} was made for stage {manifest['stage']!r}, not for {stage!r}; {remedy}")
     manifest.expect_types({"fingerprint": str, "settings": Record})
+    manifest["settings"].expect_types(SETTINGS.get(manifest["stage"], {}), "settings")
     return manifest
 
 

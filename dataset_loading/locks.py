@@ -29,12 +29,13 @@ held: set[int] = set()
 
 @contextlib.contextmanager
 def only_writer(folder: Path, remedy: str) -> Iterator[None]:
-    """Hold the lock of a folder, which is made where it is not there, and removed at the end where it is empty.
+    """Hold the lock of a folder. It is made where it is not there, and removed at the end if it is still empty.
 
     Args: remedy: what the user could do instead, for the message.
     Raises: OSError: another process holds it (the message names host, process, command and time), or the folder
         cannot be written.
     """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / LOCK
     descriptor = lock_file(file, remedy)
@@ -47,8 +48,9 @@ def only_writer(folder: Path, remedy: str) -> Iterator[None]:
             file.unlink(missing_ok=True)
             held.discard(descriptor)
             os.close(descriptor)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
+        with contextlib.suppress(OSError):  # It is not empty.
+            for path in created:
+                path.rmdir()
 
 
 def lock_file(file: Path, remedy: str) -> int:

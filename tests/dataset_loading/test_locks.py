@@ -69,6 +69,9 @@ def test_nothing_is_left_and_the_lock_can_be_taken_again(tmp_path):
         with first, pytest.raises(OSError, match="wait"), second:  # Twice in one process is twice.
             pass
         assert not (tmp_path / "set").exists() and not locks.held
+    with only_writer(tmp_path / "a/b/c", "wait"):
+        assert (tmp_path / "a/b/c" / LOCK).exists()
+    assert not list(tmp_path.iterdir())
     (tmp_path / "set").mkdir()
     with only_writer(tmp_path / "set", "wait"):
         (tmp_path / "set/a").touch()

@@ -1,6 +1,5 @@
 """The training driver: a stage states what differs (model, data, losses), `Stage.main` does the rest in one order."""
 
-import contextlib
 import dataclasses
 import json
 import logging
@@ -34,7 +33,7 @@ from utils.distributed import end_processes, from_main, launched_rank, rank, wor
 from utils.megatransformer_utils import StageArguments, training_arguments
 from utils.options import StrictConfig, declared_fields, from_preset
 from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
-from utils.training.run_lock import only_run
+from utils.training.run_lock import learn_refusal, only_run
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
 logger = logging.getLogger(__name__)
@@ -56,7 +55,6 @@ class Stage:
         self.args = args
         self.run_dir = Path(args.output_dir) / self.name / args.run_name
         self.cache_dir = Path(args.cached_dataset or f"cached_datasets/{self.cache_name or self.name}")
-        self.resources = contextlib.ExitStack()  # What `main` gives back at the end, such as the lock of the run.
 
     # ---- What a stage states.
 
@@ -97,17 +95,21 @@ class Stage:
         """Parse, check, build, train or resume, save, evaluate; returns the last evaluation's metrics."""
         args = parse_arguments(cls.arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
         set_up_logging()
-        stage = cls(args)
-        with explained_errors(logger), stage.resources:
-            metrics = stage.run()
+        with explained_errors(logger):
+            metrics = cls(args).run()
             end_processes()
             return metrics
 
     def run(self) -> dict[str, float]:
-        """The order of every stage."""
+        """A dry run, or one that no other run disturbs."""
         if self.args.dry_run:
             self.describe()
             return {}
+        with only_run(self.run_dir, lambda: training_arguments(self.args, self.run_dir)):
+            return self.run_alone()
+
+    def run_alone(self) -> dict[str, float]:
+        """The order of every stage."""
         # Errors of folders, configuration and data are raised before the model exists.
         self.check_run()
         self.prepare()
@@ -116,7 +118,7 @@ class Stage:
 
         # The random numbers of a run begin at `set_seed`: weights come first, then the trainer's parts.
         training = training_arguments(self.args, self.run_dir)
-        self.resources.enter_context(only_run(self.run_dir))
+        learn_refusal()
         set_seed(self.args.seed)
         model = self.build_model(config)
         # Rank 0 decides where to resume, so that all processes agree.
