@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,15 @@ def digest_file(file: str | Path) -> bytes:
     """The SHA-256 of a file's contents, read in blocks."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").digest()
+
+
+def crc_of_file(file: Path) -> str:
+    """The CRC-32 of a file's contents, read in blocks; about 0.2 s per gigabyte. It finds damage, not intent."""
+    crc = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
 
 
 # ---- Manifests: written last, so that a folder with a manifest is complete.

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dataset_loading.files import crc_of_file
+
 # dtype and shape of a sample's tensors by name; None: any size along this axis.
 TensorKinds = Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]]
 
@@ -40,7 +42,7 @@ def changed_bytes(file: Path, entry: Mapping[str, Any]) -> str:
     size = file.stat().st_size
     if size != entry["bytes"]:
         return f"it has {size} bytes, {entry['bytes']} were written"
-    crc = digest_of(file.read_bytes())["crc32"]
+    crc = crc_of_file(file)
     return f"its CRC-32 is {crc}, {entry['crc32']} was written" if crc != entry["crc32"] else ""
 
 
