@@ -155,7 +155,15 @@ class Preprocess:
             signal.signal(number, signal.default_int_handler)
         try:
             with explained_errors(logger):
-                return cls(args).run()
+                try:
+                    return cls(args).run()
+                except AttributeError as error:
+                    if error.obj is not args:
+                        raise
+                    raise ValueError(
+                        f"{cls.__name__} reads --{error.name}, which {type(args).__name__} does not declare; its "
+                        "arguments_class must name a class that does"
+                    ) from error
         except KeyboardInterrupt:
             logger.warning("stopped; the same command continues from here")
             raise SystemExit(130) from None

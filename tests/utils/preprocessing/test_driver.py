@@ -16,7 +16,7 @@ from preprocess_image_vae_dataset import ImageVAEPreprocess
 from tests.helpers.processes import has_files, run_until
 from tests.helpers.runs import changed
 from utils.command_line import parse_arguments
-from utils.preprocessing.driver import PreprocessArguments, command_words
+from utils.preprocessing.driver import Preprocess, PreprocessArguments, command_words
 from utils.preprocessing.samples import is_validation
 
 AUGMENTED = ["--num_augmented_copies", "2", "--random_resized_crop", "--horizontal_flip", "--color_jitter"]
@@ -413,3 +413,20 @@ def test_main_reports_a_missing_source_and_exits(tmp_path, caplog):
         ImageVAEPreprocess.main(["--dataset_name", str(tmp_path / "gone"), "--output_dir", str(tmp_path / "out")])
     assert caught.value.code == 2 and "gone does not exist" in caplog.text
     assert not (tmp_path / "out").exists()
+
+
+class UndeclaredPreprocess(Preprocess):
+    name, media, suffixes = "films", "film", (".film",)
+
+    def settings(self):
+        return {"length": self.args.film_length}
+
+
+@pytest.mark.parametrize("source, parts", [("local", ["--film_length", "arguments_class"]), ("org/set", ["'film'"])])
+def test_an_unfinished_stage_says_what_it_lacks(source, parts, tmp_path, caplog):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/a.film").touch()
+    name = str(tmp_path / source) if source == "local" else source
+    with pytest.raises(SystemExit) as stop:
+        UndeclaredPreprocess.main(["--dataset_name", name, "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 2 and all(part in caplog.text for part in parts)
