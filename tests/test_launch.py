@@ -311,9 +311,9 @@ def test_errors_of_one_process_end_all_with_one_message(launcher, image_cache, t
     # A sample of the first step's second micro-batch, which the second process reads.
     file = cache / "train" / f"{data.entries[list(EpochSampler(len(data), 8, 42))[5]]['key']}.pt"
     file.write_bytes(b"")
-    damaged = launched(launcher, cache, tmp_path, 2, *flags, "--num_workers", "1")
+    damaged = launched(launcher, cache, tmp_path, 10, *flags, "--num_workers", "1")
     with only_writer(tmp_path / "image_vae" / "two", "wait"):
-        locked = launched(launcher, image_cache, tmp_path, 2, *flags)
+        locked = launched(launcher, image_cache, tmp_path, 10, *flags)
     for done, message in ((damaged, f"{file} is damaged (it has 0 bytes"), (locked, f"by process {os.getpid()} on")):
         output = done.stdout + done.stderr
         assert done.returncode != 0 and message in output, output[-4000:]
