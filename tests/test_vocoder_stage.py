@@ -236,7 +236,7 @@ def test_flags_that_cannot_take_effect_are_refused(words, message, capsys):
 @pytest.mark.parametrize("extra", [[], ["--dry_run"]], ids=["run", "dry-run"])
 def test_bad_input_is_a_clear_error(words, message, extra, cache, tmp_path, fresh_logging):
     common = [word for word in SMALL_VOCODER if word not in ("--stft_resolutions", "256", "1024")]
-    common = [*common, "--discriminator_resolutions", "256"] if "--discriminator_resolutions" in common else common
+    common = changed(common, "--discriminator_resolutions", "256")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_stage(VocoderStage, common, cache, tmp_path, "bad", 1, "--batch_size", "2", *words.split(), *extra)
 
