@@ -1,26 +1,53 @@
 """The writing side of a preprocessed folder: atomic files, a journal to continue from, the manifest last."""
 
-import contextlib
 import io
 import json
+import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from dataset_loading.files import JOURNAL, MANIFEST, fingerprint_of_bytes, read_manifest, replace_file
+from dataset_loading.files import (
+    JOURNAL,
+    MANIFEST,
+    Record,
+    fingerprint_of_bytes,
+    read_manifest,
+    replace_file,
+    sync_file_system,
+)
+from dataset_loading.integrity import digest_of
+from dataset_loading.locks import LOCK
+
+logger = logging.getLogger(__name__)
+
+SYNC_SECONDS = 10.0  # Between flushes of samples and journal to the disk.
+# Fields that not every entry of a folder has: those of parts, and those that earlier versions did not write.
+OPTIONAL_FIELDS = {"part", "parts", "bytes", "crc32"}
 
 
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a sample's file atomically; equal tensors give equal bytes."""
+def save_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Write a sample's file atomically; equal tensors give equal bytes. Returns its digest, for the entry."""
     # `clone`: a view would be written with the whole storage that it lies in.
     buffer = io.BytesIO()
     torch.save({name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}, buffer)
     replace_file(path, buffer.getvalue())
+    return digest_of(buffer.getvalue())
+
+
+def check_output(folder: Path) -> None:
+    """Raises: ValueError: the output folder is a file, or holds something else than preprocessed samples."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output_dir {folder} is a file")
+    names = {path.name for path in folder.iterdir()} - {LOCK} if folder.exists() else set()
+    if names and not names & {MANIFEST, JOURNAL}:
+        raise ValueError(f"--output_dir {folder} is not empty and no preprocessed folder; choose another one")
 
 
 def read_entries(folder: Path, header: dict[str, Any]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -28,35 +55,70 @@ def read_entries(folder: Path, header: dict[str, Any]) -> dict[tuple[str, str], 
 
     Raises:
         ValueError: the folder was made with other settings (the message names both fingerprints, the differing
-            settings and what to do), holds something else, or has a damaged manifest.
+            settings and what to do), or has a damaged manifest.
     """
-    manifest_file, journal_file = folder / MANIFEST, folder / JOURNAL
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output_dir {folder} is a file")
-    if folder.exists() and not manifest_file.exists() and not journal_file.exists() and any(folder.iterdir()):
-        raise ValueError(f"--output_dir {folder} is not empty and no preprocessed folder; choose another one")
     entries_by_key = {}
     # A complete folder, to which samples may be added.
-    if manifest_file.exists():
+    if (folder / MANIFEST).exists():
         manifest = read_manifest(folder, None)
         check_same(folder, manifest, header)
-        rows = ((split, entry) for split, entries in manifest["entries"].items() for entry in entries)
-        entries_by_key = {(split, entry["key"]): entry for split, entry in rows}
+        manifest.expect_types({"entries": Record})
+        for split, entries in manifest["entries"].items():
+            if not isinstance(entries, list) or not all(map(is_entry, entries)):
+                raise manifest.damaged(f"entries.{split} must be a list of objects with 'key', 'copy' and 'caption'")
+            entries_by_key |= {(split, entry["key"]): entry for entry in entries}
     # An interrupted run: what it wrote since the manifest, if there is one.
-    for value in read_journal(journal_file) if journal_file.exists() else ():
+    for value in read_journal(folder / JOURNAL) if (folder / JOURNAL).exists() else ():
         if isinstance(value, dict):
             check_same(folder, value, header)
         else:
             split, entry = value
             entries_by_key[split, entry["key"]] = entry
-    return entries_by_key
+    # Damaged entries lack what the others have.
+    names = set().union(*entries_by_key.values()) - OPTIONAL_FIELDS
+    return {name: entry for name, entry in entries_by_key.items() if names <= entry.keys()}
+
+
+def is_entry(value: Any) -> bool:
+    """Whether a JSON value is the entry of a sample."""
+    types = {"key": str, "copy": int, "caption": str}
+    if not isinstance(value, dict) or not isinstance(value.get("parts", 1), int):
+        return False
+    return all(isinstance(value.get(name), kind) for name, kind in types.items())
 
 
 def read_journal(file: Path) -> Iterator[Any]:
-    """The lines of a journal: headers (dicts) and entries ([split, entry]); a line cut off by a kill is left out."""
-    for line in file.read_text(encoding="utf-8").split("\n"):
-        with contextlib.suppress(json.JSONDecodeError):
-            yield json.loads(line)
+    """The lines of a journal: headers (dicts) and entries ([split, entry]).
+
+    Damaged lines are left out, as is a line that a kill has cut off, and entries before the first header, whose
+    settings are not known: their samples are written again. A warning says how many there are.
+    """
+    n_damaged, has_header = 0, False
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            value = json.loads(line) if line else None
+        except (ValueError, RecursionError):
+            value = line
+        if isinstance(value, dict) and is_header(value):
+            has_header = True
+            yield value
+        elif has_header and isinstance(value, list) and is_line(value):
+            yield value
+        elif line:
+            n_damaged += 1
+    if n_damaged:
+        logger.warning("%s: %d damaged lines are left out, their samples are written again", file, n_damaged)
+
+
+def is_line(value: list[Any]) -> bool:
+    """Whether a list of a journal is an entry with its split."""
+    return len(value) == 2 and isinstance(value[0], str) and is_entry(value[1])
+
+
+def is_header(value: dict[str, Any]) -> bool:
+    """Whether an object of a journal is the header of a run."""
+    types = {"schema": int, "stage": str, "fingerprint": str, "settings": dict}
+    return all(isinstance(value.get(name), kind) for name, kind in types.items())
 
 
 def check_same(folder: Path, old_header: dict[str, Any], header: dict[str, Any]) -> None:
@@ -74,21 +136,48 @@ def check_same(folder: Path, old_header: dict[str, Any], header: dict[str, Any])
     )
 
 
-def open_journal(folder: Path, header: dict[str, Any]) -> io.TextIOWrapper:
-    """Prepare the folder for writing and open its journal for appending, with the header of this run."""
-    for split in ("train", "validation"):
-        (folder / split).mkdir(parents=True, exist_ok=True)
-        for leftover in (folder / split).glob(".*.tmp"):
-            leftover.unlink()
-    # A line break first: the last line of a killed run may be cut off.
-    journal = open(folder / JOURNAL, "a", encoding="utf-8")  # noqa: SIM115
-    journal.write(f"\n{json.dumps(header)}\n")
-    journal.flush()
-    return journal
+class Journal:
+    """The list of the samples that are written, for the next run to continue from. A context manager.
+
+    Every sample is in it as soon as its file is written, so that a kill costs none. Every few seconds samples and
+    journal are flushed to the disk together, so that a loss of power costs seconds of work. What was not flushed may
+    then be cut short, which the digests in the entries tell.
+
+    Args:
+        folder: of the samples; it is prepared for writing.
+        header: of this run.
+    """
+
+    def __init__(self, folder: Path, header: dict[str, Any]):
+        for split in ("train", "validation"):
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            for leftover in (folder / split).glob(".*.tmp"):
+                leftover.unlink()
+        self.folder, self.flushed = folder, time.monotonic()
+        # A line break first: the last line of a killed run may be cut off.
+        self.file = open(folder / JOURNAL, "a", encoding="utf-8")  # noqa: SIM115
+        self.file.write(f"\n{json.dumps(header)}\n")
+        self.file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.file.close()
+
+    def add(self, split: str, entries: list[dict[str, Any]]) -> None:
+        """List samples whose files are written."""
+        for entry in entries:
+            self.file.write(json.dumps([split, entry]) + "\n")
+        self.file.flush()
+        if time.monotonic() > self.flushed + SYNC_SECONDS:
+            sync_file_system(self.folder)
+            self.flushed = time.monotonic()
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, one line per sample, and remove the journal."""
+    """Write the manifest, one line per sample, and remove the journal. All samples are flushed to the disk before."""
+    sync_file_system(folder)
     # By hand, since json.dumps gives either one line for everything or a line for every single value.
     fields = []
     for name, value in manifest.items():

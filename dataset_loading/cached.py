@@ -5,20 +5,22 @@
     <folder>/validation/<key>.pt
     <folder>/progress.jsonl          only while preprocessing has not finished: its settings and the entries so far
 
-`cache_writer.py` writes such a folder; the manifest comes last, so a folder with a manifest is complete.
+`cache_writer.py` writes such a folder; the manifest comes last, so a folder with a manifest is complete. It may be
+read while samples are added to it: the manifest names those that are whole.
 """
 
 import os
-import pickle
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset_loading.files import read_manifest
+from dataset_loading.files import Record, read_manifest, shorten
+from dataset_loading.integrity import TensorKinds, changed_bytes, wrong_content
 
 MMAP_BYTES = 4 << 20  # Reading is faster than mapping below this size.
 IN_MEMORY_BYTES = 256 << 20  # A split whose files have fewer bytes together stays in memory once it is read.
@@ -36,15 +38,20 @@ class CachedDataset(Dataset):
         entries: one dict per sample in the order of the items: `key`, `source`, `copy`, `caption`, `length`, ...
     Raises:
         FileNotFoundError: the folder is missing, empty, incomplete, lacks the split, or lacks files.
-        ValueError: the folder is of another stage or of another version of the layout.
+        ValueError: the folder is of another stage or of another version of the layout, or its manifest is damaged.
     """
 
     stage: str | None = None  # The only stage whose folders are accepted; None accepts all.
+    entry_types: ClassVar[dict[str, Any]] = {"key": str, "caption": str}  # What every entry of the manifest must have.
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
         self.manifest = read_manifest(self.folder, self.stage)
         self.fingerprint: str = self.manifest["fingerprint"]
+        self.check_kind()
+        self.manifest.expect_types({"command": list, "entries": Record})
+        for name, entries in self.manifest["entries"].items():
+            self.check_entries(name, entries)
         self.entries: list[dict[str, Any]] = self.manifest["entries"].get(split, [])
         if not self.entries:
             counts = {name: len(entries) for name, entries in self.manifest["entries"].items()}
@@ -59,30 +66,68 @@ class CachedDataset(Dataset):
         if missing:
             raise FileNotFoundError(
                 f"{self.folder / split} lacks {len(missing)} of {len(self.entries)} files, the first is "
-                f"{missing[0]}.pt; this adds them: {self.command()}"
+                f"{missing[0]}.pt; this adds them: {self.repair()}"
             )
 
         # Samples that stay in memory once they are read, by index; None: the split is too large for it.
         self.in_memory: dict[int, dict[str, Tensor]] | None = {} if sum(present.values()) < IN_MEMORY_BYTES else None
+        # Indices of the samples whose files this process has checked.
+        self.checked: set[int] = set()
+
+    def check_kind(self) -> None:
+        """Raises: ValueError: the folder holds other data than this class reads."""
+
+    def check_entries(self, split: str, entries: Any) -> None:
+        """Raises: ValueError: the entries of a split are no list of objects, or lack a key."""
+        if not isinstance(entries, list):
+            raise self.manifest.damaged(f"entries.{split}={shorten(entries)} must be list")
+        for number, entry in enumerate(entries):
+            if not isinstance(entry, Record):
+                raise self.manifest.damaged(f"entries.{split}[{number}]={shorten(entry)} must be an object")
+            # Entries of earlier versions have no digest.
+            types = {**self.entry_types, "bytes": int, "crc32": str} if "crc32" in entry else self.entry_types
+            entry.expect_types(types, f"entries.{split}[{number}]")
 
     def __len__(self) -> int:
         return len(self.entries)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Raises: ValueError: the file cannot be read; the message names it and the command that writes it again."""
+        """Raises: ValueError: the file is damaged; the message names it and the command that writes it again."""
         index = range(len(self.entries))[index]  # Negative ones from the end; IndexError beyond it.
         if self.in_memory is not None and index in self.in_memory:
             return dict(self.in_memory[index])  # A copy of the dict, so that callers may change it.
-        path = self.folder / self.split / f"{self.entries[index]['key']}.pt"
-        try:
-            mmap = os.path.getsize(path) >= MMAP_BYTES
-            sample = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it and run: {self.command()}") from error
-        sample = {**sample, "index": torch.tensor(index)}
+        sample = {**self.read(index), "index": torch.tensor(index)}
         if self.in_memory is not None:
             self.in_memory[index] = sample
         return dict(sample)
+
+    def read(self, index: int) -> dict[str, Tensor]:
+        """The tensors in a sample's file, which is checked when this process reads it for the first time."""
+        entry = self.entries[index]
+        path = self.folder / self.split / f"{entry['key']}.pt"
+        sample, problem = None, ""
+        try:
+            try:
+                mmap = os.path.getsize(path) >= MMAP_BYTES
+                sample = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            except OSError:
+                raise
+            except Exception as error:  # A damaged file raises errors of many types.
+                problem = changed_bytes(path, entry) or f"{type(error).__name__}: {error}".partition("\n")[0]
+            # What is wrong with the content says more than a digest.
+            if not problem and index not in self.checked:
+                problem = wrong_content(sample, self.tensor_kinds(entry)) or changed_bytes(path, entry)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read ({error}); if it is gone, run: {self.repair()}") from error
+        if problem:
+            raise ValueError(f"{path} is damaged ({problem}); delete it and run: {self.repair()}")
+        self.checked.add(index)
+        assert sample is not None
+        return sample
+
+    def tensor_kinds(self, entry: Mapping[str, Any]) -> TensorKinds:
+        """The tensors that a sample must have; further ones are allowed."""
+        return {}
 
     def expect(self, **settings: Any) -> Self:
         """Compare settings that shaped the tensors, such as `image_size=64`, with those that a model needs.
@@ -91,7 +136,6 @@ class CachedDataset(Dataset):
         Raises: ValueError: a setting differs; the message shows both values and the command that makes what is needed.
         """
         for name, value in settings.items():
-            assert name in self.manifest["settings"], f"{name} is not among {sorted(self.manifest['settings'])}"
             value_of_folder = self.manifest["settings"][name]
             if value_of_folder != value:
                 raise ValueError(
@@ -104,9 +148,13 @@ class CachedDataset(Dataset):
         """The flags of the command that makes a folder with another value of a setting."""
         return {name: value, "output_dir": f"{str(self.folder).rstrip('/')}_{name}_{value}"}
 
+    def repair(self) -> str:
+        """The command that writes missing samples again. The folder may have been moved since it was made."""
+        return self.command(output_dir=self.folder)
+
     def command(self, **changes: Any) -> str:
         """The command that made the folder, with some flags replaced."""
-        words = list(self.manifest["command"])
+        words = list(map(str, self.manifest["command"]))
         for name, value in changes.items():
             flag = f"--{name}"
             # Drop the flag with all its values, up to the next flag, then append it with the new value.

@@ -283,7 +283,13 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     from datasets.exceptions import DatasetsError
 
     # Load all splits, and choose one.
-    feature = {"image": datasets.Image, "audio": datasets.Audio}[kind]
+    features = {"image": datasets.Image, "audio": datasets.Audio}
+    if kind not in features:
+        raise ValueError(
+            f"{name!r} is no local folder of {kind} files, and hub data sets are read for {' and '.join(features)} "
+            f"alone: media={kind!r} of the stage needs a folder or an index file"
+        )
+    feature = features[kind]
     try:
         if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(name)

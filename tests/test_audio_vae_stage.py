@@ -18,7 +18,7 @@ from model.audio.vae import AudioVAE
 from model.text.tokenizer import encode_caption
 from pretrain_audio_vae import AudioVAEStage
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
-from tests.helpers.runs import Run, largest_difference, run_stage
+from tests.helpers.runs import Run, changed, largest_difference, run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model, read_stage
 from utils.command_line import parse_arguments
@@ -329,7 +329,7 @@ def test_a_vocoder_of_another_mel_and_none_are_refused_before_anything_runs(trai
 )
 def test_flags_that_cannot_work_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
-        AudioVAEStage.main([*SMALL_AUDIO_VAE, *words.split()])
+        AudioVAEStage.main(changed(SMALL_AUDIO_VAE, *words.split()))
     assert message in capsys.readouterr().err
 
 

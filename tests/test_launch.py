@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataset_loading.image.pixels import ImageDataset
+from dataset_loading.locks import only_writer
 from model.causal import MegaTransformerForCausalLM
 from pretrain_audio_diffusion import AudioDiffusionStage
 from pretrain_audio_vae import AudioVAEStage
@@ -20,9 +22,18 @@ from pretrain_vocoder import VocoderStage
 from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
 from tests.helpers.audio_latent_cache import SMALL_SPEECH, make_speech
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
-from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, largest_difference, relative_distance, run_stage
+from tests.helpers.runs import (
+    SMALL_DIFFUSION,
+    SMALL_RUN,
+    Run,
+    changed,
+    largest_difference,
+    relative_distance,
+    run_stage,
+)
 from tests.helpers.text_cache import SMALL_CORE, make_text
 from utils.checkpoints import load_model
+from utils.training_utils import EpochSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -42,8 +53,18 @@ COMMON = {
 
 def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str, stage: str = "image_vae") -> Run:
     """Run the stage on two processes; `launcher` is torchrun, or a DeepSpeed configuration."""
-    words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", "two", *flags]
-    program = [f"pretrain_{stage}.py", *COMMON[stage], "--max_steps", str(steps), *words]
+    done = launched(launcher, cache, output_dir, steps, *flags, stage=stage)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return Run(output_dir / stage / "two", steps)
+
+
+def launched(
+    launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str, stage: str = "image_vae"
+) -> subprocess.CompletedProcess:
+    """The launcher's ended process."""
+    words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", "two"]
+    words = changed(words, *flags)
+    program = [f"pretrain_{stage}.py", *changed([*COMMON[stage], "--max_steps", str(steps)], *words)]
     if launcher == "torchrun":
         command = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "tests/helpers/ends_alone.py", *program]
     else:
@@ -51,9 +72,7 @@ def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str
         head = [BIN / "deepspeed", "--num_gpus=2", "--master_port", port]
         command = [*head, *program, "--use_deepspeed", "--deepspeed_config", launcher]
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return Run(output_dir / stage / "two", steps)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
 
 
 def assert_same(one: Run, two: Run, tolerance: float = 1e-5) -> None:
@@ -307,3 +326,22 @@ def launch_and_resume(stage: str, cache: Path, output_dir: Path, flags: list[str
     (straight.folder.parent / "checkpoint-4").rename(half / "checkpoint-4")
     flags.append("--resume_from_checkpoint")
     return straight, launch("ds_config_zero-2.json", cache, output_dir / "b", 8, *flags, stage=stage)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "ds_config_zero-2.json"])
+def test_errors_of_one_process_end_all_with_one_message(launcher, image_cache, tmp_path):
+    cache, flags = tmp_path / "cache", ["--batch_size", "4"]
+    shutil.copytree(image_cache, cache)
+    data = ImageDataset(cache, "train")
+    # A sample of the first step's second micro-batch, which the second process reads.
+    file = cache / "train" / f"{data.entries[list(EpochSampler(len(data), 8, 42))[5]]['key']}.pt"
+    file.write_bytes(b"")
+    damaged = launched(launcher, cache, tmp_path, 10, *flags, "--num_workers", "1")
+    with only_writer(tmp_path / "image_vae" / "two", "wait"):
+        locked = launched(launcher, image_cache, tmp_path, 10, *flags)
+    for done, message in ((damaged, f"{file} is damaged (it has 0 bytes"), (locked, f"by process {os.getpid()} on")):
+        output = done.stdout + done.stderr
+        assert done.returncode != 0 and message in output, output[-4000:]
+        assert "rank0]: Traceback" not in output and "rank1]: Traceback" not in output
+    assert damaged.stderr.count(f"{file} is damaged") + damaged.stdout.count(f"{file} is damaged") == 1

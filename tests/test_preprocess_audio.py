@@ -16,6 +16,7 @@ from dataset_loading.audio.signal import active_level
 from model.audio.spectral import MEL_PRESETS
 from preprocess_audio_vae_dataset import AudioVAEPreprocess
 from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
+from tests.helpers.runs import changed
 from utils.preprocessing.audio import AudioPreprocessArguments
 
 RATE = 16000
@@ -34,7 +35,7 @@ def prepare(raw, out, *flags, stage=AudioVocoderPreprocess, workers=0):
     words = ["--dataset_name", str(raw), "--output_dir", str(out), "--num_workers", str(workers)]
     if "--validation_dataset" not in flags:
         words += ["--validation_fraction", "0"]
-    return stage.main([*words, *flags])
+    return stage.main(changed(words, *flags))
 
 
 def contents(out):

@@ -5,6 +5,7 @@ from PIL import Image
 
 from dataset_loading.image.pixels import ImageDataset, to_uint8
 from preprocess_image_vae_dataset import ImageVAEPreprocess
+from tests.helpers.runs import changed
 
 
 @pytest.fixture
@@ -25,7 +26,7 @@ def raw(tmp_path):
 
 def prepare(raw, out, *flags):
     argv = ["--dataset_name", str(raw), "--output_dir", str(out), "--image_size", "20", "--validation_fraction", "0"]
-    ImageVAEPreprocess.main([*argv, "--num_workers", "0", *flags])
+    ImageVAEPreprocess.main(changed([*argv, "--num_workers", "0"], *flags))
     data = ImageDataset(out, "train").expect(image_size=20)
     return {entry["source"]: to_uint8(data[i]["image"]).permute(1, 2, 0) for i, entry in enumerate(data.entries)}, data
 

@@ -9,7 +9,7 @@ import torch
 from dataset_loading.image.pixels import ImageDataset
 from model.image.recurrent_vae import RecurrentVAE, RecurrentVAEOutput
 from pretrain_recurrent_vae import RecurrentVAEStage
-from tests.helpers.runs import SMALL_RUN, Run, largest_difference, run_stage
+from tests.helpers.runs import SMALL_RUN, Run, changed, largest_difference, run_stage
 from utils.checkpoints import load_model
 from utils.evaluation.image_vae import ImageVAEEvaluationArguments
 from utils.evaluation.recurrent_vae import RecurrentVAEEvaluator
@@ -204,7 +204,7 @@ def test_evaluation_over_steps_and_thresholds(whole):
 )
 def test_flags_that_cannot_take_effect_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
-        RecurrentVAEStage.main([*SMALL_RUN, *words.split()])
+        RecurrentVAEStage.main(changed(SMALL_RUN, *words.split()))
     assert message in capsys.readouterr().err
 
 

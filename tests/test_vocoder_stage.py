@@ -16,7 +16,7 @@ from model.audio.vocoders import Vocoder
 from model.audio.waveform_discriminators import PeriodDiscriminator, ResolutionDiscriminator
 from pretrain_vocoder import VocoderArguments, VocoderStage
 from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache, spoil
-from tests.helpers.runs import Run, largest_difference, run_stage
+from tests.helpers.runs import Run, changed, largest_difference, run_stage
 from utils.checkpoints import load_model
 from utils.training.vocoder import VocoderTrainer, crop_pairs
 
@@ -217,7 +217,7 @@ def test_another_log_mel_is_refused_with_both_definitions_and_the_command(flag, 
 )
 def test_flags_that_cannot_take_effect_are_refused(words, message, capsys):
     with pytest.raises(SystemExit):
-        VocoderStage.main([*SMALL_VOCODER, *words.split()])
+        VocoderStage.main(changed(SMALL_VOCODER, *words.split()))
     assert message in capsys.readouterr().err
 
 
@@ -236,7 +236,7 @@ def test_flags_that_cannot_take_effect_are_refused(words, message, capsys):
 @pytest.mark.parametrize("extra", [[], ["--dry_run"]], ids=["run", "dry-run"])
 def test_bad_input_is_a_clear_error(words, message, extra, cache, tmp_path, fresh_logging):
     common = [word for word in SMALL_VOCODER if word not in ("--stft_resolutions", "256", "1024")]
-    common = [*common, "--discriminator_resolutions", "256"] if "--discriminator_resolutions" in common else common
+    common = changed(common, "--discriminator_resolutions", "256")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         run_stage(VocoderStage, common, cache, tmp_path, "bad", 1, "--batch_size", "2", *words.split(), *extra)
 

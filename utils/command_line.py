@@ -6,34 +6,62 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
-from utils.options import check_effects, declared_fields, inherited, suggest, type_name, validate_fields
+from utils.options import (
+    GivenFlags,
+    check_effects,
+    declared_fields,
+    inherited,
+    suggest,
+    type_name,
+    validate_fields,
+)
 
 logger = logging.getLogger(__name__)
 
 
+# What gloo and NCCL say in the other processes when one ends in the middle of a run.
+LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+
+
 @contextlib.contextmanager
 def explained_errors(logger: logging.Logger) -> Iterator[None]:
-    """Around a command: errors that a user can cause end it with their message and exit status 2.
+    """Around a command: errors that a user can cause end it with their message and exit status 2, as does the loss of
+    another process of the same run, which has said why it ended.
 
     The environment variable MEGATRANSFORMER_TRACEBACK=1 shows the traceback instead.
     """
     try:
         yield
-    except (ValueError, OSError) as error:
-        if os.environ.get("MEGATRANSFORMER_TRACEBACK"):
+    except (ValueError, OSError, RuntimeError) as error:
+        is_lost = any(sign in str(error) for sign in LOST_PROCESS)
+        if os.environ.get("MEGATRANSFORMER_TRACEBACK") or (isinstance(error, RuntimeError) and not is_lost):
             raise
-        logger.error("%s", error)
+        logger.error("%s", message_of(error))
         raise SystemExit(2) from error  # as argparse ends on a wrong command line
 
 
+def message_of(error: Exception) -> str:
+    """The message of an error, also of one that a DataLoader's worker raised: torch wraps that in its traceback."""
+    text = str(error)
+    if isinstance(error, RuntimeError):
+        return f"another process of this run has ended, its message says why ({text.strip().splitlines()[-1]})"
+    if not re.match(r"Caught \w+ in DataLoader worker process \d+\.\n", text):
+        return text
+    # The traceback ends with "<type>: <message>", after those of the errors that caused it.
+    last = list(re.finditer(rf"^([\w.]+\.)?{type(error).__name__}: ", text, re.MULTILINE))
+    return text[last[-1].end() :].rstrip() if last else text
+
+
 class StrictParser(argparse.ArgumentParser):
-    """An ArgumentParser that suggests the closest known flag for an unknown one, and accepts former names of flags.
+    """An ArgumentParser that suggests the closest known flag for an unknown one, refuses flags that are given twice,
+    and accepts former names of flags.
 
     Attributes:
         renamed: former flag -> flag, such as `{"--n_pictures": "--n_images"}`. `--help` does not show the former ones.
@@ -53,7 +81,7 @@ class StrictParser(argparse.ArgumentParser):
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[override]
         words = [self.current_name(word) for word in (sys.argv[1:] if args is None else args)]
-        parsed, unknown = self.parse_known_args(words, namespace)
+        parsed, unknown = self.parse_known_args(words, namespace or GivenFlags())
         # argparse would only name the unknown flag; the closest known one helps more.
         if unknown:
             flags = [text for action in self._actions for text in action.option_strings]
@@ -70,8 +98,9 @@ def parse_arguments(
 ) -> Any:
     """Parse the command line into a dataclass of `option()` fields.
 
-    Booleans become `--flag` and `--no_flag`, lists take several values. Prefixes of flags are allowed.
-    `--local_rank`, which launchers append, is accepted. Flags given explicitly are listed in the attribute `given`.
+    Booleans become `--flag` and `--no_flag`, lists take several values. Prefixes of flags are allowed. A flag is given
+    once, unless its values add up. `--local_rank`, which launchers append, is accepted. Flags given explicitly are
+    listed in the attribute `given`.
 
     Args: complete: called before values are checked; it may set flags that were not given.
     Raises:
@@ -127,7 +156,8 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, default:
         # Choices are parsed as strings, which `validate_fields` checks.
         item = typing.get_args(kind)[0]
         item = str if typing.get_origin(item) is Literal else item
-        parser.add_argument(f"--{field.name}", nargs="*", type=item, help=text)
+        action = AddUp if field.metadata["adds_up"] else "store"
+        parser.add_argument(f"--{field.name}", nargs="*", type=item, help=text, action=action)
     else:
         # A flag that is given without a value takes `bare`, where the option has one.
         bare = field.metadata["bare"]
@@ -136,19 +166,31 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, default:
         )
 
 
+class AddUp(argparse.Action):
+    """A list of all values of a flag that may be given several times."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        # Past `GivenFlags.__setattr__`, which takes a flag once.
+        vars(namespace).setdefault(self.dest, []).extend(values)
+
+
 def parse_overrides(pairs: list[str], config_fields: dict[str, Any]) -> dict[str, Any]:
     """`["n_layers=2", "use_x=true"]` as a dict; values are read as JSON where they are JSON, else as strings.
 
     Raises:
-        ValueError: a pair without `=`, or a name that is not among `config_fields` (a suggestion is added).
+        ValueError: a pair without `=`, a name that is not among `config_fields` (a suggestion is added), or a name
+            with two values.
     """
-    overrides = {}
+    overrides: dict[str, Any] = {}
+    texts: dict[str, str] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--override {pair!r} must read key=value")
         if name not in config_fields:
             raise ValueError(f"--override: the configuration has no field {name!r}{suggest(name, config_fields)}")
+        if texts.setdefault(name, text) != text:
+            raise ValueError(f"--override gives {name} twice: {name}={texts[name]} and {pair}; leave one out")
         # Numbers, lists, true, false and null are JSON; a bare word is not, and stays a string.
         try:
             overrides[name] = json.loads(text)

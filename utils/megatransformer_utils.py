@@ -23,7 +23,7 @@ class StageArguments:
 
     # Model, data and output folder.
     config: str = option("tiny", "preset name of the model")
-    override: list[str] = option([], "fields of the model's configuration, key=value")
+    override: list[str] = option([], "fields of the model's configuration, key=value", adds_up=True)
     run_name: str = option("default", "name of the run; its folder is OUTPUT_DIR/<model type>/RUN_NAME")
     output_dir: str = option("runs", "folder of all runs")
     cached_dataset: str = option("", "preprocessed data set; default: cached_datasets/<stage>")

@@ -1,11 +1,12 @@
 """Declared options: each field of a configuration states its type, default, meaning, bounds and conditions once.
 
 `option()` declares a field, `validate_fields()` checks a whole object, `check_effects()` refuses options that the
-others switch off, and `StrictConfig` is the base of every model configuration: a transformers `PreTrainedConfig` that
-refuses unknown names instead of storing them.
+others switch off, `GivenFlags` refuses flags that are given twice, and `StrictConfig` is the base of every model
+configuration: a transformers `PreTrainedConfig` that refuses unknown names instead of storing them.
 The stages' command-line flags (`megatransformer_utils.StageArguments`) are declared with the same `option()`.
 """
 
+import argparse
 import dataclasses
 import difflib
 import functools
@@ -39,6 +40,7 @@ def option(
     bare: Any = None,
     only_with: Condition | list[Condition] | None = None,
     aliases: tuple[str, ...] | None = None,
+    adds_up: bool = False,
     **bounds: float,
 ) -> Any:
     """A dataclass field with its meaning, bounds and conditions.
@@ -53,6 +55,7 @@ def option(
         only_with: condition of another option without which this one has no effect, such as `("use_ema", True)`; a
             list of conditions must hold together; `[]` lifts inherited ones. See `is_met`.
         aliases: former names, which the command line still accepts.
+        adds_up: whether the flag may be given several times, of a list, whose items add up.
         bounds: any of `gt`, `ge`, `lt`, `le`; None values and non-numbers are not compared.
     """
     unknown = set(bounds) - set(BOUNDS)
@@ -60,6 +63,7 @@ def option(
     # A list of conditions, or None: the base class decides, see `inherited`.
     conditions = [only_with] if isinstance(only_with, tuple) else only_with
     metadata = {"meaning": meaning, "bounds": bounds, "bare": bare, "only_with": conditions, "aliases": aliases}
+    metadata["adds_up"] = adds_up
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -71,6 +75,27 @@ class Section:
 
     title: str = ""
     only_with: Condition | None = None
+
+
+class GivenFlags(argparse.Namespace):
+    """The flags of a command line, each given once: argparse alone keeps the last value. For parsers whose
+    `argument_default` is `argparse.SUPPRESS`, so that only what was given is set.
+
+    Raises: argparse.ArgumentError: a flag is given twice; names it and both values.
+    """
+
+    def __setattr__(self, name: str, value: Any):
+        if name in vars(self) and name != "local_rank":  # which launchers append
+            first, second = flag_text(name, getattr(self, name)), flag_text(name, value)
+            raise argparse.ArgumentError(None, f"--{name} is given twice: {first} and {second}; leave one out")
+        super().__setattr__(name, value)
+
+
+def flag_text(name: str, value: Any) -> str:
+    """A flag with its value as a command line has it."""
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no_{name}"
+    return " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
 
 
 def suggest(name: str, known: Iterable[str]) -> str:

@@ -1,13 +1,17 @@
 """The datasets of preprocessed audio.  M mel bins, F mel frames, S samples."""
 
+import dataclasses
 from pathlib import Path
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from dataset_loading.cached import CachedDataset
-from dataset_loading.files import MANIFEST
+from dataset_loading.files import MANIFEST, Record
 from model.audio.spectral import MEL_PRESETS, MelSettings, check_same_mel
+
+MEL_TYPES = {field.name: (int, float) for field in dataclasses.fields(MelSettings)}
 
 
 class AudioDataset(CachedDataset):
@@ -24,16 +28,28 @@ class AudioDataset(CachedDataset):
     Entries hold `key`, `source`, `copy`, `caption` (the transcript), `speaker`, `length` (frames F), `seconds`.
     """
 
+    entry_types = {**CachedDataset.entry_types, "speaker": str, "length": int, "seconds": (int, float)}
+
     def __init__(self, folder: str | Path, split: str):
         super().__init__(folder, split)
+        entries = [entry for entries in self.manifest["entries"].values() for entry in entries]
+        self.speakers = sorted({entry["speaker"] for entry in entries} - {""})
+
+    def check_kind(self):
         if "mel" not in self.manifest["settings"]:
             raise ValueError(
                 f"{self.folder} was made for stage {self.manifest['stage']!r} and holds no log-mels; make them with: "
                 f"python preprocess_{self.stage or 'audio_vae'}_dataset.py --dataset_name <hub name or folder>"
             )
-        self.mel = MelSettings(**self.manifest["settings"]["mel"])
-        entries = [entry for entries in self.manifest["entries"].values() for entry in entries]
-        self.speakers = sorted({entry["speaker"] for entry in entries} - {""})
+        self.manifest["settings"].expect_types({"mel": Record}, "settings")
+        self.manifest["settings"]["mel"].expect_types(MEL_TYPES, "settings.mel")
+        try:
+            self.mel = MelSettings(**self.manifest["settings"]["mel"])
+        except (TypeError, ValueError) as error:
+            raise self.manifest.damaged(f"settings.mel: {error}") from error
+
+    def tensor_kinds(self, entry):
+        return {"mel": (torch.float32, (self.mel.n_mels, entry["length"]))}
 
     def expect_mel(self, mel: MelSettings, name: str, fix: str = "") -> Self:
         """Compare the definition of the log-mels with the one that a model needs.
@@ -67,6 +83,10 @@ class VocoderDataset(AudioDataset):
     """Log-mels and their waveforms."""
 
     stage = "audio_vocoder"
+
+    def tensor_kinds(self, entry):
+        n_samples = entry["length"] * self.mel.hop_length
+        return {**super().tensor_kinds(entry), "waveform": (torch.float32, (n_samples,))}
 
 
 class AudioVAEDataset(AudioDataset):

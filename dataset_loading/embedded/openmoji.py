@@ -26,6 +26,7 @@ import resvg_py
 from PIL import Image
 
 from dataset_loading.files import replacing
+from utils.options import GivenFlags
 
 logger = logging.getLogger(__name__)
 
@@ -179,19 +180,22 @@ def run_command(
     argv: list[str] | None, build: Callable, *, description: str, numbers: dict[str, tuple[int | None, str]]
 ) -> None:
     """A command that builds a set: a folder, and positive numbers with their defaults (None: all) and meanings."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
     parser.add_argument("folder", help="folder that is written")
     for name, (default, meaning) in numbers.items():
         shown = "all" if default is None else default
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{meaning} (default: {shown})")
-    args = parser.parse_args(argv)
-    # None is the default of a number that means "all", and cannot be given.
-    for name in numbers:
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name}={getattr(args, name)} must be > 0")
+        parser.add_argument(f"--{name}", type=int, help=f"{meaning} (default: {shown})")
+    args = vars(parser.parse_args(argv, GivenFlags()))
+    for name in args.keys() & numbers.keys():
+        if args[name] < 1:
+            parser.error(f"--{name}={args[name]} must be > 0")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
     try:
-        build(**vars(args))
+        build(**{name: default for name, (default, _) in numbers.items()} | args)
     except ValueError as error:
         parser.error(str(error))
 

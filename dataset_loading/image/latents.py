@@ -3,6 +3,7 @@ E width of frozen text embeddings."""
 
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from dataset_loading.cached import CachedDataset
@@ -19,6 +20,16 @@ class ImageLatentDataset(CachedDataset):
     """
 
     stage = "image_diffusion"
+
+    def tensor_kinds(self, entry):
+        settings = self.manifest["settings"]
+        names = ("mean", "std", *(("flipped_mean", "flipped_std") if settings["horizontal_flip"] else ()))
+        texts = {"text_states": (torch.bfloat16, (None, settings["text_embedding_width"]))}
+        return {
+            **dict.fromkeys(names, (torch.float16, tuple(settings["latent_shape"]))),
+            "tokens": (torch.int16, (None,)),
+            **(texts if settings["text_embedding_width"] else {}),
+        }
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = super().__getitem__(index)

@@ -29,6 +29,10 @@ class ImageDataset(CachedDataset):
 
     stage = "image_vae"
 
+    def tensor_kinds(self, entry):
+        size = self.manifest["settings"]["image_size"]
+        return {"image": (torch.uint8, (3, size, size))}
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = super().__getitem__(index)
         return {**sample, "image": to_float(sample["image"])}

@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from dataset_loading.files import crc_of_file
 from dataset_loading.text import tokenizers
 from dataset_loading.text.sources import Document, cut_document
 from dataset_loading.text.survey import SPLITS, SplitDocument
@@ -177,4 +178,5 @@ class SplitWriter:
             "bytes_per_token": round(self.n_bytes / (n_tokens - n_documents), 4) if n_documents else None,
             "unknown_tokens": self.n_unknown,
             "files": {file: (self.folder / file).stat().st_size for file in self.names.values()},
+            "crc32": {file: crc_of_file(self.folder / file) for file in self.names.values()},
         }

@@ -112,7 +112,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     path = Path(name).expanduser()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # A damaged tokenizer.json raises errors of many types.
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
             f"tokenizer={name!r} is neither 'bytes' nor 'bpe', and transformers cannot load it: {reason}"

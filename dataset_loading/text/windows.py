@@ -27,9 +27,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
+from dataset_loading.files import crc_of_file
 from dataset_loading.text.survey import SPLITS
 from dataset_loading.text.tokenizers import byte_lengths, load_tokenizer
 from dataset_loading.text.writer import prepare_text, read_text_manifest
+
+CHECKED_BYTES = 1 << 30  # Larger files are not read as a whole when a dataset is opened.
 
 __all__ = ["TextDataset", "bits_per_byte", "prepare_text"]
 
@@ -60,7 +63,8 @@ class TextDataset(Dataset):
         n_bytes: UTF-8 bytes of all targets, which is those of all documents.
     Raises:
         FileNotFoundError: the folder is missing or none of prepared text, or the split has no documents.
-        ValueError: sequence_length is too small, or a file has another size than the manifest says.
+        ValueError: sequence_length is too small, or a file has another size or CRC than the manifest says. Files
+            above 1 GiB, and those of earlier versions, are compared by their sizes alone.
     """
 
     def __init__(self, folder: str | Path, split: str, sequence_length: int):
@@ -87,8 +91,19 @@ class TextDataset(Dataset):
                     f"{self.folder / name} has {size_on_disk} bytes, the manifest says {size}; delete "
                     f"{self.folder} and prepare it again"
                 )
+        self.check_crcs("", totals[split].get("crc32", {}))
         # Like the entries of other datasets, for code that names samples by their keys.
         self.entries = WindowEntries(split, len(self))
+
+    def check_crcs(self, subfolder: str, crcs: dict[str, str]) -> None:
+        """Raises: ValueError: a file is missing or has another CRC than was written, which are given by name."""
+        for file, written in {self.folder / subfolder / name: crc for name, crc in crcs.items()}.items():
+            if not file.is_file():
+                raise ValueError(f"{file} is missing; delete {self.folder} and prepare it again")
+            crc = crc_of_file(file) if file.stat().st_size <= CHECKED_BYTES else written
+            if crc != written:
+                problem = f"its CRC-32 is {crc}, {written} was written"
+                raise ValueError(f"{file} is damaged ({problem}); delete {self.folder} and prepare it again")
 
     def __len__(self) -> int:
         # Windows overlap by one token: L of them, then L - 1 new ones each; the last may be short.
@@ -173,6 +188,7 @@ class TextDataset(Dataset):
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """The tokenizer that made the ids."""
+        self.check_crcs("tokenizer", self.manifest["tokenizer"].get("crc32", {}))
         return load_tokenizer(str(self.folder / "tokenizer"))
 
     @cached_property

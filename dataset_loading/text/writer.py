@@ -6,6 +6,7 @@ import time
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from filelock import FileLock
@@ -14,6 +15,8 @@ from transformers import PreTrainedTokenizerFast
 from dataset_loading.files import (
     MANIFEST,
     SCHEMA,
+    Record,
+    crc_of_file,
     fingerprint,
     read_manifest,
     remove_leftovers,
@@ -25,6 +28,7 @@ from dataset_loading.text.digests import Digests
 from dataset_loading.text.encoding import BATCH_BYTES, write_splits
 from dataset_loading.text.sources import find_validation_split, open_text
 from dataset_loading.text.survey import (
+    SPLITS,
     Corpus,
     Rules,
     assigned_documents,
@@ -36,6 +40,16 @@ from dataset_loading.text.survey import (
 logger = logging.getLogger(__name__)
 
 STAGE = "text"
+# What the manifest says of the tokenizer.
+TOKENIZER_TYPES: dict[str, Any] = {
+    "hash": str,
+    "vocab_size": int,
+    "begin": int,
+    "end": int,
+    "padding": (int, NoneType),
+    "is_byte_level": bool,
+    "dtype": str,
+}
 PACKAGES = ("tokenizers", "transformers", "datasets", "numpy")  # Their versions are noted in the manifest.
 BPE_SIZE = 4096  # Ids of a tokenizer trained here, where the caller names no number.
 VALIDATION_FRACTION = 0.05  # Share of a source without a validation split, likewise.
@@ -192,14 +206,25 @@ def is_prepared(folder: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def read_text_manifest(folder: Path) -> dict[str, Any]:
+def read_text_manifest(folder: Path) -> Record:
     """The manifest of a folder of prepared text.
 
     Raises:
         FileNotFoundError: there is no such folder.
         ValueError: the manifest is damaged, of another stage or of another version.
     """
-    return read_manifest(folder, STAGE, remedy="make it with dataset_loading.text.writer.prepare_text")
+    remedy = "make it with --text_dataset, or with dataset_loading.text.writer.prepare_text"
+    manifest = read_manifest(folder, STAGE, remedy=remedy)
+    manifest.expect_types({"tokenizer": Record, "totals": Record})
+    description = manifest["tokenizer"]
+    description.expect_types(TOKENIZER_TYPES, "tokenizer")
+    if description["dtype"] not in ("uint16", "uint32"):
+        raise manifest.damaged(f"tokenizer.dtype={description['dtype']!r} must be 'uint16' or 'uint32'")
+    manifest["totals"].expect_types(dict.fromkeys(SPLITS, Record), "totals")
+    for split, totals in manifest["totals"].items():
+        totals.expect_types({"documents": int, "tokens": int, "bytes": int, "files": Record}, f"totals.{split}")
+        totals["files"].expect_types(dict.fromkeys(totals["files"], int), f"totals.{split}.files")
+    return manifest
 
 
 def write_once(
@@ -244,6 +269,7 @@ def write_folder(
             tokenizer = tokenizers.train_bpe(sample, settings["vocab_size"])
         tokenizer.save_pretrained(temporary / "tokenizer")
         description = describe_tokenizer(tokenizer, is_byte_level)
+        description["crc32"] = {file.name: crc_of_file(file) for file in sorted((temporary / "tokenizer").iterdir())}
         n_ids, n_wanted = description["vocab_size"], settings["vocab_size"]
         if n_ids < n_wanted:
             logger.warning("the training text has pairs for %d of vocab_size=%d ids", n_ids, n_wanted)

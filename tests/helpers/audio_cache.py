@@ -1,6 +1,7 @@
 """Small real caches of audio: speech-like clips as files, preprocessed, and faulty clips."""
 
 import csv
+import json
 from pathlib import Path
 
 import soundfile
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from dataset_loading.audio.cached import VocoderDataset
 from dataset_loading.cache_writer import save_tensors
+from dataset_loading.files import MANIFEST, replace_file
 from model.audio.spectral import LogMel, MelSettings
 from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
+from tests.helpers.runs import changed
 
 # A vocoder that trains in seconds; the discriminator joins at step 2 and is updated every other step.
 SMALL_VOCODER = """
@@ -52,7 +55,7 @@ def make_audio_cache(out: Path, count: int = 36, *flags: str) -> Path:
     """Write and preprocess `count` clips for vocoders, a sixth of them or so for validation."""
     raw = write_clips(out.parent / f"{out.name}_raw", count)
     words = ["--dataset_name", str(raw), "--output_dir", str(out), "--num_workers", "0"]
-    AudioVocoderPreprocess.main([*words, "--validation_fraction", "0.15", *flags])
+    AudioVocoderPreprocess.main(changed([*words, "--validation_fraction", "0.15"], *flags))
     return out
 
 
@@ -74,5 +77,6 @@ def spoil(cache: Path, n_frames: int = 3) -> Path:
     ]
     for entry, waveform in zip(dataset.entries, 2 * bad):
         sample = {"mel": LogMel(settings)(waveform[None])[0], "waveform": waveform}
-        save_tensors(cache / "train" / f"{entry['key']}.pt", sample)
+        entry |= {**save_tensors(cache / "train" / f"{entry['key']}.pt", sample), "length": sample["mel"].shape[1]}
+    replace_file(cache / MANIFEST, json.dumps(dataset.manifest).encode())
     return cache

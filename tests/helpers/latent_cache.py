@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
 from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.runs import changed
 from utils.checkpoints import mark_complete
 
 CAPTIONS = ("a red disc", "zwölf Bären", "", "a very long caption " * 4)
@@ -42,4 +43,6 @@ def save_vae(run_dir: Path, image_cache: Path, latent_mean: float = 0.2) -> Path
 def make_latents(images: Path, vae: Path, out: Path, *flags: str) -> dict:
     """Preprocess in this process with a tenth for validation; returns the manifest."""
     words = ["--dataset_name", str(images), "--vae_checkpoint", str(vae), "--output_dir", str(out)]
-    return ImageDiffusionPreprocess.main([*words, "--num_workers", "0", "--validation_fraction", "0.1", *flags])
+    return ImageDiffusionPreprocess.main(
+        changed([*words, "--num_workers", "0", "--validation_fraction", "0.1"], *flags)
+    )

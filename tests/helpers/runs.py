@@ -54,12 +54,28 @@ def run_stage(
     if ("--gan_weight", "0") in itertools.pairwise(flags):
         common = without_adversary(common, stage)
     elif "--gan_start_step" in common and steps <= 2:
-        common = [*common, "--gan_start_step", "0"]
+        common = changed(common, "--gan_start_step", "0")
     try:
-        stage.main([*common, *words, "--max_steps", str(steps), *flags])
+        stage.main(changed([*common, *words, "--max_steps", str(steps)], *flags))
     except SystemExit as end:
         raise end.__cause__ or end from None
     return Run(output_dir / stage.name / name, steps)
+
+
+def changed(words: list[str], *flags: str) -> list[str]:
+    """A command line with some flags replaced or added, since a flag is given once."""
+    names = {name_of(word) for word in flags if word.startswith("--")}
+    kept, keeps = [], True
+    for word in words:
+        if word.startswith("--"):
+            keeps = name_of(word) not in names
+        kept += [word] if keeps else []
+    return [*kept, *flags]
+
+
+def name_of(flag: str) -> str:
+    """`use_ema` of `--use_ema`, `--no_use_ema` and `--use_ema=...`."""
+    return flag.removeprefix("--").removeprefix("no_").partition("=")[0]
 
 
 def without_adversary(words: list[str], stage: type) -> list[str]:

@@ -1,6 +1,12 @@
-import pytest
+import logging
 
-from utils.command_line import parse_arguments, parse_overrides
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dataset_loading.embedded import openmoji
+from inference.text_to_image import TextToImageArguments
+from utils.command_line import explained_errors, parse_arguments, parse_overrides
 from utils.megatransformer_utils import StageArguments
 
 
@@ -59,3 +65,72 @@ def test_overrides_are_read_as_json():
         parse_overrides(["n_layer=2"], fields)
     with pytest.raises(ValueError, match="must read key=value"):
         parse_overrides(["n_layers"], fields)
+
+
+# ---- Flags that are given twice.
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "values"),
+    [
+        ("--batch_size 4 --batch_size 8", "--batch_size", ("--batch_size 4", "--batch_size 8")),
+        ("--batch_size 4 --batch_size 4", "--batch_size", ("--batch_size 4",)),
+        ("--batch_size=4 --max_steps 3 --batch_s 8", "--batch_size", ("--batch_size 4", "--batch_size 8")),
+        ("--use_ema --no_use_ema", "--use_ema", ("--use_ema", "--no_use_ema")),
+        ("--bf16 --bf16", "--bf16", ("--bf16",)),
+        ("--resume_from_checkpoint --resume_from_checkpoint runs/a", "--resume_from_checkpoint", ("latest", "runs/a")),
+    ],
+)
+def test_a_flag_given_twice_is_refused_with_both_values(words, name, values, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse(*words.split())
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and f"{name} is given twice" in message and all(value in message for value in values)
+
+
+@pytest.mark.parametrize(
+    "words", ["--n_pictures 3 --n_images 4", "--n_images 4 --n_pictures=3", "--prompts b --prompts c d"]
+)
+def test_former_names_and_lists_count_too(words, capsys):
+    required = [] if "--prompts" in words else ["--prompts", "a"]
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(TextToImageArguments, ["--checkpoint", "x", *required, *words.split()], "")
+    assert stop.value.code == 2 and "is given twice" in capsys.readouterr().err
+
+
+def test_overrides_add_up_and_launchers_append_their_rank():
+    args = parse("--override", "a=1", "b=2", "--override", "c=3", "--local_rank=0", "--local-rank=1")
+    assert args.override == ["a=1", "b=2", "c=3"] and args.given == ["override"]
+    assert parse().override == []
+    fields = {"a": 0, "b": 0}
+    assert parse_overrides(["a=1", "b=2", "a=1"], fields) == {"a": 1, "b": 2}
+    with pytest.raises(ValueError, match=r"--override gives a twice: a=1 and a=2"):
+        parse_overrides(["a=1", "b=2", "a=2"], fields)
+
+
+def test_commands_of_embedded_data_take_a_flag_once(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        openmoji.main([str(tmp_path / "out"), "--limit", "2", "--limit", "3"])
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "--limit 2 and --limit 3" in message and not (tmp_path / "out").exists()
+
+
+# ---- Errors of workers.
+
+
+class UnreadableDataset(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        try:
+            raise KeyError(index)
+        except KeyError as error:
+            raise ValueError("a/b.pt is damaged (why);\nthis writes it: python x.py") from error
+
+
+def test_an_error_of_a_loading_process_is_one_message(caplog):
+    with pytest.raises(SystemExit) as stop, explained_errors(logging.getLogger("test")):
+        list(DataLoader(UnreadableDataset(), num_workers=1))
+    assert stop.value.code == 2
+    assert caplog.messages == ["a/b.pt is damaged (why);\nthis writes it: python x.py"]

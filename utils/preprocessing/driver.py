@@ -21,8 +21,18 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dataset_loading.cache_writer import open_journal, part_key, read_entries, sample_key, save_tensors, write_manifest
+from dataset_loading.cache_writer import (
+    Journal,
+    check_output,
+    part_key,
+    read_entries,
+    sample_key,
+    save_tensors,
+    write_manifest,
+)
 from dataset_loading.files import MANIFEST, SCHEMA, fingerprint
+from dataset_loading.integrity import changed_bytes, non_finite
+from dataset_loading.locks import only_writer
 from dataset_loading.sources import Source, open_source
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import declared_fields, option
@@ -145,7 +155,15 @@ class Preprocess:
             signal.signal(number, signal.default_int_handler)
         try:
             with explained_errors(logger):
-                return cls(args).run()
+                try:
+                    return cls(args).run()
+                except AttributeError as error:
+                    if error.obj is not args:
+                        raise
+                    raise ValueError(
+                        f"{cls.__name__} reads --{error.name}, which {type(args).__name__} does not declare; its "
+                        "arguments_class must name a class that does"
+                    ) from error
         except KeyboardInterrupt:
             logger.warning("stopped; the same command continues from here")
             raise SystemExit(130) from None
@@ -156,27 +174,31 @@ class Preprocess:
         Raises:
             FileNotFoundError: the source is missing or empty.
             ValueError: a folder made with other settings, too many broken files, or no sample at all.
-            OSError: a file cannot be written.
+            OSError: a file cannot be written, or another process writes into the folder.
         """
-        # The sources, the head of the manifest, and what earlier runs have written.
-        started = time.perf_counter()
         sources = self.open_sources()
+        check_output(self.folder)
+        with only_writer(self.folder, "wait until it has ended, or choose another --output_dir"):
+            return self.write_folder(sources)
+
+    def write_folder(self, sources: dict[str, Source]) -> dict[str, Any]:
+        """Write the missing samples, then the manifest; the caller holds the lock of the folder."""
+        # The head of the manifest, and what earlier runs have written.
+        started = time.perf_counter()
         header = self.header(sources)
         earlier_entries = read_entries(self.folder, header)
 
         # Process what is missing. The journal gets every sample as soon as its file is written.
         total = sum(self.count(source) for source in sources.values())
         outcomes, problems = [], []
-        with open_journal(self.folder, header) as journal, ProgressReport(self.name, total) as report:
+        with Journal(self.folder, header) as journal, ProgressReport(self.name, total) as report:
             for outcome in self.work(self.plan(sources, earlier_entries)):
                 outcomes.append(outcome)
                 if outcome.broken:
                     problems.append(outcome)
                     self.check_broken(problems, total)
                 # Where nothing new was written, the journal has the entries already.
-                for entry in outcome.entries if outcome.n_written else ():
-                    journal.write(json.dumps([outcome.split, entry]) + "\n")
-                journal.flush()
+                journal.add(outcome.split, outcome.entries if outcome.n_written else [])
                 report.advance()
 
         # The manifest, in the order of the source.
@@ -296,10 +318,17 @@ class Preprocess:
         return [entry for entry in entries if entry] if is_whole else []
 
     def is_valid(self, entry: dict[str, Any] | None, split: str, caption: str) -> bool:
-        """Whether an earlier run wrote a sample, its file exists, and its caption, if encoded, has not changed."""
+        """Whether an earlier run wrote a sample, its file is what was written, and its caption, if encoded, has not
+        changed."""
         if entry is None or (self.encodes_captions and entry["caption"] != caption):
             return False
-        return self.path(split, entry["key"]).exists()
+        file = self.path(split, entry["key"])
+        if not file.exists():
+            return False
+        problem = changed_bytes(file, entry)
+        if problem:
+            logger.warning("%s is damaged (%s) and is written again", file, problem)
+        return not problem
 
     def path(self, split: str, key: str) -> Path:
         """The file of a sample."""
@@ -328,12 +357,16 @@ class Preprocess:
         return Prepared(outcome, examples)
 
     def write(self, outcome: Outcome, examples: list[Example]) -> Outcome:
-        """Write the encoded copies of one raw file. Raises: OSError: a file cannot be written."""
+        """Write the encoded copies of one raw file, none where one holds values that are not finite: it counts as
+        broken. Raises: OSError: a file cannot be written."""
+        problems = [problem for example in examples if (problem := non_finite(example.data))]
+        if problems:
+            return dataclasses.replace(outcome, entries=[], broken=f"ValueError: {problems[0]}")
         entries = list(outcome.entries)
         for example in examples:
             # File first, then the entry: an interrupted run may have files without entries, never the reverse.
-            save_tensors(self.path(outcome.split, example.key), example.data)
-            entry = {"key": example.key, "source": example.name, "copy": example.copy}
+            digest = save_tensors(self.path(outcome.split, example.key), example.data)
+            entry = {"key": example.key, "source": example.name, "copy": example.copy, **digest}
             entry |= {**notes_of(example, example.n_parts), **self.measure(example.data)}
             entries.append(entry | ({"part": example.part, "parts": example.n_parts} if example.n_parts > 1 else {}))
         # Copies and their parts in order, whichever run wrote them.

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 # Numbers of a manifest's entries whose sum over all samples means nothing.
-NOT_SUMMED = ("copy", "length", "part", "parts", "log_likelihood", "likelihood_ratio")
+NOT_SUMMED = ("bytes", "copy", "length", "part", "parts", "log_likelihood", "likelihood_ratio")
 
 
 @dataclasses.dataclass

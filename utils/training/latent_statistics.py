@@ -24,15 +24,28 @@ def measure_latent_statistics(trainer: StageTrainer, moments_of: Callable[..., T
         trainer: of a VAE; its evaluation model encodes.
         moments_of: (model, batch) -> (3, Z) float64, the batch's sums of mu, of mu^2 + sigma^2, and of 1.
     Returns: mean and std, each (Z,) fp32.
+    Raises: ValueError: latents are not finite, on every process; names a batch of samples that gave some. A sample
+        with values that are not finite is refused by its dataset.
     """
     model = trainer.evaluation_model()
     moments = torch.zeros(3, trainer.model.config.latent_channels, dtype=torch.float64, device=trainer.args.device)
     # Sums over the samples of this process, then over all processes.
+    names: list[str] = []  # of the samples in the first batch whose latents are not finite
     for samples, counts in batches_of_rank(trainer, trainer.stage_arguments.latent_statistics_samples):
         batch_moments = moments_of(model, trainer._prepare_inputs(trainer.data_collator(samples)))
         if counts:
             moments += batch_moments
+            if not names and not batch_moments.isfinite().all():
+                names = [trainer.train_dataset.entries[int(sample["index"])]["key"] for sample in samples]
     total = mean_across_ranks(moments)  # The number of processes cancels in the ratios.
+    # All processes have the same sums, so that they stop together.
+    if not total.isfinite().all():
+        some = f" {', '.join(names)}" if names else " other processes"
+        raise ValueError(
+            f"latent statistics at step {trainer.state.global_step}: the VAE's latents of the samples{some} are not "
+            "finite, although the samples are: its weights have diverged. Go on from an earlier checkpoint with a "
+            "lower --learning_rate"
+        )
     mean = total[0] / total[2]
     # Rounding can make a small variance negative.
     std = (total[1] / total[2] - mean.square()).clamp_min(1e-12).sqrt()

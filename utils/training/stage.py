@@ -38,6 +38,7 @@ from utils.options import StrictConfig, declared_fields, from_preset
 from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
 from utils.training.resume_callback import ResumeCallback
 from utils.training.resuming import Resumption, check_resumable, resume_arguments
+from utils.training.run_lock import learn_refusal, only_run
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
 logger = logging.getLogger(__name__)
@@ -124,10 +125,15 @@ class Stage:
         args.resumption = resume_arguments(args, folder, cls.name, cls.config_class) if folder else None
 
     def run(self) -> dict[str, float]:
-        """The order of every stage."""
+        """A dry run, or one that no other run disturbs."""
         if self.args.dry_run:
             self.describe()
             return {}
+        with only_run(self.run_dir, lambda: training_arguments(self.args, self.run_dir)):
+            return self.run_alone()
+
+    def run_alone(self) -> dict[str, float]:
+        """The order of every stage."""
         # Errors of folders, configuration and data are raised before the model exists.
         self.check_run()
         self.prepare()
@@ -136,6 +142,7 @@ class Stage:
 
         # The random numbers of a run begin at `set_seed`: weights come first, then the trainer's parts.
         training = training_arguments(self.args, self.run_dir)
+        learn_refusal()
         set_seed(self.args.seed)
         model = self.build_model(config)
         # The checkpoint to go on from, where rank 0 sees one; all processes agree.

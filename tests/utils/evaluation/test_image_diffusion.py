@@ -13,6 +13,7 @@ import evaluate
 from dataset_loading.image.latents import ImageLatentDataset
 from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
 from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.runs import changed
 from utils.evaluation.generated_images import PairedLatentDataset, generation_metrics, train_probe
 from utils.evaluation.image_diffusion import distinct_captions
 from utils.evaluation.source_images import SourceImageDataset
@@ -39,7 +40,7 @@ def report(checkpoint):
 def run(checkpoint, tmp_path):
     """run(*words): evaluate one sampling step, which is quick, into `tmp_path`; returns the report."""
     words = ["--checkpoint", str(checkpoint), "--n_steps", "1", "--output_dir", str(tmp_path / "out")]
-    return lambda *more: evaluate.main([*words, *map(str, more)])
+    return lambda *more: evaluate.main(changed(words, *map(str, more)))
 
 
 @pytest.fixture

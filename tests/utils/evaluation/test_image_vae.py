@@ -14,6 +14,7 @@ from dataset_loading.image.pixels import ImageDataset
 from model.image.vae import ImageVAE
 from preprocess_image_vae_dataset import ImageVAEPreprocess
 from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.runs import changed
 from utils.checkpoints import COMPLETE, EMA, STAGE, load_model, mark_complete
 from utils.metrics.images import psnr
 
@@ -32,7 +33,7 @@ def report(checkpoint):
 def run(checkpoint, tmp_path):
     """run(*words): evaluate two samples, which is quick, into `tmp_path`; returns the report."""
     words = ["--checkpoint", str(checkpoint), "--max_samples", "2", "--references", "--output_dir", str(tmp_path)]
-    return lambda *more: evaluate.main([*words, *map(str, more)])
+    return lambda *more: evaluate.main(changed(words, *map(str, more)))
 
 
 @pytest.fixture

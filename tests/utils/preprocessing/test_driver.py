@@ -2,6 +2,7 @@ import json
 import os
 import signal
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,12 @@ from PIL import Image
 
 from dataset_loading.cache_writer import sample_key
 from dataset_loading.image.pixels import ImageDataset
+from dataset_loading.locks import only_writer
 from preprocess_image_vae_dataset import ImageVAEPreprocess
 from tests.helpers.processes import has_files, run_until
+from tests.helpers.runs import changed
 from utils.command_line import parse_arguments
-from utils.preprocessing.driver import PreprocessArguments, command_words
+from utils.preprocessing.driver import Preprocess, PreprocessArguments, command_words
 from utils.preprocessing.samples import is_validation
 
 AUGMENTED = ["--num_augmented_copies", "2", "--random_resized_crop", "--horizontal_flip", "--color_jitter"]
@@ -38,8 +41,8 @@ def write_images(folder: Path, count: int) -> Path:
 
 def prepare(raw: Path, out: Path, *flags: str) -> dict:
     """Run the image stage in this process."""
-    argv = ["--dataset_name", str(raw), "--output_dir", str(out), "--image_size", "16", "--num_workers", "0", *flags]
-    return ImageVAEPreprocess(parse_arguments(ImageVAEPreprocess.arguments_class, argv, "")).run()
+    argv = ["--dataset_name", str(raw), "--output_dir", str(out), "--image_size", "16", "--num_workers", "0"]
+    return ImageVAEPreprocess(parse_arguments(ImageVAEPreprocess.arguments_class, changed(argv, *flags), "")).run()
 
 
 def contents(out: Path) -> dict[str, bytes]:
@@ -206,6 +209,102 @@ def test_damaged_manifest_is_named(raw, tmp_path):
         prepare(raw, tmp_path / "out", "--limit", "2")
 
 
+@pytest.mark.parametrize("damage", ["empty", "flipped", "other"])
+def test_damaged_samples_are_written_again(raw, tmp_path, caplog, damage):
+    out = tmp_path / "out"
+    prepare(raw, out, "--limit", "5")
+    whole = contents(out)
+    first, second = sorted((out / "train").iterdir())[:2]
+    changes = {"empty": b"", "flipped": bytes([first.read_bytes()[0] ^ 1]) + first.read_bytes()[1:]}
+    first.write_bytes(changes.get(damage, second.read_bytes()))
+    manifest = prepare(raw, out, "--limit", "5")
+    assert contents(out) == whole
+    assert f"{first} is damaged" in caplog.text and str(second) not in caplog.text
+    entry = next(entry for entry in manifest["entries"]["train"] if entry["key"] == first.stem)
+    assert entry["bytes"] == first.stat().st_size and entry["crc32"] == f"{zlib.crc32(first.read_bytes()):08x}"
+
+
+def test_samples_of_earlier_versions_are_kept(raw, tmp_path):
+    out = tmp_path / "out"
+    manifest = prepare(raw, out, "--limit", "5")
+    for entry in manifest["entries"]["train"] + manifest["entries"]["validation"]:
+        del entry["bytes"], entry["crc32"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    stamps = {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")}
+    prepare(raw, out, "--limit", "5")
+    assert stamps == {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")}
+
+
+GARBAGE = [
+    b"\0\0\0\0",
+    b"\xff\xfe",
+    b"5",
+    b'["train"]',
+    b'["train", {"key": 1}]',
+    b"[[], {}]",
+    b'{"settings": 1}',
+    b"[" * 99999,
+]
+
+
+def test_garbage_in_a_journal_costs_its_samples_alone(raw, tmp_path, caplog):
+    out = tmp_path / "out"
+    prepare(raw, tmp_path / "whole", "--limit", "12")
+    manifest = prepare(raw, out, "--limit", "6")
+    # An interrupted run: a journal in place of the manifest.
+    (out / "manifest.json").unlink()
+    header = {name: manifest[name] for name in ("schema", "stage", "fingerprint", "settings")}
+    rows = [[split, entry] for split, entries in manifest["entries"].items() for entry in entries]
+    del rows[0][1]["length"]  # It lacks what the others have.
+    lines = [json.dumps(value).encode() for value in (header, *rows)]
+    (out / "progress.jsonl").write_bytes(b"\n".join([*GARBAGE, *lines, *GARBAGE]))
+    stamps = {file: file.stat().st_mtime_ns for file in out.rglob("*.pt")}
+    prepare(raw, out, "--limit", "12")
+    assert contents(out) == contents(tmp_path / "whole")
+    rewritten = [file.stem for file, stamp in stamps.items() if file.stat().st_mtime_ns != stamp]
+    assert rewritten == [rows[0][1]["key"]]
+    assert f"progress.jsonl: {2 * len(GARBAGE)} damaged lines" in caplog.text
+
+
+def test_a_journal_without_its_settings_is_not_believed(raw, tmp_path):
+    out = tmp_path / "out"
+    manifest = prepare(raw, out, "--limit", "3")
+    (out / "manifest.json").unlink()
+    lines = [json.dumps(["train", entry]) for entry in manifest["entries"]["train"]]
+    (out / "progress.jsonl").write_text("\n".join(lines))
+    stamps = {file.stat().st_mtime_ns for file in (out / "train").iterdir()}
+    prepare(raw, out, "--limit", "3")
+    assert not stamps & {file.stat().st_mtime_ns for file in (out / "train").iterdir()}
+
+
+def test_a_second_preprocessing_into_the_same_folder_is_refused(raw, tmp_path, caplog):
+    with only_writer(tmp_path / "out", "wait"):
+        argv = ["--dataset_name", str(raw), "--output_dir", f"{tmp_path}/x/../out", "--num_workers", "0"]
+        (tmp_path / "x").mkdir()
+        with pytest.raises(SystemExit) as stop:
+            ImageVAEPreprocess.main(argv)
+        assert stop.value.code == 2 and f"process {os.getpid()} on " in caplog.text and "--output_dir" in caplog.text
+        assert os.listdir(tmp_path / "out") == [".lock"]
+    prepare(raw, tmp_path / "out")
+
+
+class OverflowingPreprocess(ImageVAEPreprocess):
+    """Divides by the red channel's minimum, which is 0 in some images."""
+
+    def encode(self, example, generator):
+        image = super().encode(example, generator)["image"].float()
+        return {"image": image / (0 if example.name == "sub/image 3.png" else 1)}
+
+
+def test_tensors_that_are_not_finite_are_reported_and_left_out(raw, tmp_path):
+    argv = ["--dataset_name", str(raw), "--output_dir", str(tmp_path / "out"), "--num_workers", "0"]
+    manifest = OverflowingPreprocess.main([*argv, "--max_broken_fraction", "0.03"])
+    (broken,) = manifest["broken"]
+    assert broken["source"] == "sub/image 3.png" and "'image' holds" in broken["reason"]
+    assert sum(totals["samples"] for totals in manifest["totals"].values()) == 39
+    assert not list((tmp_path / "out").rglob("sub_image_3-*"))
+
+
 def test_foreign_folder_is_not_written_into(raw, tmp_path):
     with pytest.raises(ValueError, match="not empty and no preprocessed folder"):
         prepare(raw, raw)
@@ -314,3 +413,20 @@ def test_main_reports_a_missing_source_and_exits(tmp_path, caplog):
         ImageVAEPreprocess.main(["--dataset_name", str(tmp_path / "gone"), "--output_dir", str(tmp_path / "out")])
     assert caught.value.code == 2 and "gone does not exist" in caplog.text
     assert not (tmp_path / "out").exists()
+
+
+class UndeclaredPreprocess(Preprocess):
+    name, media, suffixes = "films", "film", (".film",)
+
+    def settings(self):
+        return {"length": self.args.film_length}
+
+
+@pytest.mark.parametrize("source, parts", [("local", ["--film_length", "arguments_class"]), ("org/set", ["'film'"])])
+def test_an_unfinished_stage_says_what_it_lacks(source, parts, tmp_path, caplog):
+    (tmp_path / "local").mkdir()
+    (tmp_path / "local/a.film").touch()
+    name = str(tmp_path / source) if source == "local" else source
+    with pytest.raises(SystemExit) as stop:
+        UndeclaredPreprocess.main(["--dataset_name", name, "--output_dir", str(tmp_path / "out")])
+    assert stop.value.code == 2 and all(part in caplog.text for part in parts)

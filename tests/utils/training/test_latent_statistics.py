@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from dataset_loading.image.pixels import ImageDataset
+from pretrain_image_vae import ImageVAEStage
+from tests.helpers.runs import SMALL_RUN, run_stage
+from utils.training.image_vae import ImageVAEGANTrainer
 from utils.training.latent_statistics import image_moments, sequence_moments
 
 
@@ -37,3 +41,24 @@ def test_moments_of_sequences_leave_padding_out(rows):
         moments[0], mean[0].double().flatten(1).sum(1) + mean[1, ..., :2].double().flatten(1).sum(1)
     )
     assert moments[2].tolist() == [8 * (rows[0] if rows else 1)] * 3
+
+
+class DivergedTrainer(ImageVAEGANTrainer):
+    """Its weights become infinite before the statistics are measured."""
+
+    def before_saving(self):
+        with torch.no_grad():
+            for parameter in self.model.encoder.parameters():
+                parameter.fill_(torch.inf)
+        super().before_saving()
+
+
+class DivergedStage(ImageVAEStage):
+    trainer_class = DivergedTrainer
+
+
+def test_latents_that_are_not_finite_are_named(image_cache, tmp_path, fresh_logging):
+    key = ImageDataset(image_cache, "train").entries[0]["key"]
+    flags = ["--batch_size", "8", "--gan_weight", "0", "--no_use_ema"]
+    with pytest.raises(ValueError, match=rf"latent statistics at step 1: .*{key}.* not finite.*--learning_rate"):
+        run_stage(DivergedStage, SMALL_RUN, image_cache, tmp_path, "diverged", 1, *flags)

@@ -1,0 +1,110 @@
+"""One writer per folder: a lock that names its owner. Readers need none.
+
+The lock is the operating system's (flock) on a file `.lock` in the folder. It ends with its process, however that
+ends, so that a kill or a loss of power leaves at most the file. On NFS Linux asks the server, so that the lock holds
+between machines; where the mount or the file system has no locks, a warning says that nobody watches.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # What file systems without locks say.
+
+# Descriptors of the locks that this process holds.
+held: set[int] = set()
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path, remedy: str) -> Iterator[None]:
+    """Hold the lock of a folder. It is made where it is not there, and removed at the end if it is still empty.
+
+    Args: remedy: what the user could do instead, for the message.
+    Raises: OSError: another process holds it (the message names host, process, command and time), or the folder
+        cannot be written.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LOCK
+    descriptor = lock_file(file, remedy)
+    try:
+        yield
+    finally:
+        # A forked process has closed it, and does not own the file.
+        if descriptor in held:
+            # Removed while it is locked: whoever has it open already sees that it is gone.
+            file.unlink(missing_ok=True)
+            held.discard(descriptor)
+            os.close(descriptor)
+        with contextlib.suppress(OSError):  # It is not empty.
+            for path in created:
+                path.rmdir()
+
+
+def lock_file(file: Path, remedy: str) -> int:
+    """Lock a file and write the owner into it. Returns its descriptor; closing it ends the lock.
+
+    Raises: OSError: another process holds it.
+    """
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        held.add(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in NO_LOCKS:
+                logger.warning("%s cannot be locked (%s): make sure that no other process writes there", file, error)
+                return descriptor
+            owner = describe_owner(os.read(descriptor, 1 << 16))
+            held.discard(descriptor)
+            os.close(descriptor)
+            if error.errno != errno.EWOULDBLOCK:
+                raise
+            raise OSError(f"{file.parent} is being written by {owner}; {remedy}") from error
+        # The last owner may have removed the file after it was opened here.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(file)):
+                break
+        held.discard(descriptor)
+        os.close(descriptor)
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, json.dumps(this_process()).encode(), 0)
+    return descriptor
+
+
+def this_process() -> dict[str, str | int]:
+    """The owner of a lock, as its file names it."""
+    command = shlex.join([os.path.basename(sys.executable), *sys.argv])
+    since = time.strftime("%Y-%m-%d %H:%M:%S")
+    return {"host": socket.gethostname(), "pid": os.getpid(), "command": command, "since": since}
+
+
+def describe_owner(content: bytes) -> str:
+    """The owner of a lock in words."""
+    try:
+        owner = json.loads(content)
+        return f"process {owner['pid']} on {owner['host']} since {owner['since']}: {owner['command']}"
+    except (ValueError, KeyError, TypeError):  # It has not written its name yet.
+        return "another process"
+
+
+def close_in_child() -> None:
+    """A forked process, such as a worker, does not keep the locks of its parent alive."""
+    for descriptor in held:
+        os.close(descriptor)
+    held.clear()
+
+
+os.register_at_fork(after_in_child=close_in_child)
