@@ -17,7 +17,7 @@ from model.attention import LayerInputs, OutputLinear, SimpleBlock
 from model.checkpointing import is_checkpointing
 from model.generation import CausalGenerationMixin
 from model.kv_cache import CACHE_NAME, CACHE_NAMES, CacheOutput, KeyValueCache, chosen_cache
-from model.language_head import LanguageModelHead, language_model_loss, next_token_targets
+from model.language_head import LanguageModelHead, chosen_divisor, language_model_loss, next_token_targets
 from model.norms import LayerNorm, RMSNorm, build_norm
 from model.positions import (
     alibi_bias,
@@ -409,10 +409,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, CausalGeneratio
             ValueError: arguments that contradict each other or the configuration.
         """
         past_key_values = chosen_cache(cache, past_key_values)
-        if num_items_in_batch is not None:
-            if n_targets is not None:
-                raise ValueError("n_targets and num_items_in_batch are two names of one argument; give one of them")
-            n_targets = torch.as_tensor(num_items_in_batch).clamp_min(1).reshape(())
+        n_targets = chosen_divisor(n_targets, num_items_in_batch)
         if segment_ids is not None and past_key_values is not None:
             raise ValueError("segment_ids describe whole sequences; they cannot be used with past_key_values")
         output = self.model(
@@ -464,7 +461,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, CausalGeneratio
             raise ValueError(f"labels has shape {tuple(labels.shape)}; give one per token, {tuple(hidden.shape[:2])}")
         targets = next_token_targets(labels, segment_ids)
         loss, nats, z_loss, logits = language_model_loss(
-            self.lm_head, hidden, targets, n_targets, z_loss_weight=self.config.z_loss_weight
+            self.lm_head, hidden, targets, n_targets=n_targets, z_loss_weight=self.config.z_loss_weight
         )
         # A loss in chunks has no logits; without a gradient there is room for those that metrics need.
         if positions is not None and logits is not None:

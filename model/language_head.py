@@ -95,11 +95,11 @@ class LanguageModelHead(Linear):
             return loss, nats.view(targets.shape), squares * scale, None
         # All logits at once: the definition, which compilers fuse.
         logits = super().forward(hidden)
-        return *loss_of_logits(logits, targets, scale, self.z_loss_weight), logits
+        return *loss_of_logits(logits, targets, scale, z_loss_weight=self.z_loss_weight), logits
 
 
 def loss_of_logits(
-    logits: Tensor, targets: Tensor, scale: Tensor, z_loss_weight: float
+    logits: Tensor, targets: Tensor, scale: Tensor, *, z_loss_weight: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Loss, nats and z-loss, as `LanguageModelHead.forward` returns them.
 
@@ -120,8 +120,20 @@ def loss_scale(targets: Tensor, n_targets: Tensor | float | None) -> Tensor:
     return 1.0 / torch.as_tensor(n_targets, dtype=torch.float32, device=targets.device)
 
 
+def chosen_divisor(n_targets: Tensor | float | None, num_items_in_batch: Tensor | int | None) -> Tensor | float | None:
+    """The divisor of the summed loss, of which the second name is that of transformers' Trainer (at least 1).
+
+    Raises: ValueError: both are given.
+    """
+    if num_items_in_batch is None:
+        return n_targets
+    if n_targets is not None:
+        raise ValueError("n_targets and num_items_in_batch are two names of one argument; give one of them")
+    return torch.as_tensor(num_items_in_batch).clamp_min(1).reshape(())
+
+
 def language_model_loss(
-    head: nn.Module, hidden: Tensor, targets: Tensor, n_targets: Tensor | float | None, *, z_loss_weight: float
+    head: nn.Module, hidden: Tensor, targets: Tensor, *, n_targets: Tensor | float | None, z_loss_weight: float
 ):
     """What `LanguageModelHead.forward` returns with targets, of any head.
 
@@ -130,7 +142,8 @@ def language_model_loss(
     if isinstance(head, LanguageModelHead):
         return head(hidden, targets, n_targets)
     logits = head(hidden)
-    return *loss_of_logits(logits, targets, loss_scale(targets, n_targets), z_loss_weight), logits
+    scale = loss_scale(targets, n_targets)
+    return *loss_of_logits(logits, targets, scale, z_loss_weight=z_loss_weight), logits
 
 
 def next_token_targets(labels: Tensor, segment_ids: Tensor | None = None) -> Tensor:

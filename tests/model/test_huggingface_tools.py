@@ -149,7 +149,7 @@ def test_a_smaller_table_keeps_the_special_tokens_and_the_loss_in_chunks():
 # ---- Trainer.
 
 
-def trainer(model, folder, batch_size=4, n_micro_batches=1, **kwargs):
+def trainer(model, folder, *, batch_size=4, n_micro_batches=1, **kwargs):
     rows = torch.randint(2, V, (16, 10), generator=torch.Generator().manual_seed(2)).tolist()
     ignored = [i % 7 if i not in (2, 3) else 10 for i in range(16)]  # two samples without a target
     data = Dataset.from_list(
@@ -178,7 +178,7 @@ def trainer(model, folder, batch_size=4, n_micro_batches=1, **kwargs):
 def test_accumulated_micro_batches_equal_the_batch(build, tmp_path):
     losses, weights = [], []
     for batch_size, n_micro_batches in ((8, 1), (2, 4)):
-        run = trainer(build(), tmp_path, batch_size, n_micro_batches)
+        run = trainer(build(), tmp_path, batch_size=batch_size, n_micro_batches=n_micro_batches)
         run.train()
         losses.append([row["loss"] for row in run.state.log_history if "loss" in row])
         weights.append(torch.cat([parameter.detach().flatten() for parameter in run.model.parameters()]))
