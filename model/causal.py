@@ -8,17 +8,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel, initialization
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from model.attention import LayerInputs, OutputLinear, SimpleBlock
 from model.checkpointing import is_checkpointing
+from model.generation import CausalGenerationMixin
 from model.kv_cache import CACHE_NAME, CACHE_NAMES, CacheOutput, KeyValueCache, chosen_cache
-from model.language_head import LanguageModelHead, next_token_targets
+from model.language_head import LanguageModelHead, chosen_divisor, language_model_loss, next_token_targets
 from model.norms import LayerNorm, RMSNorm, build_norm
 from model.positions import (
     alibi_bias,
+    check_attention_mask,
     positions_in_segments,
     rotary_frequencies,
     rotary_table,
@@ -70,7 +73,7 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     main_input_name = "input_ids"
     supports_gradient_checkpointing = True
-    accepts_loss_kwargs = False
+    accepts_loss_kwargs = True  # the Trainer passes `num_items_in_batch`
     _no_split_modules = ["MegaTransformerBlock"]
     _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_sdpa = True
@@ -102,19 +105,6 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
         # Biases of all of them.
         if getattr(module, "bias", None) is not None:
             initialization.zeros_(module.bias)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
-        """Our own cache, unless the caller brings one or asks for another kind."""
-        is_default = generation_config.cache_implementation is None and generation_config.use_cache is not False
-        if is_default and model_kwargs.get(CACHE_NAME) is None:
-            model_kwargs[CACHE_NAME] = KeyValueCache()
-            return
-        super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-        """Transformers asks for a 4-D mask with static caches; `forward` makes it itself from the mask of tokens."""
-        return attention_mask
 
 
 class MegaTransformerModel(MegaTransformerPreTrainedModel):
@@ -171,7 +161,8 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         output_attentions: bool | None = None,
         predict: Any = None,
         cache: Cache | None = None,
-    ) -> BackboneOutput:
+        return_dict: bool | None = None,
+    ) -> BackboneOutput | tuple:
         """See `MegaTransformerForCausalLM.forward`; `predict` maps normed hidden states (N, D) to logits (N, V)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
@@ -180,6 +171,11 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         past_key_values = chosen_cache(cache, past_key_values)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and is_checkpointing(self):
+            if past_key_values is not None and past_key_values.get_seq_length():
+                raise ValueError(
+                    "past_key_values with gradient checkpointing in train mode: layers that run again would write "
+                    "twice; call gradient_checkpointing_disable()"
+                )
             use_cache, past_key_values = False, None  # layers run again would write twice
         if use_cache and past_key_values is None and not self.training:
             past_key_values = KeyValueCache()
@@ -221,13 +217,14 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         hidden = self.norm(x)
         if shared.states is not None:
             shared.states.append(hidden)
-        return BackboneOutput(
+        output = BackboneOutput(
             last_hidden_state=hidden,
             **{CACHE_NAME: past_key_values},
             thinking_steps=steps,
             hidden_states=None if shared.states is None else tuple(shared.states),
             attentions=None if shared.weights is None else tuple(shared.weights),
         )
+        return output if self.wants("return_dict", return_dict) else output.to_tuple()
 
     def wants(self, name: str, given: bool | None) -> bool:
         """Whether an optional output is asked for, by the call or by the configuration."""
@@ -248,22 +245,28 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         # Positions: given, counted within documents, from the mask of tokens, or from the beginning.
         queries = torch.arange(L, device=device) + past
         positions = position_ids
+        n_keys = L if cache is None else cache.get_mask_sizes(L, 0)[0]
+        if attention_mask is not None and not torch.compiler.is_compiling():
+            n_tokens = past + L if isinstance(past, int) else None  # static caches count on the device
+            check_attention_mask(attention_mask, batch=x.shape[0], queries=L, keys=n_keys, tokens=n_tokens)
+        if positions is not None and positions.shape[-1] != L:
+            raise ValueError(f"position_ids has shape {tuple(positions.shape)}; give one per token, {L} in a row")
         if positions is None and segment_ids is not None:
             positions = positions_in_segments(segment_ids)
         elif positions is None and attention_mask is not None and attention_mask.ndim == 2:
-            positions = (attention_mask.long().cumsum(-1) - 1).clamp_min(0)[:, -L:]
+            positions = (attention_mask.bool().long().cumsum(-1) - 1).clamp_min(0)[:, -L:]
         elif positions is None:
             positions = queries[None]
 
         # Keys that a query may not see, and biases.
-        n_keys = L if cache is None else cache.get_mask_sizes(L, 0)[0]
         is_static = cache is not None and cache.is_compileable
         mask, is_causal = None, True
         # A ready mask (B, 1, L, S) replaces ours; it need not be causal.
         if attention_mask is not None and attention_mask.ndim == 4:
             mask, is_causal, attention_mask = attention_mask, False, None
             if segment_ids is not None:
-                mask = mask & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
+                same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
+                mask = mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, -torch.inf)
         # Compilers cannot branch on values: any mask of tokens counts as padding.
         is_padded = attention_mask is not None and (torch.compiler.is_compiling() or not attention_mask.bool().all())
         has_past = L > 1 and n_keys > L  # several queries after a past
@@ -328,7 +331,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         return out if config.recurrent_exit_criterion == "kl" else self.coda(out, shared, last_slot), steps
 
 
-class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin):
+class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, CausalGenerationMixin):
     """A language model on the stack; `generate()` is that of transformers."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -345,6 +348,22 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
         """A new model of a row of `model.presets.MEGATRANSFORMER`, with some fields replaced."""
         return cls(from_preset(MegaTransformerConfig, MEGATRANSFORMER, name, **overrides))
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the head; a plain linear layer becomes a `LanguageModelHead` with its weight."""
+        head = new_embeddings
+        if type(head) is nn.Linear and head.bias is None:
+            extras = {"z_loss_weight": self.config.z_loss_weight, "chunk_size": self.config.loss_chunk_size}
+            with torch.device("meta"):
+                head = LanguageModelHead(new_embeddings.in_features, new_embeddings.out_features, **extras)
+            head.weight = new_embeddings.weight
+        self.lm_head = head
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:
+        """That of transformers. Raises: ValueError: special tokens lie outside of the new vocabulary."""
+        if new_num_tokens is not None:
+            self.config.replace(vocab_size=new_num_tokens)  # checks
+        return super().resize_token_embeddings(new_num_tokens, *args, **kwargs)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -360,33 +379,37 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
         n_backprop_steps: int | None = None,
         initial_state: Tensor | None = None,
         exit_threshold: float | None = None,
-        logits_to_keep: int | Tensor = 0,
+        logits_to_keep: int | Tensor | None = 0,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         return_dict: bool | None = None,
         cache: Cache | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> CausalOutput | tuple:
         """Args:
             input_ids: (B, L) tokens; or `inputs_embeds`, (B, L, D).
-            attention_mask: (B, S), 1 where there is a token, for the past as well; or ready, (B, 1, L, S) bool, causal
-                or not.
+            attention_mask: (B, S), 1 where there is a token, for the past as well; or ready, (B or 1, H or 1, L, S)
+                bool (true: visible) or float (added to the scores), causal or not.
             position_ids: (B, L), for rotary, sinusoidal and learned positions (ALiBi counts tokens); default: counted
                 from the mask, or from each document's beginning.
             segment_ids: (B, L), equal numbers are the same document; tokens see their own document alone.
             past_key_values: cache of what came before; written to. `cache` is the same, as newer transformers name it.
             labels: (B, L), the tokens themselves (they are shifted here), -100 where there is no target.
             n_targets: what the summed loss is divided by; default: the number of targets in this batch.
+                `num_items_in_batch` is the same, as transformers' Trainer names it.
             n_thinking_steps: steps of the core, the maximum where exits are on; default: sampled in training, else
                 `recurrent_test_thinking_steps`.
             n_backprop_steps: the last steps, which are differentiated; default: `recurrent_backprop_steps`.
             initial_state: standard normal noise for `recurrent_state_initialization="normal"`, (B, L, D).
             exit_threshold: instead of `recurrent_exit_criteria_threshold`; 0: no exits. Exits are for inference: they
                 need `torch.no_grad()`.
-            logits_to_keep: only the last so many positions, or those indices, get logits; 0: all.
+            logits_to_keep: only the last so many positions, or those indices, get logits; 0: all; None: those that the
+                loss needs. A loss in chunks gives logits only where no gradient is computed.
         Raises:
             ValueError: arguments that contradict each other or the configuration.
         """
         past_key_values = chosen_cache(cache, past_key_values)
+        n_targets = chosen_divisor(n_targets, num_items_in_batch)
         if segment_ids is not None and past_key_values is not None:
             raise ValueError("segment_ids describe whole sequences; they cannot be used with past_key_values")
         output = self.model(
@@ -406,16 +429,12 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             predict=self.lm_head,
+            return_dict=True,
         )
-        # The head: the loss where there are labels, else the logits of the last positions.
-        hidden = output.last_hidden_state
-        if labels is not None:
-            targets = next_token_targets(labels, segment_ids)
-            loss, nats, z_loss, logits = self.lm_head(hidden, targets, n_targets)
-            results = {"loss": loss, "logits": logits, "cross_entropy": nats[:, :-1], "z_loss": z_loss}
-        else:
-            positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            results = {"logits": self.lm_head(hidden[:, positions])}
+        # The head: the loss where there are labels, and logits.
+        results = self.head_outputs(
+            output.last_hidden_state, labels, segment_ids, n_targets=n_targets, logits_to_keep=logits_to_keep
+        )
         result = CausalOutput(
             **results,
             **{CACHE_NAME: getattr(output, CACHE_NAME)},
@@ -423,8 +442,33 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
-        wants_tuple = return_dict is False or (return_dict is None and not self.config.return_dict)
-        return result.to_tuple() if wants_tuple else result
+        return result if self.model.wants("return_dict", return_dict) else result.to_tuple()
+
+    def head_outputs(
+        self,
+        hidden: Tensor,
+        labels: Tensor | None,
+        segment_ids: Tensor | None,
+        *,
+        n_targets: Tensor | float | None,
+        logits_to_keep: int | Tensor | None,
+    ) -> dict[str, Tensor | None]:
+        """What the head makes of the normed hidden states (B, L, D): logits, and the losses where there are labels."""
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        if labels is None:
+            return {"logits": self.lm_head(hidden if positions is None else hidden[:, positions])}
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels has shape {tuple(labels.shape)}; give one per token, {tuple(hidden.shape[:2])}")
+        targets = next_token_targets(labels, segment_ids)
+        loss, nats, z_loss, logits = language_model_loss(
+            self.lm_head, hidden, targets, n_targets=n_targets, z_loss_weight=self.config.z_loss_weight
+        )
+        # A loss in chunks has no logits; without a gradient there is room for those that metrics need.
+        if positions is not None and logits is not None:
+            logits = logits[:, positions]
+        elif positions is not None and not torch.is_grad_enabled():
+            logits = self.lm_head(hidden[:, positions])
+        return {"loss": loss, "logits": logits, "cross_entropy": nats[:, :-1], "z_loss": z_loss}
 
     @staticmethod
     def count_targets(labels: Tensor, segment_ids: Tensor | None = None) -> Tensor:
@@ -433,4 +477,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, GenerationMixin
 
 
 AutoConfig.register(MegaTransformerConfig.model_type, MegaTransformerConfig)
+AutoModel.register(MegaTransformerConfig, MegaTransformerModel)
 AutoModelForCausalLM.register(MegaTransformerConfig, MegaTransformerForCausalLM)
+# Where the Trainer looks whether label smoothing shifts the labels, and pipelines which models they take.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[MegaTransformerConfig.model_type] = MegaTransformerForCausalLM.__name__

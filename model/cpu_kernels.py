@@ -123,6 +123,8 @@ def is_blockwise_faster(q: Tensor, k: Tensor, *, mask: Tensor | None, dropout: f
     """Whether `blockwise_attention` can and should do the work: on a CPU, whole sequences, causal masks without
     biases."""
     L = q.shape[2]
+    if torch.compiler.is_exporting() or torch.jit.is_tracing():
+        return False  # An exported graph serves every length.
     if q.device.type != "cpu" or dropout > 0 or k.shape[2] != L or L < BLOCK // 2:
         return False
     return mask is None or (mask.dtype == torch.bool and mask.shape[1:] == (1, L, L))

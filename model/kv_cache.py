@@ -10,7 +10,7 @@ from operator import attrgetter
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 ROOM = 256  # Buffers hold multiples of so many keys.
@@ -110,11 +110,14 @@ def move(old: Tensor, new: Tensor, length: int, end: int) -> Tensor:
 def chosen_cache(cache: Cache | None, past_key_values: Cache | None) -> Cache | None:
     """The cache of a call of `forward`, which accepts both names.
 
-    Raises: ValueError: both are given.
+    Raises: ValueError: both are given, or it is no `Cache`.
     """
     if cache is not None and past_key_values is not None:
         raise ValueError("cache and past_key_values are two names of one argument; give one of them")
-    return past_key_values if cache is None else cache
+    cache = past_key_values if cache is None else cache
+    if cache is not None and not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values is a {type(cache).__name__}; give a Cache, such as DynamicCache()")
+    return cache
 
 
 class CacheOutput:
@@ -124,11 +127,14 @@ class CacheOutput:
         cache = property(attrgetter("past_key_values"))
 
 
-class KeyValueCache(Cache):
-    """A cache whose slots are made when they are first written, so that it serves any number of layers and steps."""
+class KeyValueCache(DynamicCache):
+    """A cache whose slots are made when they are first written, so that it serves any number of layers and steps.
+
+    Libraries such as PEFT ask for a `DynamicCache` where a cache may grow.
+    """
 
     def __init__(self):
-        super().__init__(layer_class_to_replicate=GrowingLayer)
+        Cache.__init__(self, layer_class_to_replicate=GrowingLayer)
 
 
 def take_back(cache: Cache, slot: int, length: int) -> None:

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.cpu_kernels import Linear
 
@@ -80,8 +80,7 @@ class LanguageModelHead(Linear):
         """
         if targets is None:
             return super().forward(hidden)
-        n_targets = (targets != IGNORED).sum().clamp_min(1) if n_targets is None else n_targets
-        scale = 1.0 / torch.as_tensor(n_targets, dtype=torch.float32, device=hidden.device)
+        scale = loss_scale(targets, n_targets)
         # In chunks, the logits of all tokens are never held at once.
         if self.chunk_size and not torch.compiler.is_compiling():
             loss, nats, squares = LinearCrossEntropy.apply(  # type: ignore[misc]
@@ -96,13 +95,55 @@ class LanguageModelHead(Linear):
             return loss, nats.view(targets.shape), squares * scale, None
         # All logits at once: the definition, which compilers fuse.
         logits = super().forward(hidden)
-        rows = logits.float().flatten(0, -2)
-        nats = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="none")
-        z_loss = (rows.logsumexp(-1).square() * (targets.flatten() != IGNORED)).sum() * scale
-        loss = nats.sum() * scale
-        if self.z_loss_weight:
-            loss = loss + self.z_loss_weight * z_loss
-        return loss, nats.detach().view(targets.shape), z_loss.detach(), logits
+        return *loss_of_logits(logits, targets, scale, z_loss_weight=self.z_loss_weight), logits
+
+
+def loss_of_logits(
+    logits: Tensor, targets: Tensor, scale: Tensor, *, z_loss_weight: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss, nats and z-loss, as `LanguageModelHead.forward` returns them.
+
+    Args: logits: (..., V). targets: (...), -100 where none. scale: what each target's loss is multiplied with (0-dim).
+    """
+    rows = logits.float().flatten(0, -2)
+    nats = F.cross_entropy(rows, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    z_loss = (rows.logsumexp(-1).square() * (targets.flatten() != IGNORED)).sum() * scale
+    loss = nats.sum() * scale
+    if z_loss_weight:
+        loss = loss + z_loss_weight * z_loss
+    return loss, nats.detach().view(targets.shape), z_loss.detach()
+
+
+def loss_scale(targets: Tensor, n_targets: Tensor | float | None) -> Tensor:
+    """1 / n_targets, by default 1 / the number of targets (at least 1), 0-dim fp32."""
+    n_targets = (targets != IGNORED).sum().clamp_min(1) if n_targets is None else n_targets
+    return 1.0 / torch.as_tensor(n_targets, dtype=torch.float32, device=targets.device)
+
+
+def chosen_divisor(n_targets: Tensor | float | None, num_items_in_batch: Tensor | int | None) -> Tensor | float | None:
+    """The divisor of the summed loss, of which the second name is that of transformers' Trainer (at least 1).
+
+    Raises: ValueError: both are given.
+    """
+    if num_items_in_batch is None:
+        return n_targets
+    if n_targets is not None:
+        raise ValueError("n_targets and num_items_in_batch are two names of one argument; give one of them")
+    return torch.as_tensor(num_items_in_batch).clamp_min(1).reshape(())
+
+
+def language_model_loss(
+    head: nn.Module, hidden: Tensor, targets: Tensor, *, n_targets: Tensor | float | None, z_loss_weight: float
+):
+    """What `LanguageModelHead.forward` returns with targets, of any head.
+
+    Tools replace or wrap a model's head (PEFT's adapters); such a one gives all logits at once.
+    """
+    if isinstance(head, LanguageModelHead):
+        return head(hidden, targets, n_targets)
+    logits = head(hidden)
+    scale = loss_scale(targets, n_targets)
+    return *loss_of_logits(logits, targets, scale, z_loss_weight=z_loss_weight), logits
 
 
 def next_token_targets(labels: Tensor, segment_ids: Tensor | None = None) -> Tensor:

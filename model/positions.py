@@ -115,13 +115,46 @@ def visible_keys(
     if attention_mask is not None:
         tokens = attention_mask.bool()
         # A static cache has room for more keys than there are tokens.
-        if tokens.shape[1] < len(keys):
-            tokens = torch.nn.functional.pad(tokens, (0, len(keys) - tokens.shape[1]))
-        visible = visible & tokens[:, None, None, : len(keys)]
+        if tokens.shape[1] < keys.shape[0]:
+            tokens = torch.nn.functional.pad(tokens, (0, keys.shape[0] - tokens.shape[1]))
+        visible = visible & tokens[:, None, None, : keys.shape[0]]
     if segment_ids is not None:
         visible = visible & (segment_ids[:, None, :, None] == segment_ids[:, None, None, :])
     # Padding sees itself: the softmax of an empty row would be nan.
     return visible | (keys == queries[:, None])
+
+
+def check_attention_mask(mask: Tensor, *, batch: int, queries: int, keys: int, tokens: int | None) -> None:
+    """Raise ValueError unless a mask of tokens or a ready mask fits its call.
+
+    Args:
+        mask: (B, tokens), nonzero where there is a token; or (B or 1, H or 1, L, S), bool (true: visible) or float
+            (added to the scores).
+        queries, keys: L and S.
+        tokens: number of tokens with the past; None: not known before the model runs.
+    """
+    if not isinstance(mask, Tensor):
+        raise ValueError(f"attention_mask is a {type(mask).__name__}; give a tensor of {batch} x {tokens} tokens")
+    shape = tuple(mask.shape)
+    if mask.ndim == 4:
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(
+                f"attention_mask {shape} has dtype {mask.dtype}: with four dimensions give bool (true: visible) or "
+                "float (added to the scores), such as mask.bool()"
+            )
+        fits = shape[0] in (1, batch) and shape[2:] == (queries, keys)
+    else:
+        fits = mask.ndim == 2 and shape[0] in (1, batch) and tokens in (None, shape[1])
+    if not fits:
+        raise ValueError(
+            f"attention_mask has shape {shape}: give ({batch}, {tokens}), one entry per token, past included, or "
+            f"({batch}, 1, {queries}, {keys})"
+        )
+    if mask.ndim == 2 and mask.is_floating_point() and (mask < 0).any():
+        raise ValueError(
+            "attention_mask has negative values: with two dimensions it is 1 where there is a token and 0 at padding; "
+            "give what is added to the scores with four dimensions"
+        )
 
 
 def positions_in_segments(segment_ids: Tensor) -> Tensor:

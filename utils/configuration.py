@@ -28,8 +28,14 @@ class MegaTransformerConfig(StrictConfig):
     """
 
     model_type = "megatransformer"
-    keys_to_ignore_at_inference = ["cache", "past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values", "cross_entropy", "z_loss", "thinking_steps"]
     attribute_map = {"num_attention_heads": "n_heads", "num_key_value_heads": "groups", "head_dim": "width_per_head"}
+    ALIASES: ClassVar = {
+        "num_attention_heads": "n_heads",
+        "num_key_value_heads": "n_query_groups",
+        "head_dim": "head_width",
+        "num_hidden_layers": "n_layers",
+    }
 
     SECTION_STACK: ClassVar = Section("Stack")
     modalities: list[Literal["text", "audio", "image"]] = option(["text"], "modalities of the stream; text always")
@@ -228,10 +234,18 @@ class MegaTransformerConfig(StrictConfig):
         """Key/value heads G."""
         return self.n_query_groups or self.n_heads
 
+    @groups.setter
+    def groups(self, value: int | None) -> None:
+        self.n_query_groups = value
+
     @property
     def width_per_head(self) -> int:
         """Head width K."""
         return self.head_width or self.hidden_size // self.n_heads
+
+    @width_per_head.setter
+    def width_per_head(self, value: int | None) -> None:
+        self.head_width = value
 
     @property
     def rotary_width(self) -> int:
@@ -263,6 +277,15 @@ class MegaTransformerConfig(StrictConfig):
         if self.n_recurrent_layers:
             n_thinking_slots *= self.recurrent_cache_steps or self.recurrent_max_thinking_steps
         return self.n_prelude_layers + self.n_layers + n_thinking_slots
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int) -> None:
+        if self.n_recurrent_layers:
+            raise ValueError(
+                f"num_hidden_layers={value} cannot be set: n_recurrent_layers={self.n_recurrent_layers} and thinking "
+                "steps give it; set n_layers, n_recurrent_layers or recurrent_max_thinking_steps"
+            )
+        self.n_layers = value - self.n_prelude_layers - self.n_coda_layers
 
     def validate_stack(self):
         """The model has at least one layer. `modalities` names each modality once, among them text."""

@@ -15,7 +15,7 @@ import logging
 import types
 import typing
 from collections.abc import Collection, Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from transformers import PreTrainedConfig
 
@@ -309,21 +309,70 @@ class StrictConfig(PreTrainedConfig):
     trips; keys that transformers itself writes are accepted.
     """
 
+    # Names that other libraries read, such as PEFT, and the field that each is set by: `to_dict` has them, config.json
+    # has the fields alone.
+    ALIASES: ClassVar[dict[str, str]] = {}
+
     def __post_init__(self, **kwargs: Any):
         known = {field.name for field in declared_fields(self)}
-        aliases = {name for name, own in self.attribute_map.items() if own in known}
+        extra = kwargs.pop(EXTRA_KEY, [])
         # What is left in kwargs is no declared field.
         for name in kwargs:
             # config.json also holds keys of transformers itself, and private ones such as _name_or_path.
-            if name not in TRANSFORMERS_KEYS and name not in aliases and not name.startswith("_"):
+            is_foreign = name in TRANSFORMERS_KEYS or name in extra or name.startswith("_")
+            if name not in self.ALIASES and not is_foreign:
                 raise ValueError(f"{type(self).__name__} has no field {name!r}{suggest(name, known)}")
+        self.take_aliases(kwargs)
         super().__post_init__(**kwargs)
         validate_fields(self)
 
+    def take_aliases(self, kwargs: dict[str, Any]) -> None:
+        """Move aliases from keywords into their fields. Raises: ValueError: one contradicts its field."""
+        defaults = {field.name: default_value(field) for field in declared_fields(self)}
+        for name, owner in self.ALIASES.items():
+            if name not in kwargs or (value := kwargs.pop(name)) == getattr(self, name):
+                continue
+            if (given := getattr(self, owner)) != defaults[owner]:
+                raise ValueError(f"{name}={value!r} contradicts {owner}={given!r}; give one of them")
+            setattr(self, name, value)
+
+    def extra_attributes(self) -> dict[str, Any]:
+        """Attributes that were set by hand and are neither fields nor known to transformers."""
+        return {
+            name: value
+            for name, value in vars(self).items()
+            if not name.startswith("_") and name not in TRANSFORMERS_KEYS and not hasattr(type(self), name)
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields with their aliases, and what was set by hand."""
+        extra = sorted(self.extra_attributes())
+        aliases = {name: getattr(self, name) for name in self.ALIASES}
+        return {**super().to_dict(), **aliases, **({EXTRA_KEY: extra} if extra else {})}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What config.json holds."""
+        return {name: value for name, value in super().to_diff_dict().items() if name not in self.ALIASES}
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """That of transformers. Raises: ValueError: a field was set to a value that no file may hold."""
+        validate_fields(self)
+        super().save_pretrained(*args, **kwargs)
+
     def replace(self, **changes: Any) -> "StrictConfig":
         """A validated copy with some fields changed; unknown names raise ValueError with a suggestion."""
-        fields = {field.name: getattr(self, field.name) for field in declared_fields(self)}
-        return type(self)(**{**fields, **changes})
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
+        extra = self.extra_attributes()
+        # What transformers keeps elsewhere than in fields.
+        kept = {
+            "name_or_path": self.name_or_path,
+            "attn_implementation": self._attn_implementation,
+            "output_attentions": self.output_attentions,
+        }
+        # An alias replaces its field.
+        owners = {self.ALIASES[name] for name in changes if name in self.ALIASES}
+        defaults = {field.name: default_value(field) for field in declared_fields(self) if field.name in owners}
+        return type(self)(**{**fields, **kept, **extra, EXTRA_KEY: list(extra), **defaults, **changes})
 
     def expect(self, holds: bool, name: str, rule: str) -> None:
         """Raise ValueError `<name>=<value> <rule>` unless it holds."""
@@ -346,6 +395,9 @@ class StrictConfig(PreTrainedConfig):
             lines += [f"{setting:<{width}}  # {meaning}" for setting, meaning in rows]
         return "\n".join(lines).lstrip("\n")
 
+
+# The key of a config.json that lists the names which were set by hand.
+EXTRA_KEY = "_extra_attributes"
 
 # Keys that a config.json may have beyond the declared fields: those of every transformers configuration.
 TRANSFORMERS_KEYS = {

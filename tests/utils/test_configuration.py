@@ -18,7 +18,7 @@ AUDIO, IMAGE = {"modalities": ["text", "audio"]}, {"modalities": ["text", "image
 WRONG = [
     # Layers, attention, positions, norms.
     ({"hiden_size": 4}, "no field 'hiden_size'; did you mean 'hidden_size'"),
-    ({"head_dim": 4}, "no field 'head_dim'"),
+    ({"head_size": 4}, "no field 'head_size'"),
     ({"n_layers": 0}, "n_layers=0 gives no layer"),
     ({"modalities": ["audio"]}, "modalities=['audio'] must contain 'text'"),
     ({"modalities": ["text", "text"]}, "modalities=['text', 'text'] must name each modality once"),

@@ -58,7 +58,7 @@ def window_sums(
             for start in range(0, n_windows, at_once)
         ]
         return {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    output = model(**inputs, use_cache=False, **keywords)
+    output = model(**inputs, use_cache=False, logits_to_keep=None, **keywords)  # no logits beside a loss in chunks
     # The last position of a window has no target: (B, L - 1).
     targets = next_token_targets(inputs["labels"], inputs["segment_ids"])[:, :-1]
     counted = targets != IGNORED
