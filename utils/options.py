@@ -15,7 +15,7 @@ import logging
 import types
 import typing
 from collections.abc import Collection, Iterable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from transformers import PreTrainedConfig
 
@@ -359,7 +359,7 @@ class StrictConfig(PreTrainedConfig):
         validate_fields(self)
         super().save_pretrained(*args, **kwargs)
 
-    def replace(self, **changes: Any) -> "StrictConfig":
+    def replace(self, **changes: Any) -> Self:
         """A validated copy with some fields changed; unknown names raise ValueError with a suggestion."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         extra = self.extra_attributes()

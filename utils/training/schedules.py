@@ -65,7 +65,7 @@ def apply_settings(
 
     Returns: the learning rate of the next step in the checkpoint, and now.
     """
-    before = optimizer.param_groups[0]["lr"]
+    before = float(optimizer.param_groups[0]["lr"])
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
     scheduler.base_lrs = [values["initial_lr"] for values in settings]
@@ -75,4 +75,4 @@ def apply_settings(
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"] = rate
     scheduler._last_lr = rates
-    return before, rates[0]
+    return before, float(rates[0])
