@@ -22,7 +22,7 @@ from transformers import Trainer
 from utils.checkpoints import EMA, STAGE, is_complete, mark_complete, rotate, without_copies, write_json
 from utils.distributed import any_across_ranks, barrier, mean_across_ranks, rank
 from utils.optimizer_hooks import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook, WeightEMA
-from utils.seeds import sample_normal, sample_uniform
+from utils.seeds import sample_keys, sample_normal, sample_uniform
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +158,11 @@ class StageTrainer(Trainer):
         """Uniform numbers in [0, 1), (B, *shape), that belong to this step's samples, on the training device."""
         numbers = sample_uniform(self.args.seed, self.state.global_step, inputs["index"], stream=stream, shape=shape)
         return numbers.to(self.args.device)
+
+    def dropout_keys(self, inputs: dict) -> Tensor:
+        """Keys (B,) int64 of this step's samples for `model.dropout`, on the training device."""
+        keys = sample_keys(self.args.seed, self.state.global_step, inputs["index"], stream="dropout")
+        return keys.to(self.args.device)
 
     # ---- Optimizer.
 
