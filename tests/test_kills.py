@@ -1,0 +1,96 @@
+"""Every stage, killed at random moments and resumed until it is done: bit for bit the run that was left alone."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pretrain_audio_vae import AudioVAEStage
+from pretrain_image_diffusion import ImageDiffusionStage
+from pretrain_image_vae import ImageVAEStage
+from pretrain_multimodal import MultimodalStage
+from pretrain_recurrent_vae import RecurrentVAEStage
+from pretrain_vocoder import VocoderStage
+from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
+from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
+from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, equal, largest_difference, run_stage
+from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text, with_dropout
+from utils.checkpoints import checkpoints_in
+
+pytestmark = pytest.mark.slow
+STEPS, KILLS = 12, 3
+FLAGS = ["--batch_size", "8", "--save_steps", "1", "--eval_steps", "5"]
+WORKERS = ["--num_workers", "2"]
+
+# Name -> stage, common flags, the fixture or function that makes its cache, further flags.
+STAGES = {
+    "image_vae": (ImageVAEStage, SMALL_RUN, "image_cache", []),
+    "recurrent_vae": (RecurrentVAEStage, SMALL_RUN, "image_cache", WORKERS),
+    "image_diffusion": (ImageDiffusionStage, SMALL_DIFFUSION, "latent_cache", WORKERS),
+    "vocoder": (VocoderStage, SMALL_VOCODER, make_audio_cache, []),
+    "audio_vae": (AudioVAEStage, SMALL_AUDIO_VAE, lambda folder: write_mel_cache(folder, SETTINGS), WORKERS),
+    "text_flat": (MultimodalStage, with_dropout(SMALL_TEXT), make_text, []),
+    "text_recurrent": (MultimodalStage, with_dropout(SMALL_CORE), make_text, WORKERS),
+}
+
+
+def begin_and_run(begun: Path, *args) -> None:
+    """What the processes do that are killed."""
+    torch.set_num_threads(1)
+    begun.touch()
+    run_stage(*args)
+
+
+def start(begun: Path, *args) -> multiprocessing.Process:
+    """Start a process, and wait until its imports are done. A server imports once for all processes."""
+    begun.unlink(missing_ok=True)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    process = context.Process(target=begin_and_run, args=(begun, *args))
+    process.start()
+    while not begun.exists() and process.is_alive():
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_killed_at_random_moments_and_resumed_equals_straight_through(name, tmp_path, request, fresh_logging):
+    stage, common, source, flags = STAGES[name]
+    cache = request.getfixturevalue(source) if isinstance(source, str) else source(tmp_path / "cache")
+    arguments = (stage, common, cache, tmp_path)
+    moment = time.monotonic()
+    straight = run_stage(*arguments, "straight", STEPS, *FLAGS, *flags)
+    duration = time.monotonic() - moment
+
+    # The first processes are killed at a random moment, also while they load or save.
+    draw, reached = random.Random(name), []
+    for _ in range(KILLS):
+        process = start(tmp_path / "begun", *arguments, "killed", STEPS, *FLAGS, *flags, "--resume_from_checkpoint")
+        process.join(draw.uniform(0, 0.6 * duration))
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            folders = checkpoints_in(tmp_path / stage.name / "killed")
+            reached.append(folders[-1].name if folders else "none")
+        assert process.exitcode in (-signal.SIGKILL, 0)  # 0: it was done before.
+    print(name, f"{len(reached)} kills, newest checkpoints", reached)
+    assert reached
+
+    # The last one is not.
+    process = start(tmp_path / "begun", *arguments, "killed", STEPS, *FLAGS, *flags, "--resume_from_checkpoint")
+    process.join()
+    assert process.exitcode == 0
+    folder = tmp_path / stage.name / "killed" / straight.folder.name
+    resumed = type(straight)(folder.parent, STEPS)
+    for weights in ("model", "ema"):
+        assert largest_difference(straight.weights(weights), resumed.weights(weights)) == 0
+    files = ["optimizer.pt", "scheduler.pt", *(file.name for file in straight.folder.glob("stage_state.pt"))]
+    for file in files:
+        first, second = (torch.load(run.folder / file, weights_only=True) for run in (straight, resumed))
+        assert equal(first, second), file
+    assert straight.losses == resumed.losses
