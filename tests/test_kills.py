@@ -20,10 +20,11 @@ from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
 from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, equal, largest_difference, run_stage
 from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text, with_dropout
-from utils.checkpoints import checkpoints_in
+from utils.checkpoints import checkpoints_in, newest_complete
 
 pytestmark = pytest.mark.slow
-STEPS, KILLS = 12, 3
+STEPS = 16
+TARGETS = [(1, 3), (6, 8), (11, 13)]  # The first and the last step that a process may be killed after.
 FLAGS = ["--batch_size", "8", "--save_steps", "1", "--eval_steps", "5"]
 WORKERS = ["--num_workers", "2"]
 
@@ -63,30 +64,32 @@ def test_killed_at_random_moments_and_resumed_equals_straight_through(name, tmp_
     stage, common, source, flags = STAGES[name]
     cache = request.getfixturevalue(source) if isinstance(source, str) else source(tmp_path / "cache")
     arguments = (stage, common, cache, tmp_path)
-    moment = time.monotonic()
     straight = run_stage(*arguments, "straight", STEPS, *FLAGS, *flags)
-    duration = time.monotonic() - moment
+    moments = [(folder / "COMPLETE.json").stat().st_mtime for folder in checkpoints_in(straight.folder.parent)]
+    seconds_per_step = (moments[-1] - moments[0]) / (len(moments) - 1)
 
-    # The first processes are killed at a random moment, also while they load or save.
-    draw, reached = random.Random(name), []
-    for _ in range(KILLS):
+    # Three processes are killed within the save or the step after a random one.
+    draw, folder = random.Random(name), tmp_path / stage.name / "killed"
+    reached = []
+    for first, last in TARGETS:
+        target = draw.randint(first, last)
         process = start(tmp_path / "begun", *arguments, "killed", STEPS, *FLAGS, *flags, "--resume_from_checkpoint")
-        process.join(draw.uniform(0, 0.6 * duration))
-        if process.is_alive():
-            os.kill(process.pid, signal.SIGKILL)
-            process.join()
-            folders = checkpoints_in(tmp_path / stage.name / "killed")
-            reached.append(folders[-1].name if folders else "none")
-        assert process.exitcode in (-signal.SIGKILL, 0)  # 0: it was done before.
-    print(name, f"{len(reached)} kills, newest checkpoints", reached)
-    assert reached
+        while not (folder / f"checkpoint-{target}").exists() and process.is_alive():
+            time.sleep(0.002)
+        process.join(draw.uniform(0, seconds_per_step))
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        newest = newest_complete(folder)
+        reached.append((target, newest and newest.name))
+    print(name, "killed after (step, newest complete checkpoint)", reached)
+    assert sum(newest is not None for _, newest in reached) >= 2, "nothing was resumed"
 
     # The last one is not.
     process = start(tmp_path / "begun", *arguments, "killed", STEPS, *FLAGS, *flags, "--resume_from_checkpoint")
     process.join()
     assert process.exitcode == 0
-    folder = tmp_path / stage.name / "killed" / straight.folder.name
-    resumed = type(straight)(folder.parent, STEPS)
+    resumed = type(straight)(folder, STEPS)
     for weights in ("model", "ema"):
         assert largest_difference(straight.weights(weights), resumed.weights(weights)) == 0
     files = ["optimizer.pt", "scheduler.pt", *(file.name for file in straight.folder.glob("stage_state.pt"))]
