@@ -3,7 +3,7 @@
 B batch, L queries, S keys, D hidden, H query heads, G key/value groups, K head width, N selected tokens.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,9 +14,12 @@ from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from model.cpu_kernels import Linear, causal_attention, is_blockwise_faster
+from model.dropout import Dropout, dropout, fold
 from model.norms import build_norm
 from model.positions import apply_rotary
 
+# Layers apply dropout in four places, and each has keys of its own: attention weights, both branches, activations.
+DROPOUTS_PER_LAYER = 4
 GATED = {"swiglu": F.silu, "geglu": F.gelu}  # activation of the gate
 
 
@@ -39,7 +42,7 @@ class OutputLinear(Linear):
 
 
 def eager_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, dropout: float = 0.0
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, p: float = 0.0, keys: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention by its definition, softmax(q k' / sqrt(K) + mask) v, with the softmax in fp32.
 
@@ -47,6 +50,8 @@ def eager_attention(
         q: (B, H, L, K).
         k, v: (B, G, S, K); each group serves H / G neighbouring heads.
         mask: (B or 1, H or 1, L, S), bool (true: visible) or what is added to the scores; None: causal, L = S.
+        p: probability that a weight is dropped.
+        keys: (B,) int64 of the dropout, see `model.dropout`.
     Returns: outputs (B, H, L, K) and weights (B, H, L, S).
     """
     # Every query head gets the keys and values of its group: (B, H, S, K).
@@ -55,7 +60,7 @@ def eager_attention(
     if mask is None:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
-    weights = F.dropout(scores.softmax(-1), dropout)
+    weights = dropout(scores.softmax(-1), p, keys)
     return weights.to(v.dtype) @ v, weights
 
 
@@ -70,6 +75,7 @@ class LayerInputs:
         cache: keys and values of the past, or None.
         weights: list that collects the attention weights of each layer; None: not collected.
         states: list that collects what each layer reads; None: not collected.
+        dropout_keys: (B,) int64, see `model.dropout`; None: dropout from PyTorch's generator.
     """
 
     rotary: Tensor | None = None
@@ -78,6 +84,13 @@ class LayerInputs:
     cache: Cache | None = None
     weights: list[Tensor] | None = None
     states: list[Tensor] | None = None
+    dropout_keys: Tensor | None = None
+
+    def keyed(self, number: int) -> "LayerInputs":
+        """What application `number` of a layer in this forward pass reads: its dropout is like that of no other."""
+        if self.dropout_keys is None:
+            return self
+        return replace(self, dropout_keys=fold(self.dropout_keys, DROPOUTS_PER_LAYER * number))
 
 
 class SelectedTokens:
@@ -135,7 +148,7 @@ class MegaTransformerSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_heads, self.n_groups, self.head_width = config.n_heads, config.groups, config.width_per_head
-        self.config, self.dropout = config, config.attention_dropout
+        self.config, self.dropout = config, Dropout(config.attention_dropout)
         n_projected = (self.n_heads + 2 * self.n_groups) * self.head_width
         self.qkv_proj = Linear(config.hidden_size, n_projected, bias=config.use_attention_bias)
         self.o_proj = OutputLinear(self.n_heads * self.head_width, config.hidden_size, bias=config.use_attention_bias)
@@ -168,16 +181,16 @@ class MegaTransformerSelfAttention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, shared: LayerInputs) -> Tensor:
         """Args: q: (B, L, H, K); k, v: (B, G, S, K). Returns: the heads' outputs side by side, (B, L, H K)."""
-        q, mask, dropout = q.transpose(1, 2), shared.mask, self.dropout if self.training else 0.0
-        # The definition, which alone returns weights.
-        if self.config._attn_implementation == "eager":
+        q, mask, p = q.transpose(1, 2), shared.mask, self.dropout.p if self.training else 0.0
+        # The definition, which alone returns weights, and drops those that keys say.
+        if self.config._attn_implementation == "eager" or (p and shared.dropout_keys is not None):
             # A single query sees all keys.
             seen = mask if mask is not None or q.shape[2] > 1 else q.new_ones(1, k.shape[2], dtype=torch.bool)
-            out, weights = eager_attention(q, k, v, mask=seen, dropout=dropout)
+            out, weights = eager_attention(q, k, v, mask=seen, p=p, keys=shared.dropout_keys)
             if shared.weights is not None:
                 shared.weights.append(weights)
         # Blocks of queries on a CPU.
-        elif shared.is_causal and is_blockwise_faster(q, k, mask=mask, dropout=dropout):
+        elif shared.is_causal and is_blockwise_faster(q, k, mask=mask, dropout=p):
             out = causal_attention(q, k, v, mask=mask)
         else:
             # The library's kernel: without a mask a single query sees all keys, several are causal.
@@ -186,7 +199,7 @@ class MegaTransformerSelfAttention(nn.Module):
                 mask = mask.to(q.dtype)
             is_grouped = self.n_groups < self.n_heads
             out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal, enable_gqa=is_grouped
+                q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal, enable_gqa=is_grouped
             )
         return out.transpose(1, 2).flatten(2)  # (B, H, L, K) -> (B, L, H K)
 
@@ -198,22 +211,20 @@ class SimpleFFN(nn.Module):
         super().__init__()
         self.is_gated = config.ffn_activation in GATED
         self.activation = {**GATED, **ACTIVATIONS}[config.ffn_activation]
-        self.dropout = config.ffn_dropout
+        self.dropout = Dropout(config.ffn_dropout)
         width = config.ffn_size
         self.in_proj = Linear(config.hidden_size, width * (1 + self.is_gated), bias=config.use_ffn_bias)
         self.out_proj = OutputLinear(width, config.hidden_size, bias=config.use_ffn_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., D) -> (..., D)."""
+    def forward(self, x: Tensor, keys: Tensor | None = None) -> Tensor:
+        """(B, ..., D) -> (B, ..., D); keys: (B,) int64 of the dropout."""
         hidden = self.in_proj(x)
         if self.is_gated:
             gate, value = hidden.chunk(2, dim=-1)  # (..., W) each, from one product
             hidden = self.activation(gate) * value
         else:
             hidden = self.activation(hidden)
-        if self.dropout and self.training:
-            hidden = F.dropout(hidden, self.dropout)
-        return self.out_proj(hidden)
+        return self.out_proj(self.dropout(hidden, keys))
 
 
 class Residual(nn.Module):
@@ -228,16 +239,15 @@ class Residual(nn.Module):
         super().__init__()
         self.pre_norm = build_norm(config) if use_pre_norm else None
         self.post_norm = build_norm(config) if use_post_norm else None
-        self.dropout = config.hidden_dropout
+        self.dropout = Dropout(config.hidden_dropout)
 
     def before(self, x: Tensor) -> Tensor:
         """What the branch reads."""
         return x if self.pre_norm is None else self.pre_norm(x)
 
-    def after(self, x: Tensor, branch: Tensor) -> Tensor:
-        """The stream x with the branch's output."""
-        if self.dropout and self.training:
-            branch = F.dropout(branch, self.dropout)
+    def after(self, x: Tensor, branch: Tensor, keys: Tensor | None = None) -> Tensor:
+        """The stream x with the branch's output, both (B, ..., D); keys: (B,) int64 of the dropout."""
+        branch = self.dropout(branch, keys)
         if self.post_norm is None:
             return x + branch
         # Norms before and after the branch, or one after the sum.
@@ -268,8 +278,10 @@ class MegaTransformerBlock(GradientCheckpointingLayer):
 
     def forward(self, x: Tensor, shared: LayerInputs, slot: int) -> Tensor:
         """Args: x: (B, L, D). slot: the cache's slot of this layer. Returns: (B, L, D)."""
-        x = self.attention_norms.after(x, self.attention(self.attention_norms.before(x), shared, slot))
-        return self.ffn_norms.after(x, self.ffn(self.ffn_norms.before(x)))
+        keys = shared.dropout_keys
+        branch = self.attention(self.attention_norms.before(x), shared, slot)
+        x = self.attention_norms.after(x, branch, fold(keys, 1))
+        return self.ffn_norms.after(x, self.ffn(self.ffn_norms.before(x), fold(keys, 2)), fold(keys, 3))
 
     def forward_selected(
         self, x: Tensor, tokens: SelectedTokens, shared: LayerInputs, *, layer: int, slot: int
@@ -300,10 +312,13 @@ class SimpleBlock(nn.Module):
         self.layers = nn.ModuleList(MegaTransformerBlock(config) for _ in range(n_layers))
 
     def forward(self, x: Tensor, shared: LayerInputs, first_slot: int) -> Tensor:
-        """Args: x: (B, L, D). first_slot: the cache's slot of the first layer. Returns: (B, L, D)."""
+        """Args: x: (B, L, D). first_slot: the cache's slot of the first layer, and its number for dropout.
+
+        Returns: (B, L, D).
+        """
         for n, layer in enumerate(self.layers):
             if shared.states is not None:
                 shared.states.append(x)
             # Without a cache all layers get the same number: compilers make a new version for each other one.
-            x = layer(x, shared, first_slot + n if shared.cache is not None else 0)
+            x = layer(x, shared.keyed(first_slot + n), first_slot + n if shared.cache is not None else 0)
         return x

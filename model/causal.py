@@ -15,6 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from model.attention import LayerInputs, OutputLinear, SimpleBlock
 from model.checkpointing import is_checkpointing
+from model.dropout import Dropout, check_keys, fold
 from model.generation import CausalGenerationMixin
 from model.kv_cache import CACHE_NAME, CACHE_NAMES, CacheOutput, KeyValueCache, chosen_cache
 from model.language_head import LanguageModelHead, chosen_divisor, language_model_loss, next_token_targets
@@ -121,7 +122,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding == "learned":
             self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.embedding_dropout = nn.Dropout(config.embedding_dropout)
+        self.embedding_dropout = Dropout(config.embedding_dropout)
         # The stack; a part with 0 layers does nothing.
         self.prelude = SimpleBlock(config, config.n_prelude_layers)
         self.main = SimpleBlock(config, config.n_layers)
@@ -162,12 +163,14 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         predict: Any = None,
         cache: Cache | None = None,
         return_dict: bool | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> BackboneOutput | tuple:
         """See `MegaTransformerForCausalLM.forward`; `predict` maps normed hidden states (N, D) to logits (N, V)."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         # Input (B, L, D), and the cache, which training does without.
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        check_keys(dropout_keys, len(x))
         past_key_values = chosen_cache(cache, past_key_values)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and is_checkpointing(self):
@@ -187,6 +190,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         shared, positions = self.share(
             x, past_key_values, attention_mask=attention_mask, position_ids=position_ids, segment_ids=segment_ids
         )
+        shared.dropout_keys = dropout_keys
         shared.states = [] if self.wants("output_hidden_states", output_hidden_states) else None
         shared.weights = [] if self.wants("output_attentions", output_attentions) else None
         if thinking.exit_threshold and (shared.states is not None or shared.weights is not None):
@@ -201,7 +205,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
             x = x + self.embed_positions(positions)
         elif self.config.position_embedding == "sinusoidal":
             x = x + sinusoidal_embedding(positions, x.shape[-1]).to(x.dtype)
-        x = self.embedding_dropout(x)
+        x = self.embedding_dropout(x, fold(dropout_keys, -1))  # Layers count from 0.
 
         # Layers.
         x = self.prelude(x, shared, 0)
@@ -385,6 +389,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, CausalGeneratio
         return_dict: bool | None = None,
         cache: Cache | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> CausalOutput | tuple:
         """Args:
             input_ids: (B, L) tokens; or `inputs_embeds`, (B, L, D).
@@ -403,6 +408,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, CausalGeneratio
             initial_state: standard normal noise for `recurrent_state_initialization="normal"`, (B, L, D).
             exit_threshold: instead of `recurrent_exit_criteria_threshold`; 0: no exits. Exits are for inference: they
                 need `torch.no_grad()`.
+            dropout_keys: (B,) int64, numbers that dropout is a function of (`model.dropout`); default: PyTorch's.
             logits_to_keep: only the last so many positions, or those indices, get logits; 0: all; None: those that the
                 loss needs. A loss in chunks gives logits only where no gradient is computed.
         Raises:
@@ -430,6 +436,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, CausalGeneratio
             output_attentions=output_attentions,
             predict=self.lm_head,
             return_dict=True,
+            dropout_keys=dropout_keys,
         )
         # The head: the loss where there are labels, and logits.
         results = self.head_outputs(

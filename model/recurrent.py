@@ -94,7 +94,11 @@ class MegaTransformerRecurrentBlock(nn.Module):
         """The cache's slot of the core's first layer at a step."""
         # Steps own their slots, or share them with every `recurrent_cache_steps`-th step.
         shared_by = self.config.recurrent_cache_steps or self.config.recurrent_max_thinking_steps
-        return first_slot + (step % shared_by) * (len(self.layers) + self.config.n_coda_layers)
+        return self.number(step % shared_by, first_slot)
+
+    def number(self, step: int, first_slot: int) -> int:
+        """The slot of the core's first layer at a step where no steps share slots; dropout goes by it."""
+        return first_slot + step * (len(self.layers) + self.config.n_coda_layers)
 
     def make_room(self, shared: LayerInputs, step: int, first_slot: int, *, length: int) -> None:
         """Where steps share slots, take back what an earlier step wrote for the same tokens."""
@@ -144,14 +148,15 @@ class MegaTransformerRecurrentBlock(nn.Module):
             x = x + 0.0 * self.learned_state  # A gradient of zero: engines want one of every parameter.
         # Steps; only the last `n_backprop_steps` have a graph.
         for step in range(n_steps):
-            slot = self.slot(step, first_slot)
+            slot, number = self.slot(step, first_slot), self.number(step, first_slot)
             self.make_room(shared, step, first_slot, length=x.shape[1])
             with torch.set_grad_enabled(has_gradient and step >= n_steps - n_backprop_steps):
                 hidden = self.adapter(state, x)
                 for n, layer in enumerate(self.layers):
                     if shared.states is not None:
                         shared.states.append(hidden)
-                    hidden = layer(hidden, shared, slot + n if shared.cache is not None else 0)
+                    inputs = shared.keyed(number + n)
+                    hidden = layer(hidden, inputs, slot + n if shared.cache is not None else 0)
                 state = self.state_norm(hidden)
         return state
 

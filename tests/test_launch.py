@@ -31,7 +31,7 @@ from tests.helpers.runs import (
     relative_distance,
     run_stage,
 )
-from tests.helpers.text_cache import SMALL_CORE, make_text
+from tests.helpers.text_cache import SMALL_CORE, make_text, with_dropout
 from utils.checkpoints import load_model
 from utils.training_utils import EpochSampler
 
@@ -40,6 +40,7 @@ BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.launch
 
 
+TEXT = with_dropout(SMALL_CORE)
 COMMON = {
     "image_vae": SMALL_RUN,
     "recurrent_vae": SMALL_RUN,
@@ -47,7 +48,7 @@ COMMON = {
     "audio_vae": SMALL_AUDIO_VAE,
     "audio_diffusion": SMALL_SPEECH,
     "vocoder": SMALL_VOCODER,
-    "multimodal": SMALL_CORE,
+    "multimodal": TEXT,
 }
 
 
@@ -270,10 +271,10 @@ ZERO_0 = pytest.param("ds_config.json", marks=pytest.mark.slow)
 
 @pytest.mark.parametrize("launcher", ["torchrun", ZERO_0, ZERO_1, "ds_config_zero-3.json"])
 def test_text_on_two_processes_equals_one(launcher, tmp_path, fresh_logging):
-    """With targets that are unequal in number, a recurrent core of drawn depth, a noisy first state, tied weights."""
+    """With unequal numbers of targets, a recurrent core of drawn depth, a noisy first state, dropout, tied weights."""
     cache = make_text(tmp_path / "cache")
     launcher = sharding_all(tmp_path) if launcher == "ds_config_zero-3.json" else launcher
-    one = run_stage(MultimodalStage, SMALL_CORE, cache, tmp_path, "one", 6, "--batch_size", "8", "--eval_steps", "3")
+    one = run_stage(MultimodalStage, TEXT, cache, tmp_path, "one", 6, "--batch_size", "8", "--eval_steps", "3")
     flags = ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--eval_steps", "3", "--eval_batch_size", "3"]
     same_text(one, launch(launcher, cache, tmp_path, 6, *flags, "--n_samples", "2", stage="multimodal"))
 
@@ -292,7 +293,7 @@ def same_text(one: Run, two: Run) -> None:
 def test_text_under_zero_2_equals_one_process_and_resumes_exactly(tmp_path, fresh_logging):
     cache = make_text(tmp_path / "cache")
     flags = ["--trainer", "grokfast_ema", "--eval_steps", "4"]
-    one = run_stage(MultimodalStage, SMALL_CORE, cache, tmp_path, "one", 8, "--batch_size", "8", *flags)
+    one = run_stage(MultimodalStage, TEXT, cache, tmp_path, "one", 8, "--batch_size", "8", *flags)
     flags += ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--use_gradient_checkpointing"]
     straight, resumed = launch_and_resume("multimodal", cache, tmp_path, flags)
     same_text(one, straight)

@@ -14,8 +14,8 @@ from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from pretrain_multimodal import MultimodalStage
 from tests.helpers.image_vae_checkpoint import save_checkpoint
-from tests.helpers.runs import Run, equal, largest_difference, run_stage
-from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text
+from tests.helpers.runs import Run, equal, largest_difference, relative_distance, run_stage
+from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text, with_dropout
 from utils.checkpoints import load_model
 
 MODELS = pytest.mark.parametrize("common", [SMALL_TEXT, SMALL_CORE], ids=["flat", "recurrent"])
@@ -68,8 +68,9 @@ def test_a_checkpoint_holds_tokenizer_record_and_tied_weights(common, train_text
 
 
 @MODELS
-@pytest.mark.parametrize("flags", ["", "--use_gradient_checkpointing"], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("flags", ["", "--use_gradient_checkpointing"], ids=["plain", "checkpointed_dropout"])
 def test_accumulation_equals_one_batch(common, flags, train_text, text_cache):
+    common = with_dropout(common) if flags else common
     texts = TextDataset(text_cache, "train", 32)
     counts = {int((item["segment_ids"][1:] == item["segment_ids"][:-1]).sum()) for item in texts}
     assert len(counts) >= 3, "windows have equal numbers of targets: the test would show nothing"
@@ -83,10 +84,12 @@ def test_accumulation_equals_one_batch(common, flags, train_text, text_cache):
     assert len(set(logged(whole, "targets_per_step"))) > 1
     # Adam divides by the root of a gradient's square, which scales up the rounding of gradients near zero.
     assert largest_difference(whole.weights(), parts.weights()) <= 1e-5
+    assert relative_distance(whole.weights(), parts.weights()) <= 1e-6
 
 
 @MODELS
 def test_resumed_equals_straight_through(common, train_text, tmp_path):
+    common = with_dropout(common)
     flags = ["--batch_size", "8", "--save_steps", "3", "--trainer", "grokfast_ema"]
     straight = train_text(common, "straight", 6, *flags)
     half = tmp_path / "multimodal" / "half"
@@ -101,6 +104,18 @@ def test_resumed_equals_straight_through(common, train_text, tmp_path):
     assert straight.losses == resumed.losses
     assert logged(straight, "thinking_steps") == logged(resumed, "thinking_steps")
     assert logged(straight, "eval_loss") == logged(resumed, "eval_loss")
+
+
+@MODELS
+def test_evaluations_do_not_change_a_run_with_dropout(common, train_text):
+    train = partial(train_text, with_dropout(common))
+    plain = train("plain", 4, "--batch_size", "8")
+    flags = ["--eval_steps", "2", "--n_samples", "1", "--sample_tokens", "2"]
+    evaluated = train("evaluated", 4, "--batch_size", "8", *flags)
+    for name in ("model", "ema"):
+        assert largest_difference(plain.weights(name), evaluated.weights(name)) == 0
+    without = train_text(common, "without", 4, "--batch_size", "8")
+    assert relative_distance(plain.weights(), without.weights()) > 1e-3
 
 
 @MODELS

@@ -37,6 +37,16 @@ def sample_uniform(seed: int, step: int, indices: Tensor, *, stream: str, shape:
     return torch.from_numpy(np.stack(rows))
 
 
+def sample_keys(seed: int, step: int, indices: Tensor, *, stream: str) -> Tensor:
+    """Random keys of the dropout of `model.dropout`, (B,) int64 on the CPU; row b belongs to sample `indices[b]`."""
+    limits = np.iinfo(np.int64)
+    rows = [
+        generator.integers(limits.min, limits.max, endpoint=True, dtype=np.int64)
+        for generator in generators(seed, step, indices, stream=stream)
+    ]
+    return torch.from_numpy(np.stack(rows))
+
+
 def seed_of(seed: int, key: str) -> int:
     """The seed of one copy of one sample, a number of 63 bits."""
     # The sign bit is dropped: torch.Generator takes the seed as a signed 64-bit integer.

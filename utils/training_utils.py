@@ -25,7 +25,7 @@ from transformers import Trainer
 from utils.checkpoints import EMA, STAGE, mark_complete, rotate, set_aside, without_copies, write_card, write_json
 from utils.distributed import any_across_ranks, barrier, mean_across_ranks, rank
 from utils.optimizer_hooks import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook, WeightEMA
-from utils.seeds import sample_normal, sample_uniform
+from utils.seeds import sample_keys, sample_normal, sample_uniform
 
 logger = logging.getLogger(__name__)
 
@@ -167,6 +167,11 @@ class StageTrainer(Trainer):
         """Uniform numbers in [0, 1), (B, *shape), that belong to this step's samples, on the training device."""
         numbers = sample_uniform(self.args.seed, self.state.global_step, inputs["index"], stream=stream, shape=shape)
         return numbers.to(self.args.device)
+
+    def dropout_keys(self, inputs: dict) -> Tensor:
+        """Keys (B,) int64 of this step's samples for `model.dropout`, on the training device."""
+        keys = sample_keys(self.args.seed, self.state.global_step, inputs["index"], stream="dropout")
+        return keys.to(self.args.device)
 
     # ---- Optimizer.
 

@@ -16,7 +16,7 @@ from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
 from tests.helpers.audio_latent_cache import SMALL_SPEECH, make_speech
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
 from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, relative_distance
-from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text
+from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text, with_dropout
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
@@ -36,6 +36,7 @@ STAGES = {
     "audio_diffusion": ("audio_diffusion", SMALL_SPEECH, make_speech),
     "text_flat": ("multimodal", SMALL_TEXT, make_text),
     "text_recurrent": ("multimodal", SMALL_CORE, make_text),
+    "text_dropout": ("multimodal", with_dropout(SMALL_CORE), make_text),
 }
 
 # Name of a run -> its flags beyond the stage's.

@@ -18,6 +18,15 @@ SMALL_CORE = """
     --sequence_length 32 --learning_rate 1e-3 --logging_steps 1 --eval_steps 1000 --save_steps 1000
     --n_samples 0""".split()  # noqa: SIM905
 
+# Every kind of dropout, as overrides.
+DROPOUT = ["hidden_dropout=0.2", "embedding_dropout=0.1", "attention_dropout=0.1", "ffn_dropout=0.1"]
+
+
+def with_dropout(common: list[str]) -> list[str]:
+    """The flags of a run, with `DROPOUT`."""
+    after = common.index("--override") + 1
+    return [*common[:after], *DROPOUT, *common[after:]]
+
 
 def make_text(
     folder: Path, n_documents: int = 120, *, tokenizer: str = "bytes", vocab_size: int | None = None

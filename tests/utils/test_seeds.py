@@ -1,12 +1,14 @@
 import torch
 
-from utils.seeds import sample_normal, sample_uniform
+from utils.seeds import sample_keys, sample_normal, sample_uniform
 
 
 def test_rows_belong_to_samples_not_to_batches():
     both = sample_normal(1, 5, torch.tensor([3, 8]), stream="posterior", shape=(2, 4))
     alone = sample_normal(1, 5, torch.tensor([8]), stream="posterior", shape=(2, 4))
     assert torch.equal(both[1:], alone)
+    keys = sample_keys(1, 5, torch.tensor([3, 8]), stream="dropout")
+    assert keys.dtype == torch.int64 and torch.equal(keys[1:], sample_keys(1, 5, torch.tensor([8]), stream="dropout"))
 
 
 def test_every_part_of_the_key_matters():

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
+from model.dropout import has_dropout
 from model.thinking import sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
 from utils.distributed import mean_across_ranks, rank
@@ -94,6 +95,7 @@ class MultimodalTrainer(StageTrainer):
         self.tokenizer.split_special_tokens = self.tokenizer.init_kwargs["split_special_tokens"] = True
         self.config: MegaTransformerConfig = self.model.config
         self.is_recurrent: bool = self.config.n_recurrent_layers > 0
+        self.has_dropout: bool = has_dropout(self.model)
         self.config.use_cache = True  # The Trainer switches it off, which the checkpoint would keep.
         self.drawn_steps: list[int] = []  # Thinking steps of the optimizer steps since the last evaluation.
         self.used_steps: np.ndarray | None = None  # How many tokens of the last evaluation took 0, 1, 2, ... steps.
@@ -120,7 +122,10 @@ class MultimodalTrainer(StageTrainer):
         model.train()
         inputs = self._prepare_inputs(inputs)
         # Forward and backward; the loss is a sum over targets already divided by their number.
-        output = model(**model_inputs(inputs), **self.thinking(inputs), n_targets=num_items_in_batch, use_cache=False)
+        keywords = self.thinking(inputs)
+        if self.has_dropout:
+            keywords["dropout_keys"] = self.dropout_keys(inputs)
+        output = model(**model_inputs(inputs), **keywords, n_targets=num_items_in_batch, use_cache=False)
         self.backward(output.loss)
 
         # Log lines hold means over micro-batches, and these are parts of a sum.
