@@ -6,8 +6,8 @@ PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 .PHONY: install demo test test-cuda test-slow test-latest style check bench tensorboard
 
 # What depends on the internals of other packages.
-LATEST_TESTS := tests/model tests/inference/test_generate_text.py tests/test_training.py tests/test_diffusion_training.py \
-	tests/test_multimodal_stage.py tests/utils/test_training_utils.py tests/utils/test_transformers_seam.py
+LATEST_TESTS := tests/model tests/inference/test_generate_text.py tests/test_training.py tests/stages/test_diffusion_training.py \
+	tests/stages/test_multimodal_stage.py tests/utils/test_training_utils.py tests/utils/test_transformers_seam.py
 
 install: .venv/installed
 

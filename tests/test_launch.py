@@ -67,7 +67,7 @@ def launched(
     words = changed(words, *flags)
     program = [f"pretrain_{stage}.py", *changed([*COMMON[stage], "--max_steps", str(steps)], *words)]
     if launcher == "torchrun":
-        command = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "tests/helpers/ends_alone.py", *program]
+        command = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "tests/launched/ends_alone.py", *program]
     else:
         port = str(20000 + os.getpid() % 20000)
         head = [BIN / "deepspeed", "--num_gpus=2", "--master_port", port]

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.helpers.non_finite_runs import CASES, run_case
 from tests.helpers.runs import largest_difference
+from tests.launched.non_finite_runs import CASES, run_case
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.launch
 
 def launch(output_dir: Path, cache: Path, engines: list[str], cases: list[str], flags: list[str]) -> str:
     """Run the cases under the engines on two processes, the last of which fails; returns what was printed."""
-    program = ["tests/helpers/non_finite_runs.py", str(output_dir), ",".join(engines), ",".join(cases)]
+    program = ["tests/launched/non_finite_runs.py", str(output_dir), ",".join(engines), ",".join(cases)]
     command = [
         BIN / "torchrun",
         "--standalone",

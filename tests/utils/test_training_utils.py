@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 
 from pretrain_image_diffusion import ImageDiffusionStage
 from pretrain_multimodal import MultimodalStage
-from tests.helpers.non_finite_runs import CASES, run_case
 from tests.helpers.runs import SMALL_DIFFUSION, equal, run_stage
 from tests.helpers.text_cache import SMALL_CORE, make_text
+from tests.launched.non_finite_runs import CASES, run_case
 from utils import training_utils
 from utils.training.diffusion import DiffusionTrainer
 from utils.training.multimodal import MultimodalTrainer

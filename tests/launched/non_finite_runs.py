@@ -1,6 +1,6 @@
 """Runs of the image VAE whose numbers stop being finite, many of them in one launch: what each of them did.
 
-    python tests/helpers/non_finite_runs.py OUTPUT_DIR ENGINES CASES [FLAGS]
+    python tests/launched/non_finite_runs.py OUTPUT_DIR ENGINES CASES [FLAGS]
 
 writes OUTPUT_DIR/ENGINE/CASE.pt: counts of skipped steps, learning rates, the error, the last checkpoint. An engine is
 "none", or a DeepSpeed configuration. The error of the last run ends the program.
