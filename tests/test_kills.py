@@ -43,6 +43,8 @@ STAGES = {
 def begin_and_run(begun: Path, *args) -> None:
     """What the processes do that are killed."""
     torch.set_num_threads(1)
+    # As in a run from the command line: workers are children of the run, and end after it has been killed.
+    multiprocessing.set_start_method("fork", force=True)
     begun.touch()
     run_stage(*args)
 
