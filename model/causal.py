@@ -198,16 +198,9 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         if shared.weights is not None and self.config._attn_implementation != "eager":
             raise ValueError('output_attentions needs attn_implementation="eager": other kernels keep no weights')
 
-        # Embedding.
-        if self.config.use_embedding_scale:
-            x = x * self.config.hidden_size**0.5  # arXiv 1706.03762, section 3.4
-        if self.config.position_embedding == "learned":
-            x = x + self.embed_positions(positions)
-        elif self.config.position_embedding == "sinusoidal":
-            x = x + sinusoidal_embedding(positions, x.shape[-1]).to(x.dtype)
-        x = self.embedding_dropout(x, fold(dropout_keys, -1))  # Layers count from 0.
-
         # Layers.
+        x = self.place(x, positions)
+        x = self.embedding_dropout(x, fold(dropout_keys, -1))  # Layers count from 0.
         x = self.prelude(x, shared, 0)
         x = self.main(x, shared, self.config.n_prelude_layers)
         steps = None
@@ -229,6 +222,16 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
             attentions=None if shared.weights is None else tuple(shared.weights),
         )
         return output if self.wants("return_dict", return_dict) else output.to_tuple()
+
+    def place(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Embeddings (B, L, D), scaled, with the embeddings of their positions (B, L)."""
+        if self.config.use_embedding_scale:
+            x = x * self.config.hidden_size**0.5  # arXiv 1706.03762, section 3.4
+        if self.config.position_embedding == "learned":
+            x = x + self.embed_positions(positions)
+        elif self.config.position_embedding == "sinusoidal":
+            x = x + sinusoidal_embedding(positions, x.shape[-1]).to(x.dtype)
+        return x
 
     def wants(self, name: str, given: bool | None) -> bool:
         """Whether an optional output is asked for, by the call or by the configuration."""
@@ -406,13 +409,11 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, CausalGeneratio
                 `recurrent_test_thinking_steps`.
             n_backprop_steps: the last steps, which are differentiated; default: `recurrent_backprop_steps`.
             initial_state: standard normal noise for `recurrent_state_initialization="normal"`, (B, L, D).
-            exit_threshold: instead of `recurrent_exit_criteria_threshold`; 0: no exits. Exits are for inference: they
-                need `torch.no_grad()`.
+            exit_threshold: instead of `recurrent_exit_criteria_threshold`; 0: no exits. They need `torch.no_grad()`.
             dropout_keys: (B,) int64, numbers that dropout is a function of (`model.dropout`); default: PyTorch's.
             logits_to_keep: only the last so many positions, or those indices, get logits; 0: all; None: those that the
                 loss needs. A loss in chunks gives logits only where no gradient is computed.
-        Raises:
-            ValueError: arguments that contradict each other or the configuration.
+        Raises: ValueError: arguments that contradict each other or the configuration.
         """
         past_key_values = chosen_cache(cache, past_key_values)
         n_targets = chosen_divisor(n_targets, num_items_in_batch)
