@@ -1,6 +1,7 @@
 r"""Text to speech: diffusion on the latents of an audio VAE, conditioned on aligned phonemes; or captions to sound.
 
-Before: preprocess_audio_diffusion_dataset.py. After: inference/text_to_speech.py.
+Before: preprocess_audio_diffusion_dataset.py. After: inference/text_to_speech.py, or for
+captions inference/text_to_audio.py.
 
     python pretrain_audio_diffusion.py --run_name demo --config tiny --vae_checkpoint runs/audio_vae/demo --bf16
     deepspeed --num_gpus=8 pretrain_audio_diffusion.py --use_deepspeed --bf16 --run_name base --config small \
@@ -9,18 +10,20 @@ Before: preprocess_audio_diffusion_dataset.py. After: inference/text_to_speech.p
 
 from functools import cached_property
 
-from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents
-from dataset_loading.files import read_manifest
+from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents, latent_settings
 from model.audio.diffusion import AudioDiffusion, AudioDiffusionConfig
 from model.presets import AUDIO_DIFFUSION
 from utils.checkpoints import lasting_name
+from utils.generation.audio_diffusion import fit_to_audio_latents, load_matching_vocoder
+from utils.generation.captions import seconds_of_clips
 from utils.generation.latents import load_vae
-from utils.generation.speech import SpeechPipeline, fit_to_audio_latents, load_matching_vocoder
+from utils.generation.text_encoder import load_text_encoder
 from utils.training.audio_diffusion import (
     AudioDiffusionArguments,
     AudioDiffusionTrainer,
-    SpeechCallback,
+    check_conditioning,
     frame_budget_sampler,
+    sound_callback,
 )
 from utils.training.diffusion import check_init_from, keep_vae, latents_vae
 from utils.training.stage import Stage
@@ -38,7 +41,7 @@ class AudioDiffusionStage(Stage):
     @cached_property
     def latents(self) -> dict:
         """How the latents of the cache were made, and the folder of their VAE."""
-        settings = read_manifest(self.cache_dir, self.name)["settings"]
+        settings = latent_settings(self.cache_dir)
         return {**settings, "vae_checkpoint": lasting_name(self.args.vae_checkpoint) or settings["vae_checkpoint"]}
 
     @cached_property
@@ -57,6 +60,11 @@ class AudioDiffusionStage(Stage):
         name = f"the VAE {self.vae_checkpoint}"
         return load_matching_vocoder(self.args.vocoder_checkpoint, self.vae.config.mel, name)
 
+    @cached_property
+    def text_encoder(self):
+        """The frozen text encoder of logged prompts, where captions are its states."""
+        return load_text_encoder(self.latents, self.args.text_encoder, near=self.cache_dir)
+
     def prepare(self):
         """Keep a copy of the VAE, without which the run's model says nothing."""
         keep_vae(self.vae_checkpoint, self.run_dir)
@@ -65,6 +73,8 @@ class AudioDiffusionStage(Stage):
         """The preset with what the latents determine; a VAE, a vocoder, or an override that does not fit them is
         refused."""
         assert self.vocoder is not None or not self.args.vocoder_checkpoint
+        check_conditioning(self.args, self.latents["conditioning"])
+        assert self.text_encoder is not None or not self.latents["text_encoder"]
         if self.args.init_from:
             check_init_from(self.args.init_from, self.latents, self.cache_dir, media="audio")
         return fit_to_audio_latents(
@@ -83,11 +93,10 @@ class AudioDiffusionStage(Stage):
         return collate_audio_latents
 
     def build_callbacks(self, trainer, writer):
-        if not self.args.n_logged_samples or trainer.model.config.conditioning != "speech":
+        if not self.args.n_logged_samples:
             return []
-        pipeline = SpeechPipeline(trainer.model, self.vae, trainer.train_dataset.tokenizer, self.vocoder)
-        settings = {"n_clips": self.args.n_logged_samples, "sentences": self.args.sentences, "args": self.args}
-        return [SpeechCallback(trainer, writer, pipeline=pipeline, **settings)]
+        networks = {"vae": self.vae, "vocoder": self.vocoder, "text_encoder": self.text_encoder}
+        return [sound_callback(trainer, writer, **networks)]
 
     def count_steps(self, dataset, n_ranks):
         if not self.args.batch_frames:
@@ -100,7 +109,10 @@ class AudioDiffusionStage(Stage):
         return steps, f"at most {self.args.batch_frames * n_parts} latent frames"
 
     def extra_record(self):
-        return {"latents": self.latents}
+        if self.latents["conditioning"] == "speech":
+            return {"latents": self.latents}
+        entries = AudioLatentDataset(self.cache_dir, "train").entries
+        return {"latents": self.latents, "clip_seconds": seconds_of_clips(entries)}
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.presets import IMAGE_DIFFUSION
 from utils.checkpoints import lasting_name
 from utils.generation.latents import load_vae
-from utils.generation.text_to_image import fit_to_latents, load_text_encoder
+from utils.generation.text_encoder import load_text_encoder
+from utils.generation.text_to_image import fit_to_latents
 from utils.training.diffusion import DiffusionTrainer, check_init_from, keep_vae, latents_vae
 from utils.training.image_diffusion import ImageDiffusionArguments, PromptGridCallback, SampleMetrics
 from utils.training.stage import Stage

@@ -104,26 +104,14 @@ class CachedDataset(Dataset):
     def read(self, index: int) -> dict[str, Tensor]:
         """The tensors in a sample's file, which is checked when this process reads it for the first time."""
         entry = self.entries[index]
-        path = self.folder / self.split / f"{entry['key']}.pt"
-        sample, problem = None, ""
-        try:
-            try:
-                mmap = os.path.getsize(path) >= MMAP_BYTES
-                sample = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
-            except OSError:
-                raise
-            except Exception as error:  # A damaged file raises errors of many types.
-                problem = changed_bytes(path, entry) or f"{type(error).__name__}: {error}".partition("\n")[0]
-            # What is wrong with the content says more than a digest.
-            if not problem and index not in self.checked:
-                problem = wrong_content(sample, self.tensor_kinds(entry)) or changed_bytes(path, entry)
-        except OSError as error:
-            raise ValueError(f"{path} cannot be read ({error}); if it is gone, run: {self.repair()}") from error
-        if problem:
-            raise ValueError(f"{path} is damaged ({problem}); delete it and run: {self.repair()}")
+        kinds = None if index in self.checked else self.tensor_kinds(entry)
+        sample = read_sample(self.path_of(entry), entry, kinds=kinds, repair=self.repair())
         self.checked.add(index)
-        assert sample is not None
         return sample
+
+    def path_of(self, entry: Mapping[str, Any]) -> Path:
+        """The file of a sample."""
+        return self.folder / self.split / f"{entry['key']}.pt"
 
     def tensor_kinds(self, entry: Mapping[str, Any]) -> TensorKinds:
         """The tensors that a sample must have; further ones are allowed."""
@@ -164,6 +152,35 @@ class CachedDataset(Dataset):
                 del words[start:stop]
             words += [f"--no_{name}" if value is False else flag] if isinstance(value, bool) else [flag, str(value)]
         return shlex.join(["python", *words])
+
+
+def read_sample(path: Path, entry: Mapping[str, Any], *, kinds: TensorKinds | None, repair: str) -> dict[str, Tensor]:
+    """The tensors in a sample's file.
+
+    Args:
+        entry: of the manifest.
+        kinds: the tensors that it must have; None: neither they nor the digest are checked.
+        repair: the command that writes the file again.
+    Raises: ValueError: the file is damaged or cannot be read; names it and the command.
+    """
+    sample, problem = None, ""
+    try:
+        try:
+            mmap = os.path.getsize(path) >= MMAP_BYTES
+            sample = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        except OSError:
+            raise
+        except Exception as error:  # A damaged file raises errors of many types.
+            problem = changed_bytes(path, entry) or f"{type(error).__name__}: {error}".partition("\n")[0]
+        # What is wrong with the content says more than a digest.
+        if not problem and kinds is not None:
+            problem = wrong_content(sample, kinds) or changed_bytes(path, entry)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); if it is gone, run: {repair}") from error
+    if problem:
+        raise ValueError(f"{path} is damaged ({problem}); delete it and run: {repair}")
+    assert sample is not None
+    return sample
 
 
 def evenly_spaced(n_total: int, n: int) -> list[int]:

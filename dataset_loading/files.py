@@ -27,6 +27,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "text_encoder_fingerprint": str,
         "text_embedding_width": int,
     },
+    "audio_diffusion": {
+        "conditioning": str,
+        "mel": dict,
+        "latent_channels": int,
+        "mel_frames_per_latent": int,
+        "max_tokens": int,
+        "vae_fingerprint": str,
+        "vae_checkpoint": str,
+        "text_encoder": str,
+        "text_encoder_fingerprint": str,
+        "text_embedding_width": int,
+    },
 }
 MANIFEST = "manifest.json"
 JOURNAL = "progress.jsonl"

@@ -8,7 +8,6 @@ The same seed gives the same image, independent of the other prompts and seeds.
 
 import dataclasses
 import logging
-import re
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_c
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import Group, draw_sheet, save_image, to_image
-from utils.generation.text import read_prompts
+from utils.generation.text import file_stem, read_prompts
 from utils.generation.text_to_image import PipelineArguments, TextToImagePipeline
 from utils.options import option
 
@@ -60,7 +59,7 @@ def generate(args: TextToImageArguments) -> None:
         batch = tasks[start : start + args.batch_size]
         images = pipeline.images([prompt for _, prompt, _ in batch], [seed for *_, seed in batch], args)
         for (index, prompt, seed), image in zip(batch, map(to_image, images)):  # images: (B, 3, S, S)
-            file = f"{index:03}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower())[:60]}_seed{seed}.png"
+            file = f"{file_stem(index, prompt, seed)}.png"
             save_image(image, folder / file)
             print(folder / file)
             files.append({"file": file, "prompt": prompt, "seed": seed})

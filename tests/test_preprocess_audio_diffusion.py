@@ -106,6 +106,7 @@ def test_clips_that_cannot_be_used_are_named_with_reasons(mels, vae, tmp_path, c
     data = AudioVAEDataset(folder, "train")
     entries = data.manifest["entries"]
     save_tensors(folder / "train" / f"{entries['train'][0]['key']}.pt", {"mel": data[0]["mel"][:, :9]})
+    entries["train"][0]["length"] = 9
     entries["train"][1]["caption"] = "  "
     entries["train"][2]["caption"] = "..."
     entries["validation"][0]["caption"] = "vision"  # ʒ is in no training text.
@@ -117,6 +118,26 @@ def test_clips_that_cannot_be_used_are_named_with_reasons(mels, vae, tmp_path, c
     assert "9 mel frames are too few" in reasons[names[0]] and reasons[names[1]] == "empty text"
     assert "nothing to say" in reasons[names[2]] and "unknown symbols v ɪ ʒ" in reasons[names[3]]
     assert "4 clips left out" in caplog.text and names[0] in caplog.text
+
+
+def test_a_damaged_log_mel_is_named_with_the_command_that_writes_it_again(mels, vae, tmp_path, caplog):
+    folder = shutil.copytree(mels, tmp_path / "mels")
+    file = folder / "train" / f"{AudioVAEDataset(folder, 'train').entries[1]['key']}.pt"
+    flags = ("--max_broken_fraction", "1", "--conditioning", "caption")
+    for content, reason in ((b"no archive", "no file of tensors"), (None, "lacks 'mel'"), (torch.nan, "NaN")):
+        if isinstance(content, bytes):
+            file.write_bytes(content)
+        else:
+            mel = torch.load(mels / "train" / file.name)["mel"]
+            save_tensors(file, {"mel": mel * content} if content else {"melody": mel})
+        manifest = make_audio_latents(folder, vae, tmp_path / "out", *flags)
+        (row,) = manifest["broken"]
+        assert f"{file} is damaged" in row["reason"] and reason in row["reason"]
+        assert "run: python preprocess_audio_vae_dataset.py" in row["reason"]
+    # Clips that the aligner is fitted to are read before all others.
+    with pytest.raises(SystemExit):
+        make_audio_latents(folder, vae, tmp_path / "speech")
+    assert f"{file} is damaged" in caplog.text
 
 
 def test_the_worst_clips_are_those_with_wrong_transcripts(mels, vae, tmp_path, caplog):

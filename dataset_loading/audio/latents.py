@@ -17,6 +17,7 @@ from torch.utils.data import Sampler
 
 from dataset_loading.cached import CachedDataset
 from dataset_loading.collators import check_keys, collate_stack
+from dataset_loading.files import Record, read_manifest
 from model.text.phonemes import SpeechTokenizer
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,8 @@ RAGGED = {
 }
 # Names of a batch that are other ones than an item's.
 RENAMED = {"mean": "latents", "std": "latents_std", "speaker": "speakers"}
+# Types of the settings that make a `SpeechTokenizer`.
+TOKENIZER_TYPES = {"symbols": list, "units": str, "language": str, "gaps": bool}
 BUCKETS_PER_OCTAVE = 4  # Lengths within a factor of 2 ** (1 / 4) = 1.19 count as alike.
 
 
@@ -58,15 +61,34 @@ class AudioLatentDataset(CachedDataset):
     """
 
     stage = "audio_diffusion"
+    entry_types = {
+        **CachedDataset.entry_types,
+        "speaker": str,
+        "length": int,
+        "mel_frames": int,
+        "tokens": int,
+        "seconds": (int, float),
+    }
 
     def __init__(self, folder: str | Path, split: str):
         super().__init__(folder, split)
-        settings = self.manifest["settings"]
-        self.conditioning: str = settings["conditioning"]
         self.lengths: list[int] = [entry["length"] for entry in self.entries]
         entries = [entry for entries in self.manifest["entries"].values() for entry in entries]
         self.speakers = sorted({entry["speaker"] for entry in entries} - {""})
-        self.tokenizer = SpeechTokenizer.from_dict(settings["tokenizer"]) if "tokenizer" in settings else None
+
+    def check_kind(self):
+        self.tokenizer = tokenizer_of(self.manifest)
+        self.conditioning: str = self.manifest["settings"]["conditioning"]
+
+    def tensor_kinds(self, entry):
+        settings, T = self.manifest["settings"], entry["tokens"]
+        latents = (torch.float16, (settings["latent_channels"], entry["length"]))
+        kinds = {"mean": latents, "std": latents, "n_mel_frames": (torch.int64, ())}
+        if self.tokenizer:
+            return {**kinds, "tokens": (torch.int16, (T, 3)), "durations": (torch.int16, (T,))}
+        if settings["text_embedding_width"]:
+            return {**kinds, "caption_states": (torch.bfloat16, (T, settings["text_embedding_width"]))}
+        return {**kinds, "caption_tokens": (torch.int16, (T,))}
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = super().__getitem__(index)
@@ -94,6 +116,34 @@ class AudioLatentDataset(CachedDataset):
         if name in ("text_encoder_fingerprint", "text_embedding_width"):
             return {"text_encoder": f"<an encoder with {name}={value}>", "output_dir": flags["output_dir"]}
         return flags
+
+
+def tokenizer_of(manifest: Record) -> SpeechTokenizer | None:
+    """The tokenizer in the manifest of audio latents; None for captions.
+
+    Raises: ValueError: there is none for speech, or its settings are damaged; names the manifest and what to do.
+    """
+    settings = manifest["settings"]
+    if settings["conditioning"] == "caption":
+        return None
+    if settings["conditioning"] != "speech":
+        raise manifest.damaged(f"settings.conditioning={settings['conditioning']!r} must be 'speech' or 'caption'")
+    settings.expect_types({"tokenizer": Record}, "settings")
+    settings["tokenizer"].expect_types(TOKENIZER_TYPES, "settings.tokenizer")
+    try:
+        return SpeechTokenizer.from_dict(settings["tokenizer"])
+    except (TypeError, ValueError) as error:
+        raise manifest.damaged(f"settings.tokenizer: {error}") from error
+
+
+def latent_settings(folder: Path) -> Record:
+    """The settings of a folder of audio latents, checked.
+
+    Raises: FileNotFoundError, ValueError: no complete folder, or its manifest is damaged.
+    """
+    manifest = read_manifest(folder, AudioLatentDataset.stage)
+    tokenizer_of(manifest)
+    return manifest["settings"]
 
 
 def collate_audio_latents(samples: Sequence[dict[str, Tensor]], frames_multiple: int = 1) -> dict[str, Tensor]:

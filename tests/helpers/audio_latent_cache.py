@@ -12,6 +12,7 @@ from dataset_loading.files import MANIFEST, SCHEMA
 from model.audio.spectral import LogMel, MelSettings
 from model.audio.vae import AudioVAE, AudioVAEConfig
 from preprocess_audio_diffusion_dataset import AudioDiffusionPreprocess
+from tests.helpers.runs import changed
 from tests.helpers.vocoder_checkpoint import save_stage_checkpoint
 
 SETTINGS = MelSettings(n_mels=40)
@@ -46,7 +47,8 @@ def write_spoken_cache(folder: Path, n_clips: int = 24, settings: MelSettings = 
         (folder / split).mkdir(parents=True, exist_ok=True)
         save_tensors(folder / split / f"{i:03}.pt", {"mel": mel})
         row = {"key": f"{i:03}", "source": f"{i:03}.flac", "copy": 0, "caption": text, "speaker": name}
-        entries[split].append({**row, "length": mel.shape[1]})
+        seconds = mel.shape[1] * settings.hop_length / settings.sample_rate
+        entries[split].append({**row, "length": mel.shape[1], "seconds": round(seconds, 4)})
     write_manifest(folder, entries, settings)
     return folder
 
@@ -71,7 +73,7 @@ def save_audio_vae(run_dir: Path, *, latent_mean: float = 0.2, settings: MelSett
 def make_audio_latents(cache: Path, vae: Path, out: Path, *flags: str) -> dict:
     """Preprocess in this process; returns the manifest."""
     words = ["--audio_cache", str(cache), "--vae_checkpoint", str(vae), "--output_dir", str(out)]
-    return AudioDiffusionPreprocess.main([*words, "--num_workers", "0", *flags])
+    return AudioDiffusionPreprocess.main(changed([*words, "--num_workers", "0"], *flags))
 
 
 def make_speech(folder: Path) -> Path:

@@ -2,11 +2,13 @@
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from utils.checkpoints import mark_complete, write_json
 from utils.options import effect_conditions
 from utils.training.adversary import WITH_ADVERSARY
 
@@ -60,6 +62,28 @@ def run_stage(
     except SystemExit as end:
         raise end.__cause__ or end from None
     return Run(output_dir / stage.name / name, steps)
+
+
+def move_alone(run_dir: Path, target: Path) -> dict:
+    """Move a run of diffusion to where it lies as if the folders of its VAE and its data were deleted.
+
+    Returns: the record of its latents.
+    """
+    (record,) = run_dir.rename(target).glob("checkpoint-*/stage.json")
+    gone = {"vae_checkpoint": "gone"}
+    content = edit_record(
+        record, lambda content: (content["latents"].update(gone), content["data"].update(folder="gone"))
+    )
+    return content["latents"]
+
+
+def edit_record(file: Path, change: Callable[[dict], object]) -> dict:
+    """Change the content of a JSON file of a checkpoint, which stays complete."""
+    content = json.loads(file.read_text())
+    change(content)
+    write_json(file, content)
+    mark_complete(file.parent)
+    return content
 
 
 def changed(words: list[str], *flags: str) -> list[str]:

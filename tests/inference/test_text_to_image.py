@@ -8,6 +8,7 @@ from PIL import Image
 
 from inference.text_to_image import TextToImageArguments, generate
 from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
+from tests.helpers.runs import changed
 from utils.command_line import parse_arguments
 
 
@@ -22,8 +23,8 @@ def run(checkpoint, tmp_path):
 
     def call(name, *words):
         folder = tmp_path / name
-        words = ["--checkpoint", checkpoint, "--output_dir", folder, "--n_steps", "3", *words]
-        generate(parse_arguments(TextToImageArguments, [str(word) for word in words], ""))
+        common = ["--checkpoint", str(checkpoint), "--output_dir", str(folder), "--n_steps", "3"]
+        generate(parse_arguments(TextToImageArguments, changed(common, *map(str, words)), ""))
         images = {file.name: np.asarray(Image.open(file)).astype(int) for file in folder.glob("*.png")}
         return json.loads((folder / "settings.json").read_text()), images
 

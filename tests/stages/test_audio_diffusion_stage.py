@@ -1,6 +1,7 @@
 """The stage of text to speech in one process, and speaking from its checkpoint: what is recorded, logged, refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,21 +12,21 @@ from dataset_loading.audio.latents import AudioLatentDataset
 from inference.text_to_speech import TextToSpeechArguments, speak
 from model.audio.diffusion import AudioDiffusion
 from pretrain_audio_diffusion import AudioDiffusionStage
-from tests.helpers.audio_latent_cache import SETTINGS, SMALL_SPEECH, make_audio_latents, make_speech, save_audio_vae
-from tests.helpers.runs import run_stage
+from tests.helpers.audio_latent_cache import SETTINGS, SMALL_SPEECH, make_speech, save_audio_vae
+from tests.helpers.runs import changed, edit_record, move_alone, run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
-
-CAPTIONS = [word for word in SMALL_SPEECH if "=" in word and not word.startswith(("frame_width", "text_dropout"))]
+from utils.generation.audio_diffusion import AudioSamplingArguments
+from utils.generation.latents import vae_fingerprint
+from utils.generation.speech import SpeechPipeline
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Spoken sentences (mels), their VAE (vae), latents of speech (latents) and of captions (captions)."""
+    """Spoken sentences (mels), their VAE (vae), latents of speech (latents)."""
     folder = tmp_path_factory.mktemp("speech")
     make_speech(folder)
-    make_audio_latents(folder / "mels", folder / "vae", folder / "captions", "--conditioning", "caption")
     save_stage_checkpoint(small_vocoder(**SETTINGS.as_dict(), **SMALL_VOCODER), "vocoder", folder / "vocoder")
     return folder
 
@@ -53,8 +54,8 @@ def say(checkpoint, tmp_path):
 
     def call(*words, name="out"):
         folder = tmp_path / name
-        words = ["--checkpoint", checkpoint, "--output_dir", folder, "--n_steps", 2, *words]
-        speak(parse_arguments(TextToSpeechArguments, [str(word) for word in words], ""))
+        common = ["--checkpoint", str(checkpoint), "--output_dir", str(folder), "--n_steps", "2"]
+        speak(parse_arguments(TextToSpeechArguments, changed(common, *map(str, words)), ""))
         sounds = {file.name: soundfile.read(file, dtype="float32")[0] for file in sorted(folder.glob("*.wav"))}
         return json.loads((folder / "settings.json").read_text()), sounds
 
@@ -84,12 +85,6 @@ def test_speech_is_logged(train, folder):
     assert {"eval/loss", "eval/prior", "eval/length_ratio", "eval/loss_t0.50-1.00"} <= set(scalars)
 
 
-def test_captions_train_without_alignment(train):
-    run = train("captions", 2, "--override", *CAPTIONS, latents="captions")
-    model = load_model(AudioDiffusion, run.folder)
-    assert model.config.conditioning == "caption" and all(loss == loss and loss < 5 for loss in run.losses)
-
-
 def test_what_does_not_fit_the_latents_is_refused(train, folder, tmp_path):
     with pytest.raises(ValueError, match=r"latent_channels=8 does not fit .* latent_channels=5"):
         train("channels", 1, "--override", "latent_channels=8")
@@ -102,6 +97,27 @@ def test_what_does_not_fit_the_latents_is_refused(train, folder, tmp_path):
         train("mel", 1, "--n_logged_samples", "1", "--vocoder_checkpoint", str(other))
     with pytest.raises(ValueError, match="raise the budget"):
         train("budget", 1, "--batch_frames", "8")
+
+
+def test_a_run_speaks_without_the_folders_of_its_vae_and_data(checkpoint, tmp_path, monkeypatch):
+    latents = move_alone(shutil.copytree(checkpoint.parent, tmp_path / "run"), tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    pipeline = SpeechPipeline.load("moved")
+    assert vae_fingerprint("moved/vae") == latents["vae_fingerprint"]
+    ((_, waveform),) = pipeline.speak(["goodbye"], AudioSamplingArguments(n_steps=1), speaker="ann")
+    assert len(waveform) > 0 and waveform.isfinite().all()
+    shutil.rmtree("moved/vae")
+    with pytest.raises(FileNotFoundError, match=rf"VAE {latents['vae_fingerprint']}.*--vae_checkpoint"):
+        SpeechPipeline.load("moved")
+
+
+def test_starting_from_a_model_of_another_vae_is_refused(train, checkpoint, folder, tmp_path):
+    first = shutil.copytree(checkpoint, tmp_path / "first" / checkpoint.name)
+    edit_record(first / "stage.json", lambda record: record["latents"].update(vae_fingerprint="another"))
+    with pytest.raises(ValueError, match=r"vae_fingerprint='another'.*preprocess_audio_diffusion.* --vae_checkpoint "):
+        train("second", 1, "--init_from", str(first))
+    with pytest.raises(ValueError, match="is of stage 'vocoder'; one of stage 'audio_diffusion' is needed"):
+        train("second", 1, "--init_from", str(folder / "vocoder"))
 
 
 def test_a_dry_run_counts_steps_of_frames(folder, tmp_path, capsys):

@@ -11,8 +11,8 @@ from model.image.diffusion import ImageDiffusion
 from pretrain_image_diffusion import ImageDiffusionStage
 from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
 from tests.helpers.latent_cache import save_vae
-from tests.helpers.runs import SMALL_DIFFUSION, largest_difference
-from utils.checkpoints import load_model, mark_complete, write_json
+from tests.helpers.runs import SMALL_DIFFUSION, edit_record, largest_difference, move_alone
+from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
 from utils.generation.latents import vae_fingerprint
 from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
@@ -129,15 +129,10 @@ def test_another_vae_is_refused(train_diffusion, image_cache, tmp_path):
 
 def test_a_run_draws_without_the_folders_of_its_vae_and_data(train_diffusion, latent_cache, tmp_path, monkeypatch):
     run = train_diffusion("keeps", 2, "--batch_size", "4")
-    moved = run.folder.parent.rename(tmp_path / "moved")
-    record = moved / "checkpoint-2" / "stage.json"
-    content = json.loads(record.read_text())
-    content["latents"]["vae_checkpoint"] = content["data"]["folder"] = "gone"  # As if both were deleted.
-    write_json(record, content)
-    mark_complete(record.parent)
+    latents = move_alone(run.folder.parent, tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
     pipeline = TextToImagePipeline.load("moved")
-    assert vae_fingerprint("moved/vae") == content["latents"]["vae_fingerprint"]
+    assert vae_fingerprint("moved/vae") == latents["vae_fingerprint"]
     images = pipeline.images(["a red disc"], [0], SamplingArguments(n_steps=1))
     assert images.shape == (1, 3, 32, 32)
     with pytest.raises(FileNotFoundError, match=r"gone does not exist, .*checkpoint-2 .*--cached_dataset"):
@@ -148,10 +143,7 @@ def test_starting_from_a_model_of_another_vae_or_stage_is_refused(
     train_diffusion, latent_cache, image_cache, tmp_path
 ):
     folder = save_diffusion_checkpoint(tmp_path / "image_diffusion" / "first", latent_cache)
-    record = json.loads((folder / "stage.json").read_text())
-    record["latents"]["vae_fingerprint"] = "another"
-    write_json(folder / "stage.json", record)
-    mark_complete(folder)
+    edit_record(folder / "stage.json", lambda record: record["latents"].update(vae_fingerprint="another"))
     with pytest.raises(ValueError, match=r"vae_fingerprint='another'.*preprocess_image_diffusion.* --vae_checkpoint "):
         train_diffusion("second", 2, "--init_from", str(folder))
     vae = next((latent_cache / "vae").glob("checkpoint-*"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -112,6 +113,11 @@ def read_prompts(path: str | Path) -> list[str]:
     if not lines:
         raise ValueError(f"--prompt_file {path} has no line with text")
     return lines
+
+
+def file_stem(number: int, prompt: str, seed: int) -> str:
+    """The name, without its suffix, of the file of what was generated for a prompt and a seed."""
+    return f"{number:03}_{re.sub(r'[^a-z0-9]+', '_', prompt.lower())[:60]}_seed{seed}"
 
 
 def sampling_processors(settings: Any, seeds: Sequence[int]) -> LogitsProcessorList:

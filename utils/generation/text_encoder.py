@@ -1,12 +1,15 @@
 """Captions as hidden states of a frozen text encoder, for caches of latents.  T text tokens, E width."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dataset_loading.files import fingerprint_of_bytes
 from model.text.feature_extractors import FrozenTextEncoder
+from utils.checkpoints import places
 
 
 def open_text_encoder(name: str, remedy: str) -> FrozenTextEncoder:
@@ -35,7 +38,7 @@ def caption_states(encoder: FrozenTextEncoder, captions: list[str], max_tokens: 
     for caption, row in zip(captions, ragged):
         if not len(row):
             raise ValueError(
-                f"the caption {caption!r} has no tokens with --text_encoder {encoder.name}; give all images "
+                f"the caption {caption!r} has no tokens with --text_encoder {encoder.name}; give all samples "
                 "captions, or use an encoder whose tokenizer marks the end of a text, such as T5, BERT or CLIP"
             )
     return ragged
@@ -51,3 +54,35 @@ def text_encoder_fingerprint(encoder: FrozenTextEncoder) -> str:
             yield tensor.contiguous().view(-1).view(torch.uint8).cpu().numpy()
 
     return fingerprint_of_bytes(chunks())
+
+
+def load_text_encoder(latents: Mapping[str, Any], given: str = "", *, near: Path = Path()) -> FrozenTextEncoder | None:
+    """The frozen text encoder of cached latents; None where captions are bytes.
+
+    Args:
+        latents: settings of the cache's manifest.
+        given: folder or hub name that the user gives; empty: the recorded one.
+        near: a run or cache, from which a recorded folder is looked up where all have moved together.
+    Raises:
+        FileNotFoundError: there is none of that name, or its files are damaged.
+        ValueError: the encoder with this name has other weights or another vocabulary than in preprocessing, or one
+            was given and captions are bytes.
+    """
+    # Captions as bytes need no encoder.
+    if not latents["text_encoder"]:
+        if given:
+            raise ValueError(f"--text_encoder {given} has no effect: the captions of these latents are bytes")
+        return None
+    # A folder, or else a name on the hub.
+    recorded = latents["text_encoder"]
+    folder = next((place for place in places(recorded, near) if (place / "config.json").is_file()), recorded)
+    name, expected = given or str(folder), latents["text_encoder_fingerprint"]
+    encoder = open_text_encoder(name, f"name the one with fingerprint {expected} with --text_encoder")
+    # A name does not identify weights: those of a hub model may have changed.
+    fingerprint = text_encoder_fingerprint(encoder)
+    if fingerprint != expected:
+        raise ValueError(
+            f"the text encoder {encoder.name} has fingerprint {fingerprint}, but the captions were encoded by "
+            f"{expected}; give that encoder with --text_encoder, or preprocess the latents again"
+        )
+    return encoder

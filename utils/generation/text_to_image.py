@@ -17,9 +17,9 @@ from model.samplers import SAMPLERS, SamplerKind, guided_denoiser, initial_noise
 from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import TOKENS_MULTIPLE, encode_caption, pad_tokens
 from model.vae import VAE
-from utils.checkpoints import WeightsKind, data_of, load_model, places, read_stage, resolve_checkpoint
+from utils.checkpoints import WeightsKind, data_of, load_model, read_stage, resolve_checkpoint
 from utils.generation.latents import find_vae, load_vae
-from utils.generation.text_encoder import open_text_encoder, text_encoder_fingerprint
+from utils.generation.text_encoder import load_text_encoder
 from utils.options import option, other_than_one
 
 logger = logging.getLogger(__name__)
@@ -170,38 +170,6 @@ class TextToImagePipeline:
                 f"{settings.n_steps} steps, guidance {settings.guidance_scale:g}): the weights are broken"
             )
         return images.clamp(-1, 1)
-
-
-def load_text_encoder(latents: Mapping[str, Any], given: str = "", *, near: Path = Path()) -> FrozenTextEncoder | None:
-    """The frozen text encoder of cached latents; None where captions are bytes.
-
-    Args:
-        latents: settings of the cache's manifest.
-        given: folder or hub name that the user gives; empty: the recorded one.
-        near: a run or cache, from which a recorded folder is looked up where all have moved together.
-    Raises:
-        FileNotFoundError: there is none of that name, or its files are damaged.
-        ValueError: the encoder with this name has other weights or another vocabulary than in preprocessing, or one
-            was given and captions are bytes.
-    """
-    # Captions as bytes need no encoder.
-    if not latents["text_encoder"]:
-        if given:
-            raise ValueError(f"--text_encoder {given} has no effect: the captions of these latents are bytes")
-        return None
-    # A folder, or else a name on the hub.
-    recorded = latents["text_encoder"]
-    folder = next((place for place in places(recorded, near) if (place / "config.json").is_file()), recorded)
-    name, expected = given or str(folder), latents["text_encoder_fingerprint"]
-    encoder = open_text_encoder(name, f"name the one with fingerprint {expected} with --text_encoder")
-    # A name does not identify weights: those of a hub model may have changed.
-    fingerprint = text_encoder_fingerprint(encoder)
-    if fingerprint != expected:
-        raise ValueError(
-            f"the text encoder {encoder.name} has fingerprint {fingerprint}, but the captions were encoded by "
-            f"{expected}; give that encoder with --text_encoder, or preprocess the latents again"
-        )
-    return encoder
 
 
 def fit_to_latents(

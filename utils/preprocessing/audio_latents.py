@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from dataset_loading.audio.cached import AudioDataset, AudioVAEDataset
+from dataset_loading.audio.latents import latent_settings
 from dataset_loading.cache_writer import read_journal
-from dataset_loading.cached import evenly_spaced
+from dataset_loading.cached import evenly_spaced, read_sample
 from dataset_loading.files import JOURNAL, fingerprint, fingerprint_of_bytes, read_manifest, replace_file
 from dataset_loading.sources import Source
 from model.audio.alignment import PhoneHMM
@@ -148,7 +149,7 @@ class AudioLatentsPreprocess(BatchedPreprocess):
 
     def decode(self, media: dict[str, Any] | None) -> Tensor:
         assert media is not None, "as_source gives every row a file"
-        return torch.load(media["path"], map_location="cpu", weights_only=True)["mel"]
+        return read_sample(**media)["mel"]
 
     # ---- Tokens and the aligner.
 
@@ -162,7 +163,7 @@ class AudioLatentsPreprocess(BatchedPreprocess):
     def learn(self, source: Source) -> None:
         """Set tokenizer and aligner: those of another folder, of an earlier run, or from the training clips."""
         folder, settings = Path(self.args.aligner or self.folder), self.text_settings()
-        earlier = read_manifest(folder, self.name)["settings"] if self.args.aligner else earlier_settings(folder)
+        earlier = latent_settings(folder) if self.args.aligner else earlier_settings(folder)
         if (
             earlier
             and (folder / ALIGNER).is_file()
@@ -275,12 +276,18 @@ FITS = ("log_likelihood", "likelihood_ratio")
 
 
 def as_source(dataset: AudioDataset) -> Source:
-    """A split of an audio cache, with rows of `name`, `audio` (its file), `text`, `speaker` and `copy`."""
-    folder = dataset.folder / dataset.split
+    """A split of an audio cache, with rows of `name`, `audio` (arguments of `read_sample`), `text`, `speaker` and
+    `copy`."""
+    repair = dataset.repair()
     rows = [
         {
             "name": entry["source"],
-            "audio": {"path": str(folder / f"{entry['key']}.pt"), "bytes": None},
+            "audio": {
+                "path": dataset.path_of(entry),
+                "entry": entry,
+                "kinds": dataset.tensor_kinds(entry),
+                "repair": repair,
+            },
             "text": entry["caption"],
             "speaker": entry["speaker"],
             "copy": entry["copy"],

@@ -20,7 +20,9 @@ from utils.drawing.alignment import aligned_mel, duration_image
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
 from utils.drawing.playback import add_audio
-from utils.generation.speech import AudioSamplingArguments, SpeechPipeline
+from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments
+from utils.generation.captions import CaptionPipeline, seconds_of_clips
+from utils.generation.speech import SpeechPipeline
 from utils.options import option
 from utils.training.callbacks import EvaluationCallback
 from utils.training.diffusion import DiffusionArguments, DiffusionTrainer
@@ -28,6 +30,11 @@ from utils.training.latent_statistics import batches_of_rank
 
 logger = logging.getLogger(__name__)
 
+# Flags that act on one kind of conditioning alone, by the other one.
+WITHOUT_EFFECT = {
+    "caption": ("sentences", "use_speakers", "prior_weight", "duration_weight", "duration_samples"),
+    "speech": ("prompts", "text_encoder"),
+}
 TEXT_INPUTS = ("tokens", "n_tokens", "durations", "speakers", "languages", "caption_states", "n_caption")
 
 
@@ -58,6 +65,10 @@ class AudioDiffusionArguments(AudioSamplingArguments, DiffusionArguments):
     sentences: list[str] = option(
         ["The quick brown fox jumps over the lazy dog.", "Please call me back tomorrow morning."],
         "sentences that are spoken in TensorBoard, speech only",
+    )
+    prompts: list[str] = option([], "further captions whose sounds are in TensorBoard, captions only")
+    text_encoder: str = option(
+        "", "folder or hub name of the captions' text encoder, captions only; default: as in preprocessing"
     )
     n_logged_samples: int = option(4, "validation clips logged to TensorBoard, as audio and images; 0: none", ge=0)
     vocoder_checkpoint: str = option(
@@ -271,26 +282,29 @@ def frame_budget_sampler(
     return FrameBudgetSampler(dataset.lengths, args.batch_frames * n_parts, args.seed, n_parts=n_parts)
 
 
-class SpeechCallback(EvaluationCallback):
-    """Logs what the model speaks: validation clips with predicted durations, and sentences.
+def check_conditioning(args: AudioDiffusionArguments, conditioning: str) -> None:
+    """Raises: ValueError: a flag that was given has no effect with this conditioning, or there is no prior to show."""
+    given = [name for name in WITHOUT_EFFECT[conditioning] if name in getattr(args, "given", ())]
+    if given:
+        raise ValueError(f"--{given[0]} has no effect: these latents have conditioning={conditioning!r}")
+    if conditioning == "caption" and args.n_steps == 0 and args.n_logged_samples:
+        raise ValueError("--n_steps=0 shows the prior, which captions do not have; give 1 or more")
 
-    images/mel                   decoded real latents | generated, both with the boundaries of their tokens
-    images/durations             predicted against real durations of tokens
-    sounds/<clip>_real, _generated, sounds/sentence_<number>
+
+class SoundCallback(EvaluationCallback):
+    """Logs sounds of validation clips; subclasses say how they come about.
 
     Args:
         pipeline: of the frozen VAE and vocoder; its model is replaced by the present one.
         n_clips: spread evenly over the validation set.
-        sentences: further texts that are spoken by the first speaker.
         args: sampling flags.
     """
 
     before_training = False  # Noise through the VAE.
 
-    def __init__(self, trainer, writer, *, pipeline: SpeechPipeline, n_clips: int, sentences: list[str], args: Any):
+    def __init__(self, trainer, writer, *, pipeline: Any, n_clips: int, args: Any):
         super().__init__(trainer, writer)
         self.pipeline, self.n_clips, self.args = pipeline, n_clips, args
-        self.sentences = [sentence for text in sentences for sentence in pipeline.speakable(text)]
         self.is_first = True  # What does not change is written once.
 
     @cached_property
@@ -307,13 +321,46 @@ class SpeechCallback(EvaluationCallback):
         chosen = [entries[index] for index in evenly_spaced(len(entries), self.n_clips)]
         return [entry["caption"] or entry["key"] for entry in chosen]
 
-    def compute(self, model):
+    def present(self, model) -> tuple[AudioPipeline, dict[str, Tensor]]:
+        """The pipeline with the present model, and the clips, on the device."""
         pipeline, device = self.pipeline, self.trainer.args.device
         pipeline.model = self.trainer.accelerator.unwrap_model(model)
         for network in (pipeline.vae, pipeline.vocoder):
             if network is not None:
                 network.to(device)
-        batch = {name: value.to(device) for name, value in self.batch.items()}
+        return pipeline, {name: value.to(device) for name, value in self.batch.items()}
+
+    def add_players(self, real: list[Tensor], generated: list[Tensor], step: int) -> None:
+        """Players of log-mels (M, F): real ones the first time alone."""
+        rate = self.pipeline.vae.config.sample_rate
+        kinds = {"real": real, "generated": generated} if self.is_first else {"generated": generated}
+        self.is_first = False
+        for kind, mels in kinds.items():
+            for number, mel in enumerate(mels):
+                waveform = self.pipeline.vocode(mel)
+                add_audio(self.writer, f"sounds/{number:02d}_{kind}", waveform, rate=rate, step=step)
+
+
+class SpeechCallback(SoundCallback):
+    """Logs what the model speaks: validation clips with predicted durations, and sentences.
+
+    images/mel                   decoded real latents | generated, both with the boundaries of their tokens
+    images/durations             predicted against real durations of tokens
+    sounds/<clip>_real, _generated, sounds/sentence_<number>
+
+    Args:
+        sentences: further texts that are spoken by the first speaker.
+        pipeline, n_clips, args: see `SoundCallback`.
+    """
+
+    pipeline: SpeechPipeline
+
+    def __init__(self, trainer, writer, *, sentences: list[str], **settings: Any):
+        super().__init__(trainer, writer, **settings)
+        self.sentences = [sentence for text in sentences for sentence in self.pipeline.speakable(text)]
+
+    def compute(self, model):
+        pipeline, batch = self.present(model)
         inputs = {name: batch[name] for name in ("tokens", "n_tokens", "speakers", "languages") if name in batch}
         # The same seeds at every step: only the model changes.
         seeds, config = list(range(len(self.names))), pipeline.model.config
@@ -345,13 +392,69 @@ class SpeechCallback(EvaluationCallback):
         real, predicted = (torch.cat(side) for side in zip(*pairs))
         self.add_image("durations", duration_image(real, predicted), step)
         # Players.
+        self.add_players(content["real"], content["generated"], step)
         rate = self.pipeline.vae.config.sample_rate
-        kinds = ("real", "generated") if self.is_first else ("generated",)
-        self.is_first = False
-        for number, (real, generated, *_) in enumerate(clips):
-            for kind, mel in (("real", real), ("generated", generated)):
-                if kind in kinds:
-                    waveform = self.pipeline.vocode(mel)
-                    add_audio(self.writer, f"sounds/{number:02d}_{kind}", waveform, rate=rate, step=step)
         for number, waveform in enumerate(content["sentences"]):
             add_audio(self.writer, f"sounds/sentence_{number:02d}", waveform, rate=rate, step=step)
+
+
+class CaptionCallback(SoundCallback):
+    """Logs what the model makes of captions: validation clips at their true lengths, and prompts at the median length.
+
+    images/mel                   decoded real latents | generated
+    sounds/<clip>_real, _generated, sounds/prompt_<number>
+
+    Args:
+        prompts: further captions.
+        pipeline, n_clips, args: see `SoundCallback`.
+    """
+
+    pipeline: CaptionPipeline
+
+    def __init__(self, trainer, writer, *, prompts: list[str], **settings: Any):
+        super().__init__(trainer, writer, **settings)
+        self.pipeline.check_captions(prompts)
+        self.prompts = prompts
+
+    def compute(self, model):
+        pipeline, batch = self.present(model)
+        states = batch["caption_states" if "caption_states" in batch else "caption_tokens"]
+        inputs = {"caption_states": states, "n_caption": batch["n_caption"]}
+        # The same seeds at every step: only the model changes.
+        seeds, n_frames = list(range(len(self.names))), batch["n_mel_frames"]
+        try:
+            generated = pipeline.decode(pipeline.latents(inputs, n_frames, seeds, self.args), n_frames)
+            sounds = pipeline.sounds(self.prompts, [0] * len(self.prompts), self.args)
+            prompts = [waveform for *_, waveform in sounds]
+        except ValueError as error:  # Log-mels are not finite; those of later steps may be.
+            logger.warning("no sounds of captions at step %d: %s", self.trainer.state.global_step, error)
+            return None
+        real = pipeline.decode(batch["latents"], n_frames)
+        return {"real": real, "generated": generated, "prompts": prompts}
+
+    def write(self, content, step):
+        # Log-mels in one time scale.
+        pairs = list(zip(content["real"], content["generated"], strict=True))
+        longest, floor = max(real.shape[1] for real, _ in pairs), self.pipeline.vae.config.mel.log_floor
+        nothing = torch.zeros(0, dtype=torch.long)
+        groups = [
+            Group([aligned_mel(mel, nothing, floor, max_frames=longest) for mel in pair], name)
+            for name, pair in zip(self.names, pairs)
+        ]
+        self.add_image("mel", strip_sheet(groups, ("real", "generated")), step)
+        self.add_players(content["real"], content["generated"], step)
+        rate = self.pipeline.vae.config.sample_rate
+        for number, waveform in enumerate(content["prompts"]):
+            add_audio(self.writer, f"sounds/prompt_{number:02d}", waveform, rate=rate, step=step)
+
+
+def sound_callback(trainer: Any, writer: Any, *, vae: Any, vocoder: Any, text_encoder: Any) -> SoundCallback:
+    """What shows the sounds of a run in TensorBoard; the networks are frozen."""
+    args, dataset = trainer.stage_arguments, trainer.train_dataset
+    settings = {"n_clips": args.n_logged_samples, "args": args}
+    if trainer.is_speech:
+        speech = SpeechPipeline(trainer.model, vae, dataset.tokenizer, vocoder)
+        return SpeechCallback(trainer, writer, pipeline=speech, sentences=args.sentences, **settings)
+    lengths = seconds_of_clips(dataset.entries)
+    sounds = CaptionPipeline(trainer.model, vae, vocoder, clip_seconds=lengths, text_encoder=text_encoder)
+    return CaptionCallback(trainer, writer, pipeline=sounds, prompts=args.prompts, **settings)

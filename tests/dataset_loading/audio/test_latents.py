@@ -1,9 +1,19 @@
 """Audio latents as items and batches, refusals of other VAEs, and batches of like length."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
-from dataset_loading.audio.latents import AudioLatentDataset, FrameBudgetSampler, collate_audio_latents, draw_latents
+from dataset_loading.audio.latents import (
+    AudioLatentDataset,
+    FrameBudgetSampler,
+    collate_audio_latents,
+    draw_latents,
+    latent_settings,
+)
+from dataset_loading.cache_writer import save_tensors
 from tests.helpers.audio_latent_cache import make_audio_latents, save_audio_vae, write_spoken_cache
 
 
@@ -68,6 +78,84 @@ def test_another_vae_is_refused_with_the_command(folder):
     assert "--vae_checkpoint runs/audio_vae/other" in str(caught.value)
     with pytest.raises(ValueError, match="--conditioning caption"):
         data.expect(conditioning="caption")
+
+
+@pytest.fixture
+def copy(folder, tmp_path):
+    """copy(conditioning) -> a folder of latents to damage."""
+    return lambda conditioning: shutil.copytree(folder / conditioning, tmp_path / conditioning)
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "name", "wrong"),
+    [
+        ("speech", "mean", torch.zeros(5, 3).half()),
+        ("speech", "std", torch.zeros(1)),
+        ("speech", "tokens", torch.zeros(2, 3, dtype=torch.int16)),
+        ("speech", "durations", torch.zeros(3)),
+        ("speech", "n_mel_frames", torch.zeros(2, dtype=torch.int64)),
+        ("caption", "caption_tokens", torch.zeros(2, 2)),
+    ],
+)
+def test_missing_and_wrong_tensors_are_named(copy, conditioning, name, wrong):
+    latents = copy(conditioning)
+    data = AudioLatentDataset(latents, "train")
+    file = data.path_of(data.entries[0])
+    sample = torch.load(file)
+    rest = {other: tensor for other, tensor in sample.items() if other != name}
+    for content, reason in ((rest, f"lacks '{name}'"), ({**rest, name: wrong}, f"'{name}' is")):
+        save_tensors(file, content)
+        remedy = "delete it and run: python preprocess_audio_diffusion_dataset.py"
+        with pytest.raises(ValueError, match=rf"{file} is damaged \(.*{reason}.*{remedy}"):
+            data[0]
+    content = bytearray(next(latents.glob(f"train/{data.entries[1]['key']}.pt")).read_bytes())
+    content[len(content) // 2] ^= 1
+    data.path_of(data.entries[1]).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{data.entries[1]['key']}.pt is damaged"):
+        data[1]
+
+
+def changed_setting(*names, value=None):
+    """Changes a manifest: the setting with this path is another value, or gone."""
+
+    def change(manifest):
+        place = manifest["settings"]
+        for name in names[:-1]:
+            place = place[name]
+        place.pop(names[-1]) if value is None else place.update({names[-1]: value})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (changed_setting("latent_channels"), "settings lacks 'latent_channels'"),
+        (changed_setting("mel_frames_per_latent", value="2"), "settings.mel_frames_per_latent='2' must be int"),
+        (changed_setting("vae_fingerprint"), "settings lacks 'vae_fingerprint'"),
+        (changed_setting("mel", value=[1]), r"settings.mel=\[1\] must be dict"),
+        (changed_setting("conditioning", value="song"), "settings.conditioning='song' must be 'speech' or 'caption'"),
+        (changed_setting("tokenizer"), "settings lacks 'tokenizer'"),
+        (changed_setting("tokenizer", "symbols", value="ab"), "settings.tokenizer.symbols='ab' must be list"),
+        (changed_setting("tokenizer", "symbols", value=["a"]), "settings.tokenizer: symbols="),
+        (changed_setting("tokenizer", "tune", value=1), "settings.tokenizer: .*'tune'"),
+        (lambda manifest: manifest["entries"]["train"][1].pop("speaker"), r"entries.train\[1\] lacks 'speaker'"),
+        (
+            lambda manifest: manifest["entries"]["train"][1].update(tokens=1.5),
+            r"entries.train\[1\].tokens=1.5 must be int",
+        ),
+    ],
+)
+def test_a_damaged_manifest_is_named(copy, change, reason):
+    file = copy("speech") / "manifest.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"manifest\.json is damaged \({reason}.*\); delete the folder and make it"):
+        AudioLatentDataset(file.parent, "train")
+    if "settings" in reason:
+        with pytest.raises(ValueError, match=reason):
+            latent_settings(file.parent)
 
 
 LENGTHS = [10 + (i * 37) % 61 for i in range(203)]

@@ -99,34 +99,49 @@ def test_latents_that_are_not_finite_are_refused(checkpoint):
 # ---- The VAE of some latents.
 
 
+@pytest.fixture(params=["image", "audio"])
+def media(request):
+    """What the VAE encodes."""
+    return request.param
+
+
 @pytest.fixture
-def project(checkpoint, tmp_path):
+def project(media, checkpoint, tmp_path):
     """A VAE's run, a cache of its latents with a copy of it, and what the cache records of it."""
-    run = tmp_path / "project" / "runs" / "image_vae" / "demo"
+    run = tmp_path / "project" / "runs" / f"{media}_vae" / "demo"
+    checkpoint = checkpoint if media == "image" else save_audio_vae(tmp_path / "audio")
     shutil.copytree(checkpoint, run / "checkpoint-4")
-    cache = tmp_path / "project" / "cached_datasets" / "image_diffusion"
+    cache = tmp_path / "project" / "cached_datasets" / f"{media}_diffusion"
     pin_vae(run / "checkpoint-4", cache)
     return run, cache, {"vae_fingerprint": vae_fingerprint(checkpoint), "vae_checkpoint": str(run)}
 
 
-def other_vae(run, image_cache, step):
-    """Another VAE as a later checkpoint of the run."""
-    made = save_vae(run / "new", image_cache, latent_mean=0.3)
-    return made.rename(run / f"checkpoint-{step}")
+@pytest.fixture
+def other_vae(media, image_cache):
+    """other_vae(run, step): another VAE as a later checkpoint of the run."""
+
+    def call(run, step):
+        new = run / "new"
+        other = (
+            save_vae(new, image_cache, latent_mean=0.3) if media == "image" else save_audio_vae(new, latent_mean=0.3)
+        )
+        return other.rename(run / f"checkpoint-{step}")
+
+    return call
 
 
-def test_rotation_leaves_the_copy(project, image_cache):
+def test_rotation_leaves_the_copy(project, media, other_vae):
     run, cache, latents = project
-    other_vae(run, image_cache, 8)
+    other_vae(run, 8)
     rotate(run, 1)
     assert [folder.name for folder in checkpoints_in(run)] == ["checkpoint-8"]
     assert find_vae(latents, "the latents", folders=[cache]) == cache / "vae" / "checkpoint-4"
-    assert load_vae(cache / "vae", "tiny").latent_std.std() > 0
+    assert load_vae(cache / "vae", "tiny", media=media).latent_std.std() > 0
 
 
 def test_a_damaged_copy_is_passed_over_and_written_again(project, caplog):
     run, cache, latents = project
-    file = cache / "vae" / "checkpoint-4" / EMA
+    (file,) = (cache / "vae" / "checkpoint-4").glob("*.safetensors")
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
@@ -136,32 +151,33 @@ def test_a_damaged_copy_is_passed_over_and_written_again(project, caplog):
     assert find_vae(latents, "the latents", folders=[cache]) == cache / "vae" / "checkpoint-4"
 
 
-def test_an_older_checkpoint_of_the_run_or_a_renamed_run_is_found(project, image_cache):
+def test_an_older_checkpoint_of_the_run_or_a_renamed_run_is_found(project, media, other_vae):
     run, cache, latents = project
     shutil.rmtree(cache / "vae")
-    other_vae(run, image_cache, 8)
+    other_vae(run, 8)
     assert find_vae(latents, "the latents", given=run) == run / "checkpoint-4"
     renamed = run.rename(run.parent / "renamed")
     assert find_vae(latents, "the latents", folders=[cache]) == renamed / "checkpoint-4"
     (renamed / "checkpoint-4").rename(renamed / "best")
-    assert load_vae(find_vae(latents, "the latents", given=renamed / "best")).latent_std.std() > 0
+    assert load_vae(find_vae(latents, "the latents", given=renamed / "best"), media=media).latent_std.std() > 0
 
 
 def test_a_project_may_move(project, tmp_path, monkeypatch):
-    _, cache, latents = project
+    run, cache, latents = project
+    stage = run.parent.name
     shutil.rmtree(cache / "vae")
     moved = (tmp_path / "project").rename(tmp_path / "moved")
     monkeypatch.chdir(tmp_path)
-    for recorded in (latents["vae_checkpoint"], "runs/image_vae/demo", "runs/image_vae/demo/checkpoint-4"):
+    for recorded in (latents["vae_checkpoint"], f"runs/{stage}/demo", f"runs/{stage}/demo/checkpoint-4"):
         vae = find_vae(
-            {**latents, "vae_checkpoint": recorded}, "them", folders=[moved / "cached_datasets" / "image_diffusion"]
+            {**latents, "vae_checkpoint": recorded}, "them", folders=[moved / "cached_datasets" / cache.name]
         )
-        assert vae == moved / "runs" / "image_vae" / "demo" / "checkpoint-4"
+        assert vae == moved / "runs" / stage / "demo" / "checkpoint-4"
 
 
-def test_errors_name_the_checkpoint_that_fits(project, image_cache):
+def test_errors_name_the_checkpoint_that_fits(project, media, other_vae):
     run, cache, latents = project
-    other = other_vae(run, image_cache, 8)
+    other = other_vae(run, 8)
     for given in (other, run.parent / "gone"):
         with pytest.raises(
             ValueError, match=rf"{given} has .* come from the VAE {latents['vae_fingerprint']}; it is at"
@@ -170,13 +186,15 @@ def test_errors_name_the_checkpoint_that_fits(project, image_cache):
     shutil.rmtree(cache / "vae")
     shutil.rmtree(run / "checkpoint-4")
     fingerprint = vae_fingerprint(other)
+    with pytest.raises(FileNotFoundError, match=rf"(?s)latents of another VAE with preprocess_{media}_diffusion"):
+        find_vae(latents, "the latents", folders=[cache], media=media)
     with pytest.raises(FileNotFoundError, match=rf"(?s)VAE {latents['vae_fingerprint']}.*{other}: .*{fingerprint}"):
         find_vae(latents, "the latents", folders=[cache])
 
 
-def test_the_copy_of_another_vae_is_kept_while_it_is_needed(project, image_cache):
+def test_the_copy_of_another_vae_is_kept_while_it_is_needed(project, other_vae):
     run, cache, latents = project
-    other = other_vae(run, image_cache, 8)
+    other = other_vae(run, 8)
     with pytest.raises(ValueError, match=rf"trained on latents of the VAE .*{latents['vae_fingerprint']}.*--cached"):
         pin_vae(other, cache, may_replace=False)
     assert vae_fingerprint(cache / "vae") == latents["vae_fingerprint"]

@@ -1,0 +1,242 @@
+"""What text to speech and captions to sound share: loading, sampling, the VAE's decoder, the vocoder.
+
+B batch, L latent frames, Z latent channels, M mel bins, F mel frames, S samples.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.audio.configuration import AudioDiffusionConfig
+from model.audio.diffusion import AudioDiffusion
+from model.audio.griffin_lim import griffin_lim
+from model.audio.lengths import sequence_to_latents
+from model.audio.spectral import MelSettings, check_same_mel
+from model.audio.unet1d import AudioCondition
+from model.audio.vae import AudioVAE
+from model.audio.vocoders import Vocoder
+from model.text.phonemes import SpeechTokenizer
+from utils.checkpoints import WeightsKind, data_of, load_model, read_stage, resolve_checkpoint
+from utils.generation.audio import load_vocoder
+from utils.generation.latents import find_vae, load_vae
+from utils.options import option, other_than_one, suggest
+from utils.seeds import generators
+
+# Samplers whose noise is that of the start alone: a clip is the same in every batch.
+AudioSampler = Literal["euler", "heun", "dpmpp_2m", "ddim"]
+
+
+@dataclasses.dataclass
+class AudioSamplingArguments:
+    """Flags of everything that samples latents of audio."""
+
+    sampler: AudioSampler = option("euler", "sampler; euler and ddim take the same steps")
+    n_steps: int = option(4, "sampling steps; 0 for speech: the prior's mean, flat but clear", ge=0)
+    guidance_scale: float = option(1.0, "scale of classifier-free guidance; 1: none", ge=0)
+    guidance_interval: list[float] = option(
+        [0.0, 1.0],
+        "interval of times in which guidance is applied; 0: data, 1: noise",
+        only_with=("guidance_scale", other_than_one),
+    )
+
+    def validate_interval(self):
+        bounds = self.guidance_interval
+        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
+            raise ValueError(f"--guidance_interval={bounds} must be two times with 0 <= first < second <= 1")
+
+
+class AudioPipeline:
+    """Makes sound of texts with a diffusion model, the VAE of its latents, and a vocoder. Subclasses say how texts
+    become inputs.
+
+    Args:
+        model, vae: on the same device, in eval mode.
+        vocoder: of the VAE's log-mel; None for Griffin-Lim.
+        bf16: bfloat16 autocast.
+    """
+
+    conditioning: ClassVar[str]  # The only one whose models are accepted.
+    task = "text to speech"  # In messages.
+
+    def __init__(self, model: AudioDiffusion, vae: AudioVAE, vocoder: Vocoder | None = None, *, bf16: bool = False):
+        self.model, self.vae, self.vocoder, self.bf16 = model, vae, vocoder, bf16
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: str | Path,
+        *,
+        vae_checkpoint: str = "",
+        vocoder_checkpoint: str = "",
+        weights: WeightsKind = "ema",
+        device: torch.device | str = "cpu",
+        bf16: bool = False,
+        **options: Any,
+    ) -> Self:
+        """From a run or checkpoint folder of the diffusion stage.
+
+        Args:
+            vae_checkpoint: path of the VAE; empty: its copy in the run or the cache, or the recorded path.
+            vocoder_checkpoint: path of a vocoder; empty: Griffin-Lim.
+            options: of `text_parts`.
+        Raises:
+            FileNotFoundError: a checkpoint is missing.
+            ValueError: the checkpoint is of another stage or conditioning, its latents come from another VAE, or the
+                vocoder reads another log-mel.
+        """
+        folder, record = resolve_checkpoint(checkpoint), read_stage(checkpoint)
+        if record["stage"] != "audio_diffusion":
+            raise ValueError(f"{checkpoint} is of stage {record['stage']!r}; {cls.task} needs audio_diffusion")
+        model = load_model(AudioDiffusion, checkpoint, weights).requires_grad_(False).to(device)
+        if model.config.conditioning != cls.conditioning:
+            raise ValueError(
+                f"{checkpoint} was trained with conditioning={model.config.conditioning!r}; {cls.task} needs a model "
+                f"of conditioning={cls.conditioning!r}"
+            )
+        # Latents of another VAE would decode to noise, so the VAE is identified by its fingerprint.
+        name = f"the latents that {checkpoint} was trained on"
+        folders = (folder.absolute().parent, data_of(folder))
+        path = find_vae(record["latents"], name, given=vae_checkpoint, folders=folders, media="audio")
+        vae = load_vae(path, media="audio").requires_grad_(False).to(device)
+        vocoder = load_matching_vocoder(vocoder_checkpoint, vae.config.mel, f"the VAE {path}")
+        if vocoder is not None:
+            vocoder.to(device)
+        return cls(model, vae, vocoder=vocoder, bf16=bf16, **cls.text_parts(record, folder, device, **options))
+
+    @classmethod
+    def text_parts(cls, record: Mapping[str, Any], folder: Path, device: torch.device | str) -> dict[str, Any]:
+        """Keywords of the pipeline that turn texts into inputs of the model.
+
+        Args:
+            record: of the checkpoint, with `latents`, the settings of its cache.
+            folder: the checkpoint.
+        """
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the models."""
+        return self.model.device
+
+    def autocast(self) -> torch.autocast:
+        """The autocast of all networks."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
+
+    def sample(self, condition: AudioCondition, seeds: Sequence[int], settings: Any) -> Tensor:
+        """Latents (B, L, Z) by the sampling flags; the noise of a clip depends on its seed alone."""
+        noise = [generator for seed in seeds for generator in generators(seed, 0, torch.zeros(1), stream="speech")]
+        low, high = settings.guidance_interval
+        return self.model.sample(
+            condition,
+            noise,
+            sampler=settings.sampler,
+            n_steps=settings.n_steps,
+            guidance_scale=settings.guidance_scale,
+            guidance_interval=(low, high),
+        )
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor, n_frames: Tensor, speakers: Sequence[str] = ()) -> list[Tensor]:
+        """Log-mels of latents.
+
+        Args:
+            latents: (B, L, Z) standardised.
+            n_frames: mel frames of each clip, (B,).
+            speakers: their names, for a VAE that is conditioned on speakers.
+        Returns: (M, F) fp32 on the CPU for each clip.
+        Raises: ValueError: a log-mel that is not finite, or a speaker that the VAE does not know.
+        """
+        known, places = self.vae.config.speakers, None
+        if known:
+            unknown = [name for name in speakers if name not in known]
+            if unknown:
+                raise ValueError(f"the VAE knows no speaker {unknown[0]!r}{suggest(unknown[0], known)}")
+            places = torch.tensor([known.index(name) for name in speakers], device=self.device)
+        latents = sequence_to_latents(latents.float(), self.vae.config.latent_channels)
+        latents = self.vae.denormalize_latents(latents)
+        with self.autocast():
+            mels = self.vae.decode(latents, n_frames, places).float().cpu().clamp_min(self.vae.config.mel.log_floor)
+        if not mels.isfinite().all():
+            raise ValueError("a generated log-mel is not finite: the weights are broken")
+        return [mel[:, :n] for mel, n in zip(mels, n_frames.tolist())]
+
+    def vocode(self, mel: Tensor) -> Tensor:
+        """The waveform (F * hop_length,) of a log-mel (M, F), by the vocoder or Griffin-Lim, fp32 on the CPU."""
+        settings = self.vae.config.mel
+        # Frames up to the shortest waveform that has a log-mel.
+        n_frames, shortest = mel.shape[1], -(-settings.min_samples // settings.hop_length)
+        mel = F.pad(mel, (0, max(0, shortest - n_frames)), value=settings.log_floor)[None].to(self.device)
+        with torch.no_grad():
+            if self.vocoder is None:
+                waveform = griffin_lim(mel, settings)
+            else:
+                with self.autocast():
+                    waveform = self.vocoder(mel)
+        return waveform[0, : n_frames * settings.hop_length].float().cpu()
+
+
+def load_matching_vocoder(path: str, mel: MelSettings, owner: str) -> Vocoder | None:
+    """The vocoder of a run or checkpoint folder, None for "".
+
+    Args:
+        mel: the log-mel that it must read.
+        owner: whose log-mel this is, in the message.
+    Raises: FileNotFoundError, ValueError: no checkpoint of a vocoder, or one of another log-mel.
+    """
+    if not path:
+        return None
+    vocoder = load_vocoder(path)
+    remedy = "use a vocoder that was trained on the same log-mel"
+    check_same_mel(mel, vocoder.config.mel, first_name=owner, second_name=f"the vocoder {path}", remedy=remedy)
+    return vocoder
+
+
+def fit_to_audio_latents(
+    config: AudioDiffusionConfig,
+    latents: dict[str, Any],
+    *,
+    speakers: Sequence[str],
+    vae_speakers: Sequence[str],
+    overrides: Sequence[str],
+    folder: Path,
+) -> AudioDiffusionConfig:
+    """The configuration with the fields that cached latents determine.
+
+    Args:
+        latents: settings of the cache's manifest.
+        speakers: that the model tells apart; fewer than two are none.
+        vae_speakers: those of the latents' VAE.
+        overrides: the `key=value` that the user gave.
+        folder: of the cache.
+    Raises: ValueError: an override contradicts the latents, or the VAE needs speakers that the model is not told.
+    """
+    fields: dict[str, Any] = {"latent_channels": latents["latent_channels"], "conditioning": latents["conditioning"]}
+    fields["compression"] = latents["mel_frames_per_latent"]
+    if latents["conditioning"] == "speech":
+        tokenizer = SpeechTokenizer.from_dict(latents["tokenizer"])
+        fields |= {"symbols": list(tokenizer.symbols), "n_symbols": len(tokenizer.symbols)}
+        fields |= {"pause_symbols": tokenizer.pauses, "speakers": list(speakers) if len(speakers) > 1 else []}
+    elif latents["text_embedding_width"]:
+        fields |= {"caption_encoder": "frozen", "caption_width": latents["text_embedding_width"]}
+        fields["max_tokens"] = latents["max_tokens"]
+    else:
+        fields |= {"caption_encoder": "bytes", "max_tokens": latents["max_tokens"]}
+    # Overrides may repeat these fields, but not contradict them.
+    for pair in overrides:
+        name = pair.partition("=")[0]
+        if name in fields and getattr(config, name) != fields[name]:
+            raise ValueError(
+                f"--override {pair} does not fit the latents in {folder}: they need {name}={fields[name]}"
+            )
+    missing = [name for name in vae_speakers if name not in fields.get("speakers", [])]
+    if missing:
+        raise ValueError(
+            f"the latents in {folder} come from a VAE with speakers, among them {missing[0]!r}, whom the model must "
+            "know to decode them; leave out --no_use_speakers, or use a VAE without speakers"
+        )
+    return config.replace(**fields)
