@@ -1,12 +1,21 @@
 """Words of texts and of speech."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset_loading.audio.signal import resample
 from tests.helpers.spoken import RATE, SENTENCE
-from utils.metrics.words import Recognizer, normalize_text, number_words, word_error_rate, word_errors
+from utils.metrics.words import (
+    Recognizer,
+    bootstrap_interval,
+    normalize_text,
+    number_words,
+    text_errors,
+    word_error_rate,
+    word_errors,
+)
 
 # ---- Words.
 
