@@ -20,18 +20,18 @@ from utils.checkpoints import resolve_checkpoint
 from utils.drawing.alignment import aligned_mel
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
-from utils.evaluation.audio import MIN_WORDS, ClipScorer, Scores, counts_of, means
+from utils.evaluation.audio import MIN_WORDS, Scores, counts_of, means
 from utils.evaluation.audio_diffusion_report import (
     DEFINITIONS,
     ROW_NAMES,
     curve_table,
     curves_by_steps,
     model_table,
-    recognition_scores,
     speech_table,
 )
 from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator
 from utils.evaluation.recordings import Recordings
+from utils.evaluation.speech_scores import SpeechScorer, Utterance, next_texts, recognition_scores
 from utils.generation.speech import AudioSamplingArguments, SpeechPipeline
 from utils.metrics.pitch import pitch_statistics, track_pitch
 from utils.metrics.words import normalize_text
@@ -74,54 +74,6 @@ class AudioDiffusionEvaluationArguments(AudioSamplingArguments, ContactSheetArgu
         for name in ("curve_steps", "curve_scales"):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is empty; give one value or more")
-
-
-@dataclasses.dataclass
-class Utterance:
-    """One text in all rows.
-
-    Attributes:
-        key, text, speaker: of the clip; the speaker is empty where there are none.
-        rows: name of the row -> waveform (S,) on the CPU.
-        mels: name of the row -> log-mel (M, F) and durations of tokens in mel frames (T,), for the sheet.
-    """
-
-    key: str
-    text: str
-    speaker: str
-    rows: dict[str, Tensor] = dataclasses.field(default_factory=dict)
-    mels: dict[str, tuple[Tensor, Tensor]] = dataclasses.field(default_factory=dict)
-
-
-class SpeechScorer(ClipScorer):
-    """Metrics of waveforms that may be of different lengths. Remembers the voices of the reference clips."""
-
-    def __init__(self, settings: Any, metrics: Sequence[str]):
-        super().__init__(settings, metrics)
-        self.voices: dict[str, list[Tensor]] = {}  # speaker -> embeddings (256,) of the reference clips
-
-    def score_speech(self, utterance: Utterance, reference: str = "") -> dict[str, Scores]:
-        """Name of the row -> scores.
-
-        Args: reference: the row that is compared with; empty: the mean voice of the speaker's earlier references.
-        """
-        voice = None
-        if "speaker" in self.metrics and reference:
-            voice = self.encoder.embed(utterance.rows[reference], self.rate)
-            self.voices.setdefault(utterance.speaker, []).extend([] if voice is None else [voice])
-        elif known := self.voices.get(utterance.speaker):
-            voice = torch.stack(known).mean(0)
-        scores: dict[str, Scores] = {}
-        for name, waveform in utterance.rows.items():
-            row: Scores = {}
-            if "speaker" in self.metrics:
-                row["speaker_similarity"] = self.encoder.cosine(self.encoder.embed(waveform, self.rate), voice)
-            if "pitch" in self.metrics:
-                row |= pitch_statistics(track_pitch(waveform, self.rate))
-            if "mos" in self.metrics:
-                row["distillmos"] = self.naturalness.score(waveform, self.rate)
-            scores[name] = row
-        return scores
 
 
 class AudioDiffusionEvaluator(Evaluator):
@@ -281,6 +233,8 @@ class AudioDiffusionEvaluator(Evaluator):
     def measure(self, dataset, indices):
         reference = "vae" if self.recordings is None else "recording"
         texts = [dataset.entries[index]["caption"] for index in indices]
+        if self.args.curve and not any(len(normalize_text(text)) >= MIN_WORDS for text in texts):
+            raise ValueError(f"--curve needs clips whose text has {MIN_WORDS} words or more; these samples have none")
         partners = [None if i is None else indices[i] for i in next_texts(texts)]
         on_sheet = {indices[i] for i in evenly_spaced(len(indices), self.args.contact_sheet)}
         values: dict[str, list[Scores]] = {}
@@ -382,8 +336,6 @@ class AudioDiffusionEvaluator(Evaluator):
         args, points = self.args, []
         usable = [utterance for utterance in spoken if len(normalize_text(utterance.text)) >= MIN_WORDS]
         usable = [usable[i] for i in evenly_spaced(len(usable), args.curve_samples)]
-        if not usable:
-            raise ValueError(f"--curve needs clips whose text has {MIN_WORDS} words or more; the split has none")
         for scale in args.curve_scales:
             for n_steps in args.curve_steps:
                 settings = dataclasses.replace(args, n_steps=n_steps, guidance_scale=scale)
@@ -405,10 +357,3 @@ class AudioDiffusionEvaluator(Evaluator):
         evaluation.metrics["curve"] = {"n_samples": len(usable), "points": points}
         evaluation.tables = [*evaluation.tables, curve_table(points, len(usable))]
         evaluation.curves |= curves_by_steps(points)
-
-
-def next_texts(texts: Sequence[str]) -> list[int | None]:
-    """For each text the position of the next one, round the end, that has other words; None where all are equal."""
-    words = [normalize_text(text) for text in texts]
-    n = len(texts)
-    return [next(((i + k) % n for k in range(1, n) if words[(i + k) % n] != words[i]), None) for i in range(n)]

@@ -1,4 +1,4 @@
-"""Rows, definitions and tables of the evaluation of text to speech, and the error rates of recognised texts."""
+"""Rows, definitions and tables of the evaluation of text to speech."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -7,7 +7,6 @@ from rich.table import Table
 
 from utils.evaluation.audio import MIN_WORDS, Scores
 from utils.evaluation.tables import Column, fact_table, score_table
-from utils.metrics.words import bootstrap_interval, text_errors
 
 ROW_NAMES = {  # row -> label, in the order of the table
     "recording": "recordings",
@@ -58,35 +57,9 @@ DEFINITIONS = {
     "has less than the reference.",
     "distillmos": "Mean opinion score that DistillMOS predicts without a reference, 1 to 5 (arXiv 2502.05356).",
     "length_ratio": "Seconds of the row over seconds of the reference.",
-    "real_time_factor": "Seconds of computation per second of audio from text to waveform at batch size 1: CPU seconds "
-    "of one thread, or seconds on the GPU. The first clip is excluded if there are several.",
+    "real_time_factor": "Seconds of computation per second of audio, from text to waveform at batch size 1: CPU "
+    "seconds of one thread, or seconds on the GPU. The first clip is excluded if there are several.",
 }
-
-
-def recognition_scores(recognized: Sequence[str], texts: Sequence[str], seed: int) -> dict[str, Any]:
-    """Word and character error rates of one row, see `DEFINITIONS`; {} where no text has a word.
-
-    Args:
-        recognized: transcripts of the recogniser.
-        texts: true texts, one per transcript.
-        seed: of the bootstrap.
-    """
-    errors = [text_errors(*pair) for pair in zip(recognized, texts, strict=True)]
-    scores: dict[str, Any] = {}
-    # Clips of enough words, then all that have one.
-    for suffix, least in (("", MIN_WORDS), ("_all", 1)):
-        clips = [clip for clip in errors if clip.n_words >= least]
-        if not clips:
-            continue
-        words, totals = [clip.words for clip in clips], [clip.n_words for clip in clips]
-        scores |= {
-            f"wer{suffix}": sum(words) / sum(totals),
-            f"wer{suffix}_interval": list(bootstrap_interval(words, totals, seed=seed)),
-            f"cer{suffix}": sum(clip.characters for clip in clips) / sum(clip.n_characters for clip in clips),
-            f"n_words{suffix}": sum(totals),
-            f"n_clips{suffix}": len(clips),
-        }
-    return scores
 
 
 def with_interval(row: dict[str, Any]) -> dict[str, Any]:
@@ -105,7 +78,7 @@ def speech_table(scores: dict[str, Scores], reference: str, *, n_clips: int, not
         notes: sentences below the table.
     """
     caption = [
-        f"WER, CER: clips with {MIN_WORDS} words or more, with a bootstrap interval over clips; all clips: WER of all.",
+        f"WER, CER: clips with {MIN_WORDS} words or more, 95 % by bootstrap over clips; all clips: WER of all.",
         f"speaker, length: compared with: {ROW_NAMES[reference]}.",
         *notes,
     ]

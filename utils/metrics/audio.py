@@ -269,8 +269,7 @@ class SpeakerEncoder:
 
 
 class NaturalnessPredictor:
-    """Predicted mean opinion score by DistillMOS (arXiv 2502.05356), 1 to 5, of the package distillmos, which is loaded
-    at the first use."""
+    """Predicted mean opinion score, 1 to 5, by DistillMOS (arXiv 2502.05356), which is loaded at the first use."""
 
     def __init__(self):
         self.model: Any = None

@@ -1,5 +1,6 @@
 """The sentences of evaluations: their form, that no training set of ours has them, and the phones that they hold."""
 
+# ruff: noqa: RUF001 (letters of phonetics)
 import re
 
 from dataset_loading.embedded.scenes import list_scenes
