@@ -20,6 +20,7 @@ from utils.training.audio_diffusion import (
     AudioDiffusionArguments,
     AudioDiffusionTrainer,
     SpeechCallback,
+    SpokenErrorRates,
     frame_budget_sampler,
 )
 from utils.training.diffusion import check_init_from, keep_vae, latents_vae
@@ -81,6 +82,13 @@ class AudioDiffusionStage(Stage):
 
     def build_collator(self, config):
         return collate_audio_latents
+
+    def build_trainer_parts(self, model):
+        if self.args.dry_run or not self.args.wer_samples or model.config.conditioning != "speech":
+            return {}
+        dataset = AudioLatentDataset(self.cache_dir, "validation")
+        pipeline = SpeechPipeline(model, self.vae, dataset.tokenizer, self.vocoder)
+        return {"measure_samples": SpokenErrorRates(pipeline, dataset, self.args)}
 
     def build_callbacks(self, trainer, writer):
         if not self.args.n_logged_samples or trainer.model.config.conditioning != "speech":

@@ -16,6 +16,7 @@ from tests.helpers.runs import run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
+from utils.metrics.audio import PACKAGES
 
 CAPTIONS = [word for word in SMALL_SPEECH if "=" in word and not word.startswith(("frame_width", "text_dropout"))]
 
@@ -82,6 +83,17 @@ def test_speech_is_logged(train, folder):
     assert set(events.Tags()["audio"]) == {*sounds, "sounds/sentence_00", "sounds/sentence_01"}
     scalars = events.Tags()["scalars"]
     assert {"eval/loss", "eval/prior", "eval/length_ratio", "eval/loss_t0.50-1.00"} <= set(scalars)
+
+
+def test_error_rates_are_measured_at_evaluations_where_the_packages_are(train, monkeypatch, caplog):
+    flags = ["--wer_samples", "1", "--eval_steps", "1"]
+    monkeypatch.setitem(PACKAGES, "wer", ["no_such_package"])
+    lines = json.loads((train("without", 2, *flags).folder / "trainer_state.json").read_text())["log_history"]
+    assert not any("eval_wer" in line for line in lines)
+    assert caplog.text.count("no_such_package") == 1
+    monkeypatch.undo()
+    lines = json.loads((train("with", 1, *flags).folder / "trainer_state.json").read_text())["log_history"]
+    assert any(line.get("eval_wer", -1) >= 0 and line["eval_cer"] >= 0 for line in lines)
 
 
 def test_captions_train_without_alignment(train):

@@ -46,7 +46,8 @@ def write_spoken_cache(folder: Path, n_clips: int = 24, settings: MelSettings = 
         (folder / split).mkdir(parents=True, exist_ok=True)
         save_tensors(folder / split / f"{i:03}.pt", {"mel": mel})
         row = {"key": f"{i:03}", "source": f"{i:03}.flac", "copy": 0, "caption": text, "speaker": name}
-        entries[split].append({**row, "length": mel.shape[1]})
+        seconds = mel.shape[1] * settings.hop_length / settings.sample_rate
+        entries[split].append({**row, "length": mel.shape[1], "seconds": round(seconds, 4)})
     write_manifest(folder, entries, settings)
     return folder
 

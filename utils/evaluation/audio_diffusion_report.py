@@ -78,10 +78,12 @@ def speech_table(scores: dict[str, Scores], reference: str, *, n_clips: int, not
         notes: sentences below the table.
     """
     caption = [
-        f"WER, CER: clips with {MIN_WORDS} words or more, 95 % by bootstrap over clips; all clips: WER of all.",
         f"speaker, length: compared with: {ROW_NAMES[reference]}.",
         *notes,
     ]
+    if any("wer" in row for row in scores.values()):
+        words = f"WER, CER: clips with {MIN_WORDS} words or more, 95 % by bootstrap over clips; all clips: WER of all."
+        caption.insert(0, words)
     return score_table(
         {name: with_interval(row) for name, row in scores.items()},
         COLUMNS,

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
-from dataset_loading.audio.latents import AudioLatentDataset, FrameBudgetSampler
+from dataset_loading.audio.latents import AudioLatentDataset, FrameBudgetSampler, collate_audio_latents
 from dataset_loading.cached import evenly_spaced
 from model.audio.lengths import valid_frames
 from model.audio.text_conditioning import duration_errors
@@ -20,7 +20,10 @@ from utils.drawing.alignment import aligned_mel, duration_image
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
 from utils.drawing.playback import add_audio
+from utils.evaluation.audio import MIN_WORDS
 from utils.generation.speech import AudioSamplingArguments, SpeechPipeline
+from utils.metrics.audio import missing_packages
+from utils.metrics.words import Recognizer, normalize_text, text_errors
 from utils.options import option
 from utils.training.callbacks import EvaluationCallback
 from utils.training.diffusion import DiffusionArguments, DiffusionTrainer
@@ -58,6 +61,12 @@ class AudioDiffusionArguments(AudioSamplingArguments, DiffusionArguments):
     sentences: list[str] = option(
         ["The quick brown fox jumps over the lazy dog.", "Please call me back tomorrow morning."],
         "sentences that are spoken in TensorBoard, speech only",
+    )
+    wer_samples: int = option(
+        0,
+        "validation clips of 4 or more words that are spoken and recognised at each evaluation, for eval_wer and "
+        "eval_cer, English speech only; 0: none",
+        ge=0,
     )
     n_logged_samples: int = option(4, "validation clips logged to TensorBoard, as audio and images; 0: none", ge=0)
     vocoder_checkpoint: str = option(
@@ -269,6 +278,58 @@ def frame_budget_sampler(
     """The batches of a run with `--batch_frames`."""
     n_parts = args.gradient_accumulation_steps * n_ranks
     return FrameBudgetSampler(dataset.lengths, args.batch_frames * n_parts, args.seed, n_parts=n_parts)
+
+
+class SpokenErrorRates:
+    """Word and character error rates of validation texts that a model speaks, for evaluations during training.
+
+    Args:
+        pipeline: of the frozen VAE and vocoder; its model is replaced by the present one.
+        dataset: the validation clips.
+        args: sampling flags, and `wer_samples`, the number of clips of `MIN_WORDS` words or more.
+    """
+
+    def __init__(self, pipeline: SpeechPipeline, dataset: AudioLatentDataset, args: Any):
+        self.pipeline, self.dataset, self.args, self.recognizer = pipeline, dataset, args, Recognizer()
+        words = [len(normalize_text(entry["caption"])) for entry in dataset.entries]
+        usable = [index for index, n_words in enumerate(words) if n_words >= MIN_WORDS]
+        self.indices = [usable[place] for place in evenly_spaced(len(usable), args.wer_samples)]
+        # Without recognition training goes on; the reason is said once.
+        problem = ", ".join(missing_packages("wer"))
+        problem = f"it needs {problem}: pip install -r requirements-eval.txt" if problem else ""
+        if not self.indices:
+            problem = f"no validation clip has {MIN_WORDS} words or more"
+        if problem:
+            logger.warning("--wer_samples measures nothing: %s", problem)
+            self.indices = []
+
+    @torch.no_grad()
+    def __call__(self, model) -> dict[str, float]:
+        """`wer` and `cer`; {} where nothing is measured."""
+        pipeline, device = self.pipeline, model.device
+        pipeline.model = model
+        for network in (pipeline.vae, pipeline.vocoder):
+            if network is not None:
+                network.to(device)
+        errors = []
+        for index in self.indices:
+            # The clip's number is its seed, so that evaluations are comparable.
+            entry, batch = self.dataset.entries[index], collate_audio_latents([self.dataset[index]])
+            inputs = {name: batch[name].to(device) for name in ("tokens", "n_tokens", "speakers") if name in batch}
+            try:
+                latents, durations = pipeline.latents(inputs, [index], self.args)
+                (mel,) = pipeline.decode(latents, durations.sum(1), [entry["speaker"]])
+            except ValueError as error:  # Log-mels are not finite; those of later steps may be.
+                logger.warning("no word error rate: %s", error)
+                return {}
+            text = self.recognizer.transcribe(pipeline.vocode(mel), pipeline.vae.config.sample_rate)
+            errors.append(text_errors(text, entry["caption"]))
+        if not errors:
+            return {}
+        return {
+            "wer": sum(clip.words for clip in errors) / sum(clip.n_words for clip in errors),
+            "cer": sum(clip.characters for clip in errors) / sum(clip.n_characters for clip in errors),
+        }
 
 
 class SpeechCallback(EvaluationCallback):
