@@ -5,6 +5,7 @@
     python evaluate.py --checkpoint runs/image_diffusion/demo --contact_sheet 16 --n_steps 20 --guidance_scale 3
     python evaluate.py --checkpoint runs/image_diffusion/demo --curve --curve_steps 5 10 20 --curve_scales 1 3 5
     python evaluate.py --checkpoint runs/audio_vae/demo --contact_sheet 8 --vocoder_checkpoint runs/vocoder/demo
+    python evaluate.py --checkpoint runs/audio_diffusion/demo --waveforms cached_datasets/vocoder --sentences 50
     python evaluate.py --checkpoint runs/multimodal/demo --thinking_steps 1 2 4 8 16
 
 The stage is read from the checkpoint; flags that its evaluator does not read are refused. Results go to the run's
@@ -23,6 +24,7 @@ from torch.utils.tensorboard import SummaryWriter
 from dataset_loading.cached import evenly_spaced
 from utils.checkpoints import provenance, read_stage, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
+from utils.evaluation.audio_diffusion import AudioDiffusionEvaluationArguments, AudioDiffusionEvaluator
 from utils.evaluation.audio_vae import AudioVAEEvaluationArguments, AudioVAEEvaluator
 from utils.evaluation.evaluator import Evaluation, Evaluator
 from utils.evaluation.image_diffusion import ImageDiffusionEvaluationArguments, ImageDiffusionEvaluator
@@ -40,6 +42,7 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     "image_diffusion": ImageDiffusionEvaluator,
     "vocoder": VocoderEvaluator,
     "audio_vae": AudioVAEEvaluator,
+    "audio_diffusion": AudioDiffusionEvaluator,
     "multimodal": TextEvaluator,
 }
 
@@ -50,6 +53,7 @@ class EvaluateArguments(
     ImageDiffusionEvaluationArguments,
     AudioVAEEvaluationArguments,
     TextEvaluationArguments,
+    AudioDiffusionEvaluationArguments,
 ):
     """Flags of all evaluators; the evaluator of the checkpoint's stage refuses those that it does not read."""
 

@@ -1,7 +1,7 @@
 r"""Text to speech: diffusion on the latents of an audio VAE, conditioned on aligned phonemes; or captions to sound.
 
-Before: preprocess_audio_diffusion_dataset.py. After: inference/text_to_speech.py, or for
-captions inference/text_to_audio.py.
+Before: preprocess_audio_diffusion_dataset.py. After: inference/text_to_speech.py, or for captions
+inference/text_to_audio.py.
 
     python pretrain_audio_diffusion.py --run_name demo --config tiny --vae_checkpoint runs/audio_vae/demo --bf16
     deepspeed --num_gpus=8 pretrain_audio_diffusion.py --use_deepspeed --bf16 --run_name base --config small \
@@ -14,20 +14,21 @@ from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_late
 from model.audio.diffusion import AudioDiffusion, AudioDiffusionConfig
 from model.presets import AUDIO_DIFFUSION
 from utils.checkpoints import lasting_name
+from utils.evaluation.spoken_error_rates import SpokenErrorRates
 from utils.generation.audio_diffusion import fit_to_audio_latents, load_matching_vocoder
 from utils.generation.captions import seconds_of_clips
 from utils.generation.latents import load_vae
+from utils.generation.speech import SpeechPipeline
 from utils.generation.text_encoder import load_text_encoder
 from utils.training.audio_diffusion import (
     AudioDiffusionArguments,
     AudioDiffusionTrainer,
     check_conditioning,
-    frame_budget_sampler,
+    count_frame_steps,
     sound_callback,
 )
 from utils.training.diffusion import check_init_from, keep_vae, latents_vae
 from utils.training.stage import Stage
-from utils.training_utils import expected_steps
 
 
 class AudioDiffusionStage(Stage):
@@ -92,6 +93,13 @@ class AudioDiffusionStage(Stage):
     def build_collator(self, config):
         return collate_audio_latents
 
+    def build_trainer_parts(self, model):
+        if self.args.dry_run or not self.args.wer_samples:
+            return {}
+        dataset = self.build_dataset("validation", model.config)
+        pipeline = SpeechPipeline(model, self.vae, dataset.tokenizer, self.vocoder)
+        return {"measure_samples": SpokenErrorRates(pipeline, dataset, self.args)}
+
     def build_callbacks(self, trainer, writer):
         if not self.args.n_logged_samples:
             return []
@@ -99,14 +107,7 @@ class AudioDiffusionStage(Stage):
         return [sound_callback(trainer, writer, **networks)]
 
     def count_steps(self, dataset, n_ranks):
-        if not self.args.batch_frames:
-            return super().count_steps(dataset, n_ranks)
-        # The number of batches is a multiple of the micro-batches of a step.
-        n_parts = self.args.gradient_accumulation_steps * n_ranks
-        n_batches = len(frame_budget_sampler(dataset, self.args, n_ranks))
-        epochs, max_steps = self.args.num_train_epochs, self.args.max_steps
-        steps = expected_steps(n_batches, n_parts, epochs=epochs, max_steps=max_steps)
-        return steps, f"at most {self.args.batch_frames * n_parts} latent frames"
+        return count_frame_steps(dataset, self.args, n_ranks) or super().count_steps(dataset, n_ranks)
 
     def extra_record(self):
         if self.latents["conditioning"] == "speech":

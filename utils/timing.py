@@ -45,13 +45,15 @@ class RealTime:
         self.device = device
         self.calls: dict[str, list[tuple[float, float]]] = {}  # name -> (seconds of computing, seconds of audio)
 
-    def run(self, name: str, seconds_of_audio: float, function: Callable[[], Any]) -> Any:
-        """Call the function, whose result lasts `seconds_of_audio`."""
+    def run(self, name: str, seconds_of_audio: float | Callable[[Any], float], function: Callable[[], Any]) -> Any:
+        """Call the function, whose result lasts `seconds_of_audio`; or a function of the result says how long."""
         now = Stopwatch(self.device).now if self.device.type == "cuda" else time.process_time
         with one_thread():
             start = now()
             result = function()
-            self.calls.setdefault(name, []).append((now() - start, seconds_of_audio))
+            spent = now() - start
+        seconds = seconds_of_audio(result) if callable(seconds_of_audio) else seconds_of_audio
+        self.calls.setdefault(name, []).append((spent, seconds))
         return result
 
     def factor(self, name: str) -> float | None:

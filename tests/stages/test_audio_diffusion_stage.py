@@ -20,6 +20,7 @@ from utils.command_line import parse_arguments
 from utils.generation.audio_diffusion import AudioSamplingArguments
 from utils.generation.latents import vae_fingerprint
 from utils.generation.speech import SpeechPipeline
+from utils.metrics.audio import PACKAGES
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,17 @@ def test_speech_is_logged(train, folder):
     assert set(events.Tags()["audio"]) == {*sounds, "sounds/sentence_00", "sounds/sentence_01"}
     scalars = events.Tags()["scalars"]
     assert {"eval/loss", "eval/prior", "eval/length_ratio", "eval/loss_t0.50-1.00"} <= set(scalars)
+
+
+def test_error_rates_are_measured_at_evaluations_where_the_packages_are(train, monkeypatch, caplog):
+    flags = ["--wer_samples", "1", "--eval_steps", "1"]
+    monkeypatch.setitem(PACKAGES, "wer", ["no_such_package"])
+    lines = json.loads((train("without", 2, *flags).folder / "trainer_state.json").read_text())["log_history"]
+    assert not any("eval_wer" in line for line in lines)
+    assert caplog.text.count("no_such_package") == 1
+    monkeypatch.undo()
+    lines = json.loads((train("with", 1, *flags).folder / "trainer_state.json").read_text())["log_history"]
+    assert any(line.get("eval_wer", -1) >= 0 and line["eval_cer"] >= 0 for line in lines)
 
 
 def test_what_does_not_fit_the_latents_is_refused(train, folder, tmp_path):

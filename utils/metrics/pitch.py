@@ -157,3 +157,17 @@ def pitch_scores(generated: Pitch, target: Pitch) -> dict[str, float | None]:
         "periodicity_rmse": (generated.periodicity[:F] - target.periodicity[:F]).square().mean().sqrt().item(),
         "f0_rmse_cents": cents.square().mean().sqrt().item() if both.any() else None,
     }
+
+
+def pitch_statistics(pitch: Pitch) -> dict[str, float | None]:
+    """How high and how lively a clip is spoken.
+
+    Returns:
+        f0_mean_hz: mean over voiced frames in Hz.
+        f0_std_semitones: std over voiced frames of the pitch in semitones, 12 log2(f0).
+        Both are None with fewer than two voiced frames.
+    """
+    f0 = pitch.f0[pitch.voiced].double()
+    if len(f0) < 2:
+        return {"f0_mean_hz": None, "f0_std_semitones": None}
+    return {"f0_mean_hz": f0.mean().item(), "f0_std_semitones": (12 * f0.log2()).std(correction=0).item()}

@@ -1,11 +1,13 @@
-"""Words of speech: recognition, text normalisation, word error rate.  S samples."""
+"""Words of speech: recognition, text normalisation, word and character error rates.  S samples, N clips."""
 
+import dataclasses
 import logging
 import re
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from utils.metrics.audio import SPEECH_RATE, as_waveform, import_optional
@@ -91,6 +93,50 @@ def word_errors(generated: Sequence[str], target: Sequence[str]) -> int:
     return row[-1]
 
 
+@dataclasses.dataclass(frozen=True)
+class TextErrors:
+    """Errors of one transcript and the length of its true text, in words and in characters after `normalize_text`."""
+
+    words: int
+    n_words: int
+    characters: int
+    n_characters: int
+
+
+def text_errors(generated: str, target: str) -> TextErrors:
+    """Compare one transcript with its true text. Single spaces between words count as characters."""
+    words, true_words = normalize_text(generated), normalize_text(target)
+    characters, true_characters = " ".join(words), " ".join(true_words)
+    return TextErrors(
+        words=word_errors(words, true_words),
+        n_words=len(true_words),
+        characters=word_errors(characters, true_characters),
+        n_characters=len(true_characters),
+    )
+
+
+def bootstrap_interval(
+    errors: Sequence[int], totals: Sequence[int], *, seed: int, n_resamples: int = 2000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of an error rate, sum of errors / sum of totals, over clips drawn with replacement
+    (Bisani and Ney, "Bootstrap estimates for confidence intervals in ASR performance evaluation", ICASSP 2004).
+
+    Args:
+        errors, totals: one number per clip, (N,); every total is above 0.
+        seed: of the resampling.
+    Returns: lower and upper bound.
+    Raises: ValueError: no clips, different numbers of clips, or a clip without words.
+    """
+    if not errors or len(errors) != len(totals) or min(totals) < 1:
+        raise ValueError(f"an interval needs as many errors ({len(errors)}) as totals ({len(totals)}), each above 0")
+    # How often each resample has each clip: (n_resamples, N).
+    n_clips = len(errors)
+    counts = np.random.default_rng(seed).multinomial(n_clips, np.full(n_clips, 1 / n_clips), size=n_resamples)
+    rates = counts @ np.asarray(errors, np.int64) / (counts @ np.asarray(totals, np.int64))
+    low, high = np.quantile(rates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
 def word_error_rate(generated: Sequence[str], target: Sequence[str]) -> float:
     """Errors of all clips divided by words of all targets, after `normalize_text`. 0 is best; many insertions can
     raise it above 1.
@@ -102,8 +148,8 @@ def word_error_rate(generated: Sequence[str], target: Sequence[str]) -> float:
     """
     if len(generated) != len(target):
         raise ValueError(f"{len(generated)} transcripts and {len(target)} target texts cannot be compared")
-    pairs = [(normalize_text(transcript), normalize_text(text)) for transcript, text in zip(generated, target)]
-    n_words = sum(len(words) for _, words in pairs)
+    errors = [text_errors(transcript, text) for transcript, text in zip(generated, target)]
+    n_words = sum(clip.n_words for clip in errors)
     if not n_words:
         raise ValueError("the target texts have no words")
-    return sum(word_errors(transcript, text) for transcript, text in pairs) / n_words
+    return sum(clip.words for clip in errors) / n_words

@@ -27,12 +27,13 @@ from utils.options import option
 from utils.training.callbacks import EvaluationCallback
 from utils.training.diffusion import DiffusionArguments, DiffusionTrainer
 from utils.training.latent_statistics import batches_of_rank
+from utils.training_utils import expected_steps
 
 logger = logging.getLogger(__name__)
 
 # Flags that act on one kind of conditioning alone, by the other one.
 WITHOUT_EFFECT = {
-    "caption": ("sentences", "use_speakers", "prior_weight", "duration_weight", "duration_samples"),
+    "caption": ("sentences", "use_speakers", "prior_weight", "duration_weight", "duration_samples", "wer_samples"),
     "speech": ("prompts", "text_encoder"),
 }
 TEXT_INPUTS = ("tokens", "n_tokens", "durations", "speakers", "languages", "caption_states", "n_caption")
@@ -69,6 +70,12 @@ class AudioDiffusionArguments(AudioSamplingArguments, DiffusionArguments):
     prompts: list[str] = option([], "further captions whose sounds are in TensorBoard, captions only")
     text_encoder: str = option(
         "", "folder or hub name of the captions' text encoder, captions only; default: as in preprocessing"
+    )
+    wer_samples: int = option(
+        0,
+        "validation clips of 4 or more words that are spoken and recognised at each evaluation, for eval_wer and "
+        "eval_cer, English speech only; 0: none",
+        ge=0,
     )
     n_logged_samples: int = option(4, "validation clips logged to TensorBoard, as audio and images; 0: none", ge=0)
     vocoder_checkpoint: str = option(
@@ -280,6 +287,19 @@ def frame_budget_sampler(
     """The batches of a run with `--batch_frames`."""
     n_parts = args.gradient_accumulation_steps * n_ranks
     return FrameBudgetSampler(dataset.lengths, args.batch_frames * n_parts, args.seed, n_parts=n_parts)
+
+
+def count_frame_steps(
+    dataset: AudioLatentDataset, args: AudioDiffusionArguments, n_ranks: int
+) -> tuple[int, str] | None:
+    """`Stage.count_steps` with `--batch_frames`, None without."""
+    if not args.batch_frames:
+        return None
+    # The number of batches is a multiple of the micro-batches of a step.
+    n_parts = args.gradient_accumulation_steps * n_ranks
+    n_batches = len(frame_budget_sampler(dataset, args, n_ranks))
+    steps = expected_steps(n_batches, n_parts, epochs=args.num_train_epochs, max_steps=args.max_steps)
+    return steps, f"at most {args.batch_frames * n_parts} latent frames"
 
 
 def check_conditioning(args: AudioDiffusionArguments, conditioning: str) -> None:

@@ -1,12 +1,21 @@
 """Words of texts and of speech."""
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset_loading.audio.signal import resample
 from tests.helpers.spoken import RATE, SENTENCE
-from utils.metrics.words import Recognizer, normalize_text, number_words, word_error_rate, word_errors
+from utils.metrics.words import (
+    Recognizer,
+    bootstrap_interval,
+    normalize_text,
+    number_words,
+    text_errors,
+    word_error_rate,
+    word_errors,
+)
 
 # ---- Words.
 
@@ -66,3 +75,23 @@ def test_a_spoken_sentence_is_recognised(speech):
     assert word_error_rate([recognizer.transcribe(speech, RATE)], [SENTENCE]) <= 0.3
     high = resample(speech, RATE, 22050)
     assert word_error_rate([recognizer.transcribe(high, 22050)], [SENTENCE]) <= 0.3
+
+
+def test_errors_count_words_and_characters():
+    errors = text_errors("Press 1 know!", "press one, now")
+    assert (errors.words, errors.n_words, errors.characters, errors.n_characters) == (1, 3, 1, 13)
+
+
+def test_the_bootstrap_interval_equals_a_slow_one():
+    errors, totals = [0, 3, 1, 0, 2], [5, 4, 6, 9, 5]
+    random, rates = np.random.default_rng(7), []
+    for counts in random.multinomial(5, [0.2] * 5, size=200):
+        clips = [clip for clip, count in enumerate(counts) for _ in range(count)]
+        rates.append(sum(errors[clip] for clip in clips) / sum(totals[clip] for clip in clips))
+    rates.sort()
+    low, high = bootstrap_interval(errors, totals, seed=7, n_resamples=200, level=0.9)
+    assert rates[9] <= low <= rates[10] and rates[189] <= high <= rates[190]
+    assert low < sum(errors) / sum(totals) < high
+    assert bootstrap_interval([0, 0], [3, 4], seed=0) == (0, 0)
+    with pytest.raises(ValueError, match=r"errors \(2\) .*totals \(1\)"):
+        bootstrap_interval([1, 2], [3], seed=0)

@@ -1,0 +1,359 @@
+"""Evaluation of text to speech: how well held-out texts and new sentences are understood, in whose voice, how lively.
+
+S samples, M mel bins, F mel frames, L latent frames, Z latent channels, T tokens.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents
+from dataset_loading.cached import evenly_spaced
+from dataset_loading.embedded.sentences import SENTENCES
+from model.audio.diffusion import AudioDiffusion
+from utils.checkpoints import resolve_checkpoint
+from utils.drawing.alignment import aligned_mel
+from utils.drawing.audio import strip_sheet
+from utils.drawing.images import Group
+from utils.evaluation.audio import MIN_WORDS, Scores, counts_of, means
+from utils.evaluation.audio_diffusion_report import (
+    DEFINITIONS,
+    ROW_NAMES,
+    curve_table,
+    curves_by_steps,
+    model_table,
+    speech_table,
+)
+from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator
+from utils.evaluation.recordings import Recordings
+from utils.evaluation.speech_scores import SpeechScorer, Utterance, next_texts, recognition_scores
+from utils.generation.speech import AudioSamplingArguments, SpeechPipeline
+from utils.metrics.pitch import pitch_statistics, track_pitch
+from utils.metrics.words import normalize_text
+from utils.options import option
+from utils.seeds import seed_of
+from utils.timing import RealTime
+
+logger = logging.getLogger(__name__)
+
+SpeechMetric = Literal["wer", "speaker", "pitch", "mos"]
+N_TIMED = 6  # clips whose time is measured; the first one is a warm-up
+SHEET = ("vae", "teacher", "model", "prior")  # rows whose log-mels are drawn
+
+
+@dataclasses.dataclass
+class AudioDiffusionEvaluationArguments(AudioSamplingArguments, ContactSheetArguments, EvaluationArguments):
+    """Flags of the evaluation of text to speech."""
+
+    metrics: list[SpeechMetric] = option(
+        list(get_args(SpeechMetric)), "metrics; wer: WER and CER, about a second per clip and row; mos: DistillMOS"
+    )
+    seed: int = option(0, "seed of the noise, which also depends on the clip, and of the bootstrap", ge=0)
+    batch_size: int = option(8, "clips that are generated at once", gt=0)
+    vae_checkpoint: str = option("", "folder of the latents' VAE; default: its copy in the run, or as recorded")
+    vocoder_checkpoint: str = option("", "run or checkpoint folder of a vocoder; default: Griffin-Lim")
+    waveforms: str = option(
+        "", "folder of the same clips made by preprocess_audio_vocoder_dataset.py, for the rows of recordings"
+    )
+    sentences: int = option(50, "new sentences that are spoken; 0: none", ge=0, le=len(SENTENCES))
+    curve: bool = option(False, "measure every combination of steps and guidance scale")
+    curve_steps: list[int] = option([1, 2, 4, 8, 16, 32], "sampling steps of the curve", gt=0)
+    curve_scales: list[float] = option([1.0, 2.0], "guidance scales of the curve", ge=0)
+    curve_samples: int = option(64, "clips per point of the curve, spread evenly", gt=0)
+
+    def validate_metrics(self):
+        if not self.metrics:
+            raise ValueError("--metrics is empty; give one or more")
+
+    def validate_curve(self):
+        for name in ("curve_steps", "curve_scales"):
+            if not getattr(self, name):
+                raise ValueError(f"--{name} is empty; give one value or more")
+
+
+class AudioDiffusionEvaluator(Evaluator):
+    """Speaks held-out texts and new sentences. The noise of a clip depends on --seed and its key alone."""
+
+    arguments_class = AudioDiffusionEvaluationArguments
+    model_class = AudioDiffusion
+    definitions: ClassVar[dict[str, str]] = DEFINITIONS
+
+    def load_model(self):
+        conditioning = self.record["latents"]["conditioning"]
+        if conditioning != "speech":
+            raise ValueError(
+                f"{self.checkpoint} has conditioning={conditioning!r}, which evaluate.py does not measure; it needs "
+                "conditioning='speech'. For captions compare eval/flow in the run's TensorBoard"
+            )
+        args = self.args
+        # Paths given on the command line may be run folders.
+        vocoder = str(resolve_checkpoint(args.vocoder_checkpoint)) if args.vocoder_checkpoint else ""
+        self.pipeline = SpeechPipeline.load(
+            self.checkpoint,
+            vae_checkpoint=args.vae_checkpoint,
+            vocoder_checkpoint=vocoder,
+            weights=self.weights,
+            device=self.device,
+            bf16=args.bf16,
+        )
+        self.vocoder_name = vocoder or "Griffin-Lim"
+        self.settings = self.pipeline.vae.config.mel
+        self.speed = RealTime(self.device)
+        # The recogniser knows English alone.
+        tokenizer, metrics = self.pipeline.tokenizer, list(args.metrics)
+        self.is_english = tokenizer.units == "characters" or tokenizer.language.startswith("en")
+        if "wer" in metrics and not self.is_english:
+            logger.warning("no word error rate: language=%s, the recogniser knows English alone", tokenizer.language)
+            metrics.remove("wer")
+        self.scorer = SpeechScorer(self.settings, metrics)
+        return self.pipeline.model
+
+    def build_dataset(self):
+        """The held-out clips; also opens their recordings."""
+        folder, split = self.cache()
+        latents, dataset = self.record["latents"], AudioLatentDataset(folder, split)
+        names = ("conditioning", "vae_fingerprint", "symbols_fingerprint")
+        dataset.expect(vae_checkpoint=self.args.vae_checkpoint, **{name: latents[name] for name in names})
+        self.recordings = None
+        if self.args.waveforms:
+            self.recordings = Recordings(self.args.waveforms, self.settings, f"the VAE of {self.checkpoint}")
+        else:
+            logger.warning(
+                "no rows of recordings and of the vocoder alone: a cache of latents holds no waveforms. Give "
+                "--waveforms a folder of the same clips made by preprocess_audio_vocoder_dataset.py"
+            )
+        return dataset
+
+    # ---- Waveforms.
+
+    def speaker_inputs(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """Places of the speakers among those the model knows; {} where it knows none.
+
+        Raises: ValueError: the model does not know a speaker.
+        """
+        known = list(self.model.config.speakers)
+        if not known:
+            return {}
+        unknown = [name for name in names if name not in known]
+        if unknown:
+            raise ValueError(f"the model knows no speaker {unknown[0]!r}, only {', '.join(known)}")
+        return {"speakers": torch.tensor([known.index(name) for name in names], device=self.device)}
+
+    def generate(
+        self,
+        inputs: dict[str, Tensor],
+        utterances: Sequence[Utterance],
+        settings: Any,
+        durations: Tensor | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Log-mel (M, F) and durations (T,) of every text, see `SpeechPipeline.latents`."""
+        seeds = [seed_of(self.args.seed, utterance.key) for utterance in utterances]
+        latents, durations = self.pipeline.latents(inputs, seeds, settings, durations=durations)
+        mels = self.pipeline.decode(latents, durations.sum(1), [utterance.speaker for utterance in utterances])
+        return list(zip(mels, durations.cpu()))
+
+    def held_out(self, dataset: AudioLatentDataset, indices: Sequence[int], partners: Sequence[int | None]):
+        """Utterances of a batch of clips in all rows.
+
+        Args: partners: the clip whose text each one has in the row `shuffled`; None where all texts are equal.
+        """
+        entries = [dataset.entries[index] for index in indices]
+        utterances = [Utterance(entry["key"], entry["caption"], entry["speaker"]) for entry in entries]
+        batch = collate_audio_latents([dataset[index] for index in indices])
+        batch = {name: value.to(self.device) for name, value in batch.items()}
+        speakers = self.speaker_inputs([utterance.speaker for utterance in utterances])
+        inputs = {**{name: batch[name] for name in ("tokens", "n_tokens")}, **speakers}
+        # Log-mels of the rows that go through the VAE.
+        durations, prior = batch["durations"], dataclasses.replace(self.args, n_steps=0)
+        mels = self.pipeline.decode(batch["latents"], durations.sum(1), [entry["speaker"] for entry in entries])
+        rows = {
+            "vae": list(zip(mels, durations.cpu())),
+            "teacher": self.generate(inputs, utterances, self.args, durations),
+            "model": self.generate(inputs, utterances, self.args),
+            "prior": self.generate(inputs, utterances, prior),
+        }
+        if None not in partners:
+            others = collate_audio_latents([dataset[index] for index in partners])
+            text = {name: others[name].to(self.device) for name in ("tokens", "n_tokens")}
+            rows["shuffled"] = self.generate({**text, **speakers}, utterances, self.args)
+        # Waveforms, the recordings first.
+        for position, (utterance, entry) in enumerate(zip(utterances, entries)):
+            if self.recordings is not None:
+                sample = self.recordings.find(entry)
+                utterance.rows["recording"] = sample["waveform"]
+                utterance.rows["vocoder"] = self.pipeline.vocode(sample["mel"])
+            for name, spoken in rows.items():
+                utterance.rows[name] = self.pipeline.vocode(spoken[position][0])
+                utterance.mels[name] = spoken[position]
+        return utterances
+
+    def new_sentences(self) -> list[Utterance]:
+        """The sentences in the row `sentences`, spoken by the speakers in turn."""
+        texts = [SENTENCES[i] for i in evenly_spaced(len(SENTENCES), self.args.sentences)] if self.is_english else []
+        # The voice of those who trained a model without speakers is that of the clips.
+        names = list(self.model.config.speakers) or [next(iter(self.scorer.voices), "")]
+        utterances = [
+            Utterance(f"sentence_{number:02d}", text, names[number % len(names)]) for number, text in enumerate(texts)
+        ]
+        for start in range(0, len(utterances), self.args.batch_size):
+            batch = utterances[start : start + self.args.batch_size]
+            for utterance, (mel, _) in zip(batch, self.generate(self.text_inputs(batch), batch, self.args)):
+                utterance.rows["sentences"] = self.pipeline.vocode(mel)
+        return utterances
+
+    def text_inputs(self, utterances: Sequence[Utterance]) -> dict[str, Tensor]:
+        """The model's inputs for texts without aligned tokens."""
+        names = [utterance.speaker for utterance in utterances]
+        first = names[0] if self.model.config.speakers else ""
+        inputs = self.pipeline.text_inputs([utterance.text for utterance in utterances], speaker=first)
+        return {**inputs, **self.speaker_inputs(names)}
+
+    def time_speech(self, name: str, utterances: Sequence[Utterance], settings: Any) -> None:
+        """Measure text to waveform at batch size 1 on the first utterances, under a name."""
+
+        def speak(utterance: Utterance) -> Tensor:
+            ((mel, _),) = self.generate(self.text_inputs([utterance]), [utterance], settings)
+            return self.pipeline.vocode(mel)
+
+        for utterance in utterances[:N_TIMED]:
+            seconds = lambda waveform: len(waveform) / self.settings.sample_rate  # noqa: E731
+            self.speed.run(name, seconds, lambda utterance=utterance: speak(utterance))
+
+    # ---- Scores.
+
+    def recognize(self, waveform: Tensor) -> str:
+        """The recognised text of a waveform (S,)."""
+        return self.scorer.recognizer.transcribe(waveform, self.settings.sample_rate)
+
+    def measure(self, dataset, indices):
+        reference = "vae" if self.recordings is None else "recording"
+        texts = [dataset.entries[index]["caption"] for index in indices]
+        if self.args.curve and not any(len(normalize_text(text)) >= MIN_WORDS for text in texts):
+            raise ValueError(f"--curve needs clips whose text has {MIN_WORDS} words or more; these samples have none")
+        partners = [None if i is None else indices[i] for i in next_texts(texts)]
+        on_sheet = {indices[i] for i in evenly_spaced(len(indices), self.args.contact_sheet)}
+        values: dict[str, list[Scores]] = {}
+        seconds: dict[str, float] = {}
+        transcripts: list[dict[str, str]] = []
+        examples: list[Utterance] = []
+        spoken: list[Utterance] = []  # texts without their waveforms, for speed and curve
+
+        def score(utterance: Utterance, compared_with: str) -> None:
+            for name, row in self.scorer.score_speech(utterance, compared_with).items():
+                values.setdefault(name, []).append(row)
+                seconds[name] = seconds.get(name, 0.0) + len(utterance.rows[name]) / self.settings.sample_rate
+            if "wer" in self.scorer.metrics:
+                recognized = {name: self.recognize(waveform) for name, waveform in utterance.rows.items()}
+                transcripts.append({"key": utterance.key, "text": utterance.text, **recognized})
+
+        # Held-out clips, batch by batch, so that few waveforms are held at once; then the new sentences.
+        for start in range(0, len(indices), self.args.batch_size):
+            batch = slice(start, start + self.args.batch_size)
+            for index, utterance in zip(indices[batch], self.held_out(dataset, indices[batch], partners[batch])):
+                score(utterance, reference)
+                spoken.append(Utterance(utterance.key, utterance.text, utterance.speaker))
+                examples += [utterance] if index in on_sheet else []
+        sentences = self.new_sentences()
+        for utterance in sentences:
+            score(utterance, "")
+        self.time_speech("model", spoken, self.args)
+        self.time_speech("prior", spoken, dataclasses.replace(self.args, n_steps=0))
+        self.time_speech("sentences", sentences, self.args)
+
+        scores = {name: self.row_scores(name, rows, transcripts) for name, rows in values.items()}
+        for name, row in scores.items():
+            row["length_ratio"] = None if name == "sentences" else seconds[name] / seconds[reference]
+        counts = {name: counts_of(rows) for name, rows in values.items()}
+        evaluation = self.report(scores, counts, transcripts, reference=reference, n_clips=len(indices))
+        self.add_examples(evaluation, [*examples, *sentences[: self.args.contact_sheet]], len(indices))
+        if self.args.curve:
+            self.measure_curve(evaluation, spoken)
+        return evaluation
+
+    def row_scores(self, name: str, rows: Sequence[Scores], transcripts: Sequence[dict[str, str]]) -> dict[str, Any]:
+        """Means over clips, error rates and speed of one row."""
+        pairs = [(transcript[name], transcript["text"]) for transcript in transcripts if name in transcript]
+        recognized = recognition_scores(*map(list, zip(*pairs)), self.args.seed) if pairs else {}
+        return {**means(rows), **recognized, "real_time_factor": self.speed.factor(name)}
+
+    def report(self, scores, counts, transcripts, *, reference: str, n_clips: int) -> Evaluation:
+        """Metrics, scalars of the model's rows, and tables."""
+        sampling = {field.name: getattr(self.args, field.name) for field in dataclasses.fields(AudioSamplingArguments)}
+        sampling["seed"] = self.args.seed
+        model = {
+            "parameters": sum(p.numel() for p in self.model.parameters()),
+            "mel": self.settings.as_dict(),
+            "vocoder": self.vocoder_name,
+            "real_time_factor": scores["model"]["real_time_factor"],
+        }
+        metrics = {
+            "scores": scores,
+            "n_clips_defined": counts,
+            "reference": reference,
+            "sampling": sampling,
+            "model": model,
+            "transcripts": transcripts,
+            "not_measured": self.scorer.not_measured,
+        }
+        # In TensorBoard: all numbers of the model, and the error rates of the other rows.
+        scalars = {name: value for name, value in scores["model"].items() if isinstance(value, int | float)}
+        for name, row in scores.items():
+            scalars |= {f"{name}_{key}": row[key] for key in ("wer", "wer_all") if name != "model" and key in row}
+        notes = self.scorer.not_measured.values()
+        tables = [
+            speech_table(scores, reference, n_clips=n_clips, notes=list(notes)),
+            model_table(model, sampling),
+        ]
+        return Evaluation(metrics, scalars, tables)
+
+    def add_examples(self, evaluation: Evaluation, examples: Sequence[Utterance], n_clips: int) -> None:
+        """Waveforms of all rows, and the sheet of log-mels with the ends of tokens."""
+        for utterance in examples:
+            for name, waveform in utterance.rows.items():
+                evaluation.audio[f"{utterance.key}_{name}"] = (waveform, self.settings.sample_rate)
+        drawn = [utterance for utterance in examples if utterance.mels]
+        if drawn:
+            evaluation.images["contact_sheet.png"] = self.contact_sheet(drawn, n_clips)
+
+    def contact_sheet(self, examples: Sequence[Utterance], n_clips: int) -> Image.Image:
+        """One row per clip, see `SHEET`."""
+        longest = max(utterance.mels[name][0].shape[1] for utterance in examples for name in SHEET)
+        floor = self.settings.log_floor
+        groups = [
+            Group([aligned_mel(*utterance.mels[name], floor, max_frames=longest) for name in SHEET], utterance.text)
+            for utterance in examples
+        ]
+        title = f"{self.checkpoint.parent.name}, step {self.step}: log-mels of {len(examples)} of {n_clips} clips"
+        return strip_sheet(groups, [ROW_NAMES[name] for name in SHEET], title=title)
+
+    def measure_curve(self, evaluation: Evaluation, spoken: Sequence[Utterance]) -> None:
+        """Add every combination of guidance scale and steps, on clips of enough words."""
+        args, points = self.args, []
+        usable = [utterance for utterance in spoken if len(normalize_text(utterance.text)) >= MIN_WORDS]
+        usable = [usable[i] for i in evenly_spaced(len(usable), args.curve_samples)]
+        for scale in args.curve_scales:
+            for n_steps in args.curve_steps:
+                settings = dataclasses.replace(args, n_steps=n_steps, guidance_scale=scale)
+                rows, transcripts = [], []
+                for start in range(0, len(usable), args.batch_size):
+                    batch = usable[start : start + args.batch_size]
+                    for utterance, (mel, _) in zip(batch, self.generate(self.text_inputs(batch), batch, settings)):
+                        waveform = self.pipeline.vocode(mel)
+                        is_voiced = "pitch" in self.scorer.metrics
+                        rows.append(
+                            pitch_statistics(track_pitch(waveform, self.settings.sample_rate)) if is_voiced else {}
+                        )
+                        if "wer" in self.scorer.metrics:
+                            transcripts.append({"text": utterance.text, "curve": self.recognize(waveform)})
+                name = f"curve {scale} {n_steps}"
+                self.time_speech(name, usable, settings)
+                point = {"guidance_scale": scale, "n_steps": n_steps, **self.row_scores("curve", rows, transcripts)}
+                points.append({**point, "real_time_factor": self.speed.factor(name)})
+        evaluation.metrics["curve"] = {"n_samples": len(usable), "points": points}
+        evaluation.tables = [*evaluation.tables, curve_table(points, len(usable))]
+        evaluation.curves |= curves_by_steps(points)
