@@ -94,7 +94,7 @@ def test_killed_and_resumed_equals_straight_through(train, image_cache, tmp_path
     flags = ["--batch_size", "8", "--save_steps", "2", "--save_total_limit", "9", "--trainer", "grokfast_ema"]
     straight = train("straight", 10, *flags)
     words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--run_name", "killed"]
-    process = run_script(KILLED_WHILE_SAVING, *SMALL_RUN, *words, "--max_steps", "10", *flags)
+    process = run_script(KILLED_WHILE_SAVING, *changed(SMALL_RUN, *words, "--max_steps", "10", *flags))
     process.communicate(timeout=120)
     assert process.returncode == -signal.SIGKILL
     folders = [folder.name for folder in checkpoints_in(tmp_path / "image_vae" / "killed")]
@@ -115,7 +115,9 @@ def test_killed_and_resumed_equals_straight_through(train, image_cache, tmp_path
 def test_sigterm_saves_and_stops(image_cache, tmp_path):
     words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--run_name", "stopped"]
     script = "from pretrain_image_vae import ImageVAEStage; ImageVAEStage.main(argv)"
-    process = run_script(script, *SMALL_RUN, *words, "--max_steps", "100000", "--batch_size", "8", "--save_steps", "3")
+    process = run_script(
+        script, *changed(SMALL_RUN, *words, "--max_steps", "100000", "--batch_size", "8", "--save_steps", "3")
+    )
     run_dir = tmp_path / "image_vae" / "stopped"
     deadline = time.monotonic() + 100
     while not checkpoints_in(run_dir) and time.monotonic() < deadline:
@@ -142,7 +144,7 @@ def test_full_disk_keeps_earlier_checkpoints(train, image_cache, tmp_path):
     earlier = train("full", 3, *constant)
     words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--run_name", "full"]
     flags = ["--max_steps", "6", *constant, "--resume_from_checkpoint"]
-    process = run_script(FULL_DISK, *SMALL_RUN, *words, *flags)
+    process = run_script(FULL_DISK, *changed(SMALL_RUN, *words, *flags))
     _, log = process.communicate(timeout=120)
     assert process.returncode == 2, log[-2000:]
     assert "could not write" in log and "earlier checkpoints are kept" in log

@@ -45,6 +45,7 @@ TRAINERS = {
 # its parameters there (None: an attribute of the instance), and why we need it. tests/utils/test_transformers_seam.py
 # names every entry that the installed transformers lacks or calls in another way.
 RELIES_ON: dict[str, tuple[str | None, str]] = {
+    "get_train_dataloader": ("", "batches by a budget of frames"),
     "_get_train_sampler": ("train_dataset", "the data order is that of EpochSampler"),
     "_run_epoch": (
         "model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, ignore_keys_for_eval, "

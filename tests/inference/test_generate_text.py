@@ -9,6 +9,7 @@ from dataset_loading.text.windows import TextDataset, prepare_text
 from inference.generate_text import GenerateTextArguments, generate
 from model.causal import MegaTransformerForCausalLM
 from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.runs import changed
 from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from utils.command_line import parse_arguments
@@ -39,8 +40,8 @@ def run(checkpoint, tmp_path):
 
     def call(name, *words, of=checkpoint):
         folder = tmp_path / name
-        words = ["--checkpoint", of, "--output_dir", folder, "--max_new_tokens", 12, *words]
-        generate(parse_arguments(GenerateTextArguments, [str(word) for word in words], ""))
+        flags = ["--checkpoint", str(of), "--output_dir", str(folder), "--max_new_tokens", "12"]
+        generate(parse_arguments(GenerateTextArguments, changed(flags, *map(str, words)), ""))
         return json.loads((folder / "settings.json").read_text())
 
     return call

@@ -11,6 +11,7 @@ from inference.reconstruct_audio import ReconstructionArguments, reconstruct
 from inference.vocode import VocodeArguments
 from model.audio.spectral import LogMel
 from model.audio.vae import AudioVAE, AudioVAEConfig
+from tests.helpers.runs import changed
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
 from utils.command_line import parse_arguments
 from utils.generation.audio import Synthesizer, analyse, read_waveform
@@ -44,8 +45,8 @@ def run(checkpoints, tmp_path):
     def call(*words):
         folder = tmp_path / "out"
         flags = ["--vae_checkpoint", checkpoints["audio_vae"], "--vocoder_checkpoint", checkpoints["vocoder"]]
-        words = [*flags, "--output_dir", folder, *words]
-        reconstruct(parse_arguments(ReconstructionArguments, [str(word) for word in words], ""))
+        words = changed([*map(str, flags), "--output_dir", str(folder)], *map(str, words))
+        reconstruct(parse_arguments(ReconstructionArguments, words, ""))
         waveforms = {file.name: soundfile.read(file)[0] for file in folder.glob("*.wav")}
         return json.loads((folder / "settings.json").read_text()), waveforms
 

@@ -12,6 +12,7 @@ from inference.vocode import VocodeArguments, vocode
 from model.audio.spectral import LogMel
 from model.audio.vocoders import Vocoder
 from tests.helpers.mel_cache import SETTINGS, write_mel_cache
+from tests.helpers.runs import changed
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
@@ -30,8 +31,8 @@ def run(checkpoint, tmp_path):
 
     def call(*words):
         folder = tmp_path / "out"
-        words = ["--checkpoint", checkpoint.parent, "--output_dir", folder, *words]
-        vocode(parse_arguments(VocodeArguments, [str(word) for word in words], ""))
+        words = changed(["--checkpoint", str(checkpoint.parent), "--output_dir", str(folder)], *map(str, words))
+        vocode(parse_arguments(VocodeArguments, words, ""))
         waveforms = {file.name: soundfile.read(file)[0] for file in folder.glob("*.wav")}
         assert not list(folder.glob("*.tmp"))
         return json.loads((folder / "settings.json").read_text()), waveforms

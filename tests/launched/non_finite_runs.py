@@ -62,8 +62,8 @@ class NonFiniteTrainer(ImageVAEGANTrainer):
 class NonFiniteStage(ImageVAEStage):
     trainer_class = NonFiniteTrainer
 
-    def build_trainer(self, *args):
-        self.trainer = super().build_trainer(*args)
+    def build_trainer(self, *args, **kwargs):
+        self.trainer = super().build_trainer(*args, **kwargs)
         return self.trainer
 
 

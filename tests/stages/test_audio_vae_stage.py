@@ -272,6 +272,7 @@ def test_a_run_with_other_speakers_does_not_go_on(train, cache, tmp_path):
     run = train("who", 1, *flags)
     evaluator = AudioVAEEvaluator.__new__(AudioVAEEvaluator)  # Without a model.
     evaluator.args, evaluator.record = AudioVAEEvaluator.arguments_class(), read_stage(run.folder)
+    evaluator.checkpoint = run.folder
     assert evaluator.describe_data(AudioVAEDataset(folder, "validation"), 1)["is_the_runs_own"]
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["entries"]["train"][0]["speaker"] = "low"

@@ -86,7 +86,7 @@ def test_a_budget_of_frames_gives_the_same_steps_in_parts(train):
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
     assert largest_difference(whole.weights(), parts.weights()) <= 1e-4
     frames = [line["frames_per_step"] for line in history(whole) if "loss" in line]
-    assert all(40 < count <= 80 for count in frames) and len(set(frames)) > 1
+    assert all(0 < count <= 80 for count in frames) and len(set(frames)) > 1
 
 
 def test_resumed_equals_straight_through_also_with_dropout(train, tmp_path):
