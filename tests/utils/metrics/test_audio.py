@@ -105,7 +105,7 @@ def test_silence_and_clips_that_are_too_short_have_no_score(metric, speech):
 
 def test_a_waveform_must_be_one_and_finite(speech):
     with pytest.raises(ValueError, match=r"shape \(S,\) with S > 0, got \(1, \d+\)"):
-        pesq_wb(speech, speech[None], RATE)
+        stoi(speech, speech[None], RATE)
     broken = speech.clone()
     broken[5] = math.nan
     with pytest.raises(ValueError, match="not finite"):
