@@ -364,7 +364,7 @@ class StrictConfig(PreTrainedConfig):
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.init}
         extra = self.extra_attributes()
         # What transformers keeps elsewhere than in fields.
-        kept = {
+        elsewhere = {
             "name_or_path": self.name_or_path,
             "attn_implementation": self._attn_implementation,
             "output_attentions": self.output_attentions,
@@ -372,7 +372,7 @@ class StrictConfig(PreTrainedConfig):
         # An alias replaces its field.
         owners = {self.ALIASES[name] for name in changes if name in self.ALIASES}
         defaults = {field.name: default_value(field) for field in declared_fields(self) if field.name in owners}
-        return type(self)(**{**fields, **kept, **extra, EXTRA_KEY: list(extra), **defaults, **changes})
+        return type(self)(**{**fields, **elsewhere, **extra, EXTRA_KEY: list(extra), **defaults, **changes})
 
     def expect(self, holds: bool, name: str, rule: str) -> None:
         """Raise ValueError `<name>=<value> <rule>` unless it holds."""

@@ -95,10 +95,10 @@ class AudioLatentDataset(CachedDataset):
         # Stored channels first and as float16; scores of the alignment are in the entries, too.
         latents = {name: sample[name].float().T for name in ("mean", "std")}
         numbers = {name: sample[name].long() for name in ("tokens", "durations", "caption_tokens") if name in sample}
-        kept = {name: sample[name] for name in ("n_mel_frames", "index", "caption_states") if name in sample}
+        unchanged = {name: sample[name] for name in ("n_mel_frames", "index", "caption_states") if name in sample}
         speaker = self.entries[index]["speaker"]
         place = self.speakers.index(speaker) if speaker else 0
-        return {**latents, **numbers, **kept, "speaker": torch.tensor(place)}
+        return {**latents, **numbers, **unchanged, "speaker": torch.tensor(place)}
 
     def expect(self, *, vae_checkpoint: str = "", **settings: Any) -> Self:
         """As `CachedDataset.expect`; `vae_checkpoint` is not compared, but named in the command that is shown."""

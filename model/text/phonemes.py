@@ -73,8 +73,8 @@ class SpeechTokenizer:
         Args: fields: `units`, `language`, `gaps`.
         """
         empty = cls((PADDING, *PAUSES), **fields)
-        found = {symbol for text in texts for symbol, _, _ in empty.split(text)}
-        return cls((*empty.symbols, *sorted(found - set(empty.symbols))), **fields)
+        symbols = {symbol for text in texts for symbol, _, _ in empty.split(text)}
+        return cls((*empty.symbols, *sorted(symbols - set(empty.symbols))), **fields)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:

@@ -316,9 +316,9 @@ class AudioDiffusionEvaluator(Evaluator):
         for utterance in examples:
             for name, waveform in utterance.rows.items():
                 evaluation.audio[f"{utterance.key}_{name}"] = (waveform, self.settings.sample_rate)
-        drawn = [utterance for utterance in examples if utterance.mels]
-        if drawn:
-            evaluation.images["contact_sheet.png"] = self.contact_sheet(drawn, n_clips)
+        with_mels = [utterance for utterance in examples if utterance.mels]
+        if with_mels:
+            evaluation.images["contact_sheet.png"] = self.contact_sheet(with_mels, n_clips)
 
     def contact_sheet(self, examples: Sequence[Utterance], n_clips: int) -> Image.Image:
         """One row per clip, see `SHEET`."""

@@ -53,11 +53,6 @@ def later_lengths(lengths: Sequence[Sequence[int]], start: int) -> list[tuple[in
     return shifted[n_before - 1 :]
 
 
-def settings_of(optimizer: Optimizer) -> list[dict]:
-    """The settings of each parameter group, such as weight decay; the present learning rate is the schedule's."""
-    return [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in optimizer.param_groups]
-
-
 def apply_settings(
     optimizer: Optimizer, scheduler: LambdaLR, settings: list[dict], factor: Callable[[int], float]
 ) -> tuple[float, float]:
