@@ -2,11 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from dataset_loading.audio.signal import resample
-from tests.helpers.spoken import RATE, SENTENCE
+from tests.helpers.spoken import RATE, SENTENCE, speak_first
 from utils.metrics.words import (
     Recognizer,
     bootstrap_interval,
@@ -70,11 +71,15 @@ def test_word_errors_equal_the_recursion(a, b):
 
 
 def test_a_spoken_sentence_is_recognised(speech):
-    # 3 of 11 words: eSpeak's waveform depends on what the process has spoken before, and so do the recognised words.
+    # Whisper hears "save" for "say": 1 of 11 words, 2 with another processor's rounding.
     recognizer = Recognizer()
-    assert word_error_rate([recognizer.transcribe(speech, RATE)], [SENTENCE]) <= 0.3
+    assert word_error_rate([recognizer.transcribe(speech, RATE)], [SENTENCE]) <= 0.2
     high = resample(speech, RATE, 22050)
-    assert word_error_rate([recognizer.transcribe(high, 22050)], [SENTENCE]) <= 0.3
+    assert word_error_rate([recognizer.transcribe(high, 22050)], [SENTENCE]) <= 0.2
+
+
+def test_a_process_that_speaks_first_says_the_same(speech):
+    assert torch.equal(speech, speak_first())
 
 
 def test_errors_count_words_and_characters():
