@@ -18,7 +18,12 @@ def speak_sentence() -> Tensor:
     return resample(speaker.speak(SENTENCE, "en-us+f2", rate=150, pitch=50), speaker.sample_rate, RATE)
 
 
-def speak_first() -> Tensor:
-    """The sentence as a process speaks it that has spoken nothing yet: always the same waveform."""
+def run_first(function, *arguments):
+    """What a function returns in a process that has spoken nothing yet, and therefore speaks alike each time."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(speak_sentence).result()
+        return pool.submit(function, *arguments).result()
+
+
+def speak_first() -> Tensor:
+    """`speak_sentence` in a process of its own: always the same waveform."""
+    return run_first(speak_sentence)

@@ -24,6 +24,7 @@ from preprocess_audio_vae_dataset import AudioVAEPreprocess
 from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.optional_packages import needs_pesq
+from tests.helpers.spoken import run_first
 from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
 from utils.checkpoints import COMPLETE, STAGE, load_model, mark_complete
 from utils.metrics.audio import mcd, mel_l1, pesq_wb
@@ -56,8 +57,8 @@ def write_speech(folder: Path, speaker: str) -> Path:
 def caches(tmp_path_factory):
     """The same clips as a vocoder's cache and as a VAE's, by stage."""
     folder = tmp_path_factory.mktemp("speech")
-    words = ["--dataset_name", str(write_speech(folder / "train", "ann")), "--num_workers", "0"]
-    words += ["--validation_dataset", str(write_speech(folder / "test", "ann"))]
+    words = ["--dataset_name", str(run_first(write_speech, folder / "train", "ann")), "--num_workers", "0"]
+    words += ["--validation_dataset", str(run_first(write_speech, folder / "test", "ann"))]
     AudioVocoderPreprocess.main([*words, "--output_dir", str(folder / "vocoder")])
     AudioVAEPreprocess.main([*words, "--output_dir", str(folder / "audio_vae")])
     return {"vocoder": folder / "vocoder", "audio_vae": folder / "audio_vae"}
