@@ -33,10 +33,11 @@ ALLOWED = {
     "utils/drawing": LIBRARY | {"utils/drawing"},
     "utils/metrics": LIBRARY | {"utils/metrics"},
     "utils/preprocessing": LIBRARY | {"utils/preprocessing"},
+    "utils/resuming": LIBRARY | {"utils/resuming"},
 }
 ALLOWED["utils/generation"] = ALLOWED["utils/drawing"] | ALLOWED["utils/metrics"] | {"utils/generation"}
 ALLOWED["utils/evaluation"] = ALLOWED["utils/generation"] | {"utils/evaluation"}
-ALLOWED["utils/training"] = ALLOWED["utils/evaluation"] | {"utils/training"}
+ALLOWED["utils/training"] = ALLOWED["utils/evaluation"] | {"utils/resuming", "utils/training"}
 ALLOWED["script"] = ALLOWED["utils/training"] | {"utils/preprocessing"}
 ALLOWED["inference"] = ALLOWED["script"] | {"inference"}
 ALLOWED["benchmarks"] = ALLOWED["script"] | {"benchmarks", "script"}

@@ -16,7 +16,7 @@ from tests.helpers.runs import SMALL_RUN, Run, largest_difference, run_stage
 from tests.helpers.text_cache import SMALL_CORE, make_text
 from utils.checkpoints import COMPLETE, STAGE, mark_complete
 from utils.options import declared_fields
-from utils.training.resuming import ON_RESUME
+from utils.resuming.flags import ON_RESUME
 from utils.training.stage import Stage
 
 ROOT = Path(__file__).resolve().parent.parent

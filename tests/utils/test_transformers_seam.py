@@ -85,7 +85,11 @@ def test_the_tables_name_all_overrides_of_the_model():
 
 
 def test_the_table_names_all_private_parts_that_are_read():
-    files = [ROOT / "utils/training_utils.py", *(ROOT / "utils/training").glob("*.py")]
+    files = [
+        ROOT / "utils/training_utils.py",
+        *(ROOT / "utils/training").glob("*.py"),
+        *(ROOT / "utils/resuming").glob("*.py"),
+    ]
     names = {
         name for file in files for name in re.findall(r"(?:self|super\(\)|trainer)\.(_[a-z]\w*)", file.read_text())
     }

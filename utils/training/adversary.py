@@ -29,7 +29,7 @@ from model.criteria import (
 from utils.distributed import broadcast_tensors, mean_across_ranks
 from utils.optimizer_hooks import advance, is_too_large
 from utils.options import option
-from utils.training.schedules import apply_settings, rate_factor
+from utils.resuming.schedules import apply_settings, rate_factor
 
 logger = logging.getLogger(__name__)
 
@@ -404,7 +404,7 @@ class Adversary:
     def apply_flags(self, lr_scheduler_type: str, lengths: Sequence[Sequence[int]]) -> tuple[float, float]:
         """Let this run's flags take effect in the optimizer and the schedule of a restored state.
 
-        Args: lengths: of the schedule, see `utils/training/schedules.py`.
+        Args: lengths: of the schedule, see `utils/resuming/schedules.py`.
         Returns: the learning rate of the next update in the checkpoint, and now.
         """
         arguments = self.arguments

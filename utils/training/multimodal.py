@@ -21,9 +21,9 @@ from utils.generation.text import GenerationArguments, TextGenerator, split_wind
 from utils.megatransformer_utils import StageArguments
 from utils.metrics.text import model_inputs, ratios, window_sums, windows_at_once
 from utils.options import option
+from utils.resuming.schedules import position
 from utils.seeds import generators
 from utils.training.callbacks import EvaluationCallback
-from utils.training.schedules import position
 from utils.training.text import TextArguments
 from utils.training_utils import StageTrainer
 

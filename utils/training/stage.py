@@ -35,10 +35,10 @@ from utils.devices import compile_in_place
 from utils.distributed import barrier, end_processes, from_main, launched_rank, rank, world_size
 from utils.megatransformer_utils import StageArguments, training_arguments
 from utils.options import StrictConfig, declared_fields, from_preset
+from utils.resuming.callback import ResumeCallback
+from utils.resuming.flags import Resumption, check_resumable, resume_arguments
+from utils.resuming.run_lock import learn_refusal, only_run
 from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
-from utils.training.resume_callback import ResumeCallback
-from utils.training.resuming import Resumption, check_resumable, resume_arguments
-from utils.training.run_lock import learn_refusal, only_run
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
 logger = logging.getLogger(__name__)

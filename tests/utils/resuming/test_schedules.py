@@ -1,6 +1,6 @@
 import pytest
 
-from utils.training.schedules import later_lengths, position, rate_factor
+from utils.resuming.schedules import later_lengths, position, rate_factor
 
 
 def test_a_position_is_the_step_until_the_length_changes():

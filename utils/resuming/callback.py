@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from utils.training.schedules import apply_settings, later_lengths, rate_factor
+from utils.resuming.schedules import apply_settings, later_lengths, rate_factor
 
 logger = logging.getLogger(__name__)
 

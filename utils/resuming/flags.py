@@ -22,7 +22,7 @@ from utils.options import (
     type_name,
     validate_fields,
 )
-from utils.training.resumed_files import check_engine, check_model, check_states, new_run, read_record, read_state
+from utils.resuming.saved_files import check_engine, check_model, check_states, new_run, read_record, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ class Resumption:
         return [f"resuming from {self.folder}", *changes]
 
     def run_lengths(self, n_steps: int) -> list[list[int]]:
-        """(step, length of the run from this step on), see `utils/training/schedules.py`.
+        """(step, length of the run from this step on), see `utils/resuming/schedules.py`.
 
         Args: n_steps: length of the resumed run.
         """

@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from utils.training.resumed_files import check_engine
-from utils.training.resuming import Resumption, check_samples
+from utils.resuming.flags import Resumption, check_samples
+from utils.resuming.saved_files import check_engine
 
 
 @pytest.mark.parametrize("zero, ranks, message", [(2, 1, "2 processes, this run has 1"), (-1, 2, "without DeepSpeed")])
