@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.timing import cpu_seconds, interleave, report
 from dataset_loading.collators import collate_stack
+from dataset_loading.epoch_sampler import EpochSampler
 from dataset_loading.image.pixels import ImageDataset
 from model.criteria import kl_divergence
 from model.image.discriminators import build_discriminator
@@ -30,7 +31,6 @@ from utils.metrics.images import psnr
 from utils.options import option
 from utils.training.adversary import Adversary
 from utils.training.image_vae import ImageVAEGANArguments
-from utils.training_utils import EpochSampler
 
 # Channels of the blocks of diffusers' AutoencoderKL, with 2 layers each, and our preset of the same size.
 PAIRS = {"5M": ((32, 64, 128, 128), "small"), "21M": ((64, 128, 256, 256), "medium")}

@@ -24,6 +24,7 @@ from benchmarks.vocoder_peers import Vocos, VocosRecipe
 from dataset_loading.audio.cached import VocoderDataset
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_audio
+from dataset_loading.epoch_sampler import EpochSampler
 from dataset_loading.files import fingerprint, read_manifest
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel
@@ -34,7 +35,6 @@ from utils.evaluation.tables import Column, score_table
 from utils.metrics.audio import mel_l1, pesq_wb_and_mean, stoi
 from utils.options import option
 from utils.training.vocoder import crop_pairs
-from utils.training_utils import EpochSampler
 
 logger = logging.getLogger("benchmark")
 SECONDS_PER_MINUTE = 60

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dataset_loading.epoch_sampler import EpochSampler
 from dataset_loading.image.pixels import ImageDataset
 from dataset_loading.locks import only_writer
 from model.causal import MegaTransformerForCausalLM
@@ -33,7 +34,6 @@ from tests.helpers.runs import (
 )
 from tests.helpers.text_cache import SMALL_CORE, make_text, with_dropout
 from utils.checkpoints import load_model
-from utils.training_utils import EpochSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent

@@ -172,10 +172,11 @@ def remedy(folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def explained_loading(file: Path) -> Iterator[None]:
+def explained_loading(file: Path, subject: str = "") -> Iterator[None]:
     """Around the loading of a checkpoint's file or folder: errors that its content causes name it.
 
-    Raises: ValueError: something in it has another form than this code writes.
+    Args: subject: what is read of a folder.
+    Raises: ValueError: something in it has another form than this code writes, or does not fit this run.
     """
     try:
         yield
@@ -186,7 +187,8 @@ def explained_loading(file: Path) -> Iterator[None]:
             raise
         reason = "; ".join(str(error).strip().splitlines()[:3])
         folder = file if file.is_dir() else file.parent
-        raise ValueError(f"{file} cannot be loaded ({type(error).__name__}: {reason}); {remedy(folder)}") from error
+        name = f"{file}: {subject}" if subject else file
+        raise ValueError(f"{name} cannot be loaded ({type(error).__name__}: {reason}); {remedy(folder)}") from error
 
 
 # ---- Which checkpoint.

@@ -13,6 +13,7 @@ import typing
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
+from utils.distributed import launched_rank
 from utils.options import (
     GivenFlags,
     check_effects,
@@ -33,12 +34,19 @@ LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote
 @contextlib.contextmanager
 def explained_errors(logger: logging.Logger) -> Iterator[None]:
     """Around a command: errors that a user can cause end it with their message and exit status 2, as does the loss of
-    another process of the same run, which has said why it ended.
+    another process of the same run, which has said why it ended. A training whose numbers are no longer finite ends
+    with its message and exit status 1, whatever launched it; rank 0 says it for all processes.
 
     The environment variable MEGATRANSFORMER_TRACEBACK=1 shows the traceback instead.
     """
     try:
         yield
+    except FloatingPointError as error:
+        if os.environ.get("MEGATRANSFORMER_TRACEBACK"):
+            raise
+        if launched_rank() == 0:
+            logger.error("%s", error)
+        raise SystemExit(1) from error
     except (ValueError, OSError, RuntimeError) as error:
         is_lost = any(sign in str(error) for sign in LOST_PROCESS)
         if os.environ.get("MEGATRANSFORMER_TRACEBACK") or (isinstance(error, RuntimeError) and not is_lost):

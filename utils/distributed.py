@@ -1,11 +1,14 @@
 """One process or many: launch settings for plain python, torchrun and deepspeed, and small collectives."""
 
+import contextlib
 import gc
 import json
 import logging
 import os
 import socket
 import time
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -51,6 +54,19 @@ def end_processes() -> None:
         dist.destroy_process_group()
         gc.collect()  # A trainer and its parts refer to each other, and to the group.
         time.sleep(0.2)  # DeepSpeed keeps the group and its threads: they release the barrier meanwhile.
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Around a run: the processes leave their group together at its end, and where a FloatingPointError ends it, which
+    all of them raise at the same step."""
+    try:
+        yield
+    except FloatingPointError as error:
+        traceback.clear_frames(error.__traceback__)  # They refer to the trainer.
+        end_processes()
+        raise
+    end_processes()
 
 
 def mean_across_ranks(tensor: torch.Tensor) -> torch.Tensor:

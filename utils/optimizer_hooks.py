@@ -112,22 +112,19 @@ class NonFiniteGuard(OptimizerHook):
     Attributes:
         skips: whether the present optimizer step is skipped.
         skipped, in_a_row: skipped steps of the whole run, and those since the last one that was not.
-        applied: steps that this process has not skipped.
+        applied: steps that this process has not skipped; `applied_when_saved`: those that a good checkpoint holds.
     """
 
     def __init__(self, limit: int, any_across_ranks: Callable[[bool, torch.device], bool]):
         super().__init__()
         self.limit, self.any_across_ranks = limit, any_across_ranks
         self.skips = False
-        self.skipped = self.in_a_row = self.applied = 0
+        self.skipped = self.in_a_row = self.applied = self.applied_when_saved = 0
         self.zero: Any = None  # ZeRO's optimizer, where it shards gradients.
         self.withheld: list[tuple[Tensor, Tensor | None]] = []  # ZeRO's shards, and their gradients
 
     def judge(self) -> None:
-        """Decide about the present step, from the whole gradients that the optimizer's parameters hold.
-
-        Raises: FloatingPointError: see `count`.
-        """
+        """Decide about the present step, from the whole gradients that the optimizer's parameters hold."""
         gradients = [parameter.grad for parameter in with_gradients(self.optimizer)]
         if not gradients:
             return
@@ -135,26 +132,31 @@ class NonFiniteGuard(OptimizerHook):
         self.count(self.any_across_ranks(is_too_large(norm), norm.device))
 
     def count(self, skips: bool) -> None:
-        """Note the decision about a step.
-
-        Raises: FloatingPointError: `limit` steps in a row are skipped.
-        """
+        """Note the decision about a step."""
         self.skips = skips
-        if not skips:
+        if skips:
+            self.in_a_row += 1
+            self.skipped += 1
+        else:
             self.in_a_row = 0
             self.applied += 1
-            return
-        self.in_a_row += 1
-        self.skipped += 1
+
+    def mark_saved(self) -> None:
+        """Note that a checkpoint holds what was trained so far, unless it lies in a row of skipped steps."""
+        if not self.in_a_row:
+            self.applied_when_saved = self.applied
+
+    def problem(self, *, is_over: bool) -> str:
+        """Why the run ends with an error, in words that name the steps; "" where it does not.
+
+        Args: is_over: whether this was the last step of the run.
+        """
         # A row of such steps is no longer a single bad batch.
         if self.in_a_row >= self.limit:
-            raise FloatingPointError(f"{self.in_a_row} optimizer steps in a row had non-finite gradients; {REMEDIES}")
-
-    def check_progress(self, n_steps: int) -> None:
-        """Raises: FloatingPointError: all `n_steps` steps of the run were skipped. Called at its end, before it is
-        saved."""
-        if self.in_a_row == n_steps:
-            raise FloatingPointError(f"all {n_steps} optimizer steps had non-finite gradients; {REMEDIES}")
+            return f"{self.in_a_row} optimizer steps in a row had non-finite gradients"
+        if is_over and self.in_a_row and self.applied == self.applied_when_saved:
+            return f"all of the last {self.in_a_row} optimizer steps had non-finite gradients: nothing was trained"
+        return ""
 
     def before_step(self, optimizer, args, kwargs):
         if self.zero is not None:
@@ -197,9 +199,6 @@ class NonFiniteGuard(OptimizerHook):
                 self.count(is_too_large(engine.get_global_grad_norm()))
 
         engine.step = judged_step
-
-
-REMEDIES = "lower --learning_rate, look for broken samples, or raise --max_skipped_steps"
 
 
 def is_too_large(norm: Tensor | float) -> bool:

@@ -4,15 +4,12 @@ checkpoints, evaluation on averaged weights, named loss terms), and the GrokFast
 The trainers of the stages are in `utils/training/` and can be imported from here.
 """
 
-import contextlib
 import importlib
 import logging
 import math
-import pickle
 import resource
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -22,7 +19,21 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer
 
-from utils.checkpoints import EMA, STAGE, mark_complete, rotate, set_aside, without_copies, write_card, write_json
+from dataset_loading.epoch_sampler import EpochSampler
+from utils.checkpoints import (
+    EMA,
+    STAGE,
+    checkpoints_in,
+    explained_loading,
+    is_complete,
+    mark_complete,
+    rotate,
+    set_aside,
+    step_of,
+    without_copies,
+    write_card,
+    write_json,
+)
 from utils.distributed import any_across_ranks, barrier, mean_across_ranks, rank
 from utils.optimizer_hooks import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook, WeightEMA
 from utils.seeds import sample_keys, sample_normal, sample_uniform
@@ -81,36 +92,6 @@ def __getattr__(name: str) -> type:
     if name not in TRAINERS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"utils.training.{TRAINERS[name]}"), name)
-
-
-class EpochSampler(Sampler[int]):
-    """A permutation of the training set per (seed, epoch), cut to whole optimizer steps.
-
-    All processes compute the same permutation; accelerate distributes its batches in turn, so that a step sees the
-    same samples on one process or on many, with or without gradient accumulation.
-    """
-
-    def __init__(self, n_samples: int, samples_per_step: int, seed: int):
-        if n_samples < samples_per_step:
-            raise ValueError(
-                f"{n_samples} training samples make no optimizer step of {samples_per_step} (batch_size x "
-                "accumulation x processes); lower --batch_size or --gradient_accumulation_steps, or add data"
-            )
-        self.n_samples, self.seed, self.epoch = n_samples, seed, 0
-        # The samples that fill no optimizer step are left out; they are others in each epoch.
-        self.length = n_samples - n_samples % samples_per_step
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose permutation the next iteration yields."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self):
-        # The factor exceeds any number of epochs, so that no two (seed, epoch) share a permutation.
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.n_samples, generator=generator)[: self.length].tolist())
 
 
 class StageTrainer(Trainer):
@@ -236,6 +217,44 @@ class StageTrainer(Trainer):
         if self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
             self.guard.judge()
 
+    # ---- Skipped steps.
+
+    def skip_problem(self) -> str:
+        """Why skipped steps end the run with an error, in words; "" where they do not."""
+        return self.guard.problem(is_over=self.state.global_step >= self.state.max_steps)
+
+    def check_skipped_steps(self, loss: Tensor) -> None:
+        """Raises: FloatingPointError: too many steps in a row were skipped, or all since the last good checkpoint; on
+        every process. Names step, losses that were not finite, remedies, and the checkpoint to go on from.
+
+        Args: loss: the sum of this process's losses since the last log line, a scalar.
+        """
+        problem = self.skip_problem()
+        if not problem:
+            return
+        means = {"loss": mean_across_ranks(loss.clone()).item(), **self.mean_terms()}
+        losses = ", ".join(f"{name} {value}" for name, value in means.items() if not math.isfinite(value))
+        losses = f"not finite since the last log line: {losses}" if losses else "all losses are finite"
+        step, run_dir = self.state.global_step, Path(self.args.output_dir)
+        good = [folder for folder in checkpoints_in(run_dir) if step_of(folder) <= step - self.guard.in_a_row]
+        good = [folder for folder in good if is_complete(folder)]
+        goes_on = f"go on with --resume_from_checkpoint {good[-1]}" if good else "no checkpoint holds a trained step"
+        raise FloatingPointError(
+            f"step {step}: {problem} ({losses}); lower --learning_rate or --discriminator_learning_rate, look for "
+            f"broken samples, or raise --max_skipped_steps; {goes_on}"
+        )
+
+    def warn_of_skipped_steps(self) -> None:
+        """Close the log of a run with the number of skipped steps, if there are any."""
+        guard, step = self.guard, self.state.global_step
+        if guard.skipped:
+            end = f", the last {guard.in_a_row} among them: its weights are those of step {step - guard.in_a_row}"
+            logger.warning(
+                "%d of %d optimizer steps were skipped, since their gradients were not finite%s; lower "
+                "--learning_rate or look for broken samples",
+                *(guard.skipped, step, end if guard.in_a_row else ""),
+            )
+
     # ---- Logs.
 
     def record(self, terms: dict[str, Tensor]) -> None:
@@ -247,8 +266,7 @@ class StageTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs) -> None:
         self.check_hooks_fired()
-        if self.state.global_step >= self.state.max_steps:
-            self.guard.check_progress(self.state.global_step)
+        self.check_skipped_steps(tr_loss)
         total = self._total_loss_scalar
         super()._maybe_log_save_evaluate(tr_loss, *args, **kwargs)
         # The Trainer resets its sum by subtraction, which a skipped non-finite step would turn into nan for good.
@@ -256,12 +274,18 @@ class StageTrainer(Trainer):
             tr_loss.nan_to_num_(0.0, 0.0, 0.0)
             self._total_loss_scalar = self._total_loss_scalar if math.isfinite(self._total_loss_scalar) else total
 
+    def mean_terms(self) -> dict[str, float]:
+        """Means of the recorded numbers over micro-batches and processes since the last log line. Every process must
+        call it."""
+        names = sorted(self.terms)  # The same order on every process.
+        if not names:
+            return {}
+        means = mean_across_ranks(torch.stack([self.terms[name] / self.term_counts[name] for name in names]))
+        return dict(zip(names, means.tolist(), strict=True))
+
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self.terms:
-            # Means over micro-batches and processes; sorted names have the same order on every process.
-            names = sorted(self.terms)
-            means = mean_across_ranks(torch.stack([self.terms[name] / self.term_counts[name] for name in names]))
-            logs.update(zip(names, means.tolist(), strict=True))
+            logs.update(self.mean_terms())
             self.terms, self.term_counts = {}, {}
             # Speeds since the last log line, peak memory, and the steps that were skipped.
             step, moment = self.last_log
@@ -386,6 +410,7 @@ class StageTrainer(Trainer):
                 "kept; free disk space and go on with --resume_from_checkpoint latest"
             ) from error
         self.saved_step = self.state.global_step
+        self.guard.mark_saved()
         # Old checkpoints go once the new one is complete.
         # Not while steps are skipped: the checkpoints before may be the ones to go back to.
         if rank() == 0 and not self.guard.in_a_row:
@@ -408,17 +433,18 @@ class StageTrainer(Trainer):
                 averaged = {name: tensor.cpu().contiguous() for name, tensor in averaged.items()}
                 save_file(averaged, folder / EMA, {"format": "pt"})
             torch.save(state, folder / "stage_state.pt")
-            write_json(folder / STAGE, self.stage_record)
+            skipped = {"total": self.guard.skipped, "at_the_end": self.guard.in_a_row}
+            write_json(folder / STAGE, {**self.stage_record, "skipped_steps": skipped})
             write_card(folder, type(self.model), self.stage_record.get("stage", ""))
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         if not checkpoint:
             return
-        with explained_state(f"{checkpoint}: the state of the optimizer or of its schedule"):
+        with explained_loading(Path(checkpoint), "the state of the optimizer or of its schedule"):
             super()._load_optimizer_and_scheduler(checkpoint)
         file = Path(checkpoint) / "stage_state.pt"
         if file.is_file():  # Older checkpoints have none where the stage has no state of its own.
-            with explained_state(str(file)):
+            with explained_loading(file):
                 state = torch.load(file, map_location=self.args.device, weights_only=True)
                 if guard := state.pop("guard", None):  # Older checkpoints do not count skipped steps.
                     self.guard.load_state_dict(guard)
@@ -426,22 +452,8 @@ class StageTrainer(Trainer):
                     self.load_extra_state(state)
 
     def _load_rng_state(self, checkpoint) -> None:
-        with explained_state(f"{checkpoint}: the states of the random number generators (rng_state*.pth)"):
+        with explained_loading(Path(checkpoint), "the states of the random number generators (rng_state*.pth)"):
             super()._load_rng_state(checkpoint)
-
-
-@contextlib.contextmanager
-def explained_state(name: str) -> Iterator[None]:
-    """Around the loading of a state: what does not fit, or is damaged, is an error that names it.
-
-    Raises: ValueError
-    """
-    try:
-        yield
-    except (AttributeError, EOFError, IndexError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{name} cannot be restored: {type(error).__name__}: {error}") from error
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{name} cannot be read: {error}") from error
 
 
 class GrokfastEMATrainer(StageTrainer):

@@ -7,6 +7,7 @@ writes OUTPUT_DIR/ENGINE/CASE.pt: counts of skipped steps, learning rates, the e
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -18,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from pretrain_image_vae import ImageVAEStage
 from tests.helpers.runs import SMALL_RUN, Run
 from utils.checkpoints import checkpoints_in, step_of
-from utils.command_line import parse_arguments
-from utils.distributed import end_processes, rank, world_size
+from utils.command_line import explained_errors, parse_arguments
+from utils.distributed import ending_together, rank, world_size
 from utils.training.image_vae import ImageVAEGANTrainer
 
 STEPS = 9
@@ -84,7 +85,7 @@ def run_case(
         trainer, folders = stage.trainer, checkpoints_in(stage.run_dir)
         lines = [line for line in trainer.state.log_history if "learning_rate" in line]
         result = {
-            "error": str(error or ""),
+            "error": str(error or "").replace(f"{stage.run_dir}/", ""),
             "skipped": trainer.guard.skipped,
             "logged": [line.get("skipped_steps", 0) for line in lines],
             "rates": [line["learning_rate"] for line in lines],
@@ -105,6 +106,6 @@ if __name__ == "__main__":
             AcceleratorState._reset_state(True)  # The process may have run under another engine.
             words = [] if engine == "none" else ["--use_deepspeed", "--deepspeed_config", engine]
             last_error = run_case(case, Path(folder, Path(engine).stem), [*words, *given])
-    if last_error is not None:
-        raise last_error
-    end_processes()
+    with explained_errors(logging.getLogger()), ending_together():
+        if last_error is not None:
+            raise last_error

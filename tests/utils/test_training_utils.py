@@ -14,23 +14,12 @@ from tests.helpers.runs import SMALL_DIFFUSION, equal, run_stage
 from tests.helpers.text_cache import SMALL_CORE, make_text
 from tests.launched.non_finite_runs import CASES, run_case
 from utils import training_utils
+from utils.checkpoints import checkpoints_in
 from utils.training.diffusion import DiffusionTrainer
 from utils.training.multimodal import MultimodalTrainer
-from utils.training_utils import TRAINERS, EpochSampler, StageTrainer
+from utils.training_utils import TRAINERS, StageTrainer
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-def test_sampler_deals_whole_steps():
-    sampler = EpochSampler(10, 4, seed=1)
-    sampler.set_epoch(0)
-    first = list(sampler)
-    assert len(first) == len(sampler) == 8 and len(set(first)) == 8
-    assert first == list(sampler)
-    sampler.set_epoch(1)
-    assert first != list(sampler)
-    with pytest.raises(ValueError, match="3 training samples make no optimizer step of 4"):
-        EpochSampler(3, 4, seed=1)
 
 
 def test_a_step_in_which_anything_is_not_finite_changes_nothing(image_cache, tmp_path, fresh_logging):
@@ -84,20 +73,30 @@ class NonFiniteTextStage(MultimodalStage):
 
 
 @pytest.mark.parametrize("stage", [NonFiniteDiffusionStage, NonFiniteTextStage])
-def test_stages_without_an_adversary_skip_and_end(stage, latent_cache, tmp_path, fresh_logging):
+def test_stages_without_an_adversary_skip_and_end(stage, latent_cache, tmp_path, fresh_logging, caplog):
     common, cache = SMALL_DIFFUSION, latent_cache
     if stage is NonFiniteTextStage:
         common, cache = SMALL_CORE, make_text(tmp_path / "cache")
     flags = ["--batch_size", "4", "--max_skipped_steps", "3"]
     run = run_stage(stage, common, cache, tmp_path, "short", 4, *flags)
+    assert "2 of 4 optimizer steps were skipped" in caplog.text and "its weights are those of step 2" in caplog.text
+    record = json.loads((run.folder / "stage.json").read_text())
+    assert record["skipped_steps"] == {"total": 2, "at_the_end": 2}
     skipped = [
         line.get("skipped_steps")
         for line in json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
     ]
     assert [count for count in skipped if count] == [1, 2]
     assert all(value.isfinite().all() for name in ("model", "ema") for value in run.weights(name).values())
-    with pytest.raises(FloatingPointError, match="3 optimizer steps in a row"):
-        run_stage(stage, common, cache, tmp_path, "long", 9, *flags)
+    # Nothing was trained since the last checkpoint; then a whole row of skipped steps.
+    losses = "not finite since the last log line: loss nan" if stage is NonFiniteDiffusionStage else "all losses are"
+    last = str(tmp_path / stage.name / "long" / "checkpoint-2")
+    for n_steps, limit, problem in ((4, "3", "step 4: all of the last 2"), (9, "2", "step 4: 2 optimizer steps in")):
+        flags = ["--batch_size", "4", "--max_skipped_steps", limit, "--save_steps", "2"]
+        with pytest.raises(FloatingPointError, match=f"{problem}.*{losses}.*--learning_rate.*{last}"):
+            run_stage(stage, common, cache, tmp_path, "long", n_steps, *flags, "--resume_from_checkpoint")
+        assert [folder.name for folder in checkpoints_in(Path(last).parent)] == ["checkpoint-2"]
+    assert caplog.records[-1].levelname == "ERROR"  # The message, in place of a traceback.
 
 
 def test_trainers_of_all_stages_are_found_here_and_loaded_when_asked_for():

@@ -334,7 +334,6 @@ class Adversary:
 
         Args: skips: whether the generator's step is skipped, and the update with it.
         Returns: whether this step was one of the discriminator's, so that `gradient_norm` is new.
-        Raises: FloatingPointError: `max_skipped_steps` updates in a row were skipped.
         """
         if self.pending:
             self.is_finite()
@@ -358,13 +357,14 @@ class Adversary:
             self.skipped_in_a_row += 1
         advance(self.scheduler)
         self.optimizer.zero_grad(set_to_none=True)
-        # Where the generator is updated more often, its guard sees no row of skipped steps.
-        if self.skipped_in_a_row >= self.arguments.max_skipped_steps:
-            raise FloatingPointError(
-                f"{self.skipped_in_a_row} updates of the discriminator in a row had non-finite gradients; lower "
-                "--discriminator_learning_rate, look for broken samples, or raise --max_skipped_steps"
-            )
         return True
+
+    def problem(self) -> str:
+        """Why the run ends with an error, in words; "" where it does not. Where the generator is updated more often,
+        its guard sees no row of skipped steps."""
+        if self.skipped_in_a_row < self.arguments.max_skipped_steps:
+            return ""
+        return f"{self.skipped_in_a_row} updates of the discriminator in a row had non-finite gradients"
 
     def blend_gradients(self, statistics: Tensor) -> None:
         """Move the running means of the adaptive factor, where this step has taken the generator's gradient."""

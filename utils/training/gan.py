@@ -137,6 +137,9 @@ class GANTrainer(StageTrainer):
         terms = {f"weighted_{name}": weight * factor * adversarial.logs[name] for name in names}
         return weight * factor * adversarial.gradient, terms
 
+    def skip_problem(self):
+        return super().skip_problem() or (self.adversary.problem() if self.adversary is not None else "")
+
     def extra_state(self):
         return {"adversary": self.adversary.state_dict()} if self.adversary is not None else None
 

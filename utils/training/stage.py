@@ -32,7 +32,7 @@ from utils.checkpoints import (
 )
 from utils.command_line import explained_errors, parse_arguments, parse_overrides
 from utils.devices import compile_in_place
-from utils.distributed import barrier, end_processes, from_main, launched_rank, rank, world_size
+from utils.distributed import barrier, ending_together, from_main, launched_rank, rank, world_size
 from utils.megatransformer_utils import StageArguments, training_arguments
 from utils.options import StrictConfig, declared_fields, from_preset
 from utils.resuming.callback import ResumeCallback
@@ -108,9 +108,8 @@ class Stage:
         with explained_errors(logger):
             doc = sys.modules[cls.__module__].__doc__ or cls.name
             args = parse_arguments(cls.arguments_class, argv, doc, complete=cls.complete_arguments)
-            metrics = cls(args).run()
-            end_processes()
-            return metrics
+            with ending_together():
+                return cls(args).run()
 
     @classmethod
     def complete_arguments(cls, args: Any) -> None:
@@ -171,6 +170,7 @@ class Stage:
         trainer.train(resume_from_checkpoint=checkpoint)
         if trainer.has_trained:
             trainer._save_checkpoint(trainer.model_wrapped, None)
+            trainer.warn_of_skipped_steps()
         else:
             logger.info("%s has made all its steps; nothing is trained or saved", checkpoint)
         metrics = trainer.final_metrics()
