@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +22,7 @@ from dataset_loading.files import (
     read_manifest,
     replace_file,
     sync_file_system,
+    with_digest,
 )
 from dataset_loading.integrity import digest_of
 from dataset_loading.locks import LOCK
@@ -95,10 +97,12 @@ def read_journal(file: Path) -> Iterator[Any]:
     """
     n_damaged, has_header = 0, False
     for line in file.read_text(encoding="utf-8", errors="replace").split("\n"):
+        # Lines of earlier versions have no CRC.
+        text, tab, crc = line.partition("\t")
         try:
-            value = json.loads(line) if line else None
+            value = json.loads(text) if text and (not tab or crc == crc_of(text)) else None
         except (ValueError, RecursionError):
-            value = line
+            value = None
         if isinstance(value, dict) and is_header(value):
             has_header = True
             yield value
@@ -108,6 +112,17 @@ def read_journal(file: Path) -> Iterator[Any]:
             n_damaged += 1
     if n_damaged:
         logger.warning("%s: %d damaged lines are left out, their samples are written again", file, n_damaged)
+
+
+def journal_line(value: Any) -> str:
+    """A line of a journal: JSON, in which tabs are escaped, a tab, and the CRC of the JSON."""
+    text = json.dumps(value)
+    return f"{text}\t{crc_of(text)}\n"
+
+
+def crc_of(text: str) -> str:
+    """The CRC-32 of a text."""
+    return f"{zlib.crc32(text.encode()):08x}"
 
 
 def is_line(value: list[Any]) -> bool:
@@ -156,7 +171,7 @@ class Journal:
         self.folder, self.flushed = folder, time.monotonic()
         # A line break first: the last line of a killed run may be cut off.
         self.file = open(folder / JOURNAL, "a", encoding="utf-8")  # noqa: SIM115
-        self.file.write(f"\n{json.dumps(header)}\n")
+        self.file.write(f"\n{journal_line(header)}")
         self.file.flush()
 
     def __enter__(self) -> Self:
@@ -168,15 +183,18 @@ class Journal:
     def add(self, split: str, entries: list[dict[str, Any]]) -> None:
         """List samples whose files are written."""
         for entry in entries:
-            self.file.write(json.dumps([split, entry]) + "\n")
+            self.file.write(journal_line([split, entry]))
         self.file.flush()
         if time.monotonic() > self.flushed + SYNC_SECONDS:
             sync_file_system(self.folder)
             self.flushed = time.monotonic()
 
 
-def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest, one line per sample, and remove the journal. All samples are flushed to the disk before."""
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
+    """Write the manifest, one line per sample, and remove the journal. All samples are flushed to the disk before.
+
+    Returns: the manifest as it was written, with its digest.
+    """
     sync_file_system(folder)
     # By hand, since json.dumps gives either one line for everything or a line for every single value.
     fields = []
@@ -187,9 +205,11 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
         else:
             text = dump(value)
         fields.append(f'"{name}": {text}')
-    content = ("{" + ",\n".join(fields) + "}\n").encode("utf-8", "backslashreplace")
-    replace_file(folder / MANIFEST, content, sync=True)
+    content = ("{" + ",\n".join(fields)).encode("utf-8", "backslashreplace")
+    digest = fingerprint_of_bytes([content], n_digits=64)
+    replace_file(folder / MANIFEST, with_digest(content), sync=True)
     (folder / JOURNAL).unlink()
+    return {**manifest, "sha256": digest}
 
 
 def dump(value: Any) -> str:

@@ -149,6 +149,30 @@ def crc_of_file(file: Path) -> str:
     return f"{crc:08x}"
 
 
+# A manifest's last field: SHA-256 of all bytes before it. A manifest that another program has written anew has none.
+DIGEST = b',\n"sha256": "'
+
+
+def with_digest(content: bytes) -> bytes:
+    """A JSON object with its digest as the last field.
+
+    Args: content: the object without its closing brace.
+    """
+    return content + DIGEST + fingerprint_of_bytes([content], n_digits=64).encode() + b'"}\n'
+
+
+def wrong_digest(content: bytes) -> str:
+    """How a JSON object differs from the one that was written with its digest, in words; "" if it does not, or has
+    none."""
+    head, mark, tail = content.rpartition(DIGEST)
+    if not mark:
+        return ""
+    expected, digest = tail.partition(b'"')[0].decode(errors="replace"), fingerprint_of_bytes([head], n_digits=64)
+    if digest == expected:
+        return ""
+    return f"its SHA-256 is {digest}, {expected} was written; if it was edited, remove its last field 'sha256'"
+
+
 # ---- Manifests: written last, so that a folder with a manifest is complete.
 
 
@@ -237,12 +261,19 @@ def read_manifest(folder: Path, stage: str | None, *, remedy: str = "") -> Recor
 def read_record(file: Path, remedy: str) -> Record:
     """A JSON file that holds an object, whose inner objects are records, too.
 
-    Raises: ValueError: the file cannot be read as such; names it and what to do.
+    Raises:
+        FileNotFoundError: there is no such file; names it and what to do.
+        ValueError: the file cannot be read as such, or differs from its digest; names it and what to do.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"), object_hook=lambda values: Record(values, file, remedy))
+        data = file.read_bytes()
+        content = json.loads(data.decode(), object_hook=lambda values: Record(values, file, remedy))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file} is missing; {remedy}") from None
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file} is damaged ({error!r}); {remedy}") from error
     if not isinstance(content, Record):
         raise ValueError(f"{file} is damaged (it holds {shorten(content)}, not an object); {remedy}")
+    if problem := wrong_digest(data):
+        raise content.damaged(problem)
     return content

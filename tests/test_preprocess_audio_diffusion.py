@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF001 (letters of phonetics)
 
+import re
 import shutil
 
 import pytest
@@ -99,6 +100,14 @@ def test_workers_and_resuming_change_no_byte_and_keep_the_aligner(latents, mels,
         == CachedDataset(latents, "train").manifest["settings"]["aligner_fingerprint"]
     )
     assert all(whole[name] == content for name, content in contents(tmp_path / "part").items())
+    # A flipped byte of its tensors would shift the durations of further clips.
+    file = tmp_path / "part" / "aligner.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(SystemExit) as damaged:
+        make_audio_latents(mels, vae, tmp_path / "part", "--limit", "5")
+    assert re.search(rf"{file} is damaged \(its fingerprint is .*another --output_dir", str(damaged.value.__cause__))
 
 
 def test_clips_that_cannot_be_used_are_named_with_reasons(mels, vae, tmp_path, caplog):

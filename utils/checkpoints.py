@@ -81,6 +81,10 @@ def read_mark(folder: Path) -> tuple[dict[str, int], dict[str, str]]:
         wrong = [name for name, value in fields.items() if not re.fullmatch(form, str(value))]
         if wrong:
             raise mark.damaged(f"{wrong[0]} has {fields[wrong[0]]!r}")
+    # Without a digest, a file would only be checked by its form.
+    odd = sorted((mark.keys() - {"files", "sha256"}) or (sizes.keys() ^ digests.keys() if digests else ()))
+    if odd:
+        raise mark.damaged(f"{odd[0]!r} is not in both lists")
     return sizes, digests
 
 

@@ -22,6 +22,7 @@ from dataset_loading.files import (
     remove_leftovers,
     replace_file,
     replacing,
+    with_digest,
 )
 from dataset_loading.text import tokenizers
 from dataset_loading.text.digests import Digests
@@ -300,8 +301,8 @@ def write_folder(
             "licence": corpus.training.licence,
             "packages": {name: version(name) for name in PACKAGES},
         }
-        content = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        replace_file(temporary / MANIFEST, content.encode("utf-8", "backslashreplace"), sync=True)
+        content = json.dumps(manifest, indent=1, ensure_ascii=False).removesuffix("\n}")
+        replace_file(temporary / MANIFEST, with_digest(content.encode("utf-8", "backslashreplace")), sync=True)
     logger.info("%s: %s in %.1f s", folder, json.dumps(written.totals), time.perf_counter() - started)
     if survey.n_broken:
         logger.warning("%d documents have no text, see %s", survey.n_broken, folder / MANIFEST)

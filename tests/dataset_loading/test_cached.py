@@ -8,6 +8,7 @@ import torch
 from dataset_loading.audio.cached import AudioVAEDataset
 from dataset_loading.cache_writer import save_tensors, write_manifest
 from dataset_loading.cached import CachedDataset
+from dataset_loading.files import read_manifest
 from dataset_loading.image.latents import ImageLatentDataset
 from dataset_loading.image.pixels import ImageDataset
 from tests.helpers.mel_cache import SETTINGS, write_mel_cache
@@ -233,6 +234,29 @@ def test_a_damaged_manifest_is_named(folder, change, reason):
         ValueError, match=rf"manifest\.json is damaged \(.*{reason}.*\); delete the folder and make it"
     ):
         ImageDataset(folder, "train").expect(image_size=4)
+
+
+def test_every_flipped_bit_of_a_manifest_is_found(folder):
+    file = folder / "manifest.json"
+    content = file.read_bytes()
+    name = content.index(b'"sha256"')
+    for position in range(len(content) - 1):  # The last byte is a line break.
+        if name < position <= name + 6:
+            continue  # The digest's name: without a digest, as in older manifests, and else unchanged.
+        changed = bytearray(content)
+        changed[position] ^= 1 << position % 7
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged \(.*\); delete the folder and make it with"):
+            read_manifest(folder, "image_vae")
+    file.write_bytes(content.replace(b"number 1", b"number 7"))
+    with pytest.raises(ValueError, match=r"its SHA-256 is .* was written; if it was edited, remove its last field"):
+        ImageDataset(folder, "train")
+
+
+def test_manifests_of_earlier_versions_have_no_digest(folder, caplog):
+    content = (folder / "manifest.json").read_text()
+    (folder / "manifest.json").write_text(content.partition(',\n"sha256"')[0] + "}\n")
+    assert len(ImageDataset(folder, "train")) == 3 and not caplog.records
 
 
 @pytest.mark.parametrize("content", [b'{"schema": 1', b"\xff\x00", b"", b"[" * 100_000])

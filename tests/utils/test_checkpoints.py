@@ -147,7 +147,12 @@ def test_a_flipped_byte_in_an_older_file_of_torch_is_found(model_folder):
 
 
 @pytest.mark.parametrize(
-    "mark", ["text", "[]", "{}", '{"files": []}', '{"files": {"a": "b"}}', '{"files": {}, "sha256": {"a": "b"}}']
+    "mark",
+    [
+        *("text", "[]", "{}", '{"files": []}', '{"files": {"a": "b"}}', '{"files": {}, "sha256": {"a": "b"}}'),
+        f'{{"files": {{"config.json": 3}}, "sha256": {{"config.jsoo": "{"0" * 64}"}}}}',
+        '{"files": {}, "sha257": {}}',
+    ],
 )
 def test_a_damaged_mark_is_named(model_folder, mark):
     (model_folder / COMPLETE).write_text(mark)

@@ -171,6 +171,12 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         ):
             self.tokenizer = SpeechTokenizer.from_dict(earlier["tokenizer"])
             self.aligner = PhoneHMM.load(folder / ALIGNER)
+            digest, expected = fingerprint_of_bytes([self.aligner.dump()]), earlier.get("aligner_fingerprint")
+            if expected and digest != expected:
+                raise ValueError(
+                    f"{folder / ALIGNER} is damaged (its fingerprint is {digest}, {expected} was written); copy it "
+                    "again from where it is whole, or fit another one: leave --aligner out, in another --output_dir"
+                )
             return
         if self.args.aligner:
             pairs = [f"{name}={earlier.get(name)!r} there, {settings[name]!r} now" for name in ALIGNER_SETTINGS]

@@ -205,7 +205,7 @@ class Preprocess:
         manifest = {**header, **summary(sorted(outcomes, key=lambda outcome: outcome.number))}
         if not manifest["entries"]["train"]:
             raise ValueError(f"no training samples among {total} raw ones; {describe_problems(outcomes)}")
-        write_manifest(self.folder, manifest)
+        manifest = write_manifest(self.folder, manifest)
 
         # What the user should know.
         seconds, n_written = time.perf_counter() - started, sum(outcome.n_written for outcome in outcomes)

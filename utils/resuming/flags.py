@@ -22,7 +22,7 @@ from utils.options import (
     type_name,
     validate_fields,
 )
-from utils.resuming.saved_files import check_engine, check_model, check_states, new_run, read_record, read_state
+from utils.resuming.saved_files import check_engine, check_model, check_states, new_run, read_run, read_state
 
 logger = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def resume_arguments(args: Any, folder: Path, stage: str, config_class: type[Str
     Raises:
         ValueError: a flag differs that cannot change, or a file of the checkpoint is not what it should be.
     """
-    record = read_record(folder, stage)
+    record = read_run(folder, stage)
     check_states(folder, record, config_class)
     old = recorded_arguments(type(args), record["arguments"], folder / STAGE)
     take_over(args, old, folder / STAGE)

@@ -1,6 +1,5 @@
 """What a resume reads of a checkpoint: every file is there and of its kind, and fits this run's model and engine."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import TrainerState
 
+from dataset_loading.files import read_record
 from utils.checkpoints import STAGE, step_of, without_copies
 from utils.options import StrictConfig, check_type, declared_fields, type_name
 
@@ -18,32 +18,18 @@ def new_run(folder: Path) -> str:
     return f"start a new run from its weights with --init_from {folder} and another --run_name"
 
 
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file of a checkpoint.
-
-    Raises: ValueError: there is none; the message names the file.
-    """
-    try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read: {error}. {remedy(file.parent)}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object. {remedy(file.parent)}")
-    return content
-
-
 def remedy(folder: Path) -> str:
     """What to do about a damaged checkpoint."""
     return f"Resume from another checkpoint of {folder.parent}, or {new_run(folder)}"
 
 
-def read_record(folder: Path, stage: str) -> dict[str, Any]:
+def read_run(folder: Path, stage: str) -> dict[str, Any]:
     """The record of a checkpoint's run.
 
     Raises: ValueError: it is of another stage, damaged, or lacks what a resume needs.
     """
     file = folder / STAGE
-    record = read_object(file)
+    record = read_record(file, remedy(folder))
     if record.get("stage") != stage:
         raise ValueError(
             f"{folder} is of stage {record.get('stage')!r}, this run goes on from checkpoints of stage {stage!r}: "
@@ -75,7 +61,7 @@ def read_state(folder: Path) -> TrainerState:
     Raises: ValueError: it is damaged or not of this checkpoint.
     """
     file = folder / "trainer_state.json"
-    content = read_object(file)
+    content = read_record(file, remedy(folder))
     for name, kind in {"global_step": int, "max_steps": int, "log_history": list[dict]}.items():
         if not check_type(content.get(name), kind):
             raise ValueError(f"{file}: {name}={content.get(name)!r} must be {type_name(kind)}. {remedy(folder)}")
@@ -124,7 +110,7 @@ def read_configuration(folder: Path, config_class: type[StrictConfig]) -> Strict
 
     Raises: ValueError: names the file.
     """
-    read_object(folder / "config.json")
+    read_record(folder / "config.json", remedy(folder))
     try:
         return config_class.from_pretrained(folder)
     except (OSError, TypeError, ValueError) as error:

@@ -54,6 +54,13 @@ def test_a_damaged_manifest_is_named(folder, change, reason):
         TextDataset(folder, "train", 16)
 
 
+def test_a_changed_number_in_a_manifest_is_found(folder):
+    file = folder / "manifest.json"
+    file.write_text(file.read_text().replace('"n_empty": 0', '"n_empty": 1'))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged \(its SHA-256 is .*delete the folder"):
+        TextDataset(folder, "train", 16)
+
+
 def test_a_tokenizer_that_cannot_be_read_is_named(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     del manifest["tokenizer"]["crc32"]  # As earlier versions wrote it.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset_loading.cache_writer import sample_key
+from dataset_loading.cache_writer import Journal, sample_key
 from dataset_loading.image.pixels import ImageDataset
 from dataset_loading.locks import only_writer
 from preprocess_image_vae_dataset import ImageVAEPreprocess
@@ -264,6 +264,19 @@ def test_garbage_in_a_journal_costs_its_samples_alone(raw, tmp_path, caplog):
     rewritten = [file.stem for file, stamp in stamps.items() if file.stat().st_mtime_ns != stamp]
     assert rewritten == [rows[0][1]["key"]]
     assert f"progress.jsonl: {2 * len(GARBAGE)} damaged lines" in caplog.text
+
+
+def test_a_flipped_letter_in_a_journal_costs_its_sample_alone(raw, tmp_path, caplog):
+    out, journal = tmp_path / "out", tmp_path / "out" / "progress.jsonl"
+    manifest = prepare(raw, out, "--limit", "3")
+    entry = manifest["entries"]["train"][0]
+    (out / "manifest.json").unlink()
+    header = {name: manifest[name] for name in ("schema", "stage", "fingerprint", "settings")}
+    with Journal(out, header) as lines:
+        lines.add("train", manifest["entries"]["train"])
+    journal.write_text(journal.read_text().replace(f'"source": "{entry["source"]}"', '"source": "others.png"'))
+    assert prepare(raw, out, "--limit", "3")["entries"] == manifest["entries"]
+    assert "progress.jsonl: 1 damaged lines" in caplog.text
 
 
 def test_a_journal_without_its_settings_is_not_believed(raw, tmp_path):
