@@ -121,12 +121,10 @@ def test_changed_flags_take_effect_and_are_recorded(resume, whole, caplog):
         ("--config small", "'encoder_widths': ([64, 128], [128, 256])", "another --run_name"),
         ("--batch_size 4", "with 8 samples per optimizer step, this run has 4", "--gradient_accumulation_steps 2"),
         ("--seed 1", "--seed 42, this run has 1", "--init_from"),
-        ("--no_use_ema", "--use_ema True, this run has False", "--init_from"),
         ("--discriminator multi_scale", "--discriminator patch, this run has multi_scale", "--init_from"),
         ("--discriminator_channels 16", "--discriminator_channels 8, this run has 16", "--init_from"),
         ("--gan_weight 0", "--gan_weight 0.1, this run has 0.0", "--init_from"),
         ("--gan_start_step 3", "--gan_start_step 2, this run has 3", "--init_from"),
-        ("--trainer grokfast_ma", "--trainer default, this run has grokfast_ma", "--init_from"),
         ("--init_from elsewhere", "--init_from '', this run has elsewhere", "another --run_name"),
     ],
 )
@@ -134,6 +132,27 @@ def test_what_cannot_change_is_refused_with_both_values_and_what_works(resume, f
     with pytest.raises(ValueError) as refused:
         resume(8, *flags.split())
     assert old in str(refused.value) and new in str(refused.value)
+
+
+def test_average_and_gradient_filter_are_switched(resume, caplog):
+    caplog.set_level("INFO")
+    flags = "--no_use_ema --trainer grokfast_ma --grokfast_window 2 --grokfast_lambda 3 --save_steps 1".split()  # noqa: SIM905
+    off = resume(8, *flags)
+    states = torch.load(off.folder / "optimizer.pt", weights_only=True)["state"].values()
+    assert all(len(state["grokfast_ring"]) == 2 and "weight_ema" not in state for state in states)
+    assert not (off.folder / "ema.safetensors").exists() and "--use_ema from step 4 on: True -> False" in caplog.text
+    assert all(value.isfinite().all() for value in off.weights().values())
+    # The average begins at the weights of the checkpoint; d = min(0.9, (1 + 7) / (10 + 7)) at the seventh step.
+    before, after = (Run(off.folder.parent, step) for step in (6, 7))
+    words = "--use_ema --ema_decay 0.9 --trainer grokfast_ema --resume_from_checkpoint".split()  # noqa: SIM905
+    present = before.weights()
+    ImageVAEStage.main([*words, str(before.folder)])
+    averages, weights = after.weights("ema"), after.weights()
+    for name in (name for name, value in weights.items() if value.ndim == 4):
+        torch.testing.assert_close(averages[name], 8 / 17 * present[name] + 9 / 17 * weights[name])
+    states = torch.load(after.folder / "optimizer.pt", weights_only=True)["state"].values()
+    assert all({"weight_ema", "grokfast_ema"} <= state.keys() for state in states)
+    assert not any({"grokfast_ring", "grokfast_count"} & state.keys() for state in states)
 
 
 def test_a_longer_run_goes_on_from_the_present_rate(resume, whole, tmp_path):

@@ -7,8 +7,8 @@ it is sharded, saved and restored with the optimizer.
 """
 
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ class OptimizerHook:
     ZeRO steps each parameter group separately, so that one training step may fire the hook several times: counters
     live per parameter.
     """
+
+    entries: ClassVar[tuple[str, ...]] = ()  # What the hook keeps in `optimizer.state[p]`.
 
     def __init__(self):
         self.fired = 0
@@ -36,6 +38,9 @@ class OptimizerHook:
 
     def after_step(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self.fired += 1
+
+    def resume(self) -> None:
+        """Called once the optimizer's state has been restored, which may be of a run without this hook."""
 
 
 class GradientFilter(OptimizerHook):
@@ -69,6 +74,8 @@ class GradientFilter(OptimizerHook):
 class GradientEMA(GradientFilter):
     """GrokFast-EMA: the slow part is m <- alpha m + (1 - alpha) g, started at the first gradient (Algorithm 1)."""
 
+    entries = ("grokfast_ema",)
+
     def __init__(self, alpha: float = 0.98, lamb: float = 2.0):
         super().__init__(lamb)
         self.alpha = alpha
@@ -87,9 +94,17 @@ class GradientMA(GradientFilter):
     A ring buffer holds the window; the mean is taken anew each step, so that no rounding error accumulates.
     """
 
+    entries = ("grokfast_ring", "grokfast_count")
+
     def __init__(self, window: int = 100, lamb: float = 5.0):
         super().__init__(lamb)
         self.window = window
+
+    def resume(self):
+        # A window of another length is filled anew.
+        for state in self.optimizer.state.values():
+            if "grokfast_ring" in state and len(state["grokfast_ring"]) != self.window:
+                del state["grokfast_ring"], state["grokfast_count"]
 
     def slow_part(self, state, gradient):
         if "grokfast_ring" not in state:
@@ -207,6 +222,16 @@ def is_too_large(norm: Tensor | float) -> bool:
     return not torch.as_tensor(norm).float().square().isfinite().item()
 
 
+def resume_hooks(hooks: Sequence[OptimizerHook], optimizer: torch.optim.Optimizer) -> None:
+    """Fit the restored state of an optimizer to this run's hooks: what others have kept there is dropped."""
+    entries = {name for kind in (GradientEMA, GradientMA, WeightEMA) for name in kind.entries}
+    for state in optimizer.state.values():
+        for name in entries.difference(*(hook.entries for hook in hooks)):
+            state.pop(name, None)
+    for hook in hooks:
+        hook.resume()
+
+
 def advance(scheduler: Any) -> None:
     """Step a schedule of the learning rate beside an optimizer that may never have stepped."""
     with warnings.catch_warnings():
@@ -227,9 +252,17 @@ class WeightEMA(OptimizerHook):
     `optimizer.state[p]["weight_ema"]`: it is sharded, saved and restored with the optimizer.
     """
 
+    entries = ("weight_ema",)
+
     def __init__(self, decay: float):
         super().__init__()
         self.decay = decay
+
+    def resume(self):
+        # An average that the run had not so far starts at the present weights.
+        for parameter, state in self.optimizer.state.items():
+            if state and "weight_ema" not in state:
+                state["weight_ema"] = parameter.detach().float().clone()
 
     @torch.no_grad()
     def after_step(self, optimizer, args, kwargs):

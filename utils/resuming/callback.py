@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from utils.optimizer_hooks import resume_hooks
 from utils.resuming.schedules import apply_settings, later_lengths, rate_factor
 
 logger = logging.getLogger(__name__)
@@ -15,7 +16,8 @@ class ResumeCallback(TrainerCallback):
 
     A checkpoint restores learning rate, weight decay, betas and clipping norm (`optimizer.pt`, the engine's files,
     `stage_state.pt`), the peak rate (`scheduler.pt`), and the steps between log lines, evaluations and checkpoints
-    (`trainer_state.json`). Where no flag has changed, the values are the same.
+    (`trainer_state.json`). Where no flag has changed, the values are the same. An average of the weights that the run
+    had not so far starts at the present weights, a GrokFast filter at the next gradient.
 
     Args: trainer: of this run; its `run_lengths` are those of this run.
     """
@@ -33,6 +35,7 @@ class ResumeCallback(TrainerCallback):
         )
         rates = apply_settings(trainer.optimizer, trainer.lr_scheduler, trainer.optimizer_settings, factor)
         log_rates("learning rate", rates, state.global_step)
+        resume_hooks(trainer.hooks, trainer.guard.optimizer)
         # DeepSpeed's optimizers restore the norm to which gradients are clipped.
         engine_optimizer = getattr(trainer.model_wrapped, "optimizer", None)
         if trainer.is_deepspeed_enabled and hasattr(engine_optimizer, "clip_grad"):

@@ -48,10 +48,9 @@ ON_RESUME: dict[str, str] = {
         ],
         MODEL: ["config", "override"],
         SAMPLES: ["batch_size", "batch_frames", "gradient_accumulation_steps"],
-        # Data order and noise, the state of the optimizer, the shape of the discriminator.
+        # Data order and noise, the shape of the discriminator.
         FIXED: [
             *("seed", "sequence_length", "include_modes", "use_speakers"),
-            *("trainer", "grokfast_window", "use_ema"),
             *("discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm"),
             *("discriminator_periods", "discriminator_resolutions", "discriminator_widening"),
         ],
@@ -62,7 +61,8 @@ ON_RESUME: dict[str, str] = {
             # Length, data and networks, which are compared by their fingerprints; optimizer and average.
             *("num_train_epochs", "max_steps", "cached_dataset", "vae_checkpoint", "vae_config", "vocoder_checkpoint"),
             *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "lr_scheduler_type"),
-            *("warmup_ratio", "grokfast_alpha", "grokfast_lambda", "max_skipped_steps", "ema_decay"),
+            *("warmup_ratio", "max_skipped_steps", "use_ema", "ema_decay"),
+            *("trainer", "grokfast_alpha", "grokfast_lambda", "grokfast_window"),
             # Speed and memory; ZeRO's stage is compared by `check_engine`.
             *("bf16", "tf32", "deterministic", "use_gradient_checkpointing", "compile_model", "use_deepspeed"),
             *("deepspeed_config", "num_workers", "eval_batch_size"),
