@@ -164,7 +164,6 @@ def test_flags_changed_on_resume_act_under_every_engine_as_in_one_process(launch
             checkpoint = str(run.folder.parent / f"checkpoint-{step}")
             runs.append(resume(12, *flags.split(), "--resume_from_checkpoint", checkpoint))
         assert_same(*runs)
-        print(launcher, step, largest_difference(*(run.weights() for run in runs)))
         one, two = runs
     assert (two.folder / "ema.safetensors").exists()
 

@@ -20,8 +20,11 @@ CONFIGS = ["ds_config.json", "ds_config_zero-2.json", "ds_config_zero-3.json"]
 pytestmark = pytest.mark.launch
 
 
-def launch(output_dir: Path, cache: Path, engines: list[str], cases: list[str], flags: list[str]) -> str:
-    """Run the cases under the engines on two processes, the last of which fails; returns what was printed."""
+def launch(
+    output_dir: Path, cache: Path, engines: list[str], cases: list[str], flags: list[str], *, status: int = 1
+) -> str:
+    """Run the cases under the engines on two processes, the last of which fails unless `status` is 0; returns what
+    was printed."""
     program = ["tests/launched/non_finite_runs.py", str(output_dir), ",".join(engines), ",".join(cases)]
     command = [
         BIN / "torchrun",
@@ -34,7 +37,7 @@ def launch(output_dir: Path, cache: Path, engines: list[str], cases: list[str], 
     ]
     environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 1, (done.stdout + done.stderr)[-4000:]
+    assert done.returncode == status, (done.stdout + done.stderr)[-4000:]
     return done.stderr
 
 
@@ -74,6 +77,13 @@ def test_all_engines_skip_the_same_steps_and_end_alike(image_cache, tmp_path, fr
 def test_all_cases_on_all_engines(flags, image_cache, tmp_path, fresh_logging):
     cases = [*(case for case in CASES if case != "from_step_3"), "from_step_3"]
     compare(cases, [*CONFIGS, "ds_config_zero-1.json"], image_cache, tmp_path, flags=flags.split())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["none", *CONFIGS, "ds_config_zero-1.json"])
+@pytest.mark.parametrize("case, status", [("one_process", 0), ("adversary_from_step_3", 1)])
+def test_exit_statuses(engine, case, status, image_cache, tmp_path):
+    launch(tmp_path, image_cache, [engine], [case], ["--batch_size", "4"], status=status)
 
 
 @pytest.mark.slow
