@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from utils.options import StrictConfig, option
+
 Schedule = Literal["rectified_flow", "cosine", "linear", "scaled_linear", "edm"]
 Prediction = Literal["velocity", "v", "epsilon", "x0"]
 Weighting = Literal["none", "min_snr"]
@@ -331,3 +333,20 @@ class DiffusionProcess:
     def _shifted(self, t: np.ndarray) -> Tensor:
         """Shifted times as an fp32 tensor on the CPU."""
         return self.shift(torch.from_numpy(t)).float()
+
+
+class ProcessConfig(StrictConfig):
+    """The diffusion process's part of a configuration, field by field as in `DiffusionProcess`."""
+
+    # Diffusion process.
+    schedule: Schedule = option("rectified_flow", "how noise grows with time")
+    prediction: Prediction = option("velocity", "what the network predicts")
+    zero_terminal_snr: bool = option(False, "rescale the schedule so that time 1 is pure noise (arXiv 2305.08891)")
+    time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t); 1 leaves them", gt=0)
+
+    def build_process(self) -> DiffusionProcess:
+        """The process. Raises: ValueError: the fields do not go together."""
+        return DiffusionProcess(self.schedule, self.prediction, self.zero_terminal_snr, time_shift=self.time_shift)
+
+    def validate_process(self):
+        self.build_process()

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from model.audio.spectral import MelSettings
-from model.diffusion_process import DiffusionProcess, Prediction, Schedule
+from model.diffusion_process import ProcessConfig
 from utils.options import StrictConfig, option
 
 MEL_FIELDS = [field.name for field in dataclasses.fields(MelSettings)]
@@ -32,16 +32,10 @@ class AudioConfig(StrictConfig):
         _ = self.mel  # MelSettings checks itself.
 
 
-class AudioDiffusionConfig(StrictConfig):
+class AudioDiffusionConfig(ProcessConfig):
     """Configuration of `AudioDiffusion`. Lists run from the finest level to the coarsest."""
 
     model_type = "audio_diffusion"
-
-    # Diffusion process.
-    schedule: Schedule = option("rectified_flow", "how noise grows with time")
-    prediction: Prediction = option("velocity", "what the network predicts")
-    zero_terminal_snr: bool = option(False, "rescale the schedule so that time 1 is pure noise (arXiv 2305.08891)")
-    time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t); 1 leaves them", gt=0)
 
     # Latents.
     latent_channels: int = option(20, "latent channels Z of the VAE", gt=0)
@@ -98,9 +92,6 @@ class AudioDiffusionConfig(StrictConfig):
     def n_speakers(self) -> int:
         """Number of speakers the model is conditioned on; 0 for none."""
         return len(self.speakers)
-
-    def validate_process(self):
-        DiffusionProcess(self.schedule, self.prediction, self.zero_terminal_snr, time_shift=self.time_shift)
 
     def validate_levels(self):
         for name in ("n_blocks", "n_attentions"):

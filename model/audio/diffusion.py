@@ -42,7 +42,6 @@ from model.diffusion import (
     init_diffusion_weights,
     pool,
 )
-from model.diffusion_process import DiffusionProcess
 from model.presets import AUDIO_DIFFUSION
 from model.samplers import SamplerKind, guided_denoiser, sample
 from utils.options import from_preset
@@ -81,9 +80,7 @@ class AudioDiffusion(PreTrainedModel):
 
     def __init__(self, config: AudioDiffusionConfig):
         super().__init__(config)
-        self.process = DiffusionProcess(
-            config.schedule, config.prediction, config.zero_terminal_snr, time_shift=config.time_shift
-        )
+        self.process = config.build_process()
         # Real mel frames per predicted one, fitted on the training set: means of logarithms are below those of frames.
         self.register_buffer("duration_factor", torch.ones(()))
         is_speech = config.conditioning == "speech"

@@ -27,23 +27,17 @@ from model.diffusion import (
     init_diffusion_weights,
     pool,
 )
-from model.diffusion_process import DiffusionProcess, Prediction, Schedule
+from model.diffusion_process import ProcessConfig
 from model.image.ldm_unet import LDMUNet, config_from_diffusers, rename_diffusers_weights
 from model.presets import IMAGE_DIFFUSION
 from model.text.tokenizer import TOKENS_MULTIPLE
-from utils.options import StrictConfig, from_preset, option
+from utils.options import from_preset, option
 
 
-class ImageDiffusionConfig(StrictConfig):
+class ImageDiffusionConfig(ProcessConfig):
     """Configuration of `ImageDiffusion`. Lists run from the finest level to the coarsest."""
 
     model_type = "image_diffusion"
-
-    # Diffusion process.
-    schedule: Schedule = option("rectified_flow", "how noise grows with time")
-    prediction: Prediction = option("velocity", "what the network predicts")
-    zero_terminal_snr: bool = option(False, "rescale the schedule so that time 1 is pure noise (arXiv 2305.08891)")
-    time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t); 1 leaves them", gt=0)
 
     # Latents.
     latent_channels: int = option(16, "latent channels Z of the VAE", gt=0)
@@ -88,9 +82,6 @@ class ImageDiffusionConfig(StrictConfig):
     def time_width(self) -> int:
         """The width of the time embedding."""
         return 4 * self.widths[0] if self.conditioning_width is None else self.conditioning_width
-
-    def validate_process(self):
-        DiffusionProcess(self.schedule, self.prediction, self.zero_terminal_snr, time_shift=self.time_shift)
 
     def validate_levels(self):
         for name in ("n_blocks", "use_attention"):
@@ -188,9 +179,7 @@ class ImageDiffusion(PreTrainedModel):
     def __init__(self, config: ImageDiffusionConfig):
         super().__init__(config)
         # Process and network.
-        self.process = DiffusionProcess(
-            config.schedule, config.prediction, config.zero_terminal_snr, time_shift=config.time_shift
-        )
+        self.process = config.build_process()
         self.network = build_residual(config) if config.architecture == "residual" else LDMUNet(config)
         # Text encoder; ldm was trained on the embeddings as they are.
         if config.text_encoder == "bytes":

@@ -24,7 +24,8 @@ from model.text.phonemes import SpeechTokenizer
 from utils.checkpoints import WeightsKind, data_of, load_model, read_stage, resolve_checkpoint
 from utils.generation.audio import load_vocoder
 from utils.generation.latents import find_vae, load_vae
-from utils.options import option, other_than_one, suggest
+from utils.generation.sampling import check_interval, interval_option
+from utils.options import option, suggest
 from utils.seeds import generators
 
 # Samplers whose noise is that of the start alone: a clip is the same in every batch.
@@ -38,16 +39,10 @@ class AudioSamplingArguments:
     sampler: AudioSampler = option("euler", "sampler; euler and ddim take the same steps")
     n_steps: int = option(4, "sampling steps; 0 for speech: the prior's mean, flat but clear", ge=0)
     guidance_scale: float = option(1.0, "scale of classifier-free guidance; 1: none", ge=0)
-    guidance_interval: list[float] = option(
-        [0.0, 1.0],
-        "interval of times in which guidance is applied; 0: data, 1: noise",
-        only_with=("guidance_scale", other_than_one),
-    )
+    guidance_interval: list[float] = interval_option()
 
     def validate_interval(self):
-        bounds = self.guidance_interval
-        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
-            raise ValueError(f"--guidance_interval={bounds} must be two times with 0 <= first < second <= 1")
+        check_interval(self.guidance_interval)
 
 
 class AudioPipeline:

@@ -19,6 +19,7 @@ from model.text.tokenizer import TOKENS_MULTIPLE, encode_caption, pad_tokens
 from model.vae import VAE
 from utils.checkpoints import WeightsKind, data_of, load_model, read_stage, resolve_checkpoint
 from utils.generation.latents import find_vae, load_vae
+from utils.generation.sampling import check_interval, interval_option
 from utils.generation.text_encoder import load_text_encoder
 from utils.options import option, other_than_one
 
@@ -34,11 +35,7 @@ class SamplingArguments:
     sampler: SamplerKind = option("dpmpp_2m", "sampler; euler and ddim take the same steps")
     n_steps: int = option(20, "sampling steps", gt=0)
     guidance_scale: float = option(3.0, "scale of classifier-free guidance; 1: none", ge=0)
-    guidance_interval: list[float] = option(
-        [0.0, 1.0],
-        "interval of times in which guidance is applied; 0: data, 1: noise",
-        only_with=("guidance_scale", other_than_one),
-    )
+    guidance_interval: list[float] = interval_option()
     guidance_rescale: float = option(
         0.0,
         "fraction of the std of the guided prediction that is rescaled (arXiv 2305.08891)",
@@ -47,10 +44,8 @@ class SamplingArguments:
         only_with=("guidance_scale", other_than_one),
     )
 
-    def validate_sampling(self):
-        bounds = self.guidance_interval
-        if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
-            raise ValueError(f"--guidance_interval={bounds} must be two times with 0 <= first < second <= 1")
+    def validate_interval(self):
+        check_interval(self.guidance_interval)
 
     def settings(self) -> dict[str, Any]:
         """Names and values of the sampling flags, for reports."""
