@@ -25,8 +25,8 @@ from utils.training.audio_diffusion import (
     AudioDiffusionTrainer,
     check_conditioning,
     count_frame_steps,
-    sound_callback,
 )
+from utils.training.audio_diffusion_logging import sound_callback
 from utils.training.diffusion import check_init_from, keep_vae, latents_vae
 from utils.training.stage import Stage
 
