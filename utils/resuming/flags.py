@@ -50,7 +50,7 @@ ON_RESUME: dict[str, str] = {
         SAMPLES: ["batch_size", "batch_frames", "gradient_accumulation_steps"],
         # Data order and noise, the state of the optimizer, the shape of the discriminator.
         FIXED: [
-            *("seed", "sequence_length", "include_modes", "use_speakers"),
+            *("seed", "sequence_length", "include_modes", "use_speakers", "max_clip_frames"),
             *("trainer", "grokfast_window", "use_ema"),
             *("discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm"),
             *("discriminator_periods", "discriminator_resolutions", "discriminator_widening"),

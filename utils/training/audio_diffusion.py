@@ -22,7 +22,10 @@ from utils.training_utils import expected_steps
 
 # Flags that act on one kind of conditioning alone, by the other one.
 WITHOUT_EFFECT = {
-    "caption": ("sentences", "use_speakers", "prior_weight", "duration_weight", "duration_samples", "wer_samples"),
+    "caption": (
+        *("sentences", "use_speakers", "max_clip_frames", "prior_weight", "duration_weight", "duration_samples"),
+        "wer_samples",
+    ),
     "speech": ("prompts", "text_encoder"),
 }
 TEXT_INPUTS = ("tokens", "n_tokens", "durations", "speakers", "languages", "caption_states", "n_caption")
@@ -43,6 +46,9 @@ class AudioDiffusionArguments(AudioSamplingArguments, DiffusionArguments):
     use_speakers: bool = option(True, "condition the model on the speaker where there are several, speech only")
     batch_frames: int = option(
         800, "latent frames of a micro-batch and process, clips of like length; 0: batch_size clips", ge=0
+    )
+    max_clip_frames: int = option(
+        250, "latent frames of a training clip of speech; longer ones are cut at pauses; 0: not at all", ge=0
     )
     batch_size: int = option(16, "clips per micro-batch and process", gt=0, only_with=("batch_frames", 0))
 
