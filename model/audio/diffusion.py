@@ -371,6 +371,7 @@ class AudioDiffusion(PreTrainedModel):
         n_steps: int = 8,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        temperature: float = 1.0,
     ) -> Tensor:
         """Latents of clips, by a deterministic sampler at equal steps of time.
 
@@ -379,6 +380,8 @@ class AudioDiffusion(PreTrainedModel):
                 sound in every batch.
             guidance_scale: of classifier-free guidance; 1: none.
             guidance_interval: times in which guidance acts.
+            temperature: std of the noise that sampling starts from, relative to that of training (Grad-TTS,
+                arXiv 2105.06337, section 3.3); below 1 clips are nearer to their mean.
         Returns: (B, L, Z) fp32, standardised; 0 in padding.
         Raises: ValueError: a stochastic sampler, whose noise would depend on the batch; another number of generators.
         """
@@ -393,7 +396,7 @@ class AudioDiffusion(PreTrainedModel):
             shape = (n_frames, self.config.latent_channels)
             row[:n_frames] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
         sigma = self.process.alpha_sigma(torch.ones(1, dtype=torch.float64))[1].item()
-        x = (sigma * noise).to(device)
+        x = (temperature * sigma * noise).to(device)
         # The denoiser combines predictions with text and without.
         denoiser = guided_denoiser(
             self.process,

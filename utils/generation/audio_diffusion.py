@@ -44,6 +44,13 @@ class AudioSamplingArguments:
         only_with=("guidance_scale", other_than_one),
     )
 
+    temperature: float = option(
+        1.0,
+        "std of the noise that sampling starts from; below 1 sounds are nearer to their mean: clearer, less lively",
+        gt=0,
+        only_with=("n_steps", bool),
+    )
+
     def validate_interval(self):
         bounds = self.guidance_interval
         if len(bounds) != 2 or not 0 <= bounds[0] < bounds[1] <= 1:
@@ -138,6 +145,7 @@ class AudioPipeline:
             n_steps=settings.n_steps,
             guidance_scale=settings.guidance_scale,
             guidance_interval=(low, high),
+            temperature=settings.temperature,
         )
 
     @torch.no_grad()

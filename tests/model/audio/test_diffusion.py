@@ -214,6 +214,13 @@ def test_a_seed_gives_the_same_latents_in_every_batch(sampler):
     assert (other[0] - together[0]).abs().max() > 0.1 and torch.equal(other[1], together[1])
 
 
+def test_temperature_is_the_std_of_the_first_noise():
+    model = AudioDiffusion(AudioDiffusionConfig(**SPEECH)).eval()  # Fresh weights predict no velocity.
+    condition = speech_condition(model, speech_clips(), durations=torch.full((3, 14), 40))
+    latents = model.sample(condition, seeded(1, 2, 3), n_steps=2, temperature=0.6)
+    assert latents[condition.mask].std() == pytest.approx(0.6, rel=0.02)
+
+
 def test_captioned_sounds_have_the_length_that_is_asked_for():
     model = build("frozen")
     inputs = inputs_of(model, speech_clips())
