@@ -1,7 +1,7 @@
 """Long clips of speech cut at pauses.  L latent frames, T tokens, c mel frames of a latent frame.
 
-Batches by a budget of frames leave out what exceeds the budget, and one long clip makes a batch by itself. Its pieces
-are clips like others: they begin and end with silence, and lie between whole latent frames.
+Batches by a budget of frames leave out what exceeds the budget, and a clip of about the budget is a batch by itself.
+Pieces are clips like others: they begin and end with silence, and are whole latent frames.
 """
 
 from pathlib import Path
