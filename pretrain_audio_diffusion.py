@@ -11,6 +11,7 @@ inference/text_to_audio.py.
 from functools import cached_property
 
 from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents, latent_settings
+from dataset_loading.audio.pieces import AudioLatentPieces
 from model.audio.diffusion import AudioDiffusion, AudioDiffusionConfig
 from model.presets import AUDIO_DIFFUSION
 from utils.checkpoints import lasting_name
@@ -25,8 +26,8 @@ from utils.training.audio_diffusion import (
     AudioDiffusionTrainer,
     check_conditioning,
     count_frame_steps,
-    sound_callback,
 )
+from utils.training.audio_diffusion_logging import sound_callback
 from utils.training.diffusion import check_init_from, keep_vae, latents_vae
 from utils.training.stage import Stage
 
@@ -71,8 +72,7 @@ class AudioDiffusionStage(Stage):
         keep_vae(self.vae_checkpoint, self.run_dir)
 
     def build_config(self):
-        """The preset with what the latents determine; a VAE, a vocoder, or an override that does not fit them is
-        refused."""
+        """The preset with what the latents determine; VAE, vocoder or override that do not fit them are refused."""
         assert self.vocoder is not None or not self.args.vocoder_checkpoint
         check_conditioning(self.args, self.latents["conditioning"])
         assert self.text_encoder is not None or not self.latents["text_encoder"]
@@ -88,7 +88,8 @@ class AudioDiffusionStage(Stage):
         )
 
     def build_dataset(self, split, config):
-        return AudioLatentDataset(self.cache_dir, split)
+        max_frames = self.args.max_clip_frames if split == "train" else 0
+        return AudioLatentPieces(self.cache_dir, split, max_frames=max_frames)
 
     def build_collator(self, config):
         return collate_audio_latents
@@ -103,8 +104,7 @@ class AudioDiffusionStage(Stage):
     def build_callbacks(self, trainer, writer):
         if not self.args.n_logged_samples:
             return []
-        networks = {"vae": self.vae, "vocoder": self.vocoder, "text_encoder": self.text_encoder}
-        return [sound_callback(trainer, writer, **networks)]
+        return [sound_callback(trainer, writer, vae=self.vae, vocoder=self.vocoder, text_encoder=self.text_encoder)]
 
     def count_steps(self, dataset, n_ranks):
         return count_frame_steps(dataset, self.args, n_ranks) or super().count_steps(dataset, n_ranks)

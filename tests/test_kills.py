@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pretrain_audio_diffusion import AudioDiffusionStage
 from pretrain_audio_vae import AudioVAEStage
 from pretrain_image_diffusion import ImageDiffusionStage
 from pretrain_image_vae import ImageVAEStage
@@ -17,6 +18,7 @@ from pretrain_multimodal import MultimodalStage
 from pretrain_recurrent_vae import RecurrentVAEStage
 from pretrain_vocoder import VocoderStage
 from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
+from tests.helpers.audio_latent_cache import SMALL_SPEECH, make_speech
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
 from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, equal, largest_difference, run_stage
 from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text, with_dropout
@@ -27,6 +29,7 @@ STEPS = 16
 TARGETS = [(1, 3), (6, 8), (11, 13)]  # The first and the last step that a process may be killed after.
 FLAGS = ["--batch_size", "8", "--save_steps", "1", "--eval_steps", "5"]
 WORKERS = ["--num_workers", "2"]
+SPEECH = [word.replace("text_dropout=0", "text_dropout=0.2") for word in SMALL_SPEECH]
 
 # Name -> stage, common flags, the fixture or function that makes its cache, further flags.
 STAGES = {
@@ -35,6 +38,7 @@ STAGES = {
     "image_diffusion": (ImageDiffusionStage, SMALL_DIFFUSION, "latent_cache", WORKERS),
     "vocoder": (VocoderStage, SMALL_VOCODER, make_audio_cache, []),
     "audio_vae": (AudioVAEStage, SMALL_AUDIO_VAE, lambda folder: write_mel_cache(folder, SETTINGS), WORKERS),
+    "audio_diffusion": (AudioDiffusionStage, SPEECH, make_speech, ["--batch_frames", "0", *WORKERS]),
     "text_flat": (MultimodalStage, with_dropout(SMALL_TEXT), make_text, []),
     "text_recurrent": (MultimodalStage, with_dropout(SMALL_CORE), make_text, WORKERS),
 }

@@ -32,7 +32,7 @@ from model.audio.text_conditioning import (
     expand_tokens,
     whole_durations,
 )
-from model.audio.unet1d import AudioCondition, UNet1d
+from model.audio.unet1d import KEYS_PER_PART, AudioCondition, UNet1d
 from model.diffusion import (
     ByteTextEncoder,
     FrozenTextAdapter,
@@ -42,11 +42,14 @@ from model.diffusion import (
     init_diffusion_weights,
     pool,
 )
+from model.dropout import check_keys, fold
 from model.presets import AUDIO_DIFFUSION
 from model.samplers import SamplerKind, guided_denoiser, sample
 from utils.options import from_preset
 
 FACTOR_RANGE = (0.5, 2.0)  # of a plausible duration factor
+# Dropout keys of the encoder are the clips' own, those of the other parts follow.
+DURATION_KEYS, TRUNK_KEYS, NETWORK_KEYS = KEYS_PER_PART, 2 * KEYS_PER_PART, 3 * KEYS_PER_PART
 
 
 @dataclass
@@ -149,6 +152,7 @@ class AudioDiffusion(PreTrainedModel):
         caption_states: Tensor | None = None,
         n_caption: Tensor | None = None,
         drop: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> AudioDiffusionOutput:
         """Predictions for clips whose text, and durations for speech, are known.
 
@@ -161,11 +165,13 @@ class AudioDiffusion(PreTrainedModel):
             caption_states, n_caption: see `caption_condition`.
             drop: (B,) bool, True where the network gets no text; None for nowhere. Give it in training, so that the
                 null condition takes part in every step on every process. Prior and durations always have the text.
+            dropout_keys: (B,) int64, numbers that dropout is a function of (`model.dropout`); default: PyTorch's.
         Raises: ValueError: shapes do not fit, or (seen on the CPU) durations do not fill the latent frames.
         """
         Z = self.config.latent_channels
         if latents.ndim != 3 or latents.shape[2] != Z:
             raise ValueError(f"latents of shape {tuple(latents.shape)} do not fit: expected (B, L, {Z}), time first")
+        check_keys(dropout_keys, len(latents))
         # The condition, in captions' case without prior and durations.
         prior, log_durations = None, None
         if self.config.conditioning == "caption":
@@ -175,14 +181,15 @@ class AudioDiffusion(PreTrainedModel):
         else:
             if tokens is None or n_tokens is None or durations is None:
                 raise ValueError("conditioning='speech' needs tokens, n_tokens and durations of every clip")
-            text = self.encode_speech(tokens, n_tokens, speakers=speakers, languages=languages)
+            voices = {"speakers": speakers, "languages": languages}
+            text = self.encode_speech(tokens, n_tokens, **voices, dropout_keys=dropout_keys)
             log_durations = text.log_durations
-            condition, prior = self.speech_condition(
-                text, durations, drop=drop, n_all=latents.shape[1], n_latent_frames=n_latent_frames
-            )
+            lengths = {"n_all": latents.shape[1], "n_latent_frames": n_latent_frames}
+            condition, prior = self.speech_condition(text, durations, drop=drop, **lengths, dropout_keys=dropout_keys)
         # Input and time as the process scales them for the network.
         x = self.process.network_input(latents.float(), time)
-        prediction = self.network(x, self.process.network_time(time), condition)
+        keys = fold(dropout_keys, NETWORK_KEYS)
+        prediction = self.network(x, self.process.network_time(time), condition, keys)
         return AudioDiffusionOutput(prediction=prediction, prior=prior, log_durations=log_durations)
 
     # ---- Conditions.
@@ -194,6 +201,7 @@ class AudioDiffusion(PreTrainedModel):
         *,
         speakers: Tensor | None = None,
         languages: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> SpeechText:
         """States and predicted durations of tokens.
 
@@ -202,6 +210,7 @@ class AudioDiffusion(PreTrainedModel):
                 1 first, 2 last, 3 both).
             n_tokens: (B,), at least 1.
             speakers, languages: (B,) places in `config.speakers` and `config.languages`; None where there are none.
+            dropout_keys: see `forward`.
         Raises: ValueError: no speaker or language where the model needs one, or one where it knows none.
         """
         if tokens.ndim != 3 or tokens.shape[2] != 3:
@@ -211,7 +220,7 @@ class AudioDiffusion(PreTrainedModel):
             if getattr(self.config, name) and value is None:
                 raise ValueError(f"this model knows {name} {getattr(self.config, name)}; give {name}, one per clip")
         mask = valid_frames(n_tokens, tokens.shape[1])
-        states = self.text_encoder(tokens, mask, languages if self.config.languages else None)
+        states = self.text_encoder(tokens, mask, languages if self.config.languages else None, dropout_keys)
         # A speaker's voice and tempo: the same vector at every token.
         speaker = None
         if self.speaker_embedding is not None:
@@ -219,7 +228,8 @@ class AudioDiffusion(PreTrainedModel):
             states = states + speaker[:, None] * mask[..., None]
         pauses = torch.tensor(self.config.pause_symbols, dtype=torch.long, device=tokens.device)
         is_pause = (tokens[..., 0, None] == pauses).any(-1)
-        return SpeechText(states, mask, self.durations(states, mask), is_pause, speaker)
+        log_durations = self.durations(states, mask, fold(dropout_keys, DURATION_KEYS))
+        return SpeechText(states, mask, log_durations, is_pause, speaker)
 
     def speech_condition(
         self,
@@ -229,12 +239,13 @@ class AudioDiffusion(PreTrainedModel):
         drop: Tensor | None = None,
         n_all: int | None = None,
         n_latent_frames: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> tuple[AudioCondition, Tensor]:
         """The network's condition, and the prior (B, L, Z) fp32.
 
         Args:
             durations: mel frames of each token, (B, T) integers.
-            drop: see `forward`.
+            drop, dropout_keys: see `forward`.
             n_all: L; None: that of the longest clip.
             n_latent_frames: what the durations must fill, (B,), checked on the CPU; None: whatever they fill.
         """
@@ -252,7 +263,7 @@ class AudioDiffusion(PreTrainedModel):
         n_all = int(n_latents.max()) if n_all is None else n_all
         mask = valid_frames(n_latents, n_all)
         rows = expand_tokens(text.states, durations, n_latents=n_all, compression=self.config.compression)
-        frames = self.trunk(rows, mask)
+        frames = self.trunk(rows, mask, fold(dropout_keys, TRUNK_KEYS))
         # The prior in fp32; the network sees it as a given, so that its loss alone shapes it.
         with torch.autocast(frames.device.type, enabled=False):
             prior = self.prior(frames.float()) * mask[..., None]
@@ -357,6 +368,7 @@ class AudioDiffusion(PreTrainedModel):
         n_steps: int = 8,
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        temperature: float = 1.0,
     ) -> Tensor:
         """Latents of clips, by a deterministic sampler at equal steps of time.
 
@@ -365,6 +377,8 @@ class AudioDiffusion(PreTrainedModel):
                 sound in every batch.
             guidance_scale: of classifier-free guidance; 1: none.
             guidance_interval: times in which guidance acts.
+            temperature: std of the noise that sampling starts from, relative to that of training (Grad-TTS,
+                arXiv 2105.06337, section 3.3); below 1 clips are nearer to their mean.
         Returns: (B, L, Z) fp32, standardised; 0 in padding.
         Raises: ValueError: a stochastic sampler, whose noise would depend on the batch; another number of generators.
         """
@@ -379,7 +393,7 @@ class AudioDiffusion(PreTrainedModel):
             shape = (n_frames, self.config.latent_channels)
             row[:n_frames] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
         sigma = self.process.alpha_sigma(torch.ones(1, dtype=torch.float64))[1].item()
-        x = (sigma * noise).to(device)
+        x = (temperature * sigma * noise).to(device)
         # The denoiser combines predictions with text and without.
         denoiser = guided_denoiser(
             self.process,

@@ -6,6 +6,7 @@ c mel frames of a latent frame (the compression), L latent frames, D width of th
   the mel's although latents are coarser.
 - The duration predictor reads detached states, as in Glow-TTS (arXiv 2005.11129, section 3.2).
 - Padding changes nothing: it is zero before every convolution, as what lies beyond the ends.
+- `keys` (B,) are those of `model.dropout`, one use for every block of a part; None: PyTorch's dropout.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from model.audio.frame_conv import FrameConv
 from model.audio.lengths import valid_frames
 from model.checkpointing import GradientCheckpointingLayer
+from model.dropout import Dropout, fold
 from model.layers import ZeroLinear
 
 N_STRESSES = 3  # none, secondary, primary
@@ -52,12 +54,12 @@ class ConvBlock(GradientCheckpointingLayer):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.conv = FrameConv(width, width, kernel_size, padding=kernel_size // 2)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out = ZeroLinear(width, width)
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        """x (B, L, D), mask (B, L, 1) -> (B, L, D)."""
-        return x + self.out(self.dropout(F.silu(self.conv(self.norm(x) * mask))))
+    def forward(self, x: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
+        """x (B, L, D), mask (B, L, 1), keys (B,) -> (B, L, D)."""
+        return x + self.out(self.dropout(F.silu(self.conv(self.norm(x) * mask)), keys))
 
 
 class TokenEncoder(nn.Module):
@@ -80,15 +82,17 @@ class TokenEncoder(nn.Module):
         self.blocks = nn.ModuleList(ConvBlock(width, kernel_size, dropout) for _ in range(n_blocks))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, tokens: Tensor, mask: Tensor, languages: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, mask: Tensor, languages: Tensor | None = None, keys: Tensor | None = None
+    ) -> Tensor:
         """tokens (B, T, 3): symbol, stress, edge; mask (B, T) bool; languages (B,) -> (B, T, E), 0 in padding."""
         tokens = tokens.long() * mask[..., None]  # What stands in padding may be no token.
         symbols, stresses, edges = tokens.unbind(-1)
         x = self.symbols(symbols) + self.stresses(stresses) + self.edges(edges)
         if self.languages is not None:
             x = x + self.languages(languages)[:, None]
-        for block in self.blocks:
-            x = block(x, mask[..., None])
+        for number, block in enumerate(self.blocks):
+            x = block(x, mask[..., None], fold(keys, number))
         return self.norm(x) * mask[..., None]
 
 
@@ -101,10 +105,10 @@ class DurationPredictor(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.out = nn.Linear(width, 1)
 
-    def forward(self, states: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, states: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
         x = states.detach()
-        for block in self.blocks:
-            x = block(x, mask[..., None])
+        for number, block in enumerate(self.blocks):
+            x = block(x, mask[..., None], fold(keys, number))
         # In fp32 also under autocast: the loss is a few hundredths.
         with torch.autocast(x.device.type, enabled=False):
             return self.out(self.norm(x.float()))[..., 0] * mask
@@ -119,11 +123,11 @@ class FrameTrunk(nn.Module):
         self.blocks = nn.ModuleList(ConvBlock(width, kernel_size, dropout) for _ in range(n_blocks))
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, rows: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, rows: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
         """mask (B, L) bool."""
         x = self.stem(rows)
-        for block in self.blocks:
-            x = block(x, mask[..., None])
+        for number, block in enumerate(self.blocks):
+            x = block(x, mask[..., None], fold(keys, number))
         return self.norm(x) * mask[..., None]
 
 

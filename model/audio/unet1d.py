@@ -19,8 +19,11 @@ from torch import Tensor, nn
 from model.audio.frame_conv import FrameConv
 from model.checkpointing import GradientCheckpointingLayer
 from model.diffusion import AdaptiveNorm, Attention, TextCondition, TimeEmbedding
+from model.dropout import Dropout, fold
 from model.layers import ZeroLinear
 from model.positions import rotary_frequencies, rotary_table
+
+KEYS_PER_PART = 64  # Uses of dropout keys that a level, or another part of the model, has to itself: one a block.
 
 
 @dataclass
@@ -68,12 +71,12 @@ class FrameBlock(GradientCheckpointingLayer):
         super().__init__()
         self.norm = AdaptiveFrameNorm(width, conditioning_width)
         self.conv = FrameConv(width, width, kernel_size, padding=kernel_size // 2)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out = ZeroLinear(width, width)
 
-    def forward(self, x: Tensor, conditioning: Tensor, mask: Tensor) -> Tensor:
-        """x (B, L, D), conditioning (B, conditioning_width) fp32, mask (B, L, 1) -> (B, L, D)."""
-        return x + self.out(self.dropout(F.silu(self.conv(self.norm(x, conditioning) * mask))))
+    def forward(self, x: Tensor, conditioning: Tensor, mask: Tensor, keys: Tensor | None = None) -> Tensor:
+        """x (B, L, D), conditioning (B, conditioning_width) fp32, mask (B, L, 1), keys (B,) -> (B, L, D)."""
+        return x + self.out(self.dropout(F.silu(self.conv(self.norm(x, conditioning) * mask)), keys))
 
 
 class FrameAttentionBlock(GradientCheckpointingLayer):
@@ -124,7 +127,14 @@ class FrameLevel(nn.Module):
         self.frequencies = rotary_frequencies(head_width) if n_attentions else []
 
     def forward(
-        self, x: Tensor, conditioning: Tensor, mask: Tensor, *, text: TextCondition | None, skips: list[Tensor]
+        self,
+        x: Tensor,
+        conditioning: Tensor,
+        mask: Tensor,
+        *,
+        text: TextCondition | None,
+        skips: list[Tensor],
+        keys: Tensor | None,
     ) -> list[Tensor]:
         """The output of every block, the last one last; `skips` are those of the way down, or empty.  mask (B, L)."""
         states = () if text is None else (text.states, text.mask)
@@ -135,7 +145,7 @@ class FrameLevel(nn.Module):
         for i, block in enumerate(self.blocks):
             if skips:
                 x = x + self.skips[i](skips[-1 - i])
-            x = block(x, conditioning, mask[..., None])
+            x = block(x, conditioning, mask[..., None], fold(keys, i))
             if i < len(self.attentions):
                 x = self.attentions[i](x, mask, rotary, *states)
             outputs.append(x)
@@ -199,11 +209,15 @@ class UNet1d(nn.Module):
         self.norm = AdaptiveFrameNorm(widths[0], conditioning_width)
         self.head = ZeroLinear(widths[0], in_channels)
 
-    def forward(self, x: Tensor, time: Tensor, condition: AudioCondition) -> Tensor:
+    def forward(
+        self, x: Tensor, time: Tensor, condition: AudioCondition, dropout_keys: Tensor | None = None
+    ) -> Tensor:
         """Args:
             x: noisy latents as the process scales them, (B, L, Z).
             time: the network's time, about [0, 1000], (B,).
+            dropout_keys: (B,) int64, see `model.dropout`; None: PyTorch's dropout.
         Returns: (B, L, Z) fp32, 0 in padding."""
+        keys = [fold(dropout_keys, KEYS_PER_PART * number) for number in range(2 * len(self.down) + 1)]
         # Whole groups of frames at every level; each level knows its valid frames.
         L, multiple = x.shape[1], 2 ** len(self.down)
         masks = [F.pad(condition.mask, (0, -L % multiple))]
@@ -221,15 +235,15 @@ class UNet1d(nn.Module):
         # Down.
         h, skips, text = self.stem(inputs), [], condition.text
         for mask, level, downsample in zip(masks, self.down, self.downsamples):
-            skips.append(level(h, conditioning, mask, text=text, skips=[]))
+            skips.append(level(h, conditioning, mask, text=text, skips=[], keys=keys.pop()))
             pairs = skips[-1][-1] * mask[..., None]
             h = downsample(pairs.unflatten(1, (-1, 2)).flatten(2))
         # The coarsest level.
-        h = self.middle(h, conditioning, masks[-1], text=text, skips=[])[-1]
+        h = self.middle(h, conditioning, masks[-1], text=text, skips=[], keys=keys.pop())[-1]
         # Up.
         for mask, level, upsample in zip(reversed(masks[:-1]), reversed(self.up), reversed(self.upsamples)):
             h = upsample(h).unflatten(2, (2, -1)).flatten(1, 2)
-            h = level(h, conditioning, mask, text=text, skips=skips.pop())[-1]
+            h = level(h, conditioning, mask, text=text, skips=skips.pop(), keys=keys.pop())[-1]
         # The output, in fp32.
         with torch.autocast(x.device.type, enabled=False):
             output = self.head(F.silu(self.norm(h[:, :L].float(), conditioning)))

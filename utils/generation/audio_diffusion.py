@@ -41,6 +41,13 @@ class AudioSamplingArguments:
     guidance_scale: float = option(1.0, "scale of classifier-free guidance; 1: none", ge=0)
     guidance_interval: list[float] = interval_option()
 
+    temperature: float = option(
+        1.0,
+        "std of the noise that sampling starts from; below 1 sounds are nearer to their mean: clearer, less lively",
+        gt=0,
+        only_with=("n_steps", bool),
+    )
+
     def validate_interval(self):
         check_interval(self.guidance_interval)
 
@@ -133,6 +140,7 @@ class AudioPipeline:
             n_steps=settings.n_steps,
             guidance_scale=settings.guidance_scale,
             guidance_interval=(low, high),
+            temperature=settings.temperature,
         )
 
     @torch.no_grad()

@@ -50,7 +50,7 @@ ON_RESUME: dict[str, str] = {
         SAMPLES: ["batch_size", "batch_frames", "gradient_accumulation_steps"],
         # Data order and noise, the shape of the discriminator.
         FIXED: [
-            *("seed", "sequence_length", "include_modes", "use_speakers"),
+            *("seed", "sequence_length", "include_modes", "use_speakers", "max_clip_frames"),
             *("discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm"),
             *("discriminator_periods", "discriminator_resolutions", "discriminator_widening"),
         ],
@@ -71,7 +71,7 @@ ON_RESUME: dict[str, str] = {
             *("wer_samples",),
             *("latent_statistics_samples", "sample_tokens", "eval_thinking_steps", "n_time_buckets", "prompts"),
             *("n_prompts", "eval_images", "grid_scales", "sampler", "n_steps", "guidance_scale", "guidance_interval"),
-            *("guidance_rescale", "text_encoder"),
+            *("guidance_rescale", "temperature", "text_encoder"),
             # Losses.
             *("l1_weight", "l2_weight", "gradient_weight", "perceptual_weight", "perceptual", "kl_weight"),
             *("intermediate_weight", "distillation_weight", "mel_weight", "stft_weight", "stft_resolutions"),

@@ -1,8 +1,6 @@
-"""Text to speech, and captions to sound: flags, trainer, and generated clips in TensorBoard.  B batch, L latent
-frames, Z latent channels, T tokens, M mel bins, F mel frames."""
+"""Text to speech, and captions to sound: flags and trainer.  B batch, L latent frames, Z latent channels, T tokens."""
 
 import dataclasses
-import logging
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,28 +10,22 @@ from torch.utils.data import DataLoader
 from transformers.trainer_utils import seed_worker
 
 from dataset_loading.audio.latents import AudioLatentDataset, FrameBudgetSampler
-from dataset_loading.cached import evenly_spaced
 from model.audio.lengths import valid_frames
 from model.audio.text_conditioning import duration_errors
+from model.dropout import has_dropout
 from utils.distributed import mean_across_ranks
-from utils.drawing.alignment import aligned_mel, duration_image
-from utils.drawing.audio import strip_sheet
-from utils.drawing.images import Group
-from utils.drawing.playback import add_audio
-from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments
-from utils.generation.captions import CaptionPipeline, seconds_of_clips
-from utils.generation.speech import SpeechPipeline
+from utils.generation.audio_diffusion import AudioSamplingArguments
 from utils.options import option
-from utils.training.callbacks import EvaluationCallback
 from utils.training.diffusion import DiffusionArguments, DiffusionTrainer
 from utils.training.latent_statistics import batches_of_rank
 from utils.training_utils import expected_steps
 
-logger = logging.getLogger(__name__)
-
 # Flags that act on one kind of conditioning alone, by the other one.
 WITHOUT_EFFECT = {
-    "caption": ("sentences", "use_speakers", "prior_weight", "duration_weight", "duration_samples", "wer_samples"),
+    "caption": (
+        *("sentences", "use_speakers", "max_clip_frames", "prior_weight", "duration_weight", "duration_samples"),
+        "wer_samples",
+    ),
     "speech": ("prompts", "text_encoder"),
 }
 TEXT_INPUTS = ("tokens", "n_tokens", "durations", "speakers", "languages", "caption_states", "n_caption")
@@ -54,6 +46,9 @@ class AudioDiffusionArguments(AudioSamplingArguments, DiffusionArguments):
     use_speakers: bool = option(True, "condition the model on the speaker where there are several, speech only")
     batch_frames: int = option(
         800, "latent frames of a micro-batch and process, clips of like length; 0: batch_size clips", ge=0
+    )
+    max_clip_frames: int = option(
+        250, "latent frames of a training clip of speech; longer ones are cut at pauses; 0: not at all", ge=0
     )
     batch_size: int = option(16, "clips per micro-batch and process", gt=0, only_with=("batch_frames", 0))
 
@@ -95,7 +90,7 @@ class AudioDiffusionTrainer(DiffusionTrainer):
     Captions have the first term alone. Sums are over valid frames and tokens of all micro-batches and processes of an
     optimizer step, n_frames and n_tokens their numbers: a frame has the same weight however clips are batched.
 
-    Times, noise and dropped text belong to (seed, step, clip).
+    Times, noise, dropout and dropped text belong to (seed, step, clip).
     """
 
     # ---- Data order.
@@ -118,6 +113,11 @@ class AudioDiffusionTrainer(DiffusionTrainer):
         return self.accelerator.prepare(loader)
 
     # ---- Training.
+
+    @cached_property
+    def has_dropout(self) -> bool:
+        """Whether the network drops anything in training."""
+        return has_dropout(self.model)
 
     @property
     def is_speech(self) -> bool:
@@ -151,9 +151,11 @@ class AudioDiffusionTrainer(DiffusionTrainer):
         # Time comes first, so that a clip's noise does not depend on how far it is padded.
         noise = self.sample_noise(inputs, "noise", inputs["latents"].shape[1:])
 
+        keys = self.dropout_keys(inputs) if self.has_dropout else None
+
         # Sums of this micro-batch over the numbers of the whole step.
         latents = self.draw_latents(inputs)
-        sums = self.clip_sums(model, inputs, latents, noise=noise, time=time, drop=drop)
+        sums = self.clip_sums(model, inputs, latents, noise=noise, time=time, drop=drop, dropout_keys=keys)
         n_frames, n_tokens = num_items_in_batch.float()
         weight = process.loss_weight(time, args.loss_weighting, args.min_snr_gamma)
         terms = {"mse": sums["flow"].sum() / n_frames}
@@ -178,10 +180,10 @@ class AudioDiffusionTrainer(DiffusionTrainer):
         )
 
     def clip_sums(
-        self, model, inputs: dict, latents: Tensor, *, noise: Tensor, time: Tensor, drop: Tensor | None = None
+        self, model, inputs: dict, latents: Tensor, *, noise: Tensor, time: Tensor, **options: Tensor | None
     ) -> dict[str, Tensor]:
         """Errors of each clip, (B,) fp32: `flow` and for speech `prior`, squared errors summed over frames, and
-        `duration`, summed over tokens."""
+        `duration`, summed over tokens.  options: `drop` and `dropout_keys` of the model's forward."""
         process, n_frames = self.model.process, inputs["n_latent_frames"]
         text = {name: inputs[name] for name in TEXT_INPUTS if name in inputs}
         if "caption_tokens" in inputs:
@@ -189,7 +191,7 @@ class AudioDiffusionTrainer(DiffusionTrainer):
         valid = valid_frames(n_frames, latents.shape[1])[..., None]
         latents = latents.where(valid, 0.0)
         noisy = process.add_noise(latents, noise, time)
-        output = model(latents=noisy, time=time, n_latent_frames=n_frames, drop=drop, **text)
+        output = model(latents=noisy, time=time, n_latent_frames=n_frames, **options, **text)
 
         def frame_sum(prediction: Tensor, target: Tensor) -> Tensor:
             return (prediction.float() - target).square().mean(2, keepdim=True).where(valid, 0.0).sum((1, 2))
@@ -309,172 +311,3 @@ def check_conditioning(args: AudioDiffusionArguments, conditioning: str) -> None
         raise ValueError(f"--{given[0]} has no effect: these latents have conditioning={conditioning!r}")
     if conditioning == "caption" and args.n_steps == 0 and args.n_logged_samples:
         raise ValueError("--n_steps=0 shows the prior, which captions do not have; give 1 or more")
-
-
-class SoundCallback(EvaluationCallback):
-    """Logs sounds of validation clips; subclasses say how they come about.
-
-    Args:
-        pipeline: of the frozen VAE and vocoder; its model is replaced by the present one.
-        n_clips: spread evenly over the validation set.
-        args: sampling flags.
-    """
-
-    before_training = False  # Noise through the VAE.
-
-    def __init__(self, trainer, writer, *, pipeline: Any, n_clips: int, args: Any):
-        super().__init__(trainer, writer)
-        self.pipeline, self.n_clips, self.args = pipeline, n_clips, args
-        self.is_first = True  # What does not change is written once.
-
-    @cached_property
-    def batch(self) -> dict[str, Tensor]:
-        """The clips as a batch."""
-        dataset = self.trainer.eval_dataset
-        indices = evenly_spaced(len(dataset), self.n_clips)
-        return self.trainer.data_collator([dataset[index] for index in indices])
-
-    @cached_property
-    def names(self) -> list[str]:
-        """The text of each clip."""
-        entries = self.trainer.eval_dataset.entries
-        chosen = [entries[index] for index in evenly_spaced(len(entries), self.n_clips)]
-        return [entry["caption"] or entry["key"] for entry in chosen]
-
-    def present(self, model) -> tuple[AudioPipeline, dict[str, Tensor]]:
-        """The pipeline with the present model, and the clips, on the device."""
-        pipeline, device = self.pipeline, self.trainer.args.device
-        pipeline.model = self.trainer.accelerator.unwrap_model(model)
-        for network in (pipeline.vae, pipeline.vocoder):
-            if network is not None:
-                network.to(device)
-        return pipeline, {name: value.to(device) for name, value in self.batch.items()}
-
-    def add_players(self, real: list[Tensor], generated: list[Tensor], step: int) -> None:
-        """Players of log-mels (M, F): real ones the first time alone."""
-        rate = self.pipeline.vae.config.sample_rate
-        kinds = {"real": real, "generated": generated} if self.is_first else {"generated": generated}
-        self.is_first = False
-        for kind, mels in kinds.items():
-            for number, mel in enumerate(mels):
-                waveform = self.pipeline.vocode(mel)
-                add_audio(self.writer, f"sounds/{number:02d}_{kind}", waveform, rate=rate, step=step)
-
-
-class SpeechCallback(SoundCallback):
-    """Logs what the model speaks: validation clips with predicted durations, and sentences.
-
-    images/mel                   decoded real latents | generated, both with the boundaries of their tokens
-    images/durations             predicted against real durations of tokens
-    sounds/<clip>_real, _generated, sounds/sentence_<number>
-
-    Args:
-        sentences: further texts that are spoken by the first speaker.
-        pipeline, n_clips, args: see `SoundCallback`.
-    """
-
-    pipeline: SpeechPipeline
-
-    def __init__(self, trainer, writer, *, sentences: list[str], **settings: Any):
-        super().__init__(trainer, writer, **settings)
-        self.sentences = [sentence for text in sentences for sentence in self.pipeline.speakable(text)]
-
-    def compute(self, model):
-        pipeline, batch = self.present(model)
-        inputs = {name: batch[name] for name in ("tokens", "n_tokens", "speakers", "languages") if name in batch}
-        # The same seeds at every step: only the model changes.
-        seeds, config = list(range(len(self.names))), pipeline.model.config
-        speakers = [config.speakers[place] for place in batch["speakers"].tolist()] if config.speakers else []
-        first = {"speaker": next(iter(config.speakers), ""), "language": next(iter(config.languages), "")}
-        try:
-            latents, durations = pipeline.latents(inputs, seeds, self.args)
-            generated = pipeline.decode(latents, durations.sum(1), speakers)
-            sentences = [waveform for _, waveform in pipeline.speak(self.sentences, self.args, **first)]
-        except ValueError as error:  # Log-mels are not finite; those of later steps may be.
-            logger.warning("nothing is spoken at step %d: %s", self.trainer.state.global_step, error)
-            return None
-        # Real latents through the same decoder.
-        real = pipeline.decode(batch["latents"], batch["durations"].sum(1), speakers)
-        return {"real": real, "generated": generated, "durations": durations.cpu(), "sentences": sentences}
-
-    def write(self, content, step):
-        n_tokens, durations = self.batch["n_tokens"].tolist(), self.batch["durations"]
-        clips = list(zip(content["real"], content["generated"], durations, content["durations"], n_tokens))
-        # Log-mels with the boundaries of tokens, in one time scale.
-        longest = max(mel.shape[1] for real, generated, *_ in clips for mel in (real, generated))
-        groups = []
-        for name, (real, generated, true, predicted, n) in zip(self.names, clips):
-            pairs = ((real, true[:n]), (generated, predicted[:n]))
-            floor = self.pipeline.vae.config.mel.log_floor
-            groups.append(Group([aligned_mel(*pair, floor, max_frames=longest) for pair in pairs], name))
-        self.add_image("mel", strip_sheet(groups, ("real", "generated")), step)
-        pairs = [(true[:n], predicted[:n]) for _, _, true, predicted, n in clips]
-        real, predicted = (torch.cat(side) for side in zip(*pairs))
-        self.add_image("durations", duration_image(real, predicted), step)
-        # Players.
-        self.add_players(content["real"], content["generated"], step)
-        rate = self.pipeline.vae.config.sample_rate
-        for number, waveform in enumerate(content["sentences"]):
-            add_audio(self.writer, f"sounds/sentence_{number:02d}", waveform, rate=rate, step=step)
-
-
-class CaptionCallback(SoundCallback):
-    """Logs what the model makes of captions: validation clips at their true lengths, and prompts at the median length.
-
-    images/mel                   decoded real latents | generated
-    sounds/<clip>_real, _generated, sounds/prompt_<number>
-
-    Args:
-        prompts: further captions.
-        pipeline, n_clips, args: see `SoundCallback`.
-    """
-
-    pipeline: CaptionPipeline
-
-    def __init__(self, trainer, writer, *, prompts: list[str], **settings: Any):
-        super().__init__(trainer, writer, **settings)
-        self.pipeline.check_captions(prompts)
-        self.prompts = prompts
-
-    def compute(self, model):
-        pipeline, batch = self.present(model)
-        states = batch["caption_states" if "caption_states" in batch else "caption_tokens"]
-        inputs = {"caption_states": states, "n_caption": batch["n_caption"]}
-        # The same seeds at every step: only the model changes.
-        seeds, n_frames = list(range(len(self.names))), batch["n_mel_frames"]
-        try:
-            generated = pipeline.decode(pipeline.latents(inputs, n_frames, seeds, self.args), n_frames)
-            sounds = pipeline.sounds(self.prompts, [0] * len(self.prompts), self.args)
-            prompts = [waveform for *_, waveform in sounds]
-        except ValueError as error:  # Log-mels are not finite; those of later steps may be.
-            logger.warning("no sounds of captions at step %d: %s", self.trainer.state.global_step, error)
-            return None
-        real = pipeline.decode(batch["latents"], n_frames)
-        return {"real": real, "generated": generated, "prompts": prompts}
-
-    def write(self, content, step):
-        # Log-mels in one time scale.
-        pairs = list(zip(content["real"], content["generated"], strict=True))
-        longest, floor = max(real.shape[1] for real, _ in pairs), self.pipeline.vae.config.mel.log_floor
-        nothing = torch.zeros(0, dtype=torch.long)
-        groups = [
-            Group([aligned_mel(mel, nothing, floor, max_frames=longest) for mel in pair], name)
-            for name, pair in zip(self.names, pairs)
-        ]
-        self.add_image("mel", strip_sheet(groups, ("real", "generated")), step)
-        self.add_players(content["real"], content["generated"], step)
-        rate = self.pipeline.vae.config.sample_rate
-        for number, waveform in enumerate(content["prompts"]):
-            add_audio(self.writer, f"sounds/prompt_{number:02d}", waveform, rate=rate, step=step)
-
-
-def sound_callback(trainer: Any, writer: Any, *, vae: Any, vocoder: Any, text_encoder: Any) -> SoundCallback:
-    """What shows the sounds of a run in TensorBoard; the networks are frozen."""
-    args, dataset = trainer.stage_arguments, trainer.train_dataset
-    settings = {"n_clips": args.n_logged_samples, "args": args}
-    if trainer.is_speech:
-        speech = SpeechPipeline(trainer.model, vae, dataset.tokenizer, vocoder)
-        return SpeechCallback(trainer, writer, pipeline=speech, sentences=args.sentences, **settings)
-    lengths = seconds_of_clips(dataset.entries)
-    sounds = CaptionPipeline(trainer.model, vae, vocoder, clip_seconds=lengths, text_encoder=text_encoder)
-    return CaptionCallback(trainer, writer, pipeline=sounds, prompts=args.prompts, **settings)

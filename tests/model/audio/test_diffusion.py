@@ -150,6 +150,21 @@ def test_gradient_checkpointing_changes_nothing(model):
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
 
 
+def test_dropout_belongs_to_the_keys_of_clips(model):
+    changes = {"text_dropout": 0.2} if model.config.conditioning == "speech" else {}
+    weights, clips = model.state_dict(), clips_for(model)
+    model = AudioDiffusion(model.config.replace(network_dropout=0.3, **changes)).train()
+    model.load_state_dict(weights)
+    keys = torch.tensor([5, -7, 11])
+    together = sums(model, inputs_of(model, clips, extra=3) | {"dropout_keys": keys})
+    singles = [inputs_of(model, [clip]) | {"dropout_keys": key[None]} for clip, key in zip(clips, keys)]
+    torch.testing.assert_close(torch.cat([sums(model, single) for single in singles]), together, atol=1e-4, rtol=1e-5)
+    others = sums(model, inputs_of(model, clips, extra=3) | {"dropout_keys": keys + 1})
+    assert ((others - together).abs() > 1e-3).all()
+    with pytest.raises(ValueError, match=r"dropout_keys.* \(3,\)"):
+        model(**inputs_of(model, clips), dropout_keys=keys[:2])
+
+
 def test_bf16_stays_close_with_fp32_results(model):
     inputs = inputs_of(model, clips_for(model))
     expected, exact_time = model(**inputs), model.network.time(torch.tensor([500.0, 501.0]))
@@ -197,6 +212,13 @@ def test_a_seed_gives_the_same_latents_in_every_batch(sampler):
         assert not row[len(alone) :].any()
     other = model.sample(speech_condition(model, clips), seeded(1, 8, 9), **settings)
     assert (other[0] - together[0]).abs().max() > 0.1 and torch.equal(other[1], together[1])
+
+
+def test_temperature_is_the_std_of_the_first_noise():
+    model = AudioDiffusion(AudioDiffusionConfig(**SPEECH)).eval()  # Fresh weights predict no velocity.
+    condition = speech_condition(model, speech_clips(), durations=torch.full((3, 14), 40))
+    latents = model.sample(condition, seeded(1, 2, 3), n_steps=2, temperature=0.6)
+    assert latents[condition.mask].std() == pytest.approx(0.6, rel=0.02)
 
 
 def test_captioned_sounds_have_the_length_that_is_asked_for():
