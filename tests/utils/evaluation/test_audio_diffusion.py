@@ -154,7 +154,7 @@ def test_all_rows_are_recognised_and_compared_with_their_own_texts(run):
     report = run("--metrics", "wer", "speaker", "--max_samples", "2", "--sentences", "1")
     held_out, sentence = report["transcripts"][:2], report["transcripts"][2]
     assert all({"vae", "teacher", "model", "prior", "shuffled"} <= set(clip) for clip in held_out)
-    assert sentence["text"] == SENTENCES[0] and set(sentence) == {"key", "text", "sentences"}
+    assert sentence["text"] == SENTENCES[0] and set(sentence) == {"key", "text", "speaker", "sentences"}
     for name, row in report["scores"].items():
         clips = [clip for clip in report["transcripts"] if name in clip]
         expected = recognition_scores([clip[name] for clip in clips], [clip["text"] for clip in clips], 0)
