@@ -32,6 +32,7 @@ from utils.evaluation.audio_diffusion_report import (
     speech_table,
     voice_table,
 )
+from utils.evaluation.captioned_sounds import CaptionEvaluator
 from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator
 from utils.evaluation.recordings import Recordings
 from utils.evaluation.speech_scores import SpeechScorer, Utterance, is_english, next_texts, recognition_scores
@@ -86,13 +87,11 @@ class AudioDiffusionEvaluator(Evaluator):
     model_class = AudioDiffusion
     definitions: ClassVar[dict[str, str]] = DEFINITIONS
 
+    @classmethod
+    def of(cls, record):
+        return CaptionEvaluator if record["latents"]["conditioning"] == "caption" else cls
+
     def load_model(self):
-        conditioning = self.record["latents"]["conditioning"]
-        if conditioning != "speech":
-            raise ValueError(
-                f"{self.checkpoint} has conditioning={conditioning!r}, which evaluate.py does not measure; it needs "
-                "conditioning='speech'. For captions compare eval/flow in the run's TensorBoard"
-            )
         args = self.args
         # Paths given on the command line may be run folders.
         vocoder = str(resolve_checkpoint(args.vocoder_checkpoint)) if args.vocoder_checkpoint else ""
