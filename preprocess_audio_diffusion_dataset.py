@@ -28,7 +28,7 @@ from utils.generation.latents import load_vae, pin_vae, standardized_posterior, 
 from utils.generation.text_encoder import caption_states, open_text_encoder, text_encoder_fingerprint
 from utils.options import option
 from utils.preprocessing.audio_latents import AudioLatentsArguments, AudioLatentsPreprocess
-from utils.preprocessing.samples import Example, SkipSampleError
+from utils.preprocessing.samples import Example
 
 OTHER_ENCODER = "give another --text_encoder, or copy it again"
 
@@ -58,10 +58,11 @@ class AudioDiffusionPreprocess(AudioLatentsPreprocess):
     def __init__(self, args: AudioDiffusionPreprocessArguments):
         self.checkpoint = resolve_checkpoint(args.vae_checkpoint)
         self.vae = load_vae(self.checkpoint, args.vae_config, media="audio")
-        super().__init__(args, self.vae.config.mel, f"the audio VAE {self.checkpoint}")
+        config, name = self.vae.config, f"the audio VAE {self.checkpoint}"
+        super().__init__(args, config.mel, compression=config.compression, vae_name=name)
         self.vae_fingerprint = vae_fingerprint(self.checkpoint)
         warn_of_other_vae(self.folder, self.vae_fingerprint)
-        self.vae_speakers: list[str] = self.vae.config.speakers
+        self.vae_speakers = config.speakers
         self.text_encoder = open_text_encoder(args.text_encoder, OTHER_ENCODER) if args.text_encoder else None
         self.text_fingerprint = text_encoder_fingerprint(self.text_encoder) if self.text_encoder else ""
 
@@ -85,33 +86,29 @@ class AudioDiffusionPreprocess(AudioLatentsPreprocess):
         pin_vae(self.checkpoint, self.folder)  # A copy, as the VAE's own run may delete the checkpoint.
         return super().work(tasks)
 
-    def encode(self, example: Example, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        speaker = example.notes["speaker"]
-        if self.vae_speakers and speaker not in self.vae_speakers:
-            raise SkipSampleError(f"the VAE knows no speaker {speaker!r} (speakers: {', '.join(self.vae_speakers)})")
-        return super().encode(example, generator)
-
     @torch.inference_mode()
     def encode_batch(self, examples: list[Example]) -> list[dict[str, torch.Tensor]]:
-        vae, args = self.vae.to(compute_device()), self.args
-        with torch.autocast(vae.device.type, torch.bfloat16, enabled=args.bf16):
-            latents = [self.encode_mel(example) for example in examples]
-            if args.conditioning == "speech":
-                texts = self.align(examples)
-            elif self.text_encoder:
-                self.text_encoder.model.to(vae.device)
+        args, device = self.args, compute_device()
+        latents = [self.encode_mel(example.data["mel"], example.notes["speaker"]) for example in examples]
+        if args.conditioning == "speech":
+            texts = self.align(examples, [row["mean"] for row in latents])
+        elif self.text_encoder:
+            self.text_encoder.model.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.bf16):
                 states = caption_states(self.text_encoder, [example.caption for example in examples], args.max_tokens)
-                texts = [{"caption_states": row} for row in states]
-            else:
-                texts = [{"caption_tokens": example.data["caption_tokens"]} for example in examples]
+            texts = [{"caption_states": row} for row in states]
+        else:
+            texts = [{"caption_tokens": example.data["caption_tokens"]} for example in examples]
         return [{**latent, **text} for latent, text in zip(latents, texts, strict=True)]
 
-    def encode_mel(self, example: Example) -> dict[str, torch.Tensor]:
-        """Mean and std (Z, L) of one clip: alone, so that its latents do not depend on the clips around it."""
-        mel, device = example.data["mel"], self.vae.device
-        names = self.vae_speakers
-        speaker = torch.tensor([names.index(example.notes["speaker"])], device=device) if names else None
-        posterior = standardized_posterior(self.vae, mel[None].to(device), speaker=speaker)
+    @torch.inference_mode()
+    def encode_mel(self, mel, speaker):
+        # Alone, so that latents do not depend on the clips around them.
+        self.check_speaker(speaker)
+        vae, names = self.vae.to(compute_device()), self.vae_speakers
+        place = torch.tensor([names.index(speaker)], device=vae.device) if names else None
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=self.args.bf16):
+            posterior = standardized_posterior(vae, mel[None].to(vae.device), speaker=place)
         mean, std = (latents_to_sequence(latents)[0].T.half().cpu() for latents in posterior)
         return {"mean": mean, "std": std, "n_mel_frames": torch.tensor(mel.shape[1])}
 

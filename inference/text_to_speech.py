@@ -52,7 +52,7 @@ def speak(args: TextToSpeechArguments) -> None:
     pipeline = SpeechPipeline.load(checkpoint, **paths, weights=weights, device=device)
     rate = pipeline.vae.config.sample_rate
     # All sentences in order, in batches; each text's file is written once its last sentence is spoken.
-    sentences = [pipeline.speakable(text) for text in texts]
+    sentences = [pipeline.speakable(text, args.language) for text in texts]
     waveforms = pipeline.speak(list(itertools.chain(*sentences)), args, **args.voice())
     console, total = Console(stderr=True), sum(map(len, sentences))
     waveforms = iter(track(waveforms, "sentences", total, console=console, disable=not sys.stderr.isatty()))

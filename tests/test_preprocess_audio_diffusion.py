@@ -10,9 +10,11 @@ import soundfile
 import torch
 
 from dataset_loading.audio.cached import AudioVAEDataset
+from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents
 from dataset_loading.cache_writer import save_tensors
 from dataset_loading.cached import CachedDataset
-from model.audio.alignment import PhoneHMM
+from model.audio.alignment import PhoneHMM, latents_at_frames
+from model.audio.speaker_aligners import SpeakerAligners
 from model.audio.spectral import MelSettings
 from model.text.phonemes import SpeechTokenizer
 from preprocess_audio_diffusion_dataset import AudioDiffusionPreprocess
@@ -27,6 +29,7 @@ from tests.helpers.audio_latent_cache import (
 from tests.helpers.captions import text_of
 from tests.helpers.text_encoder_folder import save_text_encoder
 from utils.generation.latents import load_vae, vae_fingerprint
+from utils.preprocessing import audio_latents
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +97,7 @@ def test_workers_and_resuming_change_no_byte_and_keep_the_aligner(latents, mels,
     make_audio_latents(mels, vae, tmp_path / "2")
     assert contents(tmp_path / "2") == whole
     # The aligner of another folder serves a part of the clips.
-    manifest = make_audio_latents(mels, vae, tmp_path / "part", "--limit", "4", "--aligner", str(latents))
+    manifest = make_audio_latents(mels, vae, tmp_path / "part", "--limit", "4", "--aligner_from", str(latents))
     assert (
         manifest["settings"]["aligner_fingerprint"]
         == CachedDataset(latents, "train").manifest["settings"]["aligner_fingerprint"]
@@ -241,7 +244,7 @@ def test_unfit_models_languages_and_folders_are_refused(latents, mels, vae, tmp_
         (mels, vae, tmp_path / "new", "--vae_config", "small"): "was trained with preset 'tiny'",
         (mels, other, latents): f"vae_fingerprint='{vae_fingerprint(vae)}' there, '{vae_fingerprint(other)}' now",
         (mels, vae, latents, "--units", "characters"): "units='phonemes' there, 'characters' now",
-        (mels, vae, tmp_path / "new", "--aligner", str(latents), "--no_gaps"): "gaps=True there, False now",
+        (mels, vae, tmp_path / "new", "--aligner_from", str(latents), "--no_gaps"): "gaps=True there, False now",
     }
     before = contents(latents)
     for (cache, checkpoint, out, *flags), message in cases.items():
@@ -250,3 +253,96 @@ def test_unfit_models_languages_and_folders_are_refused(latents, mels, vae, tmp_
             make_audio_latents(cache, checkpoint, out, *flags)
         assert caught.value.code == 2 and message in caplog.text
     assert contents(latents) == before and not (tmp_path / "new").exists()
+
+
+def in_two_languages(mels, folder, languages=("de", "en-us")):
+    """The spoken cache with the language of every clip: all of bob's are in the first one."""
+    folder = shutil.copytree(mels, folder)
+    entries = AudioVAEDataset(folder, "train").manifest["entries"]
+    for entry in [*entries["train"], *entries["validation"]]:
+        entry["language"] = languages[entry["speaker"] == "ann"]
+    write_manifest(folder, entries)
+    return folder
+
+
+def test_clips_in_several_languages_share_a_table_and_are_read_in_their_own(mels, vae, tmp_path, caplog):
+    folder = in_two_languages(mels, tmp_path / "mels")
+    manifest = make_audio_latents(folder, vae, tmp_path / "out")
+    settings = manifest["settings"]
+    assert settings["language"] == "en-us" and settings["tokenizer"]["languages"] == ["de", "en-us"]
+    data = AudioLatentDataset(tmp_path / "out", "train")
+    for item, entry in zip(data, data.entries):
+        assert data.languages[item["language"]] == entry["language"] == ("en-us", "de")[entry["speaker"] == "bob"]
+        assert torch.equal(item["tokens"], data.tokenizer.encode(entry["caption"], entry["language"]).long())
+        assert not torch.equal(item["tokens"], data.tokenizer.encode(entry["caption"]).long()) or item["language"]
+    assert collate_audio_latents([data[0], data[1]])["languages"].tolist() == [1, 0]
+    # Clips whose language has changed are written again, the others are not.
+    entries = AudioVAEDataset(folder, "train").manifest["entries"]
+    entries["train"][1]["language"] = "en-us"
+    write_manifest(folder, entries)
+    caplog.set_level("INFO")
+    make_audio_latents(folder, vae, tmp_path / "out", "--aligner_from", str(tmp_path / "out"))
+    assert "out: 1 samples written" in caplog.text
+
+
+def test_unknown_languages_are_named(mels, vae, tmp_path, caplog):
+    folder = in_two_languages(mels, tmp_path / "mels", ("german", "en-us"))
+    with pytest.raises(SystemExit):
+        make_audio_latents(folder, vae, tmp_path / "out")
+    assert "001.flac: language 'german' is unknown" in caplog.text and "--language_column" in caplog.text
+    # An aligner of other languages leaves their clips out.
+    folder = in_two_languages(mels, tmp_path / "fr", ("fr-fr", "en-us"))
+    make_audio_latents(mels, vae, tmp_path / "english")
+    manifest = make_audio_latents(folder, vae, tmp_path / "new", "--aligner_from", str(tmp_path / "english"))
+    assert len(manifest["skipped"]) == 12
+    assert "language 'fr-fr' is unknown; known: en-us" in manifest["skipped"][0]["reason"]
+
+
+def test_latents_align_jointly_without_log_mels_in_the_search(latents, mels, vae, tmp_path, caplog):
+    make_audio_latents(mels, vae, tmp_path / "joint", "--aligner", "joint")
+    model, ours = load_vae(vae, media="audio"), samples(tmp_path / "joint")
+    aligner = PhoneHMM.load(tmp_path / "joint" / "aligner.safetensors")
+    assert aligner.inputs == "latents"
+    for name, (entry, sample) in ours.items():
+        frames = latents_at_frames(sample["mean"].T, entry["mel_frames"], model.config.compression)
+        assert torch.equal(sample["durations"], aligner.align([frames], [sample["tokens"][:, 0]]).durations[0])
+        assert sample["durations"].sum() == entry["mel_frames"] == samples(latents)[name][0]["mel_frames"]
+    # Resumed, and for another folder; an aligner of other inputs or of another VAE is refused.
+    make_audio_latents(mels, vae, tmp_path / "again", "--aligner", "joint", "--aligner_from", str(tmp_path / "joint"))
+    assert contents(tmp_path / "again") == contents(tmp_path / "joint")
+    other = save_audio_vae(tmp_path / "other", latent_mean=0.3)
+    cases = {
+        (vae, tmp_path / "joint", "hmm"): "aligner='joint' there, 'hmm' now",
+        (vae, latents, "joint"): "aligner='hmm' there, 'joint' now",
+        (other, tmp_path / "joint", "joint"): "vae_fingerprint=",
+    }
+    for (checkpoint, folder, aligner), message in cases.items():
+        caplog.clear()
+        with pytest.raises(SystemExit):
+            words = ("--aligner", aligner, "--aligner_from", str(folder))
+            make_audio_latents(mels, checkpoint, tmp_path / "new", *words)
+        assert message in caplog.text
+
+
+def test_an_aligner_of_captions_is_refused(mels, vae, tmp_path, caplog, capsys):
+    make_audio_latents(mels, vae, tmp_path / "captions", "--conditioning", "caption", "--limit", "4")
+    with pytest.raises(SystemExit):
+        make_audio_latents(mels, vae, tmp_path / "new", "--aligner_from", str(tmp_path / "captions"))
+    assert "captions holds captions" in caplog.text
+    with pytest.raises(SystemExit):
+        make_audio_latents(mels, vae, tmp_path / "new", "--aligner", "joint", "--conditioning", "caption")
+    assert "--aligner has no effect" in capsys.readouterr().err
+
+
+def test_speakers_with_enough_speech_have_an_aligner_of_their_own(latents, mels, vae, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    monkeypatch.setattr(audio_latents, "SPEAKER_SECONDS", 6)
+    manifest = make_audio_latents(mels, vae, tmp_path / "out")
+    aligners = SpeakerAligners.load(tmp_path / "out" / "aligner.safetensors")
+    assert list(aligners.speakers) == ["ann", "bob"] and "ann: 12, " in caplog.text and ", own, " in caplog.text
+    before = CachedDataset(latents, "train").manifest
+    # The shared aligner and its likelihoods are those of a run without others.
+    assert aligners.shared.dump() == PhoneHMM.load(latents / "aligner.safetensors").dump()
+    likelihoods = [[row["likelihood_ratio"] for row in each["entries"]["train"]] for each in (manifest, before)]
+    assert likelihoods[0] == likelihoods[1] and contents(tmp_path / "out") != contents(latents)
+    assert manifest["settings"]["aligner_fingerprint"] != before["settings"]["aligner_fingerprint"]

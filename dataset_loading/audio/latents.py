@@ -33,9 +33,9 @@ RAGGED = {
     "caption_states": "n_caption",
 }
 # Names of a batch that are other ones than an item's.
-RENAMED = {"mean": "latents", "std": "latents_std", "speaker": "speakers"}
+RENAMED = {"mean": "latents", "std": "latents_std", "speaker": "speakers", "language": "languages"}
 # Types of the settings that make a `SpeechTokenizer`.
-TOKENIZER_TYPES = {"symbols": list, "units": str, "language": str, "gaps": bool}
+TOKENIZER_TYPES = {"symbols": list, "units": str, "language": str, "gaps": bool}  # "languages" where there are several
 BUCKETS_PER_OCTAVE = 4  # Lengths within a factor of 2 ** (1 / 4) = 1.19 count as alike.
 
 
@@ -45,6 +45,7 @@ class AudioLatentDataset(CachedDataset):
     mean, std: of the posterior, (L, Z) float32, standardised with the VAE's latent statistics.
     n_mel_frames: () int64.
     speaker: place in `speakers`, () int64; 0 where there are none.
+    language: place in `languages`, () int64; only where there are several.
     index: the index in `entries`.
     tokens: of the transcript, (T, 3) int64: symbol, stress, word edge; see `model.text.phonemes`.
     durations: mel frames of each token, (T,) int64; their sum is n_mel_frames.
@@ -54,10 +55,11 @@ class AudioLatentDataset(CachedDataset):
         conditioning: `"speech"` (tokens and durations) or `"caption"`.
         lengths: latent frames of every item.
         speakers: sorted names of the speakers in both splits; empty where they are not known.
+        languages: sorted names of the languages of the transcripts; empty where there is only one.
         tokenizer: makes tokens of further texts; None for captions.
 
-    Entries hold `caption` (the text), `speaker`, `length` (latent frames), `mel_frames`, `tokens` (their number),
-    `seconds`, `log_likelihood` and `likelihood_ratio`.
+    Entries hold `caption` (the text), `speaker`, `language` where there are several, `length` (latent frames),
+    `mel_frames`, `tokens` (their number), `seconds`, `log_likelihood` and `likelihood_ratio`.
     """
 
     stage = "audio_diffusion"
@@ -75,6 +77,14 @@ class AudioLatentDataset(CachedDataset):
         self.lengths: list[int] = [entry["length"] for entry in self.entries]
         entries = [entry for entries in self.manifest["entries"].values() for entry in entries]
         self.speakers = sorted({entry["speaker"] for entry in entries} - {""})
+        self.languages = list(self.tokenizer.languages) if self.tokenizer else []
+        for entry in entries if self.languages else ():
+            if self.language_of(entry) not in self.languages:
+                raise self.manifest.damaged(f"entry {entry['key']}: language={entry['language']!r} is not listed")
+
+    def language_of(self, entry: dict[str, Any]) -> str:
+        """The language of a clip; "" where the folder has only one."""
+        return entry.get("language") or self.tokenizer.language if self.languages and self.tokenizer else ""
 
     def check_kind(self):
         self.tokenizer = tokenizer_of(self.manifest)
@@ -98,7 +108,10 @@ class AudioLatentDataset(CachedDataset):
         unchanged = {name: sample[name] for name in ("n_mel_frames", "index", "caption_states") if name in sample}
         speaker = self.entries[index]["speaker"]
         place = self.speakers.index(speaker) if speaker else 0
-        return {**latents, **numbers, **unchanged, "speaker": torch.tensor(place)}
+        places = {"speaker": place}
+        if self.languages:
+            places["language"] = self.languages.index(self.language_of(self.entries[index]))
+        return {**latents, **numbers, **unchanged, **{name: torch.tensor(place) for name, place in places.items()}}
 
     def expect(self, *, vae_checkpoint: str = "", **settings: Any) -> Self:
         """As `CachedDataset.expect`; `vae_checkpoint` is not compared, but named in the command that is shown."""
@@ -112,7 +125,7 @@ class AudioLatentDataset(CachedDataset):
             return {"vae_checkpoint": vae, "output_dir": f"{str(self.folder).rstrip('/')}_other_vae"}
         if name in ("symbols_fingerprint", "aligner_fingerprint"):
             aligner = f"<audio latents with {name}={value}>"
-            return {"aligner": aligner, "output_dir": flags["output_dir"]}
+            return {"aligner_from": aligner, "output_dir": flags["output_dir"]}
         if name in ("text_encoder_fingerprint", "text_embedding_width"):
             return {"text_encoder": f"<an encoder with {name}={value}>", "output_dir": flags["output_dir"]}
         return flags
@@ -129,7 +142,8 @@ def tokenizer_of(manifest: Record) -> SpeechTokenizer | None:
     if settings["conditioning"] != "speech":
         raise manifest.damaged(f"settings.conditioning={settings['conditioning']!r} must be 'speech' or 'caption'")
     settings.expect_types({"tokenizer": Record}, "settings")
-    settings["tokenizer"].expect_types(TOKENIZER_TYPES, "settings.tokenizer")
+    several = {"languages": list} if "languages" in settings["tokenizer"] else {}
+    settings["tokenizer"].expect_types({**TOKENIZER_TYPES, **several}, "settings.tokenizer")
     try:
         return SpeechTokenizer.from_dict(settings["tokenizer"])
     except (TypeError, ValueError) as error:
@@ -155,7 +169,7 @@ def collate_audio_latents(samples: Sequence[dict[str, Tensor]], frames_multiple:
     Returns:
         latents, latents_std: (B, L, Z) float32, mean and std of the posteriors (see `draw_latents`).
         latent_mask: (B, L) bool, True in valid latent frames; n_latent_frames, n_mel_frames: (B,) int64.
-        speakers, index: (B,) int64.
+        speakers, index, and languages where there are several: (B,) int64.
         tokens (B, T, 3), durations (B, T) in mel frames and n_tokens (B,), int64; or caption_tokens (B, S) int64 or
         caption_states (B, S, E) bfloat16, with n_caption (B,).
     Raises: ValueError: keys differ between samples.

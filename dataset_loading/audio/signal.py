@@ -58,13 +58,13 @@ def decode_audio(media: dict[str, Any] | None) -> DecodedAudio:
     n_bytes = buffer.getbuffer().nbytes
     try:
         with soundfile.SoundFile(ClampedSeekFile(buffer.getbuffer())) as file:
-            n_frames, rate, log = file.frames, file.samplerate, file.extra_info
+            n_frames, rate, log, kind = file.frames, file.samplerate, file.extra_info, file.format
             samples = torch.from_numpy(file.read(dtype="float32", always_2d=True)).T
     except soundfile.LibsndfileError as error:
         raise ValueError(f"no audio of a known format, or damaged ({n_bytes} bytes): {error.error_string}") from error
     if samples.shape[1] == 0:
         raise ValueError(f"no samples in a file of {n_bytes} bytes")
-    if samples.shape[1] != n_frames:
+    if samples.shape[1] != n_frames and not (kind == "MP3" and is_length_guessed(buffer.getvalue())):
         raise ValueError(f"damaged: {samples.shape[1]} of {n_frames} samples can be read")
     # libsndfile reads what is there of a file that was cut off, and mentions both sizes in its log alone.
     sizes = re.search(r"(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", log)
@@ -74,6 +74,14 @@ def decode_audio(media: dict[str, Any] | None) -> DecodedAudio:
     if not samples.isfinite().all():
         raise ValueError("damaged: samples that are no finite numbers")
     return DecodedAudio(samples, rate)
+
+
+def is_length_guessed(content: bytes) -> bool:
+    """Whether an MP3 file lacks the header that tells its length, which libsndfile then guesses from its size."""
+    # The header follows the tag, whose size has 7 bits a byte and leaves out its own 10 bytes.
+    size = sum(byte << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0)))
+    start = 10 + size if content.startswith(b"ID3") else 0
+    return not any(name in content[start : start + 256] for name in (b"Xing", b"Info", b"VBRI"))
 
 
 class ClampedSeekFile(io.BytesIO):

@@ -4,9 +4,10 @@ B batch, M mel bins, F frames, T tokens, N states, K kinds of states, D features
 
 Tokens come in their order. Each lasts at least one frame, except optional ones (pauses), which may be skipped, though
 never two in a row. `monotonic_alignment` finds the best such alignment for any log-likelihoods; `PhoneHMM` learns
-those of phones from log-mels within seconds, from a flat start; `TokenMeans` does so on latents, jointly with a model.
+those of phones from log-mels, or from latents, within seconds, from a flat start.
 """
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -14,13 +15,13 @@ import json
 import math
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from model.audio.lengths import valid_frames
@@ -30,7 +31,9 @@ CEPSTRA_FLOOR = -9.0  # Log-mels are clamped here: the depth of silence tells ph
 MIN_VARIANCE = 0.02  # of the global variance
 QUIET_SHARE = 0.12  # of a clip's frames; those of them at its ends count as pauses at first
 PRIOR_FRAMES = (20.0, 3.0)  # Weight of the global Gaussian in the first pass, and in the later ones.
+ADAPTATION_FRAMES = 20.0  # Weight of the Gaussians of all speakers in those of one.
 MAX_CELLS = 2_000_000  # of clips x frames x states in a batch: about 50 MB
+Inputs = Literal["mel", "latents"]
 
 
 # ---- The search.
@@ -182,51 +185,66 @@ class PhoneHMM:
     """A hidden Markov model with one diagonal Gaussian per state, learned by Viterbi training from a flat start, as in
     HTK. A symbol has the same states wherever it stands; all pauses share one state; stress makes no difference.
 
+    A state's Gaussian knows nothing of its neighbours: one that did would explain a misplaced boundary by its context.
+
     Args:
         n_symbols: size of the table of symbols.
         pauses: numbers of the symbols that may last 0 frames.
         n_states: states of each other symbol, and so its fewest frames.
+        inputs: what is read of a clip: its log-mel (M, F), or latents at its mel frames, see `latents_at_frames`.
     """
 
-    def __init__(self, n_symbols: int, pauses: Collection[int], n_states: int = 2):
-        self.n_symbols, self.pauses, self.n_states = n_symbols, sorted(pauses), n_states
+    def __init__(self, n_symbols: int, pauses: Collection[int], n_states: int = 2, *, inputs: Inputs = "mel"):
+        self.n_symbols, self.pauses, self.n_states, self.inputs = n_symbols, sorted(pauses), n_states, inputs
         # State 0 is the pause. Until `fit`, all Gaussians are alike.
         self.n_kinds = 1 + n_symbols * n_states
         self.mean = torch.zeros(self.n_kinds, 2 * N_CEPSTRA, dtype=torch.float64)
         self.variance = torch.ones_like(self.mean)
 
-    def fit(self, mels: Sequence[Tensor], symbols: Sequence[Tensor], n_passes: int = 3) -> list[float]:
+    def features(self, clip: Tensor) -> Tensor:
+        """What the Gaussians are of: (F, D) fp32."""
+        return cepstra(clip) if self.inputs == "mel" else clip.float()
+
+    def fit(self, clips: Sequence[Tensor], symbols: Sequence[Tensor], n_passes: int = 3) -> list[float]:
         """Learn the Gaussians.
 
         Args:
-            mels: log-mels, (M, F) each.
+            clips: log-mels (M, F) or latents (F, Z), see `inputs`.
             symbols: numbers of the symbols of each clip, (T,) each.
             n_passes: rounds of estimation and alignment.
         Returns: mean log-likelihood per frame of the alignment of each pass.
         Raises: ValueError: no clip, or one with fewer frames than `needed_frames`.
         """
-        if not mels:
+        if not clips:
             raise ValueError("there are no clips to fit the aligner to")
-        features, states = [cepstra(mel) for mel in mels], [self.states(row) for row in symbols]
+        features, states = [self.features(clip) for clip in clips], [self.states(row) for row in symbols]
         paths = [self.flat_start(*pair) for pair in zip(features, states, strict=True)]
-        total_frames, history = sum(map(len, features)), []
+        history = []
         for i in range(n_passes):
             self.estimate(features, paths, PRIOR_FRAMES[i > 0])
-            log_likelihood = 0.0
-            for clips, best, total in self.search(features, states):
-                log_likelihood += total.sum().item()
-                for row, clip in zip(best, clips):
-                    paths[clip] = states[clip].kinds[row[: len(features[clip])]]
-            history.append(log_likelihood / total_frames)
+            history.append(self.find_paths(features, states, paths))
         return history
 
-    def align(self, mels: Sequence[Tensor], symbols: Sequence[Tensor]) -> Alignment:
+    def adapted(self, clips: Sequence[Tensor], symbols: Sequence[Tensor], n_passes: int = 2) -> Self:
+        """A model of one speaker, whose Gaussians are drawn towards these (maximum a posteriori, Gauvain and Lee).
+
+        Args: clips, symbols, n_passes: as for `fit`, those of the speaker.
+        """
+        model = copy.copy(self)
+        features, states = [self.features(clip) for clip in clips], [self.states(row) for row in symbols]
+        paths = [torch.empty(0)] * len(features)
+        for _ in range(n_passes):
+            model.find_paths(features, states, paths)
+            model.estimate(features, paths, ADAPTATION_FRAMES, prior=self)
+        return model
+
+    def align(self, clips: Sequence[Tensor], symbols: Sequence[Tensor]) -> Alignment:
         """Frames of every token; arguments and errors as for `fit`."""
-        features, states = [cepstra(mel) for mel in mels], [self.states(row) for row in symbols]
+        features, states = [self.features(clip) for clip in clips], [self.states(row) for row in symbols]
         durations, likelihoods = [torch.empty(0)] * len(features), [0.0] * len(features)
         free = [self.scores(row.double(), torch.arange(self.n_kinds)).amax(1).mean().item() for row in features]
-        for clips, best, total in self.search(features, states):
-            for row, clip, score in zip(best, clips, total.tolist()):
+        for batch, best, total in self.search(features, states):
+            for row, clip, score in zip(best, batch, total.tolist()):
                 n_frames = len(features[clip])
                 tokens = states[clip].tokens[row[:n_frames]]
                 durations[clip] = tokens.bincount(minlength=len(symbols[clip])).to(torch.int16)
@@ -252,8 +270,15 @@ class PhoneHMM:
         return States(kinds.where(~torch.isin(symbols, torch.tensor(self.pauses))[tokens], 0), tokens)
 
     def flat_start(self, features: Tensor, states: "States") -> Tensor:
-        """Gaussians of all frames (F,): quiet ends are pauses, the states of all other tokens have equal shares."""
+        """Gaussians of all frames (F,): quiet ends are pauses, the states of all other tokens have equal shares.
+
+        Of latents it is not known which tell loudness: pauses at the ends have a state's share.
+        """
         kinds = states.kinds[states.kinds > 0]
+        if self.inputs == "latents":
+            is_inner = (states.kinds == 0) & (torch.arange(len(states.kinds)) % max(len(states.kinds) - 1, 1) > 0)
+            kinds = states.kinds[~is_inner]
+            return kinds[torch.arange(len(features)) * len(kinds) // len(features)]
         loudness = features[:, 0]
         loud = (loudness >= loudness.quantile(QUIET_SHARE)).nonzero()[:, 0]
         start, end = int(loud[0]), int(loud[-1]) + 1
@@ -262,9 +287,21 @@ class PhoneHMM:
             path[start:end] = kinds[torch.arange(end - start) * len(kinds) // (end - start)]
         return path
 
-    def estimate(self, features: list[Tensor], paths: list[Tensor], weight: float) -> None:
-        """Means and variances of the frames of each Gaussian, smoothed with `weight` frames of the global one."""
-        moments = torch.zeros(3, self.n_kinds, 2 * N_CEPSTRA, dtype=torch.float64)
+    def find_paths(self, features: list[Tensor], states: list["States"], paths: list[Tensor]) -> float:
+        """Set the best path of every clip, Gaussians (F,); returns the mean log-likelihood per frame."""
+        log_likelihood = 0.0
+        for batch, best, total in self.search(features, states):
+            log_likelihood += total.sum().item()
+            for row, clip in zip(best, batch):
+                paths[clip] = states[clip].kinds[row[: len(features[clip])]]
+        return log_likelihood / sum(map(len, features))
+
+    def estimate(
+        self, features: list[Tensor], paths: list[Tensor], weight: float, *, prior: "PhoneHMM | None" = None
+    ) -> None:
+        """Means and variances of the frames of each Gaussian, smoothed with `weight` frames of the global one, or of
+        the same one of `prior`."""
+        moments = torch.zeros(3, self.n_kinds, features[0].shape[1], dtype=torch.float64)
         for start in range(0, len(features), 256):
             chunk = slice(start, start + 256)
             x, path = torch.cat(features[chunk]).double(), torch.cat(paths[chunk])
@@ -275,6 +312,8 @@ class PhoneHMM:
         mean = total.sum(0) / n_frames.sum(0)
         square = squares.sum(0) / n_frames.sum(0)
         variance = (square - mean.square()).clamp_min(1e-6)  # A constant feature has no variance.
+        if prior is not None:
+            mean, square = prior.mean, prior.variance + prior.mean.square()
         # Those of the states.
         self.mean = (total + weight * mean) / (n_frames + weight)
         own = (squares + weight * square) / (n_frames + weight) - self.mean.square()
@@ -319,9 +358,19 @@ class PhoneHMM:
 
     def dump(self) -> bytes:
         """The content of a safetensors file, which `load` reads; equal models give equal bytes."""
-        settings = {"n_symbols": self.n_symbols, "pauses": self.pauses, "n_states": self.n_states}
         tensors = {"mean": self.mean.contiguous(), "variance": self.variance.contiguous()}
-        return safetensors.torch.save(tensors, {"settings": json.dumps(settings)})
+        return safetensors.torch.save(tensors, {"settings": self.describe()})
+
+    def describe(self) -> str:
+        """The arguments as JSON."""
+        settings = {"n_symbols": self.n_symbols, "pauses": self.pauses, "n_states": self.n_states}
+        return json.dumps(settings if self.inputs == "mel" else {**settings, "inputs": self.inputs})
+
+    def with_gaussians(self, mean: Tensor, variance: Tensor) -> Self:
+        """The same states with other Gaussians, (K, D) fp64."""
+        model = copy.copy(self)
+        model.mean, model.variance = mean, variance
+        return model
 
     @classmethod
     def load(cls, file: str | Path) -> Self:
@@ -348,6 +397,12 @@ def cepstra(mel: Tensor) -> Tensor:
     return torch.cat([coefficients, slope]).T.contiguous()
 
 
+def latents_at_frames(latents: Tensor, n_frames: int, compression: int) -> Tensor:
+    """Latents (L, Z) between latent frames, linearly: (F, Z) at the mel frames, `compression` of each latent frame."""
+    dense = F.interpolate(latents.float().T[None], scale_factor=compression, mode="linear", align_corners=False)
+    return dense[0, :, :n_frames].T.contiguous()
+
+
 @functools.cache
 def cosines(M: int) -> Tensor:
     """The first rows of the orthonormal discrete cosine transform of type II, (13, M) fp32."""
@@ -355,48 +410,3 @@ def cosines(M: int) -> Tensor:
     basis = torch.cos(math.pi * torch.arange(N_CEPSTRA)[:, None] * bins) * math.sqrt(2 / M)
     basis[0] /= math.sqrt(2)
     return basis.float()
-
-
-# ---- Alignment with latents, jointly with a model.
-
-
-class TokenMeans(nn.Module):
-    """A mean of the latents for every symbol, whatever stands around it: aligns latents where there are no log-mels.
-
-    Means that see their neighbours explain a misplaced boundary by its context, and align worse.
-
-    Args:
-        n_symbols: size of the table of symbols.
-        latent_channels: Z.
-    """
-
-    def __init__(self, n_symbols: int, latent_channels: int):
-        super().__init__()
-        self.means = nn.Embedding(n_symbols, latent_channels)
-        nn.init.normal_(self.means.weight, std=0.1)
-
-    def log_likelihood(self, latents: Tensor, symbols: Tensor) -> Tensor:
-        """-|z - mean|^2 / 2 of standardised latents (B, L, Z) and symbols (B, T): (B, L, T) fp32."""
-        z, means = latents.float(), self.means(symbols).float()
-        return z @ means.transpose(1, 2) - 0.5 * (z.square().sum(2)[:, :, None] + means.square().sum(2)[:, None])
-
-    def align(
-        self, latents: Tensor, n_latent_frames: Tensor, symbols: Tensor, *, n_tokens: Tensor, optional: Tensor
-    ) -> Tensor:
-        """Latent frames of each token, (B, T) int64; see `monotonic_alignment`."""
-        scores = self.log_likelihood(latents, symbols).detach()
-        return monotonic_alignment(scores, n_tokens, n_latent_frames, optional)
-
-    def loss(self, latents: Tensor, symbols: Tensor, durations: Tensor) -> Tensor:
-        """Mean squared distance of the valid latents from the means of their tokens (the prior loss of Grad-TTS, arXiv
-        2105.06337, without its constant).
-
-        Args: durations: latent frames of each token, (B, T), whose sum is the clip's valid frames.
-        """
-        # The token of each latent frame, (B, L): the first that has not ended before it.
-        ends, n_frames = durations.cumsum(1), durations.sum(1)
-        frames = torch.arange(latents.shape[1], device=latents.device).expand(len(latents), -1)
-        tokens = torch.searchsorted(ends, frames.contiguous(), right=True).clamp_max(symbols.shape[1] - 1)
-        squares = (latents.float() - self.means(symbols.gather(1, tokens)).float()).square().mean(2)
-        valid = valid_frames(n_frames, latents.shape[1])
-        return squares.where(valid, 0.0).sum() / valid.sum()

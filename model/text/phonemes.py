@@ -8,6 +8,7 @@ all of which may last 0 frames: `#` at both ends of a text, `_` at the marks bet
 # ruff: noqa: RUF001 (letters of other alphabets and of phonetics)
 import dataclasses
 import difflib
+import functools
 import itertools
 import re
 import unicodedata
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from model.text.espeak import check_language, phonemise
+from utils.options import suggest
 
 Units = Literal["phonemes", "characters"]
 Token = tuple[str, int, int]  # symbol, stress, edge
@@ -50,8 +52,10 @@ class SpeechTokenizer:
     Args:
         symbols: all symbols; their places are their numbers. The first is padding, then the pauses.
         units: phones of eSpeak NG, or characters (in lower case, without eSpeak NG; they know no pronunciation).
-        language: for eSpeak NG, such as `en-us`.
+        language: for eSpeak NG, such as `en-us`; of texts whose language is not named.
         gaps: whether there is a token `-` between words.
+        languages: all languages where there are several, `language` among them. They share the table: a phone of two
+            languages has one symbol, as in the International Phonetic Alphabet.
     Raises: ValueError: an unknown language, or symbols that do not begin with padding and pauses or repeat.
     """
 
@@ -59,40 +63,64 @@ class SpeechTokenizer:
     units: Units = "phonemes"
     language: str = "en-us"
     gaps: bool = True
+    languages: tuple[str, ...] = ()
 
     def __post_init__(self):
-        if self.units == "phonemes":
-            check_language(self.language)
+        for language in self.known_languages if self.units == "phonemes" else ():
+            check_language(language)
+        if self.languages and self.language not in self.languages:
+            raise ValueError(f"language={self.language!r} must be one of languages={list(self.languages)}")
         if self.symbols[:4] != (PADDING, *PAUSES) or len(set(self.symbols)) < len(self.symbols):
             raise ValueError(f"symbols={list(self.symbols)} must begin with {[PADDING, *PAUSES]} and repeat none")
 
     @classmethod
-    def fit(cls, texts: Iterable[str], **fields: Any) -> Self:
+    def fit(cls, texts: Iterable[str], text_languages: Iterable[str] | None = None, **fields: Any) -> Self:
         """A tokenizer whose table has all symbols of some texts; those without anything to say add none.
 
-        Args: fields: `units`, `language`, `gaps`.
+        Args:
+            text_languages: that of each text; None: `language`.
+            fields: `units`, `language`, `gaps`, `languages`.
         """
         empty = cls((PADDING, *PAUSES), **fields)
-        symbols = {symbol for text in texts for symbol, _, _ in empty.split(text)}
+        pairs = zip(texts, itertools.repeat("") if text_languages is None else text_languages)
+        symbols = {symbol for text, language in pairs for symbol, _, _ in empty.split(text, language)}
         return cls((*empty.symbols, *sorted(symbols - set(empty.symbols))), **fields)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """The tokenizer that `as_dict` described."""
-        return cls(**{**values, "symbols": tuple(values["symbols"])})
+        lists = {name: tuple(values[name]) for name in ("symbols", "languages") if name in values}
+        return cls(**{**values, **lists})
 
     def as_dict(self) -> dict[str, Any]:
-        """All fields, as JSON values."""
-        return {**dataclasses.asdict(self), "symbols": list(self.symbols)}
+        """All fields, as JSON values; `languages` where there are several."""
+        several = {"languages": list(self.languages)} if self.languages else {}
+        fields = {name: getattr(self, name) for name in ("units", "language", "gaps")}
+        return {"symbols": list(self.symbols), **fields, **several}
+
+    @property
+    def known_languages(self) -> tuple[str, ...]:
+        """All languages that texts may have."""
+        return self.languages or (self.language,)
+
+    def language_of(self, name: str) -> str:
+        """The language of a name, `language` for "". Raises: ValueError: none of the known ones."""
+        if name and name not in self.known_languages:
+            raise ValueError(f"language {name!r} is unknown{suggest(name, self.known_languages)}")
+        return name or self.language
 
     @property
     def pauses(self) -> list[int]:
         """Numbers of the symbols that may last 0 frames."""
         return [self.symbols.index(symbol) for symbol in PAUSES]
 
-    def split(self, text: str) -> list[Token]:
-        """The tokens of a text with their symbols as strings; [] where there is nothing to say."""
-        split_words = characters if self.units == "characters" else self.phones
+    def split(self, text: str, language: str = "") -> list[Token]:
+        """The tokens of a text with their symbols as strings; [] where there is nothing to say.
+
+        Args: language: one of the known ones; "": `language`.
+        """
+        phones = functools.partial(self.phones, language=self.language_of(language))
+        split_words = characters if self.units == "characters" else phones
         clauses = [tokens for clause in split_clauses(text) if (tokens := self.join_words(split_words(clause)))]
         if not clauses:
             return []
@@ -100,9 +128,9 @@ class SpeechTokenizer:
         joined = [token for clause in clauses for token in [*clause, (CLAUSE, 0, 0)]][:-1]
         return [(ENDS, 0, 0), *joined, (ENDS, 0, 0)]
 
-    def phones(self, clause: str) -> list[list[tuple[str, int]]]:
+    def phones(self, clause: str, language: str) -> list[list[tuple[str, int]]]:
         """Phones of each word with their stress."""
-        words = ([split_stress(phone) for phone in word] for word in phonemise(clause, self.language))
+        words = ([split_stress(phone) for phone in word] for word in phonemise(clause, language))
         return [[phone for phone in word if phone[0]] for word in words if any(symbol for symbol, _ in word)]
 
     def join_words(self, words: list[list[tuple[str, int]]]) -> list[Token]:
@@ -114,17 +142,19 @@ class SpeechTokenizer:
             tokens += [*(gap if tokens else []), *((*unit, edge) for unit, edge in zip(word, edges))]
         return tokens
 
-    def unknown(self, text: str) -> list[str]:
+    def unknown(self, text: str, language: str = "") -> list[str]:
         """Symbols of a text that are not in the table, in their order."""
-        return list(dict.fromkeys(symbol for symbol, _, _ in self.split(text) if symbol not in self.symbols))
+        return list(dict.fromkeys(symbol for symbol, _, _ in self.split(text, language) if symbol not in self.symbols))
 
-    def encode(self, text: str, *, nearest: bool = False) -> Tensor:
+    def encode(self, text: str, language: str = "", *, nearest: bool = False) -> Tensor:
         """Tokens (T, 3) int16 of a text.
 
-        Args: nearest: replace unknown symbols by known ones that sound, or for characters look, most alike.
+        Args:
+            language: see `split`.
+            nearest: replace unknown symbols by known ones that sound, or for characters look, most alike.
         Raises: ValueError: nothing to say in the text, or unknown symbols (named) without `nearest`.
         """
-        tokens = self.split(text)
+        tokens = self.split(text, language)
         if not tokens:
             raise ValueError(f"the text {text!r} has nothing to say: no letter or number of {self.units}")
         unknown = list(dict.fromkeys(symbol for symbol, _, _ in tokens if symbol not in self.symbols))

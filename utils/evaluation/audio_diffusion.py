@@ -4,7 +4,9 @@ S samples, M mel bins, F mel frames, L latent frames, Z latent channels, T token
 """
 
 import dataclasses
+import itertools
 import logging
+import statistics
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, get_args
 
@@ -28,10 +30,12 @@ from utils.evaluation.audio_diffusion_report import (
     curves_by_steps,
     model_table,
     speech_table,
+    voice_table,
 )
+from utils.evaluation.captioned_sounds import CaptionEvaluator
 from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator
 from utils.evaluation.recordings import Recordings
-from utils.evaluation.speech_scores import SpeechScorer, Utterance, next_texts, recognition_scores
+from utils.evaluation.speech_scores import SpeechScorer, Utterance, is_english, next_texts, recognition_scores
 from utils.generation.speech import AudioSamplingArguments, SpeechPipeline
 from utils.metrics.pitch import pitch_statistics, track_pitch
 from utils.metrics.words import normalize_text
@@ -83,13 +87,11 @@ class AudioDiffusionEvaluator(Evaluator):
     model_class = AudioDiffusion
     definitions: ClassVar[dict[str, str]] = DEFINITIONS
 
+    @classmethod
+    def of(cls, record):
+        return CaptionEvaluator if record["latents"]["conditioning"] == "caption" else cls
+
     def load_model(self):
-        conditioning = self.record["latents"]["conditioning"]
-        if conditioning != "speech":
-            raise ValueError(
-                f"{self.checkpoint} has conditioning={conditioning!r}, which evaluate.py does not measure; it needs "
-                "conditioning='speech'. For captions compare eval/flow in the run's TensorBoard"
-            )
         args = self.args
         # Paths given on the command line may be run folders.
         vocoder = str(resolve_checkpoint(args.vocoder_checkpoint)) if args.vocoder_checkpoint else ""
@@ -101,14 +103,17 @@ class AudioDiffusionEvaluator(Evaluator):
             device=self.device,
             bf16=args.bf16,
         )
+        self.tokenizer = self.pipeline.tokenizer
         self.vocoder_name = vocoder or "Griffin-Lim"
         self.settings = self.pipeline.vae.config.mel
         self.speed = RealTime(self.device)
         # The recogniser knows English alone.
-        tokenizer, metrics = self.pipeline.tokenizer, list(args.metrics)
-        self.is_english = tokenizer.units == "characters" or tokenizer.language.startswith("en")
-        if "wer" in metrics and not self.is_english:
-            logger.warning("no word error rate: language=%s, the recogniser knows English alone", tokenizer.language)
+        tokenizer, metrics = self.tokenizer, list(args.metrics)
+        languages = tokenizer.known_languages
+        self.english = next((language for language in languages if is_english(tokenizer, language)), None)
+        if "wer" in metrics and self.english is None:
+            languages = ", ".join(languages)
+            logger.warning("no word error rate: language=%s, the recogniser knows English alone", languages)
             metrics.remove("wer")
         self.scorer = SpeechScorer(self.settings, metrics)
         return self.pipeline.model
@@ -127,22 +132,31 @@ class AudioDiffusionEvaluator(Evaluator):
                 "no rows of recordings and of the vocoder alone: a cache of latents holds no waveforms. Give "
                 "--waveforms a folder of the same clips made by preprocess_audio_vocoder_dataset.py"
             )
+        # New sentences are English: those speak them who speak English in some clip.
+        clips = [clip for rows in dataset.manifest["entries"].values() for clip in rows]
+        speakers = {clip["speaker"] for clip in clips if is_english(self.tokenizer, dataset.language_of(clip))}
+        self.english_speakers = [name for name in self.model.config.speakers if name in speakers]
         return dataset
 
     # ---- Waveforms.
 
-    def speaker_inputs(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Places of the speakers among those the model knows; {} where it knows none.
+    def voice_inputs(self, utterances: Sequence[Utterance]) -> dict[str, Tensor]:
+        """Places of speakers and languages among those the model knows; {} where it knows none.
 
-        Raises: ValueError: the model does not know a speaker.
+        Raises: ValueError: the model does not know one.
         """
-        known = list(self.model.config.speakers)
-        if not known:
-            return {}
-        unknown = [name for name in names if name not in known]
-        if unknown:
-            raise ValueError(f"the model knows no speaker {unknown[0]!r}, only {', '.join(known)}")
-        return {"speakers": torch.tensor([known.index(name) for name in names], device=self.device)}
+        config, inputs = self.model.config, {}
+        names = {
+            "speakers": [utterance.speaker for utterance in utterances],
+            "languages": [self.tokenizer.language_of(utterance.language) for utterance in utterances],
+        }
+        for kind, known in (("speakers", config.speakers), ("languages", config.languages)):
+            unknown = [name for name in names[kind] if name not in known] if known else []
+            if unknown:
+                raise ValueError(f"the model knows none of its {kind} as {unknown[0]!r}, only {', '.join(known)}")
+            if known:
+                inputs[kind] = torch.tensor([known.index(name) for name in names[kind]], device=self.device)
+        return inputs
 
     def generate(
         self,
@@ -163,11 +177,14 @@ class AudioDiffusionEvaluator(Evaluator):
         Args: partners: the clip whose text each one has in the row `shuffled`; None where all texts are equal.
         """
         entries = [dataset.entries[index] for index in indices]
-        utterances = [Utterance(entry["key"], entry["caption"], entry["speaker"]) for entry in entries]
+        utterances = [
+            Utterance(entry["key"], entry["caption"], entry["speaker"], dataset.language_of(entry))
+            for entry in entries
+        ]
         batch = collate_audio_latents([dataset[index] for index in indices])
         batch = {name: value.to(self.device) for name, value in batch.items()}
-        speakers = self.speaker_inputs([utterance.speaker for utterance in utterances])
-        inputs = {**{name: batch[name] for name in ("tokens", "n_tokens")}, **speakers}
+        voices = self.voice_inputs(utterances)
+        inputs = {**{name: batch[name] for name in ("tokens", "n_tokens")}, **voices}
         # Log-mels of the rows that go through the VAE.
         durations, prior = batch["durations"], dataclasses.replace(self.args, n_steps=0)
         mels = self.pipeline.decode(batch["latents"], durations.sum(1), [entry["speaker"] for entry in entries])
@@ -180,7 +197,7 @@ class AudioDiffusionEvaluator(Evaluator):
         if None not in partners:
             others = collate_audio_latents([dataset[index] for index in partners])
             text = {name: others[name].to(self.device) for name in ("tokens", "n_tokens")}
-            rows["shuffled"] = self.generate({**text, **speakers}, utterances, self.args)
+            rows["shuffled"] = self.generate({**text, **voices}, utterances, self.args)
         # Waveforms, the recordings first.
         for position, (utterance, entry) in enumerate(zip(utterances, entries)):
             if self.recordings is not None:
@@ -194,11 +211,14 @@ class AudioDiffusionEvaluator(Evaluator):
 
     def new_sentences(self) -> list[Utterance]:
         """The sentences in the row `sentences`, spoken by the speakers in turn."""
-        texts = [SENTENCES[i] for i in evenly_spaced(len(SENTENCES), self.args.sentences)] if self.is_english else []
+        if self.english is None:
+            return []
+        texts = [SENTENCES[i] for i in evenly_spaced(len(SENTENCES), self.args.sentences)]
         # The voice of those who trained a model without speakers is that of the clips.
-        names = list(self.model.config.speakers) or [next(iter(self.scorer.voices), "")]
+        names = self.english_speakers or [next(iter(self.scorer.voices), "")]
         utterances = [
-            Utterance(f"sentence_{number:02d}", text, names[number % len(names)]) for number, text in enumerate(texts)
+            Utterance(f"sentence_{number:02d}", text, names[number % len(names)], self.english)
+            for number, text in enumerate(texts)
         ]
         for start in range(0, len(utterances), self.args.batch_size):
             batch = utterances[start : start + self.args.batch_size]
@@ -208,10 +228,8 @@ class AudioDiffusionEvaluator(Evaluator):
 
     def text_inputs(self, utterances: Sequence[Utterance]) -> dict[str, Tensor]:
         """The model's inputs for texts without aligned tokens."""
-        names = [utterance.speaker for utterance in utterances]
-        first = names[0] if self.model.config.speakers else ""
-        inputs = self.pipeline.text_inputs([utterance.text for utterance in utterances], speaker=first)
-        return {**inputs, **self.speaker_inputs(names)}
+        rows = [self.tokenizer.encode(each.text, each.language, nearest=True) for each in utterances]
+        return {**self.pipeline.token_inputs(rows), **self.voice_inputs(utterances)}
 
     def time_speech(self, name: str, utterances: Sequence[Utterance], settings: Any) -> None:
         """Measure text to waveform at batch size 1 on the first utterances, under a name."""
@@ -235,7 +253,8 @@ class AudioDiffusionEvaluator(Evaluator):
         texts = [dataset.entries[index]["caption"] for index in indices]
         if self.args.curve and not any(len(normalize_text(text)) >= MIN_WORDS for text in texts):
             raise ValueError(f"--curve needs clips whose text has {MIN_WORDS} words or more; these samples have none")
-        partners = [None if i is None else indices[i] for i in next_texts(texts)]
+        languages = [dataset.language_of(dataset.entries[index]) for index in indices]
+        partners = [None if i is None else indices[i] for i in next_texts(texts, languages)]
         on_sheet = {indices[i] for i in evenly_spaced(len(indices), self.args.contact_sheet)}
         values: dict[str, list[Scores]] = {}
         seconds: dict[str, float] = {}
@@ -247,16 +266,17 @@ class AudioDiffusionEvaluator(Evaluator):
             for name, row in self.scorer.score_speech(utterance, compared_with).items():
                 values.setdefault(name, []).append(row)
                 seconds[name] = seconds.get(name, 0.0) + len(utterance.rows[name]) / self.settings.sample_rate
-            if "wer" in self.scorer.metrics:
+            if "wer" in self.scorer.metrics and is_english(self.tokenizer, utterance.language):
                 recognized = {name: self.recognize(waveform) for name, waveform in utterance.rows.items()}
-                transcripts.append({"key": utterance.key, "text": utterance.text, **recognized})
+                speaker = {"speaker": utterance.speaker} if self.model.config.speakers else {}
+                transcripts.append({"key": utterance.key, "text": utterance.text, **speaker, **recognized})
 
         # Held-out clips, batch by batch, so that few waveforms are held at once; then the new sentences.
         for start in range(0, len(indices), self.args.batch_size):
             batch = slice(start, start + self.args.batch_size)
             for index, utterance in zip(indices[batch], self.held_out(dataset, indices[batch], partners[batch])):
                 score(utterance, reference)
-                spoken.append(Utterance(utterance.key, utterance.text, utterance.speaker))
+                spoken.append(Utterance(utterance.key, utterance.text, utterance.speaker, utterance.language))
                 examples += [utterance] if index in on_sheet else []
         sentences = self.new_sentences()
         for utterance in sentences:
@@ -268,8 +288,12 @@ class AudioDiffusionEvaluator(Evaluator):
         scores = {name: self.row_scores(name, rows, transcripts) for name, rows in values.items()}
         for name, row in scores.items():
             row["length_ratio"] = None if name == "sentences" else seconds[name] / seconds[reference]
+            recognized = list(itertools.chain.from_iterable(self.scorer.recognized_voices(name).values()))
+            row["voice_accuracy"] = statistics.mean(recognized) if recognized else None
         counts = {name: counts_of(rows) for name, rows in values.items()}
         evaluation = self.report(scores, counts, transcripts, reference=reference, n_clips=len(indices))
+        if len(self.model.config.speakers) > 1:
+            self.add_voices(evaluation, transcripts)
         self.add_examples(evaluation, [*examples, *sentences[: self.args.contact_sheet]], len(indices))
         if self.args.curve:
             self.measure_curve(evaluation, spoken)
@@ -311,6 +335,22 @@ class AudioDiffusionEvaluator(Evaluator):
         ]
         return Evaluation(metrics, scalars, tables)
 
+    def add_voices(self, evaluation: Evaluation, transcripts: Sequence[dict[str, str]]) -> None:
+        """One row per speaker: error rates and recognised voice of what the model spoke, held-out clips and new
+        sentences."""
+        voices: dict[str, Any] = {}
+        for name in ("model", "sentences"):
+            recognized = self.scorer.recognized_voices(name)
+            for speaker in self.model.config.speakers:
+                rows = [row for row in transcripts if row["speaker"] == speaker and name in row]
+                pairs = [(row[name], row["text"]) for row in rows]
+                errors = recognition_scores(*map(list, zip(*pairs)), self.args.seed) if pairs else {}
+                own = recognized.get(speaker, [])
+                accuracy = {"voice_accuracy": statistics.mean(own), "n_voices": len(own)} if own else {}
+                voices.setdefault(speaker, {})[name] = {**errors, **accuracy}
+        evaluation.metrics["voices"] = voices
+        evaluation.tables = [*evaluation.tables, voice_table(voices)]
+
     def add_examples(self, evaluation: Evaluation, examples: Sequence[Utterance], n_clips: int) -> None:
         """Waveforms of all rows, and the sheet of log-mels with the ends of tokens."""
         for utterance in examples:
@@ -348,7 +388,7 @@ class AudioDiffusionEvaluator(Evaluator):
                         rows.append(
                             pitch_statistics(track_pitch(waveform, self.settings.sample_rate)) if is_voiced else {}
                         )
-                        if "wer" in self.scorer.metrics:
+                        if "wer" in self.scorer.metrics and is_english(self.tokenizer, utterance.language):
                             transcripts.append({"text": utterance.text, "curve": self.recognize(waveform)})
                 name = f"curve {scale} {n_steps}"
                 self.time_speech(name, usable, settings)

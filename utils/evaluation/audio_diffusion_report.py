@@ -26,6 +26,7 @@ COLUMNS = {
     "cer":                Column("CER",       "{:.3f}", "low"),
     "n_words":            Column("words",     "{:d}"),
     "speaker_similarity": Column("speaker",   "{:.3f}", "high"),
+    "voice_accuracy":     Column("voice",     "{:.3f}", "high"),
     "f0_mean_hz":         Column("F0 Hz",     "{:.0f}"),
     "f0_std_semitones":   Column("F0 std",    "{:.2f}"),
     "distillmos":         Column("MOS",       "{:.2f}", "high"),
@@ -51,6 +52,9 @@ DEFINITIONS = {
     "cer": "Character error rate of the clips of wer, single spaces included; cer_all of those of wer_all.",
     "speaker_similarity": "Cosine similarity of resemblyzer's speaker embeddings to the same clip of the row "
     "`reference`; of new sentences to the mean embedding of their speaker's reference clips.",
+    "voice_accuracy": "Where there are several speakers: share of clips whose speaker embedding is most like the mean "
+    "embedding of their own speaker's reference clips. voices: the same and error rates of each speaker; model: "
+    "held-out clips, sentences: new sentences.",
     "f0_mean_hz": "Pitch of voiced frames in Hz, mean over clips of each clip's mean (tracker: 60 to 550 Hz, every "
     "10 ms).",
     "f0_std_semitones": "Std of the pitch in semitones over the voiced frames of a clip, mean over clips. Flat speech "
@@ -92,6 +96,19 @@ def speech_table(scores: dict[str, Scores], reference: str, *, n_clips: int, not
         reference=reference,
         caption=" ".join(caption),
     )
+
+
+def voice_table(voices: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """One row per speaker and row of the evaluation.
+
+    Args: voices: speaker -> row -> scores.
+    """
+    columns = {name: COLUMNS[name] for name in ("wer", "wer_95", "wer_all", "n_words", "voice_accuracy")}
+    columns |= {"n_voices": Column("clips", "{:d}")}
+    rows = {(speaker, name): row for speaker, rows in voices.items() for name, row in rows.items() if row}
+    labels = {key: f"{key[0]}, {ROW_NAMES[key[1]]}" for key in rows}
+    scores = {key: with_interval(row) for key, row in rows.items()}
+    return score_table(scores, columns, title="Speakers", names=labels, evaluated=None)
 
 
 def model_table(model: dict[str, Any], sampling: dict[str, Any]) -> Table:

@@ -140,6 +140,11 @@ class Evaluator:
     model_class: ClassVar[type]
     definitions: ClassVar[dict[str, str]]  # name of a metric -> its definition, for metrics.json
 
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "type[Evaluator]":
+        """The evaluator of a checkpoint with this record: this one, or that of another kind of models of the stage."""
+        return cls
+
     def __init__(self, args: Any, checkpoint: Path):
         self.args, self.checkpoint = args, checkpoint
         self.record = read_stage(checkpoint)

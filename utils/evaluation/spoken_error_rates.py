@@ -8,6 +8,7 @@ import torch
 from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents
 from dataset_loading.cached import evenly_spaced
 from utils.evaluation.audio import MIN_WORDS
+from utils.evaluation.speech_scores import is_english
 from utils.generation.speech import SpeechPipeline
 from utils.metrics.audio import missing_packages
 from utils.metrics.words import Recognizer, normalize_text, text_errors
@@ -26,14 +27,16 @@ class SpokenErrorRates:
 
     def __init__(self, pipeline: SpeechPipeline, dataset: AudioLatentDataset, args: Any):
         self.pipeline, self.dataset, self.args, self.recognizer = pipeline, dataset, args, Recognizer()
-        words = [len(normalize_text(entry["caption"])) for entry in dataset.entries]
+        # The recogniser knows English alone.
+        english = [is_english(pipeline.tokenizer, dataset.language_of(entry)) for entry in dataset.entries]
+        words = [len(normalize_text(entry["caption"])) * is_known for entry, is_known in zip(dataset.entries, english)]
         usable = [index for index, n_words in enumerate(words) if n_words >= MIN_WORDS]
         self.indices = [usable[place] for place in evenly_spaced(len(usable), args.wer_samples)]
         # Without recognition training goes on; the reason is said once.
         problem = ", ".join(missing_packages("wer"))
         problem = f"it needs {problem}: pip install -r requirements-eval.txt" if problem else ""
         if not self.indices:
-            problem = f"no validation clip has {MIN_WORDS} words or more"
+            problem = f"no English validation clip has {MIN_WORDS} words or more"
         if problem:
             logger.warning("--wer_samples measures nothing: %s", problem)
             self.indices = []
@@ -50,7 +53,11 @@ class SpokenErrorRates:
         for index in self.indices:
             # The clip's number is its seed, so that evaluations are comparable.
             entry, batch = self.dataset.entries[index], collate_audio_latents([self.dataset[index]])
-            inputs = {name: batch[name].to(device) for name in ("tokens", "n_tokens", "speakers") if name in batch}
+            inputs = {
+                name: batch[name].to(device)
+                for name in ("tokens", "n_tokens", "speakers", "languages")
+                if name in batch
+            }
             try:
                 latents, durations = pipeline.latents(inputs, [index], self.args)
                 (mel,) = pipeline.decode(latents, durations.sum(1), [entry["speaker"]])

@@ -224,6 +224,8 @@ def fit_to_audio_latents(
         tokenizer = SpeechTokenizer.from_dict(latents["tokenizer"])
         fields |= {"symbols": list(tokenizer.symbols), "n_symbols": len(tokenizer.symbols)}
         fields |= {"pause_symbols": tokenizer.pauses, "speakers": list(speakers) if len(speakers) > 1 else []}
+        # The phones of a language tell it; the model is told as well only where the user says so.
+        fields |= {"languages": list(tokenizer.languages)} if config.languages else {}
     elif latents["text_embedding_width"]:
         fields |= {"caption_encoder": "frozen", "caption_width": latents["text_embedding_width"]}
         fields["max_tokens"] = latents["max_tokens"]

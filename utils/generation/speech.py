@@ -33,7 +33,7 @@ class VoiceArguments(AudioSamplingArguments):
     """Flags of everything that speaks texts."""
 
     speaker: str = option("", "name of the speaker, for a model of several")
-    language: str = option("", "name of the language, for a model of several")
+    language: str = option("", "language of the texts, for a model of several; default: that of its --language")
     speed: float = option(1.0, "tempo: 1 is that of the training data, 2 twice as fast", gt=0)
     seed: int = option(0, "seed of the noise", ge=0)
     batch_size: int = option(1, "sentences that are spoken at once", gt=0)
@@ -61,9 +61,10 @@ def split_sentences(text: str, max_characters: int = MAX_CHARACTERS) -> list[str
 
 
 def cut_between_words(text: str, max_characters: int) -> list[str]:
-    """Pieces of at most `max_characters`; a longer word stays whole."""
+    """Pieces of at most `max_characters`, cut between words, and within longer ones."""
     pieces, current = [], ""
-    for word in text.split():
+    words = [word[i : i + max_characters] for word in text.split() for i in range(0, len(word), max_characters)]
+    for word in words:
         if current and len(current) + 1 + len(word) > max_characters:
             pieces.append(current)
             current = word
@@ -98,38 +99,53 @@ class SpeechPipeline(AudioPipeline):
     def text_parts(cls, record, folder, device):
         return {"tokenizer": SpeechTokenizer.from_dict(record["latents"]["tokenizer"])}
 
-    def place_of(self, kind: str, name: str) -> int | None:
-        """The place of a speaker's or language's name among those the model knows; None where it knows none.
+    def speaker_place(self, name: str) -> int | None:
+        """The place of a speaker among those the model knows; None where it knows none.
 
         Raises: ValueError: an unknown name, none where the model knows several, or one where it knows none.
         """
-        known = getattr(self.model.config, kind)
-        flag = f"--{kind.removesuffix('s')}"
+        known = self.model.config.speakers
         if not known:
             if name:
-                raise ValueError(f"{flag} {name} has no effect: the model was trained without {kind}")
+                raise ValueError(f"--speaker {name} has no effect: the model was trained without speakers")
             return None
         if not name and len(known) > 1:
-            raise ValueError(f"{flag} is needed; the model knows {', '.join(known)}")
+            raise ValueError(f"--speaker is needed; the model knows {', '.join(known)}")
         if name and name not in known:
-            raise ValueError(f"{flag} {name!r} is unknown{suggest(name, known)} (known: {', '.join(known)})")
+            raise ValueError(f"--speaker {name!r} is unknown{suggest(name, known)}")
         return known.index(name) if name else 0
+
+    def language_of(self, name: str) -> str:
+        """The language of a name, "" for the usual one. Raises: ValueError: the model was not trained on it."""
+        if name and self.tokenizer.units == "characters":
+            raise ValueError(f"--language {name} has no effect: the model reads characters")
+        try:
+            return self.tokenizer.language_of(name)
+        except ValueError as error:
+            raise ValueError(f"--language: {error}") from error
 
     def text_inputs(self, texts: Sequence[str], *, speaker: str = "", language: str = "") -> dict[str, Tensor]:
         """The model's inputs for texts: tokens (B, T, 3), n_tokens (B,), and speakers and languages if it knows any.
 
-        Raises: ValueError: a text with nothing to say, or see `place_of`.
+        Raises: ValueError: a text with nothing to say, or see `speaker_place` and `language_of`.
         """
-        tokens = [self.tokenizer.encode(text, nearest=True) for text in texts]
-        inputs = {
-            "tokens": pad_sequence(tokens, batch_first=True).to(self.device),
-            "n_tokens": torch.tensor([len(row) for row in tokens], device=self.device),
+        language = self.language_of(language)
+        tokens = [self.tokenizer.encode(text, language, nearest=True) for text in texts]
+        inputs = self.token_inputs(tokens)
+        languages = self.model.config.languages
+        places = {
+            "speakers": self.speaker_place(speaker),
+            "languages": languages.index(language) if languages else None,
         }
-        for kind, name in (("speakers", speaker), ("languages", language)):
-            place = self.place_of(kind, name)
+        for kind, place in places.items():
             if place is not None:
                 inputs[kind] = torch.full((len(texts),), place, device=self.device)
         return inputs
+
+    def token_inputs(self, tokens: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Tokens of several texts, (T, 3) each, as inputs: tokens (B, T, 3) and n_tokens (B,)."""
+        n_tokens = torch.tensor([len(row) for row in tokens], device=self.device)
+        return {"tokens": pad_sequence(tokens, batch_first=True).to(self.device), "n_tokens": n_tokens}
 
     @torch.no_grad()
     def latents(
@@ -179,13 +195,13 @@ class SpeechPipeline(AudioPipeline):
             for text, mel in zip(batch, self.decode(latents, durations.sum(1), [speaker] * len(batch))):
                 yield text, self.vocode(mel)
 
-    def speakable(self, text: str) -> list[str]:
+    def speakable(self, text: str, language: str = "") -> list[str]:
         """The sentences of a text that have something to say; the others are named in a warning."""
-        sentences = split_sentences(text)
-        silent = [sentence for sentence in sentences if not self.tokenizer.split(sentence)]
+        sentences, language = split_sentences(text), self.language_of(language)
+        silent = [sentence for sentence in sentences if not self.tokenizer.split(sentence, language)]
         if silent:
             logger.warning("nothing to say in %s: left out", ", ".join(map(repr, silent)))
-        unknown = [symbol for sentence in sentences for symbol in self.tokenizer.unknown(sentence)]
+        unknown = [symbol for sentence in sentences for symbol in self.tokenizer.unknown(sentence, language)]
         if unknown:
             logger.warning(
                 "%s not in the training data: the nearest known ones stand in", " ".join(sorted(set(unknown)))

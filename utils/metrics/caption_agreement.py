@@ -1,4 +1,4 @@
-"""Agreement of images with their captions, measured by a probe that predicts words from image features.
+"""Agreement of images, or sounds, with their captions, measured by a probe that predicts words from their features.
 
 N images, D features, W words, M captions. The probe is fitted in closed form to real images and their captions, so the
 same data give the same probe. It is a bag-of-words model of the more frequent words.
@@ -72,6 +72,7 @@ class TextProbe:
     Args:
         features: of real images, (N, D), see `ImageFeatures`; at most 5000 are used, evenly spaced.
         captions: N texts.
+        blocks: widths of the blocks of features, whose sum is D.
     Attributes:
         words: its vocabulary of W words.
         explained: share of the words' variance that it predicts for held-out captions (R^2).
@@ -79,14 +80,14 @@ class TextProbe:
         UnusableCaptionsError: no word occurs in 5 captions and is absent from 5 others.
     """
 
-    def __init__(self, features: Tensor, captions: Sequence[str]):
+    def __init__(self, features: Tensor, captions: Sequence[str], blocks: Sequence[int] = BLOCKS):
         chosen = [i * len(captions) // MAX_TRAINING for i in range(MAX_TRAINING)]
         if len(captions) > MAX_TRAINING:
             features, captions = features[chosen], [captions[i] for i in chosen]
         self.words = choose_words(captions)
         # Standardise features and words. A block of `size` features is divided by sqrt(size).
         self.center, self.scale = features.mean(0), features.std(0).clamp_min(1e-6)
-        self.scale = self.scale * torch.cat([torch.full((size,), size**0.5) for size in BLOCKS])
+        self.scale = self.scale * torch.cat([torch.full((size,), size**0.5) for size in blocks])
         share = self.count_words(captions).mean(0)
         self.share, self.std = share, (share * (1 - share)).sqrt()  # of a Bernoulli variable
         x, y = self.standardise(features), self.word_vectors(captions)

@@ -56,6 +56,7 @@ class AudioPreprocessArguments(PreprocessArguments):
         "", f"column with the transcripts; default: the first of {', '.join(CAPTION_COLUMNS)}"
     )
     speaker_column: str = option("", f"column with the speakers; default: the first of {', '.join(SPEAKER_COLUMNS)}")
+    language_column: str = option("", "column with the language of each transcript, such as fr-fr; default: none")
 
     # The log-mel: a preset, and fields that replace the preset's.
     mel: MelPreset = option("16k", "preset of the log-mel, by sampling rate")
@@ -163,16 +164,20 @@ class AudioPreprocess(Preprocess):
 
     def open_sources(self) -> dict[str, Source]:
         sources = super().open_sources()
-        # A speaker column that does not exist is an error before any file is read.
+        # A column that does not exist is an error before any file is read.
         for source in sources.values():
             self.find_column(source, "speaker_column", SPEAKER_COLUMNS)
+            self.find_column(source, "language_column", ())
         return sources
 
     def examples(self, source: Source) -> Iterator[tuple[str, Raw]]:
         caption = self.find_column(source, "caption_column", self.caption_columns)
         speaker = self.find_column(source, "speaker_column", SPEAKER_COLUMNS)
+        language = self.find_column(source, "language_column", ())
         for name, row in source:
             notes = {"speaker": caption_of(row.get(speaker))}
+            if language:
+                notes["language"] = caption_of(row.get(language)).strip()
             yield name, Raw(row[source.media], caption_of(row.get(caption)), notes)
 
     def decode(self, media: dict[str, Any] | None) -> Tensor:

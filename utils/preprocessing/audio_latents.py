@@ -3,28 +3,30 @@
 T tokens, M mel bins, F mel frames.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from dataset_loading.audio.cached import AudioDataset, AudioVAEDataset
+from dataset_loading.audio.cached import AudioVAEDataset
 from dataset_loading.audio.latents import latent_settings
-from dataset_loading.cache_writer import read_journal
 from dataset_loading.cached import evenly_spaced, read_sample
-from dataset_loading.files import JOURNAL, fingerprint, fingerprint_of_bytes, read_manifest, replace_file
+from dataset_loading.files import fingerprint, fingerprint_of_bytes, read_manifest, replace_file
 from dataset_loading.sources import Source
-from model.audio.alignment import PhoneHMM
+from model.audio.alignment import PhoneHMM, latents_at_frames
+from model.audio.speaker_aligners import SpeakerAligners
 from model.audio.spectral import MelSettings, check_same_mel
 from model.text.phonemes import SpeechTokenizer, Units
 from model.text.tokenizer import encode_caption
 from utils.options import declared_fields, option
 from utils.preprocessing.audio import MEL_FLAGS, AudioPreprocess, AudioPreprocessArguments, log_mel
+from utils.preprocessing.audio_cache import as_source, describe_speakers, earlier_settings, fit_tokenizer
 from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
 from utils.preprocessing.driver import command_words
 from utils.preprocessing.samples import Example, Outcome, Raw, SkipSampleError, Task, describe_problems
@@ -33,10 +35,12 @@ logger = logging.getLogger(__name__)
 
 Conditioning = Literal["speech", "caption"]
 ALIGNER = "aligner.safetensors"
+AlignerInputs = Literal["hmm", "joint"]
 N_FITTED = 2000  # training clips that the aligner is fitted to
+SPEAKER_SECONDS = 180  # of the fitted clips that a speaker must have more of, for an aligner of their own
 N_WORST = 10  # clips that are named after the run
 # Fields of the manifest's settings that say how an aligner came about: another one in the folder is not reused.
-ALIGNER_SETTINGS = ("mel", "units", "language", "gaps")
+ALIGNER_SETTINGS = ("mel", "units", "language", "gaps", "aligner")
 TEXT_FLAGS = ("conditioning", "units", "language", "gaps", "max_tokens")
 
 
@@ -55,10 +59,15 @@ class AudioLatentsArguments(AudioPreprocessArguments, BatchedPreprocessArguments
         only_with=("conditioning", "speech"),
     )
     language: str = option(
-        "en-us", "language of the transcripts for eSpeak NG, such as fr-fr", only_with=("units", "phonemes")
+        "en-us",
+        "language of the transcripts for eSpeak NG, such as fr-fr; of those without one in --language_column",
+        only_with=("units", "phonemes"),
     )
     gaps: bool = option(True, "a token between words, which may last 0 frames", only_with=("conditioning", "speech"))
-    aligner: str = option(
+    aligner: AlignerInputs = option(
+        "hmm", "hmm: aligns log-mels; joint: aligns the latents themselves", only_with=("conditioning", "speech")
+    )
+    aligner_from: str = option(
         "",
         "folder of audio latents whose aligner and symbols are used; default: fitted to the training clips",
         only_with=("conditioning", "speech"),
@@ -102,9 +111,11 @@ class AudioLatentsPreprocess(BatchedPreprocess):
 
     Args:
         mel: the log-mel that the VAE reads.
+        compression: mel frames of a latent frame.
         vae_name: its name in messages.
     Attributes:
-        tokenizer, aligner: those of the transcripts; None for captions, and until the sources are open.
+        vae_speakers: names of the speakers that the VAE must be told; [] where it is told none.
+        tokenizer, aligners: those of the transcripts; None for captions, and until the sources are open.
     """
 
     arguments_class = AudioLatentsArguments
@@ -112,11 +123,12 @@ class AudioLatentsPreprocess(BatchedPreprocess):
     suffixes = (".pt",)
     encodes_captions = True
 
-    def __init__(self, args: AudioLatentsArguments, mel: MelSettings, vae_name: str):
+    def __init__(self, args: AudioLatentsArguments, mel: MelSettings, *, compression: int, vae_name: str):
         super().__init__(args)
-        self.mel, self.vae_name, self.given_args = mel, vae_name, args
+        self.mel, self.compression, self.vae_name, self.given_args = mel, compression, vae_name, args
+        self.vae_speakers: list[str] = []
         self.tokenizer: SpeechTokenizer | None = None
-        self.aligner: PhoneHMM | None = None
+        self.aligners: SpeakerAligners | None = None
         if args.units == "characters" and args.conditioning == "speech":
             logger.warning("characters tell no pronunciation: speech will be far less intelligible than with phonemes")
 
@@ -145,7 +157,8 @@ class AudioLatentsPreprocess(BatchedPreprocess):
 
     def examples(self, source: Source) -> Iterator[tuple[str, Raw]]:
         for row in source.rows:
-            yield row["name"], Raw(row["audio"], row["text"], {"speaker": row["speaker"]})
+            language = {"language": row["language"]} if row["language"] else {}
+            yield row["name"], Raw(row["audio"], row["text"], {"speaker": row["speaker"], **language})
 
     def decode(self, media: dict[str, Any] | None) -> Tensor:
         assert media is not None, "as_source gives every row a file"
@@ -161,54 +174,90 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         return {**header, "command": command_words(f"preprocess_{self.name}_dataset.py", args)}
 
     def learn(self, source: Source) -> None:
-        """Set tokenizer and aligner: those of another folder, of an earlier run, or from the training clips."""
-        folder, settings = Path(self.args.aligner or self.folder), self.text_settings()
-        earlier = latent_settings(folder) if self.args.aligner else earlier_settings(folder)
-        if (
-            earlier
-            and (folder / ALIGNER).is_file()
-            and all(earlier[name] == settings[name] for name in ALIGNER_SETTINGS)
-        ):
+        """Set tokenizer and aligners: those of another folder, of an earlier run, or from the training clips."""
+        folder, settings = Path(self.args.aligner_from or self.folder), self.settings()
+        earlier = latent_settings(folder) if self.args.aligner_from else earlier_settings(folder)
+        if self.args.aligner_from and earlier["conditioning"] != "speech":
+            raise ValueError(
+                f"--aligner_from {folder} holds captions, which have no aligner; give audio latents of speech"
+            )
+        # Settings of earlier versions do not say what was aligned; latents are those of one VAE.
+        names = [*ALIGNER_SETTINGS, *(["vae_fingerprint"] if self.args.aligner == "joint" else [])]
+        values = [(name, (earlier or {}).get(name, "hmm"), settings.get(name, "hmm")) for name in names]
+        differences = [f"{name}={there!r} there, {now!r} now" for name, there, now in values if there != now]
+        if earlier and not differences and (self.args.aligner_from or (folder / ALIGNER).is_file()):
             self.tokenizer = SpeechTokenizer.from_dict(earlier["tokenizer"])
-            self.aligner = PhoneHMM.load(folder / ALIGNER)
-            digest, expected = fingerprint_of_bytes([self.aligner.dump()]), earlier.get("aligner_fingerprint")
+            self.aligners = SpeakerAligners.load(folder / ALIGNER)
+            digest, expected = fingerprint_of_bytes([self.aligners.dump()]), earlier.get("aligner_fingerprint")
             if expected and digest != expected:
                 raise ValueError(
                     f"{folder / ALIGNER} is damaged (its fingerprint is {digest}, {expected} was written); copy it "
-                    "again from where it is whole, or fit another one: leave --aligner out, in another --output_dir"
+                    "again from where it is whole, or fit another one: leave --aligner_from out, in another --output_dir"
                 )
             return
-        if self.args.aligner:
-            pairs = [f"{name}={earlier.get(name)!r} there, {settings[name]!r} now" for name in ALIGNER_SETTINGS]
-            raise ValueError(f"--aligner {folder} was made with other settings: {'; '.join(pairs)}")
-        # All training texts give symbols; clips spread over them, neither augmented nor too short, fit the aligner.
-        rows = source.rows[: self.count(source)]
-        fields = {name: getattr(self.args, name) for name in ("units", "language", "gaps")}
-        self.tokenizer = tokenizer = SpeechTokenizer.fit((row["text"] for row in rows), **fields)
+        if self.args.aligner_from:
+            raise ValueError(f"--aligner_from {folder} was made with other settings: {'; '.join(differences)}")
+        self.fit(source, source.rows[: self.count(source)])
+
+    def fit(self, source: Source, rows: Sequence[dict[str, Any]]) -> None:
+        """Make the tokenizer of all training texts, and fit the aligners to clips spread over them, neither augmented
+        nor too short."""
+        self.tokenizer = tokenizer = fit_tokenizer(self.args, rows)
         n_states = 1 if self.args.units == "characters" else 2
-        self.aligner = aligner = PhoneHMM(len(tokenizer.symbols), tokenizer.pauses, n_states)
-        plain = [row for row in rows if not row["copy"] and tokenizer.split(row["text"])]
+        inputs = "latents" if self.args.aligner == "joint" else "mel"
+        aligner = PhoneHMM(len(tokenizer.symbols), tokenizer.pauses, n_states, inputs=inputs)
+        plain = [row for row in rows if not row["copy"] and tokenizer.split(row["text"], row["language"])]
         chosen = [plain[index] for index in evenly_spaced(len(plain), N_FITTED)]
-        clips = [(self.decode(row["audio"]), tokenizer.encode(row["text"])[:, 0]) for row in chosen]
-        clips = [(mel, symbols) for mel, symbols in clips if mel.shape[1] >= aligner.needed_frames(symbols)]
+        clips = []
+        for row in chosen:
+            mel, symbols = self.decode(row["audio"]), tokenizer.encode(row["text"], row["language"])[:, 0]
+            if mel.shape[1] >= aligner.needed_frames(symbols):
+                with contextlib.suppress(SkipSampleError):
+                    clips.append((self.aligned_input(mel, row["speaker"]), symbols, row["speaker"]))
         if not clips:
             raise ValueError(
                 f"{source.identity}: none of {len(rows)} training clips has a transcript that fits its length; "
                 "--caption_column names the column of the transcripts, --conditioning caption needs none that fit"
             )
-        history = aligner.fit(*map(list, zip(*clips)))
+        self.aligners = SpeakerAligners(aligner)
+        min_frames = round(SPEAKER_SECONDS * self.mel.sample_rate / self.mel.hop_length)
+        history = self.aligners.fit(*map(list, zip(*clips)), min_frames=min_frames)
         logger.info(
-            "aligner: %d clips, log-likelihood per frame %s", len(clips), " ".join(f"{x:.2f}" for x in history)
+            "aligner: %d clips, log-likelihood per frame %s; speakers with an aligner of their own: %s",
+            *(len(clips), " ".join(f"{x:.2f}" for x in history), ", ".join(self.aligners.speakers) or "none"),
         )
+
+    def check_speaker(self, speaker: str) -> None:
+        """Raises: SkipSampleError: the VAE needs to know the speaker, and does not."""
+        if self.vae_speakers and speaker not in self.vae_speakers:
+            raise SkipSampleError(f"the VAE knows no speaker {speaker!r} (speakers: {', '.join(self.vae_speakers)})")
+
+    def encode_mel(self, mel: Tensor, speaker: str) -> dict[str, Tensor]:
+        """`mean` and `std` (Z, L) of the log-mel (M, F) of one clip, and `n_mel_frames`. A subclass defines it.
+
+        Raises: SkipSampleError: the VAE does not know the speaker.
+        """
+        raise NotImplementedError
+
+    def aligned_input(self, mel: Tensor, speaker: str, latents: Tensor | None = None) -> Tensor:
+        """What the aligner reads of a clip: its log-mel, or its latents at mel frames, (F, Z).
+
+        Args: latents: mean latents (Z, L), if they are known already.
+        """
+        if self.args.aligner == "hmm":
+            return mel
+        latents = self.encode_mel(mel, speaker)["mean"] if latents is None else latents
+        return latents_at_frames(latents.T, mel.shape[1], self.compression)
 
     def text_settings(self) -> dict[str, Any]:
         """Settings that shape tokens and durations, or captions."""
-        return {"mel": self.mel.as_dict(), **{name: getattr(self.args, name) for name in TEXT_FLAGS}}
+        joint = {"aligner": "joint"} if self.args.aligner == "joint" else {}  # As earlier versions wrote them.
+        return {"mel": self.mel.as_dict(), **{name: getattr(self.args, name) for name in TEXT_FLAGS}, **joint}
 
     def settings(self) -> dict[str, Any]:
-        if self.tokenizer is None or self.aligner is None:
+        if self.tokenizer is None or self.aligners is None:
             return {**self.text_settings(), "symbols_fingerprint": "", "aligner_fingerprint": ""}
-        symbols, aligner = fingerprint(self.tokenizer.as_dict()), fingerprint_of_bytes([self.aligner.dump()])
+        symbols, aligner = fingerprint(self.tokenizer.as_dict()), fingerprint_of_bytes([self.aligners.dump()])
         return {**self.text_settings(), "symbols_fingerprint": symbols, "aligner_fingerprint": aligner}
 
     def information(self) -> dict[str, Any]:
@@ -217,29 +266,37 @@ class AudioLatentsPreprocess(BatchedPreprocess):
     def encode(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
         # The log-mel (M, F), and tokens (T, 3) of a transcript or (T,) of a caption.
         mel = example.data
+        self.check_speaker(example.notes["speaker"])
         if not example.caption.strip():
             raise SkipSampleError("empty text")
-        if self.tokenizer is None or self.aligner is None:
+        if self.tokenizer is None or self.aligners is None:
             tokens = torch.tensor(encode_caption(example.caption, self.args.max_tokens), dtype=torch.int16)
             return {"mel": mel, "caption_tokens": tokens}
-        if unknown := self.tokenizer.unknown(example.caption):
-            raise SkipSampleError(f"unknown symbols {' '.join(unknown)} in {example.caption!r}")
+        language = example.notes.get("language", "")
         try:
-            tokens = self.tokenizer.encode(example.caption)
+            if unknown := self.tokenizer.unknown(example.caption, language):
+                raise SkipSampleError(f"unknown symbols {' '.join(unknown)} in {example.caption!r}")
+            tokens = self.tokenizer.encode(example.caption, language)
         except ValueError as error:
             raise SkipSampleError(str(error)) from error
-        needed = self.aligner.needed_frames(tokens[:, 0])
+        needed = self.aligners.shared.needed_frames(tokens[:, 0])
         if mel.shape[1] < needed:
             raise SkipSampleError(
                 f"{mel.shape[1]} mel frames are too few for {len(tokens)} tokens, {needed} are needed"
             )
         return {"mel": mel, "tokens": tokens}
 
-    def align(self, examples: list[Example]) -> list[dict[str, Tensor]]:
-        """Tokens of each example, durations in mel frames, log-likelihood and likelihood ratio per frame."""
-        assert self.aligner is not None, "captions have no durations"
+    def align(self, examples: list[Example], latents: list[Tensor]) -> list[dict[str, Tensor]]:
+        """Tokens of each example, durations in mel frames, log-likelihood and likelihood ratio per frame.
+
+        Args: latents: mean latents (Z, L) of each example.
+        """
+        assert self.aligners is not None, "captions have no durations"
         tokens = [example.data["tokens"] for example in examples]
-        alignment = self.aligner.align([example.data["mel"] for example in examples], [row[:, 0] for row in tokens])
+        speakers = [example.notes["speaker"] for example in examples]
+        mels = [example.data["mel"] for example in examples]
+        clips = [self.aligned_input(*row) for row in zip(mels, speakers, latents, strict=True)]
+        alignment = self.aligners.align(clips, [row[:, 0] for row in tokens], speakers)
         columns = {
             "tokens": tokens,
             "durations": alignment.durations,
@@ -249,8 +306,8 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         return [dict(zip(columns, row)) for row in zip(*columns.values(), strict=True)]
 
     def work(self, tasks: Iterator[Task]) -> Iterator[Outcome]:
-        if self.aligner is not None:
-            replace_file(self.folder / ALIGNER, self.aligner.dump(), sync=True)
+        if self.aligners is not None:
+            replace_file(self.folder / ALIGNER, self.aligners.dump(), sync=True)
         return super().work(tasks)
 
     # ---- The manifest and the report.
@@ -269,7 +326,9 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         if skipped:
             logger.warning("%d clips left out: %s", len(skipped), describe_problems(skipped))
         entries = list(itertools.chain.from_iterable(manifest["entries"].values()))
-        if self.aligner is not None:
+        if self.aligners is not None:
+            for line in describe_speakers(entries, self.aligners.speakers):
+                logger.info(line)
             worst = sorted(entries, key=lambda entry: entry["likelihood_ratio"])[:N_WORST]
             logger.info("clips that fit their transcript worst (log-likelihood ratio per frame):")
             for entry in worst:
@@ -279,35 +338,3 @@ class AudioLatentsPreprocess(BatchedPreprocess):
 
 TEXTS = ("tokens", "caption_states", "caption_tokens")  # what a sample's number of tokens is taken from
 FITS = ("log_likelihood", "likelihood_ratio")
-
-
-def as_source(dataset: AudioDataset) -> Source:
-    """A split of an audio cache, with rows of `name`, `audio` (arguments of `read_sample`), `text`, `speaker` and
-    `copy`."""
-    repair = dataset.repair()
-    rows = [
-        {
-            "name": entry["source"],
-            "audio": {
-                "path": dataset.path_of(entry),
-                "entry": entry,
-                "kinds": dataset.tensor_kinds(entry),
-                "repair": repair,
-            },
-            "text": entry["caption"],
-            "speaker": entry["speaker"],
-            "copy": entry["copy"],
-        }
-        for entry in dataset.entries
-    ]
-    # Not its path: a cache that was moved is the same.
-    identity = f"audio cache {dataset.fingerprint}:{dataset.split}"
-    return Source(identity, dataset.manifest.get("licence", ""), "audio", ["name", "audio", "text", "speaker"], rows)
-
-
-def earlier_settings(folder: Path) -> dict[str, Any]:
-    """The settings with which earlier runs made a folder, finished or not; {} where there were none."""
-    if (folder / JOURNAL).is_file():
-        headers = (line for line in read_journal(folder / JOURNAL) if isinstance(line, dict))
-        return next(headers, {}).get("settings", {})
-    return read_manifest(folder, None)["settings"] if (folder / "manifest.json").is_file() else {}

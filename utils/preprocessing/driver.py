@@ -314,13 +314,16 @@ class Preprocess:
         # The first part has the key of the copy itself, and its entry tells the number of parts.
         n_parts = earlier.get(name, {}).get("parts", 1)
         entries = [earlier.get((split, part_key(key, part))) for part in range(n_parts)]
-        is_whole = all(self.is_valid(entry, split, raw.caption) for entry in entries)
+        is_whole = all(self.is_valid(entry, split, raw) for entry in entries)
         return [entry for entry in entries if entry] if is_whole else []
 
-    def is_valid(self, entry: dict[str, Any] | None, split: str, caption: str) -> bool:
-        """Whether an earlier run wrote a sample, its file is what was written, and its caption, if encoded, has not
-        changed."""
-        if entry is None or (self.encodes_captions and entry["caption"] != caption):
+    def is_valid(self, entry: dict[str, Any] | None, split: str, raw: Raw) -> bool:
+        """Whether an earlier run wrote a sample, its file is what was written, and its caption and language, if
+        encoded, have not changed."""
+        if entry is None:
+            return False
+        languages = entry.get("language", ""), raw.notes.get("language", "")
+        if self.encodes_captions and (entry["caption"] != raw.caption or languages[0] != languages[1]):
             return False
         file = self.path(split, entry["key"])
         if not file.exists():

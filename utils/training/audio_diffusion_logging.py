@@ -94,7 +94,7 @@ class SpeechCallback(SoundCallback):
         # The same seeds at every step: only the model changes.
         seeds, config = list(range(len(self.names))), pipeline.model.config
         speakers = [config.speakers[place] for place in batch["speakers"].tolist()] if config.speakers else []
-        first = {"speaker": next(iter(config.speakers), ""), "language": next(iter(config.languages), "")}
+        first = {"speaker": next(iter(config.speakers), "")}
         try:
             latents, durations = pipeline.latents(inputs, seeds, self.args)
             generated = pipeline.decode(latents, durations.sum(1), speakers)

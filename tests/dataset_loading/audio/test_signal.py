@@ -99,6 +99,19 @@ def test_lengths_of_streamed_files_are_no_damage():
     assert samples.shape == (1, RATE)
 
 
+def test_guessed_lengths_of_mp3_files_are_no_damage():
+    content = encoded(tone(440).numpy(), format="MP3", bitrate_mode="CONSTANT", compression_level=0.5)
+    headless = content.replace(b"Xing", bytes(4)).replace(b"Info", bytes(4))
+    assert headless != content
+    tag = b"ID3\x03\x00\x00" + bytes((0, 0, 0x1F, 0x76)) + b"Info" + bytes(0x1F * 128 + 0x76 - 4)
+    for data in (headless, tag + headless):
+        samples, _ = decode_audio({"path": None, "bytes": data})
+        assert abs(samples.shape[1] - RATE) < 3000
+    # Behind a tag, too, the header tells whether something is missing.
+    with pytest.raises(ValueError, match=r"damaged: \d+ of 16000"):
+        decode_audio({"path": None, "bytes": (tag + content)[: len(tag) + 1500]})
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone"):
         decode_audio({"path": str(tmp_path / "gone.wav"), "bytes": None})

@@ -4,8 +4,10 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from model.audio.alignment import PhoneHMM, TokenMeans, monotonic_alignment
+from model.audio.alignment import PhoneHMM, latents_at_frames, monotonic_alignment
+from model.audio.speaker_aligners import SpeakerAligners
 
 PAUSE = 1
 
@@ -140,31 +142,55 @@ def test_a_saved_aligner_is_the_same_and_other_files_are_refused(tmp_path):
         PhoneHMM.load(tmp_path / "gone")
 
 
-def test_token_means_learn_an_alignment_of_latents_with_their_own_search():
-    torch.manual_seed(0)
-    Z, n_frames = 4, torch.tensor([24, 18])
-    symbols = torch.tensor([[2, 3, 4, 5], [5, 3, 2, 0]])
-    true = torch.tensor([[6, 7, 5, 6], [7, 5, 6, 0]])
-    centres = 2 * torch.randn(6, Z)
-    latents = torch.zeros(2, 24, Z)
-    for b in range(2):
-        latents[b, : n_frames[b]] = centres[symbols[b]].repeat_interleave(true[b], 0)
-    latents[1, 18:] = 100.0  # Padding.
-    model = TokenMeans(6, Z)
-    optimizer = torch.optim.Adam(model.parameters(), 0.1)
-    even = torch.tensor([[6, 6, 6, 6], [6, 6, 6, 0]])
-    expected = torch.cat(
-        [
-            (latents[b, l] - model.means.weight[symbols[b, l // 6]]).square()
-            for b in range(2)
-            for l in range(n_frames[b])
-        ]
-    )
-    assert model.loss(latents, symbols, even).item() == pytest.approx(expected.mean().item(), rel=1e-5)
-    for step in range(60):
-        kwargs = {"n_tokens": torch.tensor([4, 3]), "optional": torch.zeros(2, 4, dtype=torch.bool)}
-        durations = even if step < 10 else model.align(latents, n_frames, symbols, **kwargs)
-        optimizer.zero_grad()
-        model.loss(latents, symbols, durations).backward()
-        optimizer.step()
-    assert torch.equal(durations, true)
+def test_latents_align_from_equal_shares_at_mel_frames():
+    mels, symbols, true = clips(60)
+    # Latents of pairs of mel frames, in 16 channels.
+    pairs = [F.pad(mel, (0, mel.shape[1] % 2), mode="replicate") for mel in mels]
+    latents = [latents_at_frames(pair.reshape(16, -1, 2).mean(2).T, mel.shape[1], 2) for pair, mel in zip(pairs, mels)]
+    aligner = PhoneHMM(7, [PAUSE], inputs="latents")
+    history = aligner.fit(latents, symbols, 4)
+    assert history == sorted(history)
+    durations = aligner.align(latents, symbols).durations
+    errors = [(a.cumsum(0) - b.cumsum(0)).abs()[1:-1].double() for a, b in zip(durations, true)]
+    assert torch.cat(errors).mean() < 1 and all(int(a.sum()) == mel.shape[1] for a, mel in zip(durations, mels))
+
+
+def test_latents_between_latent_frames_are_linear():
+    latents = torch.tensor([[0.0, 4.0], [4.0, 0.0], [8.0, 2.0]])
+    dense = latents_at_frames(latents, 5, 2)
+    assert dense.tolist() == [[0, 4], [1, 3], [3, 1], [5, 0.5], [7, 1.5]]
+    assert torch.equal(latents_at_frames(latents, 3, 1), latents)
+
+
+def test_speakers_with_enough_clips_have_an_hmm_of_their_own(tmp_path):
+    """Two speakers whose phones sound unlike, and a third with too few clips."""
+    mels, symbols, true = clips(60)
+    speakers = ["ann"] * 30 + ["bob"] * 26 + ["cy"] * 4
+    mels = [mel.flip(0) if speaker == "bob" else mel for mel, speaker in zip(mels, speakers)]
+    aligners = SpeakerAligners(PhoneHMM(7, [PAUSE]))
+    aligners.fit(mels, symbols, speakers, min_frames=500)
+    assert list(aligners.speakers) == ["ann", "bob"]
+
+    def error(durations, speaker):
+        rows = [i for i, name in enumerate(speakers) if name == speaker]
+        return torch.cat([(durations[i].cumsum(0) - true[i].cumsum(0)).abs()[1:-1].double() for i in rows]).mean()
+
+    alignment, shared = aligners.align(mels, symbols, speakers), aligners.shared.align(mels, symbols)
+    for speaker in ("ann", "bob"):
+        assert error(alignment.durations, speaker) < 0.9 * error(shared.durations, speaker)
+    assert all(map(torch.equal, alignment.durations[56:], shared.durations[56:]))
+    # Likelihoods of all speakers are of one model.
+    assert (alignment.log_likelihood, alignment.likelihood_ratio) == (shared.log_likelihood, shared.likelihood_ratio)
+    # In a file, where the shared model can be read alone.
+    file = tmp_path / "aligner.safetensors"
+    file.write_bytes(aligners.dump())
+    loaded = SpeakerAligners.load(file)
+    assert loaded.dump() == aligners.dump() and PhoneHMM.load(file).dump() == aligners.shared.dump()
+    assert all(map(torch.equal, loaded.align(mels, symbols, speakers).durations, alignment.durations))
+
+
+def test_one_speaker_needs_no_second_model():
+    mels, symbols, _ = clips(10)
+    aligners, alone = SpeakerAligners(PhoneHMM(7, [PAUSE])), PhoneHMM(7, [PAUSE])
+    assert aligners.fit(mels, symbols, ["ann"] * 10, min_frames=0) == alone.fit(mels, symbols)
+    assert not aligners.speakers and aligners.dump() == alone.dump()

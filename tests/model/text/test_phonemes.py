@@ -114,3 +114,18 @@ def test_other_languages_and_unknown_ones():
         SpeechTokenizer.fit(TEXTS, language="fr-ffr")
     with pytest.raises(ValueError, match="must begin with"):
         SpeechTokenizer(("a", "b"))
+
+
+def test_several_languages_share_a_table():
+    texts, languages = ["Guten Tag", "hello world"], ["de", "en-us"]
+    tokenizer = SpeechTokenizer.fit(texts, languages, language="en-us", languages=tuple(languages))
+    alone = [SpeechTokenizer.fit([text], language=language) for text, language in zip(texts, languages)]
+    assert set(tokenizer.symbols) == set(alone[0].symbols) | set(alone[1].symbols)
+    assert SpeechTokenizer.from_dict(json.loads(json.dumps(tokenizer.as_dict()))) == tokenizer
+    assert tokenizer.split("Tag", "de") == alone[0].split("Tag") != tokenizer.split("Tag")
+    with pytest.raises(ValueError, match=r"language 'fr' is unknown; known: de, en-us"):
+        tokenizer.encode("Tag", "fr")
+    with pytest.raises(ValueError, match="language='en-us' must be one of"):
+        SpeechTokenizer((PADDING, *PAUSES), languages=("de", "fr"))
+    # Tables of one language are described as they always were.
+    assert "languages" not in alone[0].as_dict() and alone[0].known_languages == ("de",)

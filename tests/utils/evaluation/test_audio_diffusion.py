@@ -13,7 +13,7 @@ from dataset_loading.audio.latents import AudioLatentDataset
 from dataset_loading.cache_writer import save_tensors
 from dataset_loading.embedded.sentences import SENTENCES
 from pretrain_audio_diffusion import AudioDiffusionStage
-from tests.helpers.audio_latent_cache import SETTINGS, SMALL_SPEECH, make_audio_latents, make_speech
+from tests.helpers.audio_latent_cache import SETTINGS, SMALL_SPEECH, make_speech
 from tests.helpers.runs import run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.evaluation.audio_diffusion import ROW_NAMES
@@ -141,21 +141,12 @@ def test_what_does_not_fit_is_refused(run, refused, folder, tmp_path):
     assert f"--waveforms {lacking} has no clip {gone['key']}" in message
 
 
-def test_captions_are_refused(folder, tmp_path, caplog):
-    make_audio_latents(folder / "mels", folder / "vae", tmp_path / "captions", "--conditioning", "caption")
-    captions = [word for word in SMALL_SPEECH if not word.startswith(("frame_width", "text_dropout"))]
-    run_stage(AudioDiffusionStage, captions, tmp_path / "captions", tmp_path, "captions", 1)
-    with pytest.raises(SystemExit):
-        evaluate.main(["--checkpoint", str(tmp_path / "audio_diffusion" / "captions")])
-    assert "conditioning='caption'" in caplog.text and "conditioning='speech'" in caplog.text
-
-
 @pytest.mark.slow
 def test_all_rows_are_recognised_and_compared_with_their_own_texts(run):
     report = run("--metrics", "wer", "speaker", "--max_samples", "2", "--sentences", "1")
     held_out, sentence = report["transcripts"][:2], report["transcripts"][2]
     assert all({"vae", "teacher", "model", "prior", "shuffled"} <= set(clip) for clip in held_out)
-    assert sentence["text"] == SENTENCES[0] and set(sentence) == {"key", "text", "sentences"}
+    assert sentence["text"] == SENTENCES[0] and set(sentence) == {"key", "text", "speaker", "sentences"}
     for name, row in report["scores"].items():
         clips = [clip for clip in report["transcripts"] if name in clip]
         expected = recognition_scores([clip[name] for clip in clips], [clip["text"] for clip in clips], 0)

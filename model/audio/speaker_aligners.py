@@ -1,0 +1,95 @@
+"""Phone HMMs of several speakers: one for all, and one for each speaker who has enough to learn it from.
+
+M mel bins, F mel frames, T tokens, S speakers, K kinds of states, D features.
+"""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Self
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from model.audio.alignment import Alignment, PhoneHMM
+
+
+class SpeakerAligners:
+    """Aligns a clip with the HMM of its speaker, or with the shared one.
+
+    Args:
+        shared: the HMM of all speakers.
+        speakers: HMMs of single speakers, by name.
+    """
+
+    def __init__(self, shared: PhoneHMM, speakers: dict[str, PhoneHMM] | None = None):
+        self.shared, self.speakers = shared, speakers or {}
+
+    def fit(
+        self, clips: Sequence[Tensor], symbols: Sequence[Tensor], speakers: Sequence[str], *, min_frames: int
+    ) -> list[float]:
+        """Fit the shared HMM to all clips, then adapt it to each speaker who has enough, if there are several.
+
+        Args:
+            clips, symbols: as for `PhoneHMM.fit`.
+            speakers: of each clip; "" where it is not known.
+            min_frames: what a speaker must have more of.
+        Returns: history of the shared HMM, see `PhoneHMM.fit`.
+        """
+        history = self.shared.fit(clips, symbols)
+        groups: dict[str, list[int]] = {}
+        for place, speaker in enumerate(speakers):
+            groups.setdefault(speaker, []).append(place)
+        self.speakers = {}
+        for speaker, places in sorted(groups.items()):
+            n_frames = sum(len(self.shared.features(clips[place])) for place in places)
+            if speaker and len(groups) > 1 and n_frames > min_frames:
+                rows = [clips[place] for place in places], [symbols[place] for place in places]
+                self.speakers[speaker] = self.shared.adapted(*rows)
+        return history
+
+    def align(self, clips: Sequence[Tensor], symbols: Sequence[Tensor], speakers: Sequence[str]) -> Alignment:
+        """Durations by each speaker's HMM. Likelihoods are those of the shared one, which makes clips comparable.
+
+        Args: as for `fit`.
+        """
+        alignment = self.shared.align(clips, symbols)
+        durations = list(alignment.durations)
+        for speaker, aligner in self.speakers.items():
+            places = [place for place, name in enumerate(speakers) if name == speaker]
+            if places:
+                own = aligner.align([clips[place] for place in places], [symbols[place] for place in places])
+                for place, row in zip(places, own.durations):
+                    durations[place] = row
+        return dataclasses.replace(alignment, durations=durations)
+
+    # ---- Files.
+
+    def dump(self) -> bytes:
+        """The content of a safetensors file, which `load` reads, and `PhoneHMM.load` as the shared HMM."""
+        content = self.shared.dump()
+        if not self.speakers:
+            return content
+        tensors = safetensors.torch.load(content)
+        for name in ("mean", "variance"):
+            # (S, K, D).
+            tensors[f"speaker_{name}"] = torch.stack([getattr(aligner, name) for aligner in self.speakers.values()])
+        names = json.dumps(list(self.speakers))
+        return safetensors.torch.save(tensors, {"settings": self.shared.describe(), "speakers": names})
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self:
+        """The models in a file. Raises: OSError, ValueError: no such file, or not one of aligners."""
+        aligners = cls(shared := PhoneHMM.load(file))
+        try:
+            with safetensors.safe_open(file, "pt") as content:
+                names = json.loads(content.metadata().get("speakers", "[]"))
+                rows = [content.get_tensor(f"speaker_{name}") for name in ("mean", "variance")] if names else [[], []]
+                for name, mean, variance in zip(names, *rows, strict=True):
+                    aligners.speakers[name] = shared.with_gaussians(mean, variance)
+        except (safetensors.SafetensorError, ValueError) as error:
+            raise ValueError(f"{file} is damaged ({error}); delete it and fit it again") from error
+        return aligners
