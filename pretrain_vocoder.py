@@ -28,6 +28,10 @@ class VocoderStage(AudioStage):
     presets = VOCODER  # --config names a row
     trainer_class = VocoderTrainer  # its docstring states the loss
 
+    def extra_record(self):
+        # Which VAE's log-mels the vocoder was trained on; empty: those of recordings.
+        return {"vae_fingerprint": VocoderDataset(self.cache_dir, "train").vae_fingerprint}
+
     def build_callbacks(self, trainer, writer):
         n_clips = self.args.n_logged_samples
         return [VocoderCallback(trainer, writer, n_clips=n_clips)] if n_clips else []

@@ -141,7 +141,7 @@ class CachedDataset(Dataset):
         return self.command(output_dir=self.folder)
 
     def command(self, **changes: Any) -> str:
-        """The command that made the folder, with some flags replaced."""
+        """The command that made the folder, with some flags replaced, or left out where their value is None."""
         words = list(map(str, self.manifest["command"]))
         for name, value in changes.items():
             flag = f"--{name}"
@@ -150,6 +150,8 @@ class CachedDataset(Dataset):
                 start = words.index(flag)
                 stop = next((n for n in range(start + 1, len(words)) if words[n].startswith("--")), len(words))
                 del words[start:stop]
+            if value is None:
+                continue
             words += [f"--no_{name}" if value is False else flag] if isinstance(value, bool) else [flag, str(value)]
         return shlex.join(["python", *words])
 

@@ -23,6 +23,7 @@ class AudioDataset(CachedDataset):
 
     Attributes:
         mel: the definition of the log-mels.
+        vae_fingerprint: of the audio VAE that reconstructed the log-mels; empty: they are those of the recordings.
         speakers: sorted names of the speakers in both splits; empty where they are not known.
 
     Entries hold `key`, `source`, `copy`, `caption` (the transcript), `speaker`, `length` (frames F), `seconds`.
@@ -36,17 +37,21 @@ class AudioDataset(CachedDataset):
         self.speakers = sorted({entry["speaker"] for entry in entries} - {""})
 
     def check_kind(self):
-        if "mel" not in self.manifest["settings"]:
+        # Caches of audio latents name the log-mel of their VAE, and hold none.
+        if "mel" not in self.manifest["settings"] or self.manifest["stage"] == "audio_diffusion":
             raise ValueError(
                 f"{self.folder} was made for stage {self.manifest['stage']!r} and holds no log-mels; make them with: "
                 f"python preprocess_{self.stage or 'audio_vae'}_dataset.py --dataset_name <hub name or folder>"
             )
-        self.manifest["settings"].expect_types({"mel": Record}, "settings")
+        is_reconstructed = "vae_fingerprint" in self.manifest["settings"]
+        types = {"mel": Record, **({"vae_fingerprint": str} if is_reconstructed else {})}
+        self.manifest["settings"].expect_types(types, "settings")
         self.manifest["settings"]["mel"].expect_types(MEL_TYPES, "settings.mel")
         try:
             self.mel = MelSettings(**self.manifest["settings"]["mel"])
         except (TypeError, ValueError) as error:
             raise self.manifest.damaged(f"settings.mel: {error}") from error
+        self.vae_fingerprint: str = self.manifest["settings"].get("vae_fingerprint", "")
 
     def tensor_kinds(self, entry):
         return {"mel": (torch.float32, (self.mel.n_mels, entry["length"]))}
@@ -65,9 +70,30 @@ class AudioDataset(CachedDataset):
         check_same_mel(self.mel, mel, first_name=str(self.folder), second_name=name, remedy=remedy)
         return self
 
+    def expect_recorded(self, name: str) -> Self:
+        """Refuse log-mels that an audio VAE reconstructed.
+
+        Args: name: what needs those of the recordings, for the message.
+        Returns: this dataset.
+        Raises: ValueError: they are reconstructions; the message names the VAE's fingerprint and the command that
+            makes what is needed.
+        """
+        if self.vae_fingerprint:
+            flags = dict.fromkeys(("through_vae", "vae_config", "batch_size", "bf16"))
+            command = self.command(**flags, output_dir=f"{str(self.folder).rstrip('/')}_recorded")
+            raise ValueError(
+                f"{self.folder} holds log-mels reconstructed by an audio VAE (vae_fingerprint="
+                f"{self.vae_fingerprint!r}), {name} needs those of the recordings; this makes them: {command}"
+            )
+        return self
+
     def mel_flags(self, mel: MelSettings) -> dict[str, object]:
         """The flags of the command that makes a folder with other log-mels."""
         fields, folder = mel.as_dict(), str(self.folder).rstrip("/")
+        # Reconstructions have the log-mel of their VAE.
+        if self.vae_fingerprint:
+            unset = dict.fromkeys(("mel", *fields))
+            return {**unset, "through_vae": "<VAE of that log-mel>", "output_dir": f"{folder}_other_mel"}
         # A preset's name alone, unless the folder's command sets single fields, which would override the preset's.
         preset = next((name for name, settings in MEL_PRESETS.items() if settings == mel), None)
         if preset and not any(f"--{field}" in self.manifest["command"] for field in fields):
@@ -95,6 +121,7 @@ class AudioVAEDataset(AudioDataset):
     def __init__(self, folder: str | Path, split: str):
         self.stage = None if (Path(folder) / MANIFEST).exists() else "audio_vae"  # For the message.
         super().__init__(folder, split)
+        self.expect_recorded("an audio VAE")
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = super().__getitem__(index)

@@ -193,7 +193,7 @@ class AudioEvaluator(Evaluator):
 
     arguments_class = AudioEvaluationArguments
     row_names: dict[str, str]  # row -> its label in the table; "model" is the evaluated one
-    title: ClassVar[str]
+    title: str
     definitions: ClassVar[dict[str, str]] = DEFINITIONS
 
     def clip(self, dataset: Any, index: int) -> Clip:

@@ -95,7 +95,7 @@ class AudioVAEEvaluator(AudioEvaluator):
                 folder,
             )
         dataset = (VocoderDataset if has_waveforms else AudioVAEDataset)(folder, split)
-        return dataset.expect_mel(self.settings, str(self.checkpoint))
+        return dataset.expect_mel(self.settings, str(self.checkpoint)).expect_recorded("an audio VAE")
 
     def vocode(self, row: str, mel: Tensor, entry: dict[str, Any]) -> Tensor:
         """The waveform (S,) of a log-mel (M, F), both on the CPU.

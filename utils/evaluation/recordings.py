@@ -27,7 +27,7 @@ class Recordings:
         splits = [name for name, rows in read_manifest(self.folder, VocoderDataset.stage)["entries"].items() if rows]
         self.places: dict[Any, tuple[VocoderDataset, int]] = {}
         for name in splits:
-            dataset = VocoderDataset(self.folder, name).expect_mel(mel, owner)
+            dataset = VocoderDataset(self.folder, name).expect_mel(mel, owner).expect_recorded("--waveforms")
             for index, entry in enumerate(dataset.entries):
                 self.places[entry["source"], entry["copy"]] = self.places[entry["key"]] = dataset, index
 

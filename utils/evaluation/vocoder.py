@@ -23,7 +23,10 @@ class VocoderEvaluator(AudioEvaluator):
     }
 
     def build_dataset(self):
-        return VocoderDataset(*self.cache()).expect_mel(self.settings, str(self.checkpoint))
+        dataset = VocoderDataset(*self.cache()).expect_mel(self.settings, str(self.checkpoint))
+        if dataset.vae_fingerprint:  # Then even the recordings differ from the log-mels of the data.
+            self.title = f"Vocoder on log-mels of the audio VAE {dataset.vae_fingerprint}"
+        return dataset
 
     def clip(self, dataset, index):
         sample, entry = dataset[index], dataset.entries[index]

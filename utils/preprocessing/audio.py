@@ -25,7 +25,7 @@ from dataset_loading.audio.signal import (
     trim_silence,
 )
 from dataset_loading.sources import Source
-from model.audio.spectral import LogMel, MelPreset, MelSettings, mel_preset
+from model.audio.spectral import LogMel, MelPreset, MelSettings, check_same_mel, mel_preset
 from utils.options import option, other_than_none
 from utils.preprocessing.driver import PACKAGES, Preprocess, PreprocessArguments
 from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of
@@ -234,6 +234,18 @@ class AudioPreprocess(Preprocess):
     def measure(self, tensors: dict[str, Tensor]) -> dict[str, int | float]:
         n_frames = tensors["mel"].shape[-1]  # (M, F)
         return {"length": n_frames, "seconds": round(n_frames * self.mel.hop_length / self.mel.sample_rate, 4)}
+
+
+def with_mel(args: AudioPreprocessArguments, mel: MelSettings, name: str) -> Any:
+    """The arguments with the log-mel of a model.
+
+    Args: name: of the model, for the message.
+    Raises: ValueError: flags of the log-mel are given and say something else; the message names the fields.
+    """
+    if any(flag in getattr(args, "given", ()) for flag in (*MEL_FLAGS, "mel")):
+        remedy = "leave the flags of the log-mel out: that of the VAE is used"
+        check_same_mel(args.mel_settings, mel, first_name="the flags", second_name=name, remedy=remedy)
+    return dataclasses.replace(args, **mel.as_dict())
 
 
 def log_mel(waveform: Tensor, settings: MelSettings) -> Tensor:

@@ -21,11 +21,11 @@ from dataset_loading.files import fingerprint, fingerprint_of_bytes, read_manife
 from dataset_loading.sources import Source
 from model.audio.alignment import PhoneHMM, latents_at_frames
 from model.audio.speaker_aligners import SpeakerAligners
-from model.audio.spectral import MelSettings, check_same_mel
+from model.audio.spectral import MelSettings
 from model.text.phonemes import SpeechTokenizer, Units
 from model.text.tokenizer import encode_caption
 from utils.options import declared_fields, option
-from utils.preprocessing.audio import MEL_FLAGS, AudioPreprocess, AudioPreprocessArguments, log_mel
+from utils.preprocessing.audio import AudioPreprocess, AudioPreprocessArguments, log_mel, with_mel
 from utils.preprocessing.audio_cache import as_source, describe_speakers, earlier_settings, fit_tokenizer
 from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
 from utils.preprocessing.driver import command_words
@@ -144,15 +144,10 @@ class AudioLatentsPreprocess(BatchedPreprocess):
 
     def make_cache(self) -> str:
         """Preprocess the raw data set; returns the folder of its log-mels."""
-        args = self.args
-        if any(name in args.given for name in (*MEL_FLAGS, "mel")):
-            remedy = "leave the flags of the log-mel out: that of the VAE is used"
-            check_same_mel(
-                args.mel_settings, self.mel, first_name="the flags", second_name=self.vae_name, remedy=remedy
-            )
+        args = with_mel(self.args, self.mel, self.vae_name)
         folder = f"{str(self.folder).rstrip('/')}_mels"
         values = {field.name: getattr(args, field.name) for field in declared_fields(AudioPreprocessArguments)}
-        MelPreprocess(AudioPreprocessArguments(**{**values, **self.mel.as_dict(), "output_dir": folder})).run()
+        MelPreprocess(AudioPreprocessArguments(**{**values, "output_dir": folder})).run()
         return folder
 
     def examples(self, source: Source) -> Iterator[tuple[str, Raw]]:
