@@ -32,7 +32,7 @@ from model.multimodal.layout import (
     span_positions,
 )
 from model.multimodal.mask import stream_mask
-from model.multimodal.spans import Spans
+from model.multimodal.spans import Spans, spans_in
 from model.samplers import SamplerKind, guided_denoiser, initial_noise, sample
 from model.thinking import Thinking
 from utils.configuration import MegaTransformerConfig
@@ -416,15 +416,13 @@ def prompt_spans(
     """The spans of prompts as the encoder takes them."""
     spans: dict[str, Spans] = {}
     for name in SPANS:
-        places = [(row, place) for row, stream in enumerate(streams) for place in stream.spans]
-        places = [(row, place) for row, place in places if place.modality == name]
+        numbers, places = spans_in(streams, name)
         if not places:
             continue
         latents = [prompts[row][place.part].latents for row, place in places]
         if any(tokens is None for tokens in latents):
             raise ValueError(f"a part of modality {name!r} in a prompt has no latents")
-        numbers = [(place.n_tokens, row, place.start) for row, place in places]
-        lengths, rows, starts = torch.tensor(numbers, device=device).unbind(1)
+        lengths, rows, starts = numbers.to(device)
         padded = pad_sequence([tokens.float() for tokens in latents if tokens is not None], batch_first=True).to(
             device
         )

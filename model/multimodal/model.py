@@ -80,6 +80,7 @@ class MegaTransformerMultimodalEncoder(nn.Module):
 
     def __init__(self, config: MegaTransformerConfig):
         super().__init__()
+        self.config = config
         self.encoders = nn.ModuleDict({name: SpanEncoder(config, name) for name in SPANS if name in config.modalities})
 
     def encode(self, modality: Modality, spans: Spans, dropout_keys: Tensor | None = None) -> EncodedSpans:
@@ -98,16 +99,27 @@ class MegaTransformerMultimodalEncoder(nn.Module):
             embeddings: of the tokens, (B, L, D).
             spans: modality -> its spans.
             dropout_keys: (B,) int64.
-        Returns: the stream (B, L, D), and the encoded spans.
+        Returns: the stream (B, L, D), and the encoded spans. Of modalities without spans a span of zeros is encoded,
+            which the stream gets times zero: every parameter has a gradient, and processes that gather sharded
+            parameters run the same layers in the same order, forward and backward.
         """
         stream, encoded = embeddings.flatten(0, 1), {}
         for name in self.encoders:
             if name not in spans:
+                encoded[name] = self.encode(name, self.no_span(name, embeddings))  # type: ignore[arg-type]
+                stream = stream + 0.0 * encoded[name].tokens.sum().to(stream.dtype)
                 continue
             encoded[name] = self.encode(name, spans[name], dropout_keys)  # type: ignore[arg-type]
             places, is_token = spans[name].places(embeddings.shape[1])
             stream = stream.index_put((places[is_token],), encoded[name].tokens[is_token].to(stream.dtype))
         return stream.view(embeddings.shape), encoded
+
+    def no_span(self, modality: str, like: Tensor) -> Spans:
+        """A clean span of one token of zeros, of an image of all, at the beginning of the first row."""
+        m = self.config.image_n_tokens if modality == "image" else 1
+        zero = torch.zeros(1, dtype=torch.int64, device=like.device)
+        latents = like.new_zeros(1, m, self.config.token_width(modality))
+        return Spans(latents, like.new_zeros(1), zero.bool(), zero + m, zero, zero)
 
 
 class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenerationMixin):
@@ -185,10 +197,7 @@ class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenera
             thinking: options of the recurrent core.
             dropout_keys: (B,) int64, see `model.dropout`.
         """
-        # The stream. Modalities without a span run on one of zeros, whose results count for nothing: every parameter
-        # gets a gradient, and processes that gather sharded parameters call the same layers.
         given = dict(spans or {})
-        absent = {name: self.no_span(name, input_ids) for name in self.decoders if name not in given}
         embeddings = self.model.embed_tokens(input_ids)
         stream, encoded = self.encoder(embeddings, given, dropout_keys)
         output = self.model(
@@ -202,27 +211,21 @@ class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenera
         )
         hidden = output.last_hidden_state
 
-        # Predictions for the noise copies.
-        predictions, nothing = {}, hidden.new_zeros(())
+        # Predictions for the noise copies. A decoder without any runs on other tokens, and counts for nothing.
+        predictions, nothing, places_end = {}, hidden.new_zeros(()), hidden.shape[0] * hidden.shape[1] - 1
         for name, decoder in self.decoders.items():
-            chosen = given[name].is_noisy if name in given else torch.zeros(0, dtype=torch.bool)
-            if name in given and bool(chosen.any()):
-                noisy = encoded[name].select(chosen)
-                places, _ = noisy.spans.places(hidden.shape[1])
-                predictions[name] = decoder(hidden.flatten(0, 1)[places], noisy.times, noisy.shared)
+            is_noisy = encoded[name].spans.is_noisy
+            is_used = bool(is_noisy.any())
+            chosen = encoded[name].select(is_noisy) if is_used else encoded[name]
+            places, _ = chosen.spans.places(hidden.shape[1])
+            states = hidden.flatten(0, 1)[places.clamp_max(places_end)]
+            prediction = decoder(states, chosen.times, chosen.shared)
+            if is_used:
+                predictions[name] = prediction
             else:
-                unused = encoded[name] if name in encoded else self.encoder.encode(name, absent[name])  # type: ignore[arg-type]
-                nothing = nothing + 0.0 * decoder(unused.tokens, unused.times, unused.shared).sum()
+                nothing = nothing + 0.0 * prediction.sum()
         results = {} if labels is None else self.head_outputs(hidden + nothing, labels, n_targets or {})
         return MultimodalOutput(predictions=predictions, thinking_steps=output.thinking_steps, **results)
-
-    def no_span(self, modality: str, like: Tensor) -> Spans:
-        """A clean span of zeros, in no place."""
-        m = self.config.image_n_tokens if modality == "image" else 1
-        zero = torch.zeros(1, dtype=torch.int64, device=like.device)
-        dtype = self.lm_head.weight.dtype if self.lm_head.weight.is_floating_point() else torch.float32
-        latents = torch.zeros(1, m, self.config.token_width(modality), device=like.device, dtype=dtype)
-        return Spans(latents, zero.to(dtype), zero.bool(), zero + m, zero, zero)
 
     def head_outputs(self, hidden: Tensor, labels: Tensor, n_targets: Mapping[str, Any]) -> dict[str, Any]:
         """Losses, nats and hits of text and of lengths, from the normed hidden states (B, L, D)."""

@@ -3,6 +3,7 @@
 N spans, m tokens, W latent values of a token, D hidden.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from model.attention import LayerInputs, SimpleBlock
 from model.cpu_kernels import Linear
 from model.dropout import fold
 from model.layers import ZeroLinear
-from model.multimodal.layout import Modality
+from model.multimodal.layout import Modality, SpanPlace, Stream
 from model.multimodal.mask import span_mask
 from model.norms import build_norm
 from model.positions import rotary_frequencies, rotary_table, sinusoidal_embedding
@@ -53,6 +54,17 @@ class Spans(NamedTuple):
     def select(self, chosen: Tensor) -> "Spans":
         """Some of the spans, chosen (N,) bool."""
         return Spans(*(field[chosen] for field in self))
+
+
+def spans_in(streams: Sequence[Stream], modality: Modality) -> tuple[Tensor, list[tuple[int, SpanPlace]]]:
+    """The spans of one modality in streams, in order.
+
+    Returns: their lengths, rows and first tokens, (3, N) int64; and of each its row and place.
+    """
+    places = [(row, place) for row, stream in enumerate(streams) for place in stream.spans]
+    places = [(row, place) for row, place in places if place.modality == modality]
+    numbers = [(place.n_tokens, row, place.start) for row, place in places]
+    return torch.tensor(numbers, dtype=torch.int64).view(-1, 3).T, places
 
 
 class LatentLinear(Linear):

@@ -7,7 +7,7 @@ from model.multimodal import MegaTransformerMultimodal
 from model.multimodal.generation import Rows, Sampling
 from model.multimodal.layout import Part, build_stream, join_streams
 from model.multimodal.mask import Placement
-from model.multimodal.spans import Spans
+from model.multimodal.spans import Spans, spans_in
 from model.presets import MULTIMODAL
 from model.thinking import Thinking
 from utils.configuration import MegaTransformerConfig
@@ -47,20 +47,17 @@ def at_once(model, rows, time=0.4, noise_seed=9):
     batch = join_streams(streams, 0)
     spans = {}
     for name in ("image", "audio"):
-        places = [(row, place) for row, stream in enumerate(streams) for place in stream.spans]
-        places = [(row, place) for row, place in places if place.modality == name]
+        numbers, places = spans_in(streams, name)
         if not places:
             continue
-        values, numbers = [], []
+        values = []
         for row, place in places:
             clean = rows[row][place.part].latents
             noise = latents(model.config, name, len(clean), noise_seed)
             values.append((1 - time) * clean + time * noise if place.is_noisy else clean)
-            numbers.append((place.n_tokens, row, place.start))
-        lengths, rows_of, starts = torch.tensor(numbers).unbind(1)
         is_noisy = torch.tensor([place.is_noisy for _, place in places])
         padded = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
-        spans[name] = Spans(padded, time * is_noisy, is_noisy, lengths, rows_of, starts)
+        spans[name] = Spans(padded, time * is_noisy, is_noisy, *numbers)
     core = Thinking(n_steps=3) if model.config.n_recurrent_layers else None
     with torch.no_grad():
         return model(
