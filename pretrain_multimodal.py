@@ -1,12 +1,17 @@
-r"""The multimodal transformer: a causal language model so far, with or without a recurrent core.
+r"""The multimodal transformer: text alone, or text, images and audio in one stream, with or without a recurrent core.
 
-Before: nothing, texts are tokenised by the first run on them. After: evaluate.py, inference/generate_text.py.
+Before: of text alone nothing, texts are tokenised by the first run on them; of images and audio the latents that
+preprocess_image_diffusion_dataset.py and preprocess_audio_diffusion_dataset.py make, which belong together where their
+source files have the same name. After, of text alone: evaluate.py, inference/generate_text.py.
 
     python pretrain_multimodal.py --run_name demo --config tiny --text_dataset python-topics --max_steps 500
     python pretrain_multimodal.py --run_name deep --config recurrent-tiny --text_dataset my_texts --tokenizer bpe
     deepspeed --num_gpus=8 pretrain_multimodal.py --use_deepspeed --bf16 --run_name base --config small \
         --text_dataset my_texts --tokenizer bpe --tokenizer_vocab_size 16384 --sequence_length 1024 \
         --deepspeed_config ds_config_zero-2.json
+    python pretrain_multimodal.py --run_name world --config multimodal-tiny --include_modes text image audio --bf16 \
+        --image_latents cached_datasets/scenes_latents --audio_latents cached_datasets/speech_latents \
+        --batch_size 72 --learning_rate 1.5e-3 --max_steps 1500
 """
 
 from functools import cached_property
@@ -21,6 +26,7 @@ from utils.training.multimodal import (
     TextSamplesCallback,
     ThinkingStepsCallback,
 )
+from utils.training.multimodal_stage import MultimodalStreamStage
 from utils.training.stage import Stage
 from utils.training.text import check_checkpoint, check_core_flags, fit_to_tokenizer, tokenize_texts, untokenized
 
@@ -33,6 +39,10 @@ class MultimodalStage(Stage):
     model_class = MegaTransformerForCausalLM
     presets = MEGATRANSFORMER  # --config names a row
     trainer_class = MultimodalTrainer  # its docstring states the loss
+
+    def run(self):
+        """A run on text alone, or that of the stage with images and audio."""
+        return super().run() if self.args.include_modes == ["text"] else MultimodalStreamStage(self.args).run()
 
     def prepare(self):
         tokenize_texts(self.args, self.cache_dir)  # once; later runs read the cache

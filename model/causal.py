@@ -109,15 +109,10 @@ class MegaTransformerPreTrainedModel(PreTrainedModel):
 
 
 class MegaTransformerModel(MegaTransformerPreTrainedModel):
-    """Tokens to hidden states.
-
-    Raises: ValueError: the configuration has modalities beside text.
-    """
+    """Tokens to hidden states."""
 
     def __init__(self, config: MegaTransformerConfig):
         super().__init__(config)
-        if config.modalities != ["text"]:
-            raise ValueError(f"modalities={config.modalities} need the multimodal model; this one has text alone")
         # Embedding: tokens and, where learned, positions.
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.position_embedding == "learned":
@@ -339,12 +334,17 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
 
 
 class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, CausalGenerationMixin):
-    """A language model on the stack; `generate()` is that of transformers."""
+    """A language model on the stack; `generate()` is that of transformers.
+
+    Raises: ValueError: the configuration has modalities beside text.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: MegaTransformerConfig):
         super().__init__(config)
+        if config.modalities != ["text"]:
+            raise ValueError(f"modalities={config.modalities} need MegaTransformerMultimodal; this one has text alone")
         self.model = MegaTransformerModel(config)
         extras = {"z_loss_weight": config.z_loss_weight, "chunk_size": config.loss_chunk_size}
         self.lm_head = LanguageModelHead(config.hidden_size, config.vocab_size, **extras)

@@ -1,11 +1,11 @@
 """Configuration of the transformer and the world model, from which docs/configuration.md is generated."""
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
-from utils.options import Section, StrictConfig, declared_fields, option
+from utils.options import Section, StrictConfig, declared_fields, default_value, option
 
 # Of `model/samplers.py` and `model/diffusion_process.py`, which lie above this module, what suits rectified flows.
-FlowSampler = Literal["euler", "heun"]
+FlowSampler = Literal["dpmpp_2m", "ddim", "euler", "heun"]
 FlowPrediction = Literal["velocity", "x0"]
 FlowTimes = Literal["logit_normal", "uniform"]
 
@@ -14,10 +14,19 @@ ROTATES = ("use_rotary_embedding", True)
 IS_RECURRENT = ("n_recurrent_layers", bool)
 SAMPLES_STEPS = ("recurrent_steps_distribution", "lognormal_poisson")
 EXITS_EARLY = ("recurrent_exit_criterion", ("kl", "latent_difference"))
-IS_FLOW = ("image_decoder_type", "flow")
-IS_UNET = ("image_decoder_type", "unet")
+HAS_SPANS = ("modalities", ("audio", "image"))
 AUDIO_LOGIT_NORMAL = ("audio_time_sampling", "logit_normal")
 IMAGE_LOGIT_NORMAL = ("image_time_sampling", "logit_normal")
+
+
+# Former defaults of fields without effect in models of text alone, whose files state all fields.
+NOTHING = object()
+FORMER_DEFAULTS = {
+    "audio_sampler": "euler",
+    "audio_n_sampling_steps": 16,
+    "image_sampler": "euler",
+    "image_n_sampling_steps": 32,
+}
 
 
 class MegaTransformerConfig(StrictConfig):
@@ -37,13 +46,33 @@ class MegaTransformerConfig(StrictConfig):
         "num_hidden_layers": "n_layers",
     }
 
+    # Fields of earlier versions, which had no effect, with their defaults: config.json of those may hold them.
+    REMOVED: ClassVar = {
+        "audio_sample_rate": 16000,
+        "audio_n_fft": 1024,
+        "audio_hop_length": 256,
+        "audio_n_mels": 80,
+        "audio_compression": 2,
+        "audio_block_frames": 16,
+        "audio_max_blocks": 64,
+        "audio_n_noise_copies": 2,
+        "audio_exit_threshold": 0.0,
+        "audio_carried_thinking_steps": None,
+        "image_decoder_type": "flow",
+        "image_decoder_width": None,
+        "image_decoder_n_tokens": 64,
+        "image_n_noise_copies": 2,
+        "image_exit_threshold": 0.0,
+        "image_carried_thinking_steps": None,
+    }
+
     SECTION_STACK: ClassVar = Section("Stack")
     modalities: list[Literal["text", "audio", "image"]] = option(["text"], "modalities of the stream; text always")
     hidden_size: int = option(256, "width D of the hidden states", gt=0)
     n_layers: int = option(8, "main layers, each applied once", ge=0)
-    n_prelude_layers: int = option(0, "layers before the main ones, for text alone", ge=0)
+    n_prelude_layers: int = option(0, "layers before the main ones", ge=0)
     n_recurrent_layers: int = option(0, "layers of the core, which is applied several times; 0: no core", ge=0)
-    n_coda_layers: int = option(0, "layers after the core, for text alone", ge=0)
+    n_coda_layers: int = option(0, "layers after the core", ge=0)
     max_position_embeddings: int = option(2048, "maximum sequence length in tokens", gt=0)
     hidden_dropout: float = option(0.0, "dropout probability of every residual branch", ge=0, lt=1)
     embedding_dropout: float = option(0.0, "dropout probability of the token embeddings", ge=0, lt=1)
@@ -130,7 +159,10 @@ class MegaTransformerConfig(StrictConfig):
         None,
         "token that replaces dropped text, for classifier-free guidance",
         ge=0,
-        only_with=("modalities", ("audio", "image")),
+        only_with=HAS_SPANS,
+    )
+    text_loss_weight: float = option(
+        1.0, "weight of the cross-entropy relative to the flows' losses", ge=0, only_with=HAS_SPANS
     )
     z_loss_weight: float = option(0.0, "weight of the squared log-partition of the softmax (z-loss)", ge=0)
     loss_chunk_size: int = option(
@@ -138,20 +170,22 @@ class MegaTransformerConfig(StrictConfig):
     )
 
     SECTION_AUDIO: ClassVar = Section("Audio", only_with=("modalities", "audio"))
-    audio_sample_rate: int = option(16000, "samples per second", gt=0)
-    audio_n_fft: int = option(1024, "frame length of the log-mel in samples", gt=0)
-    audio_hop_length: int = option(256, "hop length in samples", gt=0)
-    audio_n_mels: int = option(80, "mel bins M", gt=0)
-    audio_compression: int = option(2, "mel frames per latent frame of the audio VAE", gt=0)
     audio_latent_channels: int = option(20, "latent channels Z of the audio VAE", gt=0)
-    audio_latent_rows: int = option(1, "latent rows of the audio VAE; a token is one latent frame with all rows", gt=0)
-    audio_block_frames: int = option(16, "latent frames of a block, which is generated at once", gt=0)
-    audio_max_blocks: int = option(64, "maximum number of blocks of an audio clip in generation", gt=0)
-    audio_n_prelude_layers: int = option(1, "layers before the main ones, for audio alone", ge=0)
-    audio_n_coda_layers: int = option(1, "layers after the core, for audio alone", ge=0)
-    audio_begin_token_id: int | None = option(None, "token before a block", ge=0)
-    audio_end_token_id: int | None = option(None, "token that ends an audio clip", ge=0)
-    audio_loss_weight: float = option(1.0, "weight of the flow's loss relative to the cross-entropy", ge=0)
+    audio_latent_rows: int = option(1, "latent rows of the audio VAE; a latent frame has all rows", gt=0)
+    audio_encoder_patch_size: int = option(4, "latent frames that are one token", gt=0)
+    audio_max_tokens: int = option(96, "maximum number of tokens of an audio clip, each number a token", gt=0)
+    audio_position: Literal["text", "count"] = option(
+        "text", "positions of audio: spread over those of the text that it speaks, or counted"
+    )
+    audio_n_prelude_layers: int = option(1, "layers before all others, for audio alone", ge=0)
+    audio_n_coda_layers: int = option(1, "layers after all others, for audio alone", ge=0)
+    audio_begin_token_id: int | None = option(None, "token before an audio clip and its length", ge=0)
+    audio_end_token_id: int | None = option(None, "token after an audio clip", ge=0)
+    audio_length_token_id: int | None = option(
+        None, "first of the tokens that say how many tokens an audio clip has, from 1 to audio_max_tokens", ge=0
+    )
+    audio_loss_weight: float = option(1.0, "weight of the flow's loss", ge=0)
+    audio_length_loss_weight: float = option(0.1, "weight of the cross-entropy of the length", ge=0)
     audio_prediction: FlowPrediction = option("velocity", "prediction target of the coda; x0: clean latents")
     audio_time_sampling: FlowTimes = option("logit_normal", "distribution of the training times")
     audio_time_mean: float = option(
@@ -159,20 +193,13 @@ class MegaTransformerConfig(StrictConfig):
     )
     audio_time_std: float = option(1.0, "std of the times' logits", gt=0, only_with=AUDIO_LOGIT_NORMAL)
     audio_time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t)", gt=0)
-    audio_n_noise_copies: int = option(2, "noisy copies of a block per training step, next to the clean one", gt=0)
     audio_condition_dropout: float = option(
-        0.1, "fraction of blocks trained without their text, for guidance", ge=0, lt=1
+        0.1, "fraction of clips trained without their text, for guidance", ge=0, lt=1
     )
-    audio_sampler: FlowSampler = option("euler", "solver of the flow's differential equation")
-    audio_n_sampling_steps: int = option(16, "solver steps per block", gt=0)
+    audio_sampler: FlowSampler = option("dpmpp_2m", "solver of the flow's differential equation")
+    audio_n_sampling_steps: int = option(10, "solver steps per clip", gt=0)
     audio_guidance_scale: float = option(
         1.0, "scale of classifier-free guidance; 1: none", ge=1, only_with=("audio_condition_dropout", bool)
-    )
-    audio_exit_threshold: float = option(
-        0.0, "relative change of the state that ends thinking; 0: never", ge=0, lt=1, only_with=IS_RECURRENT
-    )
-    audio_carried_thinking_steps: int | None = option(
-        None, "thinking steps of later solver steps; None: from the initial state", gt=0, only_with=IS_RECURRENT
     )
 
     SECTION_IMAGE: ClassVar = Section("Image", only_with=("modalities", "image"))
@@ -181,42 +208,25 @@ class MegaTransformerConfig(StrictConfig):
     image_latent_channels: int = option(16, "latent channels Z of the image VAE", gt=0)
     image_encoder_patch_size: int = option(1, "side of the latent patch that is one token", gt=0)
     image_position_embedding: Literal["learned", "sinusoidal"] = option("learned", "of rows and columns")
-    image_n_prelude_layers: int = option(1, "layers before the main ones, for images alone", ge=0)
-    image_n_coda_layers: int = option(1, "layers after the core, for images alone", ge=0)
+    image_n_prelude_layers: int = option(1, "layers before all others, for images alone", ge=0)
+    image_n_coda_layers: int = option(1, "layers after all others, for images alone", ge=0)
     image_begin_token_id: int | None = option(None, "token before an image", ge=0)
     image_end_token_id: int | None = option(None, "token after an image", ge=0)
-    image_decoder_type: Literal["flow", "unet"] = option(
-        "flow", "images are denoised by the transformer (flow), or by a UNet conditioned on it"
-    )
-    image_decoder_width: int | None = option(None, "width of the UNet's condition; None: D", gt=0, only_with=IS_UNET)
-    image_decoder_n_tokens: int = option(
-        64, "learned queries, whose coda states condition the UNet", gt=0, only_with=IS_UNET
-    )
-    image_loss_weight: float = option(1.0, "weight of the flow's loss relative to the cross-entropy", ge=0)
-    image_prediction: FlowPrediction = option("velocity", "prediction target of the coda", only_with=IS_FLOW)
-    image_time_sampling: FlowTimes = option("logit_normal", "distribution of the training times", only_with=IS_FLOW)
+    image_loss_weight: float = option(1.0, "weight of the flow's loss", ge=0)
+    image_prediction: FlowPrediction = option("velocity", "prediction target of the coda; x0: clean latents")
+    image_time_sampling: FlowTimes = option("logit_normal", "distribution of the training times")
     image_time_mean: float = option(
-        0.0, "mean of the times' logits; above 0: more noise", only_with=[IS_FLOW, IMAGE_LOGIT_NORMAL]
+        0.0, "mean of the times' logits; above 0: more noise", only_with=IMAGE_LOGIT_NORMAL
     )
-    image_time_std: float = option(1.0, "std of the times' logits", gt=0, only_with=[IS_FLOW, IMAGE_LOGIT_NORMAL])
-    image_time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t)", gt=0, only_with=IS_FLOW)
-    image_n_noise_copies: int = option(2, "noisy copies of an image per training step", gt=0, only_with=IS_FLOW)
+    image_time_std: float = option(1.0, "std of the times' logits", gt=0, only_with=IMAGE_LOGIT_NORMAL)
+    image_time_shift: float = option(1.0, "shift s of the times, t -> s t / (1 + (s - 1) t)", gt=0)
     image_condition_dropout: float = option(
         0.1, "fraction of images trained without their text, for guidance", ge=0, lt=1
     )
-    image_sampler: FlowSampler = option("euler", "solver of the flow's differential equation")
-    image_n_sampling_steps: int = option(32, "solver steps per image", gt=0)
+    image_sampler: FlowSampler = option("dpmpp_2m", "solver of the flow's differential equation")
+    image_n_sampling_steps: int = option(10, "solver steps per image", gt=0)
     image_guidance_scale: float = option(
         1.0, "scale of classifier-free guidance; 1: none", ge=1, only_with=("image_condition_dropout", bool)
-    )
-    image_exit_threshold: float = option(
-        0.0, "relative change of the state that ends thinking; 0: never", ge=0, lt=1, only_with=[IS_FLOW, IS_RECURRENT]
-    )
-    image_carried_thinking_steps: int | None = option(
-        None,
-        "thinking steps of later solver steps; None: from the initial state",
-        gt=0,
-        only_with=[IS_FLOW, IS_RECURRENT],
     )
 
     SECTION_INITIALISATION: ClassVar = Section("Initialisation")
@@ -228,6 +238,15 @@ class MegaTransformerConfig(StrictConfig):
         only_with=("use_zero_output_initialization", False),
     )
     use_zero_output_initialization: bool = option(False, "initialise the last projection of each branch to zero")
+
+    def __post_init__(self, **kwargs):
+        # A text model's file of an earlier version: what has gone had no effect, nor had defaults of then.
+        removed = {name for name, value in kwargs.items() if self.REMOVED.get(name, NOTHING) == value}
+        if removed and self.modalities == ["text"]:
+            for name, former in FORMER_DEFAULTS.items():
+                if getattr(self, name) == former:
+                    setattr(self, name, default_value(type(self).__dataclass_fields__[name]))
+        super().__post_init__(**{name: value for name, value in kwargs.items() if name not in removed})
 
     @property
     def groups(self) -> int:
@@ -266,9 +285,29 @@ class MegaTransformerConfig(StrictConfig):
 
     @property
     def effective_depth(self) -> int:
-        """Layers that a token passes in training; the core counts as often as it is applied on average."""
+        """Layers that a token passes in training; the core counts as often as it is applied on average, and of the
+        modalities' own layers those of the deepest one."""
         core = self.n_recurrent_layers * self.recurrent_mean_thinking_steps
-        return self.n_prelude_layers + self.n_layers + core + self.n_coda_layers
+        spans = [name for name in ("audio", "image") if name in self.modalities]
+        own = [getattr(self, f"{name}_n_prelude_layers") + getattr(self, f"{name}_n_coda_layers") for name in spans]
+        return self.n_prelude_layers + self.n_layers + core + self.n_coda_layers + max(own, default=0)
+
+    @property
+    def image_n_tokens(self) -> int:
+        """Tokens of an image."""
+        return (self.image_size // self.image_compression // self.image_encoder_patch_size) ** 2
+
+    def with_modalities(self, modalities: list[str]) -> Self:
+        """A copy with some modalities alone; the fields of the others have their defaults."""
+        absent = tuple(f"{name}_" for name in ("audio", "image") if name not in modalities)
+        changes = {f.name: default_value(f) for f in declared_fields(self) if f.name.startswith(absent)}
+        return self.replace(modalities=modalities, **changes)
+
+    def token_width(self, modality: str) -> int:
+        """Latent values of a token of a modality: W."""
+        if modality == "image":
+            return self.image_latent_channels * self.image_encoder_patch_size**2
+        return self.audio_latent_channels * self.audio_latent_rows * self.audio_encoder_patch_size
 
     @property
     def num_hidden_layers(self) -> int:
@@ -330,13 +369,12 @@ class MegaTransformerConfig(StrictConfig):
             self.expect(has_norm, f"use_pre_{branch}_norm", f"needs use_post_{branch}_norm=True")
 
     def validate_recurrent(self):
-        """Minimum <= mean <= maximum thinking steps. Backprop, test, cached and carried steps are at most the maximum.
-        Exits come within the steps of generation; exits by `kl` need a cache slot per step."""
+        """Minimum <= mean <= maximum thinking steps. Backprop, test and cached steps are at most the maximum. Exits
+        come within the steps of generation; exits by `kl` need a cache slot per step."""
         minimum, mean, maximum = (getattr(self, f"recurrent_{name}_thinking_steps") for name in ("min", "mean", "max"))
         rule = f"must lie between recurrent_min_thinking_steps={minimum} and recurrent_max_thinking_steps={maximum}"
         self.expect(minimum <= mean <= maximum, "recurrent_mean_thinking_steps", rule)
-        windows = ["recurrent_backprop_steps", "recurrent_test_thinking_steps", "recurrent_cache_steps"]
-        for name in [*windows, "audio_carried_thinking_steps", "image_carried_thinking_steps"]:
+        for name in ["recurrent_backprop_steps", "recurrent_test_thinking_steps", "recurrent_cache_steps"]:
             is_within = (getattr(self, name) or 1) <= maximum
             self.expect(is_within, name, f"must be <= recurrent_max_thinking_steps={maximum}")
 
@@ -359,13 +397,20 @@ class MegaTransformerConfig(StrictConfig):
             self.expect(may_share, name, f"must differ from {', '.join(sorted(same - {name}))}")
 
     def validate_audio(self):
-        """`audio_hop_length` is even and divides `audio_n_fft` at least twice. A block is not longer than
-        the maximum sequence."""
-        n_fft, hop, max_length = self.audio_n_fft, self.audio_hop_length, self.max_position_embeddings
-        is_whole = n_fft % hop == 0 and n_fft >= 2 * hop and hop % 2 == 0
-        self.expect(is_whole, "audio_hop_length", f"must be even and divide audio_n_fft={n_fft} at least twice")
-        fits = "audio" not in self.modalities or self.audio_block_frames <= max_length
-        self.expect(fits, "audio_block_frames", f"must be <= max_position_embeddings={max_length}")
+        """`audio_max_tokens` tokens are not longer than the maximum sequence, and the tokens of lengths are below
+        `vocab_size`. `audio_position='text'` has fractions as positions, which need the rotary embedding."""
+        if "audio" not in self.modalities:
+            return
+        max_length, first = self.max_position_embeddings, self.audio_length_token_id
+        self.expect(
+            self.audio_max_tokens <= max_length, "audio_max_tokens", f"must be <= max_position_embeddings={max_length}"
+        )
+        fits = first is None or first + self.audio_max_tokens <= self.vocab_size
+        rule = f"and audio_max_tokens={self.audio_max_tokens} exceed vocab_size={self.vocab_size}"
+        self.expect(fits, "audio_length_token_id", rule)
+        rotates = self.use_rotary_embedding and self.position_embedding == "none"
+        rule = "needs use_rotary_embedding=True and position_embedding='none'"
+        self.expect(rotates or self.audio_position == "count", "audio_position", rule)
 
     def validate_image(self):
         """`image_compression` divides `image_size`; `image_encoder_patch_size` divides the side of the latents. An
@@ -375,7 +420,7 @@ class MegaTransformerConfig(StrictConfig):
         self.expect(is_whole, "image_compression", f"must divide image_size={self.image_size}")
         side, patch = self.image_size // self.image_compression, self.image_encoder_patch_size
         self.expect(side % patch == 0, "image_encoder_patch_size", f"must divide the side {side} of the latents")
-        n_tokens, max_length = (side // patch) ** 2, self.max_position_embeddings
+        n_tokens, max_length = self.image_n_tokens, self.max_position_embeddings
         fits = "image" not in self.modalities or n_tokens <= max_length
         self.expect(fits, "image_size", f"gives {n_tokens} tokens, more than max_position_embeddings={max_length}")
         # Sines and cosines of the row in one half of D, of the column in the other.

@@ -50,6 +50,7 @@ TRAINERS = {
     "VocoderTrainer": "vocoder",
     "AudioVAEGANTrainer": "audio_vae",
     "MultimodalTrainer": "multimodal",
+    "MultimodalStreamTrainer": "multimodal_streams",
 }
 
 # The interface to transformers: what the trainers override or read of its `Trainer`, most of it private. A name ->

@@ -14,6 +14,7 @@ from model.image.ldm_unet import rename_diffusers_weights as rename_diffusers_un
 from model.image.ldm_vae import rename_diffusers_weights
 from model.image.recurrent_vae import RecurrentVAE
 from model.image.vae import ImageVAE
+from model.multimodal import MegaTransformerMultimodal
 from utils.options import from_preset
 
 SOURCE = Path(presets.__file__).read_text()
@@ -25,6 +26,7 @@ MODELS = {
     "AUDIO_DIFFUSION": AudioDiffusion,
     "VOCODER": Vocoder,
     "MEGATRANSFORMER": MegaTransformerForCausalLM,
+    "MULTIMODAL": MegaTransformerMultimodal,
 }
 
 

@@ -274,7 +274,7 @@ def test_dry_run_prints_and_trains_nothing(common, text_cache, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--include_modes text audio", "Give --include_modes text"),
+        ("--include_modes audio", "must name text"),
         ("--include_modes txt", "did you mean 'text'"),
         ("--tokenizer bpe", "--tokenizer has no effect with text_dataset=''"),
         ("--text_dataset x --tokenizer_vocab_size 300", "--tokenizer_vocab_size has no effect with tokenizer='bytes'"),

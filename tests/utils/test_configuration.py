@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from model.presets import MEGATRANSFORMER
+from model.presets import MEGATRANSFORMER, MULTIMODAL
 from utils.configuration import MegaTransformerConfig
 from utils.configuration_docs import COMMAND, DOCUMENT, document
 from utils.options import declared_fields, declared_sections, default_value, from_preset
@@ -85,18 +85,22 @@ WRONG = [
         "image_begin_token_id=7 must differ from image_end",
     ),
     # Sound and images.
-    ({"audio_n_mels": 100}, "audio_n_mels=100 has no effect with modalities=['text']"),
-    ({**IMAGE, "audio_n_mels": 100}, "audio_n_mels=100 has no effect with modalities=['text', 'image']"),
+    ({"audio_max_tokens": 100}, "audio_max_tokens=100 has no effect with modalities=['text']"),
+    ({**IMAGE, "audio_max_tokens": 9}, "audio_max_tokens=9 has no effect with modalities=['text', 'image']"),
+    ({**AUDIO, "max_position_embeddings": 95}, "audio_max_tokens=96 must be <= max_position_embeddings=95"),
     (
-        {**AUDIO, "audio_hop_length": 300},
-        "audio_hop_length=300 must be even and divide audio_n_fft=1024 at least twice",
+        {**AUDIO, "audio_length_token_id": 163},
+        "audio_length_token_id=163 and audio_max_tokens=96 exceed vocab_size=258",
     ),
-    ({**AUDIO, "max_position_embeddings": 8}, "audio_block_frames=16 must be <= max_position_embeddings=8"),
-    ({**AUDIO, "audio_exit_threshold": 0.1}, "audio_exit_threshold=0.1 has no effect with n_recurrent_layers=0"),
     (
-        {**AUDIO, **CORE, "audio_carried_thinking_steps": 33},
-        "audio_carried_thinking_steps=33 must be <= recurrent_max_thinking_steps=32",
+        {**AUDIO, "use_rotary_embedding": False},
+        "audio_position='text' needs use_rotary_embedding=True",
     ),
+    (
+        {**AUDIO, "position_embedding": "learned"},
+        "audio_position='text' needs use_rotary_embedding=True and position_",
+    ),
+    ({"text_loss_weight": 0.2}, "text_loss_weight=0.2 has no effect with modalities=['text']"),
     (
         {**AUDIO, "audio_time_sampling": "uniform", "audio_time_mean": 1.0},
         "audio_time_mean=1.0 has no effect with audio_time_sampling='uniform'",
@@ -104,11 +108,6 @@ WRONG = [
     ({**IMAGE, "image_size": 60}, "image_compression=8 must divide image_size=60"),
     ({**IMAGE, "image_encoder_patch_size": 3}, "image_encoder_patch_size=3 must divide the side 8 of the latents"),
     ({**IMAGE, "max_position_embeddings": 63}, "image_size=64 gives 64 tokens, more than max_position_embeddings=63"),
-    ({**IMAGE, "image_decoder_width": 8}, "image_decoder_width=8 has no effect with image_decoder_type='flow'"),
-    (
-        {**IMAGE, "image_decoder_type": "unet", "image_time_shift": 2},
-        "image_time_shift=2 has no effect with image_decoder_type='unet'",
-    ),
     (
         {**IMAGE, "image_condition_dropout": 0, "image_guidance_scale": 2.0},
         "image_guidance_scale=2.0 has no effect with image_condition_dropout=0",
@@ -147,7 +146,7 @@ def test_every_bound_is_checked(name):
 
 def test_fields_have_sections_of_one_screen():
     sections = declared_sections(MegaTransformerConfig)
-    assert len(FIELDS) > 100
+    assert len(FIELDS) > 90
     assert all(section.title for section in sections)
     assert [field for fields in sections.values() for field in fields] == list(FIELDS.values())
     assert max(map(len, sections.values())) <= 30
@@ -161,8 +160,8 @@ def test_fields_have_sections_of_one_screen():
         {"rotary_theta": 500000, "rotary_fraction": 0.5, "hidden_dropout": 0, "head_width": 24},
         {"eos_token_id": 0, "bos_token_id": None},
         {"n_layers": 0, **CORE, "recurrent_exit_criterion": "latent_difference", "recurrent_cache_steps": 1},
-        {"modalities": ["text", "audio", "image"], **CORE, "audio_exit_threshold": 0.03, "null_token_id": 2},
-        {**IMAGE, "image_decoder_type": "unet", "image_decoder_width": 768, "image_guidance_scale": 3},
+        {"modalities": ["text", "audio", "image"], **CORE, "audio_time_shift": 0.03, "null_token_id": 2},
+        {**AUDIO, "audio_position": "count", "use_rotary_embedding": False, "audio_guidance_scale": 3},
     ],
     ids=" ".join,
 )
@@ -202,6 +201,27 @@ def test_older_files_load_with_defaults_and_later_ones_are_refused(tmp_path):
     path.write_text(json.dumps({**written, "recurrent_sgima": 0.5}))
     with pytest.raises(ValueError, match="no field 'recurrent_sgima'; did you mean 'recurrent_sigma'"):
         MegaTransformerConfig.from_pretrained(tmp_path)
+
+
+def test_files_of_text_models_may_have_fields_that_are_gone(tmp_path):
+    config = MegaTransformerConfig(hidden_size=128, n_heads=4)
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    former = {"image_sampler": "euler", "image_n_sampling_steps": 32, "audio_n_sampling_steps": 16}
+    gone = {"image_decoder_type": "flow", "audio_block_frames": 16, "image_carried_thinking_steps": None}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **former, **gone}))
+    assert MegaTransformerConfig.from_pretrained(tmp_path).to_dict() == config.to_dict()
+    with pytest.raises(ValueError, match="no field 'audio_block_frames'"):
+        MegaTransformerConfig(audio_block_frames=8)
+    with pytest.raises(ValueError, match="image_sampler='euler' has no effect"):
+        MegaTransformerConfig(image_sampler="euler")
+
+
+def test_modalities_can_be_left_out():
+    config = from_preset(MegaTransformerConfig, MULTIMODAL, "multimodal-tiny")
+    restricted = config.with_modalities(["text", "audio"])
+    assert restricted.image_begin_token_id is None and restricted.audio_time_mean == config.audio_time_mean == 0.8
+    assert restricted.effective_depth == config.effective_depth == 3 + 2
 
 
 def test_what_transformers_writes_is_read(tmp_path):

@@ -51,6 +51,7 @@ ON_RESUME: dict[str, str] = {
         # Data order and noise, the shape of the discriminator.
         FIXED: [
             *("seed", "sequence_length", "include_modes", "use_speakers", "max_clip_frames"),
+            *("tasks", "caption_tokenizer", "caption_vocab_size"),
             *("discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm"),
             *("discriminator_periods", "discriminator_resolutions", "discriminator_widening"),
         ],
@@ -60,6 +61,8 @@ ON_RESUME: dict[str, str] = {
         CHANGES: [
             # Length, data and networks, which are compared by their fingerprints; optimizer and average.
             *("num_train_epochs", "max_steps", "cached_dataset", "vae_checkpoint", "vae_config", "vocoder_checkpoint"),
+            *("image_latents", "audio_latents", "image_vae_checkpoint", "audio_vae_checkpoint", "image_vae_config"),
+            *("audio_vae_config",),
             *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "lr_scheduler_type"),
             *("warmup_ratio", "max_skipped_steps", "use_ema", "ema_decay"),
             *("trainer", "grokfast_alpha", "grokfast_lambda", "grokfast_window"),
@@ -75,7 +78,14 @@ ON_RESUME: dict[str, str] = {
             # Losses.
             *("l1_weight", "l2_weight", "gradient_weight", "perceptual_weight", "perceptual", "kl_weight"),
             *("intermediate_weight", "distillation_weight", "mel_weight", "stft_weight", "stft_resolutions"),
-            *("phase_weight", "complex_stft_weight", "channel_weight_power", "loss_weighting", "min_snr_gamma"),
+            *(
+                "phase_weight",
+                "complex_stft_weight",
+                "channel_weight_power",
+                "latent_weight_power",
+                "loss_weighting",
+                "min_snr_gamma",
+            ),
             # The adversary's training.
             *("gan_loss", "gan_warmup_steps", "gan_ramp_steps", "use_adaptive_gan_weight", "feature_matching_weight"),
             *("discriminator_every", "discriminator_learning_rate", "discriminator_beta1", "r1_weight", "r1_every"),

@@ -31,12 +31,54 @@ GREEDY = GenerationArguments(temperature=0.0)
 SAMPLED = GenerationArguments(temperature=1.0, top_p=0.95)
 
 
+HAS_SPANS = ("include_modes", ("image", "audio"))
+
+
 @dataclasses.dataclass
 class MultimodalArguments(TextArguments, StageArguments):
     """Flags of the multimodal stage."""
 
     include_modes: list[Literal["text", "audio", "image"]] = option(
-        ["text"], "modalities of the stream; only text so far"
+        ["text"], "modalities of the model; text always, with others texts are the captions of their latents"
+    )
+
+    # Images and audio.
+    image_latents: str = option(
+        "", "folder of image latents; default: cached_datasets/image_diffusion", only_with=("include_modes", "image")
+    )
+    audio_latents: str = option(
+        "", "folder of audio latents; default: cached_datasets/audio_diffusion", only_with=("include_modes", "audio")
+    )
+    image_vae_checkpoint: str = option(
+        "",
+        "run or checkpoint folder of the image latents' VAE; default: its copy in the run or the cache",
+        only_with=("include_modes", "image"),
+    )
+    audio_vae_checkpoint: str = option("", "the same of the audio latents", only_with=("include_modes", "audio"))
+    image_vae_config: str = option(
+        "", "preset of the image VAE, checked against its checkpoint", only_with=("include_modes", "image")
+    )
+    audio_vae_config: str = option("", "the same of the audio VAE", only_with=("include_modes", "audio"))
+    tasks: list[str] = option(
+        [],
+        "streams to train, modalities joined by '-', with the rows that an item has in each per epoch, such as "
+        "text-image:3; default: image-text:1 text-image:3 audio-text:1 text-audio:4, as far as included",
+        only_with=HAS_SPANS,
+    )
+    caption_tokenizer: str = option(
+        "bpe", "bpe, trained on the texts; bytes; or a tokenizer's folder or hub name", only_with=HAS_SPANS
+    )
+    caption_vocab_size: int = option(
+        400,
+        "vocabulary size of bpe, including special tokens",
+        gt=0,
+        only_with=[HAS_SPANS, ("caption_tokenizer", "bpe")],
+    )
+    latent_weight_power: float = option(
+        1.0,
+        "latent channels are weighted by what they carry of the decoded signal to this power; 0: equally",
+        ge=0,
+        only_with=HAS_SPANS,
     )
 
     learning_rate: float = option(6e-4, "peak learning rate of AdamW", gt=0)
@@ -58,17 +100,23 @@ class MultimodalArguments(TextArguments, StageArguments):
     n_samples: int = option(4, "validation prompts whose continuations are logged to TensorBoard; 0: none", ge=0)
 
     def validate_modes(self):
-        missing = [mode for mode in self.include_modes if mode != "text"]
-        if missing or not self.include_modes:
+        if "text" not in self.include_modes or len(set(self.include_modes)) < len(self.include_modes):
             raise ValueError(
-                f"--include_modes={self.include_modes}: text is the only mode so far; the model parts for "
-                f"{' and '.join(missing) or 'other modes'} do not exist yet. Give --include_modes text"
+                f"--include_modes={self.include_modes} must name text, and each mode once; give --include_modes text, "
+                "or text image audio"
             )
 
     def validate_ranks(self):
-        if not (self.recurrent_steps_per_rank and self.use_deepspeed):
+        has_spans = self.include_modes != ["text"]
+        if not ((self.recurrent_steps_per_rank or has_spans) and self.use_deepspeed):
             return
-        if json.loads(Path(self.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage") == 3:
+        is_sharded = json.loads(Path(self.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage") == 3
+        if is_sharded and has_spans:
+            raise ValueError(
+                f"--include_modes={self.include_modes} with ZeRO stage 3 ({self.deepspeed_config}): processes whose "
+                "batches have other modalities would gather other parameters; use stage 2 or below"
+            )
+        if is_sharded:
             raise ValueError(
                 f"--recurrent_steps_per_rank with ZeRO stage 3 ({self.deepspeed_config}): processes that run layers a "
                 "different number of times deadlock; use stage 2 or below, or leave it out"

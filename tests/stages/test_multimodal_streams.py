@@ -1,0 +1,211 @@
+"""The multimodal stage on text, images and audio: exactness under accumulation and resume, refusals, losses."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from model.multimodal import MegaTransformerMultimodal
+from model.multimodal.generation import Sampling
+from model.multimodal.layout import Part
+from pretrain_multimodal import MultimodalStage
+from tests.helpers.runs import Run, changed, equal, largest_difference
+from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, make_stream_caches, save_vaes
+from utils.checkpoints import load_model
+from utils.training.multimodal_streams import MultimodalStreamTrainer
+
+MODELS = pytest.mark.parametrize("common", [SMALL_STREAMS, SMALL_RECURRENT], ids=["flat", "recurrent"])
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="session")
+def stream_caches(tmp_path_factory) -> list[str]:
+    return make_stream_caches(tmp_path_factory.mktemp("streams"))
+
+
+@pytest.fixture
+def train(stream_caches, tmp_path, fresh_logging):
+    """train(common, "name", steps, *flags) -> Run."""
+
+    def call(common: list[str], name: str, steps: int, *flags: str) -> Run:
+        words = [*common, *stream_caches, "--output_dir", str(tmp_path), "--run_name", name, "--max_steps", str(steps)]
+        try:
+            MultimodalStage.main(changed(words, *flags))
+        except SystemExit as end:
+            raise end.__cause__ or end from None
+        return Run(tmp_path / "multimodal" / name, steps)
+
+    return call
+
+
+def logged(run: Run, name: str) -> list[float]:
+    history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
+    return [line[name] for line in history if name in line]
+
+
+@MODELS
+def test_accumulation_equals_one_batch(common, train):
+    dropout = changed(
+        common, *common[common.index("--override") : common.index("--override") + 6], "hidden_dropout=0.2"
+    )
+    whole = train(dropout, "whole", 3, "--batch_size", "6", "--no_use_ema")
+    parts = train(dropout, "parts", 3, "--batch_size", "1", "--gradient_accumulation_steps", "6", "--no_use_ema")
+    assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
+    for name in ("grad_norm", "loss/text", "loss/audio_length", "loss/image", "loss/audio", "targets_per_step"):
+        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-4), name
+    assert largest_difference(whole.weights(), parts.weights()) <= 2e-5
+    # Each loss of an untrained model is there: flows of unit variance have 2, or less where channels weigh less.
+    assert 0.5 < logged(whole, "loss/image")[0] < 4 and 0.5 < logged(whole, "loss/audio")[0] < 4
+    assert 5 < logged(whole, "loss/text")[0] < 7
+
+
+def test_resumed_equals_straight_through(train, tmp_path):
+    common = SMALL_RECURRENT
+    flags = ["--batch_size", "6", "--save_steps", "2", "--eval_steps", "2"]
+    straight = train(common, "straight", 4, *flags)
+    half = tmp_path / "multimodal" / "half"
+    (tmp_path / "multimodal" / "straight").rename(half)
+    kept = half.with_name("kept")
+    (half / "checkpoint-4").rename(kept)
+    straight.folder = kept
+    resumed = train(common, "half", 4, *flags, "--resume_from_checkpoint")
+    for name in ("model", "ema"):
+        assert largest_difference(straight.weights(name), resumed.weights(name)) == 0
+    first, second = (torch.load(run.folder / "optimizer.pt", weights_only=True) for run in (straight, resumed))
+    assert equal(first, second) and straight.losses == resumed.losses
+    assert logged(straight, "eval_loss") == logged(resumed, "eval_loss")
+
+
+def test_a_checkpoint_generates_and_holds_what_it_needs(train, stream_caches):
+    run = train(SMALL_STREAMS, "record", 2, "--batch_size", "6", "--eval_steps", "1")
+    record = json.loads((run.folder / "stage.json").read_text())
+    assert record["latents"]["image"]["latent_shape"] == [16, 4, 4] and record["stage"] == "multimodal"
+    for name in ("image", "audio"):
+        assert list((run.folder.parent / name / "vae").glob("checkpoint-*/COMPLETE.json"))
+    model = load_model(MegaTransformerMultimodal, run.folder).eval()
+    tokenizer = AutoTokenizer.from_pretrained(run.folder)
+    config = model.config
+    assert config.null_token_id == len(tokenizer) and config.audio_length_token_id == len(tokenizer) + 5
+    assert config.vocab_size == len(tokenizer) + 5 + 96 and config.image_n_tokens == 4
+    prompt = [Part("text", ids=tokenizer.encode("a red bear", add_special_tokens=False))]
+    answer = model.generate(
+        [prompt], Sampling("image", ["image"], n_steps={"image": 2}), generators=[torch.Generator()]
+    )
+    assert answer[0][0].latents.shape == (4, 64) and answer[0][0].latents.isfinite().all()
+    # Metrics of every task, at every evaluation.
+    names = ("image-text_nats", "text-image_accuracy", "audio_length_nats", "audio_t0.9", "condition_ratio_image")
+    for name in names:
+        assert len(logged(run, f"eval_{name}")) == 2, name
+    assert logged(run, "eval_condition_ratio_audio")[0] == pytest.approx(1, abs=0.05)
+
+
+def test_condition_dropout_replaces_the_text_before_a_span(train, monkeypatch):
+    seen = []
+    original = MultimodalStreamTrainer.build_streams
+
+    def spy(self, batch, *, dropped=None, text="text"):
+        streams = original(self, batch, dropped=dropped, text=text)
+        if dropped is not None:
+            kinds = [self.train_dataset.tasks[number].name for number in batch["task"].tolist()]
+            seen.extend(zip(kinds, dropped, [stream.ids for stream in streams], strict=True))
+        return streams
+
+    monkeypatch.setattr(MultimodalStreamTrainer, "build_streams", spy)
+    words = SMALL_STREAMS[SMALL_STREAMS.index("--override") : SMALL_STREAMS.index("--override") + 6]
+    flags = [*words, "image_condition_dropout=0.5", "audio_condition_dropout=0", "audio_guidance_scale=1"]
+    run = train(SMALL_STREAMS, "dropped", 4, "--batch_size", "12", *flags)
+    null = load_model(MegaTransformerMultimodal, run.folder).config.null_token_id
+    assert {kind for kind, is_dropped, _ in seen if is_dropped} == {"text-image"}
+    images = [is_dropped for kind, is_dropped, _ in seen if kind == "text-image"]
+    assert 0.2 < sum(images) / len(images) < 0.8
+    for _, is_dropped, ids in seen:
+        assert (null in ids) == is_dropped and (not is_dropped or ids[1:3] == [null, null + 1])
+
+
+def test_two_modalities_and_interleaved_streams(stream_caches, tmp_path, fresh_logging):
+    words = [
+        *SMALL_STREAMS,
+        *stream_caches[:2],
+        "--output_dir",
+        str(tmp_path),
+        "--run_name",
+        "two",
+        "--max_steps",
+        "2",
+    ]
+    chosen = ["--include_modes", "text", "image", "--tasks", "text-image-text:2", "text", "--batch_size", "6"]
+    MultimodalStage.main(changed(words, *chosen))
+    run = Run(tmp_path / "multimodal" / "two", 2)
+    config = load_model(MegaTransformerMultimodal, run.folder).config
+    assert config.modalities == ["text", "image"] and config.audio_begin_token_id is None
+    assert not logged(run, "loss/audio") and logged(run, "loss/image")[0] > 0
+
+
+def test_a_dry_run_counts_and_writes_nothing(stream_caches, tmp_path, capsys):
+    MultimodalStage.main([*SMALL_STREAMS, *stream_caches, "--output_dir", str(tmp_path), "--dry_run"])
+    shown = capsys.readouterr().out
+    # 12 images in 1 + 3 rows, 11 clips in 1 + 4.
+    for part in ("modalities = ['text', 'image', 'audio']", "samples: train 103, validation 16", "parameters: "):
+        assert part in shown
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--include_modes image audio", "must name text"),
+        ("--include_modes text text", "each mode once"),
+        ("--include_modes text image", "--audio_latents has no effect with include_modes="),
+        ("--tasks text-video", "'video' is no modality"),
+        ("--cached_dataset x", "--cached_dataset has no effect with --include_modes"),
+        ("--text_dataset python-topics", "--text_dataset has no effect with --include_modes"),
+        ("--override vocab_size=9000", "--override vocab_size=9000 does not fit.*vocab_size="),
+        ("--override image_size=64", "image_size=64 does not fit.*image_size=32"),
+        ("--image_latents nowhere", "nowhere does not exist"),
+        ("--image_vae_config large", "trained with preset 'tiny', not 'large'"),
+        ("--use_deepspeed --deepspeed_config ds_config_zero-3.json", "stage 3.*use stage 2 or below"),
+        ("--config tiny", "unknown preset 'tiny'.*multimodal-tiny"),
+        ("--caption_tokenizer bytes", "--caption_vocab_size has no effect with caption_tokenizer='bytes'"),
+    ],
+)
+def test_what_does_not_fit_is_refused(words, message, train, capsys):
+    with pytest.raises((ValueError, OSError, SystemExit)) as error:
+        train(SMALL_STREAMS, "refused", 1, *words.split())
+    assert re.search(message, f"{error.value} {capsys.readouterr().err}", flags=re.S)
+
+
+def test_another_vae_is_refused(train, tmp_path):
+    image_vae, audio_vae = save_vaes(tmp_path / "others", value=0.2)
+    for name, vae in (("image", image_vae), ("audio", audio_vae)):
+        with pytest.raises(ValueError, match=f"the latents in .*{name} come from the VAE"):
+            train(SMALL_STREAMS, "refused", 1, f"--{name}_vae_checkpoint", str(vae))
+
+
+@pytest.mark.launch
+@pytest.mark.parametrize("launcher", ["torchrun", "ds_config_zero-2.json"])
+def test_two_processes_equal_one_also_where_one_lacks_a_modality(launcher, stream_caches, tmp_path, train):
+    """Batches of a single row: most of the time a process has no image, or no audio."""
+    one = train(SMALL_RECURRENT, "one", 3, "--batch_size", "1", "--gradient_accumulation_steps", "4")
+    words = [*SMALL_RECURRENT, *stream_caches, "--output_dir", str(tmp_path), "--run_name", "two", "--max_steps", "3"]
+    words += ["--batch_size", "1", "--gradient_accumulation_steps", "2"]
+    binaries = Path(sys.executable).parent
+    if launcher == "torchrun":
+        head = [binaries / "torchrun", "--standalone", "--nproc_per_node=2"]
+    else:
+        head = [binaries / "deepspeed", "--num_gpus=2", "--master_port", str(20000 + os.getpid() % 20000)]
+        words += ["--use_deepspeed", "--deepspeed_config", launcher]
+    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = [*head, "pretrain_multimodal.py", *words]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    two = Run(tmp_path / "multimodal" / "two", 3)
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    for name in ("grad_norm", "loss/image", "loss/audio", "eval_loss"):
+        assert logged(two, name) == pytest.approx(logged(one, name), rel=1e-4), name
+    assert largest_difference(one.weights("ema"), two.weights("ema")) <= 1e-5
