@@ -187,7 +187,7 @@ class AudioLatentsPreprocess(BatchedPreprocess):
             if expected and digest != expected:
                 raise ValueError(
                     f"{folder / ALIGNER} is damaged (its fingerprint is {digest}, {expected} was written); copy it "
-                    "again from where it is whole, or fit another one: leave --aligner_from out, in another --output_dir"
+                    "again from where it is whole, or fit another one in another --output_dir"
                 )
             return
         if self.args.aligner_from:
