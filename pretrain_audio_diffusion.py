@@ -14,13 +14,10 @@ from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_late
 from dataset_loading.audio.pieces import AudioLatentPieces
 from model.audio.diffusion import AudioDiffusion, AudioDiffusionConfig
 from model.presets import AUDIO_DIFFUSION
-from utils.checkpoints import lasting_name
 from utils.evaluation.spoken_error_rates import SpokenErrorRates
 from utils.generation.audio_diffusion import fit_to_audio_latents, load_matching_vocoder
 from utils.generation.captions import seconds_of_clips
-from utils.generation.latents import load_vae
 from utils.generation.speech import SpeechPipeline
-from utils.generation.text_encoder import load_text_encoder
 from utils.training.audio_diffusion import (
     AudioDiffusionArguments,
     AudioDiffusionTrainer,
@@ -28,48 +25,26 @@ from utils.training.audio_diffusion import (
     count_frame_steps,
 )
 from utils.training.audio_diffusion_logging import sound_callback
-from utils.training.diffusion import check_init_from, keep_vae, latents_vae
-from utils.training.stage import Stage
+from utils.training.diffusion import DiffusionStage, check_init_from
 
 
-class AudioDiffusionStage(Stage):
+class AudioDiffusionStage(DiffusionStage):
     name = "audio_diffusion"  # runs are in runs/audio_diffusion
+    media = "audio"
     arguments_class = AudioDiffusionArguments
     config_class = AudioDiffusionConfig
     model_class = AudioDiffusion
     presets = AUDIO_DIFFUSION  # --config names a row
     trainer_class = AudioDiffusionTrainer  # its docstring states the loss
 
-    @cached_property
-    def latents(self) -> dict:
-        """How the latents of the cache were made, and the folder of their VAE."""
-        settings = latent_settings(self.cache_dir)
-        return {**settings, "vae_checkpoint": lasting_name(self.args.vae_checkpoint) or settings["vae_checkpoint"]}
-
-    @cached_property
-    def vae_checkpoint(self):
-        """The VAE that encoded the latents; those of another one would decode to noise."""
-        return latents_vae(self.args, self.latents, run_dir=self.run_dir, cache_dir=self.cache_dir, media="audio")
-
-    @cached_property
-    def vae(self):
-        """The frozen VAE of the latents."""
-        return load_vae(self.vae_checkpoint, self.args.vae_config, media="audio").requires_grad_(False)
+    def latent_settings(self):
+        return latent_settings(self.cache_dir)
 
     @cached_property
     def vocoder(self):
         """The frozen vocoder of logged clips, None for Griffin-Lim."""
         name = f"the VAE {self.vae_checkpoint}"
         return load_matching_vocoder(self.args.vocoder_checkpoint, self.vae.config.mel, name)
-
-    @cached_property
-    def text_encoder(self):
-        """The frozen text encoder of logged prompts, where captions are its states."""
-        return load_text_encoder(self.latents, self.args.text_encoder, near=self.cache_dir)
-
-    def prepare(self):
-        """Keep a copy of the VAE, without which the run's model says nothing."""
-        keep_vae(self.vae_checkpoint, self.run_dir)
 
     def build_config(self):
         """The preset with what the latents determine; VAE, vocoder or override that do not fit them are refused."""

@@ -7,55 +7,23 @@ Before: preprocess_image_diffusion_dataset.py. After: evaluate.py, inference/tex
         --vae_checkpoint runs/image_vae/base --vae_config small --deepspeed_config ds_config_zero-2.json
 """
 
-from functools import cached_property
-
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_captioned
-from dataset_loading.files import read_manifest
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.presets import IMAGE_DIFFUSION
-from utils.checkpoints import lasting_name
-from utils.generation.latents import load_vae
-from utils.generation.text_encoder import load_text_encoder
 from utils.generation.text_to_image import fit_to_latents
-from utils.training.diffusion import DiffusionTrainer, check_init_from, keep_vae, latents_vae
+from utils.training.diffusion import DiffusionStage, DiffusionTrainer, check_init_from
 from utils.training.image_diffusion import ImageDiffusionArguments, PromptGridCallback, SampleMetrics
-from utils.training.stage import Stage
 
 
-class ImageDiffusionStage(Stage):
+class ImageDiffusionStage(DiffusionStage):
     name = "image_diffusion"  # runs are in runs/image_diffusion
     arguments_class = ImageDiffusionArguments
     config_class = ImageDiffusionConfig
     model_class = ImageDiffusion
     presets = IMAGE_DIFFUSION  # --config names a row
     trainer_class = DiffusionTrainer  # its docstring states the loss
-
-    @cached_property
-    def latents(self) -> dict:
-        """How the latents of the cache were made, and the folder of their VAE."""
-        settings = read_manifest(self.cache_dir, self.name)["settings"]
-        return {**settings, "vae_checkpoint": lasting_name(self.args.vae_checkpoint) or settings["vae_checkpoint"]}
-
-    @cached_property
-    def vae_checkpoint(self):
-        """The VAE that encoded the latents; those of another one would decode to noise."""
-        return latents_vae(self.args, self.latents, run_dir=self.run_dir, cache_dir=self.cache_dir)
-
-    @cached_property
-    def vae(self):
-        """The frozen VAE of the latents."""
-        return load_vae(self.vae_checkpoint, self.args.vae_config).requires_grad_(False)
-
-    @cached_property
-    def text_encoder(self):
-        """The frozen text encoder where captions are its states."""
-        return load_text_encoder(self.latents, self.args.text_encoder, near=self.cache_dir)
-
-    def prepare(self):
-        """Keep a copy of the VAE, without which the run's model draws nothing."""
-        keep_vae(self.vae_checkpoint, self.run_dir)
 
     def build_config(self):
         """The preset with what the latents determine; a VAE, a text encoder, a checkpoint to start from, or an

@@ -1,20 +1,25 @@
-"""Flags and trainer of latent diffusion, for images and audio.  B batch, Z latent channels, K time buckets."""
+"""Flags, trainer and stage of latent diffusion, for images and audio.  B batch, Z latent channels, K time buckets."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from dataset_loading.files import read_manifest
 from model.diffusion_process import TimeSampling, Weighting
-from utils.checkpoints import checkpoints_in, read_stage, resolve_checkpoint
+from model.text.feature_extractors import FrozenTextEncoder
+from utils.checkpoints import checkpoints_in, lasting_name, read_stage, resolve_checkpoint
 from utils.distributed import from_main, launched_rank, rank
-from utils.generation.latents import PINNED, Media, checkpoints_at, find_vae, latents_script, pin_vae
+from utils.generation.latents import PINNED, Media, checkpoints_at, find_vae, latents_script, load_vae, pin_vae
+from utils.generation.text_encoder import load_text_encoder
 from utils.megatransformer_utils import StageArguments
 from utils.options import option
 from utils.seeds import sample_normal, sample_uniform
+from utils.training.stage import Stage
 from utils.training_utils import StageTrainer
 
 TEXT_INPUTS = ("tokens", "text_states", "mask")
@@ -140,21 +145,6 @@ class DiffusionTrainer(StageTrainer):
         return from_main(self.measure_samples(self.accelerator.unwrap_model(model)) if takes_part else {})
 
 
-def latents_vae(
-    args: DiffusionArguments, latents: Mapping[str, Any], *, run_dir: Path, cache_dir: Path, media: Media = "image"
-) -> Path:
-    """The checkpoint of the VAE that encoded the latents of a cache, see `find_vae`."""
-    # A resumed run goes on with its copy, whatever has become of the folder that its command names.
-    given = "" if args.resume_from_checkpoint else args.vae_checkpoint
-    return find_vae(latents, f"the latents in {cache_dir}", given=given, folders=(run_dir, cache_dir), media=media)
-
-
-def keep_vae(checkpoint: Path, run_dir: Path) -> None:
-    """Rank 0 copies the VAE into a run: in place of another one only where no checkpoint of the run needs that."""
-    if launched_rank() == 0:
-        pin_vae(checkpoint, run_dir, may_replace=not checkpoints_in(run_dir))
-
-
 def check_init_from(path: str, latents: Mapping[str, Any], cache: Path, *, media: Media = "image") -> None:
     """Check that a run on latents can start from the weights of another one.
 
@@ -178,3 +168,45 @@ def check_init_from(path: str, latents: Mapping[str, Any], cache: Path, *, media
                 f"mean nothing to its weights. Make latents for it with {latents_script(media)} --{flag} {value} and "
                 "another --output_dir, or train a new model without --init_from"
             )
+
+
+class DiffusionStage(Stage):
+    """Base of the stages of diffusion: the latents of the cache, and the frozen networks that they come from."""
+
+    media: ClassVar[Media] = "image"
+
+    @cached_property
+    def latents(self) -> dict[str, Any]:
+        """How the latents of the cache were made, and the folder of their VAE."""
+        settings = self.latent_settings()
+        return {**settings, "vae_checkpoint": lasting_name(self.args.vae_checkpoint) or settings["vae_checkpoint"]}
+
+    def latent_settings(self) -> dict[str, Any]:
+        """The settings in the manifest of the cache."""
+        return read_manifest(self.cache_dir, self.name)["settings"]
+
+    @cached_property
+    def vae_checkpoint(self) -> Path:
+        """The VAE that encoded the latents; those of another one would decode to noise."""
+        # A resumed run goes on with its copy, whatever has become of the folder that its command names.
+        given = "" if self.args.resume_from_checkpoint else self.args.vae_checkpoint
+        folders = (self.run_dir, self.cache_dir)
+        return find_vae(
+            self.latents, f"the latents in {self.cache_dir}", given=given, folders=folders, media=self.media
+        )
+
+    @cached_property
+    def vae(self) -> Any:
+        """The frozen VAE of the latents."""
+        return load_vae(self.vae_checkpoint, self.args.vae_config, media=self.media).requires_grad_(False)
+
+    @cached_property
+    def text_encoder(self) -> FrozenTextEncoder | None:
+        """The frozen text encoder where captions are its states."""
+        return load_text_encoder(self.latents, self.args.text_encoder, near=self.cache_dir)
+
+    def prepare(self):
+        """Keep a copy of the VAE, without which the run's model says nothing: in place of another one only where no
+        checkpoint of the run needs that."""
+        if launched_rank() == 0:
+            pin_vae(self.vae_checkpoint, self.run_dir, may_replace=not checkpoints_in(self.run_dir))
