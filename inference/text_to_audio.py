@@ -66,6 +66,7 @@ def generate(args: TextToAudioArguments) -> None:
         files.append({"file": file, "prompt": prompt, "seed": seed, "seconds": seconds, "clipped_share": clipped})
         print(f"{folder}/{file}  {seconds:.2f} s  {prompt}", flush=True)
     record = {"checkpoint": str(checkpoint), "weights": weights, "device": str(device), "files": files}
+    record["temperature"] = pipeline.temperature_of(args)
     write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
 
 

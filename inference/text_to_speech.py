@@ -71,6 +71,7 @@ def speak(args: TextToSpeechArguments) -> None:
     if not files:
         raise ValueError("nothing to say in any text: give letters or numbers with --text or --input")
     record = {"checkpoint": str(checkpoint), "weights": weights, "device": str(device), "files": files}
+    record["temperature"] = pipeline.temperature_of(args)
     write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
 
 

@@ -92,7 +92,8 @@ def test_files_are_named_by_prompt_and_seed(run, checkpoint, tmp_path, capsys):
     names = [f"{stem}_seed{seed}.wav" for stem in stems for seed in (7, 8)]
     assert [entry["file"] for entry in settings["files"]] == names and sounds.keys() == set(names)
     assert settings["files"][2]["prompt"] == "zwölf Bären" and settings["files"][3]["seed"] == 8
-    assert settings["weights"] == "ema" and "git_commit" in settings and names[5] in capsys.readouterr().out
+    assert settings["weights"] == "ema" and settings["temperature"] == 1
+    assert "git_commit" in settings and names[5] in capsys.readouterr().out
     assert all(abs(len(sound) - 1.5 * SETTINGS.sample_rate) <= SETTINGS.hop_length for sound in sounds.values())
 
 

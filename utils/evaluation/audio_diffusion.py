@@ -308,7 +308,7 @@ class AudioDiffusionEvaluator(Evaluator):
     def report(self, scores, counts, transcripts, *, reference: str, n_clips: int) -> Evaluation:
         """Metrics, scalars of the model's rows, and tables."""
         sampling = {field.name: getattr(self.args, field.name) for field in dataclasses.fields(AudioSamplingArguments)}
-        sampling["seed"] = self.args.seed
+        sampling |= {"seed": self.args.seed, "temperature": self.pipeline.temperature_of(self.args)}
         model = {
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "mel": self.settings.as_dict(),

@@ -41,9 +41,10 @@ class AudioSamplingArguments:
     guidance_scale: float = option(1.0, "scale of classifier-free guidance; 1: none", ge=0)
     guidance_interval: list[float] = interval_option()
 
-    temperature: float = option(
-        1.0,
-        "std of the noise that sampling starts from; below 1 sounds are nearer to their mean: clearer, less lively",
+    temperature: float | None = option(
+        None,
+        "std of the noise that sampling starts from; below 1 sounds are nearer to their mean: clearer, less lively; "
+        "default: 0.667 for speech, 1 for captions",
         gt=0,
         only_with=("n_steps", bool),
     )
@@ -64,6 +65,7 @@ class AudioPipeline:
 
     conditioning: ClassVar[str]  # The only one whose models are accepted.
     task = "text to speech"  # In messages.
+    default_temperature: ClassVar[float] = 1.0  # Where the flags leave it open.
 
     def __init__(self, model: AudioDiffusion, vae: AudioVAE, vocoder: Vocoder | None = None, *, bf16: bool = False):
         self.model, self.vae, self.vocoder, self.bf16 = model, vae, vocoder, bf16
@@ -129,6 +131,10 @@ class AudioPipeline:
         """The autocast of all networks."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16)
 
+    def temperature_of(self, settings: Any) -> float:
+        """The temperature of the sampling flags."""
+        return self.default_temperature if settings.temperature is None else settings.temperature
+
     def sample(self, condition: AudioCondition, seeds: Sequence[int], settings: Any) -> Tensor:
         """Latents (B, L, Z) by the sampling flags; the noise of a clip depends on its seed alone."""
         noise = [generator for seed in seeds for generator in generators(seed, 0, torch.zeros(1), stream="speech")]
@@ -140,7 +146,7 @@ class AudioPipeline:
             n_steps=settings.n_steps,
             guidance_scale=settings.guidance_scale,
             guidance_interval=(low, high),
-            temperature=settings.temperature,
+            temperature=self.temperature_of(settings),
         )
 
     @torch.no_grad()
