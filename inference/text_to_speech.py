@@ -23,6 +23,7 @@ from dataset_loading.audio.signal import save_waveform
 from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
+from utils.generation.audio_diffusion import check_unicode
 from utils.generation.speech import SpeechPipeline, VoiceArguments, read_texts
 from utils.options import option
 
@@ -35,13 +36,14 @@ class TextToSpeechArguments(VoiceArguments):
     weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
     text: list[str] = option([], "texts")
     input: str = option("", "file of further texts, one a line; -: standard input")
-    pause: float = option(0.2, "seconds of silence between sentences", ge=0)
+    pause: float = option(0.2, "seconds of silence between sentences", ge=0, le=60)
     stream: bool = option(False, "also write each sentence to a file of its own as soon as it is spoken")
     output_dir: str = option("inference/generated/speech", "folder of the results")
 
     def validate_texts(self):
         if not self.checkpoint or not (self.text or self.input):
             raise ValueError("--checkpoint and --text or --input are needed: a run folder, and what to say")
+        check_unicode(self.text, "--text")
 
 
 def speak(args: TextToSpeechArguments) -> None:

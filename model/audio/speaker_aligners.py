@@ -29,7 +29,13 @@ class SpeakerAligners:
         self.shared, self.speakers = shared, speakers or {}
 
     def fit(
-        self, clips: Sequence[Tensor], symbols: Sequence[Tensor], speakers: Sequence[str], *, min_frames: int
+        self,
+        clips: Sequence[Tensor],
+        symbols: Sequence[Tensor],
+        speakers: Sequence[str],
+        *,
+        min_frames: int,
+        n_passes: int = 3,
     ) -> list[float]:
         """Fit the shared HMM to all clips, then adapt it to each speaker who has enough, if there are several.
 
@@ -37,9 +43,10 @@ class SpeakerAligners:
             clips, symbols: as for `PhoneHMM.fit`.
             speakers: of each clip; "" where it is not known.
             min_frames: what a speaker must have more of.
+            n_passes: of the shared HMM.
         Returns: history of the shared HMM, see `PhoneHMM.fit`.
         """
-        history = self.shared.fit(clips, symbols)
+        history = self.shared.fit(clips, symbols, n_passes)
         groups: dict[str, list[int]] = {}
         for place, speaker in enumerate(speakers):
             groups.setdefault(speaker, []).append(place)

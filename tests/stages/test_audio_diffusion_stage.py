@@ -1,5 +1,6 @@
 """The stage of text to speech in one process, and speaking from its checkpoint: what is recorded, logged, refused."""
 
+import io
 import json
 import shutil
 
@@ -8,11 +9,19 @@ import pytest
 import soundfile
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dataset_loading.audio.cached import AudioVAEDataset
 from dataset_loading.audio.latents import AudioLatentDataset
 from inference.text_to_speech import TextToSpeechArguments, speak
 from model.audio.diffusion import AudioDiffusion
 from pretrain_audio_diffusion import AudioDiffusionStage
-from tests.helpers.audio_latent_cache import SETTINGS, SMALL_SPEECH, make_speech, save_audio_vae
+from tests.helpers.audio_latent_cache import (
+    SETTINGS,
+    SMALL_SPEECH,
+    make_audio_latents,
+    make_speech,
+    save_audio_vae,
+    write_manifest,
+)
 from tests.helpers.runs import changed, edit_record, move_alone, run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model
@@ -188,7 +197,7 @@ def test_what_cannot_be_said_is_named(say, tmp_path, caplog):
         say("--text", "Goodbye.")
     with pytest.raises(ValueError, match=r"--speaker 'anna' is unknown; did you mean 'ann'"):
         say("--text", "Goodbye.", "--speaker", "anna")
-    with pytest.raises(ValueError, match="--language de has no effect"):
+    with pytest.raises(ValueError, match="--language: language 'de' is unknown; known: en-us"):
         say("--text", "Goodbye.", "--speaker", "ann", "--language", "de")
     (tmp_path / "empty.txt").write_text("\n")
     with pytest.raises(ValueError, match=r"--input .*empty.txt has no line with text"):
@@ -207,10 +216,76 @@ def test_other_checkpoints_are_refused(say, folder, tmp_path):
 def test_flags_that_are_needed_or_have_no_effect(capsys):
     for words, message in (
         (["--checkpoint", "runs/x"], "--text or --input are needed"),
-        (["--checkpoint", "runs/x", "--text", "a", "--speed", "0"], "--speed=0.0 must be > 0"),
+        (["--checkpoint", "runs/x", "--text", "a", "--speed", "0.1"], "--speed=0.1 must be >= 0.25"),
+        (["--checkpoint", "runs/x", "--text", "a", "--speed", "inf"], "--speed=inf must be <= 4"),
+        (["--checkpoint", "runs/x", "--text", "a", "--pause", "inf"], "--pause=inf must be <= 60"),
+        (["--checkpoint", "runs/x", "--text", "caf\udce9"], r"--text 'caf\udce9' is not UTF-8"),
         (["--checkpoint", "runs/x", "--text", "a", "--sampler", "ddpm"], "--sampler='ddpm'"),
         (["--checkpoint", "runs/x", "--text", "a", "--guidance_interval", "0", "0.5"], "has no effect"),
     ):
         with pytest.raises(SystemExit):
             parse_arguments(TextToSpeechArguments, words, "")
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "On 3/4/2026 Dr. Smith paid $3.50, e.g. at 10:30.",
+        "hold\0one",
+        "Guten Tag. 你好世界。 Привет!",
+        "x" * 500,
+        "hold the line " * 25,
+        "🙂🙂",
+        "\u200b\u202e hold",
+    ],
+    ids=["numbers", "nul", "languages", "no space", "long", "emoji", "marks"],
+)
+def test_odd_texts_are_spoken_at_a_sane_length(say, folder, text):
+    words = ["--text", text, "--speaker", "ann", "--vocoder_checkpoint", folder / "vocoder"]
+    settings, sounds = say(*words, "--n_steps", 0, "--batch_size", 8, "--pause", 0)
+    (sound,) = sounds.values()
+    assert settings["files"][0]["text"] == text and np.isfinite(sound).all()
+    assert 0.1 < len(sound) / SETTINGS.sample_rate < 0.5 * len(text) + 2
+
+
+def test_texts_without_anything_to_say_get_no_file_and_are_named(say, caplog):
+    settings, sounds = say("--text", "hold one", "", "hold one", "?!", "--speaker", "ann")
+    assert list(sounds) == ["000.wav", "002.wav"] and np.array_equal(sounds["000.wav"], sounds["002.wav"])
+    assert [entry["file"] for entry in settings["files"]] == ["000.wav", "002.wav"]
+    assert "nothing to say in the text ''" in caplog.text and "nothing to say in '?!'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("", "--input - has no line"), ("  \n\n", "--input - has no line"), ("caf\udce9", "--input -: 'caf.*not UTF-8")],
+)
+def test_standard_input_without_text_is_refused(say, monkeypatch, content, message):
+    monkeypatch.setattr("sys.stdin", io.StringIO(content))
+    with pytest.raises(ValueError, match=message):
+        say("--input", "-", "--speaker", "ann")
+
+
+def test_a_model_of_two_languages_speaks_both_and_names_them(folder, say, tmp_path):
+    mels = shutil.copytree(folder / "mels", tmp_path / "mels")
+    entries = AudioVAEDataset(mels, "train").manifest["entries"]
+    for entry in [*entries["train"], *entries["validation"]]:
+        entry["language"] = "de" if entry["speaker"] == "bob" else "en-us"
+    write_manifest(mels, entries)
+    make_audio_latents(mels, folder / "vae", tmp_path / "latents")
+    shown = ["--n_logged_samples", "1", "--sentences", "Hold one.", "--eval_steps", "1"]
+    plain = run_stage(AudioDiffusionStage, SMALL_SPEECH, tmp_path / "latents", tmp_path, "plain", 1, *shown)
+    told = ["--override", 'languages=["de","en-us"]', *(word for word in SMALL_SPEECH if "=" in word)]
+    told = run_stage(AudioDiffusionStage, changed(SMALL_SPEECH, *told), tmp_path / "latents", tmp_path, "told", 1)
+    for run, languages in ((plain, []), (told, ["de", "en-us"])):
+        assert load_model(AudioDiffusion, run.folder).config.languages == languages
+        words = ["--checkpoint", run.folder, "--text", "hold one", "--speaker", "bob", "--n_steps", 0]
+        english, german = say(*words)[1]["000.wav"], say(*words, "--language", "de", name="de")[1]["000.wav"]
+        assert len(english) != len(german) or np.abs(english - german).max() > 1e-4
+        with pytest.raises(ValueError, match="--language: language 'dee' is unknown; did you mean 'de'"):
+            say(*words, "--language", "dee")
+    with pytest.raises(ValueError, match=r"languages=\['de', 'en-us'\]"):
+        other = [*(word for word in SMALL_SPEECH if "=" in word), 'languages=["de","fr"]']
+        run_stage(
+            AudioDiffusionStage, changed(SMALL_SPEECH, "--override", *other), tmp_path / "latents", tmp_path, "no", 1
+        )

@@ -18,7 +18,7 @@ from model.audio.diffusion import AudioDiffusion
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from model.text.phonemes import SpeechTokenizer, split_clauses
-from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments
+from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments, check_unicode
 from utils.options import option, suggest
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class VoiceArguments(AudioSamplingArguments):
 
     speaker: str = option("", "name of the speaker, for a model of several")
     language: str = option("", "language of the texts, for a model of several; default: that of its --language")
-    speed: float = option(1.0, "tempo: 1 is that of the training data, 2 twice as fast", gt=0)
+    speed: float = option(1.0, "tempo: 1 is that of the training data, 2 twice as fast", ge=0.25, le=4)
     seed: int = option(0, "seed of the noise", ge=0)
     batch_size: int = option(1, "sentences that are spoken at once", gt=0)
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
@@ -199,6 +199,8 @@ class SpeechPipeline(AudioPipeline):
     def speakable(self, text: str, language: str = "") -> list[str]:
         """The sentences of a text that have something to say; the others are named in a warning."""
         sentences, language = split_sentences(text), self.language_of(language)
+        if not sentences:
+            logger.warning("nothing to say in the text %r: left out", text)
         silent = [sentence for sentence in sentences if not self.tokenizer.split(sentence, language)]
         if silent:
             logger.warning("nothing to say in %s: left out", ", ".join(map(repr, silent)))
@@ -222,6 +224,7 @@ def read_texts(path: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"--input {path} is not UTF-8 ({error}); save it as UTF-8") from error
     texts = [line.strip() for line in text.splitlines() if line.strip()]
+    check_unicode(texts, f"--input {path}:")
     if not texts:
         raise ValueError(f"--input {path} has no line with text")
     return texts
