@@ -1,44 +1,117 @@
 #!/usr/bin/env bash
-# The whole audio pipeline on several GPUs: speech from the hub -> vocoder -> audio VAE-GAN -> audio files and ONNX.
+# The whole audio line, from a folder of recordings with transcripts to speech: vocoder -> audio VAE-GAN -> vocoder
+# fine-tuned on the VAE's log-mels -> text to speech -> tables, audio files, three spoken sentences, ONNX.
 #
-#   bash recipes/audio.sh                         # 8 GPUs, 24 kHz, mythicinfinity/libritts_r (54 hours, 247 speakers)
-#   DATASET=my_speech CONFIG= SPLIT=train MEL=22k GPUS=2 bash recipes/audio.sh
+#   DATASET=my_speech bash recipes/audio.sh   # 8 GPUs, MEL=22k, from 10 hours of recordings on
 #
-# Any data set with an audio column works if it consists of parquet files (loading scripts are no longer supported).
-# MikhailT/lj-speech (split full) has 24 hours of one speaker, for MEL=22k. The costs below are estimates from
-# parameter and step counts, not measurements. A second call resumes where the first one stopped.
+#   DATASET=my_speech GPUS=1 SIZE=small VOCODER_STEPS=50000 VAE_STEPS=20000 VAE_GAN_START=10000 TUNING_STEPS=5000 \
+#       SPEECH_STEPS=20000 EVERY=2000 bash recipes/audio.sh   # one GPU, an hour or more
+#
+#   DATASET=my_speech GPUS=0 SIZE=tiny MEL=16k DISCRIMINATOR=thin SEGMENT=32 FRAMES=800 CLIPS=24 EVERY=500 \
+#       VOCODER_STEPS=1000 GAN_START=600 GAN_RAMP=200 VAE_STEPS=400 VAE_GAN_START=300 VAE_RATE=2e-3 \
+#       TUNING_STEPS=350 SPEECH_STEPS=1100 SPEECH_RATE=2e-3 bash recipes/audio.sh   # a CPU, 20 minutes or more
+#
+# The data set is a folder with metadata.csv (file_name, text, and speaker where there are several), or a hub data set
+# of parquet files: MikhailT/lj-speech with SPLIT=full (24 hours, one speaker), mythicinfinity/libritts_r with
+# CONFIG=clean SPLIT=train.clean.100 MEL=24k (54 hours, 247 speakers). Clips should be sentences of up to 15 seconds: a
+# transcript belongs to a whole clip. Costs below are estimates from parameter and step counts for 8 GPUs, not
+# measurements. A second call resumes where the first one stopped. docs/training.md says what each step does.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-DATASET=${DATASET:-mythicinfinity/libritts_r}
-CONFIG=${CONFIG-clean}
-SPLIT=${SPLIT:-train.clean.100}
+DATASET=${DATASET:-my_speech}
+CONFIG=${CONFIG:-}
+SPLIT=${SPLIT:-train}
 GPUS=${GPUS:-8}
-RUN=${RUN:-hub}
-MEL=${MEL:-24k}
+RUN=${RUN:-voice}
+MEL=${MEL:-22k}
+SIZE=${SIZE:-medium}
+SPOKEN=${SPOKEN:-en-us}
+SPEAKER=${SPEAKER:-}
+# Steps of the stages and between evaluations; when the adversaries of vocoder and VAE join, and over how many steps.
+VOCODER_STEPS=${VOCODER_STEPS:-200000}
+VAE_STEPS=${VAE_STEPS:-100000}
+TUNING_STEPS=${TUNING_STEPS:-20000}
+SPEECH_STEPS=${SPEECH_STEPS:-100000}
+EVERY=${EVERY:-5000}
+GAN_START=${GAN_START:-5000}
+VAE_GAN_START=${VAE_GAN_START:-50000}
+GAN_RAMP=${GAN_RAMP:-1000}
+# Learning rates; per process and step: crops, frames of a vocoder's crop, latent frames of speech.
+VAE_RATE=${VAE_RATE:-5e-4}
+SPEECH_RATE=${SPEECH_RATE:-1e-3}
+BATCH=${BATCH:-16}
+SEGMENT=${SEGMENT:-64}
+FRAMES=${FRAMES:-4000}
+# The vocoder's discriminators, and how many held-out clips are measured.
+DISCRIMINATOR=${DISCRIMINATOR:-full}
+CLIPS=${CLIPS:-100}
 
-# 1. Log-mels and waveforms of clips up to 10 s: about an hour on 16 cores, 26 GB.
-python preprocess_audio_vocoder_dataset.py --dataset_name "$DATASET" --dataset_config "$CONFIG" --dataset_split "$SPLIT" \
-    --mel "$MEL" --segment_seconds 10 --validation_fraction 0.01 --output_dir "cached_datasets/${RUN}_audio"
+audio=cached_datasets/${RUN}_audio
+reconstructed=cached_datasets/${RUN}_through_vae
+latents=cached_datasets/${RUN}_latents
+vocoder=runs/vocoder/$RUN
+audio_vae=runs/audio_vae/$RUN
+tuned=runs/vocoder/${RUN}_through_vae
+speech=runs/audio_diffusion/$RUN
 
-# 2. Vocoder of 14 M parameters with discriminators of published size, 200,000 steps of 16 crops per GPU: about 12
-#    hours on 8 GPUs.
-deepspeed --num_gpus="$GPUS" pretrain_vocoder.py --use_deepspeed --deepspeed_config ds_config_zero-1.json --bf16 \
-    --config medium --run_name "$RUN" --cached_dataset "cached_datasets/${RUN}_audio" --resume_from_checkpoint latest \
-    --batch_size 16 --segment_frames 64 --num_workers 4 --discriminator full --max_steps 200000 \
-    --gan_start_step 5000 --gan_ramp_steps 1000 --ema_decay 0.9999 --eval_steps 5000 --save_steps 5000
-python evaluate.py --checkpoint "runs/vocoder/$RUN" --contact_sheet 8 --max_samples 200
+# A stage on several GPUs under DeepSpeed, on one GPU, or on the CPU.
+train() {
+    if [ "$GPUS" -gt 1 ]; then
+        deepspeed --num_gpus="$GPUS" "$@" --use_deepspeed --deepspeed_config ds_config_zero-1.json --bf16 --num_workers 4
+    elif [ "$GPUS" -eq 1 ]; then
+        python "$@" --bf16 --num_workers 4
+    else
+        python "$@"
+    fi
+}
 
-# 3. Audio VAE-GAN of 11 M parameters, 20 latent channels at half the frame rate, 100,000 steps of 32 segments per GPU:
-#    about 3 hours on 8 GPUs. It reads the vocoder's cache.
-deepspeed --num_gpus="$GPUS" pretrain_audio_vae.py --use_deepspeed --deepspeed_config ds_config_zero-1.json --bf16 \
-    --config medium --run_name "$RUN" --cached_dataset "cached_datasets/${RUN}_audio" --resume_from_checkpoint latest \
-    --batch_size 32 --num_workers 4 --learning_rate 5e-4 --max_steps 100000 --gan_start_step 50000 \
-    --ema_decay 0.9999 --eval_steps 5000 --save_steps 5000 --vocoder_checkpoint "runs/vocoder/$RUN"
-python evaluate.py --checkpoint "runs/audio_vae/$RUN" --vocoder_checkpoint "runs/vocoder/$RUN" --contact_sheet 8 \
-    --max_samples 200
+# 1. Log-mels and waveforms: an hour for 50 hours of sound on 16 cores, 26 GB.
+python preprocess_audio_vocoder_dataset.py --dataset_name "$DATASET" --dataset_config "$CONFIG" \
+    --dataset_split "$SPLIT" --mel "$MEL" --trim_db 40 --output_dir "$audio"
 
-# 4. Held-out log-mels to audio, with the vocoder alone and with the audio VAE; export of the vocoder to ONNX.
-python inference/vocode.py --checkpoint "runs/vocoder/$RUN" --input "cached_datasets/${RUN}_audio/validation"
-python inference/reconstruct_audio.py --vae_checkpoint "runs/audio_vae/$RUN" --vocoder_checkpoint "runs/vocoder/$RUN" \
-    --input "cached_datasets/${RUN}_audio/validation"
-python inference/export_vocoder.py --checkpoint "runs/vocoder/$RUN"
+# 2. Vocoder, medium: 14 M parameters, discriminators of published size, about 12 hours.
+train pretrain_vocoder.py --config "$SIZE" --run_name "$RUN" --cached_dataset "$audio" --resume_from_checkpoint latest \
+    --batch_size "$BATCH" --segment_frames "$SEGMENT" --discriminator "$DISCRIMINATOR" --max_steps "$VOCODER_STEPS" \
+    --gan_start_step "$GAN_START" --gan_ramp_steps "$GAN_RAMP" --eval_steps "$EVERY" --save_steps "$EVERY"
+python evaluate.py --checkpoint "$vocoder" --contact_sheet 8 --max_samples "$CLIPS"
+
+# 3. Audio VAE-GAN, medium: 11 M parameters, 20 latent channels at half the frame rate, about 3 hours. In the table, the
+#    row of VAE and vocoder is the best that speech can reach.
+train pretrain_audio_vae.py --config "$SIZE" --run_name "$RUN" --cached_dataset "$audio" \
+    --resume_from_checkpoint latest --batch_size "$BATCH" --learning_rate "$VAE_RATE" --max_steps "$VAE_STEPS" \
+    --gan_start_step "$VAE_GAN_START" --eval_steps "$EVERY" --save_steps "$EVERY" --vocoder_checkpoint "$vocoder"
+python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" --contact_sheet 8 --max_samples "$CLIPS"
+
+# 4. The vocoder again, on the VAE's log-mels beside the recorded waveforms: about an hour. Its table is that of step 3
+#    with the new vocoder.
+python preprocess_audio_vocoder_dataset.py --dataset_name "$DATASET" --dataset_config "$CONFIG" \
+    --dataset_split "$SPLIT" --trim_db 40 --through_vae "$audio_vae" --output_dir "$reconstructed"
+train pretrain_vocoder.py --config "$SIZE" --run_name "${RUN}_through_vae" --cached_dataset "$reconstructed" \
+    --init_from "$vocoder" --resume_from_checkpoint latest --batch_size "$BATCH" --segment_frames "$SEGMENT" \
+    --discriminator "$DISCRIMINATOR" --learning_rate 5e-4 --max_steps "$TUNING_STEPS" --gan_start_step 0 \
+    --gan_ramp_steps "$GAN_RAMP" --eval_steps "$EVERY" --save_steps "$EVERY"
+python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$tuned" --max_samples "$CLIPS" \
+    --cached_dataset "$audio" --output_dir "$tuned/after_vae"
+
+# 5. Latents, phonemes and their durations; then speech, medium: 58 M parameters, about 5 hours.
+python preprocess_audio_diffusion_dataset.py --audio_cache "$audio" --vae_checkpoint "$audio_vae" \
+    --language "$SPOKEN" --output_dir "$latents"
+train pretrain_audio_diffusion.py --config "$SIZE" --run_name "$RUN" --cached_dataset "$latents" \
+    --vae_checkpoint "$audio_vae" --vocoder_checkpoint "$tuned" --resume_from_checkpoint latest \
+    --batch_frames "$FRAMES" --learning_rate "$SPEECH_RATE" --max_steps "$SPEECH_STEPS" --eval_steps "$EVERY" \
+    --save_steps "$EVERY"
+python evaluate.py --checkpoint "$speech" --vocoder_checkpoint "$tuned" --waveforms "$audio" --contact_sheet 8 \
+    --max_samples "$CLIPS"
+
+# 6. Three sentences, of several speakers by SPEAKER or the first one, and the vocoder as ONNX.
+names='import json, sys; rows = json.load(open(sys.argv[1]))["entries"]["train"]; s = {r["speaker"] for r in rows} - {""}'
+SPEAKER=${SPEAKER:-$(python -c "$names; print(min(s) if len(s) > 1 else '')" "$latents/manifest.json")}
+python inference/text_to_speech.py --checkpoint "$speech" --vocoder_checkpoint "$tuned" --speaker "$SPEAKER" \
+    --output_dir "$speech/sentences" --text "The train to the coast leaves at half past nine." \
+    "Who left the window open?" "I would rather walk home."
+python inference/export_vocoder.py --checkpoint "$tuned"
+
+echo
+echo "tables       $vocoder, $audio_vae, $tuned/after_vae, $speech: metrics.json"
+echo "sentences    $speech/sentences"
+echo "TensorBoard  make tensorboard"
