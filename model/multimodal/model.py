@@ -36,7 +36,9 @@ class MultimodalOutput(ModelOutput):
         length_loss: the same of the lengths of audio.
         nats, hits: cross-entropy of the next token, and whether it is the most probable one, (B, L - 1) fp32, 0 where
             there is no target. No hits where the loss is computed in chunks.
-        predictions: modality -> the flow's prediction for its noise copies, in their order, (N_noisy, m, W) fp32.
+        predictions: modality -> the flow's prediction for its noise copies, in order, (N_noisy, m, W) fp32; where
+            a batch has none, zeros of another shape. All of them must be in the loss, so that every parameter has a
+            gradient, and processes that shard parameters run the same layers.
         thinking_steps: steps of the core per token, (B, L) int64; None without a core.
     """
 
@@ -212,19 +214,16 @@ class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenera
         hidden = output.last_hidden_state
 
         # Predictions for the noise copies. A decoder without any runs on other tokens, and counts for nothing.
-        predictions, nothing, places_end = {}, hidden.new_zeros(()), hidden.shape[0] * hidden.shape[1] - 1
+        predictions, last_place = {}, hidden.shape[0] * hidden.shape[1] - 1
         for name, decoder in self.decoders.items():
             is_noisy = encoded[name].spans.is_noisy
             is_used = bool(is_noisy.any())
             chosen = encoded[name].select(is_noisy) if is_used else encoded[name]
             places, _ = chosen.spans.places(hidden.shape[1])
-            states = hidden.flatten(0, 1)[places.clamp_max(places_end)]
+            states = hidden.flatten(0, 1)[places.clamp_max(last_place)]
             prediction = decoder(states, chosen.times, chosen.shared)
-            if is_used:
-                predictions[name] = prediction
-            else:
-                nothing = nothing + 0.0 * prediction.sum()
-        results = {} if labels is None else self.head_outputs(hidden + nothing, labels, n_targets or {})
+            predictions[name] = prediction if is_used else 0.0 * prediction
+        results = {} if labels is None else self.head_outputs(hidden, labels, n_targets or {})
         return MultimodalOutput(predictions=predictions, thinking_steps=output.thinking_steps, **results)
 
     def head_outputs(self, hidden: Tensor, labels: Tensor, n_targets: Mapping[str, Any]) -> dict[str, Any]:

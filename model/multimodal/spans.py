@@ -80,7 +80,7 @@ class SpanEncoder(nn.Module):
         D = config.hidden_size
         self.in_proj = LatentLinear(config.token_width(modality), D)
         self.role = nn.Embedding(2, D)
-        self.time = nn.Sequential(Linear(TIME_WIDTH, D), nn.SiLU())
+        self.time = nn.Sequential(Linear(TIME_WIDTH, D), nn.SiLU(), Linear(D, D))
         self.prelude = SimpleBlock(config, getattr(config, f"{modality}_n_prelude_layers"))
         # Images have rows and columns, audio has frames, which rotate.
         self.side = round(config.image_n_tokens**0.5) if modality == "image" else 0

@@ -107,16 +107,9 @@ class MultimodalArguments(TextArguments, StageArguments):
             )
 
     def validate_ranks(self):
-        has_spans = self.include_modes != ["text"]
-        if not ((self.recurrent_steps_per_rank or has_spans) and self.use_deepspeed):
+        if not (self.recurrent_steps_per_rank and self.use_deepspeed):
             return
-        is_sharded = json.loads(Path(self.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage") == 3
-        if is_sharded and has_spans:
-            raise ValueError(
-                f"--include_modes={self.include_modes} with ZeRO stage 3 ({self.deepspeed_config}): processes whose "
-                "batches have other modalities would gather other parameters; use stage 2 or below"
-            )
-        if is_sharded:
+        if json.loads(Path(self.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage") == 3:
             raise ValueError(
                 f"--recurrent_steps_per_rank with ZeRO stage 3 ({self.deepspeed_config}): processes that run layers a "
                 "different number of times deadlock; use stage 2 or below, or leave it out"

@@ -114,15 +114,15 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         counts = dict(zip(("text", "length", "image", "audio"), num_items_in_batch.float()))
         output, targets = self.predict(model, inputs["streams"], drawn, n_targets=counts, index=inputs["index"])
         terms = {"text": output.text_loss, "audio_length": output.length_loss}
-        for name, target in targets.items():
-            terms[name] = self.token_errors(output.predictions[name], target, name).sum() / counts[name]
+        for name, prediction in output.predictions.items():
+            errors = self.token_errors(prediction, targets[name], name) if name in targets else prediction  # zeros
+            terms[name] = errors.sum() / counts[name]
         loss = sum(getattr(self.config, f"{name}_loss_weight") * term for name, term in terms.items())
         self.backward(loss)  # type: ignore[arg-type]
 
         # Log lines hold means over micro-batches, and these are parts of a sum.
         n_parts = self.current_gradient_accumulation_steps
-        absent = {name: torch.zeros(()) for name in self.names if name not in terms}
-        self.record({f"loss/{name}": term * n_parts for name, term in {**terms, **absent}.items()})
+        self.record({f"loss/{name}": term * n_parts for name, term in terms.items()})
         n_tokens = sum(len(stream) for stream in inputs["streams"])
         self.record({"targets_per_step": torch.tensor(float(n_tokens * n_parts * self.args.world_size))})
         return loss.detach()  # type: ignore[union-attr]
