@@ -56,7 +56,7 @@ def generate(args: TextToAudioArguments) -> None:
     names = ("vae_checkpoint", "vocoder_checkpoint", "text_encoder", "bf16")
     options = {name: getattr(args, name) for name in names}
     pipeline = CaptionPipeline.load(checkpoint, **options, weights=weights, device=device)
-    rate = pipeline.vae.config.sample_rate
+    rate, args.temperature = pipeline.vae.config.sample_rate, pipeline.temperature_of(args)
     # Every prompt with every seed, in batches; a file is written as soon as its batch is ready.
     tasks = [(n, prompt, args.seed + i) for n, prompt in enumerate(prompts) for i in range(args.n_sounds)]
     captions, seeds = [prompt for _, prompt, _ in tasks], [seed for *_, seed in tasks]
@@ -67,7 +67,6 @@ def generate(args: TextToAudioArguments) -> None:
         files.append({"file": file, "prompt": prompt, "seed": seed, "seconds": seconds, "clipped_share": clipped})
         print(f"{folder}/{file}  {seconds:.2f} s  {prompt}", flush=True)
     record = {"checkpoint": str(checkpoint), "weights": weights, "device": str(device), "files": files}
-    record["temperature"] = pipeline.temperature_of(args)
     write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
 
 

@@ -52,7 +52,7 @@ def speak(args: TextToSpeechArguments) -> None:
     weights = chosen_weights(checkpoint, args)
     paths = {name: getattr(args, name) for name in ("vae_checkpoint", "vocoder_checkpoint", "bf16")}
     pipeline = SpeechPipeline.load(checkpoint, **paths, weights=weights, device=device)
-    rate = pipeline.vae.config.sample_rate
+    rate, args.temperature = pipeline.vae.config.sample_rate, pipeline.temperature_of(args)
     # All sentences in order, in batches; each text's file is written once its last sentence is spoken.
     sentences = [pipeline.speakable(text, args.language) for text in texts]
     waveforms = pipeline.speak(list(itertools.chain(*sentences)), args, **args.voice())
@@ -73,7 +73,6 @@ def speak(args: TextToSpeechArguments) -> None:
     if not files:
         raise ValueError("nothing to say in any text: give letters or numbers with --text or --input")
     record = {"checkpoint": str(checkpoint), "weights": weights, "device": str(device), "files": files}
-    record["temperature"] = pipeline.temperature_of(args)
     write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
 
 

@@ -51,7 +51,7 @@ class AudioDiffusionConfig(ProcessConfig):
     head_width: int = option(64, "width of an attention head", gt=0)
     conditioning_width: int = option(256, "width of the time embedding", gt=0)
     kernel_size: int = option(3, "frames that a convolution of the UNet sees", gt=0)
-    network_dropout: float = option(0.0, "dropout of the UNet's residual blocks", ge=0, lt=1)
+    network_dropout: float = option(0.1, "dropout of the UNet's residual blocks", ge=0, lt=1)
 
     # Tokens of speech.
     symbols: list[str] = option(
@@ -72,7 +72,7 @@ class AudioDiffusionConfig(ProcessConfig):
     duration_kernel_size: int = option(
         3, "tokens that a convolution of the duration predictor sees", gt=0, only_with=SPEECH
     )
-    text_dropout: float = option(0.1, "dropout of encoder, trunk and duration predictor", ge=0, lt=1, only_with=SPEECH)
+    text_dropout: float = option(0.3, "dropout of encoder, trunk and duration predictor", ge=0, lt=1, only_with=SPEECH)
     speakers: list[str] = option([], "names of the speakers; [] for none", only_with=SPEECH)
     languages: list[str] = option([], "names of the languages; [] for one", only_with=SPEECH)
 

@@ -15,6 +15,7 @@ from model.audio.text_conditioning import duration_errors
 from model.dropout import has_dropout
 from utils.distributed import mean_across_ranks
 from utils.generation.audio_diffusion import AudioSamplingArguments
+from utils.megatransformer_utils import SchedulerKind
 from utils.options import option
 from utils.training.diffusion import DiffusionArguments, DiffusionTrainer
 from utils.training.latent_statistics import batches_of_rank
@@ -40,6 +41,7 @@ class AudioDiffusionArguments(AudioSamplingArguments, DiffusionArguments):
     adam_beta2: float = option(0.98, "decay of AdamW's second moment", ge=0, lt=1)
     weight_decay: float = option(0.01, "decoupled weight decay of matrices and kernels", ge=0)
     max_grad_norm: float = option(2.0, "maximum gradient norm, to which gradients are clipped; 0: no clipping", ge=0)
+    lr_scheduler_type: SchedulerKind = option("linear", "schedule of the learning rate")
     warmup_ratio: float = option(0.1, "fraction of the steps with linear warm-up", ge=0, lt=1)
 
     # Data.
