@@ -6,7 +6,6 @@
     python evaluate.py --checkpoint runs/image_diffusion/demo --curve --curve_steps 5 10 20 --curve_scales 1 3 5
     python evaluate.py --checkpoint runs/audio_vae/demo --contact_sheet 8 --vocoder_checkpoint runs/vocoder/demo
     python evaluate.py --checkpoint runs/audio_diffusion/demo --waveforms cached_datasets/vocoder --sentences 50
-    python evaluate.py --checkpoint runs/audio_diffusion/sounds --n_steps 20 --guidance_scale 3 --contact_sheet 8
     python evaluate.py --checkpoint runs/multimodal/demo --thinking_steps 1 2 4 8 16
 
 The stage is read from the checkpoint; flags that its evaluator does not read are refused. Results go to the run's
@@ -27,7 +26,6 @@ from utils.checkpoints import provenance, read_stage, resolve_checkpoint, write_
 from utils.command_line import explained_errors, parse_arguments
 from utils.evaluation.audio_diffusion import AudioDiffusionEvaluationArguments, AudioDiffusionEvaluator
 from utils.evaluation.audio_vae import AudioVAEEvaluationArguments, AudioVAEEvaluator
-from utils.evaluation.captioned_sounds import CaptionEvaluationArguments
 from utils.evaluation.evaluator import Evaluation, Evaluator
 from utils.evaluation.image_diffusion import ImageDiffusionEvaluationArguments, ImageDiffusionEvaluator
 from utils.evaluation.image_vae import ImageVAEEvaluationArguments, ImageVAEEvaluator
@@ -56,7 +54,6 @@ class EvaluateArguments(
     AudioVAEEvaluationArguments,
     TextEvaluationArguments,
     AudioDiffusionEvaluationArguments,
-    CaptionEvaluationArguments,
 ):
     """Flags of all evaluators; the evaluator of the checkpoint's stage refuses those that it does not read."""
 
@@ -64,8 +61,7 @@ class EvaluateArguments(
 def build_evaluator(args: EvaluateArguments) -> Evaluator:
     """The evaluator of the stage that wrote the checkpoint."""
     checkpoint = resolve_checkpoint(args.checkpoint)
-    record = read_stage(checkpoint)
-    stage = record["stage"]
+    stage = (record := read_stage(checkpoint))["stage"]
     if stage not in EVALUATORS:
         raise ValueError(f"{checkpoint} is of stage {stage!r}, which has no evaluator; known: {', '.join(EVALUATORS)}")
     return EVALUATORS[stage].of(record)(args, checkpoint)

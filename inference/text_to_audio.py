@@ -17,7 +17,7 @@ from dataset_loading.audio.signal import save_waveform
 from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
-from utils.generation.audio_diffusion import AudioSamplingArguments, check_unicode
+from utils.generation.audio_diffusion import AudioSamplingArguments
 from utils.generation.captions import CaptionPipeline
 from utils.generation.speech import read_texts
 from utils.generation.text import file_stem
@@ -45,7 +45,6 @@ class TextToAudioArguments(AudioSamplingArguments):
     def validate_prompts(self):
         if not self.checkpoint or not (self.prompts or self.input):
             raise ValueError("--checkpoint and --prompts or --input are needed: a run folder, and captions")
-        check_unicode(self.prompts, "--prompts")
 
 
 def generate(args: TextToAudioArguments) -> None:

@@ -23,7 +23,6 @@ from dataset_loading.audio.signal import save_waveform
 from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
-from utils.generation.audio_diffusion import check_unicode
 from utils.generation.speech import SpeechPipeline, VoiceArguments, read_texts
 from utils.options import option
 
@@ -43,7 +42,6 @@ class TextToSpeechArguments(VoiceArguments):
     def validate_texts(self):
         if not self.checkpoint or not (self.text or self.input):
             raise ValueError("--checkpoint and --text or --input are needed: a run folder, and what to say")
-        check_unicode(self.text, "--text")
 
 
 def speak(args: TextToSpeechArguments) -> None:

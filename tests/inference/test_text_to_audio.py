@@ -144,6 +144,7 @@ def test_states_of_a_frozen_encoder(folder, run, tmp_path):
     ("words", "message"),
     [
         (["--prompts", "ok", " "], "' ' is empty; describe"),
+        (["--prompts", "caf\udce9"], "'caf.*' is not UTF-8"),
         (["--prompts", "ü" * 16], r"'ü+'\.\.\. has 33 tokens, but the model reads at most 32; shorten"),
         (["--prompts", "ok", "--seconds", 30], r"--seconds=30 is out of the range .* give \d\.\d\d to \d\.\d\d, or 0"),
         (["--prompts", "ok", "--seconds", 0.1], "--seconds=0.1 is out of the range"),

@@ -16,7 +16,7 @@ from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import encode_caption
-from utils.generation.audio_diffusion import AudioPipeline
+from utils.generation.audio_diffusion import AudioPipeline, check_unicode
 from utils.generation.text_encoder import caption_states, load_text_encoder
 
 STRETCH = 1.25  # how far lengths may lie outside those of the training clips, a factor
@@ -55,11 +55,12 @@ class CaptionPipeline(AudioPipeline):
         return {"clip_seconds": record["clip_seconds"], "text_encoder": encoder}
 
     def check_captions(self, captions: Sequence[str]) -> None:
-        """Raises: ValueError: a caption that is empty, or longer than the model reads; names it."""
+        """Raises: ValueError: a caption that is empty, not Unicode, or longer than the model reads; names it."""
         limit = self.model.config.max_tokens
         if self.text_encoder is not None:
             limit = min(limit, self.text_encoder.tokenizer.model_max_length)
         for caption in captions:
+            check_unicode(caption)
             if not caption.strip():
                 raise ValueError(f"the prompt {caption!r} is empty; describe the sound, such as 'a dog barks'")
             n_tokens = len(self.token_ids(caption))

@@ -197,7 +197,11 @@ class SpeechPipeline(AudioPipeline):
                 yield text, self.vocode(mel)
 
     def speakable(self, text: str, language: str = "") -> list[str]:
-        """The sentences of a text that have something to say; the others are named in a warning."""
+        """The sentences of a text that have something to say; the others are named in a warning.
+
+        Raises: ValueError: see `language_of` and `check_unicode`.
+        """
+        check_unicode(text)
         sentences, language = split_sentences(text), self.language_of(language)
         if not sentences:
             logger.warning("nothing to say in the text %r: left out", text)
@@ -224,7 +228,6 @@ def read_texts(path: str) -> list[str]:
     except UnicodeDecodeError as error:
         raise ValueError(f"--input {path} is not UTF-8 ({error}); save it as UTF-8") from error
     texts = [line.strip() for line in text.splitlines() if line.strip()]
-    check_unicode(texts, f"--input {path}:")
     if not texts:
         raise ValueError(f"--input {path} has no line with text")
     return texts
