@@ -20,7 +20,7 @@ install: .venv/installed
 		echo "PESQ will not be measured: the package pesq could not be built (it needs a C compiler and Python's headers)"
 	touch $@
 
-demo: install  ## captioned scenes -> VAE-GAN -> text to image; the same spoken -> vocoder, audio VAE-GAN; metrics, sheets
+demo: install  ## captioned scenes -> VAE-GAN -> text to image; the same spoken -> vocoder, audio VAE-GAN, text to speech; metrics, sheets
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
 
 test: install  ## everything but the slow chains
