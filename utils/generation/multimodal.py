@@ -3,6 +3,7 @@
 M mel bins, F mel frames, Y X rows and columns, Z latent channels, L latent frames.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -11,15 +12,20 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from dataset_loading.image.pixels import decode_image, fit_image, to_float, to_tensor
 from dataset_loading.text.tokenizers import document_encoder, load_tokenizer
+from model.audio.spectral import LogMel
 from model.audio.vocoders import Vocoder
 from model.multimodal import MegaTransformerMultimodal
 from model.multimodal.generation import Sampling
-from model.multimodal.layout import Part, audio_latents, audio_tokens, image_latents, image_tokens
+from model.multimodal.layout import SPANS, Part, audio_latents, audio_tokens, check_span, image_latents, image_tokens
 from model.vae import VAE
 from utils.checkpoints import WeightsKind, load_model, read_stage, resolve_checkpoint
+from utils.generation.audio import analyse, read_waveform
 from utils.generation.audio_diffusion import AudioPipeline, load_matching_vocoder
 from utils.generation.latents import Media, find_vae, load_vae, standardized_posterior
+
+PLACEHOLDER = re.compile(r"(<(?:image|audio):[^>]+>)")  # A file within a prompt.
 
 
 class MultimodalPipeline:
@@ -108,6 +114,56 @@ class MultimodalPipeline:
         latents = mean[0].float().flatten(0, -2).T  # (Z, [m,] L) -> (L, Z m)
         return Part("audio", latents=audio_tokens(latents, self.model.config.audio_encoder_patch_size))
 
+    def read_image(self, file: str | Path) -> Part:
+        """An image file, cropped to the size that the model knows.
+
+        Raises: OSError, ValueError: it is missing, damaged, or no image; names it.
+        """
+        self.check_modality("image", file)
+        try:
+            image = decode_image({"path": str(file), "bytes": None}, "white")
+        except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for broken PNG files.
+            raise ValueError(f"image {str(file)!r} cannot be read: {error}") from error
+        image = fit_image(image, self.model.config.image_size, "crop", background_color="white")
+        return self.image_part(to_float(to_tensor(image)))
+
+    def read_audio(self, file: str | Path) -> Part:
+        """An audio file.
+
+        Raises: OSError, ValueError: it is missing, damaged, no audio, or longer than the model takes; names it.
+        """
+        self.check_modality("audio", file)
+        assert self.audio is not None
+        settings = self.audio.vae.config.mel
+        try:
+            waveform = read_waveform(Path(file), settings.sample_rate)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"audio {str(file)!r} cannot be read: {error}") from error
+        part = self.audio_part(analyse(waveform, LogMel(settings)))
+        try:
+            check_span(self.model.config, part)
+        except ValueError as error:
+            raise ValueError(f"audio {str(file)!r}: {error}; give a shorter clip") from error
+        return part
+
+    def check_modality(self, modality: str, file: str | Path) -> None:
+        """Raises: ValueError: the model lacks a modality; names the file that has it."""
+        if modality not in self.vaes:
+            raise ValueError(f"{modality} {str(file)!r}: this model has modalities={self.model.config.modalities}")
+
+    def read_prompt(self, text: str) -> list[Part]:
+        """The parts of a prompt with placeholders `<image:path>` and `<audio:path>`.
+
+        Raises: OSError, ValueError: see `read_image` and `read_audio`.
+        """
+        parts = []
+        for piece in filter(None, map(str.strip, PLACEHOLDER.split(text))):
+            match = PLACEHOLDER.fullmatch(piece)
+            kind, _, path = piece[1:-1].partition(":") if match else ("text", "", "")
+            readers = {"image": self.read_image, "audio": self.read_audio}
+            parts.append(readers[kind](path) if match else self.text_part(piece))
+        return parts
+
     # ---- From parts.
 
     def text_of(self, part: Part) -> str:
@@ -132,10 +188,10 @@ class MultimodalPipeline:
         n_frames = torch.tensor([latents.shape[1] * self.audio.vae.config.compression])
         return self.audio.decode(latents, n_frames)[0]
 
-    def waveform_of(self, part: Part) -> Tensor:
-        """The waveform (S,) of a part, on the CPU."""
+    def sound_of(self, part: Part) -> tuple[Tensor, int]:
+        """The waveform (S,) of a part, on the CPU, and its sampling rate in Hz."""
         assert self.audio is not None
-        return self.audio.vocode(self.mel_of(part))
+        return self.audio.vocode(self.mel_of(part)), self.audio.vae.config.sample_rate
 
     # ---- Answers.
 
@@ -166,3 +222,21 @@ class MultimodalPipeline:
         """The text of each image or clip, its most probable tokens; options: of `Sampling`."""
         answers = self.answer([[part] for part in parts], range(len(parts)), Sampling(None, ["text"], **options))
         return [self.text_of(answer[0]) if answer else "" for answer in answers]
+
+    def tasks(self, args: Any) -> list[tuple[str, list[Part], Sampling]]:
+        """What the flags of `inference/chat.py` ask for: a name, the parts of a prompt, and how it is answered.
+
+        Raises: OSError, ValueError: a file cannot be read, or the model lacks a modality.
+        """
+        known = self.model.config.modalities
+        common: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+        common["length_temperature"] = args.temperature
+        said = Sampling(None, ["text"], **common)
+        drawn, spoken = (Sampling(name, [name], **common) for name in SPANS)
+        return [
+            *((text, [self.text_part(text)], drawn) for text in args.draw),
+            *((text, [self.text_part(text)], spoken) for text in args.speak),
+            *((file, [self.read_image(file)], said) for file in args.describe),
+            *((file, [self.read_audio(file)], said) for file in args.transcribe),
+            *((prompt, self.read_prompt(prompt), Sampling(modalities=known, **common)) for prompt in args.prompts),
+        ]

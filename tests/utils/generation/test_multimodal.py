@@ -38,7 +38,8 @@ def test_parts_hold_the_latents_of_the_vaes(pipeline):
     assert part.latents.shape == (3, 20) and pipeline.mel_of(part).shape == (40, 24)
     mean, _ = standardized_posterior(vae, mel[None])
     assert torch.equal(audio_latents(part.latents, 4)[:9], mean[0].T)
-    assert pipeline.waveform_of(part).shape == (24 * vae.config.hop_length,)
+    waveform, rate = pipeline.sound_of(part)
+    assert waveform.shape == (24 * vae.config.hop_length,) and rate == vae.config.sample_rate
 
 
 def test_answers_go_by_their_seeds(pipeline):
