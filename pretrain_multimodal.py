@@ -2,7 +2,7 @@ r"""The multimodal transformer: text alone, or text, images and audio in one str
 
 Before: of text alone nothing, texts are tokenised by the first run on them; of images and audio the latents that
 preprocess_image_diffusion_dataset.py and preprocess_audio_diffusion_dataset.py make, which belong together where their
-source files have the same name. After, of text alone: evaluate.py, inference/generate_text.py.
+source files have the same name. After: evaluate.py and inference/generate_text.py for text alone, inference/chat.py.
 
     python pretrain_multimodal.py --run_name demo --config tiny --text_dataset python-topics --max_steps 500
     python pretrain_multimodal.py --run_name deep --config recurrent-tiny --text_dataset my_texts --tokenizer bpe
