@@ -17,6 +17,7 @@ from dataset_loading.locks import only_writer
 from model.causal import MegaTransformerForCausalLM
 from pretrain_audio_diffusion import AudioDiffusionStage
 from pretrain_audio_vae import AudioVAEStage
+from pretrain_image_vae import ImageVAEStage
 from pretrain_multimodal import MultimodalStage
 from pretrain_recurrent_vae import RecurrentVAEStage
 from pretrain_vocoder import VocoderStage
@@ -29,6 +30,7 @@ from tests.helpers.runs import (
     Run,
     changed,
     largest_difference,
+    named_runs,
     relative_distance,
     run_stage,
 )
@@ -59,6 +61,28 @@ def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str
     return Run(output_dir / stage / "two", steps)
 
 
+def launch_together(stage: str, cache: Path, output_dir: Path, runs: dict[str, tuple[str, int, list[str]]]) -> dict:
+    """Several runs of a stage on two processes that start once: name -> (launcher as in `launch`, steps, flags).
+
+    Returns: name -> Run.
+    """
+    commands = []
+    for name, (launcher, steps, flags) in runs.items():
+        engine = [] if launcher == "torchrun" else ["--use_deepspeed", "--deepspeed_config", launcher]
+        words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", name, *engine]
+        commands.append(changed([*COMMON[stage], "--max_steps", str(steps), *words], *flags))
+    program = ["tests/launched/several_runs.py", f"pretrain_{stage}", json.dumps(commands)]
+    done = start([BIN / "torchrun", "--standalone", "--nproc_per_node=2", *program])
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return {name: Run(output_dir / stage / name, steps) for name, (_, steps, _) in runs.items()}
+
+
+def start(command: list) -> subprocess.CompletedProcess:
+    """The ended process of a command."""
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+
+
 def launched(
     launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str, stage: str = "image_vae"
 ) -> subprocess.CompletedProcess:
@@ -72,8 +96,7 @@ def launched(
         port = str(20000 + os.getpid() % 20000)
         head = [BIN / "deepspeed", "--num_gpus=2", "--master_port", port]
         command = [*head, *program, "--use_deepspeed", "--deepspeed_config", launcher]
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    return start(command)
 
 
 def assert_same(one: Run, two: Run, tolerance: float = 1e-5) -> None:
@@ -88,13 +111,33 @@ def assert_same(one: Run, two: Run, tolerance: float = 1e-5) -> None:
 
 
 ZERO_STAGES = ("_zero-1", "_zero-2", "_zero-3")
-ZERO_1 = pytest.param("ds_config_zero-1.json", marks=pytest.mark.slow)
+FOUR, EIGHT = ["--batch_size", "4"], ["--batch_size", "8"]
+ACCUMULATED = ["--batch_size", "1", "--gradient_accumulation_steps", "4", "--use_gradient_checkpointing"]
+# Name -> launcher, steps, flags on two processes and on one.
+IMAGE_VAE_RUNS = {
+    **{f"zero_{name[-1:] or 0}": (f"ds_config{name}.json", 10, FOUR, EIGHT) for name in ("", *ZERO_STAGES)},
+    "accumulation": ("ds_config_zero-3.json", 10, ACCUMULATED, EIGHT),
+    "bf16": ("ds_config_zero-2.json", 10, [*FOUR, "--bf16"], [*EIGHT, "--bf16"]),
+    "filter": ("ds_config_zero-2.json", 20, *([*size, "--trainer", "grokfast_ema"] for size in (FOUR, EIGHT))),
+}
 
 
-@pytest.mark.parametrize("launcher", ["ds_config.json", ZERO_1, "ds_config_zero-2.json", "ds_config_zero-3.json"])
-def test_two_deepspeed_processes_equal_one(launcher, train, image_cache, tmp_path):
-    one = train("one", 10, "--batch_size", "8")
-    assert_same(one, launch(launcher, image_cache, tmp_path, 10, "--batch_size", "4"))
+@pytest.fixture(scope="module")
+def image_vaes(image_cache, tmp_path_factory) -> dict[str, Run]:
+    """The runs of `IMAGE_VAE_RUNS` on two processes."""
+    runs = {name: (launcher, steps, flags) for name, (launcher, steps, flags, _) in IMAGE_VAE_RUNS.items()}
+    return launch_together("image_vae", image_cache, tmp_path_factory.mktemp("image_vaes"), runs)
+
+
+@pytest.mark.parametrize("name", [f"zero_{stage}" for stage in range(4)] + ["accumulation", "filter"])
+def test_two_deepspeed_processes_equal_one(name, image_vaes, one_process):
+    _, steps, _, flags = IMAGE_VAE_RUNS[name]
+    assert_same(one_process("_".join(flags).strip("-"), steps, *flags), image_vaes[name])
+
+
+@pytest.fixture(scope="module")
+def one_process(image_cache, tmp_path_factory):
+    yield from named_runs(ImageVAEStage, SMALL_RUN, image_cache, tmp_path_factory.mktemp("one"))
 
 
 def test_two_ddp_processes_equal_one_and_resume_on_two_and_on_one(train, image_cache, tmp_path):
@@ -109,24 +152,15 @@ def test_two_ddp_processes_equal_one_and_resume_on_two_and_on_one(train, image_c
     assert_same(one, train("resumed", 10, "--batch_size", "8", "--resume_from_checkpoint"))
 
 
-def test_accumulation_under_zero_3(train, image_cache, tmp_path):
-    one = train("one", 10, "--batch_size", "8")
-    flags = ["--batch_size", "1", "--gradient_accumulation_steps", "4", "--use_gradient_checkpointing"]
-    assert_same(one, launch("ds_config_zero-3.json", image_cache, tmp_path, 10, *flags))
+@pytest.mark.slow
+def test_gradient_averages_under_zero_2(train, image_cache, tmp_path):
+    flags = ["--trainer", "grokfast_ma", "--grokfast_window", "4"]
+    one = train("one", 20, *EIGHT, *flags)
+    assert_same(one, launch("ds_config_zero-2.json", image_cache, tmp_path, 20, *FOUR, *flags))
 
 
-AVERAGE = pytest.param("--trainer grokfast_ma --grokfast_window 4", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("flags", ["--trainer grokfast_ema", AVERAGE])
-def test_gradient_filters_under_zero_2(flags, train, image_cache, tmp_path):
-    one = train("one", 20, "--batch_size", "8", *flags.split())
-    assert_same(one, launch("ds_config_zero-2.json", image_cache, tmp_path, 20, "--batch_size", "4", *flags.split()))
-
-
-def test_bf16_keeps_fp32_weights(train, image_cache, tmp_path):
-    one = train("one", 10, "--batch_size", "8", "--bf16")
-    two = launch("ds_config_zero-2.json", image_cache, tmp_path, 10, "--batch_size", "4", "--bf16")
+def test_bf16_keeps_fp32_weights(image_vaes, one_process):
+    one, two = one_process("bf16", 10, *EIGHT, "--bf16"), image_vaes["bf16"]
     assert two.losses == pytest.approx(one.losses, rel=2e-3)
     assert all(value.dtype == torch.float32 for value in [*two.weights().values(), *two.weights("ema").values()])
 
@@ -168,15 +202,14 @@ def test_flags_changed_on_resume_act_under_every_engine_as_in_one_process(launch
     assert (two.folder / "ema.safetensors").exists()
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "ds_config_zero-3.json"])
-def test_diffusion_on_two_processes_equals_one(launcher, train_diffusion, latent_cache, tmp_path):
-    launcher = sharding_all(tmp_path) if launcher.endswith("json") else launcher
+def test_diffusion_on_two_processes_equals_one(train_diffusion, latent_cache, tmp_path):
     one = train_diffusion("one", 8, "--batch_size", "8")
     flags = ["--batch_size", "4", "--eval_steps", "4", "--eval_images", "4"]
-    two = launch(launcher, latent_cache, tmp_path, 8, *flags, stage="image_diffusion")
-    assert two.losses == pytest.approx(one.losses, rel=1e-5)
-    for name in ("model", "ema"):
-        assert largest_difference(one.weights(name), two.weights(name)) <= 1e-4
+    launchers = {"ddp": ("torchrun", 8, flags), "sharded": (sharding_all(tmp_path), 8, flags)}
+    for two in launch_together("image_diffusion", latent_cache, tmp_path, launchers).values():
+        assert two.losses == pytest.approx(one.losses, rel=1e-5)
+        for name in ("model", "ema"):
+            assert largest_difference(one.weights(name), two.weights(name)) <= 1e-4
 
 
 def sharding_all(folder: Path) -> str:
@@ -247,7 +280,7 @@ def test_vocoder_on_two_processes_equals_one_and_resumes_exactly_within_a_later_
     straight, resumed = launch_and_resume("vocoder", cache, tmp_path, flags)
     for two in (ddp, straight):
         assert two.losses == pytest.approx(one.losses, rel=1e-5)
-        assert evaluated(two) == pytest.approx(evaluated(one), rel=1e-5)
+        assert two.logged("eval_loss") == pytest.approx(one.logged("eval_loss"), rel=1e-5)
         same_vocoder(one, two)
         # Adam moves the few weights whose gradient is nothing but rounding by up to its rate of 1e-4 in every update.
         discriminators = [run.adversary["discriminator"] for run in (one, two)]
@@ -255,7 +288,7 @@ def test_vocoder_on_two_processes_equals_one_and_resumes_exactly_within_a_later_
         assert one.adversary["updates"] == two.adversary["updates"] == 3
     assert all(largest_difference(straight.weights(name), resumed.weights(name)) == 0 for name in ("model", "ema"))
     assert largest_difference(straight.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
-    assert straight.losses == resumed.losses and evaluated(straight) == evaluated(resumed)
+    assert straight.losses == resumed.losses and straight.logged("eval_loss") == resumed.logged("eval_loss")
 
 
 def same_vocoder(one: Run, two: Run) -> None:
@@ -284,24 +317,21 @@ def test_audio_stages_under_zero_3_equal_one_process(stage, tmp_path, fresh_logg
     assert largest_difference(one.adversary["discriminator"], two.adversary["discriminator"]) <= 1e-4
 
 
-ZERO_3 = pytest.param("ds_config_zero-3.json", marks=pytest.mark.slow)
-ZERO_0 = pytest.param("ds_config.json", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("launcher", ["torchrun", ZERO_0, ZERO_1, "ds_config_zero-3.json"])
-def test_text_on_two_processes_equals_one(launcher, tmp_path, fresh_logging):
+def test_text_on_two_processes_equals_one(tmp_path, fresh_logging):
     """With unequal numbers of targets, a recurrent core of drawn depth, a noisy first state, dropout, tied weights."""
     cache = make_text(tmp_path / "cache")
-    launcher = sharding_all(tmp_path) if launcher == "ds_config_zero-3.json" else launcher
     one = run_stage(MultimodalStage, TEXT, cache, tmp_path, "one", 6, "--batch_size", "8", "--eval_steps", "3")
     flags = ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--eval_steps", "3", "--eval_batch_size", "3"]
-    same_text(one, launch(launcher, cache, tmp_path, 6, *flags, "--n_samples", "2", stage="multimodal"))
+    launchers = ("torchrun", "ds_config.json", "ds_config_zero-1.json", sharding_all(tmp_path))
+    runs = {Path(name).stem: (name, 6, [*flags, "--n_samples", "2"]) for name in launchers}
+    for two in launch_together("multimodal", cache, tmp_path, runs).values():
+        same_text(one, two)
 
 
 def same_text(one: Run, two: Run) -> None:
     """Losses, evaluations and weights of two runs of the multimodal stage agree, also as they are loaded."""
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
-    assert evaluated(two) == pytest.approx(evaluated(one), rel=1e-5)
+    assert two.logged("eval_loss") == pytest.approx(one.logged("eval_loss"), rel=1e-5)
     for name, kind in (("model", "raw"), ("ema", "ema")):
         assert largest_difference(one.weights(name), two.weights(name)) <= 1e-4
         first, second = (load_model(MegaTransformerForCausalLM, run.folder, kind).state_dict() for run in (one, two))
@@ -317,24 +347,22 @@ def test_text_under_zero_2_equals_one_process_and_resumes_exactly(tmp_path, fres
     straight, resumed = launch_and_resume("multimodal", cache, tmp_path, flags)
     same_text(one, straight)
     assert all(largest_difference(straight.weights(name), resumed.weights(name)) == 0 for name in ("model", "ema"))
-    assert straight.losses == resumed.losses and evaluated(straight) == evaluated(resumed)
+    assert straight.losses == resumed.losses and straight.logged("eval_loss") == resumed.logged("eval_loss")
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "ds_config_zero-2.json", ZERO_3])
-def test_speech_on_two_processes_equals_one(launcher, tmp_path, fresh_logging):
+def test_speech_on_two_processes_equals_one(tmp_path, fresh_logging):
     """Batches by a budget of frames: the two processes have clips of unequal lengths in unequal numbers."""
     cache = make_speech(tmp_path / "cache")
     one = run_stage(AudioDiffusionStage, SMALL_SPEECH, cache, tmp_path, "one", 4)
     flags = ["--batch_frames", "128", "--eval_batch_size", "3"]
-    two = launch(launcher, cache, tmp_path, 4, *flags, stage="audio_diffusion")
-    assert two.losses == pytest.approx(one.losses, rel=1e-5) and evaluated(two) == pytest.approx(evaluated(one))
-    assert all(largest_difference(one.weights(name), two.weights(name)) <= 1e-5 for name in ("model", "ema"))
-
-
-def evaluated(run: Run) -> list[float]:
-    """Every evaluation's loss in a run's record."""
-    history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
-    return [line["eval_loss"] for line in history if "eval_loss" in line]
+    launchers = ("torchrun", "ds_config_zero-2.json", "ds_config_zero-3.json")
+    runs = launch_together(
+        "audio_diffusion", cache, tmp_path, {Path(name).stem: (name, 4, flags) for name in launchers}
+    )
+    for two in runs.values():
+        assert two.losses == pytest.approx(one.losses, rel=1e-5)
+        assert two.logged("eval_loss") == pytest.approx(one.logged("eval_loss"))
+        assert all(largest_difference(one.weights(name), two.weights(name)) <= 1e-5 for name in ("model", "ema"))
 
 
 def launch_and_resume(stage: str, cache: Path, output_dir: Path, flags: list[str]) -> tuple[Run, Run]:

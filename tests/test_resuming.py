@@ -51,12 +51,6 @@ def record(run: Run) -> dict:
     return json.loads((run.folder / STAGE).read_text())
 
 
-def rates(run: Run) -> list[float]:
-    """The logged learning rate of every step."""
-    history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
-    return [line["learning_rate"] for line in history if "learning_rate" in line]
-
-
 # ---- Flags.
 
 
@@ -89,7 +83,9 @@ def test_changed_flags_take_effect_and_are_recorded(resume, whole, caplog):
     flags += "--save_steps 3 --eval_steps 2 --logging_steps 2 --max_grad_norm 0.5 --batch_size 4".split()  # noqa: SIM905
     resumed = resume(8, *flags, "--gradient_accumulation_steps", "2")
     # The model's optimizer, with half the rate of the run; biases and norms are not decayed.
-    assert rates(resumed)[4:] == pytest.approx([rate / 2 for rate in rates(whole)[5::2]])
+    assert resumed.logged("learning_rate")[4:] == pytest.approx(
+        [rate / 2 for rate in whole.logged("learning_rate")[5::2]]
+    )
     groups = torch.load(resumed.folder / "optimizer.pt", weights_only=True)["param_groups"]
     assert [group["weight_decay"] for group in groups] == [0.1, 0.0]
     assert all(group["betas"] == (0.8, 0.99) and group["initial_lr"] == 5e-5 for group in groups)
@@ -98,7 +94,7 @@ def test_changed_flags_take_effect_and_are_recorded(resume, whole, caplog):
     assert resumed.adversary["optimizer"]["param_groups"][0]["initial_lr"] == 3e-4
     assert resumed.adversary["scheduler"]["base_lrs"] == [3e-4]
     # Steps between logs, evaluations and checkpoints.
-    history = json.loads((resumed.folder / "trainer_state.json").read_text())["log_history"]
+    history = resumed.history
     assert [line["step"] for line in history if "eval_loss" in line] == [6, 8]
     assert [line["step"] for line in history if "loss" in line] == [1, 2, 3, 4, 6, 8]
     assert [folder.name for folder in sorted(resumed.folder.parent.glob("checkpoint-*"))] == [
@@ -157,16 +153,18 @@ def test_average_and_gradient_filter_are_switched(resume, caplog):
 
 def test_a_longer_run_goes_on_from_the_present_rate(resume, whole, tmp_path):
     longer = resume(12)
-    assert rates(longer)[:5] == rates(whole)[:5]
+    assert longer.logged("learning_rate")[:5] == whole.logged("learning_rate")[:5]
     # The schedule is that of 8 steps; from step 4 on two steps of the new run are one of it.
-    assert rates(longer)[4::2] == pytest.approx(rates(whole)[4:]) and record(longer)["run_lengths"] == [
+    assert longer.logged("learning_rate")[4::2] == pytest.approx(whole.logged("learning_rate")[4:]) and record(longer)[
+        "run_lengths"
+    ] == [
         [0, 8],
         [4, 12],
     ]
     # Resumed again, it goes on the same way, in the discriminator's schedule too.
     shutil.rmtree(checkpoint(tmp_path, 12))
     again = resume(12)
-    assert rates(again) == rates(longer) and again.losses == longer.losses
+    assert again.logged("learning_rate") == longer.logged("learning_rate") and again.losses == longer.losses
     assert again.adversary["scheduler"]["_last_lr"] == longer.adversary["scheduler"]["_last_lr"]
 
 
@@ -174,7 +172,7 @@ def test_a_finished_run_goes_on_at_a_constant_rate_only(resume):
     with pytest.raises(ValueError, match=r"learning rate of 0.*--lr_scheduler_type constant"):
         resume(9, step=8)
     longer = resume(9, "--lr_scheduler_type", "constant", "--learning_rate", "1e-5", step=8)
-    assert rates(longer)[-1] == 1e-5
+    assert longer.logged("learning_rate")[-1] == 1e-5
 
 
 def test_epochs_that_are_given_replace_the_runs_steps(whole, capsys, fresh_logging):
@@ -193,9 +191,8 @@ def test_a_curriculum_goes_on_evenly_in_a_longer_run(tmp_path, fresh_logging):
     run = run_stage(MultimodalStage, fixed, cache, tmp_path, "run", 8, *flags, "--save_steps", "4")
     shutil.rmtree(run.folder)
     longer = run_stage(MultimodalStage, fixed, cache, tmp_path, "run", 12, *flags, "--resume_from_checkpoint")
-    history = json.loads((longer.folder / "trainer_state.json").read_text())["log_history"]
     # Means 1, 1.5, 2, 2.5 of 8 steps, then 3, 3.25, ... of 12; rounded.
-    steps = [line["thinking_steps"] for line in history if "thinking_steps" in line]
+    steps = longer.logged("thinking_steps")
     assert steps == [round(1 + 0.5 * min(step, 4) + 0.25 * max(0, step - 4)) for step in range(12)]
 
 
@@ -210,11 +207,11 @@ def test_later_checkpoints_are_set_aside_and_no_longer_shown(whole, tmp_path, fr
     assert {folder.name for folder in run.folder.parent.glob("abandoned-1/*")} == {"checkpoint-6", "checkpoint-8"}
     assert (run.folder.parent / "abandoned-1" / "checkpoint-8" / "model.safetensors").read_bytes() == old
     assert (run.folder / "model.safetensors").read_bytes() != old
-    assert rates(run)[4] == pytest.approx(10 * 6.112604669781572e-05)
+    assert run.logged("learning_rate")[4] == pytest.approx(10 * 6.112604669781572e-05)
     # TensorBoard has every step once, with the new rates.
     events = EventAccumulator(str(run.folder.parent / "tensorboard")).Reload().Scalars("train/learning_rate")
     assert [event.step for event in events] == list(range(1, 9))
-    assert [event.value for event in events] == pytest.approx(rates(run))
+    assert [event.value for event in events] == pytest.approx(run.logged("learning_rate"))
 
 
 def test_a_checkpoint_of_another_run_is_continued_in_an_empty_folder(whole, image_cache, tmp_path, fresh_logging):

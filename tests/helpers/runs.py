@@ -2,7 +2,8 @@
 
 import itertools
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -32,9 +33,17 @@ class Run:
         self.folder = run_dir / f"checkpoint-{step}"
 
     @property
+    def history(self) -> list[dict]:
+        """The log lines so far."""
+        return json.loads((self.folder / "trainer_state.json").read_text())["log_history"]
+
+    def logged(self, name: str) -> list[float]:
+        """A number of all log lines that have it."""
+        return [line[name] for line in self.history if name in line]
+
+    @property
     def losses(self) -> list[float]:
-        history = json.loads((self.folder / "trainer_state.json").read_text())["log_history"]
-        return [line["loss"] for line in history if "loss" in line]
+        return self.logged("loss")
 
     def weights(self, name: str = "model") -> dict[str, torch.Tensor]:
         return load_file(self.folder / f"{name}.safetensors")
@@ -62,6 +71,20 @@ def run_stage(
     except SystemExit as end:
         raise end.__cause__ or end from None
     return Run(output_dir / stage.name / name, steps)
+
+
+def named_runs(stage: type, common: list[str], cache: Path, folder: Path) -> Iterator[Callable[..., Run]]:
+    """For a fixture: runs("name", steps, *flags) -> Run; a run with the name and steps of an earlier one is that
+    one."""
+    runs: dict[tuple[str, int], Run] = {}
+
+    def run(name: str, steps: int, *flags: str, cache: Path = cache) -> Run:
+        if (name, steps) not in runs:
+            runs[name, steps] = run_stage(stage, common, cache, folder, name, steps, *flags)
+        return runs[name, steps]
+
+    yield run
+    logging.getLogger().handlers.clear()
 
 
 def move_alone(run_dir: Path, target: Path) -> dict:

@@ -18,7 +18,7 @@ from model.audio.vae import AudioVAE
 from model.text.tokenizer import encode_caption
 from pretrain_audio_vae import AudioVAEStage
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
-from tests.helpers.runs import Run, changed, largest_difference, run_stage
+from tests.helpers.runs import changed, largest_difference, run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model, read_stage
 from utils.command_line import parse_arguments
@@ -42,11 +42,6 @@ def train(cache, tmp_path_factory):
 @pytest.fixture(scope="module")
 def whole(train):
     return train("whole", 8, "--batch_size", "8", "--save_steps", "4")
-
-
-def logged(run: Run, name: str) -> list[float]:
-    history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
-    return [line[name] for line in history if name in line]
 
 
 # ---- Segments and losses.
@@ -108,8 +103,8 @@ def test_an_empty_transcript_is_unknown_and_teaches_nothing():
 
 
 def test_it_trains_and_logs_all_terms(whole):
-    assert all(logged(whole, name) for name in ("loss/l1", "loss/kl", "gan/generator", "gan/discriminator"))
-    assert logged(whole, "loss/l1")[-1] < logged(whole, "loss/l1")[0]
+    assert all(whole.logged(name) for name in ("loss/l1", "loss/kl", "gan/generator", "gan/discriminator"))
+    assert whole.logged("loss/l1")[-1] < whole.logged("loss/l1")[0]
     assert whole.adversary["updates"] == 6
 
 
@@ -124,8 +119,8 @@ def test_evaluation_is_over_whole_clips(whole, cache):
             errors.append((output.reconstruction.clamp_min(SETTINGS.log_floor) - mel).abs().mean().item())
             kl = output.mean**2 + output.logvar.exp() - 1 - output.logvar
             nats.append(0.5 * kl.sum().item() / mel.numel())
-    assert logged(whole, "eval_mel_l1")[-1] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
-    assert logged(whole, "eval_kl")[-1] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
+    assert whole.logged("eval_mel_l1")[-1] == pytest.approx(sum(errors) / len(errors), rel=1e-4)
+    assert whole.logged("eval_kl")[-1] == pytest.approx(sum(nats) / len(nats), rel=1e-4)
 
 
 # ---- Statistics.
@@ -178,7 +173,7 @@ def test_accumulation_of_whole_clips_equals_one_batch(train):
     one = train("clips", 4, "--batch_size", "8", *flags)
     parts = train("clip_parts", 4, "--batch_size", "2", "--gradient_accumulation_steps", "4", *flags)
     assert parts.losses == pytest.approx(one.losses, rel=1e-5)
-    assert logged(parts, "loss/gradient") == pytest.approx(logged(one, "loss/gradient"), rel=1e-5)
+    assert parts.logged("loss/gradient") == pytest.approx(one.logged("loss/gradient"), rel=1e-5)
 
 
 def test_gradient_checkpointing_changes_nothing(train, whole):
@@ -213,7 +208,7 @@ def test_silent_constant_and_short_clips_give_finite_numbers_under_bf16(train, s
     flags = ["--segment_frames", segment_frames, "--discriminator", "patch_1d", "--use_spectral_norm"]
     run = train(f"bf16_{segment_frames}", 5, "--batch_size", "36", "--bf16", "--lecam_weight", "0.01", *flags)
     assert all(value.isfinite().all() and value.dtype == torch.float32 for value in run.weights().values())
-    assert all(torch.tensor(run.losses).isfinite()) and not logged(run, "skipped_steps")
+    assert all(torch.tensor(run.losses).isfinite()) and not run.logged("skipped_steps")
 
 
 # ---- Speakers and characters.
@@ -234,9 +229,9 @@ def test_speakers_are_told_and_matter(train, cache):
 def test_characters_become_legible(train, cache):
     flags = ["--segment_frames", "0", "--ctc_weight", "0.3", "--gan_weight", "0", "--learning_rate", "5e-3"]
     run = train("characters", 40, "--batch_size", "16", *flags)
-    losses = logged(run, "loss/ctc")
+    losses = run.logged("loss/ctc")
     assert sum(losses[-4:]) < 0.6 * sum(losses[:4])
-    assert logged(run, "eval_ctc")[-1] > 0
+    assert run.logged("eval_ctc")[-1] > 0
     dataset = DescribedAudioDataset(cache, "train", [], use_tokens=True)
     tokens = dataset[2]["tokens"]
     assert tokens.tolist() == encode_caption(dataset.entries[2]["caption"], 99) and len(tokens) == 4

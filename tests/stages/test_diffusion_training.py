@@ -57,11 +57,10 @@ def test_training_learns_and_evaluations_compare(train_diffusion):
     run = train_diffusion(
         "learns", 40, "--batch_size", "8", "--eval_steps", "20", "--ema_decay", "0.9", "--eval_images", "6"
     )
-    history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
-    values = [line["eval_loss"] for line in history if "eval_loss" in line]
+    values = run.logged("eval_loss")
     assert len(values) == 2 and values[1] < 0.97 * values[0]
-    assert all(name in history[-1] for name in ("eval_kid", "eval_frechet", "eval_agreement"))
-    buckets = [history[-1][f"eval_loss_t{low}-{high}"] for low, high in (("0.00", "0.50"), ("0.50", "1.00"))]
+    assert all(name in run.history[-1] for name in ("eval_kid", "eval_frechet", "eval_agreement"))
+    buckets = [run.history[-1][f"eval_loss_t{low}-{high}"] for low, high in (("0.00", "0.50"), ("0.50", "1.00"))]
     assert sum(buckets) / 2 == pytest.approx(values[1], rel=1e-5)
 
 
@@ -93,9 +92,7 @@ def test_channel_weights_weigh_the_loss_of_each_channel(train_diffusion, latent_
     weighted = train_diffusion("weighted", 1, "--batch_size", "8", "--channel_weight_power", "1")
     assert weighted.losses[0] != pytest.approx(plain.losses[0], rel=1e-4)
     # The network starts at zero, so that the loss is the mean square of its target in either weighting.
-    history = [
-        json.loads((run.folder / "trainer_state.json").read_text())["log_history"][0] for run in (plain, weighted)
-    ]
+    history = [run.history[0] for run in (plain, weighted)]
     assert history[0]["loss/mse"] == history[1]["loss/mse"] == pytest.approx(plain.losses[0], rel=1e-5)
 
 

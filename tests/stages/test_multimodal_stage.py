@@ -37,14 +37,6 @@ def train_text(text_cache, tmp_path, fresh_logging):
     return call
 
 
-def history(run: Run) -> list[dict]:
-    return json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
-
-
-def logged(run: Run, name: str) -> list[float]:
-    return [line[name] for line in history(run) if name in line]
-
-
 @MODELS
 def test_a_checkpoint_holds_tokenizer_record_and_tied_weights(common, train_text, text_cache):
     run = train_text(common, "record", 2)
@@ -80,8 +72,8 @@ def test_accumulation_equals_one_batch(common, flags, train_text, text_cache):
     )
     assert parts.losses == pytest.approx(whole.losses, rel=1e-6)
     for name in ("grad_norm", "loss/cross_entropy", "loss/z", "targets_per_step"):
-        assert logged(parts, name) == pytest.approx(logged(whole, name), rel=1e-5), name
-    assert len(set(logged(whole, "targets_per_step"))) > 1
+        assert parts.logged(name) == pytest.approx(whole.logged(name), rel=1e-5), name
+    assert len(set(whole.logged("targets_per_step"))) > 1
     # Adam divides by the root of a gradient's square, which scales up the rounding of gradients near zero.
     assert largest_difference(whole.weights(), parts.weights()) <= 1e-5
     assert relative_distance(whole.weights(), parts.weights()) <= 1e-6
@@ -102,8 +94,8 @@ def test_resumed_equals_straight_through(common, train_text, tmp_path):
         first, second = (torch.load(run.folder / file, weights_only=True) for run in (straight, resumed))
         assert equal(first, second), file
     assert straight.losses == resumed.losses
-    assert logged(straight, "thinking_steps") == logged(resumed, "thinking_steps")
-    assert logged(straight, "eval_loss") == logged(resumed, "eval_loss")
+    assert straight.logged("thinking_steps") == resumed.logged("thinking_steps")
+    assert straight.logged("eval_loss") == resumed.logged("eval_loss")
 
 
 @MODELS
@@ -131,8 +123,8 @@ def test_chunks_of_the_loss_change_nothing(train_text):
     override = ["--override", "hidden_size=64", "loss_chunk_size=50"]
     chunked = train_text(SMALL_TEXT, "chunked", 4, "--batch_size", "8", *override)
     assert chunked.losses == pytest.approx(plain.losses, rel=1e-6)
-    assert logged(chunked, "eval_loss") == pytest.approx(logged(plain, "eval_loss"), rel=1e-5)
-    assert not logged(chunked, "eval_accuracy") and logged(plain, "eval_accuracy")
+    assert chunked.logged("eval_loss") == pytest.approx(plain.logged("eval_loss"), rel=1e-5)
+    assert not chunked.logged("eval_accuracy") and plain.logged("eval_accuracy")
 
 
 def test_evaluation_equals_a_sum_over_single_tokens(train_text, text_cache):
@@ -151,7 +143,7 @@ def test_evaluation_equals_a_sum_over_single_tokens(train_text, text_cache):
             nats -= logits.double().log_softmax(-1)[ids[position + 1]].item()
             hits += int(logits.argmax() == ids[position + 1])
             n_targets += 1
-    last = history(run)[-1]
+    last = run.history[-1]
     assert n_bytes == texts.n_bytes and n_targets == texts.n_targets
     assert last["eval_loss"] == pytest.approx(nats / n_targets, rel=1e-5)
     assert last["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / n_bytes, rel=1e-5)
@@ -164,8 +156,8 @@ def test_a_curriculum_begins_with_one_step_and_the_depths_are_evaluated(train_te
     fixed = [word for word in SMALL_CORE if word != "recurrent_state_initialization=normal"]
     fixed.insert(fixed.index("--override") + 1, "recurrent_steps_distribution=fixed")
     run = train_text(fixed, "curriculum", 8, "--batch_size", "8", *flags)
-    assert logged(run, "thinking_steps") == [1, 2, 2, 2, 3, 3, 3, 3]  # Means 1, 1.5, 2, 2.5, 3, ..., rounded.
-    last = history(run)[-1]
+    assert run.logged("thinking_steps") == [1, 2, 2, 2, 3, 3, 3, 3]  # Means 1, 1.5, 2, 2.5, 3, ..., rounded.
+    last = run.history[-1]
     assert last.keys() >= {"eval_loss_1_steps", "eval_loss_5_steps"} and "eval_loss_3_steps" not in last
 
 
@@ -179,14 +171,14 @@ def test_tensorboard_shows_texts_losses_and_steps(train_text):
     events = EventAccumulator(str(run.folder.parent / "tensorboard"), {"histograms": 0}).Reload()
     tags = events.Tags()
     assert {"thinking_steps/drawn", "thinking_steps/used"} <= set(tags["histograms"])
-    assert logged(run, "eval_loss_with_exits") == logged(run, "eval_loss_2_steps") != logged(run, "eval_loss")
+    assert run.logged("eval_loss_with_exits") == run.logged("eval_loss_2_steps") != run.logged("eval_loss")
     names = {"train/loss", "loss/cross_entropy", "loss/z", "train/thinking_steps", "train/tokens_per_second"}
     assert names | {"eval/bits_per_byte", "eval/loss_1_steps", "eval/thinking_steps"} <= set(tags["scalars"])
     drawn = events.Histograms("thinking_steps/drawn")
     assert [histogram.histogram_value.num for histogram in drawn] == [2, 2]
-    assert sum(each.histogram_value.sum for each in drawn) == sum(logged(run, "thinking_steps"))
+    assert sum(each.histogram_value.sum for each in drawn) == sum(run.logged("thinking_steps"))
     # Every token leaves at the first occasion.
-    assert logged(run, "eval_thinking_steps") == [2, 2]
+    assert run.logged("eval_thinking_steps") == [2, 2]
     used = events.Histograms("thinking_steps/used")[-1].histogram_value
     assert used.min == used.max == 2
     shown = events.Tensors("samples/01/text_summary")[-1].tensor_proto.string_val[0].decode()

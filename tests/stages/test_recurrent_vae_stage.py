@@ -1,7 +1,6 @@
 """The recurrent VAE stage in one process: the steps it draws, its losses, exactness, evaluation, refusals."""
 
 import json
-import logging
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ import torch
 from dataset_loading.image.pixels import ImageDataset
 from model.image.recurrent_vae import RecurrentVAE, RecurrentVAEOutput
 from pretrain_recurrent_vae import RecurrentVAEStage
-from tests.helpers.runs import SMALL_RUN, Run, changed, largest_difference, run_stage
+from tests.helpers.runs import SMALL_RUN, changed, largest_difference, named_runs
 from utils.checkpoints import load_model
 from utils.evaluation.image_vae import ImageVAEEvaluationArguments
 from utils.evaluation.recurrent_vae import RecurrentVAEEvaluator
@@ -25,26 +24,12 @@ from utils.training.recurrent_vae import (
 
 @pytest.fixture(scope="module")
 def runs(image_cache, tmp_path_factory):
-    """runs("name", steps, *flags) -> Run; a run with the name and steps of an earlier one is that one."""
-    folder, made = tmp_path_factory.mktemp("runs"), {}
-
-    def run(name: str, steps: int, *flags: str) -> Run:
-        if (name, steps) not in made:
-            made[name, steps] = run_stage(RecurrentVAEStage, SMALL_RUN, image_cache, folder, name, steps, *flags)
-        return made[name, steps]
-
-    yield run
-    logging.getLogger().handlers.clear()
+    yield from named_runs(RecurrentVAEStage, SMALL_RUN, image_cache, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
 def whole(runs):
     return runs("whole", 6, "--batch_size", "8", "--save_steps", "3")
-
-
-def logged(run: Run, name: str) -> list[float]:
-    history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
-    return [line[name] for line in history if name in line]
 
 
 # ---- The number of decoder steps.
@@ -76,12 +61,12 @@ def test_steps_belong_to_seed_and_optimizer_step(whole):
     args = RecurrentVAEArguments()
     steps = {"mean": args.mean_decoder_steps, "sigma": args.decoder_steps_sigma}
     steps |= {"minimum": args.min_decoder_steps, "maximum": args.max_decoder_steps}
-    assert logged(whole, "decoder_steps") == [draw_n_steps(42, step, **steps) for step in range(6)]
+    assert whole.logged("decoder_steps") == [draw_n_steps(42, step, **steps) for step in range(6)]
 
 
 def test_accumulation_equals_one_batch(runs, whole):
     parts = runs("parts", 6, "--batch_size", "2", "--gradient_accumulation_steps", "4", "--save_steps", "3")
-    assert logged(parts, "decoder_steps") == logged(whole, "decoder_steps")
+    assert parts.logged("decoder_steps") == whole.logged("decoder_steps")
     # Rounding of the first steps grows along the recurrence.
     assert parts.losses == pytest.approx(whole.losses, rel=5e-5)
     assert parts.adversary["updates"] == whole.adversary["updates"] == 4
@@ -110,25 +95,25 @@ def test_terms_of_intermediate_images_are_their_definitions():
 def test_terms_are_weighted(runs, whole):
     flags = ["--intermediate_weight", "0", "--distillation_weight", "2"]
     run = runs("weighted", 3, "--batch_size", "8", *flags)
-    assert not logged(run, "loss/intermediate")
+    assert not run.logged("loss/intermediate")
     # Nothing is corrected before the first update: all depths are equal.
-    assert logged(run, "loss/distillation")[0] == logged(whole, "loss/distillation")[0] == 0
-    assert logged(run, "loss/distillation")[2] > 0
-    assert logged(run, "loss/l1")[0] == logged(whole, "loss/l1")[0]
+    assert run.logged("loss/distillation")[0] == whole.logged("loss/distillation")[0] == 0
+    assert run.logged("loss/distillation")[2] > 0
+    assert run.logged("loss/l1")[0] == whole.logged("loss/l1")[0]
 
 
 def test_all_terms_are_logged_and_validation_covers_several_depths(whole):
     names = ("loss/l1", "loss/kl", "loss/intermediate", "loss/distillation", "gan/generator")
-    assert all(logged(whole, name) for name in names)
+    assert all(whole.logged(name) for name in names)
     model = load_model(RecurrentVAE, whole.folder)
     dataset = ImageDataset(json.loads((whole.folder / "stage.json").read_text())["data"]["folder"], "validation")
     image = torch.stack([dataset[i]["image"] for i in range(len(dataset))])
     with torch.no_grad():
         images = model.decode_steps(model.encode(image)[0], list(EVALUATED_STEPS))
     for k, reconstruction in zip(EVALUATED_STEPS, images):
-        (value,) = logged(whole, f"eval_psnr_{k}_steps")
+        (value,) = whole.logged(f"eval_psnr_{k}_steps")
         assert value == pytest.approx(psnr(reconstruction, image).mean().item(), abs=1e-3)
-    assert logged(whole, "eval_psnr") == pytest.approx(logged(whole, "eval_psnr_8_steps"), abs=1e-3)
+    assert whole.logged("eval_psnr") == pytest.approx(whole.logged("eval_psnr_8_steps"), abs=1e-3)
 
 
 # ---- Exactness.

@@ -1,7 +1,6 @@
 """The vocoder stage in one process: crops, exactness, clips that go wrong, evaluation, refusals."""
 
 import json
-import logging
 import math
 
 import pytest
@@ -16,7 +15,7 @@ from model.audio.vocoders import Vocoder
 from model.audio.waveform_discriminators import PeriodDiscriminator, ResolutionDiscriminator
 from pretrain_vocoder import VocoderArguments, VocoderStage
 from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache, spoil
-from tests.helpers.runs import Run, changed, largest_difference, run_stage
+from tests.helpers.runs import changed, largest_difference, named_runs, run_stage
 from utils.checkpoints import load_model
 from utils.training.vocoder import VocoderTrainer, crop_pairs
 
@@ -28,16 +27,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def runs(cache, tmp_path_factory):
-    """runs("name", steps, *flags) -> Run; a run with the name and steps of an earlier one is that one."""
-    folder, made = tmp_path_factory.mktemp("runs"), {}
-
-    def run(name: str, steps: int, *flags: str, cache=cache) -> Run:
-        if (name, steps) not in made:
-            made[name, steps] = run_stage(VocoderStage, SMALL_VOCODER, cache, folder, name, steps, *flags)
-        return made[name, steps]
-
-    yield run
-    logging.getLogger().handlers.clear()
+    yield from named_runs(VocoderStage, SMALL_VOCODER, cache, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +110,7 @@ def test_gradient_checkpointing_changes_nothing(runs, whole):
 
 def test_average_of_weights_is_kept_and_evaluated(runs, whole):
     assert 0 < largest_difference(whole.weights(), whole.weights("ema")) < 0.1
-    history = json.loads((whole.folder / "trainer_state.json").read_text())["log_history"]
-    line = next(line for line in history if "loss" in line and "loss/weighted_feature_matching" in line)
+    line = next(line for line in whole.history if "loss" in line and "loss/weighted_feature_matching" in line)
     parts = [value for name, value in line.items() if name.startswith("loss/")]
     assert line["loss"] == pytest.approx(sum(parts), rel=1e-3)
 
@@ -141,8 +130,7 @@ def test_silent_clipped_constant_and_short_clips_train_without_nan(flags, runs, 
     name = "spoiled_bf16" if flags else "spoiled"
     run = runs(name, 24, "--batch_size", "4", "--gan_start_step", "0", *all_terms, *flags, cache=spoiled)
     assert len(run.losses) == 24 and all(map(math.isfinite, run.losses))
-    history = json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
-    assert not any("skipped_steps" in line for line in history)
+    assert not run.logged("skipped_steps")
     assert run.adversary["skipped_updates"] == 0
     values = [*run.weights().values(), *run.weights("ema").values(), *run.adversary["discriminator"].values()]
     assert all(

@@ -82,10 +82,7 @@ def test_stages_without_an_adversary_skip_and_end(stage, latent_cache, tmp_path,
     assert "2 of 4 optimizer steps were skipped" in caplog.text and "its weights are those of step 2" in caplog.text
     record = json.loads((run.folder / "stage.json").read_text())
     assert record["skipped_steps"] == {"total": 2, "at_the_end": 2}
-    skipped = [
-        line.get("skipped_steps")
-        for line in json.loads((run.folder / "trainer_state.json").read_text())["log_history"]
-    ]
+    skipped = [line.get("skipped_steps") for line in run.history]
     assert [count for count in skipped if count] == [1, 2]
     assert all(value.isfinite().all() for name in ("model", "ema") for value in run.weights(name).values())
     # Nothing was trained since the last checkpoint; then a whole row of skipped steps.
