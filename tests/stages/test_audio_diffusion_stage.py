@@ -159,7 +159,7 @@ def test_texts_files_and_settings(say, tmp_path, folder, capsys):
     assert sounds.keys() == {*names, "000_000.wav", "000_001.wav", "001_000.wav", "002_000.wav"}
     silence = np.zeros(SETTINGS.sample_rate // 2, np.float32)
     assert np.array_equal(np.concatenate([sounds["000_000.wav"], silence, sounds["000_001.wav"]]), sounds["000.wav"])
-    assert settings["weights"] == "ema" and settings["temperature"] == 0.667
+    assert settings["weights"] == "ema" and settings["temperature"] == 0.4
     assert "git_commit" in settings and "000_001.wav" in capsys.readouterr().out
 
 

@@ -44,7 +44,7 @@ class AudioSamplingArguments:
     temperature: float | None = option(
         None,
         "std of the noise that sampling starts from; below 1 sounds are nearer to their mean: clearer, less lively; "
-        "default: 0.667 for speech, 1 for captions",
+        "default: 0.4 for speech, 1 for captions",
         gt=0,
         only_with=("n_steps", bool),
     )

@@ -94,7 +94,7 @@ def test_rows_scores_and_files(run, folder, tmp_path, capsys):
         "n_steps": 4,
         "guidance_scale": 1.0,
         "guidance_interval": [0.0, 1.0],
-        "temperature": 0.667,
+        "temperature": 0.4,
         "seed": 0,
     }
     assert [point["n_steps"] for point in report["curve"]["points"]] == [1, 2]
