@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 
+import evaluate
 from dataset_loading.audio.cached import AudioVAEDataset, VocoderDataset
 from model.audio.spectral import MelSettings
 from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
@@ -15,6 +16,7 @@ from tests.helpers.audio_latent_cache import save_audio_vae
 from tests.helpers.mel_cache import SMALL_AUDIO_VAE
 from tests.helpers.runs import changed, run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
+from utils.checkpoints import STAGE, mark_complete, write_json
 from utils.evaluation.audio_vae import AudioVAEEvaluationArguments, AudioVAEEvaluator
 from utils.evaluation.recordings import Recordings
 from utils.generation.latents import load_vae, vae_fingerprint
@@ -35,7 +37,11 @@ def raw(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory):
-    return save_audio_vae(tmp_path_factory.mktemp("vae"), settings=SMALL_MEL)
+    folder = save_audio_vae(tmp_path_factory.mktemp("vae"), settings=SMALL_MEL)
+    record = json.loads((folder / STAGE).read_text())
+    write_json(folder / STAGE, {**record, "data": {"folder": "gone", "fingerprint": "gone"}})
+    mark_complete(folder)
+    return folder
 
 
 MEL_FLAGS = [word for name, value in SMALL_MEL.as_dict().items() for word in (f"--{name}", str(value))]
@@ -91,7 +97,7 @@ def test_neither_batches_nor_workers_nor_a_second_run_change_the_mels(raw, vae, 
     assert not torch.allclose(VocoderDataset(tmp_path / "seed", "train")[0]["mel"], alone[0]["mel"], atol=1e-4)
 
 
-def test_a_vocoder_is_fine_tuned_and_says_on_what(caches, vae, tmp_path):
+def test_a_vocoder_is_fine_tuned_and_says_on_what(caches, vae, tmp_path, capsys):
     base = save_stage_checkpoint(small_vocoder(), "vocoder", tmp_path / "base")
     flags = "--config tiny --override width=16 n_layers=2 --segment_frames 16 --gan_weight 0 --n_logged_samples 0"
     flags = f"{flags} --stft_resolutions 256 --batch_size 2 --logging_steps 1".split()
@@ -100,6 +106,14 @@ def test_a_vocoder_is_fine_tuned_and_says_on_what(caches, vae, tmp_path):
         run_stage(VocoderStage, flags, cache, tmp_path, name, 1, "--init_from", str(base))
         record = json.loads((tmp_path / "vocoder" / name / "checkpoint-1/stage.json").read_text())
         assert record["vae_fingerprint"] == (vae_fingerprint(vae) if name == "through" else "")
+    # Its own cache is evaluated, and it stands behind the VAE in the VAE's own evaluation.
+    tuned, words = str(tmp_path / "vocoder/through"), ["--metrics", "mel", "--max_samples", "1"]
+    scores = evaluate.main(["--checkpoint", tuned, *words])["scores"]
+    assert scores["ground_truth"]["mel_l1"] > 0.1 and scores["model"]["mel_l1"] > 0
+    assert vae_fingerprint(vae) in capsys.readouterr().out
+    words += ["--cached_dataset", str(caches / "recorded"), "--output_dir", str(tmp_path / "after_vae")]
+    report = evaluate.main(["--checkpoint", str(vae), "--vocoder_checkpoint", tuned, *words])
+    assert report["scores"]["ground_truth"]["mel_l1"] < 1e-4 and tuned in report["model"]["vocoder"]
 
 
 def test_who_needs_the_mels_of_recordings_refuses_them(caches, vae, tmp_path):
