@@ -68,7 +68,8 @@ class Sampling:
 
     def guidance(self, config: MegaTransformerConfig, modality: str) -> float:
         """Scale of the guidance of a modality."""
-        return self.guidance_scale.get(modality, getattr(config, f"{modality}_guidance_scale"))
+        default: float = getattr(config, f"{modality}_guidance_scale")
+        return self.guidance_scale.get(modality, default)
 
 
 @dataclass

@@ -223,9 +223,10 @@ def token_fields(
 def channel_scales(vae: Any) -> Tensor:
     """How much each standardised latent channel carries of what is decoded, (Z,): its std in the VAE's units, for
     audio times the norm of the decoder's linear path in units of the log-mel."""
-    scales = vae.latent_std.float()
+    scales: Tensor = vae.latent_std.float()
     if not isinstance(vae, AudioVAE) or vae.config.architecture != "conv1d":
         return scales
     # Rows of the weight are mel bins times frames of a patch.
     units = vae.band_std.repeat_interleave(vae.config.patch_frames)
-    return scales * (vae.decoder.code.weight.float() * units[:, None]).norm(dim=0)
+    weight: Any = vae.decoder.code.weight
+    return scales * (weight.float() * units[:, None]).norm(dim=0)
