@@ -84,8 +84,9 @@ class SpeakerAligners:
         for name in ("mean", "variance"):
             # (S, K, D).
             tensors[f"speaker_{name}"] = torch.stack([getattr(aligner, name) for aligner in self.speakers.values()])
-        names = json.dumps(list(self.speakers))
-        return safetensors.torch.save(tensors, {"settings": self.shared.describe(), "speakers": names})
+        # Names as bytes: safetensors writes several metadata in any order, and equal models must give equal bytes.
+        tensors["speakers"] = torch.tensor(list(json.dumps(list(self.speakers)).encode()), dtype=torch.uint8)
+        return safetensors.torch.save(tensors, {"settings": self.shared.describe()})
 
     @classmethod
     def load(cls, file: str | Path) -> Self:
@@ -93,7 +94,8 @@ class SpeakerAligners:
         aligners = cls(shared := PhoneHMM.load(file))
         try:
             with safetensors.safe_open(file, "pt") as content:
-                names = json.loads(content.metadata().get("speakers", "[]"))
+                is_known = "speakers" in content.keys()  # noqa: SIM118 (no dict)
+                names = json.loads(bytes(content.get_tensor("speakers").tolist())) if is_known else []
                 rows = [content.get_tensor(f"speaker_{name}") for name in ("mean", "variance")] if names else [[], []]
                 for name, mean, variance in zip(names, *rows, strict=True):
                     aligners.speakers[name] = shared.with_gaussians(mean, variance)

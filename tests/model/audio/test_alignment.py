@@ -185,7 +185,8 @@ def test_speakers_with_enough_clips_have_an_hmm_of_their_own(tmp_path):
     file = tmp_path / "aligner.safetensors"
     file.write_bytes(aligners.dump())
     loaded = SpeakerAligners.load(file)
-    assert loaded.dump() == aligners.dump() and PhoneHMM.load(file).dump() == aligners.shared.dump()
+    assert all(loaded.dump() == aligners.dump() for _ in range(20))  # Its fingerprint is that of a cache.
+    assert PhoneHMM.load(file).dump() == aligners.shared.dump()
     assert all(map(torch.equal, loaded.align(mels, symbols, speakers).durations, alignment.durations))
 
 
