@@ -112,7 +112,9 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         # Latents of the rows, times and noise.
         drawn = {name: self.draw(inputs, name) for name in self.names if name in inputs}
         counts = dict(zip(("text", "length", "image", "audio"), num_items_in_batch.float()))
-        output, targets = self.predict(model, inputs["streams"], drawn, n_targets=counts, index=inputs["index"])
+        output, targets = self.forward_streams(
+            model, inputs["streams"], drawn, n_targets=counts, index=inputs["index"]
+        )
         terms = {"text": output.text_loss, "audio_length": output.length_loss}
         for name, prediction in output.predictions.items():
             errors = self.token_errors(prediction, targets[name], name) if name in targets else prediction  # zeros
@@ -146,7 +148,7 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         times = process.training_times(uniforms, sampling, mean=mean_time, std=std_time).to(mean.device)
         return {"latents": mean + std * posterior, "noise": noise, "times": times, "rows": batch["rows"]}
 
-    def predict(
+    def forward_streams(
         self,
         model,
         streams: list[Stream],
@@ -222,10 +224,10 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         terms: dict[str, Tensor] = {}
         for time in EVALUATED_TIMES:
             drawn = {name: self.evaluated(inputs, name, time) for name in self.names if name in inputs}
-            output, targets = self.predict(model, streams, drawn)
+            output, targets = self.forward_streams(model, streams, drawn)
             if not terms:
                 terms = text_terms(self.config, output, streams, inputs["task"], [task.name for task in tasks])
-            changed, other_targets = self.predict(model, others, drawn)
+            changed, other_targets = self.forward_streams(model, others, drawn)
             for name in self.names:
                 for kind, each, target in (("", output, targets), ("other_", changed, other_targets)):
                     sums = torch.zeros(n_rows, device=self.args.device)
