@@ -50,12 +50,8 @@ class ChatArguments:
 
 def chat(args: ChatArguments) -> None:
     """Answer every prompt; a file is written as soon as its part is complete."""
-    checkpoint, device, folder, answers = (
-        resolve_checkpoint(args.checkpoint),
-        compute_device(),
-        Path(args.output_dir),
-        [],
-    )
+    checkpoint, device = resolve_checkpoint(args.checkpoint), compute_device()
+    folder, answers = Path(args.output_dir), []
     weights = chosen_weights(checkpoint, args)
     vaes = {name: getattr(args, f"{name}_vae_checkpoint") for name in ("image", "audio")}
     options = {"vae_checkpoints": vaes, "vocoder_checkpoint": args.vocoder_checkpoint}
