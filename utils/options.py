@@ -12,6 +12,7 @@ import difflib
 import functools
 import inspect
 import logging
+import math
 import types
 import typing
 from collections.abc import Collection, Iterable
@@ -244,7 +245,7 @@ def default_value(field: dataclasses.Field) -> Any:
 
 
 def validate_fields(owner: Any, spelling: str = "{}") -> None:
-    """Check every declared field's type and bounds, then every `validate_<section>` method of the object.
+    """Check type, bounds and finiteness of every declared field, then call every `validate_<section>` method.
 
     Args:
         owner: a dataclass instance whose fields were declared by `option()`.
@@ -264,11 +265,14 @@ def validate_fields(owner: Any, spelling: str = "{}") -> None:
                 given += f": {wrong!r}"
             hint = suggest(wrong, typing.get_args(rule)) if is_literal_typo(wrong, rule) else ""
             raise ValueError(f"{given} must be {type_name(rule)}{hint}")
-        # Bounds, of each item of a list.
+        # Numbers are finite and within their bounds, each item of a list.
+        numbers = [item for item in (value if isinstance(value, list) else [value]) if isinstance(item, int | float)]
+        if not all(math.isfinite(number) for number in numbers if isinstance(number, float)):
+            raise ValueError(f"{name}={value!r} must be finite")
         for kind, bound in field.metadata["bounds"].items():
             sign, holds = BOUNDS[kind]
-            for item in value if isinstance(value, list) else [value]:
-                if isinstance(item, int | float) and not holds(item, bound):
+            for item in numbers:
+                if not holds(item, bound):
                     raise ValueError(f"{name}={value!r} must be {sign} {bound}")
     # Relations between fields.
     for method_name in dir(owner):

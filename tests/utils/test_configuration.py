@@ -43,7 +43,7 @@ WRONG = [
     ({"use_pre_attention_norm": False}, "use_pre_attention_norm=False needs use_post_attention_norm=True"),
     ({"use_pre_ffn_norm": False}, "use_pre_ffn_norm=False needs use_post_ffn_norm=True"),
     ({"ffn_activation": "swigl"}, "ffn_activation='swigl' must be one of 'swiglu'"),
-    ({"norm_eps": float("nan")}, "norm_eps=nan must be > 0"),
+    ({"norm_eps": float("nan")}, "norm_eps=nan must be finite"),
     # The recurrent core.
     ({"recurrent_sigma": 0.1}, "recurrent_sigma=0.1 has no effect with n_recurrent_layers=0"),
     ({**CORE, "recurrent_mean_thinking_steps": 33}, "recurrent_mean_thinking_steps=33 must lie between recurrent_min"),

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 from typing import ClassVar, Literal
 
 import pytest
@@ -24,6 +25,8 @@ class Example(StrictConfig):
     parts: list[Literal["head", "tail"]] = option(["head"], "what is kept")
     rate: float = option(0.0, "share", ge=0, lt=1)
     n_groups: int | None = option(None, "groups", gt=0)
+    scale: float = option(1.0, "factor")
+    scales: list[float] = option([1.0], "factors")
 
     def validate_width(self):
         if self.hidden_size % 2:
@@ -48,6 +51,9 @@ class Example(StrictConfig):
         ),
         ({"rate": 1.0}, "rate=1.0 must be < 1"),
         ({"n_groups": 0}, "n_groups=0 must be > 0"),
+        ({"scale": math.inf}, "scale=inf must be finite"),
+        ({"scale": math.nan}, "scale=nan must be finite"),
+        ({"scales": [1.0, -math.inf]}, r"scales=\[1.0, -inf\] must be finite"),
     ],
 )
 def test_wrong_values_are_named(wrong, message):
