@@ -165,7 +165,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
             raise ValueError("give either input_ids or inputs_embeds")
         # Input (B, L, D), and the cache, which training does without.
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        check_keys(dropout_keys, len(x))
+        check_keys(dropout_keys, x.shape[0])  # `len` would fix the batch size of an exported graph.
         past_key_values = chosen_cache(cache, past_key_values)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and is_checkpointing(self):

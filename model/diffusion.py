@@ -219,7 +219,7 @@ def coordinates(x: Tensor) -> Tensor:
     """Row and column of every position of (B, C, Y, X) as two channels (B, 2, Y, X), from -1 to 1 between the edges of
     the outermost positions (CoordConv, arXiv 1807.03247): a caption's left and right need a place to refer to."""
     axes = [(2 * torch.arange(n, device=x.device, dtype=x.dtype) + 1) / n - 1 for n in x.shape[-2:]]
-    return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(len(x), -1, -1, -1)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij")).expand(x.shape[0], -1, -1, -1)
 
 
 class UNet(nn.Module):

@@ -171,7 +171,7 @@ class AudioDiffusion(PreTrainedModel):
         Z = self.config.latent_channels
         if latents.ndim != 3 or latents.shape[2] != Z:
             raise ValueError(f"latents of shape {tuple(latents.shape)} do not fit: expected (B, L, {Z}), time first")
-        check_keys(dropout_keys, len(latents))
+        check_keys(dropout_keys, latents.shape[0])
         # The condition, in captions' case without prior and durations.
         prior, log_durations = None, None
         if self.config.conditioning == "caption":

@@ -198,7 +198,7 @@ class AudioVAE(VAE):
             )
         F_all = latents.shape[-1] * self.config.compression
         n_frames = None if n_frames is None else n_frames.cpu()  # Checked, and the longest one is needed there.
-        checked = self.check_frames(n_frames, len(latents), F_all, device=latents.device)
+        checked = self.check_frames(n_frames, latents.shape[0], F_all, device=latents.device)
         mel = self.decode_all(latents, checked, speaker)
         return mel if n_frames is None else mel[..., : int(n_frames.max())]
 

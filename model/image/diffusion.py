@@ -219,7 +219,7 @@ class ImageDiffusion(PreTrainedModel):
         """
         # Condition, then prediction.
         if tokens is None and text_states is None:
-            condition = self.null_condition(len(latents))
+            condition = self.null_condition(latents.shape[0])
         else:
             condition = self.encode_text(tokens, text_states=text_states, mask=mask, drop=drop)
         return DiffusionOutput(prediction=self.predict(latents, time, condition))
