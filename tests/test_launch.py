@@ -362,7 +362,7 @@ def test_speech_on_two_processes_equals_one(tmp_path, fresh_logging):
     for two in runs.values():
         assert two.losses == pytest.approx(one.losses, rel=1e-5)
         assert two.logged("eval_loss") == pytest.approx(one.logged("eval_loss"))
-        assert all(largest_difference(one.weights(name), two.weights(name)) <= 1e-5 for name in ("model", "ema"))
+        assert all(relative_distance(one.weights(name), two.weights(name)) <= 1e-5 for name in ("model", "ema"))
 
 
 def launch_and_resume(stage: str, cache: Path, output_dir: Path, flags: list[str]) -> tuple[Run, Run]:
