@@ -363,6 +363,7 @@ class MegaTransformerForCausalLM(MegaTransformerPreTrainedModel, CausalGeneratio
             with torch.device("meta"):
                 head = LanguageModelHead(new_embeddings.in_features, new_embeddings.out_features, **extras)
             head.weight = new_embeddings.weight
+            head._is_hf_initialized = getattr(new_embeddings, "_is_hf_initialized", False)  # `post_init` keeps it
         self.lm_head = head
 
     def resize_token_embeddings(self, new_num_tokens: int | None = None, *args, **kwargs) -> nn.Module:

@@ -135,6 +135,10 @@ def test_resized_embeddings(build, is_tied, size, multiple, expected, tmp_path):
     assert (output.logits[..., :rows] - before[..., :rows]).abs().max() <= 1e-4 and output.loss.isfinite()
     assert generate(model, ids).shape == (2, 14)
     assert torch.equal(loaded_again(model, tmp_path)(ids).logits, model(ids).logits)
+    # A wrapper that initialises once more keeps the head of the old tokens.
+    head = model.get_output_embeddings().weight.clone()
+    model.post_init()
+    assert torch.equal(model.get_output_embeddings().weight, head)
 
 
 def test_a_smaller_table_keeps_the_special_tokens_and_the_loss_in_chunks():
