@@ -218,8 +218,8 @@ def test_flags_that_are_needed_or_have_no_effect(capsys):
     for words, message in (
         (["--checkpoint", "runs/x"], "--text or --input are needed"),
         (["--checkpoint", "runs/x", "--text", "a", "--speed", "0.1"], "--speed=0.1 must be >= 0.25"),
-        (["--checkpoint", "runs/x", "--text", "a", "--speed", "inf"], "--speed=inf must be <= 4"),
-        (["--checkpoint", "runs/x", "--text", "a", "--pause", "inf"], "--pause=inf must be <= 60"),
+        (["--checkpoint", "runs/x", "--text", "a", "--speed", "5"], "--speed=5.0 must be <= 4"),
+        (["--checkpoint", "runs/x", "--text", "a", "--pause", "inf"], "--pause=inf must be finite"),
         (["--checkpoint", "runs/x", "--text", "a", "--sampler", "ddpm"], "--sampler='ddpm'"),
         (["--checkpoint", "runs/x", "--text", "a", "--guidance_interval", "0", "0.5"], "has no effect"),
     ):
