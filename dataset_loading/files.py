@@ -13,31 +13,29 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 1
-# What later stages read of a manifest's settings, by stage, with their types.
+# What later stages read of a manifest's settings, with their types: of all latents, and by stage.
+OF_LATENTS: dict[str, Any] = {
+    "max_tokens": int,
+    "vae_fingerprint": str,
+    "vae_checkpoint": str,
+    "text_encoder": str,
+    "text_encoder_fingerprint": str,
+    "text_embedding_width": int,
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "image_vae": {"image_size": int},
     "image_diffusion": {
         "image_size": int,
         "latent_shape": list,
         "horizontal_flip": bool,
-        "max_tokens": int,
-        "vae_fingerprint": str,
-        "vae_checkpoint": str,
-        "text_encoder": str,
-        "text_encoder_fingerprint": str,
-        "text_embedding_width": int,
+        **OF_LATENTS,
     },
     "audio_diffusion": {
         "conditioning": str,
         "mel": dict,
         "latent_channels": int,
         "mel_frames_per_latent": int,
-        "max_tokens": int,
-        "vae_fingerprint": str,
-        "vae_checkpoint": str,
-        "text_encoder": str,
-        "text_encoder_fingerprint": str,
-        "text_embedding_width": int,
+        **OF_LATENTS,
     },
 }
 MANIFEST = "manifest.json"

@@ -242,19 +242,19 @@ class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenera
             if not bool(chosen.any()):
                 chosen = torch.zeros_like(chosen)
                 chosen[0, 0] = True
-            wanted = targets[chosen]
+            chosen_targets = targets[chosen]
             loss, values, _, logits = language_model_loss(
                 self.lm_head,
                 hidden[chosen],
-                wanted,
+                chosen_targets,
                 n_targets=n_targets.get(name),
                 z_loss_weight=self.config.z_loss_weight,
             )
             results[f"{name}_loss"] = loss
-            counts = wanted != IGNORED
+            counts = chosen_targets != IGNORED
             nats[chosen] = torch.where(counts, values, nats[chosen])
             if hits is not None:
-                hits[chosen] = torch.where(counts, (logits.argmax(-1) == wanted).float(), hits[chosen])
+                hits[chosen] = torch.where(counts, (logits.argmax(-1) == chosen_targets).float(), hits[chosen])
         return {**results, "nats": nats[:, :-1], "hits": None if hits is None else hits[:, :-1]}
 
 

@@ -33,7 +33,7 @@ from utils.evaluation.audio_diffusion_report import (
     voice_table,
 )
 from utils.evaluation.captioned_sounds import CaptionEvaluator
-from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator
+from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator, expect_values
 from utils.evaluation.recordings import Recordings
 from utils.evaluation.speech_scores import SpeechScorer, Utterance, is_english, next_texts, recognition_scores
 from utils.generation.speech import AudioSamplingArguments, SpeechPipeline
@@ -75,9 +75,7 @@ class AudioDiffusionEvaluationArguments(AudioSamplingArguments, ContactSheetArgu
             raise ValueError("--metrics is empty; give one or more")
 
     def validate_curve(self):
-        for name in ("curve_steps", "curve_scales"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is empty; give one value or more")
+        expect_values(self, "curve_steps", "curve_scales")
 
 
 class AudioDiffusionEvaluator(Evaluator):
@@ -228,7 +226,7 @@ class AudioDiffusionEvaluator(Evaluator):
 
     def text_inputs(self, utterances: Sequence[Utterance]) -> dict[str, Tensor]:
         """The model's inputs for texts without aligned tokens."""
-        rows = [self.tokenizer.encode(each.text, each.language, nearest=True) for each in utterances]
+        rows = [self.tokenizer.encode(utterance.text, utterance.language, nearest=True) for utterance in utterances]
         return {**self.pipeline.token_inputs(rows), **self.voice_inputs(utterances)}
 
     def time_speech(self, name: str, utterances: Sequence[Utterance], settings: Any) -> None:

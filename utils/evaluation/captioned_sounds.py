@@ -21,7 +21,7 @@ from utils.drawing.alignment import aligned_mel
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
 from utils.evaluation.captioned_sounds_report import DEFINITIONS, ROW_NAMES, curve_table, sound_table
-from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator
+from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator, expect_values
 from utils.evaluation.generated_images import agreement_scores
 from utils.generation.audio_diffusion import AudioSamplingArguments
 from utils.generation.captions import CaptionPipeline
@@ -58,9 +58,7 @@ class CaptionEvaluationArguments(AudioSamplingArguments, ContactSheetArguments, 
     )
 
     def validate_curve(self):
-        for name in ("curve_steps", "curve_scales"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is empty; give one value or more")
+        expect_values(self, "curve_steps", "curve_scales")
 
 
 class CaptionEvaluator(Evaluator):

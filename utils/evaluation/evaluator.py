@@ -233,6 +233,13 @@ class Evaluator:
         }
 
 
+def expect_values(args: Any, *names: str) -> None:
+    """Raises: ValueError: one of these flags, which are lists, has no value."""
+    for name in names:
+        if not getattr(args, name):
+            raise ValueError(f"--{name} is empty; give one value or more")
+
+
 def own_arguments(arguments_class: type[EvaluationArguments], args: Any) -> Any:
     """The flags of one stage: given ones, and others with the stage's own defaults, which differ between stages.
 

@@ -25,6 +25,7 @@ from utils.evaluation.evaluator import (
     Evaluation,
     ImageEvaluationArguments,
     ImageEvaluator,
+    expect_values,
 )
 from utils.evaluation.generated_images import BatchedGenerator, PairedLatentDataset, agreement_scores
 from utils.evaluation.image_diffusion_report import (
@@ -73,9 +74,7 @@ class ImageDiffusionEvaluationArguments(PipelineArguments, ImageEvaluationArgume
     curve_samples: int = option(64, "captions per point of the curve, spread evenly", gt=0, only_with=("curve", True))
 
     def validate_curve(self):
-        for name in ("curve_steps", "curve_scales", "curve_samplers"):
-            if not getattr(self, name):
-                raise ValueError(f"--{name} is empty; give one value or more")
+        expect_values(self, "curve_steps", "curve_scales", "curve_samplers")
 
 
 class ImageDiffusionEvaluator(ImageEvaluator):
