@@ -28,6 +28,7 @@ from utils.configuration import MegaTransformerConfig
 logger = logging.getLogger(__name__)
 
 N_NAMED = 5  # Items that a message names.
+MAX_LEFT_OUT = 0.05  # Fraction of the streams that may be too long for the model; more are an error.
 
 Caches = Mapping[str, ImageLatentDataset | AudioLatentDataset]
 
@@ -120,7 +121,8 @@ class MultimodalDataset(Dataset):
         windows: of further text, which the task `text` has in place of the items' texts.
     Attributes: items, rows (number of the item or of the window, task number), lengths (tokens of each row),
         fingerprint, entries (`key`, `caption`) of the rows.
-    Raises: ValueError: no item has what a task needs; an audio clip or a stream is too long for the model.
+    Raises: ValueError: no item has what a task needs; more than a few streams, or all of a task, are too long for the
+        model, or their audio is.
     """
 
     def __init__(
@@ -201,21 +203,39 @@ class MultimodalDataset(Dataset):
         return item.has(Task((modality,)))  # type: ignore[arg-type]
 
     def measure_rows(self) -> list[int]:
-        """Tokens of each row. Raises: ValueError: see the class."""
-        lengths = {}
-        for place, task in dict.fromkeys(self.rows):
-            if self.is_window(task):
-                assert self.windows is not None
-                key, length = f"{self.windows.folder}", self.windows.sequence_length
-            else:
-                key, length = self.items[place].key, self.measure_stream(place, task)
-            if length > (limit := self.config.max_position_embeddings):
-                raise ValueError(
-                    f"{key} gives a stream of {length} tokens, more than max_position_embeddings={limit}; give "
-                    f"--override max_position_embeddings={length}"
-                )
-            lengths[place, task] = length
+        """Tokens of each row; a few rows that are too long are left out, with a warning.
+
+        Raises: ValueError: see the class.
+        """
+        lengths, problems = {}, {}
+        for row in dict.fromkeys(self.rows):
+            try:
+                lengths[row] = self.measure(*row)
+            except ValueError as error:
+                problems[row] = f"{error}"
+        emptied = set(range(len(self.tasks))) - {task for _, task in lengths}
+        if problems and (emptied or len(problems) > MAX_LEFT_OUT * (len(lengths) + len(problems))):
+            raise ValueError(next(problem for row, problem in problems.items() if not emptied or row[1] in emptied))
+        if problems:
+            logger.warning(
+                "%d of %d streams are too long and are left out, the first: %s",
+                *(len(problems), len(lengths) + len(problems), next(iter(problems.values()))),
+            )
+        self.rows = [row for row in self.rows if row in lengths]
         return [lengths[row] for row in self.rows]
+
+    def measure(self, place: int, task: int) -> int:
+        """Tokens of a row. Raises: ValueError: it is too long for the model."""
+        if self.windows is not None and self.is_window(task):
+            key, length = f"{self.windows.folder}", self.windows.sequence_length
+        else:
+            key, length = self.items[place].key, self.measure_stream(place, task)
+        if length > (limit := self.config.max_position_embeddings):
+            raise ValueError(
+                f"{key} gives a stream of {length} tokens, more than max_position_embeddings={limit}; give "
+                f"--override max_position_embeddings={length}"
+            )
+        return length
 
     def measure_stream(self, item: int, task: int) -> int:
         """Tokens of an item's stream. Raises: ValueError: its audio is too long."""

@@ -86,6 +86,21 @@ def test_items_that_come_in_no_row_are_counted_and_named(folder, tmp_path, caplo
     assert len(data) == 12 + 10 and all(data.texts[item] for item, _ in data.rows)
 
 
+def test_a_few_streams_that_are_too_long_are_left_out(tmp_path, caplog):
+    make_stream_caches(tmp_path, 40)
+    manifest = tmp_path / "audio" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["entries"]["train"][0]["length"] = 400
+    manifest.write_text(json.dumps(content))
+    data = build(tmp_path, ["audio-text", "text-image"], audio_max_tokens=8)
+    n_clips = len(data.caches["audio"])
+    assert len(data) == len(data.lengths) == n_clips - 1 + len(data.caches["image"]) and n_clips > 20
+    assert f"1 of {len(data) + 1} streams are too long and are left out, the first: 004_0_0: a span" in caplog.text
+    # Not where nothing else is left of a task.
+    with pytest.raises(ValueError, match=r"audio has \d tokens.*audio_max_tokens=2"):
+        build(tmp_path, ["audio-text:0.04", "text-image", "image-text", "text"], audio_max_tokens=2)
+
+
 def test_windows_of_text_are_rows_of_the_task_text(folder, tmp_path):
     texts = make_text(tmp_path / "texts", 20)
     windows = TextDataset(texts, "train", 24)

@@ -192,7 +192,10 @@ def test_another_vae_is_refused(train, tmp_path):
     ("launcher", "flags"),
     [
         ("torchrun", ["--batch_tokens", "56", "--freeze", "model.embed_tokens"]),
-        ("ds_config_zero-3.json", ["--batch_size", "1", "--freeze", "decoders.image", "--learning_rates", "trunk:0.5"]),
+        (
+            "ds_config_zero-3.json",
+            ["--batch_size", "1", "--freeze", "decoders.image", "--learning_rates", "trunk:0.5"],
+        ),
     ],
     ids=["torchrun_by_tokens", "zero_3"],
 )

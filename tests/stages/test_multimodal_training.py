@@ -13,13 +13,15 @@ from dataset_loading.cache_writer import save_tensors
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.multimodal import MegaTransformerMultimodal
-from model.multimodal.layout import join_streams
+from model.multimodal.generation import Sampling
+from model.multimodal.layout import Part, join_streams
 from model.multimodal.mask import stream_mask
 from tests.helpers.runs import Run, equal, largest_difference, relative_distance
-from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, make_stream_caches
+from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, make_stream_caches, text_of
 from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from utils.checkpoints import load_model
+from utils.generation.multimodal import MultimodalPipeline
 from utils.training.multimodal_streams import window_stream
 
 FIELDS = {"hidden_size": 32, "head_width": 16, "n_heads": 2, "use_qk_norm": True, "n_query_groups": 2}
@@ -201,3 +203,33 @@ def test_thousands_of_bf16_steps_with_a_damaged_item_leave_finite_weights(train,
     assert all(value.isfinite().all() for name in ("model", "ema") for value in run.weights(name).values())
     assert max(run.logged("loss/image")) > 1e3 and all(math.isfinite(loss) for loss in run.losses)
     assert run.logged("eval_loss")[-1] < 1e3  # Validation has no such item.
+
+
+# ---- Interleaved streams.
+
+
+@pytest.mark.slow
+def test_answers_go_on_after_spans_once_streams_have_taught_it(train):
+    """The model itself begins spans, and ends its answers, although begins of spans hardly count in its loss."""
+    tasks = ["--tasks", "text-image-text", "image-text-audio-text"]
+    flags = [
+        "--learning_rate",
+        "3e-3",
+        "--batch_size",
+        "8",
+        "--lr_scheduler_type",
+        "constant",
+        "--logging_steps",
+        "50",
+    ]
+    run = train(SMALL_STREAMS, "taught", 300, *tasks, *flags)
+    pipeline = MultimodalPipeline.load(run.folder)
+    config = pipeline.model.config
+    latents = torch.randn(config.image_n_tokens, config.token_width("image"), generator=torch.Generator())
+    prompts = [[pipeline.text_part(text_of(5))], [Part("image", latents=latents)]]
+    answers = pipeline.answer(prompts, [0, 1], Sampling(n_steps={"image": 2, "audio": 2}))
+    kinds = [[part.modality for part in answer] for answer in answers]
+    assert kinds == [["image", "text"], ["text", "audio", "text"]]
+    assert all(3 < len(part.ids) < 64 for answer in answers for part in answer if part.modality == "text")
+    lengths = {3, 4}  # Tokens of the clips that it was trained on.
+    assert answers[1][1].n_tokens in lengths and run.logged("eval_begin_nats")[-1] < 0.3

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
 from model.dropout import has_dropout
+from model.multimodal.parameters import freeze, rate_factors, split_groups
 from model.thinking import sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
 from utils.distributed import mean_across_ranks, rank
@@ -24,7 +25,6 @@ from utils.options import option
 from utils.resuming.schedules import position
 from utils.seeds import generators
 from utils.training.callbacks import EvaluationCallback
-from utils.training.parameter_parts import freeze, rate_factors, split_groups
 from utils.training.text import TextArguments
 from utils.training_utils import StageTrainer
 

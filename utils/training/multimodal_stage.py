@@ -30,12 +30,12 @@ from utils.configuration import MegaTransformerConfig
 from utils.distributed import launched_rank
 from utils.generation.latents import Media, find_vae, load_vae, pin_vae
 from utils.generation.text import check_tokenizer
+from utils.generation.text_weights import check_trunk, is_text_run, model_from_text
 from utils.training.budget_batches import count_budget_steps
 from utils.training.multimodal import MultimodalArguments, ThinkingStepsCallback
 from utils.training.multimodal_streams import MultimodalStreamTrainer
 from utils.training.stage import Stage
 from utils.training.text import check_core_flags, tokenize_texts, untokenized
-from utils.training.text_weights import check_trunk, is_text_run, model_from_text
 
 CACHES = {"image": ImageLatentDataset, "audio": AudioLatentDataset}
 # Streams by default, with their weights: generation takes longer to learn than understanding.

@@ -10,10 +10,10 @@ import torch
 
 from model.causal import MegaTransformerForCausalLM
 from model.multimodal import MegaTransformerMultimodal
+from model.multimodal.parameters import PARTS
 from utils.checkpoints import load_config, load_model, read_stage, resolve_checkpoint
 from utils.configuration import MegaTransformerConfig
 from utils.options import declared_fields
-from utils.training.parameter_parts import PARTS
 
 logger = logging.getLogger(__name__)
 
