@@ -9,6 +9,9 @@ Local layouts:
     index.jsonl                                      an index alone
     folder/metadata.csv with folder/wavs/            LJSpeech: lines `id|text|normalised text` without a header
 
+A table may name files of several kinds in columns `image` and `audio`; its rows are then known by their numbers, so
+that what comes from one row belongs together. A row whose cell is empty has no file of that kind.
+
 Everything else (hub names, parquet files, archives, `save_to_disk` folders) goes through the `datasets` package. Local
 layouts do not, because its `imagefolder` leaves files out where a few names happen to contain "train" or "test",
 turns the captions "None" and "null" into nothing, finds nothing in folders with brackets in their names, and its
@@ -35,6 +38,7 @@ SPLIT_NAMES = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
+KINDS = ("image", "audio")  # Columns of files; a table with all of them has its rows named by number.
 INDEX_SUFFIXES = (".csv", ".jsonl", ".parquet")
 SPLIT_INDEX_SUFFIXES = (".csv", ".jsonl")  # A file train.parquet holds the samples themselves.
 
@@ -48,9 +52,11 @@ class Source:
         licence: the first line of its licence, `""` where unknown.
         media: column with the file of a row.
         columns: names of all columns.
-        rows: a sequence of dicts, the media column being `{"path": str | None, "bytes": bytes | None}`.
+        rows: a sequence of dicts, the media column being `{"path": str | None, "bytes": bytes | None}`, and "row" with
+            a name where the row has one, or None where it has no file.
         root: folder that names are relative to; None for hub datasets.
         labels: names of the classes in columns that hold class numbers.
+        has_named_rows: whether rows are known by their numbers, whatever files they have.
     """
 
     identity: str
@@ -60,15 +66,18 @@ class Source:
     rows: Any
     root: Path | None = None
     labels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    has_named_rows: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields (name, row). Rows of the same file have the same name; names do not depend on the machine."""
+        """Yields (name, row). Rows of the same file have the same name, unless rows have names of their own; names do
+        not depend on the machine."""
         for index, row in enumerate(self.rows):
             # Relative to the root, else the path within an archive, else the row's number.
-            path = row[self.media]["path"] if row[self.media] else None
+            media = {} if self.has_named_rows and not self.root else row[self.media] or {}
+            path = media.get("row") or media.get("path")
             if path and self.root:
                 relative = Path(os.path.relpath(path, self.root)).as_posix()
                 name = relative.encode("utf-8", "backslashreplace").decode()
@@ -156,7 +165,8 @@ def open_local(path: Path, splits: dict[str, Path], split: str, *, kind: str, su
     if root.is_file():
         rows, root = read_index(root, kind), root.parent
     elif root != path and shared_index:
-        rows = [row for row in read_index(shared_index, kind) if Path(row[kind]["path"]).is_relative_to(root)]
+        rows = read_index(shared_index, kind)
+        rows = [row for row in rows if row[kind]["path"] and Path(row[kind]["path"]).is_relative_to(root)]
     else:
         rows = read_folder(root, kind, suffixes)
     if not rows:
@@ -190,7 +200,7 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> list[dict
             indices.setdefault(file.parent, file)
     if indices:
         rows = [row for index in indices.values() for row in read_index(index, kind)]
-        listed = {row[kind]["path"] for row in rows}
+        listed = {row[kind]["path"] for row in rows if row[kind]["path"]}
         unlisted = [file for file in files if os.path.normpath(file) not in listed]
         if unlisted:
             logger.warning(
@@ -206,19 +216,29 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> list[dict
 
 
 def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
-    """Rows of a metadata file; paths are relative to its folder.
+    """Rows of a metadata file; paths are relative to its folder. The path is None where a column of that kind is there
+    and the row has nothing in it.
 
     Raises: ValueError: a line cannot be read, or names no file.
     """
     # LJSpeech's index has the same name as a table with a header, so it is tried first.
-    rows = []
-    for number, row in enumerate(read_ljspeech(index) or read_records(index), start=1):
+    records, rows = read_ljspeech(index) or read_records(index), []
+    columns = dict.fromkeys(column for record in records for column in record)
+    has_all_kinds, may_lack = set(KINDS) <= set(columns), "file_name" not in columns and kind in columns
+    for number, row in enumerate(records, start=1):
         column = "file_name" if "file_name" in row else kind
-        if not isinstance(row.get(column), str) or not row[column]:
-            raise ValueError(f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, row))}")
-        path = os.path.normpath(index.parent / row.pop(column))
-        rows.append({kind: {"path": path, "bytes": None}, **row})
+        value = row.pop(column, None)
+        if not (is_missing(value) and may_lack) and (not isinstance(value, str) or not value):
+            raise ValueError(f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, columns))}")
+        path = None if is_missing(value) else os.path.normpath(index.parent / value)
+        named = {"row": str(index.parent / f"row-{number:08d}")} if has_all_kinds or path is None else {}
+        rows.append({kind: {"path": path, "bytes": None, **named}, **row})
     return rows
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell of a table is empty: nothing, blanks, or the NaN of data frames."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def read_records(index: Path) -> list[dict[str, Any]]:
@@ -313,9 +333,13 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     # Class numbers become names; files stay undecoded, so that a broken one stops nothing.
     types = rows.features.items()
     labels = {column: type_of.names for column, type_of in types if isinstance(type_of, datasets.ClassLabel)}
+    # Other files are not read at all.
+    kind_of = {column: k for column, type_of in types for k in KINDS if isinstance(type_of, features[k])}
+    rows = rows.remove_columns([column for column in kind_of if column != media])
     rows = rows.cast_column(media, feature(decode=False))
     identity = f"{Path(name).resolve() if Path(name).exists() else name}{f'/{config}' if config else ''}:{split}"
-    return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, labels)
+    options = {"labels": labels, "has_named_rows": set(kind_of.values()) == set(KINDS)}
+    return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, **options)
 
 
 def read_media(media: dict[str, Any] | None) -> io.BytesIO:
@@ -323,11 +347,17 @@ def read_media(media: dict[str, Any] | None) -> io.BytesIO:
 
     Raises: OSError: the file cannot be read, or the row has none.
     """
-    if media is None:
+    if not has_file(media):
         raise FileNotFoundError("the row has no file")
+    assert media is not None
     if media["bytes"] is not None:
         return io.BytesIO(media["bytes"])
     if "://" in media["path"]:
         filesystem, inner = fsspec.url_to_fs(media["path"])
         return io.BytesIO(filesystem.cat_file(inner))
     return io.BytesIO(Path(media["path"]).read_bytes())
+
+
+def has_file(media: dict[str, Any] | None) -> bool:
+    """Whether a row has a file, in memory or by its path."""
+    return media is not None and (media.get("bytes") is not None or media.get("path") is not None)

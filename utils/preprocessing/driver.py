@@ -33,7 +33,7 @@ from dataset_loading.cache_writer import (
 from dataset_loading.files import MANIFEST, SCHEMA, fingerprint
 from dataset_loading.integrity import changed_bytes, non_finite
 from dataset_loading.locks import only_writer
-from dataset_loading.sources import Source, open_source
+from dataset_loading.sources import Source, has_file, open_source
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import declared_fields, option
 from utils.preprocessing.progress import ProgressReport
@@ -344,6 +344,8 @@ class Preprocess:
             return Prepared(outcome, [])
         examples = []
         try:
+            if not has_file(task.raw.media):
+                raise SkipSampleError(f"the row has no {self.media}")
             data = self.decode(task.raw.media)
             for copy, key in task.missing.items():
                 # Seeded by the key, so that a copy does not depend on what was processed before it.
