@@ -21,6 +21,7 @@ from utils.configuration import MegaTransformerConfig
 from utils.distributed import launched_rank
 from utils.generation.latents import Media, find_vae, load_vae, pin_vae
 from utils.training.multimodal import MultimodalArguments, ThinkingStepsCallback
+from utils.training.multimodal_logging import sample_callbacks
 from utils.training.multimodal_streams import MultimodalStreamTrainer
 from utils.training.stage import Stage
 from utils.training.text import check_core_flags
@@ -116,7 +117,7 @@ class MultimodalStreamStage(Stage):
         return {"tokenizer": self.tokenizer, "channel_weights": weights}
 
     def build_callbacks(self, trainer, writer):
-        return [ThinkingStepsCallback(trainer, writer)]
+        return [ThinkingStepsCallback(trainer, writer), *sample_callbacks(trainer, writer, load_vae=self.load_vae)]
 
     def extra_record(self):
         return {"latents": {name: dict(cache.manifest["settings"]) for name, cache in self.train_caches.items()}}
