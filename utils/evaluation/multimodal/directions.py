@@ -82,7 +82,12 @@ class DirectionMeter:
                 keys = [item.key for item in chosen]
                 answers = model.outputs(direction, self.items, chosen, pipeline=model.load(), keys=keys)
                 rows[model.name] = text_scores(answers, [item.text for item in chosen])  # type: ignore[arg-type]
-            return rows
+            # Errors per word belong to speech.
+            is_speech = source == "audio"
+            return {
+                name: {key: row[key] for key in row if is_speech or key not in ("wer", "cer")}
+                for name, row in rows.items()
+            }
         repeated, keys = self.copies(chosen)
         outputs = self.spans[direction] = generator.spans(prompts * self.n_copies, keys, target)
         measure = self.image_rows if target == "image" else self.audio_rows

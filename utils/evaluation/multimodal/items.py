@@ -14,6 +14,7 @@ from dataset_loading.files import fingerprint_of_bytes
 from dataset_loading.multimodal import Caches, Item, join_items, parse_task
 from model.multimodal.layout import SPANS, Modality, Part, audio_tokens, check_span, image_tokens
 from utils.generation.multimodal import MultimodalPipeline
+from utils.seeds import seed_of
 
 
 class Direction(NamedTuple):
@@ -45,7 +46,7 @@ def directions_of(record: Mapping[str, Any]) -> list[Direction]:
 
 
 class HeldOutItems(Dataset):
-    """One item of each distinct text: the first of those that have the most modalities.
+    """One item of each distinct text, the first of those that have the most modalities, in random order.
 
     Args:
         caches: `image`, `audio` or both, of the held-out split.
@@ -63,9 +64,8 @@ class HeldOutItems(Dataset):
         if not best:
             folders = ", ".join(str(cache.folder) for cache in caches.values())
             raise ValueError(f"no item in {folders} has a text; name latents of captioned items")
-        # In the order of the caches.
-        first = {text: number for number, text in reversed(list(enumerate(best)))}
-        self.items = sorted(best.values(), key=lambda item: first[item.text])
+        # In an order that has nothing to do with the texts: every n-th item may have the same place or colour.
+        self.items = sorted(best.values(), key=lambda item: seed_of(0, item.text))
         self.entries = [{"key": item.key, "caption": item.text} for item in self.items]
 
     def __len__(self) -> int:
