@@ -114,6 +114,17 @@ class MultimodalArguments(TextArguments, StageArguments):
     sample_tokens: int = option(
         64, "maximum number of tokens of a logged continuation", gt=0, only_with=("n_samples", bool)
     )
+    n_logged_samples: int = option(
+        4,
+        "validation items per task whose images, clips and texts are generated for TensorBoard; 0: none",
+        ge=0,
+        only_with=HAS_SPANS,
+    )
+    vocoder_checkpoint: str = option(
+        "",
+        "run or checkpoint folder of the vocoder of logged clips; default: Griffin-Lim",
+        only_with=[("include_modes", "audio"), ("n_logged_samples", bool)],
+    )
     n_samples: int = option(4, "validation prompts whose continuations are logged to TensorBoard; 0: none", ge=0)
 
     def validate_modes(self):

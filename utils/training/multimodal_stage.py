@@ -33,6 +33,7 @@ from utils.generation.text import check_tokenizer
 from utils.generation.text_weights import check_trunk, is_text_run, model_from_text
 from utils.training.budget_batches import count_budget_steps
 from utils.training.multimodal import MultimodalArguments, ThinkingStepsCallback
+from utils.training.multimodal_logging import sample_callbacks
 from utils.training.multimodal_streams import MultimodalStreamTrainer
 from utils.training.stage import Stage
 from utils.training.text import check_core_flags, tokenize_texts, untokenized
@@ -201,7 +202,7 @@ class MultimodalStreamStage(Stage):
         return {"tokenizer": self.tokenizer, "channel_weights": weights}
 
     def build_callbacks(self, trainer, writer):
-        return [ThinkingStepsCallback(trainer, writer)]
+        return [ThinkingStepsCallback(trainer, writer), *sample_callbacks(trainer, writer, load_vae=self.load_vae)]
 
     def extra_record(self):
         latents = {name: dict(cache.manifest["settings"]) for name, cache in self.train_caches.items()}
