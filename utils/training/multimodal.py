@@ -81,6 +81,12 @@ class MultimodalArguments(TextArguments, StageArguments):
         only_with=HAS_SPANS,
     )
 
+    flex_attention: bool = option(
+        False,
+        "attention of the trunk by FlexAttention, which leaves out blocks that the mask hides; NVIDIA GPUs alone",
+        only_with=HAS_SPANS,
+    )
+
     learning_rate: float = option(6e-4, "peak learning rate of AdamW", gt=0)
     num_train_epochs: float = option(1.0, "passes over the training set; ignored where max_steps is given", gt=0)
 

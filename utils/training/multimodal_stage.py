@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -102,6 +103,7 @@ class MultimodalStreamStage(Stage):
             self.vae_checkpoint(name)
         config = self.fit(super().build_config())
         check_core_flags(self.args, config)
+        check_flex_attention(self.args, config)
         return config
 
     def build_dataset(self, split, config):
@@ -110,6 +112,11 @@ class MultimodalStreamStage(Stage):
 
     def build_collator(self, config):
         return collate_streams
+
+    def build_model(self, config):
+        model = super().build_model(config)
+        model.uses_flex_attention = self.args.flex_attention
+        return model
 
     def build_trainer_parts(self, model):
         weights = {} if self.args.dry_run else self.channel_weights()
@@ -200,6 +207,17 @@ def check_flags(args: Any) -> None:
             f"--{given[0]} has no effect with --include_modes {modes}: texts are those of --image_latents and "
             "--audio_latents"
         )
+
+
+def check_flex_attention(args: Any, config: MegaTransformerConfig) -> None:
+    """Raises: ValueError: FlexAttention is asked for without a GPU, or for a model with what it lacks."""
+    if not args.flex_attention:
+        return
+    if not torch.cuda.is_available():
+        raise ValueError("--flex_attention needs an NVIDIA GPU: it has no backward pass on a CPU; leave it out")
+    if config.attention_dropout or config.use_alibi_bias:
+        name = "attention_dropout" if config.attention_dropout else "use_alibi_bias"
+        raise ValueError(f"--flex_attention knows no {name}={getattr(config, name)}; leave one of the two out")
 
 
 def token_fields(
