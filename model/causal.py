@@ -315,8 +315,8 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         last_slot = core.slot(thinking.n_steps - 1, first_slot) + len(core.layers)
         # Without exits, every token takes all steps.
         if not thinking.exit_threshold:
+            steps = torch.full(x.shape[:2], thinking.n_taken, device=x.device)
             state = core(x, shared, first_slot, thinking=thinking)
-            steps = torch.full(x.shape[:2], thinking.n_steps, device=x.device)
             return self.coda(state, shared, last_slot), steps
         # With exits, padding takes no step, and criterion "kl" needs the head at each step.
         is_token = None
