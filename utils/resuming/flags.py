@@ -70,7 +70,7 @@ ON_RESUME: dict[str, str] = {
             *("trainer", "grokfast_alpha", "grokfast_lambda", "grokfast_window"),
             # Speed and memory; ZeRO's stage is compared by `check_engine`.
             *("bf16", "tf32", "deterministic", "use_gradient_checkpointing", "compile_model", "use_deepspeed"),
-            *("deepspeed_config", "num_workers", "eval_batch_size"),
+            *("deepspeed_config", "num_workers", "eval_batch_size", "flex_attention"),
             # Logs, evaluation, checkpoints.
             *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "n_logged_samples", "n_samples"),
             *("wer_samples",),

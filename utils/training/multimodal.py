@@ -90,6 +90,12 @@ class MultimodalArguments(TextArguments, StageArguments):
         only_with=HAS_SPANS,
     )
 
+    flex_attention: bool = option(
+        False,
+        "attention of the trunk by FlexAttention, which leaves out blocks that the mask hides; NVIDIA GPUs alone",
+        only_with=HAS_SPANS,
+    )
+
     # What is trained.
     freeze: list[str] = option(
         [], "parts that are not trained: trunk, text, image, audio, or modules such as encoder.encoders.image.prelude"

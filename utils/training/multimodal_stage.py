@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -173,6 +174,7 @@ class MultimodalStreamStage(Stage):
         check_core_flags(self.args, config)
         if self.starts_from_text:
             check_trunk(config, self.args.init_from)
+        check_flex_attention(self.args, config)
         return config
 
     @property
@@ -196,6 +198,11 @@ class MultimodalStreamStage(Stage):
 
     def build_collator(self, config):
         return collate_streams
+
+    def build_model(self, config):
+        model = super().build_model(config)
+        model.uses_flex_attention = self.args.flex_attention
+        return model
 
     def build_trainer_parts(self, model):
         weights = {} if self.args.dry_run else self.channel_weights()
@@ -288,6 +295,17 @@ def check_flags(args: Any, has_texts: bool) -> None:
         raise ValueError(
             f"--{given[0]} has no effect with --include_modes {' '.join(args.include_modes)}; it needs {needs}"
         )
+
+
+def check_flex_attention(args: Any, config: MegaTransformerConfig) -> None:
+    """Raises: ValueError: FlexAttention is asked for without a GPU, or for a model with what it lacks."""
+    if not args.flex_attention:
+        return
+    if not torch.cuda.is_available():
+        raise ValueError("--flex_attention needs an NVIDIA GPU: it has no backward pass on a CPU; leave it out")
+    if config.attention_dropout or config.use_alibi_bias:
+        name = "attention_dropout" if config.attention_dropout else "use_alibi_bias"
+        raise ValueError(f"--flex_attention knows no {name}={getattr(config, name)}; leave one of the two out")
 
 
 def token_fields(
