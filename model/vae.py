@@ -33,6 +33,22 @@ class VAEOutput(ModelOutput):
     logvar: Tensor | None = None
 
 
+def reparametrize(mean: Tensor, logvar: Tensor, noise: Tensor | None, added_std: Tensor | None = None) -> Tensor:
+    """Samples of posteriors (arXiv 1312.6114, section 2.4), with more noise where `added_std` asks for it.
+
+    Args:
+        mean, logvar: (B, Z, ...).
+        noise: standard normal, of the same shape; None: the mean.
+        added_std: added to the posterior's std, in units of the latents, (B, Z); None: nothing.
+    """
+    if noise is None:
+        return mean
+    std = torch.exp(0.5 * logvar)
+    if added_std is not None:
+        std = std + added_std.view(*added_std.shape, *[1] * (mean.ndim - 2))
+    return mean + std * noise
+
+
 class VAE(PreTrainedModel):
     """Abstract VAE: a subclass builds `self.encoder` (image -> (B, 2Z, y, x)) and `self.decoder` (latents -> image).
 
@@ -52,16 +68,16 @@ class VAE(PreTrainedModel):
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
-    def forward(self, image: Tensor, noise: Tensor | None = None) -> VAEOutput:
+    def forward(self, image: Tensor, noise: Tensor | None = None, *, added_std: Tensor | None = None) -> VAEOutput:
         """Encode, add `noise` in units of the posterior's std, decode.
 
         Args:
             image: (B, C, Y, X) in [-1, 1]; Y and X divisible by the compression.
             noise: (B, Z, y, x) standard normal, or None to decode the posterior mean.
+            added_std: (B, Z), see `reparametrize`.
         """
         mean, logvar = self.encode(image)
-        # Reparametrisation (arXiv 1312.6114, section 2.4).
-        latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        latents = reparametrize(mean, logvar, noise, added_std)
         return VAEOutput(reconstruction=self.decode(latents), mean=mean, logvar=logvar)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,5 @@
-"""The GAN engine: a generator trained through one engine against an adversary outside of it."""
+"""The GAN engine: a generator trained through one engine against an adversary outside of it; and what all VAE-GANs
+share.  B batch, Z latent channels."""
 
 import dataclasses
 import math
@@ -6,7 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from utils.training.adversary import Adversary
+from utils.megatransformer_utils import StageArguments
+from utils.options import option
+from utils.training.adversary import Adversary, AdversaryArguments
+from utils.training.latent_statistics import RunningLatentStd, measure_latent_statistics
 from utils.training_utils import StageTrainer
 
 
@@ -147,3 +151,64 @@ class GANTrainer(StageTrainer):
         if self.adversary is None:
             raise ValueError("it holds a discriminator, and this run has none: give the --gan_weight of that run")
         self.adversary.load_state_dict(state["adversary"])
+
+
+@dataclasses.dataclass
+class VAEGANArguments(AdversaryArguments, StageArguments):
+    """Flags of every stage that trains a VAE-GAN."""
+
+    latent_noise: float = option(
+        0.0, "most noise that training adds to latents, in units of each channel's std; 0: none", ge=0
+    )
+
+
+class VAEGANTrainer(GANTrainer):
+    """Trains a VAE-GAN. In training the decoder sees
+
+        latents = mean + (posterior's std + u * channel's std) * noise        noise ~ N(0, 1), u ~ U(0, latent_noise)
+
+    with one u per sample; noise and u belong to (seed, step, sample). A channel's std is that of `RunningLatentStd`,
+    over past steps, so that the first step adds nothing. Evaluations decode the posterior mean.
+
+    Subclasses pass `added_std` to the model, and the moments of its posteriors to `latent_std`, where there is one.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.latent_std = RunningLatentStd() if self.stage_arguments.latent_noise > 0 else None
+
+    def added_std(self, inputs: dict) -> Tensor | None:
+        """Std of the noise beyond the posterior's for this step's samples, (B, Z); None: no such noise."""
+        std = self.latent_std.std() if self.latent_std is not None else None
+        if std is None:
+            return None
+        self.record({"latent_std": std.mean()})
+        return self.stage_arguments.latent_noise * self.sample_uniforms(inputs, "latent_noise", (1,)) * std
+
+    def stage_step(self, model, inputs):
+        loss = super().stage_step(model, inputs)
+        if self.latent_std is not None and self.accelerator.sync_gradients:
+            self.latent_std.update(skips=self.guard.skips)
+        return loss
+
+    def before_saving(self):
+        """Measure the statistics of the latents, for the next stage."""
+        self.model.set_latent_statistics(*measure_latent_statistics(self, self.latent_moments))
+
+    def latent_moments(self, model, inputs: dict) -> Tensor:
+        """What a batch adds to the statistics, (3, Z)."""
+        raise NotImplementedError
+
+    def extra_state(self):
+        state = super().extra_state()
+        if self.latent_std is None or self.latent_std.moments is None:
+            return state
+        return {**(state or {}), "latent_moments": self.latent_std.moments}
+
+    def load_extra_state(self, state):
+        # A run that had no such noise so far begins with the next step; one that has none from now on drops them.
+        rest = {name: value for name, value in state.items() if name != "latent_moments"}
+        if self.latent_std is not None:
+            self.latent_std.moments = state.get("latent_moments")
+        if rest or self.adversary is not None:
+            super().load_extra_state(rest)
