@@ -140,10 +140,12 @@ class AudioVAEGANTrainer(VAEGANTrainer):
         # Sampled with time first: a sample's noise does not depend on how its batch is padded.
         noise = self.sample_noise(inputs, "posterior", (shape[-1], *shape[:-1])).movedim(1, -1)
         # Reconstructions, and the weighted terms of the latents.
-        added_std, speaker = self.added_std(inputs), inputs.get("speaker")
-        output = model(mel=mel, n_frames=n_frames, noise=noise, added_std=added_std, speaker=speaker)
-        if self.latent_std is not None:
-            self.latent_std.add(sequence_moments(output.mean, output.logvar, self.model.latents_lengths(n_frames)))
+        channel_noise, speaker = self.channel_noise(inputs), inputs.get("speaker")
+        output = model(mel=mel, n_frames=n_frames, noise=noise, channel_noise=channel_noise, speaker=speaker)
+        if self.running_latents is not None:
+            self.running_latents.add(
+                sequence_moments(output.mean, output.logvar, self.model.latents_lengths(n_frames))
+            )
         terms = self.latent_terms(output, {**inputs, "mel": mel, "n_frames": n_frames})
         terms = self.weighted({name: values.mean() for name, values in terms.items()})
         return Generation(output.reconstruction, mel, terms, n_frames)

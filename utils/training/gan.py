@@ -7,10 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from model.vae import ChannelNoise
 from utils.megatransformer_utils import StageArguments
 from utils.options import option
 from utils.training.adversary import Adversary, AdversaryArguments
-from utils.training.latent_statistics import RunningLatentStd, measure_latent_statistics
+from utils.training.latent_statistics import RunningLatents, mean_and_std, measure_latent_statistics
 from utils.training_utils import StageTrainer
 
 
@@ -167,28 +168,31 @@ class VAEGANTrainer(GANTrainer):
 
         latents = mean + (posterior's std + u * channel's std) * noise        noise ~ N(0, 1), u ~ U(0, latent_noise)
 
-    with one u per sample; noise and u belong to (seed, step, sample). A channel's std is that of `RunningLatentStd`,
-    over past steps, so that the first step adds nothing. Evaluations decode the posterior mean.
+    with one u per sample; noise and u belong to (seed, step, sample). A channel's std is that of `RunningLatents`,
+    over past steps, so that the first step adds nothing; it has a gradient, see `ChannelNoise`. Evaluations decode the
+    posterior mean.
 
-    Subclasses pass `added_std` to the model, and the moments of its posteriors to `latent_std`, where there is one.
+    Subclasses pass `channel_noise` to the model, and moments of its posteriors to `running_latents`, unless that is
+    None.
     """
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.latent_std = RunningLatentStd() if self.stage_arguments.latent_noise > 0 else None
+        self.running_latents = RunningLatents() if self.stage_arguments.latent_noise > 0 else None
 
-    def added_std(self, inputs: dict) -> Tensor | None:
-        """Std of the noise beyond the posterior's for this step's samples, (B, Z); None: no such noise."""
-        std = self.latent_std.std() if self.latent_std is not None else None
-        if std is None:
+    def channel_noise(self, inputs: dict) -> ChannelNoise | None:
+        """Noise beyond the posterior's for this step's samples; None: none."""
+        if self.running_latents is None or self.running_latents.moments is None:
             return None
+        mean, std = mean_and_std(self.running_latents.moments)
         self.record({"latent_std": std.mean()})
-        return self.stage_arguments.latent_noise * self.sample_uniforms(inputs, "latent_noise", (1,)) * std
+        share = self.stage_arguments.latent_noise * self.sample_uniforms(inputs, "latent_noise", ())
+        return ChannelNoise(share, mean, std)
 
     def stage_step(self, model, inputs):
         loss = super().stage_step(model, inputs)
-        if self.latent_std is not None and self.accelerator.sync_gradients:
-            self.latent_std.update(skips=self.guard.skips)
+        if self.running_latents is not None and self.accelerator.sync_gradients:
+            self.running_latents.update(skips=self.guard.skips)
         return loss
 
     def before_saving(self):
@@ -201,14 +205,14 @@ class VAEGANTrainer(GANTrainer):
 
     def extra_state(self):
         state = super().extra_state()
-        if self.latent_std is None or self.latent_std.moments is None:
+        if self.running_latents is None or self.running_latents.moments is None:
             return state
-        return {**(state or {}), "latent_moments": self.latent_std.moments}
+        return {**(state or {}), "latent_moments": self.running_latents.moments}
 
     def load_extra_state(self, state):
         # A run that had no such noise so far begins with the next step; one that has none from now on drops them.
         rest = {name: value for name, value in state.items() if name != "latent_moments"}
-        if self.latent_std is not None:
-            self.latent_std.moments = state.get("latent_moments")
+        if self.running_latents is not None:
+            self.running_latents.moments = state.get("latent_moments")
         if rest or self.adversary is not None:
             super().load_extra_state(rest)

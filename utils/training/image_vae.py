@@ -117,9 +117,9 @@ class ImageVAEGANTrainer(VAEGANTrainer):
         image = inputs["image"]
         # Noise (B, Z, y, x) of the posteriors, which belongs to (seed, step, sample).
         noise = self.sample_noise(inputs, "posterior", self.model.latent_shape(image.shape[-1]))
-        output = model(image=image, noise=noise, added_std=self.added_std(inputs), **self.decoder_options())
-        if self.latent_std is not None:
-            self.latent_std.add(image_moments(output.mean, output.logvar))
+        output = model(image=image, noise=noise, channel_noise=self.channel_noise(inputs), **self.decoder_options())
+        if self.running_latents is not None:
+            self.running_latents.add(image_moments(output.mean, output.logvar))
         # Weighted terms of the latents, and those that a subclass adds.
         terms = {name: term(output, image) for name, term in self.TERMS.items()}
         terms = self.weighted({name: term for name, term in terms.items() if term is not None})

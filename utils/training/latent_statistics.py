@@ -57,9 +57,9 @@ def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), std.float()
 
 
-class RunningLatentStd:
-    """Std of each latent channel in training, over past optimizer steps, of which step k before the present one has
-    the weight `DECAY` ^ k.
+class RunningLatents:
+    """Mean and std of each latent channel in training, over past optimizer steps, of which step k before the present
+    one has the weight `DECAY` ^ k.
 
     A step's sums go over all its micro-batches and processes, so that its split changes nothing, nor does a step that
     is skipped.
@@ -74,10 +74,6 @@ class RunningLatentStd:
     def __init__(self):
         self.moments: Tensor | None = None
         self.pending: list[Tensor] = []  # of this step's micro-batches
-
-    def std(self) -> Tensor | None:
-        """(Z,) fp32; None before the first step."""
-        return None if self.moments is None else mean_and_std(self.moments)[1]
 
     def add(self, moments: Tensor) -> None:
         """Add a micro-batch's sums, (3, Z)."""

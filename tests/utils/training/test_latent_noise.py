@@ -9,10 +9,11 @@ import torch
 from model.audio.vae import AudioVAE
 from model.image.recurrent_vae import RecurrentVAE
 from model.image.vae import ImageVAE
+from model.vae import ChannelNoise
 from tests.helpers.runs import largest_difference
 from utils.seeds import sample_uniform
 from utils.training.gan import VAEGANTrainer
-from utils.training.latent_statistics import RunningLatentStd, image_moments
+from utils.training.latent_statistics import RunningLatents, image_moments, mean_and_std
 
 NOISE = ["--latent_noise", "0.5"]
 
@@ -39,22 +40,41 @@ def test_what_is_decoded_is_the_mean_and_noise_of_both_deviations(build):
     torch.manual_seed(0)
     model, sample = build()
     mean, logvar = model.encode(sample)
-    noise, added = torch.randn_like(mean), torch.rand(2, mean.shape[1])
+    noise = torch.randn_like(mean)
+    added = ChannelNoise(torch.rand(2), torch.randn(mean.shape[1]), torch.rand(mean.shape[1]) + 0.1)
     latents = mean.clone()
     for b in range(2):
         for channel in range(mean.shape[1]):
-            std = (0.5 * logvar[b, channel]).exp() + added[b, channel]
+            std = (0.5 * logvar[b, channel]).exp() + added.share[b] * added.std[channel]
             latents[b, channel] += std * noise[b, channel]
-    torch.testing.assert_close(model(sample, noise=noise, added_std=added).reconstruction, model.decode(latents))
-    plain, zero = (model(sample, noise=noise, added_std=std).reconstruction for std in (None, 0 * added))
-    assert torch.equal(plain, zero)
+    torch.testing.assert_close(model(sample, noise=noise, channel_noise=added).reconstruction, model.decode(latents))
+    plain = model(sample, noise=noise).reconstruction
+    assert torch.equal(
+        model(sample, noise=noise, channel_noise=added._replace(share=torch.zeros(2))).reconstruction, plain
+    )
+
+
+def test_latents_gain_nothing_by_growing():
+    # Latents that are scaled have noise that is scaled: where the channel's mean and std are those of the batch, the
+    # gradient of their scale is that of the whole sum of both.
+    generator = torch.Generator().manual_seed(0)
+    mean, logvar = torch.randn(2, 5, 2, 4, 4, generator=generator, dtype=torch.float64)
+    center, std = (values.double() for values in mean_and_std(image_moments(mean, logvar)))
+    share, scale = torch.rand(5, generator=generator).double(), torch.ones((), dtype=torch.float64, requires_grad=True)
+    around = center.view(2, 1, 1)
+    scaled = around + scale * (mean - around), logvar + 2 * scale.log()
+    values = ChannelNoise(share, center, std).std_of(*scaled)
+    torch.testing.assert_close(values, share.view(5, 1, 1, 1) * std.view(2, 1, 1).expand_as(mean))
+    # The mean over the batch of d std / d scale is std itself.
+    (values / share.view(5, 1, 1, 1)).mean((0, 2, 3))[0].backward()
+    assert scale.grad.item() == pytest.approx(std[0].item(), rel=1e-6)
 
 
 def test_the_running_std_is_that_of_a_weighted_loop_whatever_the_split_and_skips_leave_it():
     generator = torch.Generator().manual_seed(0)
     steps = [torch.randn(2, 4, 3, 2, 2, generator=generator) * (1 + k) + k for k in range(3)]  # means, logvars
-    whole, split = RunningLatentStd(), RunningLatentStd()
-    assert whole.std() is None
+    whole, split = RunningLatents(), RunningLatents()
+    assert whole.moments is None
     for mean, logvar in steps:
         whole.add(image_moments(mean, logvar))
         whole.update(skips=False)
@@ -63,7 +83,8 @@ def test_the_running_std_is_that_of_a_weighted_loop_whatever_the_split_and_skips
         split.update(skips=False)
         split.add(torch.full((3, 3), torch.nan, dtype=torch.float64))
         split.update(skips=True)
-    torch.testing.assert_close(split.std(), whole.std())
+    torch.testing.assert_close(split.moments, whole.moments)
+    means, stds = mean_and_std(whole.moments)
     for channel in range(3):
         weights, values, variances = [], [], []
         for age, (mean, logvar) in zip((2, 1, 0), steps):
@@ -73,27 +94,26 @@ def test_the_running_std_is_that_of_a_weighted_loop_whatever_the_split_and_skips
         weights, values, variances = (torch.cat(parts) for parts in (weights, values, variances))
         mean = (weights * values).sum() / weights.sum()
         variance = (weights * ((values - mean).square() + variances)).sum() / weights.sum()
-        assert whole.std()[channel].item() == pytest.approx(variance.sqrt().item(), rel=1e-6)
+        assert means[channel].item() == pytest.approx(mean.item(), rel=1e-6)
+        assert stds[channel].item() == pytest.approx(variance.sqrt().item(), rel=1e-6)
 
 
 def test_noise_belongs_to_seed_step_and_sample_and_may_begin_and_end_on_resume(train, monkeypatch):
-    calls, original = [], VAEGANTrainer.added_std
+    calls, original = [], VAEGANTrainer.channel_noise
 
-    def added_std(self, inputs):
-        std = self.latent_std.std() if self.latent_std is not None else None
-        calls.append((self.state.global_step, inputs["index"], std, original(self, inputs)))
+    def channel_noise(self, inputs):
+        calls.append((self.state.global_step, inputs["index"], original(self, inputs)))
         return calls[-1][-1]
 
-    monkeypatch.setattr(VAEGANTrainer, "added_std", added_std)
+    monkeypatch.setattr(VAEGANTrainer, "channel_noise", channel_noise)
     # At such a rate the weights stay: a step's losses and the evaluation are those of the same model.
     flags = "--batch_size 4 --gan_weight 0 --learning_rate 1e-14 --lr_scheduler_type constant --eval_steps 3".split()  # noqa: SIM905
     noisy = train("noisy", 3, *flags, *NOISE)
     assert [step for step, *_ in calls] == [0, 1, 2] and calls[0][-1] is None
-    for step, index, std, added in calls[1:]:
-        uniforms = sample_uniform(42, step, index, stream="latent_noise", shape=())
-        torch.testing.assert_close(added, 0.5 * uniforms[:, None] * std)
-        assert added.min() > 0
-    assert noisy.logged("latent_std") == pytest.approx([std.mean().item() for _, _, std, _ in calls[1:]])
+    for step, index, added in calls[1:]:
+        assert torch.equal(added.share, 0.5 * sample_uniform(42, step, index, stream="latent_noise", shape=()))
+        assert added.share.min() > 0
+    assert noisy.logged("latent_std") == pytest.approx([added.std.mean().item() for _, _, added in calls[1:]])
     assert json.loads((noisy.folder / "stage.json").read_text())["arguments"]["latent_noise"] == 0.5
 
     # The first step has no such noise, and evaluations have none.
