@@ -79,6 +79,7 @@ ON_RESUME: dict[str, str] = {
             *("guidance_rescale", "temperature", "text_encoder"),
             # Losses.
             *("l1_weight", "l2_weight", "gradient_weight", "perceptual_weight", "perceptual", "kl_weight"),
+            *("latent_noise",),
             *("intermediate_weight", "distillation_weight", "mel_weight", "stft_weight", "stft_resolutions"),
             *(
                 "phase_weight",
