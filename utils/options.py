@@ -320,6 +320,9 @@ class StrictConfig(PreTrainedConfig):
     # has the fields alone.
     ALIASES: ClassVar[dict[str, str]] = {}
 
+    # Fields that shape no weights but say what their rows mean, or only how they begin: loaded weights bring theirs.
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = ()
+
     def __post_init__(self, **kwargs: Any):
         known = {field.name for field in declared_fields(self)}
         extra = kwargs.pop(EXTRA_KEY, [])

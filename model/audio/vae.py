@@ -36,6 +36,7 @@ class AudioVAEConfig(AudioConfig):
     """Configuration of `AudioVAE`; the log-mel's fields are those of `AudioConfig`."""
 
     model_type = "audio_vae"
+    OF_WEIGHTS = ("speakers",)
 
     # Patches and latents.
     architecture: Literal["conv1d", "conv2d"] = option("conv1d", "mel bins as channels, or as rows of an image")
