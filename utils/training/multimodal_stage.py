@@ -184,7 +184,10 @@ class MultimodalStreamStage(Stage):
 
     def build_model(self, config):
         """As for all stages, or with the trunk of a model of text."""
-        return model_from_text(config, self.args.init_from) if self.starts_from_text else super().build_model(config)
+        is_text = self.starts_from_text
+        model = model_from_text(config, self.args.init_from) if is_text else super().build_model(config)
+        model.uses_flex_attention = self.args.flex_attention
+        return model
 
     def build_dataset(self, split, config):
         caches = self.train_caches if split == "train" else self.caches(split)
@@ -198,11 +201,6 @@ class MultimodalStreamStage(Stage):
 
     def build_collator(self, config):
         return collate_streams
-
-    def build_model(self, config):
-        model = super().build_model(config)
-        model.uses_flex_attention = self.args.flex_attention
-        return model
 
     def build_trainer_parts(self, model):
         weights = {} if self.args.dry_run else self.channel_weights()
