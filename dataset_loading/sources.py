@@ -27,6 +27,8 @@ from typing import Any
 
 import fsspec
 
+from dataset_loading.walking import regular_state, walk
+
 logger = logging.getLogger(__name__)
 
 # Names by which folders and index files of a split are known.
@@ -132,15 +134,6 @@ def find_splits(path: Path, suffixes: Collection[str]) -> dict[str, Path]:
     splits = splits or {"train": path}
     has_files = any(root.is_file() or next(walk(root, suffixes), None) for root in splits.values())
     return splits if has_files or find_index(path) else {}
-
-
-def walk(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    """Files with one of the endings under a folder, sorted, without hidden ones; links are followed."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
-                yield Path(parent, name)
 
 
 def find_index(folder: Path) -> Path | None:
@@ -321,7 +314,7 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
 def read_media(media: dict[str, Any] | None) -> io.BytesIO:
     """The bytes of a row's file, from memory, from disk, from within an archive, or from the hub.
 
-    Raises: OSError: the file cannot be read, or the row has none.
+    Raises: OSError: the file cannot be read, is a pipe or a device, or the row has none.
     """
     if media is None:
         raise FileNotFoundError("the row has no file")
@@ -330,4 +323,5 @@ def read_media(media: dict[str, Any] | None) -> io.BytesIO:
     if "://" in media["path"]:
         filesystem, inner = fsspec.url_to_fs(media["path"])
         return io.BytesIO(filesystem.cat_file(inner))
+    regular_state(media["path"])
     return io.BytesIO(Path(media["path"]).read_bytes())
