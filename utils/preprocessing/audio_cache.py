@@ -48,7 +48,7 @@ def digest_of_sample(entry: Mapping[str, Any]) -> dict[str, str]:
     not know that, so that the sample's own file counts."""
     if DIGEST not in entry:
         return {}
-    place = [entry[DIGEST], entry.get("offset"), entry["copy"], entry.get("part", 0)]
+    place = [entry[DIGEST], entry.get("offset"), entry.get("duration"), entry["copy"], entry.get("part", 0)]
     return {"digest": fingerprint(place, n_digits=N_DIGITS)}
 
 

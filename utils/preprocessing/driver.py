@@ -70,6 +70,7 @@ class PreprocessArguments:
     dataset_name: str = option("", "raw data set: hub name, folder, or index file (.csv, .jsonl)")
     dataset_config: str = option("", "configuration of a hub data set")
     dataset_split: str = option("train", "split of the raw data set")
+    allow_outside: bool = option(False, "read files outside of the data set's folder, where its metadata names them")
     media_column: str = option("", "column of a hub data set with the media files; default: the only one of its type")
     caption_column: str = option("text", "column with the captions; they are empty without a column 'text'")
     limit: int = option(-1, "number of raw samples to read, from the first one; -1: all", ge=-1)
@@ -236,6 +237,7 @@ class Preprocess:
         """The training source and, where --validation_dataset names one, the validation source."""
         args = self.args
         options = {"suffixes": self.suffixes, "media": args.media_column, "config": args.dataset_config}
+        options["allow_outside"] = args.allow_outside
         sources = {"train": open_source(args.dataset_name, args.dataset_split, self.media, **options)}
         if args.validation_dataset:
             sources["validation"] = open_source(args.validation_dataset, args.validation_split, self.media, **options)

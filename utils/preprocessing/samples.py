@@ -32,7 +32,7 @@ class Example:
     data: Any
     caption: str
     key: str
-    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
     part: int = 0
     n_parts: int = 1
 
@@ -41,12 +41,12 @@ class Example:
 class Raw:
     """A raw sample as listed: `media` is `{"path": ..., "bytes": ...}`, see `dataset_loading.sources`.
 
-    `notes` go into the manifest with the caption, such as the speaker.
+    `notes` go into the manifest with the caption, such as the speaker, and which part of a recording it is.
     """
 
     media: dict[str, Any] | None
     caption: str
-    notes: dict[str, str] = dataclasses.field(default_factory=dict)
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -95,7 +95,7 @@ def caption_of(value: Any) -> str:
     return "" if value is None else str(value)
 
 
-def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, str]:
+def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, Any]:
     """Caption and notes of a sample for the manifest. A part has no caption, since it is unknown what it holds."""
     return {"caption": sample.caption if n_parts == 1 else "", **sample.notes}
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,9 @@ def without_duplicates(
     Returns: the outcomes, and the entries that are left out, with the raw file that each equals as `same_as`.
     """
     held_out = [entry for outcome in outcomes if outcome.split == "validation" for entry in outcome.entries]
-    by_digest = {entry[DIGEST]: entry["source"] for entry in held_out}
+    by_digest: dict[str, list[Entry]] = defaultdict(list)
+    for entry in held_out:
+        by_digest[entry[DIGEST]].append(entry)
     # Samples whose tensors may be equal: those with the same size and CRC.
     by_crc: dict[Any, list[Entry]] = defaultdict(list)
     for entry in held_out:
@@ -82,8 +85,8 @@ def without_duplicates(
 
     def same_as(outcome: Outcome) -> str:
         for entry in outcome.entries if outcome.split == "train" else ():
-            if entry[DIGEST] in by_digest:
-                return by_digest[entry[DIGEST]]
+            if other := next((other for other in by_digest.get(entry[DIGEST], ()) if overlap(entry, other)), None):
+                return other["source"]
             content = None
             for other in by_crc.get((entry.get("bytes"), entry.get("crc32")), ()) if is_whole(entry) else ():
                 content = content or path_of("train", entry["key"]).read_bytes()
@@ -98,6 +101,15 @@ def without_duplicates(
             outcome = dataclasses.replace(outcome, entries=[])
         distinct.append(outcome)
     return distinct, duplicates
+
+
+def overlap(first: Entry, second: Entry) -> bool:
+    """Whether two samples of the same recording have a moment in common."""
+    (start, end), (other_start, other_end) = (
+        (entry.get("offset", 0.0), entry.get("offset", 0.0) + entry.get("duration", math.inf))
+        for entry in (first, second)
+    )
+    return start < other_end and other_start < end
 
 
 def is_whole(entry: Entry) -> bool:
