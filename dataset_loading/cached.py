@@ -34,7 +34,8 @@ class CachedDataset(Dataset):
         split: `"train"` or `"validation"`.
     Attributes:
         manifest: the manifest as a dict.
-        fingerprint: identifies the settings and the source that shaped the tensors.
+        fingerprint: identifies the settings that shaped the tensors, and the raw files.
+        settings_fingerprint: identifies the settings alone; equal to `fingerprint` in folders of earlier versions.
         entries: one dict per sample in the order of the items: `key`, `source`, `copy`, `caption`, `length`, ...
     Raises:
         FileNotFoundError: the folder is missing, empty, incomplete, lacks the split, or lacks files.
@@ -48,6 +49,7 @@ class CachedDataset(Dataset):
         self.folder, self.split = Path(folder), split
         self.manifest = read_manifest(self.folder, self.stage)
         self.fingerprint: str = self.manifest["fingerprint"]
+        self.settings_fingerprint: str = self.manifest.get("settings_fingerprint", self.fingerprint)
         self.check_kind()
         self.manifest.expect_types({"command": list, "entries": Record})
         for name, entries in self.manifest["entries"].items():

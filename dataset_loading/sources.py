@@ -30,14 +30,11 @@ from typing import Any
 
 import fsspec
 
+from dataset_loading.splits import SPLIT_NAMES, group_by_split, held_out_folders, is_held_out, split_of_name
+from dataset_loading.walking import is_outside, regular_state, walk
+
 logger = logging.getLogger(__name__)
 
-# Names by which folders and index files of a split are known.
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval"), "test"),
-}
 KINDS = ("image", "audio")  # Columns of files; a table with all of them has its rows named by number.
 INDEX_SUFFIXES = (".csv", ".jsonl", ".parquet")
 SPLIT_INDEX_SUFFIXES = (".csv", ".jsonl")  # A file train.parquet holds the samples themselves.
@@ -90,7 +87,14 @@ class Source:
 
 
 def open_source(
-    name: str, split: str, kind: str, *, suffixes: Collection[str], media: str = "", config: str = ""
+    name: str,
+    split: str,
+    kind: str,
+    *,
+    suffixes: Collection[str],
+    media: str = "",
+    config: str = "",
+    allow_outside: bool = False,
 ) -> Source:
     """Open one split of a hub dataset or of a local folder or index file.
 
@@ -101,6 +105,7 @@ def open_source(
         suffixes: endings of the files of that kind, with the dot, in lower case.
         media: column with the files of a hub dataset; `""` takes the only one of that kind.
         config: configuration of a hub dataset.
+        allow_outside: whether metadata may name files outside of the folder.
     Raises:
         FileNotFoundError: nothing is there, or it holds no files of that kind.
         ValueError: the split or the column does not exist, or an index cannot be read; the message lists what exists.
@@ -110,7 +115,7 @@ def open_source(
     if path.exists():
         splits = find_splits(path, suffixes)
         if splits:
-            return open_local(path, splits, split, kind=kind, suffixes=suffixes)
+            return open_local(path, splits, split, kind=kind, suffixes=suffixes, allow_outside=allow_outside)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in INDEX_SUFFIXES:
         raise FileNotFoundError(f"{name} does not exist")
     return open_with_datasets(name, split, kind, media=media, config=config)
@@ -127,29 +132,33 @@ def find_splits(path: Path, suffixes: Collection[str]) -> dict[str, Path]:
     splits, others = {}, []
     for child in sorted(path.iterdir()):
         is_index = child.suffix in SPLIT_INDEX_SUFFIXES and child.is_file()
-        split = SPLIT_NAMES.get((child.stem if is_index else child.name).lower())
+        split = split_of_name(child.stem) if is_index else SPLIT_NAMES.get(child.name.lower())
         if split and (child.is_dir() or is_index):
             splits.setdefault(split, child)
         elif child.is_dir() and not child.name.startswith(".") and next(walk(child, suffixes), None):
             others.append(child.name)
-    if any(root.is_dir() for root in splits.values()) and others:
+    if (
+        not splits.get("train")
+        and any(root.is_dir() for root in splits.values())
+        and (others or has_own(path, suffixes))
+    ):
+        splits["train"] = path  # The folder of training files holds the others.
+    elif any(root.is_dir() for root in splits.values()) and others:
         raise ValueError(
             f"{path} holds folders of splits ({', '.join(splits)}) and others with files ({', '.join(others)}); "
             f"name the split's folder itself, such as {path / 'train'}, or rename class folders called like a split"
         )
-    # Without such children the folder itself is the only split.
+    # Held-out folders inside the one of training, and shards of an index; without any the folder is the only split.
+    for name, child in held_out_folders(splits["train"]).items() if "train" in splits else ():
+        splits.setdefault(name, child)
     splits = splits or {"train": path}
     has_files = any(root.is_file() or next(walk(root, suffixes), None) for root in splits.values())
     return splits if has_files or find_index(path) else {}
 
 
-def walk(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    """Files with one of the endings under a folder, sorted, without hidden ones; links are followed."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
-                yield Path(parent, name)
+def has_own(folder: Path, suffixes: Collection[str]) -> bool:
+    """Whether files of the kind lie in a folder itself, not in one inside it."""
+    return next(walk(folder, suffixes, enters=lambda below: False), None) is not None
 
 
 def find_index(folder: Path) -> Path | None:
@@ -157,22 +166,85 @@ def find_index(folder: Path) -> Path | None:
     return next((file for suffix in INDEX_SUFFIXES if (file := folder / f"metadata{suffix}").is_file()), None)
 
 
-def open_local(path: Path, splits: dict[str, Path], split: str, *, kind: str, suffixes: Collection[str]) -> Source:
+def open_local(
+    path: Path,
+    splits: dict[str, Path],
+    split: str,
+    *,
+    kind: str,
+    suffixes: Collection[str],
+    allow_outside: bool = False,
+) -> Source:
     """Open one split of a local layout."""
-    split = choose_split(str(path), split, list(splits))
-    root, shared_index = splits[split], find_index(path) if path.is_dir() else None
+    # A folder whose folders say no split: perhaps the names of its files do.
+    groups: dict[str, list[int]] = {}
+    if splits == {"train": path} and path.is_dir():
+        rows = read_folder(path, kind, suffixes)
+        groups = group_by_split([relative_path(row, kind, path) for row in rows], are_media=True)
+    split = choose_split(str(path), split, list(groups or splits))
+    root, shared_index = splits.get(split, path), find_index(path) if path.is_dir() else None
     # The rows of the split: from its own index, from that of the folder above, or from the files themselves.
-    if root.is_file():
-        rows, root = read_index(root, kind), root.parent
+    if groups:
+        rows = [rows[index] for index in groups[split]]
+    elif root.is_file():
+        shards = shards_of(root, split) if path.is_dir() else [root]
+        rows, root = [row for shard in shards for row in read_metadata(shard, kind)], root.parent
     elif root != path and shared_index:
-        rows = read_index(shared_index, kind)
+        rows = read_metadata(shared_index, kind)
         rows = [row for row in rows if row[kind]["path"] and Path(row[kind]["path"]).is_relative_to(root)]
-    else:
+    elif splits != {"train": path}:
         rows = read_folder(root, kind, suffixes)
+    if split == "train" and not groups and root.is_dir():
+        rows = without_held_out(rows, kind, root)
+    check_inside(rows, kind, path if path.is_dir() else path.parent, allow_outside=allow_outside)
     if not rows:
         raise FileNotFoundError(f"no {kind} files under {root}; known endings: {' '.join(sorted(suffixes))}")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return Source(f"{path.resolve()}:{split}", read_licence(path), kind, columns, rows, root)
+
+
+def relative_path(row: dict[str, Any], kind: str, folder: Path) -> str:
+    """The path of a row's file below a folder, with slashes; "" for a row without one."""
+    path = row[kind]["path"]
+    return Path(os.path.relpath(path, folder)).as_posix() if path else ""
+
+
+def shards_of(index: Path, split: str) -> list[Path]:
+    """The index files of a split, such as train-00.jsonl and train-01.jsonl."""
+    return [file for file in sorted(index.parent.glob(f"*{index.suffix}")) if split_of_name(file.stem) == split]
+
+
+def without_held_out(rows: list[dict[str, Any]], kind: str, root: Path) -> list[dict[str, Any]]:
+    """Training rows without those whose files lie in a folder that is named like another split."""
+    paths = [relative_path(row, kind, root) for row in rows]
+    training = [row for row, path in zip(rows, paths) if not is_held_out(path)]
+    if len(training) < len(rows):
+        logger.warning(
+            "%d files under %s are kept out of training, their folders are named like another split, such as %s; "
+            "rename the folder if that is a class",
+            *(len(rows) - len(training), root, next(filter(is_held_out, paths))),
+        )
+    return training
+
+
+def read_metadata(index: Path, kind: str) -> list[dict[str, Any]]:
+    """`read_index`, each file marked as one that metadata names, for `check_inside`."""
+    rows = read_index(index, kind)
+    for row in rows:
+        row[kind]["is_named"] = True
+    return rows
+
+
+def check_inside(rows: list[dict[str, Any]], kind: str, folder: Path, *, allow_outside: bool) -> None:
+    """Raises: ValueError: metadata names a file outside of the folder of the dataset, or a link that leads there."""
+    for row in rows:
+        path, is_named = row[kind]["path"], row[kind].pop("is_named", False)
+        if path and is_named and not allow_outside and is_outside(path, folder):
+            real = os.path.realpath(path)
+            raise ValueError(
+                f"metadata in {folder} names {path}{f' (a link to {real})' if real != path else ''}, outside of that "
+                "folder; --allow_outside reads it, if you trust who wrote the metadata"
+            )
 
 
 def choose_split(name: str, split: str, known: list[str]) -> str:
@@ -199,7 +271,7 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> list[dict
         if file.stem == "metadata":
             indices.setdefault(file.parent, file)
     if indices:
-        rows = [row for index in indices.values() for row in read_index(index, kind)]
+        rows = [row for index in indices.values() for row in read_metadata(index, kind)]
         listed = {row[kind]["path"] for row in rows if row[kind]["path"]}
         unlisted = [file for file in files if os.path.normpath(file) not in listed]
         if unlisted:
@@ -345,7 +417,7 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
 def read_media(media: dict[str, Any] | None) -> io.BytesIO:
     """The bytes of a row's file, from memory, from disk, from within an archive, or from the hub.
 
-    Raises: OSError: the file cannot be read, or the row has none.
+    Raises: OSError: the file cannot be read, is a pipe or a device, or the row has none.
     """
     if not has_file(media):
         raise FileNotFoundError("the row has no file")
@@ -355,6 +427,7 @@ def read_media(media: dict[str, Any] | None) -> io.BytesIO:
     if "://" in media["path"]:
         filesystem, inner = fsspec.url_to_fs(media["path"])
         return io.BytesIO(filesystem.cat_file(inner))
+    regular_state(media["path"])
     return io.BytesIO(Path(media["path"]).read_bytes())
 
 

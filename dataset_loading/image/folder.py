@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, ResizeMode, decode_image, fit_image, to_float, to_tensor
-from dataset_loading.sources import open_source, walk
+from dataset_loading.sources import open_source
+from dataset_loading.walking import walk
 
 
 class ImageFolderDataset(Dataset):
@@ -22,6 +23,7 @@ class ImageFolderDataset(Dataset):
         split: `""` takes the only split there is.
         image_size: side S in pixels.
         resize_mode, background_color: see `fit_image`, `decode_image`.
+        allow_outside: see `open_source`.
     Attributes:
         entries: one dict per image: `key`, `caption`.
         fingerprint: None, since files may change; callers compare it with that of a preprocessed folder.
@@ -39,8 +41,9 @@ class ImageFolderDataset(Dataset):
         image_size: int,
         resize_mode: ResizeMode = "crop",
         background_color: str = "white",
+        allow_outside: bool = False,
     ):
-        self.source = open_source(name, split, "image", suffixes=IMAGE_SUFFIXES)
+        self.source = open_source(name, split, "image", suffixes=IMAGE_SUFFIXES, allow_outside=allow_outside)
         # Listed at once, decoded on access.
         self.media: list[dict[str, Any]] = []
         self.entries: list[dict[str, Any]] = []

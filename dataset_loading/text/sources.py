@@ -19,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from dataset_loading.files import fingerprint, fingerprint_of_bytes
-from dataset_loading.sources import SPLIT_NAMES, choose_split, find_splits, read_licence, walk
+from dataset_loading.sources import choose_split, find_splits, read_licence
+from dataset_loading.splits import SPLIT_NAMES, group_by_split
 from dataset_loading.text.digests import Digests
+from dataset_loading.walking import walk
 
 logger = logging.getLogger(__name__)
 
@@ -95,8 +97,7 @@ def open_text(
     for file in files:
         check_column(file, text_column)
     digest = digest_files(root, files, digests or Digests())
-    names = find_splits(path, known) if path.is_dir() else ()
-    splits = [name for name in names if name == split or list_files(path, name)]
+    splits = list(split_files(path)) if path.is_dir() else ()
     return TextSource(
         f"{path.resolve().name}@{digest}", read_licence(path), lambda: read_files(root, files, text_column), splits
     )
@@ -110,18 +111,31 @@ def find_validation_split(source: TextSource, split: str) -> str:
 
 
 def list_files(folder: Path, split: str) -> list[Path]:
-    """The tables of a folder, or its text files where there are no tables; licences at its top are left out."""
-    splits = find_splits(folder, (*TEXT_SUFFIXES, *TABLE_SUFFIXES))
-    root = splits[choose_split(str(folder), split, list(splits))] if splits else folder
-    if root.is_file():
-        return [root]
-    # Tables hold the texts, if there are any; text files next to them are notes about the data.
-    tables = list(walk(root, TABLE_SUFFIXES))
-    texts = [
+    """The files of a split of a folder."""
+    splits = split_files(folder)
+    return splits[choose_split(str(folder), split, list(splits))] if splits else []
+
+
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder by split, all of them as `train` where no name says a split; licences at its top are left
+    out. Splits without files are not there."""
+    known = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
+    find_splits(folder, known)  # Raises where folders of splits and others are mixed.
+    files = [
         file
-        for file in walk(root, TEXT_SUFFIXES)
+        for file in walk(folder, known)
         if file.parent != folder or not file.name.upper().startswith(("LICENSE", "LICENCE"))
     ]
+    groups = group_by_split([file.relative_to(folder).as_posix() for file in files], are_media=False)
+    splits = {split: [files[index] for index in indices] for split, indices in groups.items()} or {"train": files}
+    splits = {split: tables_or_texts(folder, files) for split, files in splits.items()}
+    return {split: files for split, files in splits.items() if files}
+
+
+def tables_or_texts(root: Path, files: list[Path]) -> list[Path]:
+    """Tables hold the texts, if there are any; text files next to them are notes about the data."""
+    tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
+    texts = [file for file in files if file.suffix.lower() not in TABLE_SUFFIXES]
     if tables and texts:
         logger.warning(
             "%s has tables and %d text files; the text files are left out: %s", root, len(texts), texts[0].name

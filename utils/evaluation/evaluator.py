@@ -77,6 +77,9 @@ class ImageEvaluationArguments(ContactSheetArguments, BatchedEvaluationArguments
         "instead of a preprocessed data set: folder of images, index file or hub name; --split: its only one",
         only_with=("cached_dataset", ""),
     )
+    allow_outside: bool = option(
+        False, "read files outside of --dataset, where its metadata names them", only_with=("dataset", bool)
+    )
     resize_mode: ResizeMode = option(
         "crop", "how images of --dataset that are not square become square", only_with=("dataset", bool)
     )

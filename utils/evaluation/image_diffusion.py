@@ -139,7 +139,11 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         if self.args.dataset:
             size = latents["train"].manifest["settings"]["image_size"]
             return ImageFolderDataset(
-                self.args.dataset, self.args.split, image_size=size, resize_mode=self.args.resize_mode
+                self.args.dataset,
+                self.args.split,
+                image_size=size,
+                resize_mode=self.args.resize_mode,
+                allow_outside=self.args.allow_outside,
             )
         return PairedLatentDataset(latents[split], sources.get(split))
 

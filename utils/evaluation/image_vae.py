@@ -84,7 +84,11 @@ class ImageVAEEvaluator(ImageEvaluator):
         size = self.model.config.image_size
         if self.args.dataset:
             return ImageFolderDataset(
-                self.args.dataset, self.args.split, image_size=size, resize_mode=self.args.resize_mode
+                self.args.dataset,
+                self.args.split,
+                image_size=size,
+                resize_mode=self.args.resize_mode,
+                allow_outside=self.args.allow_outside,
             )
         return ImageDataset(*self.cache()).expect(image_size=size)
 

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset_loading.audio.augmentation import AudioAugmentation
+from dataset_loading.audio.parts import COLUMNS as PART_COLUMNS
+from dataset_loading.audio.parts import decode_part, part_of_row
 from dataset_loading.audio.signal import (
     AUDIO_SUFFIXES,
     LoudnessMeasure,
@@ -175,15 +177,19 @@ class AudioPreprocess(Preprocess):
         speaker = self.find_column(source, "speaker_column", SPEAKER_COLUMNS)
         language = self.find_column(source, "language_column", ())
         for name, row in source:
-            notes = {"speaker": caption_of(row.get(speaker))}
+            notes: dict[str, Any] = {"speaker": caption_of(row.get(speaker))}
             if language:
                 notes["language"] = caption_of(row.get(language)).strip()
-            yield name, Raw(row[source.media], caption_of(row.get(caption)), notes)
+            # Rows may name parts of recordings.
+            part = part_of_row(name, row) if row[source.media] else {}
+            media = {**row[source.media], **part} if part else row[source.media]
+            yield name, Raw(media, caption_of(row.get(caption)), {**notes, **part})
 
     def decode(self, media: dict[str, Any] | None) -> Tensor:
         """A conditioned waveform at the rate of the log-mel."""
         args, rate = self.args, self.mel.sample_rate
-        samples, rate_of_file = decode_audio(media)  # (channels, S)
+        is_part = media is not None and any(name in media for name in PART_COLUMNS)
+        samples, rate_of_file = decode_part(media) if media and is_part else decode_audio(media)  # (channels, S)
         # Clipping is measured before channels are averaged, which would hide it.
         share = clipped_share(samples)
         if share > MAX_CLIPPED and not args.keep_clipped:

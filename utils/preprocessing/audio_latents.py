@@ -87,7 +87,8 @@ class AudioLatentsArguments(AudioPreprocessArguments, BatchedPreprocessArguments
             raise ValueError("--limit=0 reads nothing; give a positive number, or -1 for all")
 
     def validate_cache(self):
-        used = {"dataset_name", "limit", "validation_fraction", "output_dir", "num_workers", "max_broken_fraction"}
+        used = {"dataset_name", "limit", "validation_fraction", "output_dir", "num_workers"}
+        used |= {"max_broken_fraction", "keep_duplicates"}
         unused = {field.name for field in declared_fields(AudioPreprocessArguments)} - used
         given = sorted(unused & set(getattr(self, "given", ())))
         if self.audio_cache and given:
@@ -157,7 +158,7 @@ class AudioLatentsPreprocess(BatchedPreprocess):
 
     def decode(self, media: dict[str, Any] | None) -> Tensor:
         assert media is not None, "as_source gives every row a file"
-        return read_sample(**media)["mel"]
+        return read_sample(**{name: value for name, value in media.items() if name != "digest"})["mel"]
 
     # ---- Tokens and the aligner.
 
