@@ -23,7 +23,7 @@ import logging
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -331,3 +331,10 @@ def read_media(media: dict[str, Any] | None) -> io.BytesIO:
         filesystem, inner = fsspec.url_to_fs(media["path"])
         return io.BytesIO(filesystem.cat_file(inner))
     return io.BytesIO(Path(media["path"]).read_bytes())
+
+
+def open_media(media: dict[str, Any] | None) -> BinaryIO:
+    """As `read_media`, but a file on disk is opened, and not read into memory."""
+    if media is None or media["bytes"] is not None or "://" in media["path"]:
+        return read_media(media)
+    return open(media["path"], "rb")

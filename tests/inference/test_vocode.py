@@ -7,7 +7,8 @@ import pytest
 import soundfile
 import torch
 
-from dataset_loading.audio.signal import decode_audio, save_waveform
+from dataset_loading.audio.decoding import decode_audio
+from dataset_loading.audio.signal import save_waveform
 from inference.vocode import VocodeArguments, vocode
 from model.audio.spectral import LogMel
 from model.audio.vocoders import Vocoder

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset_loading.audio.cached import AudioDataset
-from dataset_loading.audio.signal import decode_audio, resample, save_waveform
+from dataset_loading.audio.recording import read_recording
+from dataset_loading.audio.signal import save_waveform
 from dataset_loading.files import MANIFEST
 from dataset_loading.sources import walk
 from model.audio.spectral import LogMel, MelSettings, check_same_mel
@@ -89,12 +90,11 @@ def load_vocoder(path: str | Path, weights: WeightsKind = "ema") -> Vocoder:
 
 
 def read_waveform(file: Path, sample_rate: int) -> Tensor:
-    """The mean of the channels of an audio file at `sample_rate`, (S,) fp32.
+    """An audio file in one channel at `sample_rate`, (S,) fp32, see `read_recording`.
 
     Raises: OSError, ValueError: the file cannot be read as audio.
     """
-    samples, rate = decode_audio({"path": str(file), "bytes": None})
-    return resample(samples.mean(0), rate, sample_rate)
+    return read_recording({"path": str(file), "bytes": None}, sample_rate).waveform
 
 
 def read_mel(file: Path, settings: MelSettings) -> Tensor:
