@@ -1,6 +1,7 @@
 """Audio signals: resampling, measuring, conditioning and writing of waveforms.  S samples."""
 
 import functools
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -15,6 +16,8 @@ from torchaudio.functional import bandreject_biquad, loudness
 from torchaudio.transforms import Resample
 
 from dataset_loading.files import replacing
+
+logger = logging.getLogger(__name__)
 
 # fmt: off
 AUDIO_SUFFIXES = frozenset((
@@ -242,11 +245,16 @@ def cut_at_pauses(waveform: Tensor, rate: int, max_samples: int) -> list[Tensor]
 
 
 def save_waveform(waveform: Tensor, sample_rate: int, file: Path) -> float:
-    """Write (S,) in [-1, 1] as a 16-bit WAV file atomically.
+    """Write (S,) as a 24-bit WAV file atomically; what exceeds [-1, 1] is scaled down as a whole, not clipped.
 
-    Returns: the share of samples beyond [-1, 1], which are cut off there.
+    Returns: the gain by which it was scaled, 1 where nothing exceeded.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    # The largest number of 24 bits is a little below 1.
+    peak = waveform.abs().max().item() if len(waveform) else 0.0
+    gain = 1.0 if peak <= 1 else (1 - 2**-23) / peak
     with replacing(file) as temporary:
-        soundfile.write(temporary, waveform.clamp(-1, 1).numpy(), sample_rate, "PCM_16", format="WAV")
-    return (waveform.abs() > 1).float().mean().item()
+        soundfile.write(temporary, (waveform * gain).numpy(), sample_rate, "PCM_24", format="WAV")
+    if gain < 1:
+        logger.warning("%s: peaks were %.2f times full scale; saved at a gain of %.3f", file, peak, gain)
+    return gain
