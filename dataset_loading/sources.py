@@ -26,7 +26,7 @@ import logging
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -434,3 +434,14 @@ def read_media(media: dict[str, Any] | None) -> io.BytesIO:
 def has_file(media: dict[str, Any] | None) -> bool:
     """Whether a row has a file, in memory or by its path."""
     return media is not None and (media.get("bytes") is not None or media.get("path") is not None)
+
+
+def open_media(media: dict[str, Any] | None) -> BinaryIO:
+    """As `read_media`, but a file on disk is opened, and not read into memory."""
+    if not has_file(media):
+        return read_media(media)  # Raises.
+    assert media is not None
+    if media["bytes"] is not None or "://" in media["path"]:
+        return read_media(media)
+    regular_state(media["path"])
+    return open(media["path"], "rb")

@@ -2,13 +2,14 @@
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import soundfile
 import torch
+from torch import Tensor
 
-from dataset_loading.audio.signal import DecodedAudio, decode_audio
+from dataset_loading.audio.decoding import BLOCK_SAMPLES, AudioReader, DecodedAudio, decode_audio
 from dataset_loading.content import is_local
 from dataset_loading.walking import regular_state
 
@@ -94,3 +95,25 @@ def bounds(n_samples: int, rate: int, offset: float, duration: float, *, has_off
             f"offset={offset:g} s and duration={duration:g} s reach beyond the end of the recording, {seconds:.3f} s"
         )
     return start, n_samples if end >= seconds else round(end * rate)
+
+
+class PartReader(AudioReader):
+    """The part of a recording that a row names, as `AudioReader` reads whole files. Raises: as `decode_part`."""
+
+    def __init__(self, media: dict[str, Any]):
+        super().__init__(media)
+        try:
+            self.samples = decode_part(media).samples
+        except BaseException:
+            self.file.close()
+            raise
+        self.n_samples = self.samples.shape[1]
+
+    def blocks(self, n_samples: int = BLOCK_SAMPLES) -> Iterator[Tensor]:
+        yield from self.samples.split(n_samples, dim=1)
+
+
+def open_reader(media: dict[str, Any] | None) -> AudioReader:
+    """A file, or the part of it that its row names."""
+    is_part = media is not None and any(column in media for column in COLUMNS)
+    return PartReader(media) if media and is_part else AudioReader(media)
