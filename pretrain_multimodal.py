@@ -26,8 +26,8 @@ from utils.training.multimodal import (
     TextSamplesCallback,
     ThinkingStepsCallback,
 )
-from utils.training.multimodal_stage import MultimodalStreamStage
 from utils.training.stage import Stage
+from utils.training.streams.stage import MultimodalStreamStage
 from utils.training.text import check_checkpoint, check_core_flags, fit_to_tokenizer, tokenize_texts, untokenized
 
 

@@ -22,8 +22,8 @@ from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
 from utils.configuration import MegaTransformerConfig
 from utils.training.multimodal import MultimodalArguments
-from utils.training.multimodal_stage import check_flex_attention
-from utils.training.multimodal_streams import MultimodalStreamTrainer
+from utils.training.streams.stage import check_flex_attention
+from utils.training.streams.trainer import MultimodalStreamTrainer
 
 MODELS = pytest.mark.parametrize("common", [SMALL_STREAMS, SMALL_RECURRENT], ids=["flat", "recurrent"])
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -22,7 +22,7 @@ from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from utils.checkpoints import load_model
 from utils.generation.multimodal import MultimodalPipeline
-from utils.training.multimodal_streams import window_stream
+from utils.training.streams.trainer import window_stream
 
 FIELDS = {"hidden_size": 32, "head_width": 16, "n_heads": 2, "use_qk_norm": True, "n_query_groups": 2}
 FLAT = {**FIELDS, "n_layers": 1}

@@ -16,7 +16,7 @@ from tests.helpers.runs import Run, changed, largest_difference
 from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, make_stream_caches
 from utils.checkpoints import load_model
 from utils.drawing.masks import COLORS, mask_image
-from utils.training.multimodal_logging import token_kinds
+from utils.training.streams.samples import token_kinds
 
 TASKS = ["text-image", "audio-text", "text-audio-text", "text"]
 

@@ -34,9 +34,9 @@ from utils.generation.text import check_tokenizer
 from utils.generation.text_weights import check_trunk, is_text_run, model_from_text
 from utils.training.budget_batches import count_budget_steps
 from utils.training.multimodal import MultimodalArguments, ThinkingStepsCallback
-from utils.training.multimodal_logging import sample_callbacks
-from utils.training.multimodal_streams import MultimodalStreamTrainer
 from utils.training.stage import Stage
+from utils.training.streams.samples import sample_callbacks
+from utils.training.streams.trainer import MultimodalStreamTrainer
 from utils.training.text import check_core_flags, tokenize_texts, untokenized
 
 CACHES = {"image": ImageLatentDataset, "audio": AudioLatentDataset}
