@@ -19,10 +19,10 @@ python preprocess_image_vae_dataset.py --dataset_name data/scenes/train --valida
 
 # A second call resumes where an interrupted first one stopped.
 torchrun --standalone --nproc_per_node=2 pretrain_image_vae.py --config tiny --run_name demo \
-    --cached_dataset cached_datasets/scenes --batch_size 8 --learning_rate 2e-3 --kl_weight 1e-3 --max_steps 1200 \
-    --perceptual_weight 0 --gan_start_step 850 --gan_warmup_steps 50 --gan_ramp_steps 100 --gan_weight 0.05 \
-    --discriminator_channels 16 --discriminator_learning_rate 5e-4 --diff_augment translation \
-    --logging_steps 100 --eval_steps 400 --save_steps 400 --resume_from_checkpoint latest
+    --cached_dataset cached_datasets/scenes --batch_size 8 --learning_rate 2e-3 --kl_weight 1e-2 --latent_noise 0.25 \
+    --max_steps 2000 --perceptual_weight 0 --gan_start_step 1650 --gan_warmup_steps 50 --gan_ramp_steps 100 \
+    --gan_weight 0.05 --discriminator_channels 16 --discriminator_learning_rate 5e-4 --diff_augment translation \
+    --logging_steps 100 --eval_steps 500 --save_steps 500 --resume_from_checkpoint latest
 python evaluate.py --checkpoint "$vae" --contact_sheet 16
 
 python preprocess_image_diffusion_dataset.py --dataset_name data/scenes/train --validation_dataset data/scenes/test \

@@ -325,7 +325,8 @@ def whole_parameter(parameter: nn.Parameter) -> Tensor:
     """A copy of a parameter, gathered where ZeRO-3 shards it. Every process must call it."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach().float().clone()
-    from deepspeed.zero import GatheredParameters
 
-    with GatheredParameters([parameter]):
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
         return parameter.detach().float().clone()

@@ -87,8 +87,8 @@ class RunningLatents:
         pending, self.pending = self.pending, []
         if skips:
             return
-        # The number of processes cancels in the ratios.
-        step = mean_across_ranks(torch.stack(pending).sum(0))
+        # Sums over all processes: a run may be resumed on another number of them.
+        step = mean_across_ranks(torch.stack(pending).sum(0)) * world_size()
         self.moments = step if self.moments is None else self.DECAY * self.moments + step
 
 
