@@ -29,7 +29,7 @@ from utils.evaluation.audio_vae import AudioVAEEvaluationArguments, AudioVAEEval
 from utils.evaluation.evaluator import Evaluation, Evaluator
 from utils.evaluation.image_diffusion import ImageDiffusionEvaluationArguments, ImageDiffusionEvaluator
 from utils.evaluation.image_vae import ImageVAEEvaluationArguments, ImageVAEEvaluator
-from utils.evaluation.multimodal.evaluator import AnyMetricArguments, MultimodalEvaluationArguments
+from utils.evaluation.multimodal.arguments import AnyMetricArguments, MultimodalEvaluationArguments
 from utils.evaluation.recurrent_vae import RecurrentVAEEvaluator
 from utils.evaluation.text import TextEvaluationArguments, TextEvaluator
 from utils.evaluation.vocoder import VocoderEvaluator

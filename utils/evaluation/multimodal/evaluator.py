@@ -4,16 +4,13 @@ and beside models of a single task.
 N items, M mel bins, F mel frames.
 """
 
-import dataclasses
 import logging
-import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
-from PIL import Image
 
 from dataset_loading.audio.latents import AudioLatentDataset
 from dataset_loading.cached import evenly_spaced
@@ -21,21 +18,12 @@ from dataset_loading.embedded.scenes import caption_factors
 from dataset_loading.image.latents import ImageLatentDataset
 from dataset_loading.multimodal import Item
 from model.multimodal import MegaTransformerMultimodal
-from model.samplers import SamplerKind
 from utils.checkpoints import places, resolve_checkpoint
-from utils.drawing.alignment import aligned_mel
-from utils.drawing.audio import strip_sheet
-from utils.drawing.images import Group, draw_sheet, to_image
-from utils.evaluation.audio import Metric
-from utils.evaluation.evaluator import (
-    BatchedEvaluationArguments,
-    ContactSheetArguments,
-    Evaluation,
-    Evaluator,
-    expect_values,
-)
+from utils.evaluation.evaluator import Evaluation, Evaluator
+from utils.evaluation.multimodal.arguments import MultimodalEvaluationArguments
 from utils.evaluation.multimodal.beside import Beside
 from utils.evaluation.multimodal.directions import DirectionMeter, Judges
+from utils.evaluation.multimodal.examples import Examples
 from utils.evaluation.multimodal.items import HeldOutItems, directions_of, having
 from utils.evaluation.multimodal.judges import ImageJudge, Scores, SpeechJudge
 from utils.evaluation.multimodal.losses import TeacherForcing
@@ -45,71 +33,11 @@ from utils.evaluation.recordings import Recordings
 from utils.generation.multimodal import MultimodalPipeline
 from utils.metrics.caption_agreement import UnusableCaptionsError
 from utils.metrics.latent_readers import LatentReader, labels_of, saved_reader
-from utils.options import option
 
 logger = logging.getLogger(__name__)
 
-MultimodalMetric = Literal["losses", "texts", "probe", "reader", "wer", "round_trips"]
 CACHES = {"image": ImageLatentDataset, "audio": AudioLatentDataset}
 MARGIN = 8  # Text tokens that an answer may be longer than the longest text.
-
-
-@dataclasses.dataclass
-class AnyMetricArguments:
-    """The flag `--metrics` of `evaluate.py`, of which every evaluator has a list of its own."""
-
-    metrics: list[Literal[Metric, MultimodalMetric]] = option(
-        [name for name in dict.fromkeys((*get_args(Metric), *get_args(MultimodalMetric))) if name != "mos"],
-        "metrics, those that the stage has; wer is the slowest, about a second per clip and row; mel: mel-L1 and MCD; "
-        "mos: DistillMOS; losses, texts, probe, reader, wer, round_trips: of multimodal models",
-    )
-
-
-@dataclasses.dataclass
-class MultimodalEvaluationArguments(ContactSheetArguments, BatchedEvaluationArguments):
-    """Flags of the evaluation of multimodal models."""
-
-    metrics: list[MultimodalMetric] = option(
-        list(get_args(MultimodalMetric)),
-        "metrics; losses: bits per byte and condition ratio; texts: generated texts; probe: of images, with KID; "
-        "reader: of latents; wer: of speech by Whisper, about a second per clip and row; round_trips: and back again",
-    )
-    image_latents: str = option("", "folder of image latents; default: that of the run")
-    audio_latents: str = option("", "folder of audio latents; default: that of the run")
-    image_vae_checkpoint: str = option("", "folder of the image VAE; default: its copy in the run")
-    audio_vae_checkpoint: str = option("", "folder of the audio VAE; default: its copy in the run")
-    vocoder_checkpoint: str = option("", "run or checkpoint folder of a vocoder; default: Griffin-Lim")
-    waveforms: str = option(
-        "", "folder of the same clips made by preprocess_audio_vocoder_dataset.py, for the row of recordings"
-    )
-    beside: list[str] = option(
-        [], "runs of a single task that are scored beside the model: image or audio diffusion, or multimodal ones"
-    )
-    n_copies: int = option(1, "images and clips that are generated per text", gt=0)
-    sampler: SamplerKind | None = option(None, "sampler of images and audio; default: the model's")
-    n_steps: int | None = option(None, "sampling steps of images and audio; default: the model's", gt=0)
-    guidance_scale: float | None = option(
-        None, "scale of the guidance of images and audio; 1: none; default: the model's", ge=0
-    )
-    reader_steps: int = option(
-        500, "training steps of a reader", gt=0, only_with=("metrics", ("reader", "round_trips"))
-    )
-    training_samples: int = option(
-        5000, "training samples, spread evenly, for the probe and the readers; 0: all", ge=0
-    )
-    thinking_steps: list[int] = option(
-        [], "recurrent models: numbers of thinking steps at which all is measured again", gt=0
-    )
-    exit_thresholds: list[float] = option(
-        [], "recurrent models: thresholds of early exits at which losses are measured", gt=0
-    )
-    exit_criterion: Literal["own", "kl", "latent_difference"] = option(
-        "own", "criterion of early exits; own: the model's", only_with=("exit_thresholds", bool)
-    )
-    seed: int = option(0, "seed of generation, which also depends on the item", ge=0)
-
-    def validate_metrics(self):
-        expect_values(self, "metrics")
 
 
 class MultimodalEvaluator(Evaluator):
@@ -428,49 +356,19 @@ class MultimodalEvaluator(Evaluator):
 
     def add_examples(self, evaluation: Evaluation, meter: DirectionMeter) -> None:
         """The sheets of generated images and log-mels beside the real ones, and clips as wav files."""
+        title = f"{self.checkpoint.parent.name}, step {self.step}"
         for direction, outputs in meter.spans.items():
             items = meter.of(direction)
-            numbers = evenly_spaced(len(items), self.args.contact_sheet)
-            if not numbers:
+            if not (numbers := evenly_spaced(len(items), self.args.contact_sheet)):
                 continue
             name = direction.target
             real = self.generator.outputs([self.items.latents(items[n], name) for n in numbers], name).media()
             copies = [outputs.decode([n + copy * len(items) for n in numbers]) for copy in range(self.args.n_copies)]
-            captions = [items[n].text for n in numbers]
-            labels = ["real", *["generated"] * len(copies)]
-            title = f"{self.checkpoint.parent.name}, step {self.step}: {direction.name}, held-out items"
-            sheet = image_sheet if name == "image" else self.mel_sheet
-            evaluation.images[f"contact_sheet_{direction.name}.png"] = sheet(
-                list(zip(real, *copies)), captions, labels=labels, title=title
-            )
-            if name == "audio":
-                audio: Any = self.pipeline.audio
-                for position, n in enumerate(numbers):
-                    for label, mels in zip(
-                        ["real", *(f"generated_{copy}" for copy in range(len(copies)))], [real, *copies]
-                    ):
-                        waveform = audio.vocode(mels[position])
-                        key = f"{direction.name}_{safe_name(items[n].text)}_{label}"
-                        evaluation.audio[key] = (waveform, audio.vae.config.sample_rate)
-
-    def mel_sheet(self, rows, captions: Sequence[str], *, labels: Sequence[str], title: str) -> Image.Image:
-        """A row per clip, its log-mels (M, F) in one time scale."""
-        audio: Any = self.pipeline.audio
-        longest, floor = max(mel.shape[1] for row in rows for mel in row), audio.vae.config.mel.log_floor
-        nothing = torch.zeros(0, dtype=torch.long)
-        groups = [
-            Group([aligned_mel(mel, nothing, floor, max_frames=longest) for mel in row], caption)
-            for row, caption in zip(rows, captions)
-        ]
-        return strip_sheet(groups, labels, title=title)
-
-
-def image_sheet(rows, captions: Sequence[str], *, labels: Sequence[str], title: str) -> Image.Image:
-    """A row per text, its images (3, S, S)."""
-    groups = [Group([to_image(image) for image in row], caption) for row, caption in zip(rows, captions)]
-    return draw_sheet(groups, labels, n_across=min(4, len(groups)), title=title)
-
-
-def safe_name(text: str) -> str:
-    """A text as part of a file's name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
+            examples = Examples(direction.name, [items[n].text for n in numbers], real, copies)
+            file = f"contact_sheet_{direction.name}.png"
+            if name == "image":
+                evaluation.images[file] = examples.image_sheet(title)
+                continue
+            audio: Any = self.pipeline.audio
+            evaluation.images[file] = examples.mel_sheet(title, audio.vae.config.mel.log_floor)
+            evaluation.audio |= examples.clips(audio.vocode, audio.vae.config.sample_rate)

@@ -82,7 +82,8 @@ class ImageJudge:
     ):
         self.training, self.held_out, self.decode = training, held_out, decode
         self.extractor, self.device, self.problem = ImageFeatures().to(device), device, ""
-        self.chosen = evenly_spaced(len(training), n_training or len(training))
+        captioned = [index for index, entry in enumerate(training.entries) if entry["caption"].strip()]
+        self.chosen = [captioned[i] for i in evenly_spaced(len(captioned), n_training or len(captioned))]
         try:
             self.sources = [SourceImageDataset(dataset) for dataset in (training, held_out)]
         except (OSError, ValueError) as error:

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from dataset_loading.cached import evenly_spaced
@@ -13,11 +12,11 @@ from dataset_loading.multimodal import Item, Task
 from model.multimodal.generation import Sampling
 from model.multimodal.layout import SPANS, Part, Stream, build_stream, join_streams
 from model.multimodal.mask import stream_mask
-from utils.drawing.alignment import aligned_mel
 from utils.drawing.audio import strip_sheet
-from utils.drawing.images import Group, draw_sheet, to_image
+from utils.drawing.images import Group
 from utils.drawing.masks import LEGEND, mask_image
 from utils.drawing.playback import add_audio
+from utils.evaluation.multimodal.examples import Examples
 from utils.evaluation.multimodal.items import HeldOutItems, having
 from utils.evaluation.multimodal.losses import TIMES, stream_losses
 from utils.generation.audio_diffusion import load_matching_vocoder
@@ -164,19 +163,12 @@ class StreamSamplesCallback(EvaluationCallback):
         if not rows:
             return
         generated = [row.generated[name] for row in rows]
-        captions = [row.item.text for row in rows]
+        examples = Examples(task, [row.item.text for row in rows], real, [generated])
+        title = f"step {step}"
         if name == "image":
-            groups = [Group([to_image(x) for x in pair], text) for *pair, text in zip(real, generated, captions)]
-            self.add_image(task, draw_sheet(groups, ("real", "generated"), n_across=min(4, len(groups))), step)
+            self.add_image(task, examples.image_sheet(title), step)
             return
-        # Log-mels in one time scale.
-        floor, longest = self.vaes["audio"].config.mel.log_floor, max(x.shape[1] for x in (*real, *generated))
-        nothing = torch.zeros(0, dtype=torch.long)
-        groups = [
-            Group([aligned_mel(mel, nothing, floor, max_frames=longest) for mel in pair], text)
-            for *pair, text in zip(real, generated, captions)
-        ]
-        self.add_image(f"{task}_mel", strip_sheet(groups, ("real", "generated")), step)
+        self.add_image(f"{task}_mel", examples.mel_sheet(title, self.vaes["audio"].config.mel.log_floor), step)
         audio: Any = self.present.audio
         rate = self.vaes["audio"].config.sample_rate
         kinds = {"real": real, "generated": generated} if self.is_first else {"generated": generated}

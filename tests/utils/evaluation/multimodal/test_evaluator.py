@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,15 +15,19 @@ from dataset_loading.audio.latents import AudioLatentDataset
 from dataset_loading.embedded.scenes import caption_factors, list_scenes
 from dataset_loading.image.latents import ImageLatentDataset
 from dataset_loading.multimodal import join_items
+from model.audio.diffusion import AudioDiffusion
 from model.multimodal.layout import Part, audio_tokens
 from pretrain_multimodal import MultimodalStage
 from tests.helpers import stream_caches
+from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.runs import changed
-from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, make_stream_caches
+from tests.helpers.stream_caches import SMALL_RECURRENT, make_stream_caches
+from utils.checkpoints import STAGE, mark_complete, provenance, write_json
 from utils.evaluation.multimodal.items import Direction, HeldOutItems, directions_of, others
 from utils.evaluation.multimodal.judges import length_scores, text_scores
 from utils.evaluation.multimodal.losses import stream_losses
+from utils.generation.audio_diffusion import fit_to_audio_latents
 from utils.generation.multimodal import MultimodalPipeline
 
 FEW = ["audio_max_tokens=8", "image_n_sampling_steps=2", "audio_n_sampling_steps=2"]
@@ -47,25 +52,34 @@ def caches(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(caches, tmp_path_factory):
-    return train(tmp_path_factory.mktemp("runs"), "run", SMALL_STREAMS, caches)
+    core = ["recurrent_max_thinking_steps=4", "recurrent_mean_thinking_steps=3"]
+    return train(tmp_path_factory.mktemp("runs"), "run", SMALL_RECURRENT, caches, *core)
+
+
+def save_speech_checkpoint(run_dir, cache):
+    """A small model of text to speech without training."""
+    latents = AudioLatentDataset(cache, "train")
+    small = {"widths": [16, 24], "n_blocks": [1, 1], "n_attentions": [0, 1], "head_width": 8, "text_width": 16}
+    config = AudioDiffusion.from_preset("tiny", **small, conditioning_width=16, frame_width=16).config
+    names: dict = {"speakers": [], "vae_speakers": [], "overrides": []}
+    config = fit_to_audio_latents(config, latents.manifest["settings"], **names, folder=latents.folder)
+    (checkpoint := run_dir / "checkpoint-1").mkdir(parents=True)
+    AudioDiffusion(config).save_pretrained(checkpoint)
+    data = {"folder": str(cache), "fingerprint": latents.fingerprint}
+    record = {"stage": "audio_diffusion", "preset": "tiny", "arguments": {}, "data": data}
+    write_json(checkpoint / STAGE, {**record, "latents": dict(latents.manifest["settings"]), **provenance()})
+    mark_complete(checkpoint)
+    return run_dir
 
 
 @pytest.fixture(scope="module")
-def report(run, tmp_path_factory):
-    words = [
-        "--metrics",
-        "losses",
-        "texts",
-        "probe",
-        "reader",
-        "round_trips",
-        "--reader_steps",
-        "3",
-        "--n_copies",
-        "2",
-    ]
-    words += ["--contact_sheet", "2", "--beside", str(run), "--batch_size", "4"]
-    return evaluate.main(["--checkpoint", str(run), *words])
+def report(run, caches, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("beside")
+    save_diffusion_checkpoint(folder / "draws", Path(caches[1]))
+    beside = [run, folder / "draws", save_speech_checkpoint(folder / "speaks", Path(caches[3]))]
+    words = "--metrics losses texts probe reader round_trips --reader_steps 3 --n_copies 2 --contact_sheet 2"
+    words += " --batch_size 4 --beside"
+    return evaluate.main(["--checkpoint", str(run), *words.split(), *map(str, beside)])
 
 
 def test_every_direction_has_its_rows_and_controls(report, run):
@@ -76,6 +90,10 @@ def test_every_direction_has_its_rows_and_controls(report, run):
         assert {"model", "shuffled", "multimodal run"} <= set(rows), name
         # The same model beside itself gives the same numbers.
         assert rows["multimodal run"] == {key: rows["model"][key] for key in rows["multimodal run"]}
+    # Models of one task are read and, where they draw, judged by the probe.
+    assert {"read_all", "probe_top1", "kid"} <= set(report["scores"]["text-image"]["image_diffusion draws"])
+    assert {"read_all", "length_ratio"} <= set(report["scores"]["text-audio"]["audio_diffusion speaks"])
+    assert "image_diffusion draws" not in report["scores"]["text-audio"]
     texts, images, sounds = (report["scores"][name] for name in ("image-text", "text-image", "text-audio"))
     assert {"exact", "words", "object", "ground", "place", "all"} == set(texts["model"])
     assert {"wer", "cer"} < set(report["scores"]["audio-text"]["model"])
@@ -138,25 +156,29 @@ def test_files_and_tensorboard(report, run):
     assert len(report["texts"]["image-text"]) == 6 and report["texts"]["image-text"][0]["text"].startswith("a ")
 
 
-def test_depths_and_exits_of_a_recurrent_core(caches, tmp_path, fresh_logging):
-    run = train(tmp_path, "deep", SMALL_RECURRENT, caches, "recurrent_max_thinking_steps=4", steps=1)
-    words = ["--metrics", "losses", "texts", "--thinking_steps", "1", "2", "--exit_thresholds", "1e9"]
-    words += ["--exit_criterion", "latent_difference"]
-    report = evaluate.main(["--checkpoint", str(run), *words, "--max_samples", "2"])
-    assert [point["at"] for point in report["thinking_steps"]] == [1, 2]
+def test_depths_and_exits_of_a_recurrent_core(run, tmp_path):
+    words = "--metrics losses texts --thinking_steps 2 3 --exit_thresholds 1e9 --exit_criterion latent_difference"
+    report = evaluate.main(
+        ["--checkpoint", str(run), *words.split(), "--max_samples", "2", "--output_dir", str(tmp_path)]
+    )
+    assert [point["at"] for point in report["thinking_steps"]] == [2, 3]
     first, second = (point["directions"] for point in report["thinking_steps"])
-    assert second["text-image"]["steps"] == {"text": 2, "image": 2} and first["audio-text"]["steps"]["audio"] == 1
+    assert second["text-image"]["steps"] == {"text": 3, "image": 3} and first["audio-text"]["steps"]["audio"] == 2
     assert "exact" in first["image-text"] and "ratio_t0.9" in second["text-audio"]
+    assert report["losses"]["text-audio"] == {
+        name: second["text-audio"][name] for name in report["losses"]["text-audio"]
+    }
     # Every token leaves at the first occasion, after its second step.
     exits = report["exits"][0]["directions"]["text-audio"]
-    assert exits["steps"] == {"text": 2, "audio": 2} and exits["error_t0.5"] == second["text-audio"]["error_t0.5"]
+    assert exits["steps"] == {"text": 2, "audio": 2} and exits["error_t0.5"] == first["text-audio"]["error_t0.5"]
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--cached_dataset x", "--cached_dataset has no effect.*--image_latents"),
-        ("--thinking_steps 2", "--thinking_steps has no effect.*no recurrent core"),
+        ("--thinking_steps 9", r"--thinking_steps=\[9\] exceed recurrent_max_thinking_steps=4"),
+        ("--exit_thresholds 0.1", "--exit_thresholds needs --exit_criterion"),
         ("--speed_tokens 4", "--speed_tokens: no effect.*'multimodal'"),
         ("--metrics pesq", r"--metrics=\['pesq'\].*must be one of 'losses'"),
         ("--metrics losses --waveforms x", "--waveforms has no effect with --metrics losses"),

@@ -1,7 +1,6 @@
 """Samples of a multimodal run in TensorBoard: what there is to see and hear, and that training does not notice."""
 
 import io
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,11 +12,12 @@ from model.multimodal import MegaTransformerMultimodal
 from model.multimodal.layout import Part, Stream, build_stream
 from pretrain_multimodal import MultimodalStage
 from tests.helpers.runs import Run, changed, largest_difference
-from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, make_stream_caches
+from tests.helpers.stream_caches import SMALL_RECURRENT, make_stream_caches
 from utils.checkpoints import load_model
 from utils.drawing.masks import COLORS, mask_image
 from utils.training.streams.samples import token_kinds
 
+EXITS = ["recurrent_exit_criterion=latent_difference", "recurrent_exit_criteria_threshold=1e9"]
 TASKS = ["text-image", "audio-text", "text-audio-text", "text"]
 
 
@@ -26,8 +26,11 @@ def train(tmp_path_factory):
     folder = tmp_path_factory.mktemp("logged")
     caches = make_stream_caches(folder / "caches")
 
-    def call(common, name, steps, *flags) -> Run:
-        few = ["audio_max_tokens=8", "image_n_sampling_steps=2", "audio_n_sampling_steps=2"]
+    def call(name, steps, *flags) -> Run:
+        common, few = (
+            SMALL_RECURRENT,
+            [*EXITS, "audio_max_tokens=8", "image_n_sampling_steps=2", "audio_n_sampling_steps=2"],
+        )
         at = common.index("--override") + 1
         words = [*common[:at], *few, *common[at:], *caches, "--output_dir", str(folder), "--run_name", name]
         words = changed([*words, "--max_steps", str(steps), "--batch_size", "6", "--tasks", *TASKS], *flags)
@@ -39,7 +42,7 @@ def train(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shown_run(train):
-    return train(SMALL_STREAMS, "shown", 2, "--eval_steps", "1", "--n_logged_samples", "2")
+    return train("shown", 2, "--eval_steps", "1", "--n_logged_samples", "2")
 
 
 def test_every_task_has_its_samples(shown_run):
@@ -64,19 +67,19 @@ def test_every_task_has_its_samples(shown_run):
     assert image.width > image.height and len(np.unique(np.asarray(image))) > 20
 
 
-def test_training_does_not_notice_and_core_steps_are_logged(train):
-    core = ["recurrent_exit_criterion=latent_difference", "recurrent_exit_criteria_threshold=1e9"]
-    at = SMALL_RECURRENT.index("--override") + 1
-    common = [*SMALL_RECURRENT[:at], *core, *SMALL_RECURRENT[at:]]
-    shown = train(common, "core", 2, "--eval_steps", "1", "--n_logged_samples", "1")
-    plain = train(common, "plain", 2)
-    for name in ("model", "ema"):
-        assert largest_difference(shown.weights(name), plain.weights(name)) == 0
-    events = EventAccumulator(str(shown.folder.parent / "tensorboard")).Reload()
+def test_mean_steps_of_each_modality_are_logged(shown_run):
+    events = EventAccumulator(str(shown_run.folder.parent / "tensorboard")).Reload()
+    # Every token leaves at the first occasion, after its second step.
     for name in ("text", "image", "audio"):
         assert [event.value for event in events.Scalars(f"thinking_steps/{name}")] == [2, 2]
-    folder = Path(plain.folder.parent)
-    assert not EventAccumulator(str(folder / "tensorboard")).Reload().Tags()["images"]
+
+
+@pytest.mark.slow
+def test_training_does_not_notice(shown_run, train):
+    plain = train("plain", 2)
+    for name in ("model", "ema"):
+        assert largest_difference(shown_run.weights(name), plain.weights(name)) == 0
+    assert not EventAccumulator(str(plain.folder.parent / "tensorboard")).Reload().Tags()["images"]
 
 
 def test_flags_without_effect_are_refused(capsys):
