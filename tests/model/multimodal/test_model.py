@@ -44,7 +44,7 @@ def part(model, modality, n_tokens=4, seed=0):
     return Part(modality, latents=latents(model.config, modality, n_tokens, seed))
 
 
-def at_once(model, rows, time=0.4, noise_seed=9):
+def at_once(model, rows, time=0.4, noise_seed=9, has_gradient=False):
     """The output of the training graph for rows of parts; noise copies are at one time."""
     streams = [build_stream(model.config, parts) for parts in rows]
     batch = join_streams(streams, 0)
@@ -62,7 +62,7 @@ def at_once(model, rows, time=0.4, noise_seed=9):
         padded = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
         spans[name] = Spans(padded, time * is_noisy, is_noisy, *numbers)
     core = Thinking(n_steps=3) if model.config.n_recurrent_layers else None
-    with torch.no_grad():
+    with torch.set_grad_enabled(has_gradient):
         return model(
             batch.ids, batch.positions, batch.placement, spans=spans, labels=batch.labels, thinking=core
         ), spans
@@ -359,6 +359,23 @@ def test_every_parameter_gets_a_gradient_whatever_is_absent():
         for name, parameter in model.named_parameters():
             if any(f"encoders.{modality}" in name or f"decoders.{modality}" in name for modality in absent):
                 assert parameter.grad.abs().max() == 0
+
+
+def test_the_core_begins_with_gradients_like_those_of_flat_layers():
+    """Norms after branches that begin small, by the depth-scaled initialisation, would make them about 50 times as
+    large; clipped, they hide those of encoders and decoders."""
+    generator, norms = torch.Generator().manual_seed(0), {}
+    text, tokens = Part("text", ids=TEXT * 2), torch.randn(16, 64, generator=generator)
+    for name in ("multimodal-tiny", "multimodal-recurrent-tiny"):
+        torch.manual_seed(0)
+        model = MegaTransformerMultimodal.from_preset(name)
+        torch.nn.init.normal_(model.decoders["image"].out_proj.weight, std=0.02)  # Begins at zero.
+        output, _ = at_once(model, [[text, Part("image", latents=tokens)]], has_gradient=True)
+        output.predictions["image"].square().mean().backward()
+        weights = dict(model.model.named_parameters())
+        gradients = [weight.grad for path, weight in weights.items() if path.startswith(("main", "core"))]
+        norms[name] = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    assert norms["multimodal-recurrent-tiny"] < 3 * norms["multimodal-tiny"]
 
 
 def test_losses_are_sums_over_given_numbers():
