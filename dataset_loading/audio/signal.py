@@ -8,6 +8,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import soundfile
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,9 @@ NOTCH_LIMIT_HZ = 1000.0  # Hum has hardly any harmonics beyond, speech has many.
 HEADROOM = 0.05  # Scale at which torchaudio's filters, which clip at full scale, see a waveform.
 BLOCK_SECONDS = 0.4  # The shortest waveform whose loudness BS.1770 defines.
 MAX_RATIO = 1000  # Largest number in a ratio of sampling rates.
+MP3_RATES = 40  # Highest bit rate of an MP3 frame over the lowest, 320 / 8.
+MP3_SAMPLES = 1152  # of an MP3 frame, at most
+TAG_BYTES = 128  # of a tag at the end of an MP3 file, ID3v1
 STREAMED_BYTES = 0x7FFF0000  # A length from here on is the placeholder of a program that did not know it.
 
 
@@ -54,17 +58,19 @@ def decode_audio(media: dict[str, Any] | None) -> DecodedAudio:
     Args: media: `{"path": ..., "bytes": ...}`, see `read_media`.
     Raises: OSError, ValueError: the file is missing, damaged, cut off, or no audio; the message says which.
     """
-    buffer = read_media(media)
-    n_bytes = buffer.getbuffer().nbytes
+    content = read_media(media).getbuffer()
+    n_bytes = content.nbytes
     try:
-        with soundfile.SoundFile(ClampedSeekFile(buffer.getbuffer())) as file:
-            n_frames, rate, log, kind = file.frames, file.samplerate, file.extra_info, file.format
-            samples = torch.from_numpy(file.read(dtype="float32", always_2d=True)).T
+        with soundfile.SoundFile(MemoryFile(content)) as file:
+            n_frames, rate, log = file.frames, file.samplerate, file.extra_info
+            has_length = file.format != "MP3" or not is_length_guessed(bytes(content))
+            samples = file.read(dtype="float32", always_2d=True) if has_length else read_to_end(bytes(content))
     except soundfile.LibsndfileError as error:
         raise ValueError(f"no audio of a known format, or damaged ({n_bytes} bytes): {error.error_string}") from error
+    samples = torch.from_numpy(samples).T
     if samples.shape[1] == 0:
         raise ValueError(f"no samples in a file of {n_bytes} bytes")
-    if samples.shape[1] != n_frames and not (kind == "MP3" and is_length_guessed(buffer.getvalue())):
+    if has_length and samples.shape[1] != n_frames:
         raise ValueError(f"damaged: {samples.shape[1]} of {n_frames} samples can be read")
     # libsndfile reads what is there of a file that was cut off, and mentions both sizes in its log alone.
     sizes = re.search(r"(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", log)
@@ -77,19 +83,55 @@ def decode_audio(media: dict[str, Any] | None) -> DecodedAudio:
 
 
 def is_length_guessed(content: bytes) -> bool:
-    """Whether an MP3 file lacks the header that tells its length, which libsndfile then guesses from its size."""
+    """Whether an MP3 file lacks the header that tells its length, which libsndfile then guesses from its size and the
+    bit rate of its first frame: wrongly, if the rate varies."""
     # The header follows the tag, whose size has 7 bits a byte and leaves out its own 10 bytes.
     size = sum(byte << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0)))
     start = 10 + size if content.startswith(b"ID3") else 0
     return not any(name in content[start : start + 256] for name in (b"Xing", b"Info", b"VBRI"))
 
 
-class ClampedSeekFile(io.BytesIO):
-    """A file in memory that answers a seek before its beginning with the beginning, since some decoders try it."""
+def read_to_end(content: bytes) -> np.ndarray:
+    """All samples of an MP3 file whose length is guessed, (S, channels) float32.
+
+    libsndfile reads no further than its guess. A file that is said to be longer than any bit rate could make it has
+    a guess that lies behind the end of the samples.
+    """
+    content = content[:-TAG_BYTES] if content[-TAG_BYTES:].startswith(b"TAG") else content
+    stream, blocks = MemoryFile(content, n_bytes=MP3_RATES * len(content) + TAG_BYTES), []
+    with soundfile.SoundFile(stream) as file:
+        try:
+            while len(block := file.read(MP3_SAMPLES, dtype="float32", always_2d=True)):
+                blocks.append(block)
+        except soundfile.LibsndfileError:
+            if stream.tell() < len(content):
+                raise  # Else the last frame is cut off, as in a recorded stream.
+    return np.concatenate(blocks) if blocks else np.zeros((0, 1), np.float32)
+
+
+class MemoryFile(io.BytesIO):
+    """A file in memory. A seek before its beginning, which some decoders try, is answered with the beginning.
+
+    Args: n_bytes: size that it is said to have, with zeros in place of a tag at its end. Default: its true size.
+    """
+
+    def __init__(self, content: Any, n_bytes: int | None = None):
+        super().__init__(content)
+        self.n_bytes = len(content) if n_bytes is None else n_bytes
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.getbuffer().nbytes}[whence]
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.n_bytes}[whence]
         return super().seek(max(0, base + offset))
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)
+        if self.tell() < max(self.n_bytes - TAG_BYTES, self.getbuffer().nbytes):
+            return super().readinto(view)
+        # The tag of a file that is said to be longer than its content.
+        n_read = min(len(view), max(0, self.n_bytes - self.tell()))
+        view[:n_read] = bytes(n_read)
+        super().seek(n_read, io.SEEK_CUR)
+        return n_read
 
 
 def resample(waveform: Tensor, rate: int, target: int) -> Tensor:

@@ -112,6 +112,29 @@ def test_guessed_lengths_of_mp3_files_are_no_damage():
         decode_audio({"path": None, "bytes": (tag + content)[: len(tag) + 1500]})
 
 
+@pytest.mark.parametrize("n_channels", [1, 2])
+def test_mp3_files_of_varying_rate_are_read_to_their_end(n_channels):
+    # Noise, which needs the highest bit rate, then four seconds of a soft tone: the guess is a fraction of that.
+    noise = 0.5 * np.random.default_rng(0).standard_normal(RATE // 2)
+    whole = np.concatenate([noise, 0.1 * tone(440, 4.0).numpy()])
+    content = encoded(np.stack([whole] * n_channels, 1), format="MP3", bitrate_mode="VARIABLE", compression_level=0.0)
+    headless = content.replace(b"Xing", bytes(4)).replace(b"Info", bytes(4))
+    with soundfile.SoundFile(io.BytesIO(headless)) as file:
+        assert file.frames < 0.8 * len(whole)
+    for data in (headless, headless + b"TAG" + bytes(125)):
+        samples, _ = decode_audio({"path": None, "bytes": data})
+        assert samples.shape[0] == n_channels and 0 <= samples.shape[1] - len(whole) < 4000
+        # The tone lasts until the end, but for what the encoder pads.
+        assert amplitude_at(samples[0, -RATE - 4000 : -4000], 440) == pytest.approx(0.05, rel=0.05)
+    # A last frame that is cut off is left out, and what is no frame is no end.
+    samples, _ = decode_audio({"path": None, "bytes": headless[:-150]})
+    assert len(whole) - 4000 < samples.shape[1] < len(whole) + 4000
+    with pytest.raises(ValueError, match="damaged"):
+        decode_audio({"path": None, "bytes": headless[:3000] + b"x" * 3000 + headless[6000:]})
+    # With its header the length is exact.
+    assert decode_audio({"path": None, "bytes": content}).samples.shape == (n_channels, len(whole))
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone"):
         decode_audio({"path": str(tmp_path / "gone.wav"), "bytes": None})
