@@ -25,7 +25,7 @@ from model.audio.lengths import latents_to_sequence
 from utils.checkpoints import lasting_name, resolve_checkpoint
 from utils.devices import compute_device
 from utils.generation.latents import load_vae, pin_vae, standardized_posterior, vae_fingerprint, warn_of_other_vae
-from utils.generation.text_encoder import caption_states, open_text_encoder, text_encoder_fingerprint
+from utils.generation.text_encoder import caption_states, lost_by_cut, open_text_encoder, text_encoder_fingerprint
 from utils.options import option
 from utils.preprocessing.audio_latents import AudioLatentsArguments, AudioLatentsPreprocess
 from utils.preprocessing.samples import Example
@@ -85,6 +85,10 @@ class AudioDiffusionPreprocess(AudioLatentsPreprocess):
     def work(self, tasks):
         pin_vae(self.checkpoint, self.folder)  # A copy, as the VAE's own run may delete the checkpoint.
         return super().work(tasks)
+
+    def lost_text(self, entry: dict[str, Any]) -> str:
+        is_caption = self.args.conditioning == "caption"
+        return lost_by_cut(entry["caption"], self.args.max_tokens, self.text_encoder) if is_caption else ""
 
     @torch.inference_mode()
     def encode_batch(self, examples: list[Example]) -> list[dict[str, torch.Tensor]]:

@@ -21,7 +21,7 @@ from model.text.tokenizer import encode_caption
 from utils.checkpoints import lasting_name, resolve_checkpoint
 from utils.devices import compute_device
 from utils.generation.latents import load_vae, pin_vae, standardized_posterior, vae_fingerprint, warn_of_other_vae
-from utils.generation.text_encoder import caption_states, open_text_encoder, text_encoder_fingerprint
+from utils.generation.text_encoder import caption_states, lost_by_cut, open_text_encoder, text_encoder_fingerprint
 from utils.options import option
 from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
 from utils.preprocessing.image import IMAGE_SETTINGS, ImageArguments, decode_source_image
@@ -111,6 +111,9 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
                 texts = [example.caption for example in examples]
                 columns["text_states"] = caption_states(self.text_encoder, texts, self.args.max_tokens)
         return [dict(zip(columns, row)) for row in zip(*columns.values())]  # Without the rows that filled the batch.
+
+    def lost_text(self, entry: dict[str, Any]) -> str:
+        return lost_by_cut(entry["caption"], self.args.max_tokens, self.text_encoder)
 
     def measure(self, tensors: dict[str, torch.Tensor]) -> dict[str, int | float]:
         return dict.fromkeys(("length", "tokens"), len(tensors["tokens"]))

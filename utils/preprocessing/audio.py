@@ -28,11 +28,11 @@ from dataset_loading.sources import Source
 from model.audio.spectral import LogMel, MelPreset, MelSettings, check_same_mel, mel_preset
 from utils.options import option, other_than_none
 from utils.preprocessing.driver import PACKAGES, Preprocess, PreprocessArguments
-from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of
+from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of, captions_of
 
 # Usual names of columns in hub data sets, in order of preference.
-CAPTION_COLUMNS = ("text", "text_normalized", "transcription", "transcript", "sentence")
-SPEAKER_COLUMNS = ("speaker", "speaker_id")
+CAPTION_COLUMNS = ("text", "text_normalized", "transcription", "transcript", "sentence", "caption", "captions")
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 MEL_FLAGS = tuple(field.name for field in dataclasses.fields(MelSettings))
 # Flags that shape the waveforms, and therefore belong to the fingerprint of a cache.
 CONDITIONING = (
@@ -178,7 +178,8 @@ class AudioPreprocess(Preprocess):
             notes = {"speaker": caption_of(row.get(speaker))}
             if language:
                 notes["language"] = caption_of(row.get(language)).strip()
-            yield name, Raw(row[source.media], caption_of(row.get(caption)), notes)
+            for text in captions_of(row.get(caption)):
+                yield name, Raw(row[source.media], text, notes)
 
     def decode(self, media: dict[str, Any] | None) -> Tensor:
         """A conditioned waveform at the rate of the log-mel."""
