@@ -149,9 +149,13 @@ def find_dialect(sample: str, suffix: str, known: Collection[str] = ()) -> Diale
 
 
 def is_quoted(sample: str, separator: str) -> bool:
-    """Whether every cell that begins with a quote in the beginning of a file is quoted as a whole."""
-    cells = re.split(rf"[{re.escape(separator)}\r\n]", sample)
-    quoted = [cell for cell in cells[:-1] if cell.lstrip(" ").startswith('"')]
+    """Whether quotes have a meaning in the beginning of a table: rows fall apart without, or every cell that begins
+    with one is quoted as a whole."""
+    whole = sample if len(sample) < SAMPLE_BYTES else sample.rpartition("\n")[0]
+    lines = [line for line in whole.splitlines() if line.strip()]
+    if len({line.count(separator) for line in lines}) > 1:
+        return True
+    quoted = [cell for cell in separator.join(lines).split(separator) if cell.lstrip(" ").startswith('"')]
     return all(re.fullmatch(r' *"([^"]|"")*"', cell) for cell in quoted)
 
 
