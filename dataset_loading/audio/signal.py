@@ -15,13 +15,14 @@ from torch import Tensor
 from torchaudio.functional import bandreject_biquad, loudness
 from torchaudio.transforms import Resample
 
+from dataset_loading.audio.aac import AV_SUFFIXES, decode_av, is_av
 from dataset_loading.files import replacing
 from dataset_loading.sources import read_media
 
 # fmt: off
 AUDIO_SUFFIXES = frozenset((
     ".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64",
-    ".rf64", ".sph", ".nist", ".voc", ".avr", ".mat", ".sf", ".ircam",
+    ".rf64", ".sph", ".nist", ".voc", ".avr", ".mat", ".sf", ".ircam", *AV_SUFFIXES,
 ))
 # fmt: on
 LoudnessMeasure = Literal["active", "bs1770"]
@@ -56,6 +57,8 @@ def decode_audio(media: dict[str, Any] | None) -> DecodedAudio:
     """
     buffer = read_media(media)
     n_bytes = buffer.getbuffer().nbytes
+    if is_av(bytes(buffer.getbuffer()[:8])):
+        return DecodedAudio(*decode_av(buffer))
     try:
         with soundfile.SoundFile(ClampedSeekFile(buffer.getbuffer())) as file:
             n_frames, rate, log, kind = file.frames, file.samplerate, file.extra_info, file.format
