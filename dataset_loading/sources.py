@@ -5,7 +5,7 @@ Local layouts:
     folder/[train|validation|test/]**/*.png          files, with their parent folder as `label`
     folder/[train|validation|test/]metadata.csv      columns file_name, text, ...; also metadata.jsonl and .parquet
     folder/metadata.csv                              next to split folders: file_name begins with the split's folder
-    folder/train.jsonl, folder/test.jsonl            one index per split; also .csv
+    folder/train.jsonl, folder/test.jsonl            one index per split; also .csv, and shards such as train-00.jsonl
     index.jsonl                                      an index alone
     folder/metadata.csv with folder/wavs/            LJSpeech: lines `id|text|normalised text` without a header
 
