@@ -23,7 +23,7 @@ import logging
 import os
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -404,3 +404,11 @@ def read_media(media: dict[str, Any] | None) -> io.BytesIO:
         return io.BytesIO(filesystem.cat_file(inner))
     regular_state(media["path"])
     return io.BytesIO(Path(media["path"]).read_bytes())
+
+
+def open_media(media: dict[str, Any] | None) -> BinaryIO:
+    """As `read_media`, but a file on disk is opened, and not read into memory."""
+    if media is None or media["bytes"] is not None or "://" in media["path"]:
+        return read_media(media)
+    regular_state(media["path"])
+    return open(media["path"], "rb")

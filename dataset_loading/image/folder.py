@@ -1,7 +1,5 @@
 """Images that were not preprocessed: each is decoded and fitted when it is read, as preprocessing does."""
 
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +8,6 @@ from torch.utils.data import Dataset
 
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, ResizeMode, decode_image, fit_image, to_float, to_tensor
 from dataset_loading.sources import open_source
-from dataset_loading.walking import walk
 
 
 class ImageFolderDataset(Dataset):
@@ -66,21 +63,3 @@ class ImageFolderDataset(Dataset):
             ) from error
         image = fit_image(image, self.image_size, self.resize_mode, background_color=self.background_color)
         return {"image": to_float(to_tensor(image)), "index": torch.tensor(index)}
-
-
-def find_images(names: Iterable[str]) -> dict[str, Path]:
-    """Image files named one by one or in folders, by a name that no two share.
-
-    Raises: FileNotFoundError: a name does not exist, or nothing was found.
-    """
-    files: dict[str, Path] = {}
-    for name in map(Path, names):
-        if not name.exists():
-            raise FileNotFoundError(f"{name} does not exist")
-        for file in walk(name, IMAGE_SUFFIXES) if name.is_dir() else [name]:
-            # Subfolders become part of the name; a number tells equal names of several folders apart.
-            stem = "__".join(file.relative_to(name).with_suffix("").parts) if name.is_dir() else file.stem
-            files[f"{stem}_{len(files)}" if stem in files else stem] = file
-    if not files:
-        raise FileNotFoundError(f"no images in {', '.join(names)}; known endings: {' '.join(sorted(IMAGE_SUFFIXES))}")
-    return files

@@ -11,19 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset_loading.audio.augmentation import AudioAugmentation
-from dataset_loading.audio.parts import COLUMNS as PART_COLUMNS
-from dataset_loading.audio.parts import decode_part, part_of_row
+from dataset_loading.audio.parts import part_of_row
+from dataset_loading.audio.recording import read_recording
 from dataset_loading.audio.signal import (
     AUDIO_SUFFIXES,
     LoudnessMeasure,
-    clipped_share,
+    TooQuietError,
     cut_at_pauses,
-    decode_audio,
     is_silent,
     limit_peak,
     normalize_loudness,
     remove_hum,
-    resample,
     trim_silence,
 )
 from dataset_loading.sources import Source
@@ -180,7 +178,7 @@ class AudioPreprocess(Preprocess):
             notes: dict[str, Any] = {"speaker": caption_of(row.get(speaker))}
             if language:
                 notes["language"] = caption_of(row.get(language)).strip()
-            # Rows may name parts of recordings.
+            # A row may name a part of a recording.
             part = part_of_row(name, row) if row[source.media] else {}
             media = {**row[source.media], **part} if part else row[source.media]
             yield name, Raw(media, caption_of(row.get(caption)), {**notes, **part})
@@ -188,14 +186,10 @@ class AudioPreprocess(Preprocess):
     def decode(self, media: dict[str, Any] | None) -> Tensor:
         """A conditioned waveform at the rate of the log-mel."""
         args, rate = self.args, self.mel.sample_rate
-        is_part = media is not None and any(name in media for name in PART_COLUMNS)
-        samples, rate_of_file = decode_part(media) if media and is_part else decode_audio(media)  # (channels, S)
-        # Clipping is measured before channels are averaged, which would hide it.
-        share = clipped_share(samples)
+        # Mono at the rate of the log-mel, (S,).
+        waveform, share = read_recording(media, rate)
         if share > MAX_CLIPPED and not args.keep_clipped:
             raise SkipSampleError(f"clipped: {share:.2%} of the samples are at full scale; --keep_clipped keeps it")
-        # Mono at the rate of the log-mel, (S,).
-        waveform = resample(samples.mean(0), rate_of_file, rate)
         self.check_length(waveform)
         if args.notch_hz:
             waveform = remove_hum(waveform, rate, args.notch_hz)
@@ -208,7 +202,10 @@ class AudioPreprocess(Preprocess):
             self.check_length(waveform)
         # Gain may exceed full scale, so that the peak is limited last.
         if args.loudness_db is not None:
-            waveform = normalize_loudness(waveform, rate, args.loudness_db, measure=args.loudness_measure)
+            try:
+                waveform = normalize_loudness(waveform, rate, args.loudness_db, measure=args.loudness_measure)
+            except TooQuietError as error:
+                raise SkipSampleError(str(error)) from error
         return limit_peak(waveform)
 
     def check_length(self, waveform: Tensor) -> None:
