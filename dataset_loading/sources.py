@@ -3,11 +3,13 @@
 Local layouts:
 
     folder/[train|validation|test/]**/*.png          files, with their parent folder as `label`
-    folder/[train|validation|test/]metadata.csv      columns file_name, text, ...; also metadata.jsonl and .parquet
+    folder/[train|validation|test/]metadata.csv      columns file_name, text, ...; also .tsv, .jsonl, .json, .parquet
     folder/metadata.csv                              next to split folders: file_name begins with the split's folder
-    folder/train.jsonl, folder/test.jsonl            one index per split; also .csv, and shards such as train-00.jsonl
+    folder/train.jsonl, folder/test.jsonl            one index per split, or shards (train-00); also .csv, .tsv, .json
     index.jsonl                                      an index alone
-    folder/metadata.csv with folder/wavs/            LJSpeech: lines `id|text|normalised text` without a header
+
+Texts that lie beside the files (`a.txt`, LibriSpeech, VCTK) and the tables of LJSpeech, Common Voice, NeMo and Whisper
+are read by `dataset_loading/layouts.py`.
 
 Everything else (hub names, parquet files, archives, `save_to_disk` folders) goes through the `datasets` package. Local
 layouts do not, because its `imagefolder` leaves files out where a few names happen to contain "train" or "test",
@@ -15,10 +17,8 @@ turns the captions "None" and "null" into nothing, finds nothing in folders with
 `audiofolder` needs FFmpeg even for listing.
 """
 
-import csv
 import dataclasses
 import io
-import json
 import logging
 import os
 from collections.abc import Collection, Iterator
@@ -27,13 +27,18 @@ from typing import Any, BinaryIO
 
 import fsspec
 
+from dataset_loading.layouts import SideTexts, find_file, read_records, without_second_microphone
+from dataset_loading.left_out import LeftOut, survey_folder
 from dataset_loading.splits import SPLIT_NAMES, group_by_split, held_out_folders, is_held_out, split_of_name
 from dataset_loading.walking import is_outside, regular_state, walk
 
 logger = logging.getLogger(__name__)
 
-INDEX_SUFFIXES = (".csv", ".jsonl", ".parquet")
-SPLIT_INDEX_SUFFIXES = (".csv", ".jsonl")  # A file train.parquet holds the samples themselves.
+INDEX_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+# Readers of the datasets package for single files, by kind of data and ending.
+FILE_BUILDERS = {(kind, ".parquet"): "parquet" for kind in ("image", "audio")}
+FILE_BUILDERS |= {("image", ".zip"): "imagefolder", ("audio", ".zip"): "audiofolder"}
+SPLIT_INDEX_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")  # A file train.parquet holds the samples themselves.
 
 
 @dataclasses.dataclass
@@ -48,6 +53,7 @@ class Source:
         rows: a sequence of dicts, the media column being `{"path": str | None, "bytes": bytes | None}`.
         root: folder that names are relative to; None for hub datasets.
         labels: names of the classes in columns that hold class numbers.
+        left_out: files of the folder that no sample is made of, by reason.
     """
 
     identity: str
@@ -57,6 +63,7 @@ class Source:
     rows: Any
     root: Path | None = None
     labels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -107,7 +114,7 @@ def open_source(
         splits = find_splits(path, suffixes)
         if splits:
             return open_local(path, splits, split, kind=kind, suffixes=suffixes, allow_outside=allow_outside)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in INDEX_SUFFIXES:
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in INDEX_SUFFIXES:
         raise FileNotFoundError(f"{name} does not exist")
     return open_with_datasets(name, split, kind, media=media, config=config)
 
@@ -118,11 +125,11 @@ def find_splits(path: Path, suffixes: Collection[str]) -> dict[str, Path]:
     Raises: ValueError: there are files of that kind next to the splits' folders.
     """
     if path.is_file():
-        return {"train": path} if path.suffix in SPLIT_INDEX_SUFFIXES else {}
+        return {"train": path} if path.suffix.lower() in SPLIT_INDEX_SUFFIXES else {}
     # Children named like a split, and other folders that hold files of the kind.
     splits, others = {}, []
     for child in sorted(path.iterdir()):
-        is_index = child.suffix in SPLIT_INDEX_SUFFIXES and child.is_file()
+        is_index = child.suffix.lower() in SPLIT_INDEX_SUFFIXES and child.is_file()
         split = split_of_name(child.stem) if is_index else SPLIT_NAMES.get(child.name.lower())
         if split and (child.is_dir() or is_index):
             splits.setdefault(split, child)
@@ -169,8 +176,9 @@ def open_local(
     """Open one split of a local layout."""
     # A folder whose folders say no split: perhaps the names of its files do.
     groups: dict[str, list[int]] = {}
+    left_out = LeftOut()
     if splits == {"train": path} and path.is_dir():
-        rows = read_folder(path, kind, suffixes)
+        rows, left_out = read_folder(path, kind, suffixes)
         groups = group_by_split([relative_path(row, kind, path) for row in rows], are_media=True)
     split = choose_split(str(path), split, list(groups or splits))
     root, shared_index = splits.get(split, path), find_index(path) if path.is_dir() else None
@@ -182,15 +190,25 @@ def open_local(
         rows, root = [row for shard in shards for row in read_metadata(shard, kind)], root.parent
     elif root != path and shared_index:
         rows = [row for row in read_metadata(shared_index, kind) if Path(row[kind]["path"]).is_relative_to(root)]
+        left_out = survey_folder(root, used=[row[kind]["path"] for row in rows], suffixes=suffixes)
     elif splits != {"train": path}:
-        rows = read_folder(root, kind, suffixes)
+        rows, left_out = read_folder(root, kind, suffixes)
     if split == "train" and not groups and root.is_dir():
         rows = without_held_out(rows, kind, root)
     check_inside(rows, kind, path if path.is_dir() else path.parent, allow_outside=allow_outside)
+    if root != path and splits.get(split, path).is_dir():
+        left_out.update("beside the folders of the splits", (file.name for file in files_beside(path, suffixes)))
     if not rows:
         raise FileNotFoundError(f"no {kind} files under {root}; known endings: {' '.join(sorted(suffixes))}")
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    return Source(f"{path.resolve()}:{split}", read_licence(path), kind, columns, rows, root)
+    return Source(f"{path.resolve()}:{split}", read_licence(path), kind, columns, rows, root, left_out=left_out)
+
+
+def files_beside(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Files of a folder itself that have one of the endings, or one that is read nowhere; no tables, none hidden."""
+    children = [child for child in sorted(folder.iterdir()) if child.is_file() and not child.name.startswith(".")]
+    known = (*INDEX_SUFFIXES, ".txt", ".md", ".zip", "")
+    return [child for child in children if child.suffix.lower() in suffixes or child.suffix.lower() not in known]
 
 
 def relative_path(row: dict[str, Any], kind: str, folder: Path) -> str:
@@ -252,8 +270,8 @@ def choose_split(name: str, split: str, known: list[str]) -> str:
     raise ValueError(f"{name} {problem}; there is: {', '.join(known)}")
 
 
-def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> list[dict[str, Any]]:
-    """Rows of a folder's metadata files, or of its files where there is no metadata."""
+def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[list[dict[str, Any]], LeftOut]:
+    """Rows of a folder's metadata files, or of its files where there is no metadata; and what is left out."""
     files = list(walk(folder, suffixes))
     # Metadata files by their folder; of several in one folder the first in order of name counts.
     indices: dict[Path, Path] = {}
@@ -268,13 +286,16 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> list[dict
             logger.warning(
                 "%d files under %s are left out, no metadata names them: %s", len(unlisted), folder, unlisted[0]
             )
-        return rows
-    # Without metadata, the name of a file's folder is its class.
-    rows = []
+        return rows, survey_folder(folder, used={*listed, *indices.values()}, suffixes=suffixes)
+    # Without metadata, the name of a file's folder is its class, and texts may lie beside the files.
+    files, second = without_second_microphone(files)
+    texts, rows = SideTexts(folder, files), []
     for file in files:
         label = {"label": file.parent.name} if file.parent != folder else {}
-        rows.append({kind: {"path": os.path.normpath(file), "bytes": None}, **label})
-    return rows
+        rows.append({kind: {"path": os.path.normpath(file), "bytes": None}, **label, **texts.row_of(file)})
+    left_out = survey_folder(folder, used={*files, *second, *texts.used}, suffixes=suffixes)
+    left_out.update("second microphone of an utterance", (str(file.relative_to(folder)) for file in second))
+    return rows, left_out
 
 
 def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
@@ -282,63 +303,12 @@ def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
 
     Raises: ValueError: a line cannot be read, or names no file.
     """
-    # LJSpeech's index has the same name as a table with a header, so it is tried first.
-    rows = []
-    for number, row in enumerate(read_ljspeech(index) or read_records(index), start=1):
+    rows, listings = [], {}
+    for number, row in enumerate(read_records(index, kind), start=1):
         column = "file_name" if "file_name" in row else kind
         if not isinstance(row.get(column), str) or not row[column]:
             raise ValueError(f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, row))}")
-        path = os.path.normpath(index.parent / row.pop(column))
-        rows.append({kind: {"path": path, "bytes": None}, **row})
-    return rows
-
-
-def read_records(index: Path) -> list[dict[str, Any]]:
-    """The rows of a .csv, .jsonl or .parquet file as dicts."""
-    if index.suffix == ".parquet":
-        from pyarrow import parquet
-
-        return parquet.read_table(index).to_pylist()
-    text = read_text(index)
-    if index.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{index}: line {number} is not JSON: {error}") from error
-    return records
-
-
-def read_text(index: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark. Raises: ValueError: it is not UTF-8."""
-    try:
-        return index.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{index} is not UTF-8: {error}") from error
-
-
-def read_ljspeech(index: Path) -> list[dict[str, Any]]:
-    """The rows of an LJSpeech metadata.csv next to its folder wavs/, none for any other index.
-
-    Returns: `file_name`, `text` (the normalised text where there is one), `original_text`. Quotes mean nothing there.
-    Raises: ValueError: a line has no text.
-    """
-    if index.name != "metadata.csv" or not (index.parent / "wavs").is_dir():
-        return []
-    # Fields between bars, without a header; a table of the usual kind has "file_name" in its first line.
-    lines = [line for line in read_text(index).split("\n") if line.strip()]
-    if not lines or "|" not in lines[0] or "file_name" in lines[0]:
-        return []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        name, *texts = line.rstrip("\r").split("|")
-        if not texts:
-            raise ValueError(f"{index}: line {number} must read id|text or id|text|normalised text: {line[:60]!r}")
-        file_name = f"wavs/{name}" if Path(name).suffix == ".wav" else f"wavs/{name}.wav"
-        rows.append({"file_name": file_name, "text": texts[-1] or texts[0], "original_text": texts[0]})
+        rows.append({kind: {"path": find_file(index.parent, row.pop(column), listings), "bytes": None}, **row})
     return rows
 
 
@@ -365,6 +335,8 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     try:
         if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(name)
+        elif builder := FILE_BUILDERS.get((kind, Path(name).suffix.lower())) if Path(name).is_file() else "":
+            loaded = datasets.load_dataset(builder, data_files={"train": name})
         else:
             loaded = datasets.load_dataset(name, config or None)
     except (OSError, ValueError, DatasetsError) as error:
@@ -374,8 +346,9 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     splits = {str(loaded.split or "train"): loaded} if isinstance(loaded, datasets.Dataset) else loaded
     split = choose_split(name, split, list(map(str, splits)))
     rows = splits[split]
-    # The column with the files, by its type.
+    # The column with the files, by its type; tables of other programs have bytes there, or structs with bytes.
     candidates = [column for column, type_of in rows.features.items() if isinstance(type_of, feature)]
+    candidates = candidates or [column for column, type_of in rows.features.items() if has_bytes(type_of)]
     if media and media not in rows.column_names:
         raise ValueError(f"--media_column={media!r} is no column of {name}; there is: {', '.join(rows.column_names)}")
     if not media and len(candidates) != 1:
@@ -388,6 +361,12 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     rows = rows.cast_column(media, feature(decode=False))
     identity = f"{Path(name).resolve() if Path(name).exists() else name}{f'/{config}' if config else ''}:{split}"
     return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, labels)
+
+
+def has_bytes(type_of: Any) -> bool:
+    """Whether a column of the `datasets` package holds files as bytes, or as structs with `bytes`."""
+    type_of = type_of.get("bytes") if isinstance(type_of, dict) else type_of
+    return getattr(type_of, "dtype", "") in ("binary", "large_binary")
 
 
 def read_media(media: dict[str, Any] | None) -> io.BytesIO:
