@@ -66,11 +66,8 @@ def survey_folder(folder: Path, *, used: Collection[Path], suffixes: Collection[
         used: files that samples, captions and tables were read from.
         suffixes: endings of the kind.
     """
-    left_out, links, used_names = (
-        LeftOut(),
-        LinkedFolders(os.path.realpath(folder)),
-        {os.path.normpath(file) for file in used},
-    )
+    left_out, links = LeftOut(), LinkedFolders(os.path.realpath(folder))
+    used_names = {os.path.normpath(file) for file in used}
 
     def report(error: OSError) -> None:
         left_out.add(f"folder cannot be read: {error.strerror}", str(error.filename))

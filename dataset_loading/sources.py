@@ -11,6 +11,9 @@ Local layouts:
 Texts that lie beside the files (`a.txt`, LibriSpeech, VCTK) and the tables of LJSpeech, Common Voice, NeMo and Whisper
 are read by `dataset_loading/layouts.py`.
 
+A table may name files of several kinds in columns `image` and `audio`; its rows are then known by their numbers, so
+that what comes from one row belongs together. A row whose cell is empty has no file of that kind.
+
 Everything else (hub names, parquet files, archives, `save_to_disk` folders) goes through the `datasets` package. Local
 layouts do not, because its `imagefolder` leaves files out where a few names happen to contain "train" or "test",
 turns the captions "None" and "null" into nothing, finds nothing in folders with brackets in their names, and its
@@ -21,9 +24,9 @@ import dataclasses
 import io
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import fsspec
 
@@ -34,9 +37,10 @@ from dataset_loading.walking import is_outside, regular_state, walk
 
 logger = logging.getLogger(__name__)
 
+KINDS = ("image", "audio")  # Columns of files; a table with all of them has its rows named by number.
 INDEX_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 # Readers of the datasets package for single files, by kind of data and ending.
-FILE_BUILDERS = {(kind, ".parquet"): "parquet" for kind in ("image", "audio")}
+FILE_BUILDERS = {(kind, ".parquet"): "parquet" for kind in KINDS}
 FILE_BUILDERS |= {("image", ".zip"): "imagefolder", ("audio", ".zip"): "audiofolder"}
 SPLIT_INDEX_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")  # A file train.parquet holds the samples themselves.
 
@@ -50,10 +54,12 @@ class Source:
         licence: the first line of its licence, `""` where unknown.
         media: column with the file of a row.
         columns: names of all columns.
-        rows: a sequence of dicts, the media column being `{"path": str | None, "bytes": bytes | None}`.
+        rows: a sequence of dicts, the media column being `{"path": str | None, "bytes": bytes | None}`, and "row" with
+            a name where the row has one, or None where it has no file.
         root: folder that names are relative to; None for hub datasets.
         labels: names of the classes in columns that hold class numbers.
         left_out: files of the folder that no sample is made of, by reason.
+        has_named_rows: whether rows are known by their numbers, whatever files they have.
     """
 
     identity: str
@@ -64,15 +70,18 @@ class Source:
     root: Path | None = None
     labels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
+    has_named_rows: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields (name, row). Rows of the same file have the same name; names do not depend on the machine."""
+        """Yields (name, row). Rows of the same file have the same name, unless rows have names of their own; names do
+        not depend on the machine."""
         for index, row in enumerate(self.rows):
             # Relative to the root, else the path within an archive, else the row's number.
-            path = row[self.media]["path"] if row[self.media] else None
+            media = {} if self.has_named_rows and not self.root else row[self.media] or {}
+            path = media.get("row") or media.get("path")
             if path and self.root:
                 relative = Path(os.path.relpath(path, self.root)).as_posix()
                 name = relative.encode("utf-8", "backslashreplace").decode()
@@ -189,7 +198,8 @@ def open_local(
         shards = shards_of(root, split) if path.is_dir() else [root]
         rows, root = [row for shard in shards for row in read_metadata(shard, kind)], root.parent
     elif root != path and shared_index:
-        rows = [row for row in read_metadata(shared_index, kind) if Path(row[kind]["path"]).is_relative_to(root)]
+        rows = [row for row in read_metadata(shared_index, kind) if row[kind]["path"]]
+        rows = [row for row in rows if Path(row[kind]["path"]).is_relative_to(root)]
         left_out = survey_folder(root, used=[row[kind]["path"] for row in rows], suffixes=suffixes)
     elif splits != {"train": path}:
         rows, left_out = read_folder(root, kind, suffixes)
@@ -280,7 +290,7 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[lis
             indices.setdefault(file.parent, file)
     if indices:
         rows = [row for index in indices.values() for row in read_metadata(index, kind)]
-        listed = {row[kind]["path"] for row in rows}
+        listed = {row[kind]["path"] for row in rows if row[kind]["path"]}
         unlisted = [file for file in files if os.path.normpath(file) not in listed]
         if unlisted:
             logger.warning(
@@ -299,17 +309,28 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[lis
 
 
 def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
-    """Rows of a metadata file; paths are relative to its folder.
+    """Rows of a metadata file; paths are relative to its folder. The path is None where a column of that kind is there
+    and the row has nothing in it.
 
     Raises: ValueError: a line cannot be read, or names no file.
     """
-    rows, listings = [], {}
-    for number, row in enumerate(read_records(index, kind), start=1):
+    records, rows, listings = list(read_records(index, kind)), [], {}
+    columns = dict.fromkeys(column for record in records for column in record)
+    has_all_kinds, may_lack = set(KINDS) <= set(columns), "file_name" not in columns and kind in columns
+    for number, row in enumerate(records, start=1):
         column = "file_name" if "file_name" in row else kind
-        if not isinstance(row.get(column), str) or not row[column]:
-            raise ValueError(f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, row))}")
-        rows.append({kind: {"path": find_file(index.parent, row.pop(column), listings), "bytes": None}, **row})
+        value = row.pop(column, None)
+        if not (is_missing(value) and may_lack) and (not isinstance(value, str) or not value):
+            raise ValueError(f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, columns))}")
+        path = None if is_missing(value) else find_file(index.parent, value, listings)
+        named = {"row": str(index.parent / f"row-{number:08d}")} if has_all_kinds or path is None else {}
+        rows.append({kind: {"path": path, "bytes": None, **named}, **row})
     return rows
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell of a table is empty: nothing, blanks, or the NaN of data frames."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def read_licence(folder: Path) -> str:
@@ -358,9 +379,13 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     # Class numbers become names; files stay undecoded, so that a broken one stops nothing.
     types = rows.features.items()
     labels = {column: type_of.names for column, type_of in types if isinstance(type_of, datasets.ClassLabel)}
+    # Other files are not read at all.
+    kind_of = {column: k for column, type_of in types for k in KINDS if isinstance(type_of, features[k])}
+    rows = rows.remove_columns([column for column in kind_of if column != media])
     rows = rows.cast_column(media, feature(decode=False))
     identity = f"{Path(name).resolve() if Path(name).exists() else name}{f'/{config}' if config else ''}:{split}"
-    return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, labels)
+    options = {"labels": labels, "has_named_rows": set(kind_of.values()) == set(KINDS)}
+    return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, **options)
 
 
 def has_bytes(type_of: Any) -> bool:
@@ -374,8 +399,9 @@ def read_media(media: dict[str, Any] | None) -> io.BytesIO:
 
     Raises: OSError: the file cannot be read, is a pipe or a device, or the row has none.
     """
-    if media is None:
+    if not has_file(media):
         raise FileNotFoundError("the row has no file")
+    assert media is not None
     if media["bytes"] is not None:
         return io.BytesIO(media["bytes"])
     if "://" in media["path"]:
@@ -387,7 +413,12 @@ def read_media(media: dict[str, Any] | None) -> io.BytesIO:
 
 def open_media(media: dict[str, Any] | None) -> BinaryIO:
     """As `read_media`, but a file on disk is opened, and not read into memory."""
-    if media is None or media["bytes"] is not None or "://" in media["path"]:
+    if not has_file(media) or media["bytes"] is not None or "://" in media["path"]:
         return read_media(media)
     regular_state(media["path"])
     return open(media["path"], "rb")
+
+
+def has_file(media: Mapping[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    """Whether a row has a file, in memory or by its path."""
+    return media is not None and (media.get("bytes") is not None or media.get("path") is not None)

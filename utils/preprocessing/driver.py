@@ -35,7 +35,7 @@ from dataset_loading.content import describe_content, is_same_content, present_s
 from dataset_loading.files import MANIFEST, SCHEMA, fingerprint
 from dataset_loading.integrity import changed_bytes, non_finite
 from dataset_loading.locks import only_writer
-from dataset_loading.sources import Source, open_source
+from dataset_loading.sources import Source, has_file, open_source
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import declared_fields, option
 from utils.preprocessing.progress import ProgressReport
@@ -368,6 +368,8 @@ class Preprocess:
             return Prepared(outcome, [])
         examples = []
         try:
+            if not has_file(task.raw.media):
+                raise SkipSampleError(f"the row has no {self.media}")
             outcome.content = describe_content(task.raw.media)
             data = self.decode(task.raw.media)
             for copy, key in task.missing.items():

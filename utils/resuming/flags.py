@@ -47,11 +47,13 @@ ON_RESUME: dict[str, str] = {
             *("validation_split", "validation_fraction", "max_broken_fraction", "tokenizer", "tokenizer_vocab_size"),
         ],
         MODEL: ["config", "override"],
-        SAMPLES: ["batch_size", "batch_frames", "gradient_accumulation_steps"],
+        SAMPLES: ["batch_size", "batch_frames", "batch_tokens", "gradient_accumulation_steps"],
         # Data order and noise, the shape of the discriminator.
         FIXED: [
             *("seed", "sequence_length", "include_modes", "use_speakers", "max_clip_frames"),
             *("tasks", "caption_tokenizer", "caption_vocab_size"),
+            # Groups of the optimizer, to which its state belongs.
+            *("freeze", "learning_rates"),
             *("discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm"),
             *("discriminator_periods", "discriminator_resolutions", "discriminator_widening"),
         ],
@@ -314,7 +316,9 @@ def check_samples(resumption: Resumption, args: Any, n_ranks: int) -> None:
     the data order."""
     old, written_ranks = resumption.old_arguments, resumption.record["n_ranks"]
     # What a micro-batch is counted by.
-    size, unit = ("batch_frames", "latent frames") if getattr(args, "batch_frames", 0) else ("batch_size", "samples")
+    budgets = {"batch_frames": "latent frames", "batch_tokens": "tokens", "batch_size": "samples"}
+    size = next(name for name in budgets if old.get(name) or getattr(args, name, 0))
+    unit = budgets[size]
     if not {size, "gradient_accumulation_steps"} <= old.keys():
         return  # `recorded_arguments` has warned.
     splits = {
@@ -325,7 +329,7 @@ def check_samples(resumption: Resumption, args: Any, n_ranks: int) -> None:
     if before == now:
         return
     texts = [f"{name} {' x '.join(map(str, split))}" for name, split in splits.items()]
-    accumulation, rest = divmod(before, getattr(args, size) * n_ranks)
+    accumulation, rest = divmod(before, getattr(args, size) * n_ranks or before + 1)
     command = f"--gradient_accumulation_steps {accumulation}" if accumulation and not rest else f"another --{size}"
     raise ValueError(
         f"{resumption.folder} was trained with {before} {unit} per optimizer step, this run has {now} (--{size} "
