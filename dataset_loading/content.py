@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from dataset_loading.files import digest_file
+from dataset_loading.files import digest_file, fingerprint
 from dataset_loading.sources import has_file, read_media
 from dataset_loading.walking import regular_state
 
@@ -76,3 +76,13 @@ def changes_of_state(entry: Mapping[str, Any], media: Mapping[str, Any]) -> bool
 def present_state(media: Mapping[str, Any] | None) -> dict[str, int]:
     """Size and times of a raw file for an entry whose content is the same, where it is a file."""
     return file_state(media) if has_file(media) and is_local(media) else {}
+
+
+def digest_of_sample(entry: Mapping[str, Any]) -> dict[str, str]:
+    """`digest` of what a sample of a cache was made from, for one that is made of it: the raw file, and which copy and
+    part of it. {} where the cache does
+    not know that, so that the sample's own file counts."""
+    if DIGEST not in entry:
+        return {}
+    place = [entry[DIGEST], entry.get("offset"), entry.get("duration"), entry["copy"], entry.get("part", 0)]
+    return {"digest": fingerprint(place, n_digits=N_DIGITS)}

@@ -120,6 +120,7 @@ def open_source(
     path = Path(os.path.normpath(Path(name).expanduser()))
     # A layout of ours; other folders may still be what the datasets package knows.
     if path.exists():
+        regular_state(path)
         splits = find_splits(path, suffixes)
         if splits:
             return open_local(path, splits, split, kind=kind, suffixes=suffixes, allow_outside=allow_outside)

@@ -34,7 +34,7 @@ from dataset_loading.tables import (
     table_columns,
 )
 from dataset_loading.text.digests import Digests
-from dataset_loading.walking import walk
+from dataset_loading.walking import regular_state, walk
 
 logger = logging.getLogger(__name__)
 
@@ -105,6 +105,7 @@ def open_text(
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or suffix_of(path) in known:
             raise FileNotFoundError(f"{name} does not exist")
         return open_hub(name, split, text_column=text_column, config=config)
+    regular_state(path)
     files = [path] if path.is_file() else list_files(path, split)
     if not files or (path.is_file() and suffix_of(path) not in known):
         endings = f"{' '.join(known)}, also with {' '.join(OPENERS)}"
