@@ -46,8 +46,8 @@ class Recordings:
         digest = digest_of_sample(dataset.entries[index]).get("digest")
         if digest and STATE[0] not in entry and entry.get(DIGEST, digest) != digest:
             raise ValueError(
-                f"--waveforms {self.folder}: {entry['source']} is another recording than the latents were made from, one "
-                f"of both caches is of a former content; {remedy}"
+                f"--waveforms {self.folder}: {entry['source']} is another recording than that of the latents, one "
+                f"of both caches has a former content; {remedy}"
             )
         sample = dataset[index]
         n_frames = sample["mel"].shape[1]
