@@ -194,6 +194,7 @@ def open_local(
     root, shared_index = splits.get(split, path), find_index(path) if path.is_dir() else None
     # The rows of the split: from its own index, from that of the folder above, or from the files themselves.
     if groups:
+        logger.info("%s: splits by name: %s", path, {name: len(indices) for name, indices in groups.items()})
         rows = [rows[index] for index in groups[split]]
     elif root.is_file():
         shards = shards_of(root, split) if path.is_dir() else [root]

@@ -116,6 +116,8 @@ def open_text(
         check_column(file, text_column)
     digest = digest_files(root, files, digests or Digests())
     splits = split_files(path) if path.is_dir() else {}
+    if len(splits) > 1:
+        logger.info("%s: splits by name: %s", path, {name: len(own) for name, own in splits.items()})
     others = [file for name, own in splits.items() if name != split for file in own]
     left_out = survey_folder(path, used=[*files, *others], suffixes=()) if path.is_dir() else LeftOut()
     identity, licence = f"{path.resolve().name}@{digest}", read_licence(path)
