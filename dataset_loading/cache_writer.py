@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from dataset_loading.content import CONTENT_FIELDS
 from dataset_loading.files import (
     JOURNAL,
     MANIFEST,
@@ -32,7 +33,7 @@ logger = logging.getLogger(__name__)
 SYNC_SECONDS = 10.0  # Between flushes of samples and journal to the disk.
 # Fields that not every entry of a folder has: those of parts and of several captions, and those that earlier versions
 # did not write.
-OPTIONAL_FIELDS = {"part", "parts", "bytes", "crc32", "captions"}
+OPTIONAL_FIELDS = {"part", "parts", "bytes", "crc32", "captions", "offset", "duration", *CONTENT_FIELDS}
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
@@ -66,10 +67,13 @@ def read_entries(folder: Path, header: dict[str, Any]) -> dict[tuple[str, str], 
         manifest = read_manifest(folder, None)
         check_same(folder, manifest, header)
         manifest.expect_types({"entries": Record})
-        for split, entries in manifest["entries"].items():
+        # Samples that equal some of validation are written, too, and may be trained on another time.
+        for split, entries in [*manifest["entries"].items(), ("train", manifest.get("duplicates", []))]:
             if not isinstance(entries, list) or not all(map(is_entry, entries)):
                 raise manifest.damaged(f"entries.{split} must be a list of objects with 'key', 'copy' and 'caption'")
-            entries_by_key |= {(split, entry["key"]): entry for entry in entries}
+            for entry in entries:
+                entry.pop("same_as", None)
+                entries_by_key[split, entry["key"]] = entry
     # An interrupted run: what it wrote since the manifest, if there is one.
     for value in read_journal(folder / JOURNAL) if (folder / JOURNAL).exists() else ():
         if isinstance(value, dict):
@@ -139,7 +143,8 @@ def is_header(value: dict[str, Any]) -> bool:
 
 def check_same(folder: Path, old_header: dict[str, Any], header: dict[str, Any]) -> None:
     """Raises: ValueError: the folder's fingerprint is another one."""
-    if old_header["fingerprint"] == header["fingerprint"]:
+    # The fingerprint of a manifest covers the samples as well, except in manifests of earlier versions.
+    if header["fingerprint"] in (old_header["fingerprint"], old_header.get("settings_fingerprint")):
         return
     pairs = {}
     for name in ("schema", "stage", *old_header["settings"].keys() | header["settings"].keys()):
@@ -211,6 +216,16 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     replace_file(folder / MANIFEST, with_digest(content), sync=True)
     (folder / JOURNAL).unlink()
     return {**manifest, "sha256": digest}
+
+
+def remove_others(folder: Path, manifest: dict[str, Any]) -> None:
+    """Delete samples that the manifest does not name: their raw files are gone. The caller holds the lock."""
+    names = {split: {entry["key"] for entry in entries} for split, entries in manifest["entries"].items()}
+    names["train"] |= {entry["key"] for entry in manifest["duplicates"]}
+    for split, keys in names.items():
+        for file in os.scandir(folder / split):
+            if file.name.endswith(".pt") and file.is_file() and file.name.removesuffix(".pt") not in keys:
+                os.unlink(file)
 
 
 def dump(value: Any) -> str:

@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from dataset_loading.walking import LinkedFolders
+
 NAMES = 20  # Names that are kept of each reason.
 # Files that describe a dataset or belong to a file system, and are never samples.
 DESCRIPTIONS = re.compile(
@@ -64,19 +66,15 @@ def survey_folder(folder: Path, *, used: Collection[Path], suffixes: Collection[
         used: files that samples, captions and tables were read from.
         suffixes: endings of the kind.
     """
-    left_out, seen, used_names = LeftOut(), set(), {os.path.normpath(file) for file in used}
+    left_out, links = LeftOut(), LinkedFolders(os.path.realpath(folder))
+    used_names = {os.path.normpath(file) for file in used}
 
     def report(error: OSError) -> None:
         left_out.add(f"folder cannot be read: {error.strerror}", str(error.filename))
 
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=report):
-        # A link to a folder above it would never end.
-        identity = os.path.realpath(parent)
-        if identity in seen:
-            folders.clear()
-            continue
-        seen.add(identity)
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        paths = {name: os.path.join(parent, name) for name in folders if not name.startswith((".", "__MACOSX"))}
+        folders[:] = sorted(name for name, path in paths.items() if not os.path.islink(path) or links.add(path))
         for name in sorted(files):
             file = os.path.join(parent, name)
             if name.startswith(".") or DESCRIPTIONS.fullmatch(name) or os.path.normpath(file) in used_names:

@@ -1,10 +1,13 @@
-"""Items that have texts, images and audio, joined from caches of latents, and the streams that are made of them.
+"""Items that have texts, images and audio, joined from caches of latents, and the streams that are made of them and of
+windows of further text.
 
 W latent values of a token, m tokens of a span, B rows of a batch.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import PurePosixPath
 from typing import Any, cast, get_args
 
@@ -18,8 +21,14 @@ from dataset_loading.audio.latents import AudioLatentDataset
 from dataset_loading.files import fingerprint_of_bytes
 from dataset_loading.image.latents import ImageLatentDataset
 from dataset_loading.text.tokenizers import document_encoder, tokenizer_hash
+from dataset_loading.text.windows import TextDataset
 from model.multimodal.layout import Modality, Part, audio_tokens, build_stream, image_tokens
 from utils.configuration import MegaTransformerConfig
+
+logger = logging.getLogger(__name__)
+
+N_NAMED = 5  # Items that a message names.
+MAX_LEFT_OUT = 0.05  # Fraction of the streams that may be too long for the model; more are an error.
 
 Caches = Mapping[str, ImageLatentDataset | AudioLatentDataset]
 
@@ -29,16 +38,20 @@ class Task:
     """A kind of stream, such as text and then an image, and how often each item comes in it per epoch."""
 
     modalities: tuple[Modality, ...]
-    weight: int = 1
+    weight: Fraction = Fraction(1)
 
     @property
     def name(self) -> str:
         """The modalities in their order, `text-image`."""
         return "-".join(self.modalities)
 
+    def n_rows(self, place: int) -> int:
+        """Rows per epoch of the item at a place: with weight 2.5 they are 2, 3, 2, 3, ..."""
+        return int((place + 1) * self.weight) - int(place * self.weight)
+
 
 def parse_task(text: str) -> Task:
-    """A task from `text-image` or `text-image:3`.
+    """A task from `text-image`, `text-image:3` or `text-image-text:0.2`.
 
     Raises: ValueError: an unknown modality, a weight that is no positive number, two parts of one modality in a row.
     """
@@ -49,9 +62,9 @@ def parse_task(text: str) -> Task:
         raise ValueError(f"task {text!r}: {unknown[0]!r} is no modality; join {', '.join(known)} by '-'")
     if any(first == second for first, second in zip(modalities, modalities[1:])):
         raise ValueError(f"task {text!r} has two parts of one modality in a row")
-    if weight and not (weight.isdecimal() and int(weight) > 0):
-        raise ValueError(f"task {text!r}: the weight {weight!r} must be a whole number above 0")
-    return Task(modalities, int(weight or 1))
+    if weight and not (weight.replace(".", "", 1).isdecimal() and Fraction(weight) > 0):
+        raise ValueError(f"task {text!r}: the weight {weight!r} must be a number above 0, such as 3 or 0.2")
+    return Task(modalities, Fraction(weight or 1))
 
 
 @dataclass
@@ -91,11 +104,13 @@ def join_items(caches: Caches) -> list[Item]:
 
 
 class MultimodalDataset(Dataset):
-    """Rows of streams: an item in a task. Training repeats the rows of a task by its weight; validation does not.
+    """Rows of streams: an item in a task, or a window of text. Training repeats the rows of a task by its weight;
+    validation does not.
 
-    A row is a dict with `index`, `task` (its number), `text` (list of ids), `other_text` (the text of an item that
-    says something else), and where the task has them `image` and `audio`: mean and std of the posterior as tokens,
-    (2, m, W).
+    A row is a dict with `index`, `task` (its number), `text` (list of ids), and where the task has them `image` and
+    `audio`: mean and std of the posterior as tokens, (2, m, W). Validation adds `other_text`, the text of an item that
+    says something else. Rows of a window have `documents`, the number of each token's document, and `n_bytes`, UTF-8
+    bytes of the targets.
 
     Args:
         caches: `image`, `audio` or both, of one split.
@@ -103,8 +118,11 @@ class MultimodalDataset(Dataset):
         tokenizer: of the texts.
         config: of the model.
         is_training: whether weights count.
-    Attributes: items, rows (item number, task number), fingerprint, entries (`key`, `caption`) of the rows.
-    Raises: ValueError: no item has what a task needs; an audio clip or a stream is too long for the model.
+        windows: of further text, which the task `text` has in place of the items' texts.
+    Attributes: items, rows (number of the item or of the window, task number), lengths (tokens of each row),
+        fingerprint, entries (`key`, `caption`) of the rows.
+    Raises: ValueError: no item has what a task needs; more than a few streams, or all of a task, are too long for the
+        model, or their audio is.
     """
 
     def __init__(
@@ -115,45 +133,123 @@ class MultimodalDataset(Dataset):
         *,
         config: MegaTransformerConfig,
         is_training: bool,
+        windows: TextDataset | None = None,
     ):
-        self.caches, self.tasks, self.config = caches, list(tasks), config
-        self.items = join_items(caches)
+        self.caches, self.tasks, self.config, self.windows = caches, list(tasks), config, windows
+        self.items, self.is_training = join_items(caches), is_training
         core = document_encoder(tokenizer)
         self.texts = [encoding.ids for encoding in core.encode_batch([item.text for item in self.items])]
-        self.rows: list[tuple[int, int]] = []
-        for number, task in enumerate(self.tasks):
-            chosen = [place for place, item in enumerate(self.items) if item.has(task)]
-            if not chosen:
-                folders = ", ".join(str(cache.folder) for cache in caches.values())
-                raise ValueError(f"--tasks {task.name}: no item in {folders} has {', '.join(set(task.modalities))}")
-            self.rows += [(place, number) for place in chosen for _ in range(task.weight if is_training else 1)]
+        self.rows = [row for number in range(len(self.tasks)) for row in self.rows_of(number)]
         folders = [cache.fingerprint for cache in caches.values()]
         content = [*folders, tokenizer_hash(tokenizer), *(f"{task.name}:{task.weight}" for task in self.tasks)]
+        if windows is not None:
+            content += [windows.fingerprint, str(windows.sequence_length)]
         self.fingerprint = fingerprint_of_bytes([part.encode() for part in content])
-        self.check_lengths()
+        self.lengths = self.measure_rows()
+        self.describe_unused()
+
+    def rows_of(self, number: int) -> list[tuple[int, int]]:
+        """The rows of a task. Raises: ValueError: there is none."""
+        task = self.tasks[number]
+        if self.is_window(number):
+            assert self.windows is not None
+            chosen: Sequence[int] = range(len(self.windows))
+        else:
+            chosen = [place for place, item in enumerate(self.items) if item.has(task)]
+        folders = ", ".join(str(cache.folder) for cache in self.caches.values())
+        if not chosen:
+            names = ", ".join(dict.fromkeys(task.modalities))
+            raise ValueError(f"--tasks {task.name}: no item in {folders} has {names}")
+        counts = [task.n_rows(order) if self.is_training else 1 for order in range(len(chosen))]
+        rows = [(place, number) for place, count in zip(chosen, counts) for _ in range(count)]
+        if not rows:
+            raise ValueError(
+                f"--tasks {task.name}:{float(task.weight):g} gives no row of {len(chosen)} items in {folders}; raise "
+                f"the weight to {1 / len(chosen):.2g} or more, or leave the task out"
+            )
+        return rows
+
+    def is_window(self, task: int) -> bool:
+        """Whether the rows of a task are windows of text."""
+        return self.windows is not None and self.tasks[task].modalities == ("text",)
 
     @property
     def entries(self) -> list[dict[str, Any]]:
-        """`key` and `caption` of each row."""
-        return [{"key": self.items[item].key, "caption": self.items[item].text} for item, _ in self.rows]
+        """`key` and `caption` of each row; a window has no caption."""
+        keys = [{"key": item.key, "caption": item.text} for item in self.items]
+        return [
+            {**self.windows.entries[place], "caption": ""} if self.windows and self.is_window(task) else keys[place]
+            for place, task in self.rows
+        ]
 
-    def check_lengths(self) -> None:
-        """Raises: ValueError: see the class."""
-        for item, task in dict.fromkeys(self.rows):
-            parts = [Part(name, ids=self.texts[item], n_tokens=self.n_tokens(item, name)) for name in
-                     self.tasks[task].modalities]  # fmt: skip
+    def describe_unused(self) -> None:
+        """Name the items that come in no task in the log."""
+        used = {place for place, task in self.rows if not self.is_window(task)}
+        unused = [place for place, item in enumerate(self.items) if place not in used]
+        if not unused:
+            return
+        lacking = {}
+        for place in unused[:N_NAMED]:
+            item = self.items[place]
+            lacking[item.key] = [name for name in ("text", *self.caches) if not self.has(item, name)]
+        shown = "; ".join(f"{key} lacks {', '.join(names) or 'nothing'}" for key, names in lacking.items())
+        logger.info(
+            "%d of %d items come in no row of --tasks: %s%s",
+            *(len(unused), len(self.items), shown, "; ..." if len(unused) > N_NAMED else ""),
+        )
+
+    def has(self, item: Item, modality: str) -> bool:
+        """Whether an item has a modality."""
+        return item.has(Task((modality,)))  # type: ignore[arg-type]
+
+    def measure_rows(self) -> list[int]:
+        """Tokens of each row; a few rows that are too long are left out, with a warning.
+
+        Raises: ValueError: see the class.
+        """
+        lengths, problems = {}, {}
+        for row in dict.fromkeys(self.rows):
             try:
-                length = len(build_stream(self.config, parts))
+                lengths[row] = self.measure(*row)
             except ValueError as error:
-                raise ValueError(
-                    f"{self.items[item].key}: {error}; raise it with --override audio_max_tokens=..., or "
-                    "audio_encoder_patch_size, or leave long clips out of the cache"
-                ) from error
-            if length > (limit := self.config.max_position_embeddings):
-                raise ValueError(
-                    f"{self.items[item].key} gives a stream of {length} tokens, more than max_position_embeddings="
-                    f"{limit}; give --override max_position_embeddings={length}"
-                )
+                problems[row] = f"{error}"
+        emptied = set(range(len(self.tasks))) - {task for _, task in lengths}
+        if problems and (emptied or len(problems) > MAX_LEFT_OUT * (len(lengths) + len(problems))):
+            raise ValueError(next(problem for row, problem in problems.items() if not emptied or row[1] in emptied))
+        if problems:
+            logger.warning(
+                "%d of %d streams are too long and are left out, the first: %s",
+                *(len(problems), len(lengths) + len(problems), next(iter(problems.values()))),
+            )
+        self.rows = [row for row in self.rows if row in lengths]
+        return [lengths[row] for row in self.rows]
+
+    def measure(self, place: int, task: int) -> int:
+        """Tokens of a row. Raises: ValueError: it is too long for the model."""
+        if self.windows is not None and self.is_window(task):
+            key, length = f"{self.windows.folder}", self.windows.sequence_length
+        else:
+            key, length = self.items[place].key, self.measure_stream(place, task)
+        if length > (limit := self.config.max_position_embeddings):
+            raise ValueError(
+                f"{key} gives a stream of {length} tokens, more than max_position_embeddings={limit}; give "
+                f"--override max_position_embeddings={length}"
+            )
+        return length
+
+    def measure_stream(self, item: int, task: int) -> int:
+        """Tokens of an item's stream. Raises: ValueError: its audio is too long."""
+        parts = [
+            Part(name, ids=self.texts[item], n_tokens=self.n_tokens(item, name))
+            for name in self.tasks[task].modalities
+        ]
+        try:
+            return len(build_stream(self.config, parts))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.items[item].key}: {error}; raise it with --override audio_max_tokens=..., or "
+                "audio_encoder_patch_size, or leave long clips out of the cache"
+            ) from error
 
     def n_tokens(self, item: int, modality: str) -> int:
         """Tokens of an item's image or audio."""
@@ -168,15 +264,28 @@ class MultimodalDataset(Dataset):
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        item, task = self.rows[index]
-        row: dict[str, Any] = {"index": torch.tensor(index), "task": torch.tensor(task), "text": self.texts[item]}
-        row["other_text"] = self.other_text(item)
+        place, task = self.rows[index]
+        row: dict[str, Any] = {"index": torch.tensor(index), "task": torch.tensor(task)}
+        if self.windows is not None and self.is_window(task):
+            window = self.windows[place]
+            n_tokens = int((window["segment_ids"] >= 0).sum())  # The rest is padding.
+            row |= {"text": window["input_ids"][:n_tokens].tolist(), "n_bytes": window["n_bytes"]}
+            row["documents"] = window["segment_ids"][:n_tokens].tolist()
+        else:
+            row |= {"text": self.texts[place], **self.latents_of(place, task)}
+        if not self.is_training:
+            row["other_text"] = row["text"] if "documents" in row else self.other_text(place)
+        return row
+
+    def latents_of(self, item: int, task: int) -> dict[str, Tensor]:
+        """Latents of the modalities that a task has, as tokens."""
+        tokens = {}
         for name in set(self.tasks[task].modalities) - {"text"}:
             sample = self.caches[name][self.items[item].places[name]]
             patch = getattr(self.config, f"{name}_encoder_patch_size")
             to_tokens = image_tokens if name == "image" else audio_tokens
-            row[name] = torch.stack([to_tokens(sample[part], patch) for part in ("mean", "std")])
-        return row
+            tokens[name] = torch.stack([to_tokens(sample[part], patch) for part in ("mean", "std")])
+        return tokens
 
     def other_text(self, item: int) -> list[int]:
         """The text of another item, which says something else: the first such one from half the set away."""
@@ -191,12 +300,14 @@ class MultimodalDataset(Dataset):
 def collate_streams(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A batch of rows of `MultimodalDataset`.
 
-    Returns: `index`, `task` (B,) int64; `text`, `other_text`: B lists of ids; and for each modality that a row has
-    `image` or `audio`, a dict with `latents` (n, 2, m, W), padded with zeros, `lengths` (n,), and `rows` (n,), those
-    that they belong to.
+    Returns: `index`, `task`, `n_bytes` (B,) int64; `text`, `documents`, and in validation `other_text`: B lists of
+    ids, without documents None; and for each modality that a row has `image` or `audio`, a dict with `latents` (n, 2,
+    m, W), padded with zeros, `lengths` (n,), and `rows` (n,), those that they belong to.
     """
     batch: dict[str, Any] = {name: torch.stack([row[name] for row in rows]) for name in ("index", "task")}
-    batch |= {name: [row[name] for row in rows] for name in ("text", "other_text")}
+    batch["n_bytes"] = torch.tensor([int(row.get("n_bytes", 0)) for row in rows])
+    batch |= {name: [row[name] for row in rows] for name in ("text", "other_text") if name in rows[0]}
+    batch["documents"] = [row.get("documents") for row in rows]
     for name in ("image", "audio"):
         numbers = [number for number, row in enumerate(rows) if name in row]
         if numbers:

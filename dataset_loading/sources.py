@@ -5,11 +5,14 @@ Local layouts:
     folder/[train|validation|test/]**/*.png          files, with their parent folder as `label`
     folder/[train|validation|test/]metadata.csv      columns file_name, text, ...; also .tsv, .jsonl, .json, .parquet
     folder/metadata.csv                              next to split folders: file_name begins with the split's folder
-    folder/train.jsonl, folder/test.jsonl            one index per split; also .csv, .tsv, .json
+    folder/train.jsonl, folder/test.jsonl            one index per split, or shards (train-00); also .csv, .tsv, .json
     index.jsonl                                      an index alone
 
 Texts that lie beside the files (`a.txt`, LibriSpeech, VCTK) and the tables of LJSpeech, Common Voice, NeMo and Whisper
 are read by `dataset_loading/layouts.py`.
+
+A table may name files of several kinds in columns `image` and `audio`; its rows are then known by their numbers, so
+that what comes from one row belongs together. A row whose cell is empty has no file of that kind.
 
 Everything else (hub names, parquet files, archives, `save_to_disk` folders) goes through the `datasets` package. Local
 layouts do not, because its `imagefolder` leaves files out where a few names happen to contain "train" or "test",
@@ -21,26 +24,23 @@ import dataclasses
 import io
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeGuard
 
 import fsspec
 
 from dataset_loading.layouts import SideTexts, find_file, read_records, without_second_microphone
 from dataset_loading.left_out import LeftOut, survey_folder
+from dataset_loading.splits import SPLIT_NAMES, group_by_split, held_out_folders, is_held_out, split_of_name
+from dataset_loading.walking import is_outside, regular_state, walk
 
 logger = logging.getLogger(__name__)
 
-# Names by which folders and index files of a split are known.
-SPLIT_NAMES = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-    **dict.fromkeys(("test", "testing", "eval"), "test"),
-}
+KINDS = ("image", "audio")  # Columns of files; a table with all of them has its rows named by number.
 INDEX_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 # Readers of the datasets package for single files, by kind of data and ending.
-FILE_BUILDERS = {(kind, ".parquet"): "parquet" for kind in ("image", "audio")}
+FILE_BUILDERS = {(kind, ".parquet"): "parquet" for kind in KINDS}
 FILE_BUILDERS |= {("image", ".zip"): "imagefolder", ("audio", ".zip"): "audiofolder"}
 SPLIT_INDEX_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")  # A file train.parquet holds the samples themselves.
 
@@ -54,10 +54,12 @@ class Source:
         licence: the first line of its licence, `""` where unknown.
         media: column with the file of a row.
         columns: names of all columns.
-        rows: a sequence of dicts, the media column being `{"path": str | None, "bytes": bytes | None}`.
+        rows: a sequence of dicts, the media column being `{"path": str | None, "bytes": bytes | None}`, and "row" with
+            a name where the row has one, or None where it has no file.
         root: folder that names are relative to; None for hub datasets.
         labels: names of the classes in columns that hold class numbers.
         left_out: files of the folder that no sample is made of, by reason.
+        has_named_rows: whether rows are known by their numbers, whatever files they have.
     """
 
     identity: str
@@ -68,15 +70,18 @@ class Source:
     root: Path | None = None
     labels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
+    has_named_rows: bool = False
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yields (name, row). Rows of the same file have the same name; names do not depend on the machine."""
+        """Yields (name, row). Rows of the same file have the same name, unless rows have names of their own; names do
+        not depend on the machine."""
         for index, row in enumerate(self.rows):
             # Relative to the root, else the path within an archive, else the row's number.
-            path = row[self.media]["path"] if row[self.media] else None
+            media = {} if self.has_named_rows and not self.root else row[self.media] or {}
+            path = media.get("row") or media.get("path")
             if path and self.root:
                 relative = Path(os.path.relpath(path, self.root)).as_posix()
                 name = relative.encode("utf-8", "backslashreplace").decode()
@@ -89,7 +94,14 @@ class Source:
 
 
 def open_source(
-    name: str, split: str, kind: str, *, suffixes: Collection[str], media: str = "", config: str = ""
+    name: str,
+    split: str,
+    kind: str,
+    *,
+    suffixes: Collection[str],
+    media: str = "",
+    config: str = "",
+    allow_outside: bool = False,
 ) -> Source:
     """Open one split of a hub dataset or of a local folder or index file.
 
@@ -100,6 +112,7 @@ def open_source(
         suffixes: endings of the files of that kind, with the dot, in lower case.
         media: column with the files of a hub dataset; `""` takes the only one of that kind.
         config: configuration of a hub dataset.
+        allow_outside: whether metadata may name files outside of the folder.
     Raises:
         FileNotFoundError: nothing is there, or it holds no files of that kind.
         ValueError: the split or the column does not exist, or an index cannot be read; the message lists what exists.
@@ -107,9 +120,10 @@ def open_source(
     path = Path(os.path.normpath(Path(name).expanduser()))
     # A layout of ours; other folders may still be what the datasets package knows.
     if path.exists():
+        regular_state(path)
         splits = find_splits(path, suffixes)
         if splits:
-            return open_local(path, splits, split, kind=kind, suffixes=suffixes)
+            return open_local(path, splits, split, kind=kind, suffixes=suffixes, allow_outside=allow_outside)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in INDEX_SUFFIXES:
         raise FileNotFoundError(f"{name} does not exist")
     return open_with_datasets(name, split, kind, media=media, config=config)
@@ -126,29 +140,33 @@ def find_splits(path: Path, suffixes: Collection[str]) -> dict[str, Path]:
     splits, others = {}, []
     for child in sorted(path.iterdir()):
         is_index = child.suffix.lower() in SPLIT_INDEX_SUFFIXES and child.is_file()
-        split = SPLIT_NAMES.get((child.stem if is_index else child.name).lower())
+        split = split_of_name(child.stem) if is_index else SPLIT_NAMES.get(child.name.lower())
         if split and (child.is_dir() or is_index):
             splits.setdefault(split, child)
         elif child.is_dir() and not child.name.startswith(".") and next(walk(child, suffixes), None):
             others.append(child.name)
-    if any(root.is_dir() for root in splits.values()) and others:
+    if (
+        not splits.get("train")
+        and any(root.is_dir() for root in splits.values())
+        and (others or has_own(path, suffixes))
+    ):
+        splits["train"] = path  # The folder of training files holds the others.
+    elif any(root.is_dir() for root in splits.values()) and others:
         raise ValueError(
             f"{path} holds folders of splits ({', '.join(splits)}) and others with files ({', '.join(others)}); "
             f"name the split's folder itself, such as {path / 'train'}, or rename class folders called like a split"
         )
-    # Without such children the folder itself is the only split.
+    # Held-out folders inside the one of training, and shards of an index; without any the folder is the only split.
+    for name, child in held_out_folders(splits["train"]).items() if "train" in splits else ():
+        splits.setdefault(name, child)
     splits = splits or {"train": path}
     has_files = any(root.is_file() or next(walk(root, suffixes), None) for root in splits.values())
     return splits if has_files or find_index(path) else {}
 
 
-def walk(folder: Path, suffixes: Collection[str]) -> Iterator[Path]:
-    """Files with one of the endings under a folder, sorted, without hidden ones; links are followed."""
-    for parent, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
-        for name in sorted(files):
-            if not name.startswith(".") and os.path.splitext(name)[1].lower() in suffixes:
-                yield Path(parent, name)
+def has_own(folder: Path, suffixes: Collection[str]) -> bool:
+    """Whether files of the kind lie in a folder itself, not in one inside it."""
+    return next(walk(folder, suffixes, enters=lambda below: False), None) is not None
 
 
 def find_index(folder: Path) -> Path | None:
@@ -156,20 +174,41 @@ def find_index(folder: Path) -> Path | None:
     return next((file for suffix in INDEX_SUFFIXES if (file := folder / f"metadata{suffix}").is_file()), None)
 
 
-def open_local(path: Path, splits: dict[str, Path], split: str, *, kind: str, suffixes: Collection[str]) -> Source:
+def open_local(
+    path: Path,
+    splits: dict[str, Path],
+    split: str,
+    *,
+    kind: str,
+    suffixes: Collection[str],
+    allow_outside: bool = False,
+) -> Source:
     """Open one split of a local layout."""
-    split = choose_split(str(path), split, list(splits))
-    root, shared_index = splits[split], find_index(path) if path.is_dir() else None
-    # The rows of the split: from its own index, from that of the folder above, or from the files themselves.
+    # A folder whose folders say no split: perhaps the names of its files do.
+    groups: dict[str, list[int]] = {}
     left_out = LeftOut()
-    if root.is_file():
-        rows, root = read_index(root, kind), root.parent
+    if splits == {"train": path} and path.is_dir():
+        rows, left_out = read_folder(path, kind, suffixes)
+        groups = group_by_split([relative_path(row, kind, path) for row in rows], are_media=True)
+    split = choose_split(str(path), split, list(groups or splits))
+    root, shared_index = splits.get(split, path), find_index(path) if path.is_dir() else None
+    # The rows of the split: from its own index, from that of the folder above, or from the files themselves.
+    if groups:
+        logger.info("%s: splits by name: %s", path, {name: len(indices) for name, indices in groups.items()})
+        rows = [rows[index] for index in groups[split]]
+    elif root.is_file():
+        shards = shards_of(root, split) if path.is_dir() else [root]
+        rows, root = [row for shard in shards for row in read_metadata(shard, kind)], root.parent
     elif root != path and shared_index:
-        rows = [row for row in read_index(shared_index, kind) if Path(row[kind]["path"]).is_relative_to(root)]
+        rows = [row for row in read_metadata(shared_index, kind) if row[kind]["path"]]
+        rows = [row for row in rows if Path(row[kind]["path"]).is_relative_to(root)]
         left_out = survey_folder(root, used=[row[kind]["path"] for row in rows], suffixes=suffixes)
-    else:
+    elif splits != {"train": path}:
         rows, left_out = read_folder(root, kind, suffixes)
-    if root != path and splits[split].is_dir():
+    if split == "train" and not groups and root.is_dir():
+        rows = without_held_out(rows, kind, root)
+    check_inside(rows, kind, path if path.is_dir() else path.parent, allow_outside=allow_outside)
+    if root != path and splits.get(split, path).is_dir():
         left_out.update("beside the folders of the splits", (file.name for file in files_beside(path, suffixes)))
     if not rows:
         raise FileNotFoundError(f"no {kind} files under {root}; known endings: {' '.join(sorted(suffixes))}")
@@ -182,6 +221,50 @@ def files_beside(folder: Path, suffixes: Collection[str]) -> list[Path]:
     children = [child for child in sorted(folder.iterdir()) if child.is_file() and not child.name.startswith(".")]
     known = (*INDEX_SUFFIXES, ".txt", ".md", ".zip", "")
     return [child for child in children if child.suffix.lower() in suffixes or child.suffix.lower() not in known]
+
+
+def relative_path(row: dict[str, Any], kind: str, folder: Path) -> str:
+    """The path of a row's file below a folder, with slashes; "" for a row without one."""
+    path = row[kind]["path"]
+    return Path(os.path.relpath(path, folder)).as_posix() if path else ""
+
+
+def shards_of(index: Path, split: str) -> list[Path]:
+    """The index files of a split, such as train-00.jsonl and train-01.jsonl."""
+    return [file for file in sorted(index.parent.glob(f"*{index.suffix}")) if split_of_name(file.stem) == split]
+
+
+def without_held_out(rows: list[dict[str, Any]], kind: str, root: Path) -> list[dict[str, Any]]:
+    """Training rows without those whose files lie in a folder that is named like another split."""
+    paths = [relative_path(row, kind, root) for row in rows]
+    training = [row for row, path in zip(rows, paths) if not is_held_out(path)]
+    if len(training) < len(rows):
+        logger.warning(
+            "%d files under %s are kept out of training, their folders are named like another split, such as %s; "
+            "rename the folder if that is a class",
+            *(len(rows) - len(training), root, next(filter(is_held_out, paths))),
+        )
+    return training
+
+
+def read_metadata(index: Path, kind: str) -> list[dict[str, Any]]:
+    """`read_index`, each file marked as one that metadata names, for `check_inside`."""
+    rows = read_index(index, kind)
+    for row in rows:
+        row[kind]["is_named"] = True
+    return rows
+
+
+def check_inside(rows: list[dict[str, Any]], kind: str, folder: Path, *, allow_outside: bool) -> None:
+    """Raises: ValueError: metadata names a file outside of the folder of the dataset, or a link that leads there."""
+    for row in rows:
+        path, is_named = row[kind]["path"], row[kind].pop("is_named", False)
+        if path and is_named and not allow_outside and is_outside(path, folder):
+            real = os.path.realpath(path)
+            raise ValueError(
+                f"metadata in {folder} names {path}{f' (a link to {real})' if real != path else ''}, outside of that "
+                "folder; --allow_outside reads it, if you trust who wrote the metadata"
+            )
 
 
 def choose_split(name: str, split: str, known: list[str]) -> str:
@@ -208,8 +291,8 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[lis
         if file.stem == "metadata":
             indices.setdefault(file.parent, file)
     if indices:
-        rows = [row for index in indices.values() for row in read_index(index, kind)]
-        listed = {row[kind]["path"] for row in rows}
+        rows = [row for index in indices.values() for row in read_metadata(index, kind)]
+        listed = {row[kind]["path"] for row in rows if row[kind]["path"]}
         unlisted = [file for file in files if os.path.normpath(file) not in listed]
         if unlisted:
             logger.warning(
@@ -228,17 +311,28 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[lis
 
 
 def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
-    """Rows of a metadata file; paths are relative to its folder.
+    """Rows of a metadata file; paths are relative to its folder. The path is None where a column of that kind is there
+    and the row has nothing in it.
 
     Raises: ValueError: a line cannot be read, or names no file.
     """
-    rows, listings = [], {}
-    for number, row in enumerate(read_records(index, kind), start=1):
+    records, rows, listings = list(read_records(index, kind)), [], {}
+    columns = dict.fromkeys(column for record in records for column in record)
+    has_all_kinds, may_lack = set(KINDS) <= set(columns), "file_name" not in columns and kind in columns
+    for number, row in enumerate(records, start=1):
         column = "file_name" if "file_name" in row else kind
-        if not isinstance(row.get(column), str) or not row[column]:
-            raise ValueError(f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, row))}")
-        rows.append({kind: {"path": find_file(index.parent, row.pop(column), listings), "bytes": None}, **row})
+        value = row.pop(column, None)
+        if not (is_missing(value) and may_lack) and (not isinstance(value, str) or not value):
+            raise ValueError(f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, columns))}")
+        path = None if is_missing(value) else find_file(index.parent, value, listings)
+        named = {"row": str(index.parent / f"row-{number:08d}")} if has_all_kinds or path is None else {}
+        rows.append({kind: {"path": path, "bytes": None, **named}, **row})
     return rows
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell of a table is empty: nothing, blanks, or the NaN of data frames."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def read_licence(folder: Path) -> str:
@@ -287,9 +381,13 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     # Class numbers become names; files stay undecoded, so that a broken one stops nothing.
     types = rows.features.items()
     labels = {column: type_of.names for column, type_of in types if isinstance(type_of, datasets.ClassLabel)}
+    # Other files are not read at all.
+    kind_of = {column: k for column, type_of in types for k in KINDS if isinstance(type_of, features[k])}
+    rows = rows.remove_columns([column for column in kind_of if column != media])
     rows = rows.cast_column(media, feature(decode=False))
     identity = f"{Path(name).resolve() if Path(name).exists() else name}{f'/{config}' if config else ''}:{split}"
-    return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, labels)
+    options = {"labels": labels, "has_named_rows": set(kind_of.values()) == set(KINDS)}
+    return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, **options)
 
 
 def has_bytes(type_of: Any) -> bool:
@@ -301,13 +399,28 @@ def has_bytes(type_of: Any) -> bool:
 def read_media(media: dict[str, Any] | None) -> io.BytesIO:
     """The bytes of a row's file, from memory, from disk, from within an archive, or from the hub.
 
-    Raises: OSError: the file cannot be read, or the row has none.
+    Raises: OSError: the file cannot be read, is a pipe or a device, or the row has none.
     """
-    if media is None:
+    if not has_file(media):
         raise FileNotFoundError("the row has no file")
+    assert media is not None
     if media["bytes"] is not None:
         return io.BytesIO(media["bytes"])
     if "://" in media["path"]:
         filesystem, inner = fsspec.url_to_fs(media["path"])
         return io.BytesIO(filesystem.cat_file(inner))
+    regular_state(media["path"])
     return io.BytesIO(Path(media["path"]).read_bytes())
+
+
+def open_media(media: dict[str, Any] | None) -> BinaryIO:
+    """As `read_media`, but a file on disk is opened, and not read into memory."""
+    if not has_file(media) or media["bytes"] is not None or "://" in media["path"]:
+        return read_media(media)
+    regular_state(media["path"])
+    return open(media["path"], "rb")
+
+
+def has_file(media: Mapping[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    """Whether a row has a file, in memory or by its path."""
+    return media is not None and (media.get("bytes") is not None or media.get("path") is not None)

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
+from utils.generation.files import claim_folder
 from utils.generation.text import GenerationArguments, TextGenerator, copy_seed, read_prompts
 from utils.options import option
 
@@ -48,11 +49,11 @@ def generate(args: GenerateTextArguments) -> None:
     # Copy 0 of every prompt has the given seed, the others seeds derived from it.
     tasks = [(prompt, copy_seed(args.seed, copy)) for prompt in prompts for copy in range(args.n_texts)]
     # The model and its tokenizer.
-    checkpoint, folder = resolve_checkpoint(args.checkpoint), Path(args.output_dir)
+    checkpoint = resolve_checkpoint(args.checkpoint)
     weights = chosen_weights(checkpoint, args)
     device = str(compute_device())
     generator = TextGenerator.load(checkpoint, weights, device)
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = claim_folder(args.output_dir, args)
     # Every text has a seed of its own, so batches do not change what is sampled.
     texts = []
     for start in range(0, len(tasks), args.batch_size):

@@ -25,9 +25,9 @@ from utils.generation.audio import (
     AudioReconstructor,
     SynthesisArguments,
     Synthesizer,
-    find_inputs,
-    refuse_overwriting,
+    check_caches,
 )
+from utils.generation.files import Failures, claim_folder, find_inputs, refuse_overwriting
 from utils.options import option
 
 logger = logging.getLogger("reconstruct_audio")
@@ -49,29 +49,35 @@ class ReconstructionArguments(SynthesisArguments):
 
 
 def reconstruct(args: ReconstructionArguments) -> None:
-    """Reconstruct all files; damaged ones are skipped with a warning."""
+    """Reconstruct all files. Raises: ValueError: at the end, where some gave no result."""
     files = find_inputs(args.input, {*AUDIO_SUFFIXES, MEL_SUFFIX})
     folder, groups, records = Path(args.output_dir), [], []
     outputs = (folder / f"{name}_{kind}.wav" for name in files for kind in ("reconstruction", "vocoder"))
     refuse_overwriting(files.values(), outputs)  # an output may have the name of an input
     synthesizer = Synthesizer.load(args.vocoder_checkpoint, args)
     reconstructor = AudioReconstructor.load(args.vae_checkpoint, args, synthesizer, speaker=args.speaker)
+    check_caches(files.values(), synthesizer.log_mel.settings, synthesizer.name)
+    folder, failures = claim_folder(args.output_dir, args), Failures()
     # Each file as log-mel (M, F): reconstructed by the VAE, then vocoded with and without the VAE.
-    for name, (mel, n_samples) in synthesizer.read_all(files):
-        reconstruction = reconstructor.reconstruction(mel)  # (M, F)
-        vocoded = synthesizer.write(reconstruction, n_samples, folder / f"{name}_reconstruction.wav")
-        without_vae = synthesizer.write(mel, n_samples, folder / f"{name}_vocoder.wav")
-        distance = (reconstruction - mel).abs().mean().item()  # without the vocoder
-        entry = {"input": str(files[name]), "vae_mel_l1": distance}
-        records.append({**entry, "reconstruction": vocoded, "vocoder": without_vae})
-        if len(groups) < MAX_ROWS:
-            triple = mel_triple(reconstruction, mel, synthesizer.log_mel.settings.log_floor)
-            groups.append(Group(triple, f"{distance:.3f}  {name}"))
-        print(f"{folder / vocoded['file']}  {vocoded['seconds']:.2f} s, log-mel L1 of the VAE {distance:.3f}")
-    save_image(strip_sheet(groups, TRIPLE), folder / "sheet.png")  # of the first MAX_ROWS clips
+    for name, file in files.items():
+        with failures.around(file):
+            mel, n_samples = synthesizer.read(file)
+            reconstruction = reconstructor.reconstruction(mel)  # (M, F)
+            vocoded = synthesizer.write(reconstruction, n_samples, folder / f"{name}_reconstruction.wav")
+            without_vae = synthesizer.write(mel, n_samples, folder / f"{name}_vocoder.wav")
+            distance = (reconstruction - mel).abs().mean().item()  # without the vocoder
+            entry = {"input": str(file), "vae_mel_l1": distance}
+            records.append({**entry, "reconstruction": vocoded, "vocoder": without_vae})
+            if len(groups) < MAX_ROWS:
+                triple = mel_triple(reconstruction, mel, synthesizer.log_mel.settings.log_floor)
+                groups.append(Group(triple, f"{distance:.3f}  {name}"))
+            print(f"{folder / vocoded['file']}  {vocoded['seconds']:.2f} s, log-mel L1 of the VAE {distance:.3f}")
+    if groups:
+        save_image(strip_sheet(groups, TRIPLE), folder / "sheet.png")  # of the first MAX_ROWS clips
     settings = {**dataclasses.asdict(args), **synthesizer.record, **reconstructor.record, "files": records}
     write_json(folder / "settings.json", {**settings, **provenance()})
     print(folder / "sheet.png")
+    failures.check(len(files))
 
 
 if __name__ == "__main__":

@@ -15,11 +15,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset_loading.image.folder import find_images
-from dataset_loading.image.pixels import decode_image, to_float, to_tensor
+from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, to_float, to_tensor
+from utils.checkpoints import provenance, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_image, triple
+from utils.generation.files import Failures, claim_folder, find_inputs
 from utils.generation.latents import load_vae
 from utils.metrics.images import psnr
 from utils.options import option
@@ -34,7 +35,8 @@ class ReconstructionArguments:
     input: list[str] = option([], "image files and folders of images")
     image_size: int = option(-1, "shorter side in pixels; 0: unchanged; -1: the size of the training images", ge=-1)
     background_color: str = option("white", "color of transparent pixels, name or #rrggbb")
-    output_dir: str = option("inference/generated/image", "folder of the results")
+    max_pixels: int = option(4_000_000, "maximum pixels of an image for the model; larger ones are left out", gt=0)
+    output_dir: str = option("inference/generated/reconstruction", "folder of the results")
 
     def validate_input(self):
         if not self.checkpoint or not self.input:
@@ -43,34 +45,46 @@ class ReconstructionArguments:
 
 @torch.inference_mode()
 def reconstruct(args: ReconstructionArguments) -> None:
-    """Reconstruct all images; damaged files are skipped with a warning."""
+    """Reconstruct all images. Raises: ValueError: at the end, where some gave no result."""
     # The inputs, the model, and the length of the shorter side.
-    files = find_images(args.input)
+    files = find_inputs(args.input, IMAGE_SUFFIXES)
     model = load_vae(args.checkpoint, needs_statistics=False).to(compute_device())
     length = model.config.image_size if args.image_size < 0 else args.image_size
-    groups = []
+    folder, failures, groups, records = claim_folder(args.output_dir, args), Failures(), [], []
     for name, file in files.items():
-        try:
+        with failures.around(file):
             source = decode_image({"path": str(file), "bytes": None}, args.background_color)
-        except (OSError, ValueError, SyntaxError) as error:  # PIL raises SyntaxError for broken PNG files
-            logger.warning("%s is left out: %s", file, error)
-            continue
-        # Resize, pad for the model: (1, 3, Y, X) -> (1, 3, Y', X'); crop the reconstruction.
-        image = to_float(to_tensor(resize_shorter_side(source, length) if length else source))[None].to(model.device)
-        reconstruction = model(image=pad_to_multiple(image, model.config.compression)).reconstruction
-        reconstruction = reconstruction[..., : image.shape[2], : image.shape[3]].clamp(-1, 1)
-        # The sheet, the file and the PSNR of this image.
-        images, value = triple(reconstruction[0], image[0]), psnr(reconstruction, image).item()
-        if len(groups) < MAX_ROWS:
-            groups.append(Group(images, f"{value:.1f} dB  {name}"))
-        output = Path(args.output_dir) / f"{name}_reconstruction.png"
-        save_image(images[1], output)
-        print(f"{output}  {image.shape[3]}x{image.shape[2]} pixels, PSNR {value:.2f} dB")
-    if not groups:
-        raise ValueError(f"none of {len(files)} files could be read as an image")
-    # The sheet of the first MAX_ROWS images.
-    save_image(draw_sheet(groups, TRIPLE), Path(args.output_dir) / "sheet.png")
-    print(Path(args.output_dir) / "sheet.png")
+            check_size(source.size, length, args.max_pixels)
+            # Resize, pad for the model: (1, 3, Y, X) -> (1, 3, Y', X'); crop the reconstruction.
+            image = to_float(to_tensor(resize_shorter_side(source, length) if length else source))[None]
+            image = image.to(model.device)
+            reconstruction = model(image=pad_to_multiple(image, model.config.compression)).reconstruction
+            reconstruction = reconstruction[..., : image.shape[2], : image.shape[3]].clamp(-1, 1)
+            # The sheet, the file and the PSNR of this image.
+            images, value = triple(reconstruction[0], image[0]), psnr(reconstruction, image).item()
+            if len(groups) < MAX_ROWS:
+                groups.append(Group(images, f"{value:.1f} dB  {name}"))
+            output = folder / f"{name}_reconstruction.png"
+            save_image(images[1], output)
+            records.append({"input": str(file), "file": output.name, "psnr_db": value})
+            print(f"{output}  {image.shape[3]}x{image.shape[2]} pixels, PSNR {value:.2f} dB")
+    # The sheet of the first MAX_ROWS images, and the settings.
+    if groups:
+        save_image(draw_sheet(groups, TRIPLE), folder / "sheet.png")
+        print(folder / "sheet.png")
+    write_json(folder / "settings.json", {**dataclasses.asdict(args), "files": records, **provenance()})
+    failures.check(len(files))
+
+
+def check_size(size: tuple[int, int], shorter_side: int, max_pixels: int) -> None:
+    """Raises: ValueError: the image resized to this shorter side (0: not resized) has more than `max_pixels`."""
+    scale = shorter_side / min(size) if shorter_side else 1.0
+    width, height = (round(side * scale) for side in size)
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{size[0]}x{size[1]} pixels, {width}x{height} for the model, more than --max_pixels={max_pixels}; crop "
+            "it, give a smaller --image_size, or more --max_pixels and memory"
+        )
 
 
 if __name__ == "__main__":

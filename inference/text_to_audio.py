@@ -19,6 +19,7 @@ from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.generation.audio_diffusion import AudioSamplingArguments
 from utils.generation.captions import CaptionPipeline
+from utils.generation.files import claim_folder
 from utils.generation.speech import read_texts
 from utils.generation.text import file_stem
 from utils.options import option
@@ -40,7 +41,7 @@ class TextToAudioArguments(AudioSamplingArguments):
     n_sounds: int = option(1, "sounds per prompt, with seeds seed, seed + 1, ...", gt=0)
     batch_size: int = option(4, "sounds that are made at once", gt=0)
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
-    output_dir: str = option("inference/generated/audio", "folder of the results")
+    output_dir: str = option("inference/generated/sounds", "folder of the results")
 
     def validate_prompts(self):
         if not self.checkpoint or not (self.prompts or self.input):
@@ -49,21 +50,22 @@ class TextToAudioArguments(AudioSamplingArguments):
 
 def generate(args: TextToAudioArguments) -> None:
     """Make a sound for every prompt and seed."""
-    prompts, folder, files = [*args.prompts, *read_texts(args.input)], Path(args.output_dir), []
+    prompts, files = [*args.prompts, *read_texts(args.input)], []
     checkpoint, device = resolve_checkpoint(args.checkpoint), compute_device()
     weights = chosen_weights(checkpoint, args)
     names = ("vae_checkpoint", "vocoder_checkpoint", "text_encoder", "bf16")
     options = {name: getattr(args, name) for name in names}
     pipeline = CaptionPipeline.load(checkpoint, **options, weights=weights, device=device)
     rate, args.temperature = pipeline.vae.config.sample_rate, pipeline.temperature_of(args)
+    folder = claim_folder(args.output_dir, args)
     # Every prompt with every seed, in batches; a file is written as soon as its batch is ready.
     tasks = [(n, prompt, args.seed + i) for n, prompt in enumerate(prompts) for i in range(args.n_sounds)]
     captions, seeds = [prompt for _, prompt, _ in tasks], [seed for *_, seed in tasks]
     sounds = pipeline.sounds(captions, seeds, args, seconds=args.seconds, batch_size=args.batch_size)
     for (number, _, _), (prompt, seed, waveform) in zip(tasks, sounds, strict=True):
         file, seconds = f"{file_stem(number, prompt, seed)}.wav", len(waveform) / rate
-        clipped = save_waveform(waveform, rate, folder / file)
-        files.append({"file": file, "prompt": prompt, "seed": seed, "seconds": seconds, "clipped_share": clipped})
+        gain = save_waveform(waveform, rate, folder / file)
+        files.append({"file": file, "prompt": prompt, "seed": seed, "seconds": seconds, "gain": gain})
         print(f"{folder}/{file}  {seconds:.2f} s  {prompt}", flush=True)
     record = {"checkpoint": str(checkpoint), "weights": weights, "device": str(device), "files": files}
     write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})

@@ -17,6 +17,7 @@ from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_c
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import Group, draw_sheet, save_image, to_image
+from utils.generation.files import claim_folder
 from utils.generation.text import file_stem, read_prompts
 from utils.generation.text_to_image import PipelineArguments, TextToImagePipeline
 from utils.options import option
@@ -45,13 +46,14 @@ class TextToImageArguments(PipelineArguments):
 def generate(args: TextToImageArguments) -> None:
     """Generate an image for every prompt and seed."""
     prompts = [*args.prompts, *(map(str.strip, read_prompts(args.prompt_file)) if args.prompt_file else [])]
-    seeds, folder = args.seeds or list(range(args.n_images)), Path(args.output_dir)
+    seeds = args.seeds or list(range(args.n_images))
     checkpoint = resolve_checkpoint(args.checkpoint)
     weights = chosen_weights(checkpoint, args)  # averaged ones, if they were saved
     device = str(compute_device())
     pipeline = TextToImagePipeline.load(
         checkpoint, args.vae_checkpoint, args.text_encoder, weights=weights, device=device
     )
+    folder = claim_folder(args.output_dir, args)
     # Every prompt with every seed, in batches; images of the first prompts are kept for the sheet.
     tasks = [(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
     shown, files = [], []

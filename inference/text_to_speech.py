@@ -23,6 +23,7 @@ from dataset_loading.audio.signal import save_waveform
 from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
+from utils.generation.files import claim_folder
 from utils.generation.speech import SpeechPipeline, VoiceArguments, read_texts
 from utils.options import option
 
@@ -45,7 +46,7 @@ class TextToSpeechArguments(VoiceArguments):
 
 
 def speak(args: TextToSpeechArguments) -> None:
-    texts, folder, files = [*args.text, *read_texts(args.input)], Path(args.output_dir), []
+    texts, files = [*args.text, *read_texts(args.input)], []
     checkpoint, device = resolve_checkpoint(args.checkpoint), compute_device()
     weights = chosen_weights(checkpoint, args)
     paths = {name: getattr(args, name) for name in ("vae_checkpoint", "vocoder_checkpoint", "bf16")}
@@ -53,6 +54,7 @@ def speak(args: TextToSpeechArguments) -> None:
     rate, args.temperature = pipeline.vae.config.sample_rate, pipeline.temperature_of(args)
     # All sentences in order, in batches; each text's file is written once its last sentence is spoken.
     sentences = [pipeline.speakable(text, args.language) for text in texts]
+    folder = claim_folder(args.output_dir, args) if any(sentences) else Path(args.output_dir)
     waveforms = pipeline.speak(list(itertools.chain(*sentences)), args, **args.voice())
     console, total = Console(stderr=True), sum(map(len, sentences))
     waveforms = iter(track(waveforms, "sentences", total, console=console, disable=not sys.stderr.isatty()))
@@ -65,8 +67,8 @@ def speak(args: TextToSpeechArguments) -> None:
                 print(f"{folder}/{number:03}_{part:03}.wav  {len(waveform) / rate:.2f} s  {sentence}", flush=True)
         if pieces:
             file, seconds = f"{number:03}.wav", sum(map(len, pieces)) / rate
-            clipped = save_waveform(torch.cat(pieces), rate, folder / file)
-            files.append({"file": file, "text": text, "seconds": seconds, "clipped_share": clipped})
+            gain = save_waveform(torch.cat(pieces), rate, folder / file)
+            files.append({"file": file, "text": text, "seconds": seconds, "gain": gain})
             print(f"{folder}/{file}  {seconds:.2f} s  {text}", flush=True)
     if not files:
         raise ValueError("nothing to say in any text: give letters or numbers with --text or --input")

@@ -17,7 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset_loading.audio.signal import AUDIO_SUFFIXES
 from utils.checkpoints import provenance, write_json
 from utils.command_line import explained_errors, parse_arguments
-from utils.generation.audio import MEL_SUFFIX, SynthesisArguments, Synthesizer, find_inputs, refuse_overwriting
+from utils.generation.audio import (
+    MEL_SUFFIX,
+    SynthesisArguments,
+    Synthesizer,
+    check_caches,
+)
+from utils.generation.files import Failures, claim_folder, find_inputs, refuse_overwriting
 from utils.options import option
 
 
@@ -32,24 +38,29 @@ class VocodeArguments(SynthesisArguments):
 
 
 def vocode(args: VocodeArguments) -> None:
-    """Vocode all files; damaged ones are skipped with a warning."""
+    """Vocode all files. Raises: ValueError: at the end, where some gave no result."""
     files = find_inputs(args.input, {*AUDIO_SUFFIXES, MEL_SUFFIX})
     folder, records = Path(args.output_dir), []
     # An output may have the name of an input.
     refuse_overwriting(files.values(), (folder / f"{name}.wav" for name in files))
-    synthesizer = Synthesizer.load(args.checkpoint, args)
+    synthesizer, failures = Synthesizer.load(args.checkpoint, args), Failures()
+    check_caches(files.values(), synthesizer.log_mel.settings, synthesizer.name)
+    folder = claim_folder(args.output_dir, args)
     # Log-mel (M, F) of each file -> waveform, cut to the length of the input.
-    for name, (mel, n_samples) in synthesizer.read_all(files):
-        record = synthesizer.write(mel, n_samples, folder / f"{name}.wav")
-        records.append({"input": str(files[name]), **record})
-        # The real-time factor: seconds of computation per second of audio.
-        factor = record["compute_seconds"] / record["seconds"]
-        numbers = f"{record['seconds']:.2f} s, {factor:.3f} x real time, log-mel L1 {record['mel_l1']:.3f}"
-        print(f"{folder / record['file']}  {numbers}")
+    for name, file in files.items():
+        with failures.around(file):
+            mel, n_samples = synthesizer.read(file)
+            record = synthesizer.write(mel, n_samples, folder / f"{name}.wav")
+            records.append({"input": str(file), **record})
+            # The real-time factor: seconds of computation per second of audio.
+            factor = record["compute_seconds"] / record["seconds"]
+            numbers = f"{record['seconds']:.2f} s, {factor:.3f} x real time, log-mel L1 {record['mel_l1']:.3f}"
+            print(f"{folder / record['file']}  {numbers}")
     # Settings and results of all files.
     settings = {**dataclasses.asdict(args), **synthesizer.record, "files": records, **provenance()}
     write_json(folder / "settings.json", settings)
     print(folder / "settings.json")
+    failures.check(len(files))
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def test_killed_and_resumed_equals_straight_through(train, image_cache, tmp_path
     assert straight.losses[4:] == resumed.losses[4:]
 
 
-def test_sigterm_saves_and_stops(image_cache, tmp_path):
+def test_sigterm_saves_and_ends_with_its_status(image_cache, tmp_path):
     words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--run_name", "stopped"]
     script = "from pretrain_image_vae import ImageVAEStage; ImageVAEStage.main(argv)"
     process = run_script(
@@ -124,8 +124,8 @@ def test_sigterm_saves_and_stops(image_cache, tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, log = process.communicate(timeout=100)
-    assert process.returncode == 0, log[-2000:]
-    assert "signal received: saving at step" in log
+    assert process.returncode == 128 + signal.SIGTERM, log[-2000:]
+    assert "signal received: saving at step" in log and "stopped by SIGTERM" in log
     last = checkpoints_in(run_dir)[-1]
     assert is_complete(last) and json.loads((last / "trainer_state.json").read_text())["global_step"] < 100000
 

@@ -164,6 +164,12 @@ class MegaTransformerConfig(StrictConfig):
     text_loss_weight: float = option(
         1.0, "weight of the cross-entropy relative to the flows' losses", ge=0, only_with=HAS_SPANS
     )
+    begin_loss_weight: float = option(
+        0.02,
+        "weight of the cross-entropy of tokens that begin a span, which often cannot be known",
+        ge=0,
+        only_with=HAS_SPANS,
+    )
     z_loss_weight: float = option(0.0, "weight of the squared log-partition of the softmax (z-loss)", ge=0)
     loss_chunk_size: int = option(
         0, "tokens per chunk of the loss, which bounds the memory of the logits; 0: all at once", ge=0

@@ -58,11 +58,11 @@ def end_processes() -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Around a run: the processes leave their group together at its end, and where a FloatingPointError ends it, which
-    all of them raise at the same step."""
+    """Around a run: the processes leave their group together at its end, and where a FloatingPointError or a signal
+    (SystemExit) ends it, which all of them raise at the same step."""
     try:
         yield
-    except FloatingPointError as error:
+    except (FloatingPointError, SystemExit) as error:
         traceback.clear_frames(error.__traceback__)  # They refer to the trainer.
         end_processes()
         raise
@@ -79,11 +79,16 @@ def mean_across_ranks(tensor: torch.Tensor) -> torch.Tensor:
 
 def any_across_ranks(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set on any process."""
+    return bool(maximum_across_ranks(flag, device))  # The maximum of 0 and 1 is a logical or.
+
+
+def maximum_across_ranks(number: int, device: torch.device) -> int:
+    """The largest of the processes' numbers."""
     if world_size() == 1:
-        return flag
-    tensor = torch.tensor(float(flag), device=device)  # The maximum of 0 and 1 is a logical or.
+        return number
+    tensor = torch.tensor(float(number), device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return bool(tensor.item())
+    return int(tensor.item())
 
 
 def broadcast_tensors(tensors: list[torch.Tensor]) -> None:

@@ -2,6 +2,7 @@
 `TrainingArguments`."""
 
 import dataclasses
+import re
 import sys
 from pathlib import Path
 from typing import Literal
@@ -93,6 +94,20 @@ class StageArguments:
     def validate_length(self):
         if self.max_steps == 0:
             raise ValueError("--max_steps=0 trains nothing; give a positive number, or -1 to use --num_train_epochs")
+
+    def validate_run_name(self):
+        parts = Path(self.run_name).parts
+        problem = ""
+        if not self.run_name.strip() or not parts:
+            problem = "is empty"
+        elif self.run_name.startswith(("/", "~")) or ".." in parts:
+            problem = f"leaves the folder of runs, {self.output_dir}"
+        elif any(re.fullmatch(r"checkpoint-\d+", part) for part in parts):
+            problem = "looks like a checkpoint of a run"
+        elif not self.run_name.isprintable():
+            problem = "has characters that cannot be printed"
+        if problem:
+            raise ValueError(f"--run_name={self.run_name!r} {problem}; give a name such as 'demo'")
 
     def validate_device(self):
         if self.tf32 and not torch.cuda.is_available():

@@ -307,7 +307,9 @@ class WeightEMA(OptimizerHook):
         return {**model.state_dict(), **named}
 
     def average_of(self, parameter: nn.Parameter) -> Tensor:
-        """The whole average of one parameter, gathered where ZeRO shards it."""
+        """The whole average of one parameter, gathered where ZeRO shards it; a frozen one is its own."""
+        if not parameter.requires_grad:
+            return whole_parameter(parameter)
         # Whole parameters: without ZeRO the optimizer holds them themselves.
         if parameter in self.optimizer.state:
             return self.optimizer.state[parameter]["weight_ema"]
@@ -317,3 +319,13 @@ class WeightEMA(OptimizerHook):
         average = safe_get_full_optimizer_state(parameter, "weight_ema")
         assert average is not None, "the engine lost the weight average of a parameter"
         return average
+
+
+def whole_parameter(parameter: nn.Parameter) -> Tensor:
+    """A copy of a parameter, gathered where ZeRO-3 shards it. Every process must call it."""
+    if not hasattr(parameter, "ds_id"):
+        return parameter.detach().float().clone()
+    from deepspeed.zero import GatheredParameters
+
+    with GatheredParameters([parameter]):
+        return parameter.detach().float().clone()

@@ -1,9 +1,11 @@
 """AAC and other formats that libsndfile does not know, decoded by PyAV, which is optional (`requirements-av.txt`)."""
 
+import tempfile
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
+import soundfile
 import torch
 from torch import Tensor
 
@@ -67,10 +69,22 @@ class AvReader:
             raise ValueError("the file has no samples")
 
 
-def decode_av(file: BinaryIO) -> tuple[Tensor, int]:
-    """All channels of a file, (channels, S) float32, and the sampling rate in Hz; see `AvReader` for errors."""
-    reader = AvReader(file)
-    samples = torch.cat(list(reader.blocks()), dim=1)
-    if not samples.isfinite().all():
-        raise ValueError("damaged: samples that are no finite numbers")
-    return samples, reader.sample_rate
+def without_av(file: BinaryIO) -> BinaryIO:
+    """A file as libsndfile can read it: one of those formats as a temporary file of float samples, on disk, since it
+    may be long; any other as it is, at its beginning.
+
+    Raises: ValueError: see `AvReader`.
+    """
+    head = file.read(8)
+    file.seek(0)
+    if not is_av(head):
+        return file
+    with file:
+        reader = AvReader(file)
+        samples = tempfile.TemporaryFile()  # noqa: SIM115: the caller closes it.
+        options: dict[str, Any] = {"format": "W64", "subtype": "FLOAT"}
+        with soundfile.SoundFile(samples, "w", reader.sample_rate, reader.n_channels, **options) as output:
+            for block in reader.blocks():
+                output.write(block.T.numpy())
+    samples.seek(0)
+    return samples

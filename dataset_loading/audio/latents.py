@@ -205,11 +205,14 @@ class FrameBudgetSampler(Sampler[list[int]]):
         frames_per_step: budget of an optimizer step: its number of clips times its longest length does not exceed it.
         seed: of the permutations.
         n_parts: micro-batches of a step (accumulation x processes); their numbers of clips differ by at most one.
+        unit: what lengths count, for messages.
     Attributes: left_out: clips that are too long.
     Raises: ValueError: a step has fewer clips than parts, or there is none.
     """
 
-    def __init__(self, lengths: Sequence[int], frames_per_step: int, seed: int, *, n_parts: int = 1):
+    def __init__(
+        self, lengths: Sequence[int], frames_per_step: int, seed: int, *, n_parts: int = 1, unit: str = "latent frames"
+    ):
         self.lengths, self.seed, self.n_parts, self.epoch = lengths, seed, n_parts, 0
         # Clips that fit, by length.
         groups: dict[int, list[int]] = {}
@@ -219,9 +222,9 @@ class FrameBudgetSampler(Sampler[list[int]]):
         self.left_out = sorted(set(range(len(lengths))).difference(*groups.values()))
         if self.left_out:
             logger.warning(
-                "%d of %d samples are longer than the %d latent frames of a micro-batch and are left out, the longest "
-                "has %d; raise the budget to train on them",
-                *(len(self.left_out), len(lengths), frames_per_step // n_parts, max(lengths)),
+                "%d of %d samples are longer than the %d %s of a micro-batch and are left out, the longest has %d; "
+                "raise the budget to train on them",
+                *(len(self.left_out), len(lengths), frames_per_step // n_parts, unit, max(lengths)),
             )
         # Longest first.
         self.buckets = [groups[number] for number in sorted(groups, reverse=True)]
@@ -237,7 +240,7 @@ class FrameBudgetSampler(Sampler[list[int]]):
         if min(self.sizes, default=0) < n_parts:
             raise ValueError(
                 f"{len(bounds)} training samples cannot be dealt out to {n_parts} micro-batches per optimizer step of "
-                f"{frames_per_step} latent frames: one step has {min(self.sizes, default=0)}; raise the budget, add "
+                f"{frames_per_step} {unit}: one step has {min(self.sizes, default=0)}; raise the budget, add "
                 "data, or lower --gradient_accumulation_steps"
             )
 

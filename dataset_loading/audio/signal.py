@@ -1,12 +1,12 @@
-"""Audio signals: decoding, resampling, conditioning and writing of waveforms.  S samples."""
+"""Audio signals: resampling, measuring, conditioning and writing of waveforms.  S samples."""
 
 import functools
-import io
+import logging
 import math
-import re
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import soundfile
 import torch
@@ -15,9 +15,10 @@ from torch import Tensor
 from torchaudio.functional import bandreject_biquad, loudness
 from torchaudio.transforms import Resample
 
-from dataset_loading.audio.aac import AV_SUFFIXES, decode_av, is_av
+from dataset_loading.audio.aac import AV_SUFFIXES
 from dataset_loading.files import replacing
-from dataset_loading.sources import read_media
+
+logger = logging.getLogger(__name__)
 
 # fmt: off
 AUDIO_SUFFIXES = frozenset((
@@ -35,64 +36,10 @@ NOTCH_HZ = 2.0  # Width of the notch at each harmonic of the hum.
 NOTCH_LIMIT_HZ = 1000.0  # Hum has hardly any harmonics beyond, speech has many.
 HEADROOM = 0.05  # Scale at which torchaudio's filters, which clip at full scale, see a waveform.
 BLOCK_SECONDS = 0.4  # The shortest waveform whose loudness BS.1770 defines.
+LONG_SAMPLES = 1 << 22  # Longer waveforms are measured and filtered in blocks.
+SETTLE_SECONDS = 4.0  # By then the response of a filter has died away.
+LUFS_GATE = -70.0  # BS.1770-4 measures nothing below.
 MAX_RATIO = 1000  # Largest number in a ratio of sampling rates.
-STREAMED_BYTES = 0x7FFF0000  # A length from here on is the placeholder of a program that did not know it.
-
-
-# ---- Decoding.
-
-
-class DecodedAudio(NamedTuple):
-    """All channels of a file, (channels, S) float32, and the sampling rate in Hz."""
-
-    samples: Tensor
-    sample_rate: int
-
-
-def decode_audio(media: dict[str, Any] | None) -> DecodedAudio:
-    """Decode a whole file of any format that libsndfile reads.
-
-    Args: media: `{"path": ..., "bytes": ...}`, see `read_media`.
-    Raises: OSError, ValueError: the file is missing, damaged, cut off, or no audio; the message says which.
-    """
-    buffer = read_media(media)
-    n_bytes = buffer.getbuffer().nbytes
-    if is_av(bytes(buffer.getbuffer()[:8])):
-        return DecodedAudio(*decode_av(buffer))
-    try:
-        with soundfile.SoundFile(ClampedSeekFile(buffer.getbuffer())) as file:
-            n_frames, rate, log, kind = file.frames, file.samplerate, file.extra_info, file.format
-            samples = torch.from_numpy(file.read(dtype="float32", always_2d=True)).T
-    except soundfile.LibsndfileError as error:
-        raise ValueError(f"no audio of a known format, or damaged ({n_bytes} bytes): {error.error_string}") from error
-    if samples.shape[1] == 0:
-        raise ValueError(f"no samples in a file of {n_bytes} bytes")
-    if samples.shape[1] != n_frames and not (kind == "MP3" and is_length_guessed(buffer.getvalue())):
-        raise ValueError(f"damaged: {samples.shape[1]} of {n_frames} samples can be read")
-    # libsndfile reads what is there of a file that was cut off, and mentions both sizes in its log alone.
-    sizes = re.search(r"(?:data|SSND)\s*: (\d+) \(should be (\d+)\)", log)
-    n_promised, n_present = map(int, sizes.groups()) if sizes else (0, 0)
-    if n_present < n_promised < STREAMED_BYTES:
-        raise ValueError(f"cut off: {n_present} of {n_promised} bytes of samples are there")
-    if not samples.isfinite().all():
-        raise ValueError("damaged: samples that are no finite numbers")
-    return DecodedAudio(samples, rate)
-
-
-def is_length_guessed(content: bytes) -> bool:
-    """Whether an MP3 file lacks the header that tells its length, which libsndfile then guesses from its size."""
-    # The header follows the tag, whose size has 7 bits a byte and leaves out its own 10 bytes.
-    size = sum(byte << shift for byte, shift in zip(content[6:10], (21, 14, 7, 0)))
-    start = 10 + size if content.startswith(b"ID3") else 0
-    return not any(name in content[start : start + 256] for name in (b"Xing", b"Info", b"VBRI"))
-
-
-class ClampedSeekFile(io.BytesIO):
-    """A file in memory that answers a seek before its beginning with the beginning, since some decoders try it."""
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self.tell(), io.SEEK_END: self.getbuffer().nbytes}[whence]
-        return super().seek(max(0, base + offset))
 
 
 def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
@@ -103,11 +50,15 @@ def resample(waveform: Tensor, rate: int, target: int) -> Tensor:
     """
     if rate == target:
         return waveform
-    if target < rate:
-        ratio = 1 / Fraction(rate, target).limit_denominator(MAX_RATIO)
-    else:
-        ratio = Fraction(target, rate).limit_denominator(MAX_RATIO)
+    ratio = rate_ratio(rate, target)
     return resampler(ratio.denominator, ratio.numerator)(waveform)
+
+
+def rate_ratio(rate: int, target: int) -> Fraction:
+    """target / rate, or the nearest fraction of terms that are small enough."""
+    if target < rate:
+        return 1 / Fraction(rate, target).limit_denominator(MAX_RATIO)
+    return Fraction(target, rate).limit_denominator(MAX_RATIO)
 
 
 @functools.lru_cache(maxsize=16)
@@ -123,12 +74,60 @@ def resampler(rate: int, target: int) -> Resample:
     )
 
 
+class StreamResampler:
+    """`resample` of a waveform that comes in blocks; one block alone gives the same numbers."""
+
+    def __init__(self, rate: int, target: int):
+        ratio = rate_ratio(rate, target)
+        self.n_in, self.n_out, self.is_needed = ratio.denominator, ratio.numerator, rate != target
+        self.resampler = resampler(self.n_in, self.n_out)
+        # Samples on both sides that an output depends on, rounded up to whole steps.
+        self.context = math.ceil((self.resampler.width + self.n_in) / self.n_in) * self.n_in if self.is_needed else 0
+
+    def n_resampled(self, n_samples: int) -> int:
+        """Number of samples that `n_samples` become."""
+        return math.ceil(n_samples * self.n_out / self.n_in) if self.is_needed else n_samples
+
+    def run(self, blocks: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Blocks (S,) of any lengths -> the resampled waveform in pieces."""
+        if not self.is_needed:
+            yield from blocks
+            return
+        # The buffer begins at sample `start`; what lies before sample `done` has been resampled. Both are whole steps.
+        buffer, start, done = torch.zeros(0), 0, 0
+        for block in blocks:
+            # The last block is resampled with what is before it, so that one that is alone is not cut.
+            if len(buffer):
+                ready = (start + len(buffer) - self.context) // self.n_in * self.n_in
+                if ready > done:
+                    yield self.piece(buffer, done - start, ready - start)
+                    kept = max(0, ready - self.context)
+                    buffer, start, done = buffer[kept - start :].clone(), kept, ready
+            buffer = torch.cat([buffer, block]) if len(buffer) else block
+        yield self.piece(buffer, done - start, None)
+
+    def piece(self, buffer: Tensor, first: int, last: int | None) -> Tensor:
+        """What samples [first, last) of the buffer become, both whole steps; None: to its end."""
+        stop = None if last is None else last // self.n_in * self.n_out
+        return self.resampler(buffer)[first // self.n_in * self.n_out : stop]
+
+
 # ---- Measuring.
+
+
+class TooQuietError(ValueError):
+    """A waveform is intact, but its loudness is not defined."""
 
 
 def frame_levels(waveform: Tensor, rate: int) -> Tensor:
     """RMS in dBFS of the frames of FRAME_SECONDS, one after another; the last one may be shorter."""
     size = max(1, round(FRAME_SECONDS * rate))
+    # Whole frames block by block, so that memory stays bounded.
+    return torch.cat([block_levels(block, size) for block in waveform.split(LONG_SAMPLES // size * size)])
+
+
+def block_levels(waveform: Tensor, size: int) -> Tensor:
+    """`frame_levels` of frames of `size` samples."""
     n_frames = math.ceil(len(waveform) / size)
     power = F.pad(waveform.square(), (0, n_frames * size - len(waveform))).view(n_frames, size).sum(1)
     # The last frame is averaged over its own samples, not over the padding.
@@ -149,11 +148,6 @@ def is_silent(waveform: Tensor, rate: int) -> bool:
     return bool(frame_levels(waveform, rate).max() < SILENCE_DB)
 
 
-def clipped_share(samples: Tensor) -> float:
-    """Share of samples at full scale, of the channel with the largest one; (channels, S)."""
-    return float((samples.abs() >= FULL_SCALE).float().mean(-1).max())
-
-
 def active_level(waveform: Tensor, rate: int) -> float:
     """RMS in dBFS of the frames that are at most ACTIVE_DB below the loudest one, so that pauses do not count."""
     levels = frame_levels(waveform, rate)
@@ -167,12 +161,16 @@ def measured_loudness(waveform: Tensor, rate: int, measure: LoudnessMeasure) -> 
     Args:
         measure: "active" is `active_level` in dBFS, "bs1770" the gated loudness of ITU-R BS.1770-4 in LUFS; a
             waveform shorter than its blocks is measured as if it were repeated.
+    Raises: TooQuietError: the loudness is not defined, since everything lies below the gate of BS.1770.
     """
     if measure == "active":
         return active_level(waveform, rate)
     repeats = math.ceil(BLOCK_SECONDS * rate / len(waveform)) + 1 if len(waveform) < BLOCK_SECONDS * rate else 1
     # The package's filters clip at full scale: the waveform is scaled down and the result shifted back.
-    return float(loudness(HEADROOM * waveform.repeat(repeats)[None], rate)) - 20 * math.log10(HEADROOM)
+    level = float(loudness(HEADROOM * waveform.repeat(repeats)[None], rate)) - 20 * math.log10(HEADROOM)
+    if not math.isfinite(level):
+        raise TooQuietError(f"too quiet: no part reaches {LUFS_GATE:g} LUFS, below which BS.1770 measures nothing")
+    return level
 
 
 # ---- Conditioning.
@@ -186,7 +184,9 @@ def normalize_loudness(waveform: Tensor, rate: int, target_db: float, *, measure
 
 def limit_peak(waveform: Tensor) -> Tensor:
     """Scale down to full scale what exceeds it."""
-    return waveform / waveform.abs().max().clamp_min(1.0)
+    low, high = waveform.aminmax()
+    peak = torch.maximum(-low, high)
+    return waveform / peak if peak > 1 else waveform
 
 
 def trim_silence(waveform: Tensor, rate: int, trim_db: float) -> Tensor:
@@ -206,13 +206,25 @@ def remove_hum(waveform: Tensor, rate: int, mains_hz: float) -> Tensor:
     # Point reflection at both ends gives the filters half a second to settle.
     extended = torch.cat(
         [2 * waveform[0] - waveform[1 : pad + 1].flip(0), waveform, 2 * waveform[-1] - waveform[-pad - 1 : -1].flip(0)]
-    ).double()
-    extended = HEADROOM * extended  # The package's filters clip at full scale, between them too.
+    )
+    # Long waveforms in blocks; what is within the reach of the filters at both sides of a block is cut off again.
+    context, pieces = round(SETTLE_SECONDS * rate), []
+    for start in range(pad, pad + len(waveform), LONG_SAMPLES):
+        stop = min(start + LONG_SAMPLES, pad + len(waveform))
+        first = max(0, start - context) if start > pad else 0
+        last = stop + context if stop < pad + len(waveform) else len(extended)
+        pieces.append(notched(extended[first:last], rate, harmonics)[start - first : stop - first])
+    return torch.cat(pieces)
+
+
+def notched(waveform: Tensor, rate: int, frequencies: list[float]) -> Tensor:
+    """Notches of NOTCH_HZ at each frequency, without delay."""
+    filtered = HEADROOM * waveform.double()  # The package's filters clip at full scale, between them too.
     for _ in range(2):  # Forward, then backward: no phase shift.
-        for frequency in harmonics:
-            extended = bandreject_biquad(extended, rate, frequency, Q=frequency / NOTCH_HZ)
-        extended = extended.flip(0)
-    return extended[pad : pad + len(waveform)].float() / HEADROOM
+        for frequency in frequencies:
+            filtered = bandreject_biquad(filtered, rate, frequency, Q=frequency / NOTCH_HZ)
+        filtered = filtered.flip(0)
+    return filtered.float() / HEADROOM
 
 
 def cut_at_pauses(waveform: Tensor, rate: int, max_samples: int) -> list[Tensor]:
@@ -234,11 +246,16 @@ def cut_at_pauses(waveform: Tensor, rate: int, max_samples: int) -> list[Tensor]
 
 
 def save_waveform(waveform: Tensor, sample_rate: int, file: Path) -> float:
-    """Write (S,) in [-1, 1] as a 16-bit WAV file atomically.
+    """Write (S,) as a 24-bit WAV file atomically; what exceeds [-1, 1] is scaled down as a whole, not clipped.
 
-    Returns: the share of samples beyond [-1, 1], which are cut off there.
+    Returns: the gain by which it was scaled, 1 where nothing exceeded.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
+    # The largest number of 24 bits is a little below 1.
+    peak = waveform.abs().max().item() if len(waveform) else 0.0
+    gain = 1.0 if peak <= 1 else (1 - 2**-23) / peak
     with replacing(file) as temporary:
-        soundfile.write(temporary, waveform.clamp(-1, 1).numpy(), sample_rate, "PCM_16", format="WAV")
-    return (waveform.abs() > 1).float().mean().item()
+        soundfile.write(temporary, (waveform * gain).numpy(), sample_rate, "PCM_24", format="WAV")
+    if gain < 1:
+        logger.warning("%s: peaks were %.2f times full scale; saved at a gain of %.3f", file, peak, gain)
+    return gain

@@ -1,7 +1,5 @@
 """Images that were not preprocessed: each is decoded and fitted when it is read, as preprocessing does."""
 
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +7,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, ResizeMode, decode_image, fit_image, to_float, to_tensor
-from dataset_loading.sources import open_source, walk
+from dataset_loading.sources import open_source
 
 
 class ImageFolderDataset(Dataset):
@@ -22,6 +20,7 @@ class ImageFolderDataset(Dataset):
         split: `""` takes the only split there is.
         image_size: side S in pixels.
         resize_mode, background_color: see `fit_image`, `decode_image`.
+        allow_outside: see `open_source`.
     Attributes:
         entries: one dict per image: `key`, `caption`.
         fingerprint: None, since files may change; callers compare it with that of a preprocessed folder.
@@ -39,8 +38,9 @@ class ImageFolderDataset(Dataset):
         image_size: int,
         resize_mode: ResizeMode = "crop",
         background_color: str = "white",
+        allow_outside: bool = False,
     ):
-        self.source = open_source(name, split, "image", suffixes=IMAGE_SUFFIXES)
+        self.source = open_source(name, split, "image", suffixes=IMAGE_SUFFIXES, allow_outside=allow_outside)
         # Listed at once, decoded on access.
         self.media: list[dict[str, Any]] = []
         self.entries: list[dict[str, Any]] = []
@@ -63,21 +63,3 @@ class ImageFolderDataset(Dataset):
             ) from error
         image = fit_image(image, self.image_size, self.resize_mode, background_color=self.background_color)
         return {"image": to_float(to_tensor(image)), "index": torch.tensor(index)}
-
-
-def find_images(names: Iterable[str]) -> dict[str, Path]:
-    """Image files named one by one or in folders, by a name that no two share.
-
-    Raises: FileNotFoundError: a name does not exist, or nothing was found.
-    """
-    files: dict[str, Path] = {}
-    for name in map(Path, names):
-        if not name.exists():
-            raise FileNotFoundError(f"{name} does not exist")
-        for file in walk(name, IMAGE_SUFFIXES) if name.is_dir() else [name]:
-            # Subfolders become part of the name; a number tells equal names of several folders apart.
-            stem = "__".join(file.relative_to(name).with_suffix("").parts) if name.is_dir() else file.stem
-            files[f"{stem}_{len(files)}" if stem in files else stem] = file
-    if not files:
-        raise FileNotFoundError(f"no images in {', '.join(names)}; known endings: {' '.join(sorted(IMAGE_SUFFIXES))}")
-    return files

@@ -20,7 +20,8 @@ from typing import Any
 
 from dataset_loading.files import fingerprint, fingerprint_of_bytes
 from dataset_loading.left_out import LeftOut, survey_folder
-from dataset_loading.sources import SPLIT_NAMES, choose_split, find_splits, read_licence, walk
+from dataset_loading.sources import choose_split, find_splits, read_licence
+from dataset_loading.splits import SPLIT_NAMES, group_by_split
 from dataset_loading.tables import (
     JSON_SUFFIXES,
     OPENERS,
@@ -33,6 +34,7 @@ from dataset_loading.tables import (
     table_columns,
 )
 from dataset_loading.text.digests import Digests
+from dataset_loading.walking import regular_state, walk
 
 logger = logging.getLogger(__name__)
 
@@ -103,6 +105,7 @@ def open_text(
         if name.startswith((".", "/", "~")) or name.count("/") > 1 or suffix_of(path) in known:
             raise FileNotFoundError(f"{name} does not exist")
         return open_hub(name, split, text_column=text_column, config=config)
+    regular_state(path)
     files = [path] if path.is_file() else list_files(path, split)
     if not files or (path.is_file() and suffix_of(path) not in known):
         endings = f"{' '.join(known)}, also with {' '.join(OPENERS)}"
@@ -112,12 +115,14 @@ def open_text(
     for file in files:
         check_column(file, text_column)
     digest = digest_files(root, files, digests or Digests())
-    names = find_splits(path, known) if path.is_dir() else ()
-    splits = [name for name in names if name == split or list_files(path, name)]
-    left_out = unread_files(path, files) if path.is_dir() else LeftOut()
+    splits = split_files(path) if path.is_dir() else {}
+    if len(splits) > 1:
+        logger.info("%s: splits by name: %s", path, {name: len(own) for name, own in splits.items()})
+    others = [file for name, own in splits.items() if name != split for file in own]
+    left_out = survey_folder(path, used=[*files, *others], suffixes=()) if path.is_dir() else LeftOut()
     identity, licence = f"{path.resolve().name}@{digest}", read_licence(path)
     read = partial(read_files, root, files, text_column)
-    return TextSource(identity, licence, read, splits, n_files=len(files), left_out=left_out)
+    return TextSource(identity, licence, read, list(splits), n_files=len(files), left_out=left_out)
 
 
 def find_validation_split(source: TextSource, split: str) -> str:
@@ -128,21 +133,32 @@ def find_validation_split(source: TextSource, split: str) -> str:
 
 
 def list_files(folder: Path, split: str) -> list[Path]:
-    """The tables of a folder, or its text files where there are no tables; licences at its top are left out."""
-    splits = find_splits(folder, (*TEXT_SUFFIXES, *TABLE_SUFFIXES))
-    root = splits[choose_split(str(folder), split, list(splits))] if splits else folder
-    if root.is_file():
-        return [root]
-    # Tables hold the texts, if there are any; text files next to them are notes about the data, .json files next to
-    # text files settings.
-    readable = list(walk(root, {*TEXT_SUFFIXES, *TABLE_SUFFIXES, *OPENERS}))
-    tables = [file for file in readable if suffix_of(file) in TABLE_SUFFIXES]
-    texts = [
+    """The files of a split of a folder."""
+    splits = split_files(folder)
+    return splits[choose_split(str(folder), split, list(splits))] if splits else []
+
+
+def split_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder by split, all of them as `train` where no name says a split; licences at its top are left
+    out. Splits without files are not there."""
+    find_splits(folder, (*TEXT_SUFFIXES, *TABLE_SUFFIXES))  # Raises where folders of splits and others are mixed.
+    files = [
         file
-        for file in readable
-        if suffix_of(file) in TEXT_SUFFIXES
+        for file in walk(folder, {*TEXT_SUFFIXES, *TABLE_SUFFIXES, *OPENERS})
+        if suffix_of(file) in (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
         and (file.parent != folder or not file.name.upper().startswith(("LICENSE", "LICENCE")))
     ]
+    groups = group_by_split([file.relative_to(folder).as_posix() for file in files], are_media=False)
+    splits = {split: [files[index] for index in indices] for split, indices in groups.items()} or {"train": files}
+    splits = {split: tables_or_texts(folder, files) for split, files in splits.items()}
+    return {split: files for split, files in splits.items() if files}
+
+
+def tables_or_texts(root: Path, files: list[Path]) -> list[Path]:
+    """Tables hold the texts, if there are any; text files next to them are notes about the data, .json files next to
+    text files settings."""
+    tables = [file for file in files if suffix_of(file) in TABLE_SUFFIXES]
+    texts = [file for file in files if suffix_of(file) in TEXT_SUFFIXES]
     if texts:
         tables = [file for file in tables if suffix_of(file) != ".json"]
     if tables and texts:
@@ -150,15 +166,6 @@ def list_files(folder: Path, split: str) -> list[Path]:
             "%s has tables and %d text files; the text files are left out: %s", root, len(texts), texts[0].name
         )
     return tables or texts
-
-
-def unread_files(folder: Path, files: list[Path]) -> LeftOut:
-    """What the folder of `files` holds beside them; other splits are not left out."""
-    splits = find_splits(folder, (*TEXT_SUFFIXES, *TABLE_SUFFIXES))
-    others = [root for root in splits.values() if root != folder]
-    root = next((root for root in others if root.is_dir() and files[0].is_relative_to(root)), folder)
-    siblings = [] if root != folder else [file for file in others if file.is_file()]
-    return survey_folder(root, used=[*files, *siblings], suffixes=())
 
 
 def digest_files(root: Path, files: list[Path], digests: Digests) -> str:

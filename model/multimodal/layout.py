@@ -61,10 +61,12 @@ class SpanPlace(NamedTuple):
 
 @dataclass
 class Stream:
-    """A stream as lists, one entry per token; `labels` are the tokens that are targets, otherwise -100."""
+    """A stream as lists, one entry per token; `labels` are the tokens that are targets, otherwise -100. Tokens see
+    those of their own `document` alone."""
 
     ids: list[int] = field(default_factory=list)
     positions: list[float] = field(default_factory=list)
+    document: list[int] = field(default_factory=list)
     span: list[int] = field(default_factory=list)
     copy: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -77,10 +79,17 @@ class Stream:
         self.add(token, self.cursor, is_target=is_target)
         self.cursor += 1
 
+    def add_documents(self, ids: Sequence[int], documents: Sequence[int]) -> None:
+        """Append packed documents: each token but the first of a document is a target. documents: number of each."""
+        for token, before, document in zip(ids, [None, *documents], documents):
+            self.add_token(int(token), document == before)
+            self.document[-1] = document
+
     def add(self, token: int, position: float, *, is_target: bool = False, span: int = OUTSIDE, copy: int = 0) -> None:
         """Append a token."""
         self.ids.append(token)
         self.positions.append(position)
+        self.document.append(0)
         self.span.append(span)
         self.copy.append(copy)
         self.labels.append(token if is_target else IGNORED)
@@ -163,6 +172,21 @@ def span_positions(
     return [cursor + f for f in range(n_tokens)], n_tokens
 
 
+def target_kinds(config: MegaTransformerConfig, targets: Tensor) -> dict[str, Tensor]:
+    """Which targets are text, which begin a span, and which are lengths of audio: name -> bool of the targets' shape.
+
+    What begins a span is no text: whether one begins is often not in the stream but in the task that was drawn, so
+    that its entropy would drown the text's.
+    """
+    begins = [getattr(config, f"{name}_begin_token_id") for name in SPANS if name in config.modalities]
+    is_begin = torch.isin(targets, torch.tensor(begins, device=targets.device))
+    is_length = torch.zeros_like(is_begin)
+    if "audio" in config.modalities:
+        first: int = config.audio_length_token_id  # type: ignore[assignment]
+        is_length = (targets >= first) & (targets < first + config.audio_max_tokens)
+    return {"text": (targets != IGNORED) & ~is_begin & ~is_length, "begin": is_begin, "length": is_length}
+
+
 class StreamBatch(NamedTuple):
     """Streams side by side, padded on the right: ids, labels (B, L) int64; positions (B, L) fp32; placement."""
 
@@ -185,7 +209,7 @@ def join_streams(streams: Sequence[Stream], padding: int) -> StreamBatch:
         positions[row, :length] = torch.tensor(stream.positions)
         span[row, :length] = torch.tensor(stream.span)
         copy[row, :length] = torch.tensor(stream.copy)
-        document[row, :length] = 0
+        document[row, :length] = torch.tensor(stream.document)
     index = torch.arange(size[1]).expand(size)
     return StreamBatch(ids, labels, positions, Placement(document, index, span, copy))
 

@@ -18,7 +18,7 @@ from model.diffusion_process import DiffusionProcess
 from model.language_head import IGNORED, LanguageModelHead, language_model_loss, next_token_targets
 from model.layers import ZeroLinear
 from model.multimodal.generation import MultimodalGenerationMixin
-from model.multimodal.layout import SPANS, Modality
+from model.multimodal.layout import SPANS, Modality, target_kinds
 from model.multimodal.mask import Placement, stream_mask
 from model.multimodal.spans import LatentLinear, SpanDecoder, SpanEncoder, Spans
 from model.presets import MULTIMODAL
@@ -33,7 +33,7 @@ class MultimodalOutput(ModelOutput):
 
     Args:
         text_loss: cross-entropy in nats of the text's targets over their number, with the z-loss; fp32.
-        length_loss: the same of the lengths of audio.
+        begin_loss, length_loss: the same of the tokens that begin a span, and of the lengths of audio.
         nats, hits: cross-entropy of the next token, and whether it is the most probable one, (B, L - 1) fp32, 0 where
             there is no target. No hits where the loss is computed in chunks.
         predictions: modality -> the flow's prediction for its noise copies, in order, (N_noisy, m, W) fp32; where
@@ -43,6 +43,7 @@ class MultimodalOutput(ModelOutput):
     """
 
     text_loss: Tensor | None = None
+    begin_loss: Tensor | None = None
     length_loss: Tensor | None = None
     nats: Tensor | None = None
     hits: Tensor | None = None
@@ -195,7 +196,8 @@ class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenera
             placement: (B, L) each.
             spans: modality -> its spans; those without any may be missing.
             labels: (B, L), the tokens that are targets, -100 elsewhere (they are shifted here).
-            n_targets: `text` and `length`, what the sums of their losses are divided by; default: their numbers.
+            n_targets: `text`, `begin` and `length`, what the sums of their losses are divided by; default: their
+                numbers.
             thinking: options of the recurrent core.
             dropout_keys: (B,) int64, see `model.dropout`.
         """
@@ -227,22 +229,18 @@ class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenera
         return MultimodalOutput(predictions=predictions, thinking_steps=output.thinking_steps, **results)
 
     def head_outputs(self, hidden: Tensor, labels: Tensor, n_targets: Mapping[str, Any]) -> dict[str, Any]:
-        """Losses, nats and hits of text and of lengths, from the normed hidden states (B, L, D)."""
+        """Losses, nats and hits of each kind of target, from the normed hidden states (B, L, D)."""
         targets = next_token_targets(labels)
-        is_length = torch.zeros_like(targets, dtype=torch.bool)
-        if "audio" in self.config.modalities:
-            first = self.config.audio_length_token_id
-            is_length = (targets >= first) & (targets < first + self.config.audio_max_tokens)
-        is_text = (targets != IGNORED) & ~is_length
         # Only positions with a target reach the head; without any the first one does, and does not count.
         results: dict[str, Any] = {}
         nats = torch.zeros(targets.shape, device=targets.device)
         hits = None if self.config.loss_chunk_size else torch.zeros_like(nats)
-        for name, chosen in (("text", is_text), ("length", is_length)):
-            if not bool(chosen.any()):
-                chosen = torch.zeros_like(chosen)
+        for name, is_kind in target_kinds(self.config, targets).items():
+            chosen = is_kind
+            if not bool(is_kind.any()):
+                chosen = torch.zeros_like(is_kind)
                 chosen[0, 0] = True
-            chosen_targets = targets[chosen]
+            chosen_targets = targets[chosen].where(is_kind[chosen], IGNORED)
             loss, values, _, logits = language_model_loss(
                 self.lm_head,
                 hidden[chosen],

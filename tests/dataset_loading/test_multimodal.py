@@ -1,6 +1,7 @@
 """Items joined from caches, tasks and rows; what does not fit together is refused with a remedy."""
 
 import json
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,8 +10,10 @@ from dataset_loading.audio.latents import AudioLatentDataset
 from dataset_loading.image.latents import ImageLatentDataset
 from dataset_loading.multimodal import MultimodalDataset, Task, collate_streams, join_items, parse_task
 from dataset_loading.text.tokenizers import byte_tokenizer
+from dataset_loading.text.windows import TextDataset
 from model.presets import MULTIMODAL
 from tests.helpers.stream_caches import make_stream_caches, text_of
+from tests.helpers.text_cache import make_text
 from utils.configuration import MegaTransformerConfig
 from utils.options import from_preset
 
@@ -28,11 +31,12 @@ def caches(folder, split="train"):
     return {"image": ImageLatentDataset(folder / "image", split), "audio": AudioLatentDataset(folder / "audio", split)}
 
 
-def build(folder, tasks, split="train", **fields):
+def build(folder, tasks, split="train", windows=None, **fields):
     config = from_preset(MegaTransformerConfig, MULTIMODAL, "multimodal-tiny", **{**FIELDS, **fields})
     tasks = [parse_task(task) for task in tasks]
     is_training = split == "train"
-    return MultimodalDataset(caches(folder, split), tasks, byte_tokenizer(), config=config, is_training=is_training)
+    options = {"config": config, "is_training": is_training, "windows": windows}
+    return MultimodalDataset(caches(folder, split), tasks, byte_tokenizer(), **options)
 
 
 def test_items_are_joined_by_the_names_of_their_sources(folder):
@@ -52,7 +56,69 @@ def test_rows_are_items_in_tasks_by_weight(folder):
     assert [task for _, task in held_out.rows] == [0] * 4 + [1] * 4
     row = data[len(data) - 1]
     assert bytes(each - 2 for each in row["text"]).decode() == text_of(17) and "image" not in row
-    assert row["other_text"] != row["text"] and data.entries[0] == {"key": "000_0_0", "caption": text_of(0)}
+    assert data.entries[0] == {"key": "000_0_0", "caption": text_of(0)}
+    # The text of another item is there for evaluation alone.
+    assert "other_text" not in row and held_out[0]["other_text"] != held_out[0]["text"]
+
+
+def test_weights_may_be_fractions(folder):
+    data = build(folder, ["text-image:0.25", "audio-text:1.5"])
+    chosen = [[data.items[place].key for place, task in data.rows if task == number] for number in range(2)]
+    assert len(chosen[0]) == 3 and len(set(chosen[0])) == 3  # Every fourth of 12.
+    assert len(chosen[1]) == 16 and len(set(chosen[1])) == 11  # Every second of 11 twice.
+    with pytest.raises(ValueError, match=r"text-image:0\.05 gives no row of 12 items.*raise the weight to 0\.083"):
+        build(folder, ["text-image:0.05"])
+
+
+def test_items_that_come_in_no_row_are_counted_and_named(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    build(folder, ["text-audio"])
+    assert "3 of 14 items come in no row of --tasks: 000_0_0 lacks audio; 001_0_0 lacks audio; 002" in caplog.text
+    make_stream_caches(tmp_path)
+    for name in ("image", "audio"):
+        manifest = tmp_path / name / "manifest.json"
+        content = json.loads(manifest.read_text())
+        content["entries"]["train"][-1]["caption"] = " "
+        manifest.write_text(json.dumps(content))
+    caplog.clear()
+    data = build(tmp_path, ["text-image", "text-audio"])
+    assert "come in no row of --tasks: 017_0_0 lacks text, image" in caplog.text
+    assert len(data) == 12 + 10 and all(data.texts[item] for item, _ in data.rows)
+
+
+def test_a_few_streams_that_are_too_long_are_left_out(tmp_path, caplog):
+    make_stream_caches(tmp_path, 40)
+    manifest = tmp_path / "audio" / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["entries"]["train"][0]["length"] = 400
+    manifest.write_text(json.dumps(content))
+    data = build(tmp_path, ["audio-text", "text-image"], audio_max_tokens=8)
+    n_clips = len(data.caches["audio"])
+    assert len(data) == len(data.lengths) == n_clips - 1 + len(data.caches["image"]) and n_clips > 20
+    assert f"1 of {len(data) + 1} streams are too long and are left out, the first: 004_0_0: a span" in caplog.text
+    # Not where nothing else is left of a task.
+    with pytest.raises(ValueError, match=r"audio has \d tokens.*audio_max_tokens=2"):
+        build(tmp_path, ["audio-text:0.04", "text-image", "image-text", "text"], audio_max_tokens=2)
+
+
+def test_windows_of_text_are_rows_of_the_task_text(folder, tmp_path):
+    texts = make_text(tmp_path / "texts", 20)
+    windows = TextDataset(texts, "train", 24)
+    data = build(folder, ["text-image", "text:2"], windows=windows)
+    assert len(data) == 12 + 2 * len(windows) and data.lengths[-1] == 24 and data.lengths[0] < 60
+    row, window = data[len(data) - 1], windows[len(windows) - 1]
+    n_tokens = int((window["segment_ids"] >= 0).sum())
+    assert 1 < n_tokens <= 24 and row["text"] == window["input_ids"][:n_tokens].tolist()
+    assert row["documents"] == window["segment_ids"][:n_tokens].tolist() and row["n_bytes"] == window["n_bytes"]
+    assert data.entries[-1] == {"key": f"train-{len(windows) - 1:08d}", "caption": ""}
+    batch = collate_streams([data[0], row])
+    assert batch["documents"] == [None, row["documents"]] and batch["n_bytes"].tolist() == [0, int(row["n_bytes"])]
+    assert data.fingerprint not in (
+        build(folder, ["text-image", "text:2"]).fingerprint,
+        build(folder, ["text-image", "text:2"], windows=TextDataset(texts, "train", 16)).fingerprint,
+    )
+    with pytest.raises(ValueError, match=r"texts gives a stream of 24 tokens.*max_position_embeddings=20"):
+        build(folder, ["text:2"], windows=windows, max_position_embeddings=20, audio_max_tokens=8)
 
 
 def test_rows_hold_latents_as_tokens(folder):
@@ -82,14 +148,16 @@ def test_batches_say_which_row_latents_belong_to(folder):
     ("task", "message"),
     [
         ("text-pictures", "'pictures' is no modality"),
-        ("text-image:0", "weight '0' must be a whole number"),
+        ("text-image:0", "weight '0' must be a number above 0"),
+        ("text-image:-1", "weight '-1' must be a number above 0"),
+        ("text-image:0.0", "weight '0.0' must be a number above 0"),
         ("text-image:x", "weight 'x' must"),
         ("text-text-image", "two parts of one modality"),
         ("", "'' is no modality"),
     ],
 )
 def test_wrong_tasks_are_explained(task, message):
-    assert parse_task("text-image:3") == Task(("text", "image"), 3) and parse_task("text").name == "text"
+    assert parse_task("text-image:3") == Task(("text", "image"), Fraction(3)) and parse_task("text").name == "text"
     with pytest.raises(ValueError, match=message):
         parse_task(task)
 

@@ -2,11 +2,13 @@ import json
 import zipfile
 
 import datasets
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from dataset_loading.image.pixels import IMAGE_SUFFIXES
-from dataset_loading.sources import open_source, read_media
+from dataset_loading.sources import has_file, open_source, read_media
 
 
 def open_images(name, split="train", **options):
@@ -133,6 +135,45 @@ def test_damaged_index_is_named_with_its_line(tmp_path, image, file, text, messa
     (tmp_path / file).write_text(text)
     with pytest.raises(ValueError, match=f"{file}: {message}"):
         open_images(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_rows_of_a_table_with_several_kinds_of_files_belong_together(tmp_path, suffix):
+    rows = [
+        {"image": "pictures/a.png", "audio": "b.wav", "text": "both"},
+        {"image": None, "audio": "c.wav", "text": "sound"},
+        {"image": "pictures/a.png", "audio": None, "text": None},
+        {"image": None, "audio": None, "text": "words"},
+    ]
+    file = tmp_path / f"metadata{suffix}"
+    if suffix == ".csv":
+        lines = [",".join(rows[0]), *(",".join(value or "" for value in row.values()) for row in rows)]
+        file.write_text("\n".join(lines) + "\n")
+    elif suffix == ".jsonl":  # What is missing is not named.
+        lines = [json.dumps({name: value for name, value in row.items() if value}) for row in rows]
+        file.write_text("\n".join(lines))
+    else:
+        datasets.Dataset.from_list(rows).to_parquet(file)
+    for kind, other in (("image", "audio"), ("audio", "image")):
+        source = open_source(str(tmp_path), "train", kind, suffixes=(".png",) if kind == "image" else (".wav",))
+        names, listed = zip(*source)
+        assert names == ("row-00000001", "row-00000002", "row-00000003", "row-00000004")
+        has = [has_file(row[kind]) for row in listed]
+        assert has == [row[kind] is not None for row in rows] and listed[0][other] == rows[0][other]
+        with pytest.raises(FileNotFoundError, match="has no file"):
+            read_media(listed[3][kind])
+
+
+def test_rows_of_a_parquet_file_with_files_inside_belong_together(tmp_path):
+    content = {"path": "a.png", "bytes": b"content"}
+    rows = {"image": [content, None], "audio": [None, {**content, "path": "b.wav"}], "text": ["one", "two"]}
+    types = {"image": datasets.Image(), "audio": datasets.Audio(), "text": datasets.Value("string")}
+    schema = datasets.Features(types).arrow_schema  # Whose metadata says what the columns are.
+    parquet.write_table(pyarrow.table(rows, schema=schema), tmp_path / "train.parquet")
+    for kind, has in (("image", [True, False]), ("audio", [False, True])):
+        source = open_source(str(tmp_path), "train", kind, suffixes=(".png",))
+        assert [name for name, _ in source] == ["00000000", "00000001"]
+        assert [has_file(row[kind]) for row in source.rows] == has
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "data/sets/mine", "list.jsonl"])

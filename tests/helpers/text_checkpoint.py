@@ -19,8 +19,8 @@ def save_text_checkpoint(
     """
     texts = TextDataset(cache, "train", 32)
     torch.manual_seed(0)
-    special = {"vocab_size": texts.vocab_size, "eos_token_id": texts.tokenizer.eos_token_id}
-    model = MegaTransformerForCausalLM.from_preset(preset, hidden_size=64, **special, **fields)
+    special = {"hidden_size": 64, "vocab_size": texts.vocab_size, "eos_token_id": texts.tokenizer.eos_token_id}
+    model = MegaTransformerForCausalLM.from_preset(preset, **{**special, **fields})
     for parameter in model.parameters():
         parameter.data.add_(spread * torch.randn_like(parameter))
     averaged = {name: value + 0.05 * torch.randn_like(value) for name, value in model.state_dict().items()}

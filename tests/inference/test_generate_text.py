@@ -9,6 +9,7 @@ from dataset_loading.text.windows import TextDataset, prepare_text
 from inference.generate_text import GenerateTextArguments, generate
 from model.causal import MegaTransformerForCausalLM
 from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.results import newest_results
 from tests.helpers.runs import changed
 from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
@@ -42,6 +43,7 @@ def run(checkpoint, tmp_path):
         folder = tmp_path / name
         flags = ["--checkpoint", str(of), "--output_dir", str(folder), "--max_new_tokens", "12"]
         generate(parse_arguments(GenerateTextArguments, changed(flags, *map(str, words)), ""))
+        folder = newest_results(folder)
         return json.loads((folder / "settings.json").read_text())
 
     return call

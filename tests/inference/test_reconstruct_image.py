@@ -9,6 +9,7 @@ from dataset_loading.image.pixels import to_float
 from inference.reconstruct_image import ReconstructionArguments, reconstruct
 from model.image.vae import ImageVAE
 from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.results import newest_results
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
 from utils.drawing.images import to_image
@@ -26,7 +27,7 @@ def run(checkpoint, tmp_path):
     def call(*words):
         words = ["--checkpoint", str(checkpoint.parent), "--output_dir", str(tmp_path / "out"), *words]
         reconstruct(parse_arguments(ReconstructionArguments, [str(word) for word in words], ""))
-        return {file.name: Image.open(file).size for file in (tmp_path / "out").iterdir()}
+        return {file.name: Image.open(file).size for file in newest_results(tmp_path / "out").glob("*.png")}
 
     return call
 
@@ -72,10 +73,28 @@ def test_the_result_is_the_models_where_nothing_is_padded(run, tmp_path, checkpo
 def test_damaged_files_are_left_out(run, tmp_path, caplog):
     Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"\x89PNG broken")
-    assert "a_reconstruction.png" in run("--input", tmp_path / "a.png", tmp_path / "b.png")
-    assert "b.png is left out" in caplog.text
-    with pytest.raises(ValueError, match="none of 1 files"):
-        run("--input", tmp_path / "b.png")
+    with pytest.raises(ValueError, match=r"1 of 2 files gave no result: .*b\.png"):
+        run("--input", tmp_path / "a.png", tmp_path / "b.png")
+    names = {"a_reconstruction.png", "sheet.png", "settings.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == names and "b.png is left out" in caplog.text
+
+
+def test_images_of_one_name_are_kept_apart(run, tmp_path):
+    for name in ("day1/IMG.png", "day1/IMG_2.png", "day2/IMG.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (16, 16), "red").save(tmp_path / name)
+    sizes = run("--input", tmp_path / "day1", tmp_path / "day2")
+    assert sizes.keys() == {f"{name}_reconstruction.png" for name in ("IMG", "IMG_2", "IMG_3")} | {"sheet.png"}
+
+
+def test_strips_larger_than_the_limit_are_left_out(run, tmp_path):
+    Image.new("RGB", (20000, 3), "red").save(tmp_path / "strip.png")
+    with pytest.raises(ValueError, match=r"20000x3 pixels, 213333x32 for the model, more than --max_pixels=4000000"):
+        run("--input", tmp_path / "strip.png")
+    Image.new("RGB", (64, 8), "red").save(tmp_path / "short.png")
+    run("--input", tmp_path / "short.png", "--image_size", 0, "--max_pixels", 512)
+    with pytest.raises(ValueError, match="--max_pixels=511"):
+        run("--input", tmp_path / "short.png", "--image_size", 0, "--max_pixels", 511)
 
 
 def test_flags_that_are_needed(capsys):

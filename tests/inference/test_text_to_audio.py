@@ -21,6 +21,7 @@ from tests.helpers.audio_latent_cache import (
     save_audio_vae,
     write_spoken_cache,
 )
+from tests.helpers.results import newest_results
 from tests.helpers.runs import changed, run_stage
 from tests.helpers.text_encoder_folder import save_text_encoder
 from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder
@@ -62,6 +63,7 @@ def run(checkpoint, folder, tmp_path):
         common = ["--checkpoint", checkpoint, "--output_dir", out, "--n_steps", 2]
         common += ["--vocoder_checkpoint", folder / "vocoder"]
         generate(parse_arguments(TextToAudioArguments, changed(list(map(str, common)), *map(str, words)), ""))
+        out = newest_results(out)
         sounds = {file.name: soundfile.read(file, dtype="float32")[0] for file in sorted(out.glob("*.wav"))}
         return json.loads((out / "settings.json").read_text()), sounds
 

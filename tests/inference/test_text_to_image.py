@@ -8,6 +8,7 @@ from PIL import Image
 
 from inference.text_to_image import TextToImageArguments, generate
 from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
+from tests.helpers.results import newest_results
 from tests.helpers.runs import changed
 from utils.command_line import parse_arguments
 
@@ -25,6 +26,7 @@ def run(checkpoint, tmp_path):
         folder = tmp_path / name
         common = ["--checkpoint", str(checkpoint), "--output_dir", str(folder), "--n_steps", "3"]
         generate(parse_arguments(TextToImageArguments, changed(common, *map(str, words)), ""))
+        folder = newest_results(folder)
         images = {file.name: np.asarray(Image.open(file)).astype(int) for file in folder.glob("*.png")}
         return json.loads((folder / "settings.json").read_text()), images
 

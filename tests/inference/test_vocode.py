@@ -7,16 +7,19 @@ import pytest
 import soundfile
 import torch
 
-from dataset_loading.audio.signal import decode_audio, save_waveform
+from dataset_loading.audio.decoding import decode_audio
+from dataset_loading.audio.signal import save_waveform
 from inference.vocode import VocodeArguments, vocode
 from model.audio.spectral import LogMel
 from model.audio.vocoders import Vocoder
 from tests.helpers.mel_cache import SETTINGS, write_mel_cache
+from tests.helpers.results import newest_results
 from tests.helpers.runs import changed
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
-from utils.generation.audio import Synthesizer, analyse, find_inputs
+from utils.generation.audio import Synthesizer, analyse
+from utils.generation.files import claim_folder, find_inputs
 from utils.generation.vocoder_onnx import gliding_tones
 
 
@@ -33,6 +36,7 @@ def run(checkpoint, tmp_path):
         folder = tmp_path / "out"
         words = changed(["--checkpoint", str(checkpoint.parent), "--output_dir", str(folder)], *map(str, words))
         vocode(parse_arguments(VocodeArguments, words, ""))
+        folder = newest_results(folder)
         waveforms = {file.name: soundfile.read(file)[0] for file in folder.glob("*.wav")}
         assert not list(folder.glob("*.tmp"))
         return json.loads((folder / "settings.json").read_text()), waveforms
@@ -119,13 +123,38 @@ def test_damaged_files_are_left_out(run, tmp_path, caplog):
     (tmp_path / "e.pt").write_bytes(b"broken")
     torch.save(torch.zeros(SMALL_MEL.n_mels, 1), tmp_path / "f.pt")
     damaged = [tmp_path / name for name in ("b.flac", "c.pt", "d.pt", "e.pt", "f.pt")]
-    assert run("--input", tmp_path / "a.wav", *damaged)[1].keys() == {"a.wav"}
+    with pytest.raises(ValueError, match=r"5 of 6 files gave no result: .*b\.flac"):
+        run("--input", tmp_path / "a.wav", *damaged)
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"a.wav", "settings.json"}
     reasons = ["no audio", "a tensor of shape (41, 9)", "not finite", "not a file of tensors, or damaged\n"]
     reasons += ["a log-mel of 1 frames is too short, at least 2 are needed"]
     for name, reason in zip(damaged, reasons, strict=True):
         assert f"{name} is left out: " in caplog.text and reason in caplog.text
-    with pytest.raises(ValueError, match="none of 5 files"):
-        run("--input", *damaged)
+
+
+def test_wild_samples_and_log_mels_end_no_other_file(run, tmp_path):
+    wild = torch.full((4000,), 0.1)
+    wild[7] = 1e30
+    soundfile.write(tmp_path / "a_bad.wav", wild.numpy(), 8000, "FLOAT")
+    torch.save(torch.full((SMALL_MEL.n_mels, 9), 90.0), tmp_path / "b_bad.pt")
+    write_sound(tmp_path / "c_good.wav")
+    with pytest.raises(
+        ValueError, match=r"2 of 3 files .*a_bad\.wav \(damaged: 1 samples.*b_bad\.pt \(values up to 90"
+    ):
+        run("--input", tmp_path)
+    assert {file.name for file in (tmp_path / "out").glob("*.wav")} == {"c_good.wav"}
+
+
+def test_results_of_an_earlier_run_stay(run, tmp_path, caplog):
+    write_sound(tmp_path / "a.wav")
+    _, first = run("--input", tmp_path / "a.wav")
+    settings, second = run("--input", tmp_path / "a.wav", "--chunk_frames", 9)
+    assert settings["chunk_frames"] == 9 and first.keys() == second.keys() and "out_2" in caplog.text
+    assert json.loads((tmp_path / "out" / "settings.json").read_text())["chunk_frames"] == 2000
+    # A sheet without settings is that of a script that wrote none.
+    (tmp_path / "out" / "settings.json").unlink()
+    (tmp_path / "out" / "sheet.png").touch()
+    assert claim_folder(str(tmp_path / "out"), VocodeArguments()).name == "out_3"
 
 
 def test_every_input_has_a_name_of_its_own(tmp_path):
@@ -152,18 +181,19 @@ def test_inputs_are_never_written_over(run, tmp_path):
     assert run("--input", tmp_path / "b.wav")[1].keys() == {"a.wav", "b.wav"}
 
 
-def test_clipping_is_recorded_and_named_from_a_thousandth_on(tmp_path, caplog):
+def test_peaks_beyond_full_scale_are_scaled_and_said(tmp_path, caplog):
     synthesizer = Synthesizer(small_vocoder())
     mel = LogMel(SMALL_MEL)(gliding_tones(1, 100 * SMALL_MEL.hop_length, SMALL_MEL.sample_rate))[0]
     peak = synthesizer.waveform(mel).abs().max()
-    shares = {}
-    for factor in torch.linspace(0.9, 1.2, 61):  # Of the loudness.
+    for factor in (0.9, 1.8):  # Of the loudness.
         caplog.clear()
-        share = synthesizer.write(mel + torch.log(factor / peak), 6400, tmp_path / "a.wav")["clipped_share"]
-        assert share == pytest.approx((synthesizer.waveform(mel + torch.log(factor / peak)).abs() > 1).float().mean())
-        assert ("a.wav: " in caplog.text) == (share > 1e-3)
-        shares[(share > 0) + (share > 1e-3)] = share
-    assert shares.keys() == {0, 1, 2}
+        waveform = synthesizer.waveform(mel + torch.log(factor / peak))
+        gain = synthesizer.write(mel + torch.log(factor / peak), 6400, tmp_path / "a.wav")["gain"]
+        assert gain == pytest.approx(min(1, 1 / waveform.abs().max().item()), rel=1e-5)
+        assert ("a.wav: peaks were 1.8" in caplog.text) == (factor > 1)
+        saved, _ = soundfile.read(tmp_path / "a.wav")
+        assert abs(saved - gain * waveform.numpy()).max() < 1e-6
+    assert soundfile.info(tmp_path / "a.wav").subtype == "PCM_24"
 
 
 def test_a_folder_of_another_log_mel_is_refused(checkpoint, run, tmp_path):
@@ -194,7 +224,7 @@ def test_a_broken_vocoder_is_named():
 def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
     save_waveform(torch.tensor([0.5, -2.0, 3.0, 0.0]), 8000, tmp_path / "a.wav")
     before = (tmp_path / "a.wav").read_bytes()
-    assert save_waveform(torch.tensor([0.5, -2.0]), 8000, tmp_path / "b.wav") == 0.5
+    assert save_waveform(torch.tensor([0.5, -2.0]), 8000, tmp_path / "b.wav") == pytest.approx(0.5)
     monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk")))
     with pytest.raises(OSError, match="disk"):
         save_waveform(torch.zeros(9), 8000, tmp_path / "a.wav")

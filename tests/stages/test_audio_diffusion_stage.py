@@ -22,6 +22,7 @@ from tests.helpers.audio_latent_cache import (
     save_audio_vae,
     write_manifest,
 )
+from tests.helpers.results import newest_results
 from tests.helpers.runs import changed, edit_record, move_alone, run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model
@@ -66,6 +67,7 @@ def say(checkpoint, tmp_path):
         folder = tmp_path / name
         common = ["--checkpoint", str(checkpoint), "--output_dir", str(folder), "--n_steps", "2"]
         speak(parse_arguments(TextToSpeechArguments, changed(common, *map(str, words)), ""))
+        folder = newest_results(folder)
         sounds = {file.name: soundfile.read(file, dtype="float32")[0] for file in sorted(folder.glob("*.wav"))}
         return json.loads((folder / "settings.json").read_text()), sounds
 

@@ -16,32 +16,12 @@ from model.multimodal.generation import Sampling
 from model.multimodal.layout import Part
 from pretrain_multimodal import MultimodalStage
 from tests.helpers.runs import Run, changed, equal, largest_difference, relative_distance
-from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, make_stream_caches, save_vaes
+from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, save_vaes
 from utils.checkpoints import load_model
 from utils.training.multimodal_streams import MultimodalStreamTrainer
 
 MODELS = pytest.mark.parametrize("common", [SMALL_STREAMS, SMALL_RECURRENT], ids=["flat", "recurrent"])
 ROOT = Path(__file__).resolve().parent.parent.parent
-
-
-@pytest.fixture(scope="session")
-def stream_caches(tmp_path_factory) -> list[str]:
-    return make_stream_caches(tmp_path_factory.mktemp("streams"))
-
-
-@pytest.fixture
-def train(stream_caches, tmp_path, fresh_logging):
-    """train(common, "name", steps, *flags) -> Run."""
-
-    def call(common: list[str], name: str, steps: int, *flags: str) -> Run:
-        words = [*common, *stream_caches, "--output_dir", str(tmp_path), "--run_name", name, "--max_steps", str(steps)]
-        try:
-            MultimodalStage.main(changed(words, *flags))
-        except SystemExit as end:
-            raise end.__cause__ or end from None
-        return Run(tmp_path / "multimodal" / name, steps)
-
-    return call
 
 
 @MODELS
@@ -52,7 +32,15 @@ def test_accumulation_equals_one_batch(common, train):
     whole = train(dropout, "whole", 3, "--batch_size", "6", "--no_use_ema")
     parts = train(dropout, "parts", 3, "--batch_size", "1", "--gradient_accumulation_steps", "6", "--no_use_ema")
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
-    for name in ("grad_norm", "loss/text", "loss/audio_length", "loss/image", "loss/audio", "targets_per_step"):
+    for name in (
+        "grad_norm",
+        "loss/text",
+        "loss/begin",
+        "loss/audio_length",
+        "loss/image",
+        "loss/audio",
+        "targets_per_step",
+    ):
         assert parts.logged(name) == pytest.approx(whole.logged(name), rel=1e-4), name
     assert relative_distance(whole.weights(), parts.weights()) <= 1e-5
     # Each loss of an untrained model is there: flows of unit variance have 2, or less where channels weigh less.
@@ -94,7 +82,14 @@ def test_a_checkpoint_generates_and_holds_what_it_needs(train, stream_caches):
     )
     assert answer[0][0].latents.shape == (4, 64) and answer[0][0].latents.isfinite().all()
     # Metrics of every task, at every evaluation.
-    names = ("image-text_nats", "text-image_accuracy", "audio_length_nats", "audio_t0.9", "condition_ratio_image")
+    names = (
+        "image-text_nats",
+        "audio-text_accuracy",
+        "begin_nats",
+        "audio_length_nats",
+        "audio_t0.9",
+        "condition_ratio_image",
+    )
     for name in names:
         assert len(run.logged(f"eval_{name}")) == 2, name
     assert run.logged("eval_condition_ratio_audio")[0] == pytest.approx(1, abs=0.05)
@@ -158,8 +153,19 @@ def test_a_dry_run_counts_and_writes_nothing(stream_caches, tmp_path, capsys):
         ("--include_modes text text", "each mode once"),
         ("--include_modes text image", "--audio_latents has no effect with include_modes="),
         ("--tasks text-video", "'video' is no modality"),
-        ("--cached_dataset x", "--cached_dataset has no effect with --include_modes"),
-        ("--text_dataset python-topics", "--text_dataset has no effect with --include_modes"),
+        ("--cached_dataset x", "x does not exist; name texts with --text_dataset"),
+        ("--sequence_length 8", "--sequence_length has no effect with.*it needs --text_dataset"),
+        ("--n_samples 2", "--n_samples has no effect with --include_modes.*needs only text"),
+        ("--cached_dataset x --tasks text-image", "--tasks text-image has no rows for the texts in x; add text:1"),
+        ("--tasks text-image text-image:2", "--tasks names text-image twice"),
+        ("--batch_tokens 64 --batch_size 4", "--batch_size has no effect with batch_tokens=64"),
+        ("--batch_tokens 4", r"0 training samples cannot be dealt out to 1 micro-batches.*of 4 tokens"),
+        ("--freeze trunck", "--freeze 'trunck' names no part of this model.*did you mean 'trunk'"),
+        ("--freeze trunk text image audio", "freezes the whole model"),
+        ("--learning_rates trunk", "--learning_rates trunk: '' must be a number above 0"),
+        ("--learning_rates trunk:-1", "'-1' must be a number above 0"),
+        ("--learning_rates decoders.image:2 image:3", "decoders.image:2 has no effect: later entries"),
+        ("--freeze image --learning_rates image:2", "image:2 has no effect: --freeze excludes image"),
         ("--override vocab_size=9000", "--override vocab_size=9000 does not fit.*vocab_size="),
         ("--override image_size=64", "image_size=64 does not fit.*image_size=32"),
         ("--image_latents nowhere", "nowhere does not exist"),
@@ -182,12 +188,22 @@ def test_another_vae_is_refused(train, tmp_path):
 
 
 @pytest.mark.launch
-@pytest.mark.parametrize("launcher", ["torchrun", "ds_config_zero-3.json"])
-def test_two_processes_equal_one_also_where_one_lacks_a_modality(launcher, stream_caches, tmp_path, train):
-    """Batches of a single row: most of the time a process has no image, or no audio."""
-    one = train(SMALL_RECURRENT, "one", 3, "--batch_size", "1", "--gradient_accumulation_steps", "4")
+@pytest.mark.parametrize(
+    ("launcher", "flags"),
+    [
+        ("torchrun", ["--batch_tokens", "56", "--freeze", "model.embed_tokens"]),
+        (
+            "ds_config_zero-3.json",
+            ["--batch_size", "1", "--freeze", "decoders.image", "--learning_rates", "trunk:0.5"],
+        ),
+    ],
+    ids=["torchrun_by_tokens", "zero_3"],
+)
+def test_two_processes_equal_one_also_where_one_lacks_a_modality(launcher, flags, stream_caches, tmp_path, train):
+    """Batches of one or two rows: most of the time a process has no image, or no audio."""
+    one = train(SMALL_RECURRENT, "one", 3, *flags, "--gradient_accumulation_steps", "4")
     words = [*SMALL_RECURRENT, *stream_caches, "--output_dir", str(tmp_path), "--run_name", "two", "--max_steps", "3"]
-    words += ["--batch_size", "1", "--gradient_accumulation_steps", "2"]
+    words += [*flags, "--gradient_accumulation_steps", "2"]
     binaries = Path(sys.executable).parent
     if launcher == "torchrun":
         head = [binaries / "torchrun", "--standalone", "--nproc_per_node=2"]

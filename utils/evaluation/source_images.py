@@ -7,6 +7,7 @@ from torch import Tensor
 
 from dataset_loading.cache_writer import sample_key
 from dataset_loading.cached import CachedDataset
+from dataset_loading.content import DIGEST, is_same_content
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, fit_image, to_float, to_tensor
 from dataset_loading.sources import open_source
 from utils.checkpoints import places
@@ -30,6 +31,7 @@ class SourceImageDataset:
         if dataset.split == "validation" and arguments["validation_dataset"]:
             name, split = arguments["validation_dataset"], arguments["validation_split"]
         options = {"media": arguments["media_column"], "config": arguments["dataset_config"]}
+        options["allow_outside"] = arguments.get("allow_outside", True)  # As earlier versions did.
         # A folder may be given relative to another working folder, or have moved together with the samples.
         identity = settings.get("validation" if name != arguments["dataset_name"] else "source", "")
         if Path(identity).is_absolute():
@@ -44,6 +46,7 @@ class SourceImageDataset:
         for row, (file, _) in enumerate(self.source):
             rows[sample_key(file, seen[file], 0)] = row
             seen[file] += 1
+        self.entries, self.repair = dataset.entries, dataset.repair()
         self.keys = [entry["key"] for entry in dataset.entries]
         # Every sample must have its image, otherwise indices would not match.
         missing = [key for key in self.keys if key not in rows]
@@ -58,9 +61,15 @@ class SourceImageDataset:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Raises: ValueError: the file cannot be read; the message names it."""
+        """Raises: ValueError: the file cannot be read, or has changed since; the message names it."""
+        media, entry = self.source.rows[self.rows[index]][self.source.media], self.entries[index]
+        if DIGEST in entry and not is_same_content(entry, media):
+            raise ValueError(
+                f"{entry['source']} in {self.source.identity} is gone, or has changed since it was preprocessed; "
+                f"bring them up to date: {self.repair}"
+            )
         try:
-            image = decode_image(self.source.rows[self.rows[index]][self.source.media], self.color)
+            image = decode_image(media, self.color)
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"{self.keys[index]} in {self.source.identity} cannot be read ({error})") from error
         # Cropped or padded to (S, S), then (3, S, S).

@@ -4,10 +4,9 @@ B batch, S samples, M mel bins, F mel frames.
 """
 
 import dataclasses
-import itertools
 import logging
 import time
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset_loading.audio.cached import AudioDataset
-from dataset_loading.audio.signal import decode_audio, resample, save_waveform
+from dataset_loading.audio.recording import read_recording
+from dataset_loading.audio.signal import save_waveform
 from dataset_loading.files import MANIFEST
-from dataset_loading.sources import walk
 from model.audio.spectral import LogMel, MelSettings, check_same_mel
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
@@ -29,7 +28,7 @@ from utils.options import option, suggest
 logger = logging.getLogger(__name__)
 
 MEL_SUFFIX = ".pt"
-MAX_CLIPPED_SHARE = 1e-3  # of the samples of a file; more cause a warning
+MAX_LOG_MEL = 12.0  # The log-mel of a tone at full scale is below; a frame of 16384 samples sums up to e^9.
 
 
 @dataclasses.dataclass
@@ -41,35 +40,6 @@ class SynthesisArguments:
     chunk_frames: int = option(2000, "mel frames per pass of the vocoder; 0: all", ge=0)
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights; Fourier transforms stay in fp32")
     output_dir: str = option("", "folder of the results")
-
-
-def find_inputs(names: Iterable[str], suffixes: Collection[str]) -> dict[str, Path]:
-    """Files given directly or in folders, by unique names.
-
-    Raises: FileNotFoundError: a path does not exist, or there are no files.
-    """
-    inputs: dict[str, Path] = {}
-    for name in map(Path, names):
-        if not name.exists():
-            raise FileNotFoundError(f"{name} does not exist")
-        files = walk(name, suffixes) if name.is_dir() else [name]
-        for file in files:
-            # The path within the folder as a name; repeated names are numbered from 2.
-            inside = file.relative_to(name) if name.is_dir() else Path(name.name)
-            stem = "__".join(inside.with_suffix("").parts)
-            numbered = (f"{stem}_{number}" for number in itertools.count(2))
-            inputs[next(key for key in itertools.chain([stem], numbered) if key not in inputs)] = file
-    if not inputs:
-        raise FileNotFoundError(f"no inputs in {', '.join(names)}; known suffixes: {' '.join(sorted(suffixes))}")
-    return inputs
-
-
-def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
-    """Raises: ValueError: an output would overwrite an input; names it."""
-    protected = {file.resolve() for file in inputs}  # Links count as the files they point to.
-    for file in outputs:
-        if file.resolve() in protected:
-            raise ValueError(f"{file} is an input and would be overwritten; give another folder with --output_dir")
 
 
 def load_stage_model(model_class: type, stage: str, path: str | Path, *, weights: WeightsKind = "ema") -> Any:
@@ -89,12 +59,11 @@ def load_vocoder(path: str | Path, weights: WeightsKind = "ema") -> Vocoder:
 
 
 def read_waveform(file: Path, sample_rate: int) -> Tensor:
-    """The mean of the channels of an audio file at `sample_rate`, (S,) fp32.
+    """An audio file in one channel at `sample_rate`, (S,) fp32, see `read_recording`.
 
     Raises: OSError, ValueError: the file cannot be read as audio.
     """
-    samples, rate = decode_audio({"path": str(file), "bytes": None})
-    return resample(samples.mean(0), rate, sample_rate)
+    return read_recording({"path": str(file), "bytes": None}, sample_rate).waveform
 
 
 def read_mel(file: Path, settings: MelSettings) -> Tensor:
@@ -119,6 +88,8 @@ def read_mel(file: Path, settings: MelSettings) -> Tensor:
         raise ValueError(f"a log-mel of {mel.shape[1]} frames is too short, at least {needed} are needed")
     if not mel.isfinite().all():
         raise ValueError("a log-mel with values that are not finite")
+    if mel.max() > MAX_LOG_MEL:
+        raise ValueError(f"values up to {mel.max():.3g} are no natural-log mel of samples in [-1, 1]")
     return mel.float()
 
 
@@ -196,24 +167,6 @@ class Synthesizer:
         waveform = read_waveform(file, self.rate)
         return analyse(waveform, self.log_mel), len(waveform)
 
-    def read_all(self, files: dict[str, Path]) -> Iterator[tuple[str, tuple[Tensor, int]]]:
-        """Name and content (see `read`) of every file; damaged files are skipped with a warning.
-
-        Raises: ValueError: a preprocessed folder has another log-mel than the vocoder, or no file can be read.
-        """
-        check_caches(files.values(), self.log_mel.settings, self.name)
-        n_read = 0  # An error only if no file can be read.
-        for name, file in files.items():
-            try:
-                content = self.read(file)
-            except (OSError, ValueError) as error:
-                logger.warning("%s is left out: %s", file, error)
-                continue
-            n_read += 1
-            yield name, content
-        if not n_read:
-            raise ValueError(f"none of {len(files)} files could be read as audio or a log-mel")
-
     @torch.inference_mode()
     def waveform(self, mel: Tensor) -> Tensor:
         """The waveform (F * hop_length,) fp32 on the CPU of a log-mel (M, F).
@@ -232,18 +185,16 @@ class Synthesizer:
         """Vocode a log-mel (M, F), and write a WAV file of `n_samples`.
 
         Returns: name of the file, seconds of audio and of computation, L1 between the log-mel of the waveform and the
-            given one, share of clipped samples.
+            given one, gain at which it was saved.
         """
         # Vocode, with its time; analyse the waveform again, for the distance from the given log-mel.
         start = time.perf_counter()
         waveform = self.waveform(mel)
         elapsed = time.perf_counter() - start
         distance = (analyse(waveform, self.log_mel)[:, : mel.shape[1]] - mel.cpu()).abs().mean().item()
-        clipped = save_waveform(waveform[:n_samples], self.rate, file)
-        if clipped > MAX_CLIPPED_SHARE:
-            logger.warning("%s: %.2g of the samples exceeded full scale and were clipped", file, clipped)
+        gain = save_waveform(waveform[:n_samples], self.rate, file)
         record = {"file": file.name, "seconds": n_samples / self.rate, "compute_seconds": elapsed}
-        return {**record, "mel_l1": distance, "clipped_share": clipped}
+        return {**record, "mel_l1": distance, "gain": gain}
 
 
 class AudioReconstructor:

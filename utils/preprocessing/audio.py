@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset_loading.audio.augmentation import AudioAugmentation
+from dataset_loading.audio.parts import part_of_row
+from dataset_loading.audio.recording import read_recording
 from dataset_loading.audio.signal import (
     AUDIO_SUFFIXES,
     LoudnessMeasure,
-    clipped_share,
+    TooQuietError,
     cut_at_pauses,
-    decode_audio,
     is_silent,
     limit_peak,
     normalize_loudness,
     remove_hum,
-    resample,
     trim_silence,
 )
 from dataset_loading.sources import Source
@@ -175,22 +175,22 @@ class AudioPreprocess(Preprocess):
         speaker = self.find_column(source, "speaker_column", SPEAKER_COLUMNS)
         language = self.find_column(source, "language_column", ())
         for name, row in source:
-            notes = {"speaker": caption_of(row.get(speaker))}
+            notes: dict[str, Any] = {"speaker": caption_of(row.get(speaker))}
             if language:
                 notes["language"] = caption_of(row.get(language)).strip()
+            # A row may name a part of a recording.
+            part = part_of_row(name, row) if row[source.media] else {}
+            media = {**row[source.media], **part} if part else row[source.media]
             for text in captions_of(row.get(caption)):
-                yield name, Raw(row[source.media], text, notes)
+                yield name, Raw(media, text, {**notes, **part})
 
     def decode(self, media: dict[str, Any] | None) -> Tensor:
         """A conditioned waveform at the rate of the log-mel."""
         args, rate = self.args, self.mel.sample_rate
-        samples, rate_of_file = decode_audio(media)  # (channels, S)
-        # Clipping is measured before channels are averaged, which would hide it.
-        share = clipped_share(samples)
+        # Mono at the rate of the log-mel, (S,).
+        waveform, share = read_recording(media, rate)
         if share > MAX_CLIPPED and not args.keep_clipped:
             raise SkipSampleError(f"clipped: {share:.2%} of the samples are at full scale; --keep_clipped keeps it")
-        # Mono at the rate of the log-mel, (S,).
-        waveform = resample(samples.mean(0), rate_of_file, rate)
         self.check_length(waveform)
         if args.notch_hz:
             waveform = remove_hum(waveform, rate, args.notch_hz)
@@ -203,7 +203,10 @@ class AudioPreprocess(Preprocess):
             self.check_length(waveform)
         # Gain may exceed full scale, so that the peak is limited last.
         if args.loudness_db is not None:
-            waveform = normalize_loudness(waveform, rate, args.loudness_db, measure=args.loudness_measure)
+            try:
+                waveform = normalize_loudness(waveform, rate, args.loudness_db, measure=args.loudness_measure)
+            except TooQuietError as error:
+                raise SkipSampleError(str(error)) from error
         return limit_peak(waveform)
 
     def check_length(self, waveform: Tensor) -> None:

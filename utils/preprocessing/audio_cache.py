@@ -8,6 +8,7 @@ from typing import Any
 
 from dataset_loading.audio.cached import AudioDataset
 from dataset_loading.cache_writer import read_journal
+from dataset_loading.content import digest_of_sample
 from dataset_loading.files import JOURNAL, read_manifest
 from dataset_loading.sources import Source
 from model.text.espeak import check_language
@@ -26,6 +27,7 @@ def as_source(dataset: AudioDataset) -> Source:
                 "entry": entry,
                 "kinds": dataset.tensor_kinds(entry),
                 "repair": repair,
+                **digest_of_sample(entry),
             },
             "text": entry["caption"],
             "speaker": entry["speaker"],
@@ -34,8 +36,8 @@ def as_source(dataset: AudioDataset) -> Source:
         }
         for entry in dataset.entries
     ]
-    # Not its path: a cache that was moved is the same.
-    identity = f"audio cache {dataset.fingerprint}:{dataset.split}"
+    # Not its path: a cache that was moved is the same. Not its content: each sample is compared.
+    identity = f"audio cache {dataset.settings_fingerprint}:{dataset.split}"
     return Source(
         identity, dataset.manifest.get("licence", ""), "audio", ["name", "audio", "text", "speaker", "language"], rows
     )

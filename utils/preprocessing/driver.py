@@ -26,14 +26,16 @@ from dataset_loading.cache_writer import (
     check_output,
     part_key,
     read_entries,
+    remove_others,
     sample_key,
     save_tensors,
     write_manifest,
 )
+from dataset_loading.content import describe_content, is_same_content, present_state
 from dataset_loading.files import MANIFEST, SCHEMA, fingerprint
 from dataset_loading.integrity import changed_bytes, non_finite
 from dataset_loading.locks import only_writer
-from dataset_loading.sources import Source, open_source
+from dataset_loading.sources import Source, has_file, open_source
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import declared_fields, option
 from utils.preprocessing.progress import ProgressReport
@@ -46,12 +48,14 @@ from utils.preprocessing.samples import (
     SkipSampleError,
     Task,
     captions_of,
+    content_fingerprint,
     describe_problems,
     is_validation,
     notes_of,
     smallest_name,
     summary,
 )
+from utils.preprocessing.updates import describe_changes, report_changes, without_duplicates
 from utils.preprocessing.workers import map_in_workers
 from utils.seeds import seed_of
 
@@ -69,6 +73,7 @@ class PreprocessArguments:
     dataset_name: str = option("", "raw data set: hub name, folder, or index file (.csv, .jsonl)")
     dataset_config: str = option("", "configuration of a hub data set")
     dataset_split: str = option("train", "split of the raw data set")
+    allow_outside: bool = option(False, "read files outside of the data set's folder, where its metadata names them")
     media_column: str = option("", "column of a hub data set with the media files; default: the only one of its type")
     caption_column: str = option("text", "column with the captions; default: text, caption or captions")
     limit: int = option(-1, "number of raw samples to read, from the first one; -1: all", ge=-1)
@@ -92,6 +97,7 @@ class PreprocessArguments:
     seed: int = option(42, "seed of the augmentation", ge=0)
     num_workers: int = option(-1, "worker processes; 0: the main process alone; -1: one per CPU", ge=-1)
     max_broken_fraction: float = option(0.01, "maximum fraction of broken raw files", ge=0, le=1)
+    keep_duplicates: bool = option(False, "also train on files that equal one of the validation split")
 
     def validate_source(self):
         if not self.dataset_name:
@@ -173,7 +179,7 @@ class Preprocess:
         args = parse_arguments(cls.arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
         for number in (signal.SIGINT, signal.SIGTERM):  # A background shell has its children ignore SIGINT.
-            signal.signal(number, signal.default_int_handler)
+            signal.signal(number, interrupt)
         try:
             with explained_errors(logger):
                 try:
@@ -185,9 +191,10 @@ class Preprocess:
                         f"{cls.__name__} reads --{error.name}, which {type(args).__name__} does not declare; its "
                         "arguments_class must name a class that does"
                     ) from error
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             logger.warning("stopped; the same command continues from here")
-            raise SystemExit(130) from None
+            number = stop.args[0] if stop.args else signal.SIGINT
+            raise SystemExit(128 + number) from None  # As a shell says of a process that the signal ends.
 
     def run(self) -> dict[str, Any]:
         """Write the missing samples, then the manifest, which is returned.
@@ -225,11 +232,17 @@ class Preprocess:
                 report.advance()
 
         # The manifest, in the order of the source.
-        manifest = {**header, **summary(sorted(outcomes, key=lambda outcome: outcome.number))}
+        outcomes.sort(key=lambda outcome: outcome.number)
+        duplicates: list[dict[str, Any]] = []
+        if not self.args.keep_duplicates:
+            outcomes, duplicates = without_duplicates(outcomes, self.path)
+        manifest = {**header, **summary(outcomes), "duplicates": duplicates}
         if not manifest["entries"]["train"]:
-            raise ValueError(f"no training samples among {total} raw ones; {describe_problems(outcomes)}")
+            same = f"{len(duplicates)} equal files of the validation split; " if duplicates else ""
+            raise ValueError(f"no training samples among {total} raw ones; {same}{describe_problems(outcomes)}")
         left_out = describe_left_out((source.left_out for source in sources.values()), outcomes, self.lost_text)
-        manifest = write_manifest(self.folder, {**manifest, "left_out": left_out.as_dict()})
+        manifest = write_manifest(self.folder, self.identified({**manifest, "left_out": left_out.as_dict()}))
+        remove_others(self.folder, manifest)
 
         # What the user should know.
         seconds, n_written = time.perf_counter() - started, sum(outcome.n_written for outcome in outcomes)
@@ -238,6 +251,7 @@ class Preprocess:
         )
         if not manifest["entries"]["validation"] and self.args.validation_fraction:
             logger.warning("no sample is held out: a single file, or a --validation_fraction that is too small")
+        report_changes(self.folder, describe_changes(earlier_entries, manifest), manifest)
         if left_out:
             logger.warning("left out or lost: %s; see %s", left_out, self.folder / MANIFEST)
         return manifest
@@ -246,6 +260,7 @@ class Preprocess:
         """The training source and, where --validation_dataset names one, the validation source."""
         args = self.args
         options = {"suffixes": self.suffixes, "media": args.media_column, "config": args.dataset_config}
+        options["allow_outside"] = args.allow_outside
         sources = {"train": open_source(args.dataset_name, args.dataset_split, self.media, **options)}
         if args.validation_dataset:
             sources["validation"] = open_source(args.validation_dataset, args.validation_split, self.media, **options)
@@ -304,6 +319,12 @@ class Preprocess:
             "packages": {name: version(name) for name in self.packages},
         }
 
+    def identified(self, manifest: dict[str, Any]) -> dict[str, Any]:
+        """The manifest with the fingerprint of its settings and its content, in place of that of its settings."""
+        settings, entries = manifest["fingerprint"], manifest["entries"]
+        identity = content_fingerprint(settings, entries, has_texts=self.encodes_captions)
+        return {**manifest, "fingerprint": identity, "settings_fingerprint": settings}
+
     def count(self, source: Source) -> int:
         """Raw samples that are read from a source."""
         return len(source) if self.args.limit < 0 else min(len(source), self.args.limit)
@@ -328,6 +349,7 @@ class Preprocess:
                 # Entries of the copies that earlier runs wrote, with the captions of now; the others are missing.
                 existing = {copy: self.find_entries(earlier, (split, key), raw) for copy, key in keys.items()}
                 entries = [{**entry, **notes_of(raw, len(parts))} for parts in existing.values() for entry in parts]
+                entries = [{**entry, **present_state(raw.media)} for entry in entries]
                 missing = {copy: key for copy, key in keys.items() if not existing[copy]}
                 raw = raw if missing else Raw(None, raw.caption)
                 yield Task(next(number), split, name, raw, missing, entries)
@@ -358,9 +380,11 @@ class Preprocess:
         return [entry for entry in entries if entry] if is_whole else []
 
     def is_valid(self, entry: dict[str, Any] | None, split: str, raw: Raw) -> bool:
-        """Whether an earlier run wrote a sample, its file is what was written, and its caption and language, if
-        encoded, have not changed."""
-        if entry is None:
+        """Whether an earlier run wrote a sample, its file is what was written, the raw file has the same content, and
+        caption and language, if encoded, have not changed."""
+        if entry is None or not is_same_content(entry, raw.media):
+            return False
+        if any(entry.get(name) != raw.notes.get(name) for name in ("offset", "duration")):
             return False
         languages = entry.get("language", ""), raw.notes.get("language", "")
         if self.encodes_captions and (entry["caption"] != raw.caption or languages[0] != languages[1]):
@@ -385,6 +409,9 @@ class Preprocess:
             return Prepared(outcome, [])
         examples = []
         try:
+            if not has_file(task.raw.media):
+                raise SkipSampleError(f"the row has no {self.media}")
+            outcome.content = describe_content(task.raw.media)
             data = self.decode(task.raw.media)
             for copy, key in task.missing.items():
                 # Seeded by the key, so that a copy does not depend on what was processed before it.
@@ -410,7 +437,7 @@ class Preprocess:
         for example in examples:
             # File first, then the entry: an interrupted run may have files without entries, never the reverse.
             digest = save_tensors(self.path(outcome.split, example.key), example.data)
-            entry = {"key": example.key, "source": example.name, "copy": example.copy, **digest}
+            entry = {"key": example.key, "source": example.name, "copy": example.copy, **digest, **outcome.content}
             entry |= {**notes_of(example, example.n_parts), **self.measure(example.data)}
             entries.append(entry | ({"part": example.part, "parts": example.n_parts} if example.n_parts > 1 else {}))
         # Copies and their parts in order, whichever run wrote them.
@@ -436,6 +463,11 @@ class Preprocess:
                 f"{len(problems)} of {total} raw files are broken, more than --max_broken_fraction="
                 f"{self.args.max_broken_fraction}: {describe_problems(problems)}. Repair or remove them, or allow more"
             )
+
+
+def interrupt(number: int, _: Any) -> None:
+    """Signal handler. Raises: KeyboardInterrupt: with the number of the signal."""
+    raise KeyboardInterrupt(number)
 
 
 def command_words(script: str, args: Any) -> list[str]:

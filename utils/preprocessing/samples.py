@@ -6,8 +6,17 @@ import hashlib
 from collections.abc import Iterable
 from typing import Any
 
+from dataset_loading.content import CONTENT_FIELDS, DIGEST
+from dataset_loading.files import fingerprint
+
 # Numbers of a manifest's entries whose sum over all samples means nothing.
-NOT_SUMMED = ("bytes", "copy", "length", "part", "parts", "log_likelihood", "likelihood_ratio")
+NOT_SUMMED = (
+    *("bytes", "copy", "length", "part", "parts", "log_likelihood", "likelihood_ratio", "offset", "duration"),
+    *CONTENT_FIELDS,
+)
+# Fields of entries that say what a cache holds: always, and where texts shape the tensors.
+IDENTITY = ("key", DIGEST, "offset", "duration")
+TEXT_IDENTITY = ("caption", "speaker", "language")
 
 
 @dataclasses.dataclass
@@ -32,7 +41,7 @@ class Example:
 class Raw:
     """A raw sample as listed: `media` is `{"path": ..., "bytes": ...}`, see `dataset_loading.sources`.
 
-    `notes` go into the manifest with the caption, such as the speaker.
+    `notes` go into the manifest with the caption, such as the speaker, and which part of a recording it is.
     """
 
     media: dict[str, Any] | None
@@ -62,6 +71,7 @@ class Outcome:
     entries: list[dict[str, Any]]
     n_written: int = 0  # samples that this run wrote
     has_text: bool = False  # whether the raw sample has one
+    content: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the raw file, see `describe_content`
     broken: str = ""  # reason, if the file cannot be read or encoded
     skipped: str = ""  # reason, if an intact sample is left out
 
@@ -109,6 +119,19 @@ def smallest_name(names: Iterable[str]) -> str:
 def split_hash(name: str) -> int:
     """A number that is uniform in [0, 2**64), from the first 8 bytes of a digest."""
     return int.from_bytes(hashlib.sha256(f"validation {name}".encode()).digest()[:8], "big")
+
+
+def content_fingerprint(settings: str, entries: dict[str, list[dict[str, Any]]], *, has_texts: bool) -> str:
+    """Identifies what a cache holds: its settings, and the raw files of both splits in their order.
+
+    Args:
+        settings: fingerprint of the settings.
+        entries: by split.
+        has_texts: whether captions, speakers and languages shape the tensors.
+    """
+    names = (*IDENTITY, *(TEXT_IDENTITY if has_texts else ()))
+    rows = [[split, *(entry.get(name) for name in names)] for split, rows in entries.items() for entry in rows]
+    return fingerprint([settings, rows])
 
 
 def summary(outcomes: list[Outcome]) -> dict[str, Any]:

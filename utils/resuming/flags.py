@@ -48,11 +48,13 @@ ON_RESUME: dict[str, str] = {
             *("keep_duplicates", "document_bytes"),
         ],
         MODEL: ["config", "override"],
-        SAMPLES: ["batch_size", "batch_frames", "gradient_accumulation_steps"],
+        SAMPLES: ["batch_size", "batch_frames", "batch_tokens", "gradient_accumulation_steps"],
         # Data order and noise, the shape of the discriminator.
         FIXED: [
             *("seed", "sequence_length", "include_modes", "use_speakers", "max_clip_frames"),
             *("tasks", "caption_tokenizer", "caption_vocab_size"),
+            # Groups of the optimizer, to which its state belongs.
+            *("freeze", "learning_rates"),
             *("discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm"),
             *("discriminator_periods", "discriminator_resolutions", "discriminator_widening"),
         ],
@@ -261,6 +263,7 @@ def check_resumable(
     zero_stage: int,
     n_ranks: int,
     fingerprint: str,
+    settings_fingerprint: str = "",
     args: Any,
     n_steps: int,
 ) -> None:
@@ -271,6 +274,7 @@ def check_resumable(
         zero_stage: -1 without DeepSpeed.
         n_ranks: number of processes.
         fingerprint: of the training data.
+        settings_fingerprint: of the settings that it was made with, where its fingerprint covers its content as well.
         args: flags of this run.
         n_steps: its length.
     Raises:
@@ -279,16 +283,33 @@ def check_resumable(
     """
     folder, record = resumption.folder, resumption.record
     # Data: the order of samples belongs to the data set.
-    if record["data"]["fingerprint"] != fingerprint:
-        raise ValueError(
-            f"{folder} was trained on other data ({record['data'].get('folder')}, fingerprint "
-            f"{record['data']['fingerprint']}; this cache has {fingerprint}). Give the same --cached_dataset, or "
-            f"{new_run(folder)}"
-        )
+    check_data(folder, record["data"], fingerprint, settings_fingerprint)
     check_model(folder, model)
     check_engine(folder, record, zero_stage=zero_stage, n_ranks=n_ranks)
     check_samples(resumption, args, n_ranks)
     check_length(resumption, args, n_steps)
+
+
+def check_data(folder: Path, recorded: dict[str, Any], fingerprint: str, settings_fingerprint: str) -> None:
+    """Raises: ValueError: a checkpoint was trained on other data, or on a former content of the same cache."""
+    former, _, conditions = recorded["fingerprint"].partition("+")
+    if recorded["fingerprint"] == fingerprint:
+        return
+    # Earlier versions noted the settings of a cache alone.
+    if settings_fingerprint and (former, conditions) == (settings_fingerprint, fingerprint.partition("+")[2]):
+        logger.warning(
+            "%s does not say on which content of its data set it was trained (%s); it is taken for the present one",
+            *(folder, recorded.get("folder")),
+        )
+        return
+    is_changed = settings_fingerprint and recorded.get("settings_fingerprint") == settings_fingerprint
+    what = (
+        "a former content of its data set: files were changed, added or removed since" if is_changed else "other data"
+    )
+    raise ValueError(
+        f"{folder} was trained on {what} ({recorded.get('folder')}, fingerprint {recorded['fingerprint']}; this cache "
+        f"has {fingerprint}). Give the same --cached_dataset, or {new_run(folder)}"
+    )
 
 
 def check_samples(resumption: Resumption, args: Any, n_ranks: int) -> None:
@@ -296,7 +317,9 @@ def check_samples(resumption: Resumption, args: Any, n_ranks: int) -> None:
     the data order."""
     old, written_ranks = resumption.old_arguments, resumption.record["n_ranks"]
     # What a micro-batch is counted by.
-    size, unit = ("batch_frames", "latent frames") if getattr(args, "batch_frames", 0) else ("batch_size", "samples")
+    budgets = {"batch_frames": "latent frames", "batch_tokens": "tokens", "batch_size": "samples"}
+    size = next(name for name in budgets if old.get(name) or getattr(args, name, 0))
+    unit = budgets[size]
     if not {size, "gradient_accumulation_steps"} <= old.keys():
         return  # `recorded_arguments` has warned.
     splits = {
@@ -307,7 +330,7 @@ def check_samples(resumption: Resumption, args: Any, n_ranks: int) -> None:
     if before == now:
         return
     texts = [f"{name} {' x '.join(map(str, split))}" for name, split in splits.items()]
-    accumulation, rest = divmod(before, getattr(args, size) * n_ranks)
+    accumulation, rest = divmod(before, getattr(args, size) * n_ranks or before + 1)
     command = f"--gradient_accumulation_steps {accumulation}" if accumulation and not rest else f"another --{size}"
     raise ValueError(
         f"{resumption.folder} was trained with {before} {unit} per optimizer step, this run has {now} (--{size} "

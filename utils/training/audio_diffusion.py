@@ -1,15 +1,13 @@
 """Text to speech, and captions to sound: flags and trainer.  B batch, L latent frames, Z latent channels, T tokens."""
 
 import dataclasses
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from transformers.trainer_utils import seed_worker
 
-from dataset_loading.audio.latents import AudioLatentDataset, FrameBudgetSampler
+from dataset_loading.audio.latents import AudioLatentDataset
 from model.audio.lengths import valid_frames
 from model.audio.text_conditioning import duration_errors
 from model.dropout import has_dropout
@@ -17,9 +15,9 @@ from utils.distributed import mean_across_ranks
 from utils.generation.audio_diffusion import AudioSamplingArguments
 from utils.megatransformer_utils import SchedulerKind
 from utils.options import option
+from utils.training.budget_batches import budget_dataloader, budget_sampler, count_budget_steps
 from utils.training.diffusion import DiffusionArguments, DiffusionTrainer
 from utils.training.latent_statistics import batches_of_rank
-from utils.training_utils import expected_steps
 
 # Flags that act on one kind of conditioning alone, by the other one.
 WITHOUT_EFFECT = {
@@ -101,18 +99,9 @@ class AudioDiffusionTrainer(DiffusionTrainer):
         """Batches of clips of like length by a budget of frames, if there is one."""
         if not self.stage_arguments.batch_frames:
             return super().get_train_dataloader()
-        args = self.args
-        self.epoch_sampler = frame_budget_sampler(self.train_dataset, self.stage_arguments, args.world_size)
-        loader = DataLoader(
-            self.train_dataset,
-            batch_sampler=self.epoch_sampler,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
-            worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
-        )
-        return self.accelerator.prepare(loader)
+        dataset, args = self.train_dataset, self.stage_arguments
+        sampler = budget_sampler(dataset.lengths, args.batch_frames, args, self.args.world_size)  # type: ignore[union-attr]
+        return budget_dataloader(self, sampler)
 
     # ---- Training.
 
@@ -285,25 +274,13 @@ class AudioDiffusionTrainer(DiffusionTrainer):
         return summary
 
 
-def frame_budget_sampler(
-    dataset: AudioLatentDataset, args: AudioDiffusionArguments, n_ranks: int
-) -> FrameBudgetSampler:
-    """The batches of a run with `--batch_frames`."""
-    n_parts = args.gradient_accumulation_steps * n_ranks
-    return FrameBudgetSampler(dataset.lengths, args.batch_frames * n_parts, args.seed, n_parts=n_parts)
-
-
 def count_frame_steps(
     dataset: AudioLatentDataset, args: AudioDiffusionArguments, n_ranks: int
 ) -> tuple[int, str] | None:
     """`Stage.count_steps` with `--batch_frames`, None without."""
     if not args.batch_frames:
         return None
-    # The number of batches is a multiple of the micro-batches of a step.
-    n_parts = args.gradient_accumulation_steps * n_ranks
-    n_batches = len(frame_budget_sampler(dataset, args, n_ranks))
-    steps = expected_steps(n_batches, n_parts, epochs=args.num_train_epochs, max_steps=args.max_steps)
-    return steps, f"at most {args.batch_frames * n_parts} latent frames"
+    return count_budget_steps(dataset.lengths, args.batch_frames, args, n_ranks)
 
 
 def check_conditioning(args: AudioDiffusionArguments, conditioning: str) -> None:

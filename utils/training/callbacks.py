@@ -3,6 +3,7 @@ output of a model for validation samples."""
 
 import contextlib
 import logging
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback
 
-from utils.distributed import any_across_ranks
+from utils.distributed import maximum_across_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -23,10 +24,14 @@ class StopOnSignalCallback(TrainerCallback):
 
     Launchers signal processes one after another; therefore the flag is combined over all of them after each step. The
     `deepspeed` runner does not pass signals on: send it to the process group, `kill -TERM -- -PGID`.
+
+    Attributes:
+        number: of the signal that this process got; 0: none.
+        stopped_by: of the signal that ended the training, equal on all processes; 0: none did.
     """
 
     def __init__(self):
-        self.signalled = False
+        self.number = self.stopped_by = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         # The former handlers return when training ends.
@@ -38,16 +43,25 @@ class StopOnSignalCallback(TrainerCallback):
 
     def remember(self, number, frame):
         """Signal handler; a second signal ends the process at once."""
-        if self.signalled:
-            raise KeyboardInterrupt
-        self.signalled = True
+        if self.number:
+            logger.warning("a second signal: ending at once")
+            os._exit(128 + number)
+        self.number = number
 
     def on_step_end(self, args, state, control, **kwargs):
-        if any_across_ranks(self.signalled, args.device):
+        self.stopped_by = self.stopped_by or maximum_across_ranks(self.number, args.device)
+        if self.stopped_by:
             logger.warning("signal received: saving at step %d and stopping", state.global_step)
             # Every process takes the same decision, at the same step.
             control.should_save = True
             control.should_training_stop = True
+
+    def end_as_signalled(self) -> None:
+        """Raises: SystemExit: a signal has ended the training, with the status of one that it ends, so that a script
+        does not go on with the next stage."""
+        if self.stopped_by:
+            logger.warning("stopped by %s; --resume_from_checkpoint goes on", signal.Signals(self.stopped_by).name)
+            raise SystemExit(128 + self.stopped_by)
 
 
 class ScalarLogsCallback(TrainerCallback):

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
 from model.dropout import has_dropout
+from model.multimodal.parameters import freeze, rate_factors, split_groups
 from model.thinking import sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
 from utils.distributed import mean_across_ranks, rank
@@ -62,11 +63,19 @@ class MultimodalArguments(TextArguments, StageArguments):
     tasks: list[str] = option(
         [],
         "streams to train, modalities joined by '-', with the rows that an item has in each per epoch, such as "
-        "text-image:3; default: image-text:1 text-image:3 audio-text:1 text-audio:4, as far as included",
+        "text-image:3 or text-image-text:0.2; default: image-text:1 text-image:3 audio-text:1 text-audio:4, as far as "
+        "included, with texts text:1, with batch_tokens text-image-text:0.2 text-audio-text:0.2",
         only_with=HAS_SPANS,
     )
+    batch_size: int = option(16, "samples per micro-batch and process", gt=0, only_with=("batch_tokens", 0))
+    batch_tokens: int = option(
+        0, "tokens of a micro-batch and process, streams of like length; 0: batch_size", ge=0, only_with=HAS_SPANS
+    )
     caption_tokenizer: str = option(
-        "bpe", "bpe, trained on the texts; bytes; or a tokenizer's folder or hub name", only_with=HAS_SPANS
+        "bpe",
+        "bpe, trained on the texts; bytes; or a tokenizer's folder or hub name; that of text_dataset or init_from "
+        "where they are given",
+        only_with=HAS_SPANS,
     )
     caption_vocab_size: int = option(
         400,
@@ -79,6 +88,14 @@ class MultimodalArguments(TextArguments, StageArguments):
         "latent channels are weighted by what they carry of the decoded signal to this power; 0: equally",
         ge=0,
         only_with=HAS_SPANS,
+    )
+
+    # What is trained.
+    freeze: list[str] = option(
+        [], "parts that are not trained: trunk, text, image, audio, or modules such as encoder.encoders.image.prelude"
+    )
+    learning_rates: list[str] = option(
+        [], "factors of learning_rate for some parts, named as in freeze, such as trunk:0.1 image:2; the last counts"
     )
 
     learning_rate: float = option(6e-4, "peak learning rate of AdamW", gt=0)
@@ -135,6 +152,8 @@ class MultimodalTrainer(StageTrainer):
         # characters.
         self.tokenizer.split_special_tokens = self.tokenizer.init_kwargs["split_special_tokens"] = True
         self.config: MegaTransformerConfig = self.model.config
+        freeze(self.model, self.stage_arguments.freeze)
+        self.rate_factors = rate_factors(self.model, self.stage_arguments.learning_rates)
         self.is_recurrent: bool = self.config.n_recurrent_layers > 0
         self.has_dropout: bool = has_dropout(self.model)
         self.config.use_cache = True  # The Trainer switches it off, which the checkpoint would keep.
@@ -222,6 +241,13 @@ class MultimodalTrainer(StageTrainer):
         }
         matrices = {name for name, parameter in model.named_parameters() if parameter.ndim > 1}
         return [name for name in super().get_decay_parameter_names(model) if name in matrices - embeddings]
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            super().create_optimizer(model)
+            if self.stage_arguments.freeze or self.stage_arguments.learning_rates:
+                split_groups(self.optimizer, self.rate_factors)
+        return self.optimizer
 
     def rates(self, logs, steps_per_second):
         tokens = logs["targets_per_step"] * steps_per_second

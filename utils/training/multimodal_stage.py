@@ -1,6 +1,7 @@
 """The multimodal stage with images and audio: its caches of latents, checked against their VAEs, and what they
 determine of the model's configuration.  Z latent channels."""
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,15 @@ from transformers import PreTrainedTokenizerFast
 from dataset_loading.audio.latents import AudioLatentDataset
 from dataset_loading.image.latents import ImageLatentDataset
 from dataset_loading.multimodal import MultimodalDataset, Task, collate_streams, join_items, parse_task
-from dataset_loading.text.tokenizers import byte_tokenizer, document_ends, load_tokenizer, train_bpe, vocabulary_size
+from dataset_loading.text.tokenizers import (
+    byte_tokenizer,
+    document_ends,
+    load_tokenizer,
+    tokenizer_hash,
+    train_bpe,
+    vocabulary_size,
+)
+from dataset_loading.text.windows import TextDataset
 from model.audio.vae import AudioVAE
 from model.multimodal import MegaTransformerMultimodal
 from model.presets import MULTIMODAL
@@ -20,16 +29,22 @@ from utils.checkpoints import read_stage, resolve_checkpoint
 from utils.configuration import MegaTransformerConfig
 from utils.distributed import launched_rank
 from utils.generation.latents import Media, find_vae, load_vae, pin_vae
+from utils.generation.text import check_tokenizer
+from utils.generation.text_weights import check_trunk, is_text_run, model_from_text
+from utils.training.budget_batches import count_budget_steps
 from utils.training.multimodal import MultimodalArguments, ThinkingStepsCallback
 from utils.training.multimodal_streams import MultimodalStreamTrainer
 from utils.training.stage import Stage
-from utils.training.text import check_core_flags
+from utils.training.text import check_core_flags, tokenize_texts, untokenized
 
 CACHES = {"image": ImageLatentDataset, "audio": AudioLatentDataset}
 # Streams by default, with their weights: generation takes longer to learn than understanding.
 DEFAULT_TASKS = {"image": ["image-text:1", "text-image:3"], "audio": ["audio-text:1", "text-audio:4"]}
-# Flags of text alone.
-OF_TEXT = ("text_dataset", "cached_dataset", "sequence_length", "n_samples", "sample_tokens", "eval_thinking_steps")
+# Streams that go on after a span, in a small share: batches of like length alone do not pad all others to theirs.
+INTERLEAVED_TASKS = {"image": "text-image-text:0.2", "audio": "text-audio-text:0.2"}
+# Flags of models of text alone, and those of the tokenizer of the latents' texts.
+OF_TEXT_ALONE = ("n_samples", "sample_tokens", "eval_thinking_steps")
+OF_CAPTIONS = ("caption_tokenizer", "caption_vocab_size")
 
 
 class MultimodalStreamStage(Stage):
@@ -51,10 +66,18 @@ class MultimodalStreamStage(Stage):
     def tasks(self) -> list[Task]:
         """The kinds of streams.
 
-        Raises: ValueError: a task has a modality that is not among the run's.
+        Raises: ValueError: a task has a modality that is not among the run's, is named twice, or texts are named that
+            no task has.
         """
-        names = self.args.tasks or [task for name in self.names for task in DEFAULT_TASKS[name]]
-        tasks = [parse_task(name) for name in names]
+        names = [task for name in self.names for task in DEFAULT_TASKS[name]]
+        names += [INTERLEAVED_TASKS[name] for name in self.names] if self.args.batch_tokens else []
+        names += ["text:1"] if self.has_texts else []
+        tasks = [parse_task(name) for name in self.args.tasks or names]
+        counts = Counter(task.name for task in tasks)
+        if twice := [name for name in counts if counts[name] > 1]:
+            raise ValueError(f"--tasks names {twice[0]} twice; give it once, with its weight")
+        if self.has_texts and "text" not in counts:
+            raise ValueError(f"--tasks {' '.join(counts)} has no rows for the texts in {self.text_folder}; add text:1")
         for task in tasks:
             if missing := set(task.modalities) - set(self.args.include_modes):
                 raise ValueError(f"--tasks {task.name} needs --include_modes with {', '.join(sorted(missing))}")
@@ -73,9 +96,48 @@ class MultimodalStreamStage(Stage):
         """Those of the training split."""
         return self.caches("train")
 
+    @property
+    def has_texts(self) -> bool:
+        """Whether there are further texts beside those of the latents."""
+        is_recorded = self.resumption is not None and "texts" in self.resumption.record
+        return bool(self.args.text_dataset or self.args.cached_dataset or is_recorded)
+
+    @property
+    def text_folder(self) -> Path:
+        """The folder of tokenised texts."""
+        return Path(self.args.cached_dataset or "cached_datasets/text")
+
+    def windows(self, split: str) -> TextDataset | None:
+        """The windows of further texts, if there are any."""
+        return TextDataset(self.text_folder, split, self.args.sequence_length) if self.has_texts else None
+
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The tokenizer of the texts, trained on those of the training split where it is no other one's."""
+        """The tokenizer of all texts: that of the checkpoint which the run goes on from, else that of further texts,
+        else what the flags say.
+
+        Raises: ValueError: flags or texts have another one than the checkpoint.
+        """
+        windows, checkpoint = self.windows("train"), self.find_checkpoint() or self.args.init_from
+        if windows is not None and checkpoint:
+            folder = resolve_checkpoint(checkpoint)
+            check_tokenizer(folder, windows, f"prepare them with --tokenizer {folder} and another --cached_dataset")
+        if windows is not None:
+            tokenizer, owner = windows.tokenizer, f"the texts in {windows.folder}"
+        elif checkpoint:
+            tokenizer, owner = load_tokenizer(str(resolve_checkpoint(checkpoint))), str(checkpoint)
+        else:
+            return self.caption_tokenizer()
+        given = [] if self.resumption else [name for name in OF_CAPTIONS if name in getattr(self.args, "given", ())]
+        if given and tokenizer_hash(self.caption_tokenizer()) != tokenizer_hash(tokenizer):
+            raise ValueError(
+                f"--{given[0]} {getattr(self.args, given[0])}: this run has the tokenizer of {owner}, which is "
+                "another one; leave it out"
+            )
+        return tokenizer
+
+    def caption_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The tokenizer that the flags describe, trained on the texts of the training split where it is bpe."""
         name = self.args.caption_tokenizer
         if name == "bytes":
             return byte_tokenizer()
@@ -87,26 +149,49 @@ class MultimodalStreamStage(Stage):
     # ---- What a stage states.
 
     def prepare(self):
-        """Keep copies of the VAEs, without which the run's model says nothing."""
+        """Tokenise further texts, and keep copies of the VAEs, without which the run's model says nothing."""
+        check_flags(self.args, self.has_texts)
+        if self.has_texts and self.tasks:
+            tokenize_texts(self.args, self.text_folder)
         for name in self.names:
             checkpoint = self.vae_checkpoint(name)
             if launched_rank() == 0:
                 pin_vae(checkpoint, self.run_dir / name, may_replace=False)
 
+    def unprepared(self):
+        return untokenized(self.args, self.text_folder) if self.has_texts else ""
+
     def build_config(self):
         """The preset with what modalities, tokenizer and latents determine."""
-        check_flags(self.args)
+        check_flags(self.args, self.has_texts)
         for path in filter(None, (self.args.init_from, self.find_checkpoint())):
             self.check_checkpoint(path)
         for name in self.names:  # A VAE that is named must be that of the latents.
             self.vae_checkpoint(name)
         config = self.fit(super().build_config())
         check_core_flags(self.args, config)
+        if self.starts_from_text:
+            check_trunk(config, self.args.init_from)
         return config
+
+    @property
+    def starts_from_text(self) -> bool:
+        """Whether `--init_from` names a model of text alone."""
+        return bool(self.args.init_from) and is_text_run(self.args.init_from)
+
+    def build_model(self, config):
+        """As for all stages, or with the trunk of a model of text."""
+        return model_from_text(config, self.args.init_from) if self.starts_from_text else super().build_model(config)
 
     def build_dataset(self, split, config):
         caches = self.train_caches if split == "train" else self.caches(split)
-        return MultimodalDataset(caches, self.tasks, self.tokenizer, config=config, is_training=split == "train")
+        options = {"config": config, "is_training": split == "train", "windows": self.windows(split)}
+        return MultimodalDataset(caches, self.tasks, self.tokenizer, **options)
+
+    def count_steps(self, dataset, n_ranks):
+        if not self.args.batch_tokens:
+            return super().count_steps(dataset, n_ranks)
+        return count_budget_steps(dataset.lengths, self.args.batch_tokens, self.args, n_ranks, "tokens")
 
     def build_collator(self, config):
         return collate_streams
@@ -119,7 +204,8 @@ class MultimodalStreamStage(Stage):
         return [ThinkingStepsCallback(trainer, writer)]
 
     def extra_record(self):
-        return {"latents": {name: dict(cache.manifest["settings"]) for name, cache in self.train_caches.items()}}
+        latents = {name: dict(cache.manifest["settings"]) for name, cache in self.train_caches.items()}
+        return {"latents": latents, **({"texts": {"folder": str(self.text_folder)}} if self.has_texts else {})}
 
     # ---- VAEs.
 
@@ -179,8 +265,10 @@ class MultimodalStreamStage(Stage):
         return fields
 
     def check_checkpoint(self, path: str | Path) -> None:
-        """Raises: ValueError: a checkpoint to start from or to resume comes from latents of other VAEs, or is one of
-        text alone."""
+        """Raises: ValueError: a checkpoint to start from or to resume comes from latents of other VAEs, or one to
+        resume is of text alone."""
+        if path == self.args.init_from and self.starts_from_text:
+            return
         latents = read_stage(resolve_checkpoint(path), "multimodal").get("latents", {})
         for name, cache in self.train_caches.items():
             expected = cache.manifest["settings"]["vae_fingerprint"]
@@ -191,14 +279,13 @@ class MultimodalStreamStage(Stage):
                 )
 
 
-def check_flags(args: Any) -> None:
-    """Raises: ValueError: a flag of text alone is given."""
-    given = [name for name in OF_TEXT if name in getattr(args, "given", ())]
-    if given:
-        modes = " ".join(args.include_modes)
+def check_flags(args: Any, has_texts: bool) -> None:
+    """Raises: ValueError: a flag of text alone is given, or one of further texts where there are none."""
+    refused = [*OF_TEXT_ALONE, *([] if has_texts else ["sequence_length"])]
+    if given := [name for name in refused if name in getattr(args, "given", ())]:
+        needs = "only text" if given[0] in OF_TEXT_ALONE else "--text_dataset or --cached_dataset"
         raise ValueError(
-            f"--{given[0]} has no effect with --include_modes {modes}: texts are those of --image_latents and "
-            "--audio_latents"
+            f"--{given[0]} has no effect with --include_modes {' '.join(args.include_modes)}; it needs {needs}"
         )
 
 

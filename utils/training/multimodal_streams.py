@@ -11,25 +11,28 @@ import torch
 from torch import Tensor
 
 from dataset_loading.multimodal import MultimodalDataset
+from dataset_loading.text.windows import bits_per_byte
 from model.dropout import has_dropout
-from model.language_head import IGNORED
-from model.multimodal.layout import Part, Stream, build_stream, join_streams
+from model.multimodal.layout import Part, Stream, build_stream, join_streams, target_kinds
 from model.multimodal.spans import Spans, spans_in
 from model.thinking import Thinking
 from utils.distributed import mean_across_ranks
 from utils.seeds import sample_normal, sample_uniform
+from utils.training.budget_batches import budget_dataloader, budget_sampler
 from utils.training.multimodal import MultimodalTrainer
 
 logger = logging.getLogger(__name__)
 
 EVALUATED_TIMES = (0.5, 0.9)  # Of the flows' losses in evaluation; the ratio of conditions is taken at the last one.
 LOWEST_RATIO = 1.2  # Below it, a flow ignores its text.
+COUNTED = ("text", "begin", "length", "image", "audio")  # Kinds of targets; those of flows are noisy tokens.
 
 
 class MultimodalStreamTrainer(MultimodalTrainer):
     """Trains a `MegaTransformerMultimodal`.
 
         loss = text_loss_weight         * sum over text targets of cross_entropy          / n_text
+             + begin_loss_weight        * sum over begins of spans of cross_entropy       / n_begin
              + audio_length_loss_weight * sum over lengths of cross_entropy               / n_length
              + image_loss_weight        * sum over noisy tokens of weighted squared error / n_image
              + audio_loss_weight        * the same                                        / n_audio
@@ -55,13 +58,29 @@ class MultimodalStreamTrainer(MultimodalTrainer):
             for name, weights in (channel_weights or {}).items()
         }
 
+    # ---- Data order.
+
+    def get_train_dataloader(self):
+        """Batches of streams of like length by a budget of tokens, if there is one."""
+        args = self.stage_arguments
+        if not args.batch_tokens:
+            return super().get_train_dataloader()
+        return budget_dataloader(
+            self, budget_sampler(self.train_dataset.lengths, args.batch_tokens, args, self.args.world_size, "tokens")
+        )
+
+    def rates(self, logs, steps_per_second):
+        rates = super().rates(logs, steps_per_second)
+        # The number of streams of a step varies with a budget of tokens.
+        return {**rates, "samples_per_second": logs["samples_per_step"] * steps_per_second}
+
     # ---- Training.
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The micro-batches of an optimizer step with their streams, and the numbers of targets per process: text,
-        lengths, tokens of images and of audio, (4,)."""
+        """The micro-batches of an optimizer step with their streams, and the numbers of targets per process by
+        `COUNTED`, (5,)."""
         batches, _ = super(MultimodalTrainer, self).get_batch_samples(epoch_iterator, num_batches, device)
-        total = torch.zeros(4, dtype=torch.float64)
+        total = torch.zeros(len(COUNTED), dtype=torch.float64)
         batches = [
             {**batch, "streams": self.build_streams(batch, dropped=self.dropped_texts(batch))} for batch in batches
         ]
@@ -96,6 +115,9 @@ class MultimodalStreamTrainer(MultimodalTrainer):
             if name in batch
         }
         for row, number in enumerate(batch["task"].tolist()):
+            if (documents := batch["documents"][row]) is not None:
+                streams.append(window_stream(batch["text"][row], documents))
+                continue
             parts = []
             for place, name in enumerate(self.train_dataset.tasks[number].modalities):
                 is_null = name == "text" and place == 0 and dropped is not None and dropped[row]
@@ -111,11 +133,11 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         inputs = self._prepare_inputs(inputs)
         # Latents of the rows, times and noise.
         drawn = {name: self.draw(inputs, name) for name in self.names if name in inputs}
-        counts = dict(zip(("text", "length", "image", "audio"), num_items_in_batch.float()))
+        counts = dict(zip(COUNTED, num_items_in_batch.float()))
         output, targets = self.forward_streams(
             model, inputs["streams"], drawn, n_targets=counts, index=inputs["index"]
         )
-        terms = {"text": output.text_loss, "audio_length": output.length_loss}
+        terms = {"text": output.text_loss, "begin": output.begin_loss, "audio_length": output.length_loss}
         for name, prediction in output.predictions.items():
             errors = self.token_errors(prediction, targets[name], name) if name in targets else prediction  # zeros
             terms[name] = errors.sum() / counts[name]
@@ -126,7 +148,8 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         n_parts = self.current_gradient_accumulation_steps
         self.record({f"loss/{name}": term * n_parts for name, term in terms.items()})
         n_tokens = sum(len(stream) for stream in inputs["streams"])
-        self.record({"targets_per_step": torch.tensor(float(n_tokens * n_parts * self.args.world_size))})
+        for name, number in (("targets_per_step", n_tokens), ("samples_per_step", len(inputs["streams"]))):
+            self.record({name: torch.tensor(float(number * n_parts * self.args.world_size))})
         return loss.detach()  # type: ignore[union-attr]
 
     def draw(self, inputs: dict, name: str) -> dict[str, Tensor]:
@@ -227,6 +250,7 @@ class MultimodalStreamTrainer(MultimodalTrainer):
             output, targets = self.forward_streams(model, streams, drawn)
             if not terms:
                 terms = text_terms(self.config, output, streams, inputs["task"], [task.name for task in tasks])
+                terms["n_bytes"] = inputs["n_bytes"]
             changed, other_targets = self.forward_streams(model, others, drawn)
             for name in self.names:
                 for kind, each, target in (("", output, targets), ("other_", changed, other_targets)):
@@ -253,7 +277,8 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         return {"latents": mean, "noise": noise.to(mean.device), "times": times, "rows": batch["rows"]}
 
     def evaluation_summary(self, terms):
-        """Losses over the validation set. `<task>_nats` and `<task>_accuracy` per text target;
+        """Losses over the validation set. `<task>_nats` and `<task>_accuracy` per text target,
+        `begin_nats` per token that begins a span; `text_bits_per_byte` of windows of text;
         `image_t0.9` a flow's squared error at a time; `condition_ratio_image` that with another item's text over that
         with the true one at the last time: about 1 where text is ignored. `loss` is the weighted sum of training, with
         equal weights of channels and times."""
@@ -267,9 +292,12 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         n_text = sum(sums[f"{task.name}_targets"] for task in self.eval_dataset.tasks)
         nats = sum(sums[f"{task.name}_nats"] for task in self.eval_dataset.tasks)
         loss += config.text_loss_weight * nats / max(n_text, 1)
-        if n := sums["length_targets"]:
-            summary["audio_length_nats"] = sums["length_nats"] / n
-            loss += config.audio_length_loss_weight * summary["audio_length_nats"]
+        for kind, name in (("begin", "begin"), ("length", "audio_length")):
+            if n := sums[f"{kind}_targets"]:
+                summary[f"{name}_nats"] = sums[f"{kind}_nats"] / n
+                loss += getattr(config, f"{name}_loss_weight") * summary[f"{name}_nats"]
+        if n := sums["n_bytes"]:
+            summary["text_bits_per_byte"] = bits_per_byte(sums["text_nats"], int(n))
         for name in self.names:
             if not (n := sums[f"{name}_tokens"]):
                 continue
@@ -294,33 +322,31 @@ def value_weights(config, modality: str, weights: Tensor) -> Tensor:
     return weights.repeat_interleave(patch**2) if modality == "image" else weights.repeat(patch)
 
 
+def window_stream(ids: list[int], documents: list[int]) -> Stream:
+    """The stream of a window of packed documents; `documents` has the number of each token's."""
+    stream = Stream()
+    stream.add_documents(ids, documents)
+    return stream
+
+
 def count_targets(config, streams: list[Stream]) -> Tensor:
-    """Targets of streams: text, lengths of audio, noisy tokens of images and of audio, (4,) fp64."""
+    """Targets of streams by `COUNTED`, (5,) fp64."""
     labels = torch.tensor([label for stream in streams for label in stream.labels])
-    is_length = length_labels(config, labels)
-    counts = [((labels != IGNORED) & ~is_length).sum().item(), is_length.sum().item()]
+    counts = [is_kind.sum().item() for is_kind in target_kinds(config, labels).values()]
     for name in ("image", "audio"):
         places = [place for stream in streams for place in stream.spans if place.is_noisy]
         counts.append(sum(place.n_tokens for place in places if place.modality == name))
     return torch.tensor(counts, dtype=torch.float64)
 
 
-def length_labels(config, labels: Tensor) -> Tensor:
-    """Which labels are lengths of audio, of the same shape."""
-    if "audio" not in config.modalities:
-        return torch.zeros_like(labels, dtype=torch.bool)
-    first = config.audio_length_token_id
-    return (labels >= first) & (labels < first + config.audio_max_tokens)
-
-
 def text_terms(config, output, streams: list[Stream], tasks: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Per row: nats, hits and targets of text by task, and nats and targets of lengths, name -> (B,)."""
-    labels = join_streams(streams, 0).labels[:, 1:].to(output.nats.device)
-    is_length = length_labels(config, labels)
-    is_text = (labels != IGNORED) & ~is_length
-    terms = {"length_nats": (output.nats * is_length).sum(1), "length_targets": is_length.sum(1).float()}
+    """Per row: nats, hits and targets of text by task, and nats and targets of begins and of lengths, name -> (B,)."""
+    kinds = target_kinds(config, join_streams(streams, 0).labels[:, 1:].to(output.nats.device))
+    terms = {}
+    for kind in ("begin", "length"):
+        terms |= {f"{kind}_nats": (output.nats * kinds[kind]).sum(1), f"{kind}_targets": kinds[kind].sum(1).float()}
     for number, name in enumerate(names):
-        chosen = is_text & (tasks == number)[:, None]
+        chosen = kinds["text"] & (tasks == number)[:, None]
         terms |= {f"{name}_nats": (output.nats * chosen).sum(1), f"{name}_targets": chosen.sum(1).float()}
         if output.hits is not None:
             terms[f"{name}_hits"] = (output.hits * chosen).sum(1)

@@ -29,6 +29,7 @@ from utils.checkpoints import (
     resolve_checkpoint,
     set_aside,
     step_of,
+    warn_of_former_data,
 )
 from utils.command_line import explained_errors, parse_arguments, parse_overrides
 from utils.devices import compile_in_place
@@ -154,6 +155,7 @@ class Stage:
                 zero_stage=zero_stage_of(training),
                 n_ranks=world_size(),
                 fingerprint=datasets["train"].fingerprint,
+                settings_fingerprint=getattr(datasets["train"], "settings_fingerprint", ""),
                 args=self.args,
                 n_steps=n_steps,
             )
@@ -173,10 +175,11 @@ class Stage:
             trainer.warn_of_skipped_steps()
         else:
             logger.info("%s has made all its steps; nothing is trained or saved", checkpoint)
-        metrics = trainer.final_metrics()
+        metrics = {} if self.stopping.stopped_by else trainer.final_metrics()
         logger.info("%s", {name: round(value, 4) for name, value in metrics.items()})
         if self.writer is not None:
             self.writer.close()  # Its thread must not outlive the run.
+        self.stopping.end_as_signalled()
         return metrics
 
     def build_config(self) -> StrictConfig:
@@ -192,6 +195,8 @@ class Stage:
         if not self.args.init_from:
             return self.model_class(config)
         read_stage(self.args.init_from, self.name)  # Raises for checkpoints of another stage.
+        if launched_rank() == 0:
+            warn_of_former_data(resolve_checkpoint(self.args.init_from))
         model = load_model(self.model_class, self.args.init_from)
         # Weights fit only a model of the same configuration.
         differing = [
@@ -251,7 +256,8 @@ class Stage:
         purge_step = self.resumption.step + 1 if resumes else None
         folder = str(self.run_dir / "tensorboard")
         self.writer = SummaryWriter(folder, purge_step=purge_step) if rank() == 0 else None
-        callbacks: list[TrainerCallback] = [StopOnSignalCallback()]
+        self.stopping = StopOnSignalCallback()
+        callbacks: list[TrainerCallback] = [self.stopping]
         if self.writer is not None:
             callbacks.append(ScalarLogsCallback(self.writer))
             self.writer.add_text("configuration", f"```\n{model.config.describe()}\n```")
@@ -282,7 +288,11 @@ class Stage:
             "stage": self.name,
             "preset": self.args.config,
             **past,
-            "data": {"folder": str(self.cache_dir), "fingerprint": dataset.fingerprint},
+            "data": {
+                "folder": str(self.cache_dir),
+                "fingerprint": dataset.fingerprint,
+                "settings_fingerprint": getattr(dataset, "settings_fingerprint", ""),
+            },
             "zero_stage": zero_stage,
             "n_ranks": world_size(),
             **self.extra_record(),

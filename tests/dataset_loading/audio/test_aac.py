@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from dataset_loading.audio.aac import is_av
-from dataset_loading.audio.signal import AUDIO_SUFFIXES, decode_audio
+from dataset_loading.audio.decoding import decode_audio
+from dataset_loading.audio.signal import AUDIO_SUFFIXES
 
 RATE = 16000
 

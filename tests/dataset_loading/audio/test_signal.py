@@ -1,18 +1,16 @@
-"""Decoding, resampling and conditioning, against tones and sums whose answers are known."""
+"""Resampling and conditioning, against tones and sums whose answers are known."""
 
-import io
 import math
 
-import numpy as np
 import pytest
-import soundfile
 import torch
 
+from dataset_loading.audio import signal
 from dataset_loading.audio.signal import (
+    StreamResampler,
+    TooQuietError,
     active_level,
-    clipped_share,
     cut_at_pauses,
-    decode_audio,
     frame_levels,
     is_silent,
     limit_peak,
@@ -23,99 +21,7 @@ from dataset_loading.audio.signal import (
     sliding_energy,
     trim_silence,
 )
-
-RATE = 16000
-
-
-def tone(frequency, seconds=1.0, rate=RATE, *, amplitude=0.5):
-    return amplitude * torch.sin(2 * math.pi * frequency * torch.arange(round(seconds * rate)).double() / rate).float()
-
-
-def encoded(samples, rate=RATE, **options):
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, **options)
-    return buffer.getvalue()
-
-
-def amplitude_at(waveform, frequency, rate=RATE):
-    """Amplitude of one frequency, by projection on its cosine and sine."""
-    phase = 2 * math.pi * frequency * torch.arange(len(waveform)) / rate
-    return 2 * torch.complex(waveform * phase.cos(), waveform * phase.sin()).mean().abs().item()
-
-
-# ---- Decoding.
-
-
-@pytest.mark.parametrize(
-    ("options", "tolerance"),
-    [
-        ({"format": "WAV", "subtype": "PCM_16"}, 1e-4),
-        ({"format": "WAV", "subtype": "FLOAT"}, 1e-7),
-        ({"format": "FLAC", "subtype": "PCM_24"}, 1e-6),
-        ({"format": "AIFF", "subtype": "PCM_16"}, 1e-4),
-        ({"format": "OGG", "subtype": "VORBIS"}, 0.05),
-        ({"format": "MP3"}, 0.03),
-    ],
-    ids=lambda value: value["format"] if isinstance(value, dict) else "",
-)
-def test_formats_from_path_and_bytes(tmp_path, options, tolerance):
-    left, right = tone(440).numpy(), tone(1000).numpy()
-    content = encoded(np.stack([left, right], 1), **options)
-    (tmp_path / "clip").write_bytes(content)
-    from_path, rate = decode_audio({"path": str(tmp_path / "clip"), "bytes": None})
-    from_bytes, _ = decode_audio({"path": None, "bytes": content})
-    assert rate == RATE and from_path.dtype == torch.float32 and torch.equal(from_path, from_bytes)
-    assert from_path.shape == (2, RATE)
-    middle = slice(2000, -2000)
-    assert (from_path[0] - torch.from_numpy(left)).abs()[middle].max() < tolerance
-    assert (from_path[1] - torch.from_numpy(right)).abs()[middle].max() < tolerance
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "no audio of a known format"),
-        (b"RIFF and nothing else", "no audio of a known format"),
-        (encoded(tone(440).numpy(), format="WAV")[:9000], "cut off: .* of 32000 bytes"),
-        (encoded(tone(440).numpy(), format="AIFF")[:9000], "cut off"),
-        (encoded(tone(440).numpy(), format="FLAC")[:9000], "damaged"),
-        (encoded(tone(440).numpy(), format="OGG")[:3000], "damaged"),
-        (encoded(tone(440).numpy(), format="MP3")[:1500], r"damaged: \d+ of 16000"),
-        (encoded(np.array([0.1, np.nan, 0.1]), format="WAV", subtype="FLOAT"), "no finite numbers"),
-        (encoded(np.zeros(0), format="WAV"), "no samples"),
-    ],
-    ids=["empty", "text", "wav", "aiff", "flac", "ogg", "mp3", "nan", "none"],
-)
-def test_damaged_files_are_named(content, message):
-    with pytest.raises(ValueError, match=message):
-        decode_audio({"path": None, "bytes": content})
-
-
-def test_lengths_of_streamed_files_are_no_damage():
-    content = bytearray(encoded(tone(440).numpy(), format="WAV"))
-    at = content.index(b"data") + 4
-    content[at : at + 4] = content[4:8] = b"\xff\xff\xff\xff"
-    samples, _ = decode_audio({"path": None, "bytes": bytes(content)})
-    assert samples.shape == (1, RATE)
-
-
-def test_guessed_lengths_of_mp3_files_are_no_damage():
-    content = encoded(tone(440).numpy(), format="MP3", bitrate_mode="CONSTANT", compression_level=0.5)
-    headless = content.replace(b"Xing", bytes(4)).replace(b"Info", bytes(4))
-    assert headless != content
-    tag = b"ID3\x03\x00\x00" + bytes((0, 0, 0x1F, 0x76)) + b"Info" + bytes(0x1F * 128 + 0x76 - 4)
-    for data in (headless, tag + headless):
-        samples, _ = decode_audio({"path": None, "bytes": data})
-        assert abs(samples.shape[1] - RATE) < 3000
-    # Behind a tag, too, the header tells whether something is missing.
-    with pytest.raises(ValueError, match=r"damaged: \d+ of 16000"):
-        decode_audio({"path": None, "bytes": (tag + content)[: len(tag) + 1500]})
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone"):
-        decode_audio({"path": str(tmp_path / "gone.wav"), "bytes": None})
-
+from tests.helpers.sounds import RATE, amplitude_at, tone
 
 # ---- Resampling.
 
@@ -138,6 +44,18 @@ def test_resampling_lets_nothing_fold_back():
     heard = resample(tone(9500, 1.0, 44100), 44100, RATE)
     assert heard[1000:-1000].abs().max() < 1e-3
     assert torch.equal(resample(heard, RATE, RATE), heard)
+
+
+@pytest.mark.parametrize("rate", [8000, 44100, 48000])
+def test_resampling_in_blocks_is_that_of_the_whole(rate):
+    waveform = torch.randn(3 * rate, generator=torch.Generator().manual_seed(0))
+    whole = resample(waveform, rate, RATE)
+    pieces = list(StreamResampler(rate, RATE).run(waveform.split(rate // 3 + 1)))
+    assert len(pieces) > 3 and torch.allclose(torch.cat(pieces), whole, atol=1e-6)
+    # One block alone has the very numbers, also where it is short.
+    for n_samples in (50, len(waveform)):
+        (piece,) = StreamResampler(rate, RATE).run([waveform[:n_samples]])
+        assert torch.equal(piece, resample(waveform[:n_samples], rate, RATE))
 
 
 # ---- Measuring.
@@ -165,13 +83,22 @@ def test_bs1770_gives_the_standards_example_and_short_waveforms_theirs():
     assert measured_loudness(tone(997, 0.2, 48000, amplitude=1.0), 48000, "bs1770") == pytest.approx(loudness, abs=0.2)
 
 
-def test_silence_and_clipping_are_seen():
+def test_loudness_below_the_gate_is_an_error_and_no_number():
+    with pytest.raises(TooQuietError, match="-70 LUFS"):
+        measured_loudness(tone(20, 3.0, amplitude=2e-3), RATE, "bs1770")
+
+
+def test_long_waveforms_are_measured_and_filtered_as_short_ones(monkeypatch):
+    waveform = tone(220, 9.3) + tone(50, 9.3, amplitude=0.1)
+    levels, clean = frame_levels(waveform, RATE), remove_hum(waveform, RATE, 50)
+    monkeypatch.setattr(signal, "LONG_SAMPLES", 50_000)
+    assert torch.equal(frame_levels(waveform, RATE), levels)
+    assert torch.allclose(remove_hum(waveform, RATE, 50), clean, atol=1e-5)
+
+
+def test_silence_is_seen():
     assert is_silent(torch.zeros(4000), RATE) and is_silent(tone(440, amplitude=1e-3), RATE)
     assert not is_silent(torch.cat([torch.zeros(RATE), tone(440, 0.05, amplitude=0.01)]), RATE)
-    assert clipped_share(tone(440)[None]) == 0
-    loud = torch.stack([tone(440), (3 * tone(440)).clamp(-1, 1)])
-    # A sine of amplitude 1.5 is beyond 1 for 1 - 2 / pi * asin(2 / 3) of the time.
-    assert clipped_share(loud) == pytest.approx(1 - 2 / math.pi * math.asin(2 / 3), abs=0.005)
 
 
 # ---- Conditioning.

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dataset_loading.image.folder import ImageFolderDataset, find_images
+from dataset_loading.image.folder import ImageFolderDataset
 from dataset_loading.image.pixels import ImageDataset
 
 
@@ -36,16 +36,3 @@ def test_a_damaged_image_is_named(image, tmp_path):
     file.write_bytes(file.read_bytes()[:60])
     with pytest.raises(ValueError, match=r"deep/a\.png in .* cannot be read"):
         ImageFolderDataset(str(tmp_path), "", image_size=16)[0]
-
-
-def test_images_of_one_name_are_kept_apart(image, tmp_path):
-    files = [image("one/a.png"), image("two/a.png"), image("two/deep/a.jpg")]
-    found = find_images([str(files[0]), str(tmp_path / "two"), str(files[1])])
-    assert sorted(found) == ["a", "a_1", "a_3", "deep__a"] and set(found.values()) == set(files)
-
-
-def test_nothing_to_find_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no images in"):
-        find_images([str(tmp_path)])
-    with pytest.raises(FileNotFoundError, match="gone does not exist"):
-        find_images([str(tmp_path / "gone")])

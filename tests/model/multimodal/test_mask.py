@@ -7,12 +7,14 @@ import torch
 
 from model.multimodal.layout import (
     Part,
+    Stream,
     audio_latents,
     audio_tokens,
     build_stream,
     image_latents,
     image_tokens,
     join_streams,
+    target_kinds,
 )
 from model.multimodal.mask import Placement, span_mask, stream_mask
 from model.presets import MULTIMODAL
@@ -122,6 +124,28 @@ def test_an_open_stream_has_no_target_and_no_noise():
 def test_audio_counts_where_the_configuration_says_so():
     stream = build_stream(CONFIG.replace(audio_position="count"), [Part("text", [7]), Part("audio", n_tokens=2)])
     assert stream.positions == [0, 1, 2, 3, 4, 5]
+
+
+def test_kinds_of_targets_of_a_stream():
+    labels = torch.tensor([-100, 7, BOI, 7, BOA, LENGTH, LENGTH + 95, EOS, BOI - 1])
+    kinds = {name: is_kind.nonzero().flatten().tolist() for name, is_kind in target_kinds(CONFIG, labels).items()}
+    assert kinds == {"text": [1, 3, 7, 8], "begin": [2, 4], "length": [5, 6]}
+
+
+def test_packed_documents_see_themselves_alone():
+    stream = Stream()
+    stream.add_documents([1, 7, 8, 1, 9], [0, 0, 0, 1, 1])
+    batch = join_streams([stream, build_stream(CONFIG, [Part("text", [7])])], 0)
+    assert batch.labels[0].tolist() == [-100, 7, 8, -100, 9] and batch.positions[0].tolist() == [0, 1, 2, 3, 4]
+    mask = stream_mask(batch.placement)[:, 0]
+    assert mask[0].int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 0],
+        [0, 0, 0, 1, 1],
+    ]
+    assert mask[1, :3, :3].sum() == 6 and mask[1, :3, 3:].sum() == 0
 
 
 def test_a_later_span_is_hidden_and_padding_too():

@@ -256,7 +256,7 @@ def test_every_parameter_gets_a_gradient_whatever_is_absent():
             values = parts[0][place.part].latents[None]
             spans[place.modality] = Spans(values, 0.5 * is_noisy, is_noisy, *number.unbind(1))
         output = model(batch.ids, batch.positions, batch.placement, spans=spans, labels=batch.labels)
-        loss = output.text_loss + output.length_loss
+        loss = output.text_loss + output.begin_loss + output.length_loss
         (loss + sum(each.square().mean() for each in output.predictions.values())).backward()
         assert {name for name, parameter in model.named_parameters() if parameter.grad is not None} == names
         absent = {"image", "audio"} - {place.modality for place in stream.spans}
@@ -272,16 +272,21 @@ def test_losses_are_sums_over_given_numbers():
     batch = join_streams([build_stream(model.config, parts) for parts in rows], 0)
     number = torch.tensor([[3, 0, 4]])
     audio = Spans(part(model, "audio", 3).latents[None], torch.ones(1), torch.ones(1) > 0, *number.unbind(1))
-    given = {"text": 10.0, "length": 4.0}
+    given = {"text": 10.0, "begin": 2.0, "length": 4.0}
     output = model(
         batch.ids, batch.positions, batch.placement, spans={"audio": audio}, labels=batch.labels, n_targets=given
     )
     # Targets are <boa>, the length, and the second row's text with its end.
-    length = output.nats[0, 2]
+    begin, length = output.nats[0, 1:3]
     assert batch.labels[0, 2:4].tolist() == [261, 265]
     torch.testing.assert_close(output.length_loss, length / 4)
-    torch.testing.assert_close(output.text_loss, (output.nats.sum() - length) / 10)
+    torch.testing.assert_close(output.begin_loss, begin / 2)
+    torch.testing.assert_close(output.text_loss, (output.nats.sum() - begin - length) / 10)
     assert (output.nats > 0).sum() == 2 + 6 and isinstance(batch.placement, Placement)
+    # A kind without targets has no loss, also where the first token has another target.
+    alone = join_streams([build_stream(model.config, rows[1])], 0)
+    output = model(alone.ids, alone.positions, alone.placement, labels=alone.labels)
+    assert output.text_loss > 1 and output.begin_loss == output.length_loss == 0
 
 
 @pytest.mark.parametrize(

@@ -28,11 +28,11 @@ def raw(tmp_path) -> Path:
     return write_images(tmp_path / "raw", 40)
 
 
-def write_images(folder: Path, count: int) -> Path:
+def write_images(folder: Path, count: int, first_seed: int = 0) -> Path:
     (folder / "sub").mkdir(parents=True)
     lines = ["file_name,text"]
     for i in range(count):
-        pixels = np.random.default_rng(i).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(first_seed + i).integers(0, 256, (24, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"sub/image {i}.png")
         lines.append(f"sub/image {i}.png,caption {i}")
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n")
@@ -104,7 +104,7 @@ def test_split_does_not_depend_on_other_files():
 
 
 def test_validation_set_of_its_own(raw, tmp_path):
-    own = write_images(tmp_path / "own/test", 3).parent
+    own = write_images(tmp_path / "own/test", 3, first_seed=100).parent
     manifest = prepare(
         raw, tmp_path / "out", "--validation_dataset", str(own), "--validation_split", "test", "--limit", "5"
     )
@@ -114,7 +114,7 @@ def test_validation_set_of_its_own(raw, tmp_path):
 
 
 def test_same_names_in_training_and_validation_stay_apart(raw, tmp_path):
-    own = write_images(tmp_path / "own", 40)
+    own = write_images(tmp_path / "own", 40, first_seed=100)
     (own / "metadata.csv").write_text((own / "metadata.csv").read_text().replace("caption", "other"))
     for _ in range(2):
         entries = prepare(raw, tmp_path / "out", "--validation_dataset", str(own))["entries"]
@@ -167,7 +167,7 @@ def test_interrupted_run_is_finished_by_the_next(tmp_path, large, number):
         *AUGMENTED,
     ]
     exit_code = run_until(has_files(out / "train", 20), number, target=ImageVAEPreprocess.main, args=(argv,))
-    assert exit_code == (-number if number == signal.SIGKILL else 130)
+    assert exit_code == (-number if number == signal.SIGKILL else 128 + number)
     time.sleep(0.1)  # The worker of a killed process ends by itself.
     written = len(contents(out))
     assert written < 400 and not (out / "manifest.json").exists()
@@ -253,7 +253,8 @@ def test_garbage_in_a_journal_costs_its_samples_alone(raw, tmp_path, caplog):
     manifest = prepare(raw, out, "--limit", "6")
     # An interrupted run: a journal in place of the manifest.
     (out / "manifest.json").unlink()
-    header = {name: manifest[name] for name in ("schema", "stage", "fingerprint", "settings")}
+    header = {name: manifest[name] for name in ("schema", "stage", "settings")}
+    header["fingerprint"] = manifest["settings_fingerprint"]
     rows = [[split, entry] for split, entries in manifest["entries"].items() for entry in entries]
     del rows[0][1]["length"]  # It lacks what the others have.
     lines = [json.dumps(value).encode() for value in (header, *rows)]
@@ -271,7 +272,8 @@ def test_a_flipped_letter_in_a_journal_costs_its_sample_alone(raw, tmp_path, cap
     manifest = prepare(raw, out, "--limit", "3")
     entry = manifest["entries"]["train"][0]
     (out / "manifest.json").unlink()
-    header = {name: manifest[name] for name in ("schema", "stage", "fingerprint", "settings")}
+    header = {name: manifest[name] for name in ("schema", "stage", "settings")}
+    header["fingerprint"] = manifest["settings_fingerprint"]
     with Journal(out, header) as lines:
         lines.add("train", manifest["entries"]["train"])
     journal.write_text(journal.read_text().replace(f'"source": "{entry["source"]}"', '"source": "others.png"'))

@@ -1,0 +1,112 @@
+"""Parts of recordings: rows with `offset` and `duration` in seconds, as in manifests of NeMo.  S samples."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dataset_loading.audio.decoding import BLOCK_SAMPLES, AudioReader
+
+COLUMNS = ("offset", "duration")
+TOLERANCE = 0.1  # Seconds that a part may reach beyond the end of its recording: durations are rounded.
+# Encodings whose samples are the same when what lies before them is passed over.
+SEEKABLE = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW", "VORBIS", "MPEG_LAYER_III")
+
+
+def part_of_row(name: str, row: Mapping[str, Any]) -> dict[str, float]:
+    """`offset` and `duration` of a row, in seconds, where they are given.
+
+    Raises: ValueError: one is no number of seconds; names the row's file.
+    """
+    part = {}
+    for column in COLUMNS:
+        value = row.get(column)
+        if value is None or value != value or (isinstance(value, str) and not value.strip()):
+            continue
+        try:
+            seconds = float(value)
+        except (TypeError, ValueError):
+            seconds = math.nan
+        if not math.isfinite(seconds) or seconds < 0 or (column == "duration" and not seconds):
+            raise ValueError(
+                f"{name}: {column}={value!r} must be seconds of the recording; correct it, or rename the column if it "
+                "says something else"
+            )
+        part[column] = seconds
+    return part
+
+
+def open_reader(media: dict[str, Any] | None) -> AudioReader:
+    """The reader of a file, or of a part of it where `media` has `offset`, `duration` or both."""
+    is_part = media is not None and any(name in media for name in COLUMNS)
+    return PartReader(media) if media is not None and is_part else AudioReader(media)
+
+
+class PartReader(AudioReader):
+    """The part of a recording that begins at `offset` and lasts `duration` seconds.
+
+    A duration without an offset counts from the beginning, and one that is too long ends with the recording.
+    Args: media: as of `AudioReader`, with `offset`, `duration` or both, in seconds.
+    Raises: OSError, ValueError: as `AudioReader`; also if the part reaches beyond the end.
+    """
+
+    def __init__(self, media: dict[str, Any]):
+        super().__init__(media)
+        offset, duration = media.get("offset", 0.0), media.get("duration", math.inf)
+        try:
+            if self.n_samples is None:
+                self.n_samples = sum(samples.shape[1] for samples in super().blocks())
+            self.start, self.stop = bounds(
+                self.n_samples, self.sample_rate, offset, duration, has_offset="offset" in media
+            )
+        except BaseException:
+            self.file.close()
+            raise
+        self.n_samples = self.stop - self.start
+
+    def blocks(self, n_samples: int = BLOCK_SAMPLES) -> Iterator[Tensor]:
+        n_read = 0
+        for samples in self.sought_blocks(n_samples):
+            yield samples
+            n_read += samples.shape[1]
+        if n_read != self.n_samples:
+            raise ValueError(f"damaged: {n_read} of {self.n_samples} samples of the part can be read")
+
+    def sought_blocks(self, n_samples: int) -> Iterator[Tensor]:
+        """Blocks of the part, read from its beginning where that gives the samples of the whole."""
+        with self.open(self.sections[0]) as file:
+            if len(self.sections) == 1 and (file.subtype.startswith(SEEKABLE) or file.format == "FLAC"):
+                position = file.seek(self.start)
+                while position < self.stop:
+                    block = file.read(min(n_samples, self.stop - position), dtype="float32", always_2d=True)
+                    if not len(block):
+                        return
+                    position += len(block)
+                    samples = torch.from_numpy(block).T
+                    if not samples.isfinite().all():
+                        raise ValueError("damaged: samples that are no finite numbers")
+                    yield samples
+                return
+        position = 0
+        for samples in super().blocks(n_samples):
+            piece = samples[:, max(0, self.start - position) : max(0, self.stop - position)]
+            position += samples.shape[1]
+            if piece.shape[1]:
+                yield piece
+            if position >= self.stop:
+                return
+
+
+def bounds(n_samples: int, rate: int, offset: float, duration: float, *, has_offset: bool) -> tuple[int, int]:
+    """First sample of a part and the one after its last. Raises: ValueError: it reaches beyond the end."""
+    start, seconds = round(offset * rate), n_samples / rate
+    if start >= n_samples:
+        raise ValueError(f"offset={offset:g} s is beyond the end of the recording, {seconds:.3f} s")
+    end = offset + duration
+    if has_offset and end != math.inf and end > seconds + TOLERANCE:
+        raise ValueError(
+            f"offset={offset:g} s and duration={duration:g} s reach beyond the end of the recording, {seconds:.3f} s"
+        )
+    return start, n_samples if end >= seconds else round(end * rate)

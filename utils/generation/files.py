@@ -1,0 +1,95 @@
+"""Files that inference reads, the folder of its results, which no other run writes into, and files that give none."""
+
+import contextlib
+import itertools
+import json
+import logging
+from collections.abc import Collection, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from dataset_loading.sources import walk
+from utils.options import declared_fields
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "settings.json"  # Marks a folder as that of one run; replaced by the results at its end.
+SHEET = "sheet.png"
+
+
+def claim_folder(output_dir: str, args: Any) -> Path:
+    """The folder of a run's results: `output_dir`, or, where it holds those of an earlier run or of another script,
+    the first of `output_dir`_2, _3, ... that does not. Marked as this run's by settings.json.
+
+    Args: args: the flags, which are written there.
+    Raises: OSError: it cannot be written.
+    """
+    flags = {field.name: getattr(args, field.name) for field in declared_fields(args)}
+    base = Path(output_dir)
+    for number in itertools.count(1):
+        folder = base if number == 1 else base.with_name(f"{base.resolve().name}_{number}")
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / SHEET).exists():
+            continue
+        # Of two runs that begin at once, one creates the file.
+        with contextlib.suppress(FileExistsError), open(folder / SETTINGS, "x") as file:
+            json.dump({**flags, "is_complete": False}, file, indent=2, sort_keys=True)
+            if number > 1:
+                logger.warning("%s holds the results of another run; these go to %s", base, folder)
+            return folder
+    raise AssertionError("there is always a next number")
+
+
+def find_inputs(names: Iterable[str], suffixes: Collection[str]) -> dict[str, Path]:
+    """Files given directly or in folders, by unique names.
+
+    Raises: FileNotFoundError: a path does not exist, or there are no files.
+    """
+    inputs: dict[str, Path] = {}
+    for name in map(Path, names):
+        if not name.exists():
+            raise FileNotFoundError(f"{name} does not exist")
+        files = walk(name, suffixes) if name.is_dir() else [name]
+        for file in files:
+            # The path within the folder as a name; repeated names are numbered from 2.
+            inside = file.relative_to(name) if name.is_dir() else Path(name.name)
+            stem = "__".join(inside.with_suffix("").parts)
+            numbered = (f"{stem}_{number}" for number in itertools.count(2))
+            inputs[next(key for key in itertools.chain([stem], numbered) if key not in inputs)] = file
+    if not inputs:
+        raise FileNotFoundError(f"no inputs in {', '.join(names)}; known suffixes: {' '.join(sorted(suffixes))}")
+    return inputs
+
+
+def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
+    """Raises: ValueError: an output would overwrite an input; names it."""
+    protected = {file.resolve() for file in inputs}  # Links count as the files they point to.
+    for file in outputs:
+        if file.resolve() in protected:
+            raise ValueError(f"{file} is an input and would be overwritten; give another folder with --output_dir")
+
+
+class Failures:
+    """Inputs that give no result, so that the others go on.
+
+    Attributes: reasons: by the name of the input.
+    """
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, Exception] = {}
+
+    @contextlib.contextmanager
+    def around(self, name: Any) -> Iterator[None]:
+        """Around the work on one input: what is wrong with it is a warning that names it."""
+        try:
+            yield
+        except (OSError, ValueError, SyntaxError) as error:  # Pillow raises SyntaxError for broken PNG files.
+            logger.warning("%s is left out: %s", name, error)
+            self.reasons[str(name)] = error
+
+    def check(self, total: int) -> None:
+        """At the end. Raises: ValueError: some of `total` inputs gave no result; names the first five."""
+        if self.reasons:
+            names = [f"{name} ({reason})" for name, reason in self.reasons.items()]
+            more = f"; and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ValueError(f"{len(names)} of {total} files gave no result: {'; '.join(names[:5])}{more}")
