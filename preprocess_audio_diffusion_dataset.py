@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 from model.audio.lengths import latents_to_sequence
-from utils.checkpoints import lasting_name, resolve_checkpoint
+from utils.checkpoints import lasting_name, resolve_checkpoint, warn_of_former_data
 from utils.devices import compute_device
 from utils.generation.latents import load_vae, pin_vae, standardized_posterior, vae_fingerprint, warn_of_other_vae
-from utils.generation.text_encoder import caption_states, open_text_encoder, text_encoder_fingerprint
+from utils.generation.text_encoder import caption_states, lost_by_cut, open_text_encoder, text_encoder_fingerprint
 from utils.options import option
 from utils.preprocessing.audio_latents import AudioLatentsArguments, AudioLatentsPreprocess
 from utils.preprocessing.samples import Example
@@ -62,6 +62,7 @@ class AudioDiffusionPreprocess(AudioLatentsPreprocess):
         super().__init__(args, config.mel, compression=config.compression, vae_name=name)
         self.vae_fingerprint = vae_fingerprint(self.checkpoint)
         warn_of_other_vae(self.folder, self.vae_fingerprint)
+        warn_of_former_data(self.checkpoint)
         self.vae_speakers = config.speakers
         self.text_encoder = open_text_encoder(args.text_encoder, OTHER_ENCODER) if args.text_encoder else None
         self.text_fingerprint = text_encoder_fingerprint(self.text_encoder) if self.text_encoder else ""
@@ -85,6 +86,10 @@ class AudioDiffusionPreprocess(AudioLatentsPreprocess):
     def work(self, tasks):
         pin_vae(self.checkpoint, self.folder)  # A copy, as the VAE's own run may delete the checkpoint.
         return super().work(tasks)
+
+    def lost_text(self, entry: dict[str, Any]) -> str:
+        is_caption = self.args.conditioning == "caption"
+        return lost_by_cut(entry["caption"], self.args.max_tokens, self.text_encoder) if is_caption else ""
 
     @torch.inference_mode()
     def encode_batch(self, examples: list[Example]) -> list[dict[str, torch.Tensor]]:

@@ -19,7 +19,7 @@ import torch
 
 from dataset_loading.collators import collate_audio
 from model.audio.vae import AudioVAE
-from utils.checkpoints import lasting_name, resolve_checkpoint
+from utils.checkpoints import lasting_name, resolve_checkpoint, warn_of_former_data
 from utils.devices import compute_device
 from utils.generation.latents import load_vae, vae_fingerprint
 from utils.options import option
@@ -55,6 +55,7 @@ class AudioVocoderPreprocess(AudioPreprocess, BatchedPreprocess):
         self.vae_speakers: list[str] = []
         if args.through_vae:
             checkpoint = resolve_checkpoint(args.through_vae)
+            warn_of_former_data(checkpoint)
             self.vae = load_vae(checkpoint, args.vae_config, media="audio", needs_statistics=False)
             self.vae_settings = {"vae_fingerprint": vae_fingerprint(checkpoint), "bf16": args.bf16}
             self.vae_speakers = self.vae.config.speakers

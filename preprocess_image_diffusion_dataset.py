@@ -18,10 +18,10 @@ from PIL import Image
 
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, fit_image, to_float, to_tensor
 from model.text.tokenizer import encode_caption
-from utils.checkpoints import lasting_name, resolve_checkpoint
+from utils.checkpoints import lasting_name, resolve_checkpoint, warn_of_former_data
 from utils.devices import compute_device
 from utils.generation.latents import load_vae, pin_vae, standardized_posterior, vae_fingerprint, warn_of_other_vae
-from utils.generation.text_encoder import caption_states, open_text_encoder, text_encoder_fingerprint
+from utils.generation.text_encoder import caption_states, lost_by_cut, open_text_encoder, text_encoder_fingerprint
 from utils.options import option
 from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
 from utils.preprocessing.image import IMAGE_SETTINGS, ImageArguments, decode_source_image
@@ -63,6 +63,7 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
         self.checkpoint = resolve_checkpoint(args.vae_checkpoint)
         self.vae, self.vae_fingerprint = load_vae(self.checkpoint, args.vae_config), vae_fingerprint(self.checkpoint)
         warn_of_other_vae(self.folder, self.vae_fingerprint)
+        warn_of_former_data(self.checkpoint)
         self.text_encoder = open_text_encoder(args.text_encoder, NAME_ANOTHER) if args.text_encoder else None
         self.image_size = args.image_size or self.vae.config.image_size
 
@@ -111,6 +112,9 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
                 texts = [example.caption for example in examples]
                 columns["text_states"] = caption_states(self.text_encoder, texts, self.args.max_tokens)
         return [dict(zip(columns, row)) for row in zip(*columns.values())]  # Without the rows that filled the batch.
+
+    def lost_text(self, entry: dict[str, Any]) -> str:
+        return lost_by_cut(entry["caption"], self.args.max_tokens, self.text_encoder)
 
     def measure(self, tensors: dict[str, torch.Tensor]) -> dict[str, int | float]:
         return dict.fromkeys(("length", "tokens"), len(tensors["tokens"]))

@@ -35,7 +35,8 @@ class ImageDiffusionStage(DiffusionStage):
         return fit_to_latents(super().build_config(), self.latents, self.args.override, folder=self.cache_dir)
 
     def build_dataset(self, split, config):
-        return ImageLatentDataset(self.cache_dir, split)
+        dataset = ImageLatentDataset(self.cache_dir, split)
+        return dataset.expect_captions() if split == "train" else dataset
 
     def build_collator(self, config):
         return collate_captioned

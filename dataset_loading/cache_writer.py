@@ -31,8 +31,9 @@ from dataset_loading.locks import LOCK
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 10.0  # Between flushes of samples and journal to the disk.
-# Fields that not every entry of a folder has: those of parts, and those that earlier versions did not write.
-OPTIONAL_FIELDS = {"part", "parts", "bytes", "crc32", "offset", "duration", *CONTENT_FIELDS}
+# Fields that not every entry of a folder has: those of parts and of several captions, and those that earlier versions
+# did not write.
+OPTIONAL_FIELDS = {"part", "parts", "bytes", "crc32", "captions", "offset", "duration", *CONTENT_FIELDS}
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:

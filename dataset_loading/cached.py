@@ -9,6 +9,8 @@
 read while samples are added to it: the manifest names those that are whole.
 """
 
+import contextlib
+import logging
 import os
 import shlex
 from collections.abc import Mapping
@@ -19,8 +21,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset_loading.files import Record, read_manifest, shorten
+from dataset_loading.files import MANIFEST, Record, read_manifest, read_record, shorten
 from dataset_loading.integrity import TensorKinds, changed_bytes, wrong_content
+
+logger = logging.getLogger(__name__)
 
 MMAP_BYTES = 4 << 20  # Reading is faster than mapping below this size.
 IN_MEMORY_BYTES = 256 << 20  # A split whose files have fewer bytes together stays in memory once it is read.
@@ -51,6 +55,7 @@ class CachedDataset(Dataset):
         self.fingerprint: str = self.manifest["fingerprint"]
         self.settings_fingerprint: str = self.manifest.get("settings_fingerprint", self.fingerprint)
         self.check_kind()
+        warn_of_former_source(self.folder, self.manifest["settings"].get("made_from"))
         self.manifest.expect_types({"command": list, "entries": Record})
         for name, entries in self.manifest["entries"].items():
             self.check_entries(name, entries)
@@ -156,6 +161,21 @@ class CachedDataset(Dataset):
                 continue
             words += [f"--no_{name}" if value is False else flag] if isinstance(value, bool) else [flag, str(value)]
         return shlex.join(["python", *words])
+
+
+def warn_of_former_source(folder: Path, made_from: Mapping[str, str] | None) -> None:
+    """Log that the cache from which another one was made holds other files now.
+
+    Args: made_from: folder and fingerprint of the former; None: the samples come from raw files.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # It need not be there any more.
+        fingerprint = made_from and read_record(Path(made_from["folder"]) / MANIFEST, "").get("fingerprint")
+        if made_from and fingerprint != made_from["fingerprint"]:
+            logger.warning(
+                "%s was made from a former content of %s (fingerprint %s, now %s); the command that made it brings it "
+                "up to date",
+                *(folder, made_from["folder"], made_from["fingerprint"], fingerprint),
+            )
 
 
 def read_sample(path: Path, entry: Mapping[str, Any], *, kinds: TensorKinds | None, repair: str) -> dict[str, Tensor]:

@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
-from dataset_loading.files import digest_file
-from dataset_loading.sources import read_media
+from dataset_loading.files import digest_file, fingerprint
+from dataset_loading.sources import has_file, read_media
 from dataset_loading.walking import regular_state
 
 N_DIGITS = 32  # of the SHA-256 that are kept
@@ -38,7 +38,7 @@ def describe_content(media: Mapping[str, Any] | None) -> dict[str, Any]:
         no file, such as one of another cache.
     Raises: OSError: the file cannot be read, or the row has none.
     """
-    if media is None:
+    if not has_file(media):
         raise FileNotFoundError("the row has no file")
     if "digest" in media:
         return {DIGEST: media["digest"]}
@@ -60,7 +60,7 @@ def is_same_content(entry: Mapping[str, Any], media: Mapping[str, Any] | None) -
 
     Entries of earlier versions have no digest, so that it is not known.
     """
-    if DIGEST not in entry or media is None:
+    if DIGEST not in entry or not has_file(media):
         return False
     try:
         return not changes_of_state(entry, media) or describe_content(media)[DIGEST] == entry[DIGEST]
@@ -75,4 +75,14 @@ def changes_of_state(entry: Mapping[str, Any], media: Mapping[str, Any]) -> bool
 
 def present_state(media: Mapping[str, Any] | None) -> dict[str, int]:
     """Size and times of a raw file for an entry whose content is the same, where it is a file."""
-    return file_state(media) if media is not None and is_local(media) else {}
+    return file_state(media) if has_file(media) and is_local(media) else {}
+
+
+def digest_of_sample(entry: Mapping[str, Any]) -> dict[str, str]:
+    """`digest` of what a sample of a cache was made from, for one that is made of it: the raw file, and which copy and
+    part of it. {} where the cache does
+    not know that, so that the sample's own file counts."""
+    if DIGEST not in entry:
+        return {}
+    place = [entry[DIGEST], entry.get("offset"), entry.get("duration"), entry["copy"], entry.get("part", 0)]
+    return {"digest": fingerprint(place, n_digits=N_DIGITS)}

@@ -3,11 +3,13 @@
 Local layouts:
 
     folder/[train|validation|test/]**/*.png          files, with their parent folder as `label`
-    folder/[train|validation|test/]metadata.csv      columns file_name, text, ...; also metadata.jsonl and .parquet
+    folder/[train|validation|test/]metadata.csv      columns file_name, text, ...; also .tsv, .jsonl, .json, .parquet
     folder/metadata.csv                              next to split folders: file_name begins with the split's folder
-    folder/train.jsonl, folder/test.jsonl            one index per split; also .csv
+    folder/train.jsonl, folder/test.jsonl            one index per split, or shards (train-00); also .csv, .tsv, .json
     index.jsonl                                      an index alone
-    folder/metadata.csv with folder/wavs/            LJSpeech: lines `id|text|normalised text` without a header
+
+Texts that lie beside the files (`a.txt`, LibriSpeech, VCTK) and the tables of LJSpeech, Common Voice, NeMo and Whisper
+are read by `dataset_loading/layouts.py`.
 
 A table may name files of several kinds in columns `image` and `audio`; its rows are then known by their numbers, so
 that what comes from one row belongs together. A row whose cell is empty has no file of that kind.
@@ -18,26 +20,29 @@ turns the captions "None" and "null" into nothing, finds nothing in folders with
 `audiofolder` needs FFmpeg even for listing.
 """
 
-import csv
 import dataclasses
 import io
-import json
 import logging
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 import fsspec
 
+from dataset_loading.layouts import SideTexts, find_file, read_records, without_second_microphone
+from dataset_loading.left_out import LeftOut, survey_folder
 from dataset_loading.splits import SPLIT_NAMES, group_by_split, held_out_folders, is_held_out, split_of_name
 from dataset_loading.walking import is_outside, regular_state, walk
 
 logger = logging.getLogger(__name__)
 
 KINDS = ("image", "audio")  # Columns of files; a table with all of them has its rows named by number.
-INDEX_SUFFIXES = (".csv", ".jsonl", ".parquet")
-SPLIT_INDEX_SUFFIXES = (".csv", ".jsonl")  # A file train.parquet holds the samples themselves.
+INDEX_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+# Readers of the datasets package for single files, by kind of data and ending.
+FILE_BUILDERS = {(kind, ".parquet"): "parquet" for kind in KINDS}
+FILE_BUILDERS |= {("image", ".zip"): "imagefolder", ("audio", ".zip"): "audiofolder"}
+SPLIT_INDEX_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")  # A file train.parquet holds the samples themselves.
 
 
 @dataclasses.dataclass
@@ -53,6 +58,7 @@ class Source:
             a name where the row has one, or None where it has no file.
         root: folder that names are relative to; None for hub datasets.
         labels: names of the classes in columns that hold class numbers.
+        left_out: files of the folder that no sample is made of, by reason.
         has_named_rows: whether rows are known by their numbers, whatever files they have.
     """
 
@@ -63,6 +69,7 @@ class Source:
     rows: Any
     root: Path | None = None
     labels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
     has_named_rows: bool = False
 
     def __len__(self) -> int:
@@ -113,10 +120,11 @@ def open_source(
     path = Path(os.path.normpath(Path(name).expanduser()))
     # A layout of ours; other folders may still be what the datasets package knows.
     if path.exists():
+        regular_state(path)
         splits = find_splits(path, suffixes)
         if splits:
             return open_local(path, splits, split, kind=kind, suffixes=suffixes, allow_outside=allow_outside)
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in INDEX_SUFFIXES:
+    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in INDEX_SUFFIXES:
         raise FileNotFoundError(f"{name} does not exist")
     return open_with_datasets(name, split, kind, media=media, config=config)
 
@@ -127,11 +135,11 @@ def find_splits(path: Path, suffixes: Collection[str]) -> dict[str, Path]:
     Raises: ValueError: there are files of that kind next to the splits' folders.
     """
     if path.is_file():
-        return {"train": path} if path.suffix in SPLIT_INDEX_SUFFIXES else {}
+        return {"train": path} if path.suffix.lower() in SPLIT_INDEX_SUFFIXES else {}
     # Children named like a split, and other folders that hold files of the kind.
     splits, others = {}, []
     for child in sorted(path.iterdir()):
-        is_index = child.suffix in SPLIT_INDEX_SUFFIXES and child.is_file()
+        is_index = child.suffix.lower() in SPLIT_INDEX_SUFFIXES and child.is_file()
         split = split_of_name(child.stem) if is_index else SPLIT_NAMES.get(child.name.lower())
         if split and (child.is_dir() or is_index):
             splits.setdefault(split, child)
@@ -178,29 +186,41 @@ def open_local(
     """Open one split of a local layout."""
     # A folder whose folders say no split: perhaps the names of its files do.
     groups: dict[str, list[int]] = {}
+    left_out = LeftOut()
     if splits == {"train": path} and path.is_dir():
-        rows = read_folder(path, kind, suffixes)
+        rows, left_out = read_folder(path, kind, suffixes)
         groups = group_by_split([relative_path(row, kind, path) for row in rows], are_media=True)
     split = choose_split(str(path), split, list(groups or splits))
     root, shared_index = splits.get(split, path), find_index(path) if path.is_dir() else None
     # The rows of the split: from its own index, from that of the folder above, or from the files themselves.
     if groups:
+        logger.info("%s: splits by name: %s", path, {name: len(indices) for name, indices in groups.items()})
         rows = [rows[index] for index in groups[split]]
     elif root.is_file():
         shards = shards_of(root, split) if path.is_dir() else [root]
         rows, root = [row for shard in shards for row in read_metadata(shard, kind)], root.parent
     elif root != path and shared_index:
-        rows = read_metadata(shared_index, kind)
-        rows = [row for row in rows if row[kind]["path"] and Path(row[kind]["path"]).is_relative_to(root)]
+        rows = [row for row in read_metadata(shared_index, kind) if row[kind]["path"]]
+        rows = [row for row in rows if Path(row[kind]["path"]).is_relative_to(root)]
+        left_out = survey_folder(root, used=[row[kind]["path"] for row in rows], suffixes=suffixes)
     elif splits != {"train": path}:
-        rows = read_folder(root, kind, suffixes)
+        rows, left_out = read_folder(root, kind, suffixes)
     if split == "train" and not groups and root.is_dir():
         rows = without_held_out(rows, kind, root)
     check_inside(rows, kind, path if path.is_dir() else path.parent, allow_outside=allow_outside)
+    if root != path and splits.get(split, path).is_dir():
+        left_out.update("beside the folders of the splits", (file.name for file in files_beside(path, suffixes)))
     if not rows:
         raise FileNotFoundError(f"no {kind} files under {root}; known endings: {' '.join(sorted(suffixes))}")
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    return Source(f"{path.resolve()}:{split}", read_licence(path), kind, columns, rows, root)
+    return Source(f"{path.resolve()}:{split}", read_licence(path), kind, columns, rows, root, left_out=left_out)
+
+
+def files_beside(folder: Path, suffixes: Collection[str]) -> list[Path]:
+    """Files of a folder itself that have one of the endings, or one that is read nowhere; no tables, none hidden."""
+    children = [child for child in sorted(folder.iterdir()) if child.is_file() and not child.name.startswith(".")]
+    known = (*INDEX_SUFFIXES, ".txt", ".md", ".zip", "")
+    return [child for child in children if child.suffix.lower() in suffixes or child.suffix.lower() not in known]
 
 
 def relative_path(row: dict[str, Any], kind: str, folder: Path) -> str:
@@ -262,8 +282,8 @@ def choose_split(name: str, split: str, known: list[str]) -> str:
     raise ValueError(f"{name} {problem}; there is: {', '.join(known)}")
 
 
-def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> list[dict[str, Any]]:
-    """Rows of a folder's metadata files, or of its files where there is no metadata."""
+def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[list[dict[str, Any]], LeftOut]:
+    """Rows of a folder's metadata files, or of its files where there is no metadata; and what is left out."""
     files = list(walk(folder, suffixes))
     # Metadata files by their folder; of several in one folder the first in order of name counts.
     indices: dict[Path, Path] = {}
@@ -278,13 +298,16 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> list[dict
             logger.warning(
                 "%d files under %s are left out, no metadata names them: %s", len(unlisted), folder, unlisted[0]
             )
-        return rows
-    # Without metadata, the name of a file's folder is its class.
-    rows = []
+        return rows, survey_folder(folder, used={*listed, *indices.values()}, suffixes=suffixes)
+    # Without metadata, the name of a file's folder is its class, and texts may lie beside the files.
+    files, second = without_second_microphone(files)
+    texts, rows = SideTexts(folder, files), []
     for file in files:
         label = {"label": file.parent.name} if file.parent != folder else {}
-        rows.append({kind: {"path": os.path.normpath(file), "bytes": None}, **label})
-    return rows
+        rows.append({kind: {"path": os.path.normpath(file), "bytes": None}, **label, **texts.row_of(file)})
+    left_out = survey_folder(folder, used={*files, *second, *texts.used}, suffixes=suffixes)
+    left_out.update("second microphone of an utterance", (str(file.relative_to(folder)) for file in second))
+    return rows, left_out
 
 
 def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
@@ -293,8 +316,7 @@ def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
 
     Raises: ValueError: a line cannot be read, or names no file.
     """
-    # LJSpeech's index has the same name as a table with a header, so it is tried first.
-    records, rows = read_ljspeech(index) or read_records(index), []
+    records, rows, listings = list(read_records(index, kind)), [], {}
     columns = dict.fromkeys(column for record in records for column in record)
     has_all_kinds, may_lack = set(KINDS) <= set(columns), "file_name" not in columns and kind in columns
     for number, row in enumerate(records, start=1):
@@ -302,7 +324,7 @@ def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
         value = row.pop(column, None)
         if not (is_missing(value) and may_lack) and (not isinstance(value, str) or not value):
             raise ValueError(f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, columns))}")
-        path = None if is_missing(value) else os.path.normpath(index.parent / value)
+        path = None if is_missing(value) else find_file(index.parent, value, listings)
         named = {"row": str(index.parent / f"row-{number:08d}")} if has_all_kinds or path is None else {}
         rows.append({kind: {"path": path, "bytes": None, **named}, **row})
     return rows
@@ -311,55 +333,6 @@ def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
 def is_missing(value: Any) -> bool:
     """Whether a cell of a table is empty: nothing, blanks, or the NaN of data frames."""
     return value is None or value != value or (isinstance(value, str) and not value.strip())
-
-
-def read_records(index: Path) -> list[dict[str, Any]]:
-    """The rows of a .csv, .jsonl or .parquet file as dicts."""
-    if index.suffix == ".parquet":
-        from pyarrow import parquet
-
-        return parquet.read_table(index).to_pylist()
-    text = read_text(index)
-    if index.suffix == ".csv":
-        return list(csv.DictReader(io.StringIO(text)))
-    records = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{index}: line {number} is not JSON: {error}") from error
-    return records
-
-
-def read_text(index: Path) -> str:
-    """A UTF-8 file, with or without a byte order mark. Raises: ValueError: it is not UTF-8."""
-    try:
-        return index.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{index} is not UTF-8: {error}") from error
-
-
-def read_ljspeech(index: Path) -> list[dict[str, Any]]:
-    """The rows of an LJSpeech metadata.csv next to its folder wavs/, none for any other index.
-
-    Returns: `file_name`, `text` (the normalised text where there is one), `original_text`. Quotes mean nothing there.
-    Raises: ValueError: a line has no text.
-    """
-    if index.name != "metadata.csv" or not (index.parent / "wavs").is_dir():
-        return []
-    # Fields between bars, without a header; a table of the usual kind has "file_name" in its first line.
-    lines = [line for line in read_text(index).split("\n") if line.strip()]
-    if not lines or "|" not in lines[0] or "file_name" in lines[0]:
-        return []
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        name, *texts = line.rstrip("\r").split("|")
-        if not texts:
-            raise ValueError(f"{index}: line {number} must read id|text or id|text|normalised text: {line[:60]!r}")
-        file_name = f"wavs/{name}" if Path(name).suffix == ".wav" else f"wavs/{name}.wav"
-        rows.append({"file_name": file_name, "text": texts[-1] or texts[0], "original_text": texts[0]})
-    return rows
 
 
 def read_licence(folder: Path) -> str:
@@ -385,6 +358,8 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     try:
         if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
             loaded = datasets.load_from_disk(name)
+        elif builder := FILE_BUILDERS.get((kind, Path(name).suffix.lower())) if Path(name).is_file() else "":
+            loaded = datasets.load_dataset(builder, data_files={"train": name})
         else:
             loaded = datasets.load_dataset(name, config or None)
     except (OSError, ValueError, DatasetsError) as error:
@@ -394,8 +369,9 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     splits = {str(loaded.split or "train"): loaded} if isinstance(loaded, datasets.Dataset) else loaded
     split = choose_split(name, split, list(map(str, splits)))
     rows = splits[split]
-    # The column with the files, by its type.
+    # The column with the files, by its type; tables of other programs have bytes there, or structs with bytes.
     candidates = [column for column, type_of in rows.features.items() if isinstance(type_of, feature)]
+    candidates = candidates or [column for column, type_of in rows.features.items() if has_bytes(type_of)]
     if media and media not in rows.column_names:
         raise ValueError(f"--media_column={media!r} is no column of {name}; there is: {', '.join(rows.column_names)}")
     if not media and len(candidates) != 1:
@@ -412,6 +388,12 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     identity = f"{Path(name).resolve() if Path(name).exists() else name}{f'/{config}' if config else ''}:{split}"
     options = {"labels": labels, "has_named_rows": set(kind_of.values()) == set(KINDS)}
     return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, **options)
+
+
+def has_bytes(type_of: Any) -> bool:
+    """Whether a column of the `datasets` package holds files as bytes, or as structs with `bytes`."""
+    type_of = type_of.get("bytes") if isinstance(type_of, dict) else type_of
+    return getattr(type_of, "dtype", "") in ("binary", "large_binary")
 
 
 def read_media(media: dict[str, Any] | None) -> io.BytesIO:
@@ -431,17 +413,14 @@ def read_media(media: dict[str, Any] | None) -> io.BytesIO:
     return io.BytesIO(Path(media["path"]).read_bytes())
 
 
-def has_file(media: dict[str, Any] | None) -> bool:
-    """Whether a row has a file, in memory or by its path."""
-    return media is not None and (media.get("bytes") is not None or media.get("path") is not None)
-
-
 def open_media(media: dict[str, Any] | None) -> BinaryIO:
     """As `read_media`, but a file on disk is opened, and not read into memory."""
-    if not has_file(media):
-        return read_media(media)  # Raises.
-    assert media is not None
-    if media["bytes"] is not None or "://" in media["path"]:
+    if not has_file(media) or media["bytes"] is not None or "://" in media["path"]:
         return read_media(media)
     regular_state(media["path"])
     return open(media["path"], "rb")
+
+
+def has_file(media: Mapping[str, Any] | None) -> TypeGuard[dict[str, Any]]:
+    """Whether a row has a file, in memory or by its path."""
+    return media is not None and (media.get("bytes") is not None or media.get("path") is not None)

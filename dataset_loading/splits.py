@@ -11,7 +11,7 @@ import functools
 import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +23,7 @@ SPLIT_NAMES = {
 HELD_OUT = ("validation", "test")
 KEYWORD = "|".join(sorted(SPLIT_NAMES, key=len, reverse=True))
 ALONE = re.compile(rf"({KEYWORD})(?:[-._ \d]|of)*", re.IGNORECASE)  # But for numbers of shards, or a year.
+ENDINGS = re.compile(r"(\.(txt|md|rst|py|jsonl?|csv|tsv|parquet))?\.(gz|bz2|xz|zst|zip)$|\.[^.]*$", re.IGNORECASE)
 AMONG = re.compile(rf"(?:.*[-._ \d])?({KEYWORD})(?:[-._ \d].*)?", re.IGNORECASE)
 
 
@@ -55,7 +56,7 @@ def group_by_split(paths: Sequence[str], *, are_media: bool) -> dict[str, list[i
         are_media: images or recordings, whose own names count only where all of them name a split.
     Returns: indices of `paths` by split; {} where the names tell no splits apart.
     """
-    stems = [PurePosixPath(path).stem for path in paths]
+    stems = [ENDINGS.sub("", path.rpartition("/")[2]) for path in paths]
     splits = [split_of_folders(path) or ("" if are_media else split_of_name(stem)) for path, stem in zip(paths, stems)]
     # Words of names, where all of them name a split, and some are for training.
     words = []

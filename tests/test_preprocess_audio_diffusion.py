@@ -2,6 +2,7 @@
 
 # ruff: noqa: RUF001 (letters of phonetics)
 
+import json
 import re
 import shutil
 
@@ -13,6 +14,7 @@ from dataset_loading.audio.cached import AudioVAEDataset
 from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents
 from dataset_loading.cache_writer import save_tensors
 from dataset_loading.cached import CachedDataset
+from dataset_loading.files import read_record
 from model.audio.alignment import PhoneHMM, latents_at_frames
 from model.audio.speaker_aligners import SpeakerAligners
 from model.audio.spectral import MelSettings
@@ -130,6 +132,31 @@ def test_clips_that_cannot_be_used_are_named_with_reasons(mels, vae, tmp_path, c
     assert "9 mel frames are too few" in reasons[names[0]] and reasons[names[1]] == "empty text"
     assert "nothing to say" in reasons[names[2]] and "unknown symbols v ɪ ʒ" in reasons[names[3]]
     assert "4 clips left out" in caplog.text and names[0] in caplog.text
+
+
+def test_latents_follow_the_log_mels_that_they_were_made_from(mels, vae, tmp_path, caplog):
+    folder, out = shutil.copytree(mels, tmp_path / "mels"), tmp_path / "out"
+    manifest = read_record(folder / "manifest.json", "")
+    entries, former = manifest["entries"], manifest["fingerprint"]
+    make_audio_latents(folder, vae, out, "--conditioning", "caption")
+    stamps = {file.stem: file.stat().st_mtime_ns for file in out.rglob("*.pt")}
+    # One clip is another one, one is gone, and the cache says so.
+    changed, gone = entries["train"][1], entries["train"].pop()
+    file = folder / "train" / f"{changed['key']}.pt"
+    content = save_tensors(file, {"mel": torch.load(file)["mel"].flip(1)})
+    changed.update(content)
+    text = {**manifest, "entries": entries, "fingerprint": "updated", "settings_fingerprint": former}
+    (folder / "manifest.json").write_text(json.dumps(text))
+    CachedDataset(out, "train")
+    assert f"{out} was made from a former content of {folder} (fingerprint {former}, now updated)" in caplog.text
+    make_audio_latents(folder, vae, out, "--conditioning", "caption")
+    new = {file.stem: file.stat().st_mtime_ns for file in out.rglob("*.pt")}
+    assert stamps.keys() - new.keys() == {gone["key"]}
+    assert [key for key, stamp in new.items() if stamps[key] != stamp] == [changed["key"]]
+    assert "changed: 1" in caplog.text and "gone: 1" in caplog.text
+    caplog.clear()
+    CachedDataset(out, "train")
+    assert "former content" not in caplog.text
 
 
 def test_a_damaged_log_mel_is_named_with_the_command_that_writes_it_again(mels, vae, tmp_path, caplog):

@@ -135,7 +135,7 @@ def test_the_vae_stays_with_its_latents(raw, vae, image_cache, tmp_path, caplog)
         make_latents(raw, run, out, "--limit", "8", "--validation_fraction", "0")
     assert f"--vae_checkpoint {out / 'vae'}" in caplog.text
     second = make_latents(raw, out / "vae", out, "--limit", "8", "--validation_fraction", "0")
-    assert second["fingerprint"] == first["fingerprint"] and len(second["entries"]["train"]) == 8
+    assert second["settings_fingerprint"] == first["settings_fingerprint"] and len(second["entries"]["train"]) == 8
     assert vae_fingerprint(out / "vae") == vae_fingerprint(vae)
     assert {file.name for file in (out / "vae" / "checkpoint-4").iterdir()} == {
         *("COMPLETE.json", "README.md", "config.json", "ema.safetensors", "stage.json")

@@ -307,9 +307,27 @@ def data_of(checkpoint: Path) -> Path:
     recorded, fingerprint = Path(record["data"]["folder"]), record["data"]["fingerprint"].partition("+")[0]
     for place in places(recorded, checkpoint, record.get("working_directory", "")):
         with contextlib.suppress(OSError, ValueError):
-            if read_record(place / MANIFEST, "").get("fingerprint") == fingerprint:
+            manifest = read_record(place / MANIFEST, "")
+            # Earlier versions recorded the settings of a cache alone.
+            if fingerprint in (manifest.get("fingerprint"), manifest.get("settings_fingerprint")):
                 return place
     return recorded
+
+
+def warn_of_former_data(checkpoint: Path) -> None:
+    """Log that the data set on which a run was trained holds other files now: what was held out may be trained on."""
+    recorded = read_stage(checkpoint).get("data") or {}
+    if not {"folder", "fingerprint"} <= recorded.keys():
+        return
+    with contextlib.suppress(OSError, ValueError):  # The data set is not there, or not one of this version.
+        folder, former = data_of(checkpoint), recorded["fingerprint"].partition("+")[0]
+        manifest = read_record(folder / MANIFEST, "")
+        if former not in (manifest["fingerprint"], manifest.get("settings_fingerprint")):
+            logger.warning(
+                "%s was trained on a former content of %s (fingerprint %s, now %s); train it again if it is to know "
+                "the present one",
+                *(checkpoint, folder, former, manifest["fingerprint"]),
+            )
 
 
 # ---- Loading.

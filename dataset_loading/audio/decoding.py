@@ -8,6 +8,7 @@ import soundfile
 import torch
 from torch import Tensor
 
+from dataset_loading.audio.aac import without_av
 from dataset_loading.audio.containers import Section, SectionFile, find_sections
 from dataset_loading.sources import open_media
 
@@ -54,7 +55,7 @@ class AudioReader:
     """
 
     def __init__(self, media: dict[str, Any] | None):
-        self.file = open_media(media)
+        self.file = without_av(open_media(media))
         try:
             self.n_bytes = self.file.seek(0, 2)
             with self.open(Section(0, self.n_bytes)) as file:

@@ -48,7 +48,7 @@ class Levels:
 
 
 def read_recording(media: dict[str, Any] | None, sample_rate: int) -> Recording:
-    """Decode a file or a part of it, mix its channels and resample them, in memory that is bounded but for the result.
+    """Decode a file, mix its channels and resample them, in memory that is bounded but for the result.
 
     - Channels that cancel each other (one is inverted) are not mixed: the loudest one is taken, with a warning.
     - A constant offset that would count as sound (SILENCE_DB) is removed.
@@ -56,7 +56,7 @@ def read_recording(media: dict[str, Any] | None, sample_rate: int) -> Recording:
       its own peak is held.
 
     Args:
-        media: `{"path": ..., "bytes": ...}`, see `open_media`; with `offset` or `duration` a part of it.
+        media: `{"path": ..., "bytes": ...}`, see `open_media`.
         sample_rate: of the result, in Hz.
     Raises: OSError, ValueError: as `AudioReader`, or a few samples lie far beyond full scale and all others.
     """

@@ -15,6 +15,7 @@ from torch import Tensor
 from torchaudio.functional import bandreject_biquad, loudness
 from torchaudio.transforms import Resample
 
+from dataset_loading.audio.aac import AV_SUFFIXES
 from dataset_loading.files import replacing
 
 logger = logging.getLogger(__name__)
@@ -22,7 +23,7 @@ logger = logging.getLogger(__name__)
 # fmt: off
 AUDIO_SUFFIXES = frozenset((
     ".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".au", ".snd", ".caf", ".w64",
-    ".rf64", ".sph", ".nist", ".voc", ".avr", ".mat", ".sf", ".ircam",
+    ".rf64", ".sph", ".nist", ".voc", ".avr", ".mat", ".sf", ".ircam", *AV_SUFFIXES,
 ))
 # fmt: on
 LoudnessMeasure = Literal["active", "bs1770"]

@@ -1,12 +1,15 @@
 """The dataset of preprocessed latents and captions.  Z latent channels, y x latent rows and columns, T text tokens,
 E width of frozen text embeddings."""
 
+import logging
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from dataset_loading.cached import CachedDataset
+
+logger = logging.getLogger(__name__)
 
 
 class ImageLatentDataset(CachedDataset):
@@ -36,6 +39,22 @@ class ImageLatentDataset(CachedDataset):
         # Stored as float16 to halve the folder; models compute in float32.
         latents = {name: sample[name].float() for name in sample if name.endswith(("mean", "std"))}
         return {**sample, **latents, "tokens": sample["tokens"].long()}
+
+    def expect_captions(self) -> Self:
+        """Check that there are captions to train on; a share of empty ones is a warning.
+
+        Returns: this dataset.
+        Raises: ValueError: every caption is empty.
+        """
+        n_empty = sum(not entry["caption"].strip() for entry in self.entries)
+        if n_empty == len(self.entries):
+            raise ValueError(
+                f"all {n_empty} captions of {self.folder / self.split} are empty, so that a model would learn nothing "
+                f"of texts; name their column with --caption_column: {self.command()}"
+            )
+        if n_empty:
+            logger.warning("%s: %d of %d captions are empty", self.folder, n_empty, len(self.entries))
+        return self
 
     def expect(self, *, vae_checkpoint: str = "", **settings: Any) -> Self:
         """As `CachedDataset.expect`; `vae_checkpoint` is not compared, but named in the command that is shown."""

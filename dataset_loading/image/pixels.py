@@ -4,12 +4,14 @@ S is the side of the square images in a preprocessed folder.
 """
 
 import dataclasses
+import functools
+import io
 import math
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, ImageEnhance, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dataset_loading.cached import CachedDataset
@@ -22,6 +24,8 @@ IMAGE_SUFFIXES = frozenset((
 ))
 # fmt: on
 ResizeMode = Literal["crop", "pad", "squash"]
+MAX_PIXELS = 100_000_000  # Of an image as it is decoded; with a transparent background it takes 12 bytes a pixel.
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which no flag names.
 
 
 class ImageDataset(CachedDataset):
@@ -60,28 +64,43 @@ class TooSmallError(ValueError):
     """An image is intact, but smaller than the limit."""
 
 
+class TooLargeError(ValueError):
+    """An image is intact, but has more pixels than the limit."""
+
+
 def decode_image(
-    media: dict[str, Any] | None, background_color: str, *, enough: int = 0, min_side: int = 0
+    media: dict[str, Any] | None,
+    background_color: str,
+    *,
+    enough: int = 0,
+    min_side: int = 0,
+    max_pixels: int = MAX_PIXELS,
 ) -> Image.Image:
-    """Decode an image file of any mode to 8-bit RGB, upright, with transparency over the background colour.
+    """Decode an image file of any mode to 8-bit sRGB, upright, with transparency over the background colour.
 
     Args:
         media: `{"path": ..., "bytes": ...}`, see `read_media`.
         background_color: name or `#rrggbb`, which shows through transparent pixels.
         enough: a JPEG may be decoded at 1/2, 1/4 or 1/8 size while both sides keep as many pixels; 0: full size.
         min_side: images with a shorter side are refused, in pixels.
+        max_pixels: images that have more, as they are decoded, are refused.
     Raises:
-        TooSmallError: see `min_side`.
+        TooSmallError, TooLargeError: see `min_side`, `max_pixels`.
         OSError, ValueError: the file is missing, damaged, or no image; the message says which.
     """
     buffer = read_media(media)
     try:
-        image = Image.open(buffer)  # Reads the header alone, so that small images are not decoded.
+        image = Image.open(buffer)  # Reads the header alone, so that small and large images are not decoded.
         if min(image.size) < min_side:
             raise TooSmallError(f"{image.width}x{image.height} pixels, the shorter side is under {min_side}")
         if enough and image.format == "JPEG":
             # The JPEG decoder scales by powers of two almost for free.
             image.draft(None, (enough, enough))
+        if image.width * image.height > max_pixels:
+            raise TooLargeError(
+                f"{image.width}x{image.height} pixels are more than max_image_pixels={max_pixels}; make the image "
+                "smaller, or allow more with --max_image_pixels in preprocessing"
+            )
         image.load()
         image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
@@ -90,24 +109,77 @@ def decode_image(
         raise
     except Exception as error:  # Pillow's readers let all kinds of errors through.
         raise ValueError(f"damaged image: {error!r}") from error
-    # Any mode to 8-bit RGB; transparency is composited in RGBA.
-    if image.mode.startswith("I"):
-        image = from_16_bit(image)
     if image.mode == "F":
         raise ValueError("32-bit float pixels have no defined white")
+    # Any mode to 8-bit sRGB; transparency is composited in RGBA.
+    profile = image.info.get("icc_profile")
+    image = to_8_bit(image)
+    if profile and not is_srgb(profile):
+        image = to_srgb(image, profile)
     if image.has_transparency_data:
         background = Image.new("RGBA", image.size, ImageColor.getrgb(background_color))
         image = Image.alpha_composite(background, image.convert("RGBA"))
     return image.convert("RGB")
 
 
-def from_16_bit(image: Image.Image) -> Image.Image:
-    """A grey image of 16 bits per pixel as 8 bits, 65535 becoming 255."""
+def check_color(flag: str, color: str) -> None:
+    """Raises: ValueError: a flag names no known color."""
+    try:
+        ImageColor.getrgb(color)
+    except ValueError as error:
+        raise ValueError(f"--{flag}={color!r}: {error}") from error
+
+
+def to_8_bit(image: Image.Image) -> Image.Image:
+    """An image of up to 16 bits per channel in 8 bits, 65535 becoming 255; its transparent grey becomes a channel."""
+    transparent = image.info.get("transparency")
+    if not image.mode.startswith("I"):
+        # Pillow keeps the upper 8 of 16 bits of the pixels, but all of the transparent colour's.
+        if isinstance(transparent, tuple) and max(transparent) > 255:
+            image.info["transparency"] = tuple(value >> 8 for value in transparent)
+        return image
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
         raise ValueError(f"32-bit pixels in [{pixels.min()}, {pixels.max()}] have no defined white")
     # 65535 = 255 * 257, so this rounds to the nearest of 256 levels.
-    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    grey = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    if not isinstance(transparent, int):
+        return grey
+    return Image.merge("LA", (grey, Image.fromarray(np.where(pixels == transparent, 0, 255).astype(np.uint8))))
+
+
+# ---- Colour profiles.
+
+
+@functools.lru_cache(maxsize=64)
+def is_srgb(profile: bytes) -> bool:
+    """Whether an ICC profile calls itself sRGB; so does one that cannot be read, which is ignored."""
+    try:
+        description = ImageCms.getProfileDescription(ImageCms.getOpenProfile(io.BytesIO(profile)))
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return True
+    return "sRGB" in description
+
+
+@functools.lru_cache(maxsize=16)
+def srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    """From a profile's colours of one mode to sRGB, relative to white."""
+    source = ImageCms.getOpenProfile(io.BytesIO(profile))
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+
+
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """The colours of an image in sRGB, its transparency kept; unchanged where the profile is for other colours."""
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    mode = image.mode if image.mode in ("L", "RGB", "CMYK") else "L" if image.mode in ("1", "LA") else "RGB"
+    try:
+        converted = ImageCms.applyTransform(image.convert(mode), srgb_transform(profile, mode))
+    except ImageCms.PyCMSError:  # Such as a profile of RGB in a grey image.
+        return image
+    assert converted is not None, "a new image, since it is not changed in place"
+    if alpha:
+        converted.putalpha(alpha)
+    return converted
 
 
 # ---- Geometry.

@@ -1,7 +1,8 @@
 """Raw text: documents out of text files, tables with a text column, and hub datasets, read one by one.
 
     notes.txt, book.md, code.py, folder/**/*.txt     a document per file
-    rows.jsonl, rows.csv, rows.parquet, folders      a document per row, the column `text`
+    rows.jsonl, .json, .csv, .tsv, .parquet, folders a document per row, the column `text`
+    notes.txt.gz, rows.jsonl.zst, ...                the same, compressed
     anything else                                    the name of a hub dataset, read by the `datasets` package
     python-topics                                    the help texts that Python carries with it (0.4 MB)
 
@@ -9,38 +10,49 @@ What cannot be read is handed out as a document with a problem, so that one brok
 changed: no stripping, no Unicode normalisation, line endings as they are; only a byte order mark is dropped.
 """
 
-import csv
 import dataclasses
-import json
 import logging
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dataset_loading.files import fingerprint, fingerprint_of_bytes
+from dataset_loading.left_out import LeftOut, survey_folder
 from dataset_loading.sources import choose_split, find_splits, read_licence
 from dataset_loading.splits import SPLIT_NAMES, group_by_split
+from dataset_loading.tables import (
+    JSON_SUFFIXES,
+    OPENERS,
+    TABLE_SUFFIXES,
+    DamagedFileError,
+    damages,
+    iterate_table,
+    read_text,
+    suffix_of,
+    table_columns,
+)
 from dataset_loading.text.digests import Digests
-from dataset_loading.walking import walk
+from dataset_loading.walking import regular_state, walk
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "python-topics"
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-TABLE_SUFFIXES = (".jsonl", ".csv", ".parquet")
 EMPTY = "empty"  # The problem of a blank document, which is no mistake of the source.
-CELL_BYTES = 1 << 30  # The csv module refuses cells above 128 KiB by default.
 SEPARATORS = (b"\n\n", b"\n\r\n", b"\n", b" ")  # Where a long document is cut: the first that is found.
 
 
 @dataclasses.dataclass
 class Document:
-    """A text with a name that does not depend on the machine; `problem` says why there is none."""
+    """A text with a name that does not depend on the machine; `problem` says why there is none, and `is_file` that it
+    is the problem of a whole file, of which further documents are lost."""
 
     key: str
     text: str
     problem: str = ""
+    is_file: bool = False
 
 
 @dataclasses.dataclass
@@ -52,12 +64,16 @@ class TextSource:
         licence: the first line of its licence, `""` where unknown.
         read: begins to read from the start.
         splits: names of all splits that the same file, folder or hub dataset has; none where there are no splits.
+        n_files: local files that are read.
+        left_out: files of the folder that are not read, by reason.
     """
 
     identity: str
     licence: str
     read: Callable[[], Iterator[Document]]
     splits: Sequence[str] = ()
+    n_files: int = 0
+    left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
 
 
 def open_text(
@@ -86,21 +102,27 @@ def open_text(
     path = Path(name).expanduser()
     known = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
     if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in known:
+        if name.startswith((".", "/", "~")) or name.count("/") > 1 or suffix_of(path) in known:
             raise FileNotFoundError(f"{name} does not exist")
         return open_hub(name, split, text_column=text_column, config=config)
+    regular_state(path)
     files = [path] if path.is_file() else list_files(path, split)
-    if not files or (path.is_file() and path.suffix.lower() not in known):
-        raise FileNotFoundError(f"{name} holds no text; known endings: {' '.join(known)}")
+    if not files or (path.is_file() and suffix_of(path) not in known):
+        endings = f"{' '.join(known)}, also with {' '.join(OPENERS)}"
+        raise FileNotFoundError(f"{name} holds no text; known endings: {endings}")
     # Columns are checked now, so that a wrong one is an error at the start; texts are read when they are needed.
     root = path if path.is_dir() else path.parent
     for file in files:
         check_column(file, text_column)
     digest = digest_files(root, files, digests or Digests())
-    splits = list(split_files(path)) if path.is_dir() else ()
-    return TextSource(
-        f"{path.resolve().name}@{digest}", read_licence(path), lambda: read_files(root, files, text_column), splits
-    )
+    splits = split_files(path) if path.is_dir() else {}
+    if len(splits) > 1:
+        logger.info("%s: splits by name: %s", path, {name: len(own) for name, own in splits.items()})
+    others = [file for name, own in splits.items() if name != split for file in own]
+    left_out = survey_folder(path, used=[*files, *others], suffixes=()) if path.is_dir() else LeftOut()
+    identity, licence = f"{path.resolve().name}@{digest}", read_licence(path)
+    read = partial(read_files, root, files, text_column)
+    return TextSource(identity, licence, read, list(splits), n_files=len(files), left_out=left_out)
 
 
 def find_validation_split(source: TextSource, split: str) -> str:
@@ -119,12 +141,12 @@ def list_files(folder: Path, split: str) -> list[Path]:
 def split_files(folder: Path) -> dict[str, list[Path]]:
     """The files of a folder by split, all of them as `train` where no name says a split; licences at its top are left
     out. Splits without files are not there."""
-    known = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
-    find_splits(folder, known)  # Raises where folders of splits and others are mixed.
+    find_splits(folder, (*TEXT_SUFFIXES, *TABLE_SUFFIXES))  # Raises where folders of splits and others are mixed.
     files = [
         file
-        for file in walk(folder, known)
-        if file.parent != folder or not file.name.upper().startswith(("LICENSE", "LICENCE"))
+        for file in walk(folder, {*TEXT_SUFFIXES, *TABLE_SUFFIXES, *OPENERS})
+        if suffix_of(file) in (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
+        and (file.parent != folder or not file.name.upper().startswith(("LICENSE", "LICENCE")))
     ]
     groups = group_by_split([file.relative_to(folder).as_posix() for file in files], are_media=False)
     splits = {split: [files[index] for index in indices] for split, indices in groups.items()} or {"train": files}
@@ -133,9 +155,12 @@ def split_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def tables_or_texts(root: Path, files: list[Path]) -> list[Path]:
-    """Tables hold the texts, if there are any; text files next to them are notes about the data."""
-    tables = [file for file in files if file.suffix.lower() in TABLE_SUFFIXES]
-    texts = [file for file in files if file.suffix.lower() not in TABLE_SUFFIXES]
+    """Tables hold the texts, if there are any; text files next to them are notes about the data, .json files next to
+    text files settings."""
+    tables = [file for file in files if suffix_of(file) in TABLE_SUFFIXES]
+    texts = [file for file in files if suffix_of(file) in TEXT_SUFFIXES]
+    if texts:
+        tables = [file for file in tables if suffix_of(file) != ".json"]
     if tables and texts:
         logger.warning(
             "%s has tables and %d text files; the text files are left out: %s", root, len(texts), texts[0].name
@@ -155,15 +180,13 @@ def name_of(root: Path, file: Path) -> str:
 
 
 def check_column(file: Path, column: str) -> None:
-    """Raises: ValueError: a .csv or .parquet file lacks the column. Rows of a .jsonl file are checked one by one."""
-    if file.suffix.lower() == ".csv":
-        with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
-            columns = next(csv.reader(opened), [])
-    elif file.suffix.lower() == ".parquet":
-        from pyarrow import parquet
-
-        columns = parquet.read_schema(file).names
-    else:
+    """Raises: ValueError: a .csv, .tsv or .parquet file lacks the column. Rows of JSON are checked one by one."""
+    if suffix_of(file) not in TABLE_SUFFIXES or suffix_of(file) in JSON_SUFFIXES:
+        return
+    try:
+        columns = table_columns(file, [column])
+    except (OSError, EOFError, *damages()) as error:
+        logger.warning("%s is damaged: %s", file, error)  # It is counted when it is read.
         return
     if column not in columns:
         raise ValueError(f"text_column={column!r} is no column of {file}; there is: {', '.join(columns) or 'none'}")
@@ -171,12 +194,10 @@ def check_column(file: Path, column: str) -> None:
 
 def read_files(root: Path, files: list[Path], column: str) -> Iterator[Document]:
     """The documents of text files and tables."""
-    readers = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
     for file in files:
         name = name_of(root, file)
-        if reader := readers.get(file.suffix.lower()):
-            for number, value in enumerate(reader(file, column), start=1):
-                yield document(f"{name}:{number}", value)
+        if suffix_of(file) in TABLE_SUFFIXES:
+            yield from read_rows(name, file, column)
         else:
             yield read_text_file(name, file)
 
@@ -184,9 +205,23 @@ def read_files(root: Path, files: list[Path], column: str) -> Iterator[Document]
 def read_text_file(name: str, file: Path) -> Document:
     """One file as one document."""
     try:
-        return document(name, file.read_bytes().decode("utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        return Document(name, "", f"not UTF-8: {error}" if isinstance(error, UnicodeDecodeError) else str(error))
+        return document(name, read_text(file))
+    except (OSError, EOFError, ValueError, *damages()) as error:
+        return Document(name, "", str(error) or type(error).__name__)
+
+
+def read_rows(name: str, file: Path, column: str) -> Iterator[Document]:
+    """The documents of a table, one per row, named by their number."""
+    number = 0
+    try:
+        for number, (_, row) in enumerate(iterate_table(file, [column]), start=1):
+            if isinstance(row, dict) and column not in row:
+                row = {column: ValueError(f"no {column!r}; there is: {', '.join(row)}")}
+            value = row[column] if isinstance(row, dict) else row
+            is_file = isinstance(row, DamagedFileError)
+            yield dataclasses.replace(document(f"{name}:{number}", value), is_file=is_file)
+    except OSError as error:
+        yield Document(f"{name}:{number + 1}", "", str(error), is_file=True)
 
 
 def document(key: str, value: Any) -> Document:
@@ -197,53 +232,9 @@ def document(key: str, value: Any) -> Document:
         return Document(key, "", EMPTY)
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # Lone surrogates; those of a .jsonl or .csv file stand for bytes.
+    except UnicodeEncodeError as error:  # Lone surrogates; those of a table stand for bytes.
         return Document(key, "", f"not UTF-8: {error}")
     return Document(key, value)
-
-
-def read_jsonl(file: Path, column: str) -> Iterator[Any]:
-    """The column's value of every line that is not blank, or a ValueError as a value."""
-    # Surrogates stand for bytes that are not UTF-8, so that one bad line does not end the reading.
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as lines:
-        for line in lines:
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                yield ValueError(f"not JSON: {error}")
-                continue
-            if isinstance(row, dict) and column in row:
-                yield row[column]
-            else:
-                columns = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                yield ValueError(f"no {column!r}; there is: {columns}")
-
-
-def read_csv(file: Path, column: str) -> Iterator[Any]:
-    """The column's value of every row, None where the row is short. Raises: ValueError: the table cannot be read."""
-    csv.field_size_limit(CELL_BYTES)
-    with open(file, encoding="utf-8-sig", errors="surrogateescape", newline="") as opened:
-        reader = csv.DictReader(opened)
-        try:
-            for row in reader:
-                yield row[column]
-        except csv.Error as error:
-            raise ValueError(f"{file}: line {reader.line_num} cannot be read as CSV: {error}") from error
-
-
-def read_parquet(file: Path, column: str) -> Iterator[Any]:
-    """The column's value of every row, a few hundred rows in memory at a time."""
-    from pyarrow import parquet
-
-    with parquet.ParquetFile(file) as table:
-        for batch in table.iter_batches(batch_size=256, columns=[column]):
-            for value in batch.column(0):
-                try:
-                    yield value.as_py()
-                except UnicodeDecodeError as error:
-                    yield ValueError(f"not UTF-8: {error}")
 
 
 def open_hub(name: str, split: str, *, text_column: str = "text", config: str = "") -> TextSource:

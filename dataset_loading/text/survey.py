@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dataset_loading.left_out import LeftOut
 from dataset_loading.text.sources import EMPTY, Document, TextSource, cut_document
 
 logger = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ class Survey:
         n_empty: those that are blank.
         n_broken: those that cannot be read, or are no text.
         broken: the first thousand of these, with the reason.
+        n_broken_files: tables that cannot be read from some line on; each counts as one of the broken documents.
+        left_out: documents that are left out by reason, and files of the sources that are not read.
         n_bytes: UTF-8 bytes of the documents that are kept.
         duplicates: numbers of the documents that equal an earlier one.
         splits: index in SPLITS of every document that is kept, in order, (number of documents,) uint8.
@@ -80,6 +83,8 @@ class Survey:
     n_read: int = 0
     n_empty: int = 0
     n_broken: int = 0
+    n_broken_files: int = 0
+    left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
     n_bytes: int = 0
     broken: list[dict[str, str]] = dataclasses.field(default_factory=list)
     duplicates: set[int] = dataclasses.field(default_factory=set)
@@ -101,12 +106,20 @@ def survey_documents(corpus: Corpus, rules: Rules) -> Survey:
     Raises: ValueError: too many documents are broken, or none is left for training, or none to be held out.
     """
     survey = survey_once(corpus, rules, is_cut=False)
-    check_broken(survey, rules)
+    check_broken(survey, rules, corpus)
     # Few documents, such as one book, are cut into parts, so that validation is more than one of them.
     is_held_out = rules.validation_fraction > 0 and not corpus.validation
-    if is_held_out and len(survey.splits) * rules.validation_fraction < FEWEST_DOCUMENTS:
+    may_cut = is_held_out and rules.document_bytes > 0
+    if may_cut and len(survey.splits) * rules.validation_fraction < FEWEST_DOCUMENTS:
         cut = survey_once(corpus, rules, is_cut=True)
-        survey = cut if len(cut.splits) > len(survey.splits) else survey
+        if len(cut.splits) > len(survey.splits):
+            n_documents, survey = len(survey.splits), cut
+            logger.warning(
+                "%d documents are too few to hold %d of them out: they are cut into %d parts of about %d bytes, each "
+                "a document of its own, and parts of the same one are in both splits; --document_bytes sets the size, "
+                "0 keeps documents whole, --validation_dataset names held-out texts",
+                *(n_documents, FEWEST_DOCUMENTS, len(survey.splits), rules.document_bytes),
+            )
 
     # Neither split may be empty.
     if not (survey.splits == 0).any():
@@ -123,22 +136,25 @@ def survey_documents(corpus: Corpus, rules: Rules) -> Survey:
             f"too little text: {survey.n_bytes} bytes in 1 document, of which no part can be held out "
             f"(document_bytes={rules.document_bytes}); add text or give --validation_dataset"
         )
-    if survey.n_empty:
-        logger.info("%d of %d documents are empty and left out", survey.n_empty, survey.n_read)
     return survey
 
 
 def survey_once(corpus: Corpus, rules: Rules, *, is_cut: bool) -> Survey:
     """One reading of everything."""
     survey, seen, hashes, splits = Survey(is_cut), set(), array.array("Q"), bytearray()
+    for _, source in corpus:
+        survey.left_out.merge(source.left_out)
     for number, (document, split) in enumerate(read_documents(corpus, rules, is_cut)):
         survey.n_read = number + 1
         # Blank and broken documents are counted and left out.
         if document.problem == EMPTY:
             survey.n_empty += 1
+            survey.left_out.add("empty", document.key)
             continue
         if document.problem:
             survey.n_broken += 1
+            survey.n_broken_files += document.is_file
+            survey.left_out.add("unreadable, or no text", document.key)
             if survey.n_broken <= REPORTED:
                 survey.broken.append({"source": document.key, "reason": document.problem})
             continue
@@ -146,6 +162,7 @@ def survey_once(corpus: Corpus, rules: Rules, *, is_cut: bool) -> Survey:
         digest = text_digest(document.text, rules.seed)
         if not rules.keep_duplicates and digest in seen:
             survey.duplicates.add(number)
+            survey.left_out.add("equal to an earlier one, as --keep_duplicates is not given", document.key)
             continue
         seen.add(digest)
         hashes.append(int.from_bytes(digest[:8], "big"))
@@ -171,16 +188,21 @@ def smallest(hashes: np.ndarray, fraction: float) -> np.ndarray:
     return hashes <= np.partition(hashes, n - 1)[n - 1]
 
 
-def check_broken(survey: Survey, rules: Rules) -> None:
-    """Raises: ValueError: more of the documents that are not empty are broken than allowed; names the first five."""
-    n_read = survey.n_read - survey.n_empty
-    if survey.n_broken > rules.max_broken_fraction * n_read:
-        shown = "; ".join(f"{entry['source']} ({entry['reason']})" for entry in survey.broken[:5])
-        more = f"; and {survey.n_broken - 5} more" if survey.n_broken > 5 else ""
-        raise ValueError(
-            f"{survey.n_broken} of {n_read} documents have no text, more than --max_broken_fraction="
-            f"{rules.max_broken_fraction}: {shown}{more}. Repair or remove them, or allow more"
-        )
+def check_broken(survey: Survey, rules: Rules, corpus: Corpus) -> None:
+    """Raises: ValueError: more of the documents that are not empty, or of the files, are broken than allowed; names
+    the first five."""
+    # A table that is cut off is one broken document, but it takes others with it: files are counted, too.
+    n_files = sum(source.n_files for _, source in corpus)
+    counts = {"documents": (survey.n_broken, survey.n_read - survey.n_empty)}
+    counts["files"] = survey.n_broken_files, n_files
+    for kind, (n_broken, n_read) in counts.items():
+        if n_broken > rules.max_broken_fraction * n_read:
+            shown = "; ".join(f"{entry['source']} ({entry['reason']})" for entry in survey.broken[:5])
+            more = f"; and {survey.n_broken - 5} more" if survey.n_broken > 5 else ""
+            raise ValueError(
+                f"{n_broken} of {n_read} {kind} have no text, more than --max_broken_fraction="
+                f"{rules.max_broken_fraction}: {shown}{more}. Repair or remove them, or allow more"
+            )
 
 
 def describe_cut(survey: Survey, rules: Rules) -> dict[str, Any] | None:

@@ -28,6 +28,16 @@ PARALLEL, OURS = "TOKENIZERS_PARALLELISM", "off"  # Users write "false" or "0".
 IMPORTED_IN = os.getpid()
 
 
+TOKENIZER_FILE = "tokenizer.json"
+# Usual names of special tokens, by the argument of transformers' tokenizers.
+SPECIAL_NAMES = {
+    "bos_token": (BOS, "<s>", "<|begin_of_text|>", "<|startoftext|>", "<|endoftext|>", "[CLS]", "[BOS]"),
+    "eos_token": (EOS, "</s>", "<|end_of_text|>", "<|endoftext|>", "[SEP]", "[EOS]"),
+    "pad_token": (PAD, "[PAD]", "<|pad|>"),
+    "unk_token": ("<unk>", "[UNK]"),
+}
+
+
 class DocumentEnds(NamedTuple):
     """The ids of the first and the last token of a document."""
 
@@ -103,15 +113,21 @@ def byte_characters() -> list[str]:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer by folder or hub name.
+    """A fast tokenizer by folder, by its file tokenizer.json, or by hub name.
 
     Raises:
         FileNotFoundError: there is none of that name.
         ValueError: it is not a fast one, or has neither an end-of-text nor a beginning-of-text token.
     """
     path = Path(name).expanduser()
+    # A file alone does not say which tokens begin and end a text; with the files beside it, its folder is loaded.
+    is_alone = path.is_file() and not (path.parent / "tokenizer_config.json").is_file()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path) if path.is_dir() else name)
+        if is_alone or (path.is_dir() and [file.name for file in path.glob("*.json")] == [TOKENIZER_FILE]):
+            tokenizer = from_file(path if path.is_file() else path / TOKENIZER_FILE)
+        else:
+            place = path.parent if path.is_file() else path
+            tokenizer = AutoTokenizer.from_pretrained(str(place) if path.exists() else name)
     except Exception as error:  # A damaged tokenizer.json raises errors of many types.
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
@@ -123,6 +139,21 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
         )
     document_ends(tokenizer)
     return tokenizer
+
+
+def from_file(file: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a tokenizer.json alone, with the usual names of the tokens that begin, end and pad a text."""
+    backend = Tokenizer.from_file(str(file))
+    names = {
+        kind: next((name for name in names if backend.token_to_id(name) is not None), None)
+        for kind, names in SPECIAL_NAMES.items()
+    }
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        clean_up_tokenization_spaces=False,
+        model_max_length=NO_LIMIT,
+        **{kind: name for kind, name in names.items() if name},
+    )
 
 
 def document_ends(tokenizer: PreTrainedTokenizerFast) -> DocumentEnds:

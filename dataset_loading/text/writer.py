@@ -92,7 +92,8 @@ def prepare_text(
             depends neither on order nor on names, and equal texts are never on both sides. None: the validation split
             of the source itself where it has one, else 0.05. 0: no validation.
         keep_duplicates: keep documents that equal an earlier one; otherwise only the first is kept.
-        document_bytes: size into which long documents are cut where validation would have fewer than 10 documents.
+        document_bytes: size into which long documents are cut where validation would have fewer than 10 documents,
+            with a warning; 0: they are not cut.
         tokenizer_sample_bytes: maximum of training text that "bpe" sees, documents chosen by their hashes.
         max_broken_fraction: share of raw documents that may be unreadable or no text; blank ones do not count, they
             are left out.
@@ -167,8 +168,8 @@ def check_rules(rules: Rules) -> None:
         raise ValueError(f"validation_fraction={rules.validation_fraction} must be in [0, 1)")
     if not 0 <= rules.max_broken_fraction <= 1:
         raise ValueError(f"max_broken_fraction={rules.max_broken_fraction} must be in [0, 1]")
-    if rules.document_bytes < 64:
-        raise ValueError(f"document_bytes={rules.document_bytes} must be >= 64")
+    if rules.document_bytes < 64 and rules.document_bytes:
+        raise ValueError(f"document_bytes={rules.document_bytes} must be >= 64, or 0: documents are not cut")
     if rules.limit == 0:
         raise ValueError("limit=0 reads nothing; give a positive number, or -1 for all")
 
@@ -298,14 +299,17 @@ def write_folder(
             "n_empty": survey.n_empty,
             "n_broken": survey.n_broken,
             "broken": survey.broken,
+            "left_out": survey.left_out.as_dict(),
             "licence": corpus.training.licence,
             "packages": {name: version(name) for name in PACKAGES},
         }
         content = json.dumps(manifest, indent=1, ensure_ascii=False).removesuffix("\n}")
         replace_file(temporary / MANIFEST, with_digest(content.encode("utf-8", "backslashreplace")), sync=True)
     logger.info("%s: %s in %.1f s", folder, json.dumps(written.totals), time.perf_counter() - started)
-    if survey.n_broken:
-        logger.warning("%d documents have no text, see %s", survey.n_broken, folder / MANIFEST)
+    if pieces and not pieces["is_exact"]:
+        logger.warning("%d long documents were encoded in pieces: %s", pieces["documents"], pieces["reason"])
+    if survey.left_out:
+        logger.warning("left out: %s; see %s", survey.left_out, folder / MANIFEST)
 
 
 def describe_pieces(n_documents: int, tokenizer: str) -> dict[str, Any] | None:

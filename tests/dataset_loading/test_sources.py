@@ -125,7 +125,7 @@ def test_wrong_folders_say_what_is_there(tmp_path, image, files, split, error, m
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("metadata.csv", "path,text\na.png,A\n", "row 1 has no 'file_name'; its columns: path, text"),
+        ("metadata.csv", "place,text\na.png,A\n", "row 1 has no 'file_name'; its columns: place, text"),
         ("metadata.csv", "file_name,text\na.png,A\n,B\n", "row 2 has no 'file_name'"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{"file', "line 2 is not JSON"),
     ],

@@ -19,6 +19,7 @@ from utils.checkpoints import (
     read_stage,
     resolve_checkpoint,
     rotate,
+    warn_of_former_data,
     without_copies,
     write_card,
     write_json,
@@ -223,6 +224,27 @@ def test_data_that_moved_with_its_run_is_found_from_any_working_folder(tmp_path,
     assert data_of(folder) == cache
     (cache / "manifest.json").write_text('{"fingerprint": "rebuilt"}')
     assert str(data_of(folder)) == recorded
+
+
+def test_a_run_on_a_former_content_of_its_data_is_told(tmp_path, caplog):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    folder = checkpoint(tmp_path / "runs" / "demo", 4, data={"folder": str(cache), "fingerprint": "a+b"})
+    for manifest, is_told in (
+        ({"fingerprint": "a"}, False),
+        ({"fingerprint": "new", "settings_fingerprint": "a"}, False),  # A run of an earlier version.
+        ({"fingerprint": "new", "settings_fingerprint": "s"}, True),
+    ):
+        write_json(cache / "manifest.json", manifest)
+        caplog.clear()
+        warn_of_former_data(folder)
+        assert (
+            f"{folder} was trained on a former content of {cache} (fingerprint a, now new)" in caplog.text
+        ) == is_told
+    (cache / "manifest.json").unlink()
+    caplog.clear()
+    warn_of_former_data(folder), warn_of_former_data(checkpoint(tmp_path / "runs" / "other", 4))
+    assert not caplog.text
 
 
 def test_the_line_of_the_card_loads_the_averaged_weights(model_folder):

@@ -17,7 +17,9 @@ from rich.console import RenderableType
 from torch.utils.tensorboard import SummaryWriter
 
 from dataset_loading.audio.signal import save_waveform
-from dataset_loading.image.pixels import ResizeMode
+from dataset_loading.files import read_manifest
+from dataset_loading.image.folder import ImageFolderDataset
+from dataset_loading.image.pixels import ResizeMode, check_color
 from utils.checkpoints import WeightsKind, chosen_weights, data_of, load_model, read_stage, step_of
 from utils.devices import compute_device
 from utils.drawing.images import save_image
@@ -80,9 +82,20 @@ class ImageEvaluationArguments(ContactSheetArguments, BatchedEvaluationArguments
     allow_outside: bool = option(
         False, "read files outside of --dataset, where its metadata names them", only_with=("dataset", bool)
     )
-    resize_mode: ResizeMode = option(
-        "crop", "how images of --dataset that are not square become square", only_with=("dataset", bool)
+    resize_mode: ResizeMode | None = option(
+        None,
+        "how images of --dataset that are not square become square; default: as in the run's own data set",
+        only_with=("dataset", bool),
     )
+    background_color: str = option(
+        "",
+        "color of transparent pixels and of padding in images of --dataset; default: as in the run's own data set",
+        only_with=("dataset", bool),
+    )
+
+    def validate_background(self):
+        if self.background_color:
+            check_color("background_color", self.background_color)
 
 
 @dataclasses.dataclass
@@ -260,6 +273,23 @@ def own_arguments(arguments_class: type[EvaluationArguments], args: Any) -> Any:
 
 class ImageEvaluator(Evaluator):
     """Evaluates a model of images, preprocessed or not (`--dataset`)."""
+
+    def open_images(self, image_size: int) -> ImageFolderDataset:
+        """The images of `--dataset`, which become square as those of the run's own data set, or as flags say."""
+        args = self.args
+        treatment = {"resize_mode": args.resize_mode, "background_color": args.background_color}
+        missing = [name for name, value in treatment.items() if not value]
+        if missing:
+            try:
+                settings = read_manifest(data_of(self.checkpoint), None)["settings"]
+                treatment |= {name: settings[name] for name in missing}
+            except (OSError, ValueError, KeyError) as error:
+                treatment |= {name: {"resize_mode": "crop", "background_color": "white"}[name] for name in missing}
+                told = ", ".join(f"{name}={treatment[name]}" for name in missing)
+                logger.warning("the run's own data set does not tell how images become square: %s (%s)", told, error)
+        return ImageFolderDataset(
+            args.dataset, args.split, image_size=image_size, allow_outside=args.allow_outside, **treatment
+        )
 
     def source(self):
         return (self.args.dataset, self.args.split) if self.args.dataset else super().source()

@@ -16,7 +16,6 @@ from torch.utils.data import DataLoader, Subset
 
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_stack
-from dataset_loading.image.folder import ImageFolderDataset
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
 from model.samplers import SamplerKind, n_evaluations
@@ -137,14 +136,7 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         self.training = PairedLatentDataset(latents["train"], sources.get("train"))
         # Other captioned images, at the size of the training images; or the held-out split of the cache.
         if self.args.dataset:
-            size = latents["train"].manifest["settings"]["image_size"]
-            return ImageFolderDataset(
-                self.args.dataset,
-                self.args.split,
-                image_size=size,
-                resize_mode=self.args.resize_mode,
-                allow_outside=self.args.allow_outside,
-            )
+            return self.open_images(latents["train"].manifest["settings"]["image_size"])
         return PairedLatentDataset(latents[split], sources.get(split))
 
     def open_sources(self, latents: dict[str, ImageLatentDataset]) -> dict[str, SourceImageDataset]:

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, Subset
 
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_stack
-from dataset_loading.image.folder import ImageFolderDataset
 from dataset_loading.image.pixels import ImageDataset, to_float, to_uint8
 from model.image.feature_extractors import PerceptualDistance
 from model.image.vae import ImageVAE
@@ -83,13 +82,7 @@ class ImageVAEEvaluator(ImageEvaluator):
         """The held-out images at the size of the model's training images."""
         size = self.model.config.image_size
         if self.args.dataset:
-            return ImageFolderDataset(
-                self.args.dataset,
-                self.args.split,
-                image_size=size,
-                resize_mode=self.args.resize_mode,
-                allow_outside=self.args.allow_outside,
-            )
+            return self.open_images(size)
         return ImageDataset(*self.cache()).expect(image_size=size)
 
     def measure(self, dataset, indices):

@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from dataset_loading.audio.cached import VocoderDataset
+from dataset_loading.content import DIGEST, STATE, digest_of_sample
 from dataset_loading.files import read_manifest
 from model.audio.spectral import MelSettings
 
@@ -41,6 +42,13 @@ class Recordings:
         if place is None:
             raise ValueError(f"--waveforms {self.folder} has no clip {entry['key']} ({entry['source']}); {remedy}")
         dataset, index = place
+        # Latents of a cache that notes no digests know the file of their log-mel alone.
+        digest = digest_of_sample(dataset.entries[index]).get("digest")
+        if digest and STATE[0] not in entry and entry.get(DIGEST, digest) != digest:
+            raise ValueError(
+                f"--waveforms {self.folder}: {entry['source']} is another recording than that of the latents, one "
+                f"of both caches has a former content; {remedy}"
+            )
         sample = dataset[index]
         n_frames = sample["mel"].shape[1]
         if n_frames != entry["mel_frames"]:

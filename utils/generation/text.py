@@ -179,9 +179,16 @@ class TextGenerator:
         """Tokens of a prompt, with the token that begins a document. Special tokens in it are read as plain text."""
         return [document_ends(self.tokenizer)[0], *self.encoder.encode(prompt, add_special_tokens=False).ids]
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+    def decode(self, ids: Sequence[int], after: Sequence[int] = ()) -> str:
+        """The text of tokens, without special ones.
+
+        Args: after: the tokens before them. SentencePiece leaves the blank of a text's first token out, which belongs
+            to the text of a continuation.
+        """
+        text = str(self.tokenizer.decode([*after, *ids], skip_special_tokens=True))
+        head = str(self.tokenizer.decode(list(after), skip_special_tokens=True)) if after else ""
+        # Where a character begins in one and ends in the other, the tokens are read alone.
+        return text.removeprefix(head) if text.startswith(head) else self.decode(ids)
 
     def core_keywords(self, settings: Any) -> dict[str, Any]:
         """The arguments of the recurrent core that the flags set.
@@ -275,8 +282,9 @@ class TextGenerator:
 
     def continue_texts(self, prompts: Sequence[str], settings: Any, seeds: Sequence[int] | None = None) -> list[str]:
         """The continuation of each prompt, without the prompt; `seeds` as in `continue_tokens`."""
-        continuations = self.continue_tokens([self.encode(prompt) for prompt in prompts], settings, seeds=seeds)
-        return [self.decode(ids) for ids in continuations]
+        ids_of_prompts = [self.encode(prompt) for prompt in prompts]
+        continuations = self.continue_tokens(ids_of_prompts, settings, seeds=seeds)
+        return [self.decode(ids, after) for after, ids in zip(ids_of_prompts, continuations, strict=True)]
 
 
 def split_windows(dataset: Any, n_samples: int, n_new: int) -> list[tuple[list[int], list[int]]]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dataset_loading.files import fingerprint_of_bytes
 from model.text.feature_extractors import FrozenTextEncoder
+from model.text.tokenizer import encode_caption
 from utils.checkpoints import places
 
 
@@ -42,6 +43,13 @@ def caption_states(encoder: FrozenTextEncoder, captions: list[str], max_tokens: 
                 "captions, or use an encoder whose tokenizer marks the end of a text, such as T5, BERT or CLIP"
             )
     return ragged
+
+
+def lost_by_cut(caption: str, max_tokens: int, encoder: FrozenTextEncoder | None) -> str:
+    """What a caption loses at `max_tokens`, in words; `""` where nothing. Without an encoder tokens are bytes."""
+    limit = min(max_tokens, encoder.tokenizer.model_max_length) if encoder else max_tokens
+    tokens = encoder.tokenizer(caption).input_ids if encoder else encode_caption(caption, 2 + 4 * len(caption))
+    return f"with a caption cut at {limit} tokens (--max_tokens)" if len(tokens) > limit else ""
 
 
 def text_encoder_fingerprint(encoder: FrozenTextEncoder) -> str:

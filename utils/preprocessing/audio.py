@@ -28,11 +28,11 @@ from dataset_loading.sources import Source
 from model.audio.spectral import LogMel, MelPreset, MelSettings, check_same_mel, mel_preset
 from utils.options import option, other_than_none
 from utils.preprocessing.driver import PACKAGES, Preprocess, PreprocessArguments
-from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of
+from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of, captions_of
 
 # Usual names of columns in hub data sets, in order of preference.
-CAPTION_COLUMNS = ("text", "text_normalized", "transcription", "transcript", "sentence")
-SPEAKER_COLUMNS = ("speaker", "speaker_id")
+CAPTION_COLUMNS = ("text", "text_normalized", "transcription", "transcript", "sentence", "caption", "captions")
+SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 MEL_FLAGS = tuple(field.name for field in dataclasses.fields(MelSettings))
 # Flags that shape the waveforms, and therefore belong to the fingerprint of a cache.
 CONDITIONING = (
@@ -178,10 +178,11 @@ class AudioPreprocess(Preprocess):
             notes: dict[str, Any] = {"speaker": caption_of(row.get(speaker))}
             if language:
                 notes["language"] = caption_of(row.get(language)).strip()
-            # Rows may name parts of recordings.
+            # A row may name a part of a recording.
             part = part_of_row(name, row) if row[source.media] else {}
             media = {**row[source.media], **part} if part else row[source.media]
-            yield name, Raw(media, caption_of(row.get(caption)), {**notes, **part})
+            for text in captions_of(row.get(caption)):
+                yield name, Raw(media, text, {**notes, **part})
 
     def decode(self, media: dict[str, Any] | None) -> Tensor:
         """A conditioned waveform at the rate of the log-mel."""

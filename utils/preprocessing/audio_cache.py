@@ -2,14 +2,14 @@
 
 import statistics
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from dataset_loading.audio.cached import AudioDataset
 from dataset_loading.cache_writer import read_journal
-from dataset_loading.content import DIGEST, N_DIGITS
-from dataset_loading.files import JOURNAL, fingerprint, read_manifest
+from dataset_loading.content import digest_of_sample
+from dataset_loading.files import JOURNAL, read_manifest
 from dataset_loading.sources import Source
 from model.text.espeak import check_language
 from model.text.phonemes import SpeechTokenizer
@@ -41,15 +41,6 @@ def as_source(dataset: AudioDataset) -> Source:
     return Source(
         identity, dataset.manifest.get("licence", ""), "audio", ["name", "audio", "text", "speaker", "language"], rows
     )
-
-
-def digest_of_sample(entry: Mapping[str, Any]) -> dict[str, str]:
-    """`digest` of what a sample was made from: its raw file, and which copy and part of it. {} where the cache does
-    not know that, so that the sample's own file counts."""
-    if DIGEST not in entry:
-        return {}
-    place = [entry[DIGEST], entry.get("offset"), entry.get("duration"), entry["copy"], entry.get("part", 0)]
-    return {"digest": fingerprint(place, n_digits=N_DIGITS)}
 
 
 def earlier_settings(folder: Path) -> dict[str, Any]:

@@ -116,6 +116,7 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         vae_name: its name in messages.
     Attributes:
         vae_speakers: names of the speakers that the VAE must be told; [] where it is told none.
+        made_from: folder and fingerprint of the audio cache.
         tokenizer, aligners: those of the transcripts; None for captions, and until the sources are open.
     """
 
@@ -128,6 +129,7 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         super().__init__(args)
         self.mel, self.compression, self.vae_name, self.given_args = mel, compression, vae_name, args
         self.vae_speakers: list[str] = []
+        self.made_from: dict[str, str] = {}
         self.tokenizer: SpeechTokenizer | None = None
         self.aligners: SpeakerAligners | None = None
         if args.units == "characters" and args.conditioning == "speech":
@@ -141,6 +143,7 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         self.args = dataclasses.replace(self.args, audio_cache=cache, num_augmented_copies=0)
         splits = [split for split, entries in read_manifest(Path(cache), None)["entries"].items() if entries]
         datasets = {split: AudioVAEDataset(cache, split).expect_mel(self.mel, self.vae_name) for split in splits}
+        self.made_from = {"folder": str(Path(cache).absolute()), "fingerprint": datasets["train"].fingerprint}
         return {split: as_source(dataset) for split, dataset in datasets.items()}
 
     def make_cache(self) -> str:
@@ -189,6 +192,13 @@ class AudioLatentsPreprocess(BatchedPreprocess):
                 raise ValueError(
                     f"{folder / ALIGNER} is damaged (its fingerprint is {digest}, {expected} was written); copy it "
                     "again from where it is whole, or fit another one in another --output_dir"
+                )
+            former = earlier.get("made_from", self.made_from)["fingerprint"]
+            if not self.args.aligner_from and former != self.made_from["fingerprint"]:
+                logger.warning(
+                    "%s goes on with the aligner that was fitted to a former content of %s (fingerprint %s, now %s); "
+                    "choose another --output_dir to fit one to the present clips",
+                    *(folder, self.made_from["folder"], former, self.made_from["fingerprint"]),
                 )
             return
         if self.args.aligner_from:
@@ -257,7 +267,8 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         return {**self.text_settings(), "symbols_fingerprint": symbols, "aligner_fingerprint": aligner}
 
     def information(self) -> dict[str, Any]:
-        return {"tokenizer": self.tokenizer.as_dict()} if self.tokenizer else {}
+        tokenizer = {"tokenizer": self.tokenizer.as_dict()} if self.tokenizer else {}
+        return {**tokenizer, "made_from": self.made_from}
 
     def encode(self, example: Example, generator: torch.Generator) -> dict[str, Tensor]:
         # The log-mel (M, F), and tokens (T, 3) of a transcript or (T,) of a caption.

@@ -39,6 +39,7 @@ from dataset_loading.sources import Source, has_file, open_source
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import declared_fields, option
 from utils.preprocessing.progress import ProgressReport
+from utils.preprocessing.report import describe_left_out, unreadable
 from utils.preprocessing.samples import (
     Example,
     Outcome,
@@ -46,11 +47,12 @@ from utils.preprocessing.samples import (
     Raw,
     SkipSampleError,
     Task,
-    caption_of,
+    captions_of,
     content_fingerprint,
     describe_problems,
     is_validation,
     notes_of,
+    smallest_name,
     summary,
 )
 from utils.preprocessing.updates import describe_changes, report_changes, without_duplicates
@@ -59,6 +61,7 @@ from utils.seeds import seed_of
 
 logger = logging.getLogger(__name__)
 
+FEW_SAMPLES = 1000  # Of more, some fall into any usual validation share.
 PACKAGES = ("torch", "numpy", "pillow", "datasets")
 
 
@@ -72,7 +75,7 @@ class PreprocessArguments:
     dataset_split: str = option("train", "split of the raw data set")
     allow_outside: bool = option(False, "read files outside of the data set's folder, where its metadata names them")
     media_column: str = option("", "column of a hub data set with the media files; default: the only one of its type")
-    caption_column: str = option("text", "column with the captions; they are empty without a column 'text'")
+    caption_column: str = option("text", "column with the captions; default: text, caption or captions")
     limit: int = option(-1, "number of raw samples to read, from the first one; -1: all", ge=-1)
 
     # Validation split.
@@ -110,7 +113,11 @@ class Preprocess:
     arguments_class: ClassVar[type[PreprocessArguments]] = PreprocessArguments
     media: ClassVar[str]  # "image" or "audio"
     suffixes: ClassVar[Collection[str]]
-    caption_columns: ClassVar[tuple[str, ...]] = ("text",)  # Tried in turn where --caption_column is not given.
+    caption_columns: ClassVar[tuple[str, ...]] = (
+        "text",
+        "caption",
+        "captions",
+    )  # Tried in turn where --caption_column is not given.
     packages: ClassVar[tuple[str, ...]] = PACKAGES  # Their versions are noted in the manifest.
     encodes_captions: ClassVar[bool] = False  # Whether the tensors depend on the caption.
 
@@ -144,7 +151,21 @@ class Preprocess:
         """Yields (name, raw sample). Samples of the same name never fall on both sides of the validation split."""
         column = self.find_column(source, "caption_column", self.caption_columns)
         for name, row in source:
-            yield name, Raw(row[source.media], caption_of(row.get(column)))
+            for caption, notes in self.captions(row.get(column)):
+                yield name, Raw(row[source.media], caption, notes)
+
+    def captions(self, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yields (caption, notes) of the samples that a row becomes: one per caption where captions are encoded, else
+        one with the first caption and all of them as a note."""
+        captions = captions_of(value)
+        if self.encodes_captions:
+            yield from ((caption, {}) for caption in captions)
+        else:
+            yield captions[0], {"captions": captions} if len(captions) > 1 else {}
+
+    def lost_text(self, entry: dict[str, Any]) -> str:
+        """What is lost of the text of a sample that was written, in words; `""` for nothing."""
+        return ""
 
     def measure(self, tensors: dict[str, Tensor]) -> dict[str, int | float]:
         """`length` of a sample, and further sizes to be totalled in the manifest, such as seconds."""
@@ -197,7 +218,9 @@ class Preprocess:
 
         # Process what is missing. The journal gets every sample as soon as its file is written.
         total = sum(self.count(source) for source in sources.values())
-        outcomes, problems = [], []
+        outcomes = [problem for source in sources.values() for problem in unreadable(source.left_out)]
+        problems = list(outcomes)
+        self.check_broken(problems, total)
         with Journal(self.folder, header) as journal, ProgressReport(self.name, total) as report:
             for outcome in self.work(self.plan(sources, earlier_entries)):
                 outcomes.append(outcome)
@@ -217,7 +240,8 @@ class Preprocess:
         if not manifest["entries"]["train"]:
             same = f"{len(duplicates)} equal files of the validation split; " if duplicates else ""
             raise ValueError(f"no training samples among {total} raw ones; {same}{describe_problems(outcomes)}")
-        manifest = write_manifest(self.folder, self.identified(manifest))
+        left_out = describe_left_out((source.left_out for source in sources.values()), outcomes, self.lost_text)
+        manifest = write_manifest(self.folder, self.identified({**manifest, "left_out": left_out.as_dict()}))
         remove_others(self.folder, manifest)
 
         # What the user should know.
@@ -226,11 +250,10 @@ class Preprocess:
             "%s: %d samples written in %.1f s, %s", self.folder, n_written, seconds, json.dumps(manifest["totals"])
         )
         if not manifest["entries"]["validation"] and self.args.validation_fraction:
-            logger.warning("no raw file fell into the validation share; a larger --validation_fraction gives some")
+            logger.warning("no sample is held out: a single file, or a --validation_fraction that is too small")
         report_changes(self.folder, describe_changes(earlier_entries, manifest), manifest)
-        for kind in ("broken", "skipped"):
-            if manifest[kind]:
-                logger.warning("%d raw files %s, see %s", len(manifest[kind]), kind, self.folder / MANIFEST)
+        if left_out:
+            logger.warning("left out or lost: %s; see %s", left_out, self.folder / MANIFEST)
         return manifest
 
     def open_sources(self) -> dict[str, Source]:
@@ -245,10 +268,16 @@ class Preprocess:
                 raise ValueError(
                     f"training and validation would both read {sources['train'].identity}; see --validation_split"
                 )
-        # A caption column that a flag names must exist; the usual ones are optional.
+        # A caption column that a flag names must exist; the usual ones are optional where captions are only noted.
         for source in sources.values():
             if not self.find_column(source, "caption_column", self.caption_columns):
                 names = " or ".join(map(repr, self.caption_columns))
+                if self.encodes_captions:
+                    columns = ", ".join(source.columns)
+                    raise ValueError(
+                        f"{source.identity} has no captions: neither a column {names} (there is: {columns}) nor texts "
+                        "beside the files; add them, or name their column with --caption_column"
+                    )
                 logger.info("%s has no column %s: captions are empty", source.identity, names)
         return sources
 
@@ -258,7 +287,7 @@ class Preprocess:
         Raises: ValueError: the source does not have the column that was asked for.
         """
         column = getattr(self.args, flag)
-        if column in source.columns:
+        if column and column in source.columns:  # A column without a name is none of ours.
             return column
         # A name other than the default was given by the user.
         if column != getattr(type(self.args), flag):
@@ -308,10 +337,11 @@ class Preprocess:
         number, limit = itertools.count(), None if self.args.limit < 0 else self.args.limit
         for source_split, source in sources.items():
             seen: Counter[str] = Counter()
+            held_out = self.only_held_out(source) if len(sources) == 1 else ""
             for name, raw in itertools.islice(self.examples(source), limit):
                 # Split and keys of the sample's copies; validation has the plain copy alone.
                 split = source_split
-                if len(sources) == 1 and is_validation(name, self.args.validation_fraction):
+                if len(sources) == 1 and (name == held_out or is_validation(name, self.args.validation_fraction)):
                     split = "validation"
                 n_copies = self.args.num_augmented_copies if split == "train" else 0
                 keys = {copy: sample_key(name, seen[name], copy) for copy in range(1 + n_copies)}
@@ -321,7 +351,17 @@ class Preprocess:
                 entries = [{**entry, **notes_of(raw, len(parts))} for parts in existing.values() for entry in parts]
                 entries = [{**entry, **present_state(raw.media)} for entry in entries]
                 missing = {copy: key for copy, key in keys.items() if not existing[copy]}
-                yield Task(next(number), split, name, raw if missing else Raw(None, ""), missing, entries)
+                raw = raw if missing else Raw(None, raw.caption)
+                yield Task(next(number), split, name, raw, missing, entries)
+
+    def only_held_out(self, source: Source) -> str:
+        """The name to hold out of a small source none of whose names falls into the validation share: the one with
+        the smallest hash; `""` where it is not needed, or nothing would be left."""
+        fraction, n_samples = self.args.validation_fraction, self.count(source)
+        if not fraction or n_samples > FEW_SAMPLES:
+            return ""
+        names = {name for name, _ in itertools.islice(self.examples(source), n_samples)}
+        return smallest_name(names) if len(names) > 1 and not any(is_validation(n, fraction) for n in names) else ""
 
     def find_entries(
         self, earlier: dict[tuple[str, str], dict[str, Any]], name: tuple[str, str], raw: Raw
@@ -363,7 +403,8 @@ class Preprocess:
 
     def prepare(self, task: Task) -> Prepared:
         """Decode one raw file and encode its missing copies; a file that cannot be is an outcome without entries."""
-        outcome = Outcome(task.number, task.split, task.name, list(task.entries))
+        has_text = bool(task.raw.caption.strip())
+        outcome = Outcome(task.number, task.split, task.name, list(task.entries), has_text=has_text)
         if not task.missing:  # Earlier runs wrote all copies.
             return Prepared(outcome, [])
         examples = []

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any
 
-from PIL import Image, ImageColor
+from PIL import Image
 
-from dataset_loading.image.pixels import ResizeMode, TooSmallError, decode_image
+from dataset_loading.image.pixels import MAX_PIXELS, ResizeMode, TooSmallError, check_color, decode_image
 from utils.options import option
 from utils.preprocessing.driver import PreprocessArguments
 from utils.preprocessing.samples import SkipSampleError
@@ -21,12 +21,12 @@ class ImageArguments(PreprocessArguments):
     resize_mode: ResizeMode = option("crop", "how images that are not square become square")
     background_color: str = option("white", "color of transparent pixels and of padding; name or #rrggbb")
     min_image_size: int = option(16, "minimum side in pixels; smaller images are left out", gt=0)
+    max_image_pixels: int = option(
+        MAX_PIXELS, "maximum number of pixels; larger images count as broken, for lack of memory", gt=0
+    )
 
     def validate_background(self):
-        try:
-            ImageColor.getrgb(self.background_color)  # raises for unknown colors
-        except ValueError as error:
-            raise ValueError(f"--background_color={self.background_color!r}: {error}") from error
+        check_color("background_color", self.background_color)
 
 
 def decode_source_image(media: dict[str, Any] | None, args: ImageArguments, enough: int) -> Image.Image:
@@ -40,6 +40,7 @@ def decode_source_image(media: dict[str, Any] | None, args: ImageArguments, enou
     """
     try:
         # A small image is intact: it is skipped, and does not count as broken.
-        return decode_image(media, args.background_color, enough=enough, min_side=args.min_image_size)
+        limits = {"min_side": args.min_image_size, "max_pixels": args.max_image_pixels}
+        return decode_image(media, args.background_color, enough=enough, **limits)
     except TooSmallError as error:
         raise SkipSampleError(str(error)) from error

@@ -70,6 +70,7 @@ class Outcome:
     name: str
     entries: list[dict[str, Any]]
     n_written: int = 0  # samples that this run wrote
+    has_text: bool = False  # whether the raw sample has one
     content: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the raw file, see `describe_content`
     broken: str = ""  # reason, if the file cannot be read or encoded
     skipped: str = ""  # reason, if an intact sample is left out
@@ -89,10 +90,15 @@ class SkipSampleError(ValueError):
 
 def caption_of(value: Any) -> str:
     """A caption as text; the first of several; nothing is `""`."""
-    # Some datasets have several captions per image.
-    if isinstance(value, list | tuple):
-        value = value[0] if value else None
-    return "" if value is None else str(value)
+    return captions_of(value)[0]
+
+
+def captions_of(value: Any) -> list[str]:
+    """All captions of a cell, of which some datasets have several; [""] where there is none."""
+    values = value if isinstance(value, list | tuple) else [value]
+    # Empty cells of data frames are not a number, which differs from itself.
+    captions = [str(value) for value in values if value is not None and value == value]
+    return captions or [""]
 
 
 def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, Any]:
@@ -102,9 +108,17 @@ def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, Any]:
 
 def is_validation(name: str, fraction: float) -> bool:
     """Whether a raw file's name falls into the validation share; independent of seed, order and other files."""
-    # The first 8 bytes as a number that is uniform in [0, 2**64).
-    digest = hashlib.sha256(f"validation {name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return split_hash(name) < fraction * 2**64
+
+
+def smallest_name(names: Iterable[str]) -> str:
+    """The name that is the first to fall into a validation share as it grows."""
+    return min(names, key=split_hash)
+
+
+def split_hash(name: str) -> int:
+    """A number that is uniform in [0, 2**64), from the first 8 bytes of a digest."""
+    return int.from_bytes(hashlib.sha256(f"validation {name}".encode()).digest()[:8], "big")
 
 
 def content_fingerprint(settings: str, entries: dict[str, list[dict[str, Any]]], *, has_texts: bool) -> str:

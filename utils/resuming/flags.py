@@ -45,6 +45,7 @@ ON_RESUME: dict[str, str] = {
         START: [
             *("init_from", "text_dataset", "text_column", "text_config", "text_split", "validation_dataset"),
             *("validation_split", "validation_fraction", "max_broken_fraction", "tokenizer", "tokenizer_vocab_size"),
+            *("keep_duplicates", "document_bytes"),
         ],
         MODEL: ["config", "override"],
         SAMPLES: ["batch_size", "batch_frames", "batch_tokens", "gradient_accumulation_steps"],

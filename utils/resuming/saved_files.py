@@ -1,5 +1,7 @@
 """What a resume reads of a checkpoint: every file is there and of its kind, and fits this run's model and engine."""
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ from transformers import TrainerState
 from dataset_loading.files import read_record
 from utils.checkpoints import STAGE, step_of, without_copies
 from utils.options import StrictConfig, check_type, declared_fields, type_name
+
+logger = logging.getLogger(__name__)
 
 
 def new_run(folder: Path) -> str:
@@ -95,6 +99,12 @@ def check_states(folder: Path, record: dict[str, Any], config_class: type[Strict
     # The discriminator.
     if record["arguments"].get("gan_weight") or (folder / "stage_state.pt").exists():
         states.append(folder / "stage_state.pt")
+    if record["zero_stage"] >= 0 and (origin := foreign_origin(folder, record)):
+        logger.warning(
+            "%s %s: DeepSpeed's files in it are pickles, which can run any code when they are read. Resume it only if "
+            "you trust who wrote it; --init_from with another --run_name reads its weights alone, which are none",
+            *(folder, origin),
+        )
     for file in states:
         # Only the index of a file is read. The engine's files hold objects of DeepSpeed, which loads them likewise.
         try:
@@ -103,6 +113,15 @@ def check_states(folder: Path, record: dict[str, Any], config_class: type[Strict
             raise ValueError(f"{file} cannot be read: {error}. {remedy(folder)}") from error
         if not isinstance(content, dict):
             raise ValueError(f"{file} holds a {type(content).__name__}, not a state. {remedy(folder)}")
+
+
+def foreign_origin(folder: Path, record: dict[str, Any]) -> str:
+    """Why a checkpoint may be someone else's, in words; "" where it was written here."""
+    owner = (folder / STAGE).stat().st_uid
+    if owner != os.getuid():
+        return f"belongs to another user (uid {owner})"
+    place = record.get("working_directory", "")
+    return f"was written in {place or 'an unknown folder'}, not in {os.getcwd()}" if place != os.getcwd() else ""
 
 
 def read_configuration(folder: Path, config_class: type[StrictConfig]) -> StrictConfig:

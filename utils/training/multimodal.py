@@ -350,7 +350,7 @@ class TextSamplesCallback(EvaluationCallback):
         generator = TextGenerator(trainer.accelerator.unwrap_model(model), trainer.tokenizer)
         n_new = min(self.n_tokens, trainer.eval_dataset.sequence_length // 2)
         pairs = split_windows(trainer.eval_dataset, self.n_samples, n_new)
-        prompts = [prompt for prompt, _ in pairs]
+        prompts, truths = [prompt for prompt, _ in pairs], [truth for _, truth in pairs]
         # Threshold 0 keeps tokens from leaving the core early, see `MultimodalTrainer.exits`.
         exits = {} if trainer.exits(model) or not trainer.is_recurrent else {"exit_threshold": 0.0}
         greedy, sampled = (
@@ -358,9 +358,12 @@ class TextSamplesCallback(EvaluationCallback):
             for settings in (GREEDY, SAMPLED)
         )
         # Token ids of the four texts of each sample, decoded.
-        names = ("prompt", "true continuation", "greedy", "sampled")
-        rows = [dict(zip(names, (*pair, *ids), strict=True)) for pair, *ids in zip(pairs, greedy, sampled)]
-        return [{name: generator.decode(ids) for name, ids in row.items()} for row in rows]
+        names = ("true continuation", "greedy", "sampled")
+        rows = []
+        for prompt, *ids in zip(prompts, truths, greedy, sampled, strict=True):
+            texts = {name: generator.decode(row, prompt) for name, row in zip(names, ids, strict=True)}
+            rows.append({"prompt": generator.decode(prompt), **texts})
+        return rows
 
     def write(self, content, step):
         for number, texts in enumerate(content):

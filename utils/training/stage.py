@@ -28,6 +28,7 @@ from utils.checkpoints import (
     resolve_checkpoint,
     set_aside,
     step_of,
+    warn_of_former_data,
 )
 from utils.command_line import explained_errors, parse_arguments, parse_overrides
 from utils.devices import compile_in_place
@@ -194,6 +195,8 @@ class Stage:
         if not self.args.init_from:
             return self.model_class(config)
         read_stage(self.args.init_from, self.name)  # Raises for checkpoints of another stage.
+        if launched_rank() == 0:
+            warn_of_former_data(resolve_checkpoint(self.args.init_from))
         return model_with_weights(self.model_class, self.args.init_from, config)
 
     def build_datasets(self, config: StrictConfig) -> dict[str, Dataset]:

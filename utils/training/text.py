@@ -19,7 +19,7 @@ class TextArguments:
 
     # Training texts.
     text_dataset: str = option(
-        "", "text file, folder, .jsonl, .csv, .parquet, hub name, or python-topics; default: the existing cache"
+        "", "text file, folder, .jsonl, .csv, .tsv, .parquet, hub name, or python-topics; default: the existing cache"
     )
     text_column: str = option("text", "text column of a table or hub data set", only_with=("text_dataset", bool))
     text_config: str = option("", "configuration of a hub data set", only_with=("text_dataset", bool))
@@ -48,10 +48,17 @@ class TextArguments:
         le=1,
         only_with=("text_dataset", bool),
     )
+    keep_duplicates: bool = option(False, "keep documents that equal an earlier one", only_with=("text_dataset", bool))
+    document_bytes: int = option(
+        8192,
+        "size in bytes of the parts into which few documents are cut, so that some can be held out; 0: never",
+        ge=0,
+        only_with=[("text_dataset", bool), ("validation_dataset", "")],
+    )
     # Tokens and windows.
     tokenizer: str = option(
         "bytes",
-        "bytes; bpe, trained on the texts; or a tokenizer's folder or hub name",
+        "bytes; bpe, trained on the texts; or a tokenizer's folder, tokenizer.json or hub name",
         only_with=("text_dataset", bool),
     )
     tokenizer_vocab_size: int = option(
@@ -80,6 +87,8 @@ def tokenize_texts(args: Any, folder: Path) -> None:
         validation_source=args.validation_dataset,
         validation_split=args.validation_split,
         validation_fraction=args.validation_fraction,
+        keep_duplicates=args.keep_duplicates,
+        document_bytes=args.document_bytes,
         max_broken_fraction=args.max_broken_fraction,
     )
 

@@ -1,14 +1,17 @@
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageCms
 
 from dataset_loading.image.pixels import (
     Augmentation,
+    TooLargeError,
     TooSmallError,
     decode_image,
     fit_image,
@@ -208,3 +211,82 @@ def test_flip_happens_with_its_probability():
     image = bars(30, 10)
     flipped = [changed(Augmentation(1, 0.25, 0, 0), seed, image).getpixel((0, 0)) == BLUE for seed in range(200)]
     assert 30 <= sum(flipped) <= 70
+
+
+# ---- Colour profiles, 16 bits with transparency, limits.
+
+
+def swapped_profile() -> bytes:
+    """An ICC profile whose red is sRGB's blue and the other way round."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for number in range(int.from_bytes(profile[128:132], "big")):
+        at = 132 + 12 * number
+        tag = bytes(profile[at : at + 4])
+        profile[at : at + 4] = {b"rXYZ": b"bXYZ", b"bXYZ": b"rXYZ"}.get(tag, tag)
+    return bytes(profile).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_colour_profiles_are_applied(kind):
+    options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
+    media = stored(Image.new("RGB", (16, 16), RED), kind, icc_profile=swapped_profile(), **options)
+    assert np.allclose(decode_image(media, "white").getpixel((8, 8)), BLUE, atol=6)
+    # sRGB's own changes no value.
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    plain = bars(16, 16)
+    media = stored(plain, "PNG", icc_profile=srgb)
+    assert np.array_equal(decode_image(media, "white"), plain)
+
+
+def test_profiles_keep_transparency_and_bad_ones_are_ignored():
+    image = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+    image.paste((255, 0, 0, 0), (0, 0, 4, 8))
+    decoded = decode_image(stored(image, icc_profile=swapped_profile()), "lime")
+    assert decoded.getpixel((1, 0)) == GREEN and np.allclose(decoded.getpixel((6, 0)), BLUE, atol=6)
+    for mode, color in (("RGB", RED), ("L", 76)):
+        # No profile at all, and one of RGB in a grey image.
+        profile = b"nothing" if mode == "RGB" else swapped_profile()
+        decoded = decode_image(stored(Image.new(mode, (8, 8), color), icc_profile=profile), "white")
+        assert decoded.getpixel((4, 4)) == (color if mode == "RGB" else (76, 76, 76))
+
+
+def test_sixteen_bit_transparency_shows_the_background():
+    grey = np.full((8, 8), 40000, np.uint16)
+    grey[:, :4] = 513
+    # 514 has the same upper bits, and is not transparent.
+    grey[:, 4] = 514
+    decoded = decode_image(stored(Image.fromarray(grey), transparency=513), "red")
+    assert decoded.getpixel((1, 0)) == RED and decoded.getpixel((4, 0)) == (2, 2, 2)
+    assert decoded.getpixel((6, 0)) == (156, 156, 156)
+
+
+def png_of_16_bit_rgb(pixels: np.ndarray, transparent: tuple[int, int, int]) -> bytes:
+    """A PNG file of (Y, X, 3) uint16, which Pillow cannot write."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width, _ = pixels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    head = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    chunks = [(b"IHDR", head), (b"tRNS", struct.pack(">3H", *transparent)), (b"IDAT", zlib.compress(rows))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*pair) for pair in [*chunks, (b"IEND", b"")])
+
+
+def test_sixteen_bit_colour_transparency_shows_the_background():
+    pixels = np.full((4, 8, 3), (65535, 0, 0), np.uint16)
+    pixels[:, :4] = (1000, 2000, 3000)
+    decoded = decode_image({"path": None, "bytes": png_of_16_bit_rgb(pixels, (1000, 2000, 3000))}, "blue")
+    assert decoded.getpixel((1, 1)) == BLUE and decoded.getpixel((6, 1)) == RED
+
+
+def test_the_pixel_limit_is_named_and_counts_what_is_decoded():
+    media = stored(Image.new("RGB", (600, 400)), "JPEG")
+    with pytest.raises(TooLargeError, match=r"600x400 pixels are more than max_image_pixels=9999.*--max_image_pixels"):
+        decode_image(media, "white", max_pixels=9_999)
+    assert decode_image(media, "white", max_pixels=240_000).size == (600, 400)
+    # A JPEG that is decoded at a fraction of its size.
+    assert decode_image(media, "white", enough=50, max_pixels=9_999).size == (75, 50)
+    # Pillow's own limit does not count, which would end all above 179 million pixels.
+    with pytest.raises(TooLargeError, match="20000x10000"):
+        decode_image(stored(Image.new("1", (20_000, 10_000))), "white")

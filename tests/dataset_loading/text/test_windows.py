@@ -153,7 +153,7 @@ def test_empty_documents_are_left_out_and_counted(tmp_path, caplog):
     file = write_rows(tmp_path / "rows.jsonl", TEXTS + ["", " \n"] * 100)
     folder = prepare(file, tmp_path / "set", max_broken_fraction=0.0)
     assert (manifest(folder)["n_empty"], manifest(folder)["n_broken"], manifest(folder)["broken"]) == (200, 0, [])
-    assert caplog.text.count("200 of 500 documents are empty and left out") == 1
+    assert caplog.text.count("left out: 200 empty") == 1
     assert len(documents(folder, "train") + documents(folder, "validation")) == 300
     with pytest.raises(ValueError, match="no training document: 2 read, 2 empty, 0 broken"):
         prepare(write_rows(file, ["", " "]), tmp_path / "none")

@@ -16,6 +16,7 @@ from preprocess_image_vae_dataset import ImageVAEPreprocess
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.runs import changed
 from utils.checkpoints import COMPLETE, EMA, STAGE, load_model, mark_complete
+from utils.command_line import parse_arguments
 from utils.metrics.images import psnr
 
 
@@ -123,6 +124,27 @@ def test_a_folder_of_images(run, image_folder):
     assert data == {"folder": str(image_folder), "split": "", "fingerprint": None, "is_the_runs_own": False} | {
         "n_samples": 2
     }
+
+
+def test_other_images_become_square_as_those_of_the_runs_data(image_folder, tmp_path, caplog):
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    Image.new("RGBA", (64, 32), (255, 0, 0, 0)).save(raw / "a.png")
+    words = ["--image_size", 32, "--validation_fraction", 0.5, "--num_workers", 0, "--limit", 9]
+    words += ["--dataset_name", image_folder, "--output_dir", tmp_path / "cache"]
+    ImageVAEPreprocess.main([str(word) for word in [*words, "--resize_mode", "pad", "--background_color", "#0000ff"]])
+    checkpoint = save_checkpoint(tmp_path / "run", tmp_path / "cache")
+    common = ["--checkpoint", checkpoint, "--dataset", raw]
+
+    def corner(*more):
+        args = parse_arguments(evaluate.EvaluateArguments, [*map(str, [*common, *more])], "")
+        return evaluate.build_evaluator(args).build_dataset()[0]["image"][:, [0, 16], [16, 16]].T.tolist()
+
+    assert corner() == [[-1, -1, 1], [-1, -1, 1]]
+    assert corner("--background_color", "lime", "--resize_mode", "squash") == [[-1, 1, -1]] * 2
+    # Where it is gone, the usual treatment is named.
+    shutil.rmtree(tmp_path / "cache")
+    assert corner() == [[1, 1, 1]] * 2 and "resize_mode=crop, background_color=white" in caplog.text
 
 
 def test_a_cache_of_another_size_is_refused_with_both(refused, image_folder, tmp_path):

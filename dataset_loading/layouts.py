@@ -1,0 +1,174 @@
+"""Where texts lie in common layouts of images and recordings: in files beside them, in transcripts of a folder, in
+tables of their own form. `docs/data.md` draws each.
+
+    a.png with a.txt                      sidecars, also .caption, .lab and .normalized.txt
+    84/121123/84-121123-0000.flac         LibriSpeech: lines `id text` in 84/121123/84-121123.trans.txt
+    wav48/p225/p225_001.wav               VCTK: txt/p225/p225_001.txt
+    wavs/LJ001-0001.wav                   LJSpeech: lines `id|text|normalised text` in metadata.csv, without a header
+    clips/a.mp3                           Common Voice: train.tsv, ... with columns path, sentence, client_id
+    anywhere.wav                          NeMo: lines with audio_filepath; Whisper: lines with audio.path and sentence
+"""
+
+import os
+import re
+import unicodedata
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Any
+
+from dataset_loading.tables import FILE_COLUMNS, read_table, read_text
+
+SIDECARS = (".txt", ".caption", ".lab", ".normalized.txt")  # The first that is there counts.
+TRANSCRIPTS = ".trans.txt"  # LibriSpeech: one such file per folder.
+
+
+# ---- Tables.
+
+
+def read_records(index: Path, kind: str) -> list[dict[str, Any]]:
+    """The rows of an index as dicts, the file's name in the column `file_name` or in that of the kind.
+
+    Raises: ValueError: a row cannot be read; names file, line and remedy.
+    """
+    rows = read_ljspeech(index) or read_table(index)
+    columns = dict.fromkeys(name for row in rows for name in row)
+    # Other names of the column, such as those of NeMo and Common Voice.
+    if "file_name" not in columns and kind not in columns:
+        other = next((name for name in FILE_COLUMNS if name in columns), "")
+        for row in rows:
+            if other in row:
+                row["file_name"] = row.pop(other)
+    for row in rows:
+        if isinstance(row.get(kind), dict):  # Whisper: {"audio": {"path": ...}}.
+            row[kind] = row[kind].get("path")
+    return rows
+
+
+def read_ljspeech(index: Path) -> list[dict[str, Any]]:
+    """The rows of an LJSpeech metadata.csv next to its folder wavs/, none for any other index.
+
+    Returns: `file_name`, `text` (the normalised text where there is one), `original_text`. Quotes mean nothing there.
+    Raises: ValueError: a line has no text, or more fields than three.
+    """
+    if index.name != "metadata.csv" or not (index.parent / "wavs").is_dir():
+        return []
+    # Fields between bars, without a header; a table of the usual kind has the name of a column in its first line.
+    lines = read_text(index).split("\n")
+    first = next((line for line in lines if line.strip()), "")
+    if "|" not in first or {cell.strip().lower() for cell in first.split("|")} & set(FILE_COLUMNS):
+        return []
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        name, *texts = line.rstrip("\r").split("|")
+        if not 1 <= len(texts) <= 2:
+            raise ValueError(
+                f"{index}: line {number} must read id|text or id|text|normalised text, without further bars: "
+                f"{line[:60]!r}"
+            )
+        file_name = f"wavs/{name}" if Path(name).suffix == ".wav" else f"wavs/{name}.wav"
+        rows.append({"file_name": file_name, "text": texts[-1] or texts[0], "original_text": texts[0]})
+    return rows
+
+
+def find_file(folder: Path, name: str, listings: dict[Path, dict[str, str]]) -> str:
+    """The path of a file that an index names: as it is written, with composed or decomposed letters, without blanks
+    around it, or in `clips/`, where Common Voice keeps what its tables name. As it is written where there is none.
+
+    Args: listings: names in folders, kept from call to call; {} at first.
+    """
+    path = os.path.normpath(folder / name)
+    if os.path.exists(path):
+        return path
+    candidates = (folder / name.strip(), folder / "clips" / name.strip())
+    for candidate in candidates:
+        if (same := on_disk(Path(os.path.normpath(candidate)), listings)) is not None:
+            return str(same)
+    return path
+
+
+def on_disk(path: Path, listings: dict[Path, dict[str, str]]) -> Path | None:
+    """A path whose names equal this one's but for composed and decomposed letters; None where there is none."""
+    if path.exists():
+        return path
+    parent = on_disk(path.parent, listings) if path.parent != path else None
+    if parent is None:
+        return None
+    if parent not in listings:
+        listings[parent] = names_in(parent)
+    name = listings[parent].get(unicodedata.normalize("NFC", path.name))
+    return parent / name if name else None
+
+
+def names_in(folder: Path) -> dict[str, str]:
+    """Names in a folder by their composed form; none where it is no folder that can be read."""
+    try:
+        return {unicodedata.normalize("NFC", name): name for name in os.listdir(folder)}
+    except OSError:
+        return {}
+
+
+# ---- Texts beside the files.
+
+
+class SideTexts:
+    """Texts and speakers that lie beside files, and which files hold them.
+
+    Args:
+        root: folder of the split.
+        files: images or recordings below it.
+    Attributes:
+        used: files that a text was read from.
+    """
+
+    def __init__(self, root: Path, files: Collection[Path]):
+        self.root = root
+        self.used: set[Path] = set()
+        self.transcripts: dict[Path, str] = {}
+        for folder in sorted({file.parent for file in files}):
+            for transcripts in sorted(folder.glob(f"*{TRANSCRIPTS}")):
+                self.used.add(transcripts)
+                self.transcripts |= read_transcripts(transcripts)
+        self.is_vctk = (root / "txt").is_dir()
+
+    def row_of(self, file: Path) -> dict[str, Any]:
+        """`text` and `speaker` of a file, as far as they are known."""
+        plain = file.with_suffix("")
+        if plain in self.transcripts:
+            return {"text": self.transcripts[plain], "speaker": plain.name.partition("-")[0]}
+        if self.is_vctk and (text := self.vctk_text(file)):
+            return {"text": self.read(text), "speaker": file.parent.name}
+        for suffix in SIDECARS:
+            if (sidecar := plain.with_name(plain.name + suffix)).is_file():
+                return {"text": self.read(sidecar)}
+        return {}
+
+    def vctk_text(self, file: Path) -> Path | None:
+        """VCTK's file of the text of an utterance: txt/p225/p225_001.txt of wav48/p225/p225_001_mic1.flac."""
+        stem = re.sub(r"_mic[12]$", "", file.stem)
+        text = self.root / "txt" / file.parent.name / f"{stem}.txt"
+        return text if text.is_file() else None
+
+    def read(self, file: Path) -> str:
+        """A text without white space around it."""
+        self.used.add(file)
+        return read_text(file).strip()
+
+
+def read_transcripts(file: Path) -> dict[Path, str]:
+    """The texts of LibriSpeech's lines `id text`, by the path of the recording without its ending."""
+    lines = (line.strip().partition(" ") for line in read_text(file).split("\n") if line.strip())
+    return {file.parent / name: text.strip() for name, _, text in lines}
+
+
+def without_second_microphone(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """Files, and those of VCTK's second microphone whose utterance the first one recorded, too.
+
+    Otherwise one of both could be held out while the other is trained on.
+    """
+    files = list(files)
+    names = {file.with_suffix("") for file in files}
+    second = [file for file in files if file.stem.endswith("_mic2") and file.with_name(f"{file.stem[:-1]}1") in names]
+    dropped = set(second)
+    return [file for file in files if file not in dropped], second
