@@ -14,14 +14,14 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset_loading.image.pixels import decode_image, fit_image, to_float, to_tensor
 from dataset_loading.text.tokenizers import document_encoder, load_tokenizer
-from model.audio.spectral import LogMel
+from model.audio.spectral import LogMel, analyse
 from model.audio.vocoders import Vocoder
 from model.multimodal import MegaTransformerMultimodal
 from model.multimodal.generation import Sampling
 from model.multimodal.layout import SPANS, Part, audio_latents, audio_tokens, check_span, image_latents, image_tokens
 from model.vae import VAE
 from utils.checkpoints import WeightsKind, load_model, read_stage, resolve_checkpoint
-from utils.generation.audio import analyse, read_waveform
+from utils.generation.audio import read_waveform
 from utils.generation.audio_diffusion import AudioPipeline, load_matching_vocoder
 from utils.generation.latents import Media, find_vae, load_vae, standardized_posterior
 
