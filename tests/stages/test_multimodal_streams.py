@@ -151,6 +151,8 @@ def test_a_dry_run_counts_and_writes_nothing(stream_caches, tmp_path, capsys):
     [
         ("--include_modes image audio", "must name text"),
         ("--include_modes text text", "each mode once"),
+        ("--include_modes text video", "include_modes.*'video'"),
+        ("--cached_dataset x --batch_tokens 90", "--batch_tokens=90 is below --sequence_length=256"),
         ("--include_modes text image", "--audio_latents has no effect with include_modes="),
         ("--tasks text-video", "'video' is no modality"),
         ("--cached_dataset x", "x does not exist; name texts with --text_dataset"),

@@ -280,12 +280,18 @@ class MultimodalStreamStage(Stage):
 
 
 def check_flags(args: Any, has_texts: bool) -> None:
-    """Raises: ValueError: a flag of text alone is given, or one of further texts where there are none."""
+    """Raises: ValueError: a flag of text alone is given, or one of further texts where there are none; a window of
+    texts is longer than a batch may be."""
     refused = [*OF_TEXT_ALONE, *([] if has_texts else ["sequence_length"])]
     if given := [name for name in refused if name in getattr(args, "given", ())]:
         needs = "only text" if given[0] in OF_TEXT_ALONE else "--text_dataset or --cached_dataset"
         raise ValueError(
             f"--{given[0]} has no effect with --include_modes {' '.join(args.include_modes)}; it needs {needs}"
+        )
+    if has_texts and 0 < args.batch_tokens < args.sequence_length:
+        raise ValueError(
+            f"--batch_tokens={args.batch_tokens} is below --sequence_length={args.sequence_length}, so that no window "
+            "of text fits into a batch; raise it, or give shorter windows"
         )
 
 
