@@ -28,8 +28,7 @@ from tests.helpers.audio_latent_cache import (
     write_manifest,
     write_spoken_cache,
 )
-from tests.helpers.captions import text_of
-from tests.helpers.text_encoder_folder import save_text_encoder
+from tests.helpers.text_encoder_folder import save_text_encoder, text_of
 from utils.generation.latents import load_vae, vae_fingerprint
 from utils.preprocessing import audio_latents
 

@@ -243,8 +243,8 @@ def matching(checkpoints: Iterable[Path], expected: str, seen: dict[Path, str]) 
 
 def pin_vae(checkpoint: Path, folder: Path, *, may_replace: bool = True) -> Path:
     """Keep a copy of a VAE in `folder/vae`, unless it is there: the weights that `load_vae` loads, its configuration
-    and its record. A VAE's own run may then delete the checkpoint, move or vanish. Warns where the VAE's data set holds
-    other files now than it was trained on.
+    and its record. A VAE's own run may then delete the checkpoint, move or vanish. Warns where the VAE's data set
+    holds other files now than it was trained on.
 
     Args:
         checkpoint: a complete checkpoint folder.
