@@ -11,7 +11,8 @@ from inference.reconstruct_audio import ReconstructionArguments, reconstruct
 from inference.vocode import VocodeArguments
 from model.audio.spectral import LogMel, analyse
 from model.audio.vae import AudioVAE, AudioVAEConfig
-from tests.helpers.runs import changed, newest_results
+from tests.helpers.processes import newest_results
+from tests.helpers.runs import changed
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
 from utils.command_line import parse_arguments
 from utils.generation.audio import Synthesizer, read_waveform

@@ -13,7 +13,8 @@ from inference.vocode import VocodeArguments, vocode
 from model.audio.spectral import LogMel, analyse
 from model.audio.vocoders import Vocoder
 from tests.helpers.mel_cache import SETTINGS, write_mel_cache
-from tests.helpers.runs import changed, newest_results
+from tests.helpers.processes import newest_results
+from tests.helpers.runs import changed
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
