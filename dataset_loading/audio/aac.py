@@ -81,7 +81,7 @@ def without_av(file: BinaryIO) -> BinaryIO:
         return file
     with file:
         reader = AvReader(file)
-        samples = tempfile.TemporaryFile()  # noqa: SIM115: the caller closes it.
+        samples = tempfile.TemporaryFile()  # noqa: SIM115
         options: dict[str, Any] = {"format": "W64", "subtype": "FLOAT"}
         with soundfile.SoundFile(samples, "w", reader.sample_rate, reader.n_channels, **options) as output:
             for block in reader.blocks():
