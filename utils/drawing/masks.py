@@ -8,11 +8,11 @@ from torch import Tensor
 
 from utils.drawing.images import PAPER
 
-SIZE = 384  # Maximum side of a mask in pixels; longer streams have one pixel per token.
+SIZE = 288  # Maximum side of a mask in pixels; longer streams have one pixel per token.
 MAX_CELL = 12  # Pixels of a token.
 KINDS = ("text", "clean latents", "noisy latents")
 COLORS = ((45, 90, 160), (70, 150, 90), (221, 106, 28))  # Of the tokens that are seen, by kind.
-LEGEND = "rows see columns: text blue, clean latents green, noisy latents orange; the margins name the tokens"
+LEGEND = "rows see columns: text blue, clean latents green, noisy latents orange"
 
 
 def mask_image(mask: Tensor, kinds: Sequence[int]) -> Image.Image:

@@ -60,7 +60,7 @@ class MultimodalEvaluationArguments(ContactSheetArguments, BatchedEvaluationArgu
     exit_thresholds: list[float] = option(
         [], "recurrent models: thresholds of early exits at which losses are measured", gt=0
     )
-    exit_criterion: Literal["own", "kl", "latent_difference"] = option(
+    exit_criterion: Literal["own", "latent_difference"] = option(
         "own", "criterion of early exits; own: the model's", only_with=("exit_thresholds", bool)
     )
     seed: int = option(0, "seed of generation, which also depends on the item", ge=0)

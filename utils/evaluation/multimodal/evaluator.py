@@ -85,8 +85,11 @@ class MultimodalEvaluator(Evaluator):
         # The flag replaces the criterion of the configuration.
         if args.exit_criterion != "own":
             config.recurrent_exit_criterion = args.exit_criterion
-        elif args.exit_thresholds and config.recurrent_exit_criterion == "none":
-            raise ValueError("--exit_thresholds needs --exit_criterion: the model has recurrent_exit_criterion='none'")
+        elif args.exit_thresholds and config.recurrent_exit_criterion != "latent_difference":
+            raise ValueError(
+                f"--exit_thresholds needs --exit_criterion latent_difference: the model has recurrent_exit_criterion="
+                f"{config.recurrent_exit_criterion!r}"
+            )
         if max(args.thinking_steps, default=0) > config.recurrent_max_thinking_steps:
             raise ValueError(
                 f"--thinking_steps={args.thinking_steps} exceed recurrent_max_thinking_steps="

@@ -189,16 +189,16 @@ class StreamSamplesCallback(EvaluationCallback):
 
     def write_masks(self, step: int) -> None:
         """The mask of the first stream of each task, as it is trained."""
-        groups = []
+        images = {}
         for task in self.trainer.eval_dataset.tasks:
             for item in self.chosen(task)[:1]:
                 parts = [self.items.part(item, name, self.present) for name in task.modalities]
                 stream = build_stream(self.trainer.config, parts)
                 if len(stream) <= MAX_MASK:
                     mask = stream_mask(join_streams([stream], 0).placement)[0, 0]
-                    groups.append(Group([mask_image(mask, token_kinds(stream))], f"{task.name}, {len(stream)} tokens"))
-        if groups:
-            self.add_image("mask", strip_sheet(groups, title=LEGEND), step)
+                    images[f"{task.name}, {len(stream)} tokens"] = mask_image(mask, token_kinds(stream))
+        if images:
+            self.add_image("mask", strip_sheet([Group(list(images.values()), LEGEND)], list(images)), step)
 
 
 def token_kinds(stream: Stream) -> list[int]:

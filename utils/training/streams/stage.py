@@ -236,6 +236,13 @@ class MultimodalStreamStage(Stage):
         power = self.args.latent_weight_power
         return {name: channel_scales(self.load_vae(name)) ** power for name in self.names} if power else {}
 
+    def record(self, dataset, zero_stage, n_steps):
+        """As for all stages, with the fingerprint of each folder of latents."""
+        record = super().record(dataset, zero_stage, n_steps)
+        for name, cache in self.train_caches.items():
+            record["latents"][name]["fingerprint"] = cache.fingerprint
+        return record
+
     # ---- Configuration.
 
     def fit(self, config: MegaTransformerConfig) -> MegaTransformerConfig:
