@@ -61,6 +61,7 @@ bench: install  ## side by side with peers; see benchmarks/README.md
 	$(BIN)/python benchmarks/audio_vae.py
 	$(BIN)/python benchmarks/alignment.py
 	$(BIN)/python benchmarks/transformer.py
+	$(BIN)/python benchmarks/multimodal.py
 
 tensorboard: install  ## images, losses and metrics of all runs
 	$(BIN)/tensorboard --logdir runs
