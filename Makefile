@@ -62,6 +62,7 @@ bench: install  ## side by side with peers; see benchmarks/README.md
 	$(BIN)/python benchmarks/alignment.py
 	$(BIN)/python benchmarks/speech.py
 	$(BIN)/python benchmarks/transformer.py
+	$(BIN)/python benchmarks/multimodal.py
 
 tensorboard: install  ## images, losses and metrics of all runs
 	$(BIN)/tensorboard --logdir runs
