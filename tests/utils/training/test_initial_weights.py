@@ -69,5 +69,7 @@ def test_fields_that_shape_no_weights_may_change(case, save, caplog):
 )
 def test_fields_that_belong_to_the_weights_are_refused_by_name(model_class, fields, changes, refused, save):
     source, folder = save(model_class, fields)
-    with pytest.raises(ValueError, match=rf"has other {refused}, which its weights .*{re.escape(repr(changes[refused]))}"):
+    with pytest.raises(
+        ValueError, match=rf"has other {refused}, which its weights .*{re.escape(repr(changes[refused]))}"
+    ):
         model_with_weights(model_class, folder, source.config.replace(**changes))
