@@ -2,15 +2,16 @@
 frames, T tokens."""
 
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from utils.drawing.audio import ORANGE, colored, fit_width, strip_sheet
-from utils.drawing.images import Group
+from utils.drawing.images import INK, PAPER, Group
 
 MAX_DURATION = 40  # mel frames; longer ones are drawn there
-CELL = 8  # pixels of one mel frame in the plot of durations
+PLOT, MARGIN = 328, 24  # pixels of the plot of durations, and of the numbers beside it
 BOUNDARY = (255, 255, 255)
+MARKS = "white marks: ends of phones"  # what a sheet of `aligned_mel` says
 
 
 def aligned_mel(mel: Tensor, durations: Tensor, log_floor: float, *, max_frames: int = 0) -> Image.Image:
@@ -33,12 +34,25 @@ def aligned_mel(mel: Tensor, durations: Tensor, log_floor: float, *, max_frames:
 
 def duration_image(real: Tensor, predicted: Tensor) -> Image.Image:
     """How many tokens have which real (to the right) and predicted (upwards) duration, both (T,) mel frames."""
-    pairs = torch.stack([predicted, real]).long().clamp(0, MAX_DURATION)
-    size = MAX_DURATION + 1
+    pairs = torch.stack([predicted, real]).long().clamp_min(0)
+    # Both axes reach as far as the longest duration; the last cell holds longer ones, too.
+    longest = int(pairs.max())
+    size = min(longest, MAX_DURATION) + 1
+    pairs = pairs.clamp_max(size - 1)
     counts = torch.bincount(pairs[0] * size + pairs[1], minlength=size * size).view(size, size)
     # Logarithms, so that rare durations are seen beside frequent ones.
-    image = colored(counts.float().log1p(), 0, counts.max().float().log1p().item())
-    image = image.resize((size * CELL, size * CELL), Image.Resampling.NEAREST)
-    ImageDraw.Draw(image).line([(0, image.height), (image.width, 0)], ORANGE)
+    cell = max(1, PLOT // size)
+    plot = colored(counts.float().log1p(), 0, counts.max().float().log1p().item())
+    plot = plot.resize((size * cell, size * cell), Image.Resampling.NEAREST)
+    ImageDraw.Draw(plot).line([(0, plot.height), (plot.width, 0)], ORANGE)
+    # Numbers below and to the left.
+    image = Image.new("RGB", (plot.width + MARGIN, plot.height + MARGIN), PAPER)
+    image.paste(plot, (MARGIN, 0))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    for number in range(0, size, 1 if size <= 10 else 5):
+        center, text = (number + 0.5) * cell, f"{number}+" if number < longest and number == size - 1 else str(number)
+        draw.text((MARGIN + center, plot.height + 4), text, INK, font, anchor="ma")
+        draw.text((MARGIN - 4, plot.height - center), text, INK, font, anchor="rm")
     error = (predicted.float() - real.float()).abs().mean().item()
-    return strip_sheet([Group([image], "real (right) and predicted (up) mel frames")], title=f"mean error {error:.2f}")
+    title = f"{len(real)} tokens, mean error {error:.2f} mel frames"
+    return strip_sheet([Group([image], "mel frames: real (right), predicted (up)")], title=title)

@@ -17,7 +17,7 @@ from torch import Tensor
 from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.embedded.sentences import SENTENCES
-from utils.drawing.alignment import aligned_mel
+from utils.drawing.alignment import MARKS, aligned_mel
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
 from utils.evaluation.audio import MIN_WORDS, Scores, counts_of, means
@@ -344,7 +344,9 @@ class AudioDiffusionEvaluator(AudioPipelineEvaluator):
             Group([aligned_mel(*utterance.mels[name], floor, max_frames=longest) for name in SHEET], utterance.text)
             for utterance in examples
         ]
-        title = f"{self.checkpoint.parent.name}, step {self.step}: log-mels of {len(examples)} of {n_clips} clips"
+        title = (
+            f"{self.checkpoint.parent.name}, step {self.step}: log-mels of {len(examples)} of {n_clips} clips; {MARKS}"
+        )
         return strip_sheet(groups, [ROW_NAMES[name] for name in SHEET], title=title)
 
     def measure_curve(self, evaluation: Evaluation, spoken: Sequence[Utterance]) -> None:

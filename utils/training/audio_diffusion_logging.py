@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dataset_loading.cached import evenly_spaced
-from utils.drawing.alignment import aligned_mel, duration_image
+from utils.drawing.alignment import MARKS, aligned_mel, duration_image
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
 from utils.drawing.playback import add_audio
@@ -116,7 +116,11 @@ class SpeechCallback(SoundCallback):
             pairs = ((real, true[:n]), (generated, predicted[:n]))
             floor = self.pipeline.vae.config.mel.log_floor
             groups.append(Group([aligned_mel(*pair, floor, max_frames=longest) for pair in pairs], name))
-        self.add_image("mel", strip_sheet(groups, ("real", "generated")), step)
+        settings = self.pipeline.vae.config.mel
+        seconds = longest * settings.hop_length / settings.sample_rate
+        title = f"log-mels, the longest {seconds:.1f} s; {MARKS}"
+        labels = ("real latents, decoded", "generated, predicted durations")
+        self.add_image("mel", strip_sheet(groups, labels, title=title), step)
         pairs = [(true[:n], predicted[:n]) for _, _, true, predicted, n in clips]
         real, predicted = (torch.cat(side) for side in zip(*pairs))
         self.add_image("durations", duration_image(real, predicted), step)
@@ -170,7 +174,7 @@ class CaptionCallback(SoundCallback):
             Group([aligned_mel(mel, nothing, floor, max_frames=longest) for mel in pair], name)
             for name, pair in zip(self.names, pairs)
         ]
-        self.add_image("mel", strip_sheet(groups, ("real", "generated")), step)
+        self.add_image("mel", strip_sheet(groups, ("real latents, decoded", "generated")), step)
         self.add_players(content["real"], content["generated"], step)
         rate = self.pipeline.vae.config.sample_rate
         for number, waveform in enumerate(content["prompts"]):
