@@ -90,7 +90,7 @@ def find_file(folder: Path, name: str, listings: dict[Path, dict[str, str]]) -> 
 
 def on_disk(path: Path, listings: dict[Path, dict[str, str]]) -> Path | None:
     """A path whose names equal this one's but for composed and decomposed letters; None where there is none."""
-    if path.exists():
+    if os.path.exists(path):  # Unlike Path.exists, for names of any length.
         return path
     parent = on_disk(path.parent, listings) if path.parent != path else None
     if parent is None:

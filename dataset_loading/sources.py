@@ -171,7 +171,8 @@ def has_own(folder: Path, suffixes: Collection[str]) -> bool:
 
 def find_index(folder: Path) -> Path | None:
     """The metadata file of a folder."""
-    return next((file for suffix in INDEX_SUFFIXES if (file := folder / f"metadata{suffix}").is_file()), None)
+    files = {file.name.lower(): file for file in folder.iterdir() if file.is_file()}
+    return next((files[name] for suffix in INDEX_SUFFIXES if (name := f"metadata{suffix}") in files), None)
 
 
 def open_local(
@@ -288,7 +289,7 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[lis
     # Metadata files by their folder; of several in one folder the first in order of name counts.
     indices: dict[Path, Path] = {}
     for file in walk(folder, INDEX_SUFFIXES):
-        if file.stem == "metadata":
+        if file.stem.lower() == "metadata":
             indices.setdefault(file.parent, file)
     if indices:
         rows = [row for index in indices.values() for row in read_metadata(index, kind)]
@@ -323,7 +324,10 @@ def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
         column = "file_name" if "file_name" in row else kind
         value = row.pop(column, None)
         if not (is_missing(value) and may_lack) and (not isinstance(value, str) or not value):
-            raise ValueError(f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, columns))}")
+            raise ValueError(
+                f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, columns))}; name the "
+                "column of the files so, in the first line of a table"
+            )
         path = None if is_missing(value) else find_file(index.parent, value, listings)
         named = {"row": str(index.parent / f"row-{number:08d}")} if has_all_kinds or path is None else {}
         rows.append({kind: {"path": path, "bytes": None, **named}, **row})
@@ -364,7 +368,7 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
             loaded = datasets.load_dataset(name, config or None)
     except (OSError, ValueError, DatasetsError) as error:
         place = f"no {kind} files under {name}" if Path(name).exists() else f"{name!r} is no local folder"
-        reason = str(error).partition("\n")[0]
+        reason = describe_unreadable(Path(name)) or str(error).partition("\n")[0]
         raise FileNotFoundError(f"{place}, and the datasets package cannot load it: {reason}") from error
     splits = {str(loaded.split or "train"): loaded} if isinstance(loaded, datasets.Dataset) else loaded
     split = choose_split(name, split, list(map(str, splits)))
@@ -388,6 +392,20 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     identity = f"{Path(name).resolve() if Path(name).exists() else name}{f'/{config}' if config else ''}:{split}"
     options = {"labels": labels, "has_named_rows": set(kind_of.values()) == set(KINDS)}
     return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, **options)
+
+
+def describe_unreadable(path: Path) -> str:
+    """Why a local folder or file holds nothing that can be read: parquet files that are damaged, or what else is
+    there; `""` where that says nothing."""
+    from pyarrow import ArrowException, parquet
+
+    problems = []
+    for file in walk(path, (".parquet",)) if path.is_dir() else [path] * (path.suffix.lower() == ".parquet"):
+        try:
+            parquet.read_metadata(file)
+        except (OSError, ArrowException) as error:
+            problems.append(f"{file} is damaged ({error}); copy it again, or remove it")
+    return "; ".join(problems[:5]) or (str(survey_folder(path, used=(), suffixes=())) if path.is_dir() else "")
 
 
 def has_bytes(type_of: Any) -> bool:

@@ -22,6 +22,7 @@ SEPARATED = {".csv": ",", ".tsv": "\t"}  # The usual separator by ending.
 JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
 TABLE_SUFFIXES = (*SEPARATED, *JSON_SUFFIXES, ".parquet")
 SEPARATORS = (",", ";", "\t", "|")
+NAMED_SEPARATOR = re.compile(r"\ufeff?sep=.", re.IGNORECASE)  # The first line of a table for Excel.
 CELL_BYTES = 1 << 30  # The csv module refuses cells above 128 KiB by default.
 SAMPLE_BYTES = 1 << 16  # Beginning of a file that shows its encoding, separator and quotes.
 # Names of columns that are known in any case, by what they hold.
@@ -134,7 +135,7 @@ def find_dialect(sample: str, suffix: str, known: Collection[str] = ()) -> Diale
         suffix: `.csv` or `.tsv`, whose separator is preferred where nothing else decides.
         known: further names of columns that are sought.
     """
-    header = next((line for line in sample.splitlines() if line.strip()), "")
+    header = next((line for line in sample.splitlines() if line.strip() and not NAMED_SEPARATOR.fullmatch(line)), "")
     names = {name.lower() for name in (*KNOWN_COLUMNS, *known)}
     ranks = {}
     # The separator with the most known names in the header, then the one with the most cells.
@@ -142,7 +143,7 @@ def find_dialect(sample: str, suffix: str, known: Collection[str] = ()) -> Diale
         cells = [cell.strip().strip('"').lower() for cell in header.split(separator)]
         ranks[separator] = (sum(cell in names for cell in cells), len(cells))
     separator = max(ranks, key=ranks.__getitem__)
-    has_blanks = separator != "\t" and f"{separator} " in header
+    has_blanks = f"{separator} " in header
     # Tables with tabs or bars are often written without quoting, so that a quote is a character like others there.
     has_quotes = separator in ",;" or is_quoted(sample, separator)
     return Dialect(separator, has_quotes, has_blanks)
@@ -175,7 +176,8 @@ def read_cells(file: Path, dialect: Dialect, lines: Iterator[str]) -> Iterator[R
             remedy = 'close the quotes, and write a quote inside of quotes twice (""), or read and save it with pandas'
             yield Row(line, DamagedFileError(f"{file}: line {line} cannot be read ({error}); {remedy}"))
             return
-        if len(cells) > 1 or (cells and cells[0].strip()):
+        is_setting = line == 1 and NAMED_SEPARATOR.fullmatch(dialect.separator.join(cells))
+        if not is_setting and (len(cells) > 1 or (cells and cells[0].strip())):
             yield Row(line, cells)
 
 

@@ -103,9 +103,12 @@ def test_segments_join_to_the_clip_and_a_second_run_adds_the_missing_one(raw, tm
     assert sum(entry["seconds"] for entry in parts) == pytest.approx(whole[1]["seconds"], abs=0.016 * len(parts))
     assert manifest["entries"]["train"][0]["caption"] == "wavs" and "part" not in manifest["entries"]["train"][0]
     assert "parts" not in manifest["totals"]["train"]
+    lost = manifest["left_out"]["transcript lost, as --segment_seconds cut the clip"]
+    assert lost == {"count": 1, "names": ["wavs/words.flac"]}
     before = contents(tmp_path / "out")
     (tmp_path / "out/train" / f"{parts[2]['key']}.pt").unlink()
-    assert prepare(raw, tmp_path / "out", *flags)["entries"] == manifest["entries"]
+    again = prepare(raw, tmp_path / "out", *flags)
+    assert again["entries"] == manifest["entries"] and again["left_out"] == manifest["left_out"]
     assert contents(tmp_path / "out") == before
 
 

@@ -62,6 +62,11 @@ def test_a_file_holds_the_standardised_posterior_of_its_image_and_the_caption(ra
         assert entry["length"] == len(sample["tokens"])
     assert len(found) == 40 and {entry["caption"] for entry, _ in found.values()} == set(CAPTIONS)
     assert not torch.equal(found["000.png"][1]["mean"], found["001.png"][1]["mean"])
+    counts = {reason: group["count"] for reason, group in manifest["left_out"].items()}
+    assert counts == {
+        "with a caption cut at 30 tokens (--max_tokens)": 10,
+        "without a text, though others have one": 10,
+    }
     settings = manifest["settings"]
     assert settings["latent_shape"] == [16, 4, 4] and settings["image_size"] == 32
     assert settings["vae_fingerprint"] == vae_fingerprint(vae) and settings["vae_checkpoint"] == str(vae)
@@ -234,3 +239,15 @@ def test_a_changed_caption_is_encoded_again(raw, vae, tmp_path):
         for one in part
         if one["source"] == "000.png"
     ]
+
+
+def test_a_source_without_captions_is_refused(vae, tmp_path):
+    raw = write_captioned_images(tmp_path / "raw", 3)
+    (raw / "metadata.csv").unlink()
+    with pytest.raises(SystemExit):
+        make_latents(raw, vae, tmp_path / "out")
+    assert not (tmp_path / "out/manifest.json").exists()
+    for number in range(3):
+        (raw / f"{number:03}.txt").write_text(f"number {number}")
+    entries = make_latents(raw, vae, tmp_path / "out")["entries"]
+    assert {entry["caption"] for split in entries.values() for entry in split} == {"number 0", "number 1", "number 2"}

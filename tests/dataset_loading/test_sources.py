@@ -180,3 +180,32 @@ def test_rows_of_a_parquet_file_with_files_inside_belong_together(tmp_path):
 def test_missing_paths_do_not_ask_the_hub(name):
     with pytest.raises(FileNotFoundError, match="does not exist"):
         open_images(name)
+
+
+def test_single_parquet_files_and_archives_of_plain_bytes(tmp_path, image):
+    content = image("raw/a.png", "blue").read_bytes()
+    for number, values in enumerate(([content], [{"bytes": content, "path": "a.png"}])):
+        pyarrow_table = pyarrow.table({"picture": values, "text": ["blue"]})
+        parquet.write_table(pyarrow_table, tmp_path / f"{number}.parquet")
+        ((_, row),) = open_images(tmp_path / f"{number}.parquet")
+        assert read_media(row["picture"]).getvalue() == content and row["text"] == "blue"
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.writestr("a.png", content)
+    ((_, row),) = open_images(tmp_path / "images.zip")
+    assert read_media(row["image"]).getvalue() == content
+
+
+def test_damaged_shards_and_folders_without_images_say_what_is_there(tmp_path):
+    for folder, name in (("shards", "train-0.parquet"), ("phone", "IMG_1.HEIC")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / name).write_bytes(b"PAR1 cut off")
+    with pytest.raises(FileNotFoundError, match=r"train-0\.parquet is damaged .*copy it again"):
+        open_images(tmp_path / "shards")
+    with pytest.raises(FileNotFoundError, match=r"1 ending \.heic is not read \(IMG_1\.HEIC\)"):
+        open_images(tmp_path / "phone")
+
+
+def test_metadata_in_capitals_and_names_that_no_system_takes(tmp_path, image):
+    image("a.png")
+    (tmp_path / "METADATA.CSV").write_text(f"file_name,text\na.png,A\n{'b' * 3000}.png,B\n")
+    assert [text for _, text in names_and("text", open_images(tmp_path))] == ["A", "B"]

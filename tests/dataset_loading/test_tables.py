@@ -27,6 +27,7 @@ def zstd(content):
         ("t.csv", "file_name,text\na.png,a red square\n"),
         ("t.csv", '\ufeff"file_name", "text"\r\na.png, a red square\r\n\r\n'),
         ("t.csv", " File_Name ;TEXT\na.png;a red square\n"),
+        ("t.csv", "sep=;\r\nfile_name;text\r\na.png;a red square\r\n"),  # As for Excel.
         ("t.csv", "file_name\ttext\na.png\ta red square"),
         ("t.csv", "file_name|text\na.png|a red square"),
         ("t.csv", ",file_name,text\n0,a.png,a red square\n"),  # As pandas writes it with its index.

@@ -94,8 +94,17 @@ def caption_of(value: Any) -> str:
 
 
 def captions_of(value: Any) -> list[str]:
-    """All captions of a cell, of which some datasets have several; [""] where there is none."""
+    """All captions of a cell, of which some datasets have several; [""] where there is none.
+
+    Raises: ValueError: one is an object.
+    """
     values = value if isinstance(value, list | tuple) else [value]
+    for item in values:
+        if isinstance(item, dict | list):
+            raise ValueError(
+                f"a caption is {repr(item)[:60]}, no text; name the column of the texts with --caption_column, or "
+                "write them as a text or a list of texts"
+            )
     # Empty cells of data frames are not a number, which differs from itself.
     captions = [str(value) for value in values if value is not None and value == value]
     return captions or [""]

@@ -68,3 +68,11 @@ def test_other_text_and_flips_are_refused_with_their_flags(folder):
     assert refused(folder, text_embedding_width=0).text_encoder == ""
     assert "text_embedding_width=64" in refused(folder, text_embedding_width=64).text_encoder
     assert refused(folder, horizontal_flip=False).horizontal_flip is False
+
+
+def test_captions_that_are_all_empty_are_refused(folder, caplog):
+    data = ImageLatentDataset(folder, "train").expect_captions()
+    assert "captions are empty" in caplog.text and any(entry["caption"] for entry in data.entries)
+    data.entries = [{**entry, "caption": " "} for entry in data.entries]
+    with pytest.raises(ValueError, match=r"all \d+ captions of .*--caption_column"):
+        data.expect_captions()
