@@ -61,8 +61,8 @@ def group_by_split(paths: Sequence[str], *, are_media: bool) -> dict[str, list[i
     splits = [split_of_folders(path) or ("" if are_media else split_of_name(stem)) for path, stem in zip(paths, stems)]
     # Words of names, where all of them name a split, and some are for training.
     words = []
-    for path, stem in zip(paths, stems):
-        words.append(next(filter(None, map(split_in_name, (*path.split("/")[:-1], stem))), ""))
+    for path, stem, split in zip(paths, stems, splits):
+        words.append(split or next(filter(None, map(split_in_name, (*path.split("/")[:-1], stem))), ""))
         if not words[-1]:
             break
     if words and words[-1] and "train" in words:
