@@ -9,6 +9,8 @@ from typing import Any
 from dataset_loading.walking import LinkedFolders
 
 NAMES = 20  # Names that are kept of each reason.
+# Reasons that are errors of reading, and count for --max_broken_fraction.
+UNREADABLE = ("folder cannot be read", "link leads nowhere")
 # Files that describe a dataset or belong to a file system, and are never samples.
 DESCRIPTIONS = re.compile(
     r"(readme|licen[cs]e|copying|citation|changelog|dataset_infos?|checksums?|md5sums?|sha256sums?)\b.*"
@@ -43,6 +45,15 @@ class LeftOut:
             for name in names:
                 self.add(reason, name)
             self.counts[reason] += count - len(names)
+
+    def unreadable(self) -> list[tuple[str, str]]:
+        """What could not be read, as (reason, name); beyond the first names the last one stands for the others."""
+        pairs = []
+        for reason, names in self.names.items():
+            if reason.startswith(UNREADABLE):
+                others = [f"{names[-1]} and others"] * (self.counts[reason] - len(names))
+                pairs += [(reason, name) for name in [*names, *others]]
+        return pairs
 
     def as_dict(self) -> dict[str, dict[str, Any]]:
         """For a manifest: `{reason: {"count": ..., "names": [...]}}`, the most frequent reason first."""

@@ -42,8 +42,9 @@ def split_in_name(name: str) -> str:
 
 
 def split_of_folders(path: str) -> str:
-    """The split of the first folder of a path that is named like one; "" for none."""
-    return next(filter(None, map(split_of_name, path.split("/")[:-1])), "")
+    """The split that the folders of a path are named like; "" for none. What is held out inside training is so."""
+    splits = [split_of_name(folder) for folder in path.split("/")[:-1]]
+    return next((split for split in splits if split in HELD_OUT), "train" if "train" in splits else "")
 
 
 def group_by_split(paths: Sequence[str], *, are_media: bool) -> dict[str, list[int]]:
@@ -60,8 +61,8 @@ def group_by_split(paths: Sequence[str], *, are_media: bool) -> dict[str, list[i
     splits = [split_of_folders(path) or ("" if are_media else split_of_name(stem)) for path, stem in zip(paths, stems)]
     # Words of names, where all of them name a split, and some are for training.
     words = []
-    for path, stem in zip(paths, stems):
-        words.append(next(filter(None, map(split_in_name, (*path.split("/")[:-1], stem))), ""))
+    for path, stem, split in zip(paths, stems, splits):
+        words.append(split or next(filter(None, map(split_in_name, (*path.split("/")[:-1], stem))), ""))
         if not words[-1]:
             break
     if words and words[-1] and "train" in words:

@@ -25,7 +25,7 @@ SEPARATORS = (",", ";", "\t", "|")
 NAMED_SEPARATOR = re.compile(r"\ufeff?sep=.", re.IGNORECASE)  # The first line of a table for Excel.
 CELL_BYTES = 1 << 30  # The csv module refuses cells above 128 KiB by default.
 SAMPLE_BYTES = 1 << 16  # Beginning of a file that shows its encoding, separator and quotes.
-# Names of columns that are known in any case, by what they hold.
+# Names of columns that are known in any case, by what they hold, in order of preference.
 FILE_COLUMNS = ("file_name", "filename", "file", "path", "filepath", "file_path", "audio_filepath", "audio_path")
 FILE_COLUMNS += ("wav", "wav_path", "image_path", "image_file", "image_name")
 CAPTION_COLUMNS = ("text", "text_normalized", "transcription", "transcript", "sentence", "caption", "captions")
@@ -373,3 +373,20 @@ def table_columns(file: Path, known: Collection[str] = ()) -> list[str]:
 
         return [column_name(name) for name in parquet.read_schema(file).names]
     return []
+
+
+def captions_of(value: Any) -> list[str]:
+    """All captions of a cell, of which some datasets have several; [""] where there is none.
+
+    Raises: ValueError: one is an object.
+    """
+    values = value if isinstance(value, list | tuple) else [value]
+    for item in values:
+        if isinstance(item, dict | list):
+            raise ValueError(
+                f"a caption is {repr(item)[:60]}, no text; name the column of the texts with --caption_column, or "
+                "write them as a text or a list of texts"
+            )
+    # Empty cells of data frames are not a number, which differs from itself.
+    captions = [str(value) for value in values if value is not None and value == value]
+    return captions or [""]

@@ -8,6 +8,7 @@ from torch.utils.data import Dataset
 
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, ResizeMode, decode_image, fit_image, to_float, to_tensor
 from dataset_loading.sources import open_source
+from dataset_loading.tables import captions_of
 
 
 class ImageFolderDataset(Dataset):
@@ -46,7 +47,9 @@ class ImageFolderDataset(Dataset):
         self.entries: list[dict[str, Any]] = []
         for key, row in self.source:
             self.media.append(row[self.source.media])
-            self.entries.append({"key": key, "caption": str(row.get("text") or row.get("label") or "")})
+            self.entries.append(
+                {"key": key, "caption": captions_of(row.get("text"))[0] or str(row.get("label") or "")}
+            )
         self.image_size, self.background_color = image_size, background_color
         self.resize_mode: ResizeMode = resize_mode
 

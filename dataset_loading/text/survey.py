@@ -191,14 +191,17 @@ def smallest(hashes: np.ndarray, fraction: float) -> np.ndarray:
 def check_broken(survey: Survey, rules: Rules, corpus: Corpus) -> None:
     """Raises: ValueError: more of the documents that are not empty, or of the files, are broken than allowed; names
     the first five."""
-    # A table that is cut off is one broken document, but it takes others with it: files are counted, too.
-    n_files = sum(source.n_files for _, source in corpus)
+    # A table that is cut off is one broken document, but it takes others with it: files are counted, too, and folders
+    # that cannot be read as files.
+    unreadable = [pair for _, source in corpus for pair in source.left_out.unreadable()]
+    n_files = len(unreadable) + sum(source.n_files for _, source in corpus)
     counts = {"documents": (survey.n_broken, survey.n_read - survey.n_empty)}
-    counts["files"] = survey.n_broken_files, n_files
+    counts["files"] = survey.n_broken_files + len(unreadable), n_files
+    broken = [*survey.broken, *({"source": name, "reason": reason} for reason, name in unreadable)]
     for kind, (n_broken, n_read) in counts.items():
         if n_broken > rules.max_broken_fraction * n_read:
-            shown = "; ".join(f"{entry['source']} ({entry['reason']})" for entry in survey.broken[:5])
-            more = f"; and {survey.n_broken - 5} more" if survey.n_broken > 5 else ""
+            shown = "; ".join(f"{entry['source']} ({entry['reason']})" for entry in broken[:5])
+            more = f"; and {n_broken - 5} more" if n_broken > 5 else ""
             raise ValueError(
                 f"{n_broken} of {n_read} {kind} have no text, more than --max_broken_fraction="
                 f"{rules.max_broken_fraction}: {shown}{more}. Repair or remove them, or allow more"

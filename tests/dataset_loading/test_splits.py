@@ -27,6 +27,8 @@ def splits(*paths: str, are_media: bool = False) -> dict[str, list[str]]:
         (["TRAIN.TXT"], ["Val.txt"], "validation"),
         (["en/train/a.txt", "de/train/b.txt"], ["en/test/a.txt"], "test"),
         (["train2017/1.txt"], ["val2017/1.txt"], "validation"),
+        (["train/a.txt"], ["train/validation/a.txt"], "validation"),
+        (["train.txt.gz"], ["valid.txt.gz"], "validation"),
         (["train-clean-100/1/a.txt"], ["dev-clean/1/a.txt"], "validation"),
         (["a.txt", "b.txt"], ["test.txt"], "test"),  # No file is named for training.
     ],

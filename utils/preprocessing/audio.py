@@ -25,14 +25,12 @@ from dataset_loading.audio.signal import (
     trim_silence,
 )
 from dataset_loading.sources import Source
+from dataset_loading.tables import CAPTION_COLUMNS, SPEAKER_COLUMNS, captions_of
 from model.audio.spectral import LogMel, MelPreset, MelSettings, analyse, check_same_mel, mel_preset
 from utils.options import option, other_than_none
 from utils.preprocessing.driver import PACKAGES, Preprocess, PreprocessArguments
-from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of, captions_of
+from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of
 
-# Usual names of columns in hub data sets, in order of preference.
-CAPTION_COLUMNS = ("text", "text_normalized", "transcription", "transcript", "sentence", "caption", "captions")
-SPEAKER_COLUMNS = ("speaker", "speaker_id", "client_id")
 MEL_FLAGS = tuple(field.name for field in dataclasses.fields(MelSettings))
 # Flags that shape the waveforms, and therefore belong to the fingerprint of a cache.
 CONDITIONING = (

@@ -36,6 +36,7 @@ from dataset_loading.files import MANIFEST, SCHEMA, fingerprint
 from dataset_loading.integrity import changed_bytes, non_finite
 from dataset_loading.locks import only_writer
 from dataset_loading.sources import Source, has_file, open_source
+from dataset_loading.tables import captions_of
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import declared_fields, option
 from utils.preprocessing.progress import ProgressReport
@@ -47,7 +48,6 @@ from utils.preprocessing.samples import (
     Raw,
     SkipSampleError,
     Task,
-    captions_of,
     content_fingerprint,
     describe_problems,
     is_validation,

@@ -6,18 +6,10 @@ from typing import Any
 from dataset_loading.left_out import LeftOut, reason_group
 from utils.preprocessing.samples import Outcome
 
-# Reasons of a listing that are errors of reading, and count for --max_broken_fraction.
-UNREADABLE = ("folder cannot be read", "link leads nowhere")
-
 
 def unreadable(left_out: LeftOut) -> list[Outcome]:
-    """What a listing could not read, as outcomes of broken files. The listing names the first of each reason."""
-    return [
-        Outcome(-1, "train", name, [], broken=f"OSError: {reason}")
-        for reason, names in left_out.names.items()
-        if reason.startswith(UNREADABLE)
-        for name in names
-    ]
+    """What a listing could not read, as outcomes of broken files."""
+    return [Outcome(-1, "train", name, [], broken=f"OSError: {reason}") for reason, name in left_out.unreadable()]
 
 
 def describe_left_out(

@@ -8,6 +8,7 @@ from typing import Any
 
 from dataset_loading.content import CONTENT_FIELDS, DIGEST
 from dataset_loading.files import fingerprint
+from dataset_loading.tables import captions_of
 
 # Numbers of a manifest's entries whose sum over all samples means nothing.
 NOT_SUMMED = (
@@ -91,23 +92,6 @@ class SkipSampleError(ValueError):
 def caption_of(value: Any) -> str:
     """A caption as text; the first of several; nothing is `""`."""
     return captions_of(value)[0]
-
-
-def captions_of(value: Any) -> list[str]:
-    """All captions of a cell, of which some datasets have several; [""] where there is none.
-
-    Raises: ValueError: one is an object.
-    """
-    values = value if isinstance(value, list | tuple) else [value]
-    for item in values:
-        if isinstance(item, dict | list):
-            raise ValueError(
-                f"a caption is {repr(item)[:60]}, no text; name the column of the texts with --caption_column, or "
-                "write them as a text or a list of texts"
-            )
-    # Empty cells of data frames are not a number, which differs from itself.
-    captions = [str(value) for value in values if value is not None and value == value]
-    return captions or [""]
 
 
 def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, Any]:

@@ -96,3 +96,13 @@ def test_a_tokenizer_json_alone(tmp_path):
         tokenizer = load_tokenizer(str(name))
         assert (tokenizer.bos_token, tokenizer.eos_token) == ("<s>", "</s>")
         assert tokenizer.encode("a b", add_special_tokens=False) == [2, 3]
+
+
+def test_links_that_lead_nowhere_count_as_files(tmp_path):
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.txt").write_text(text)
+    (tmp_path / "gone.txt").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"1 of 41 files have no text.*gone\.txt \(link leads nowhere"):
+        prepare(tmp_path, tmp_path / "out")
+    manifest = prepare(tmp_path, tmp_path / "out", max_broken_fraction=0.1)
+    assert manifest["left_out"] == {"link leads nowhere": {"count": 1, "names": ["gone.txt"]}}
