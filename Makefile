@@ -60,6 +60,7 @@ bench: install  ## side by side with peers; see benchmarks/README.md
 	$(BIN)/python benchmarks/vocoder.py
 	$(BIN)/python benchmarks/audio_vae.py
 	$(BIN)/python benchmarks/alignment.py
+	$(BIN)/python benchmarks/speech.py
 	$(BIN)/python benchmarks/transformer.py
 
 tensorboard: install  ## images, losses and metrics of all runs

@@ -2,11 +2,11 @@
 
     python evaluate.py --checkpoint runs/image_vae/demo --contact_sheet 16
     python evaluate.py --checkpoint runs/image_vae/demo --dataset my_images --max_samples 500 --output_dir out
-    python evaluate.py --checkpoint runs/image_diffusion/demo --contact_sheet 16 --n_steps 20 --guidance_scale 3
     python evaluate.py --checkpoint runs/image_diffusion/demo --curve --curve_steps 5 10 20 --curve_scales 1 3 5
     python evaluate.py --checkpoint runs/audio_vae/demo --contact_sheet 8 --vocoder_checkpoint runs/vocoder/demo
     python evaluate.py --checkpoint runs/audio_diffusion/demo --waveforms cached_datasets/vocoder --sentences 50
     python evaluate.py --checkpoint runs/multimodal/demo --thinking_steps 1 2 4 8 16
+    python evaluate.py --checkpoint runs/multimodal/world --contact_sheet 8 --beside runs/image_diffusion/demo
 
 The stage is read from the checkpoint; flags that its evaluator does not read are refused. Results go to the run's
 folder, or to --output_dir.
@@ -29,6 +29,7 @@ from utils.evaluation.audio_vae import AudioVAEEvaluationArguments, AudioVAEEval
 from utils.evaluation.evaluator import Evaluation, Evaluator
 from utils.evaluation.image_diffusion import ImageDiffusionEvaluationArguments, ImageDiffusionEvaluator
 from utils.evaluation.image_vae import ImageVAEEvaluationArguments, ImageVAEEvaluator
+from utils.evaluation.multimodal.arguments import AnyMetricArguments, MultimodalEvaluationArguments
 from utils.evaluation.recurrent_vae import RecurrentVAEEvaluator
 from utils.evaluation.text import TextEvaluationArguments, TextEvaluator
 from utils.evaluation.vocoder import VocoderEvaluator
@@ -49,11 +50,13 @@ EVALUATORS: dict[str, type[Evaluator]] = {
 
 @dataclasses.dataclass
 class EvaluateArguments(
+    AnyMetricArguments,
     ImageVAEEvaluationArguments,
     ImageDiffusionEvaluationArguments,
     AudioVAEEvaluationArguments,
     TextEvaluationArguments,
     AudioDiffusionEvaluationArguments,
+    MultimodalEvaluationArguments,
 ):
     """Flags of all evaluators; the evaluator of the checkpoint's stage refuses those that it does not read."""
 
@@ -70,8 +73,7 @@ def build_evaluator(args: EvaluateArguments) -> Evaluator:
 def evaluate(args: EvaluateArguments) -> dict:
     """Measure, write and print the metrics of a checkpoint; returns the content of metrics.json."""
     start = time.perf_counter()
-    evaluator = build_evaluator(args)
-    dataset = evaluator.build_dataset()
+    dataset = (evaluator := build_evaluator(args)).build_dataset()
     indices = evenly_spaced(len(dataset), args.max_samples or len(dataset))
     data = evaluator.describe_data(dataset, len(indices))
     with torch.inference_mode():
@@ -81,9 +83,7 @@ def evaluate(args: EvaluateArguments) -> dict:
     report["seconds"] = time.perf_counter() - start
     files = write(evaluator, evaluation, report)
     # The tables on the console; a file has no width.
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=120)
+    console = Console(highlight=False, width=None if Console().is_terminal else 120)
     samples = f"{data['folder']} {data['split']}"
     console.print(f"\n[bold]{evaluator.checkpoint}[/bold], {evaluator.weights} weights, on {samples}")
     for table in evaluation.tables:

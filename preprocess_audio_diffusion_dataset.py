@@ -22,15 +22,13 @@ from typing import Any
 import torch
 
 from model.audio.lengths import latents_to_sequence
-from utils.checkpoints import lasting_name, resolve_checkpoint, warn_of_former_data
+from utils.checkpoints import lasting_name, resolve_checkpoint
 from utils.devices import compute_device
 from utils.generation.latents import load_vae, pin_vae, standardized_posterior, vae_fingerprint, warn_of_other_vae
 from utils.generation.text_encoder import caption_states, lost_by_cut, open_text_encoder, text_encoder_fingerprint
 from utils.options import option
 from utils.preprocessing.audio_latents import AudioLatentsArguments, AudioLatentsPreprocess
 from utils.preprocessing.samples import Example
-
-OTHER_ENCODER = "give another --text_encoder, or copy it again"
 
 
 @dataclasses.dataclass
@@ -62,9 +60,8 @@ class AudioDiffusionPreprocess(AudioLatentsPreprocess):
         super().__init__(args, config.mel, compression=config.compression, vae_name=name)
         self.vae_fingerprint = vae_fingerprint(self.checkpoint)
         warn_of_other_vae(self.folder, self.vae_fingerprint)
-        warn_of_former_data(self.checkpoint)
         self.vae_speakers = config.speakers
-        self.text_encoder = open_text_encoder(args.text_encoder, OTHER_ENCODER) if args.text_encoder else None
+        self.text_encoder = open_text_encoder(args.text_encoder) if args.text_encoder else None
         self.text_fingerprint = text_encoder_fingerprint(self.text_encoder) if self.text_encoder else ""
 
     def settings(self) -> dict[str, Any]:

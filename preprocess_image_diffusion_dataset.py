@@ -18,7 +18,7 @@ from PIL import Image
 
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, fit_image, to_float, to_tensor
 from model.text.tokenizer import encode_caption
-from utils.checkpoints import lasting_name, resolve_checkpoint, warn_of_former_data
+from utils.checkpoints import lasting_name, resolve_checkpoint
 from utils.devices import compute_device
 from utils.generation.latents import load_vae, pin_vae, standardized_posterior, vae_fingerprint, warn_of_other_vae
 from utils.generation.text_encoder import caption_states, lost_by_cut, open_text_encoder, text_encoder_fingerprint
@@ -26,9 +26,6 @@ from utils.options import option
 from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
 from utils.preprocessing.image import IMAGE_SETTINGS, ImageArguments, decode_source_image
 from utils.preprocessing.samples import Example
-
-NAME_ANOTHER = "give another --text_encoder, or copy it again"
-LATENT_SETTINGS = ("horizontal_flip", "max_tokens", "bf16")
 
 
 @dataclasses.dataclass
@@ -63,14 +60,13 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
         self.checkpoint = resolve_checkpoint(args.vae_checkpoint)
         self.vae, self.vae_fingerprint = load_vae(self.checkpoint, args.vae_config), vae_fingerprint(self.checkpoint)
         warn_of_other_vae(self.folder, self.vae_fingerprint)
-        warn_of_former_data(self.checkpoint)
-        self.text_encoder = open_text_encoder(args.text_encoder, NAME_ANOTHER) if args.text_encoder else None
+        self.text_encoder = open_text_encoder(args.text_encoder) if args.text_encoder else None
         self.image_size = args.image_size or self.vae.config.image_size
 
     def settings(self) -> dict[str, Any]:
         text = self.text_encoder
         return {
-            **{name: getattr(self.args, name) for name in (*IMAGE_SETTINGS, *LATENT_SETTINGS)},
+            **{name: getattr(self.args, name) for name in (*IMAGE_SETTINGS, "horizontal_flip", "max_tokens", "bf16")},
             "image_size": self.image_size,
             "latent_shape": list(self.vae.latent_shape(self.image_size)),
             "vae_fingerprint": self.vae_fingerprint,

@@ -12,6 +12,9 @@ source files have the same name. After: evaluate.py and inference/generate_text.
     python pretrain_multimodal.py --run_name world --config multimodal-tiny --include_modes text image audio --bf16 \
         --image_latents cached_datasets/scenes_latents --audio_latents cached_datasets/speech_latents \
         --batch_size 72 --learning_rate 1.5e-3 --max_steps 1500
+    python pretrain_multimodal.py --run_name spoken --config multimodal-tiny --include_modes text audio --bf16 \
+        --init_from runs/multimodal/demo --override n_layers=4 --learning_rates trunk:0.1 --batch_tokens 2000 \
+        --cached_dataset cached_datasets/text --tasks audio-text text-audio:4 text:1
 """
 
 from functools import cached_property
@@ -26,8 +29,8 @@ from utils.training.multimodal import (
     TextSamplesCallback,
     ThinkingStepsCallback,
 )
-from utils.training.multimodal_stage import MultimodalStreamStage
 from utils.training.stage import Stage
+from utils.training.streams.stage import MultimodalStreamStage
 from utils.training.text import check_checkpoint, check_core_flags, fit_to_tokenizer, tokenize_texts, untokenized
 
 

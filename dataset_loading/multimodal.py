@@ -188,11 +188,11 @@ class MultimodalDataset(Dataset):
         unused = [place for place, item in enumerate(self.items) if place not in used]
         if not unused:
             return
-        lacking = {}
-        for place in unused[:N_NAMED]:
-            item = self.items[place]
-            lacking[item.key] = [name for name in ("text", *self.caches) if not self.has(item, name)]
-        shown = "; ".join(f"{key} lacks {', '.join(names) or 'nothing'}" for key, names in lacking.items())
+        named = []
+        for item in (self.items[place] for place in unused[:N_NAMED]):
+            lacking = ", ".join(name for name in ("text", *self.caches) if not self.has(item, name))
+            named.append(f"{item.key} {f'lacks {lacking}' if lacking else 'is too long, or not drawn'}")
+        shown = "; ".join(named)
         logger.info(
             "%d of %d items come in no row of --tasks: %s%s",
             *(len(unused), len(self.items), shown, "; ..." if len(unused) > N_NAMED else ""),

@@ -3,13 +3,15 @@
 B batch, L queries, S keys, D hidden, H query heads, G key/value groups, K head width, N selected tokens.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -64,6 +66,26 @@ def eager_attention(
     return weights.to(v.dtype) @ v, weights
 
 
+@cache
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    """FlexAttention as one kernel, which its first call compiles."""
+    return torch.compile(flex_attention)
+
+
+def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, *, p: float = 0.0) -> Tensor:
+    """FlexAttention (arXiv 2412.05496), which skips what a mask hides in blocks of pairs: compiled on a GPU; elsewhere
+    by its definition and without a backward pass.
+
+    Args: blocks: for L queries and S keys; the others: see `eager_attention`.
+    Returns: (B, H, L, K).
+    Raises: ValueError: p is above 0.
+    """
+    if p:
+        raise ValueError(f"attention_dropout={p}: FlexAttention has no dropout; set 0, or use another kernel")
+    attend = compiled_flex_attention() if q.is_cuda else flex_attention
+    return attend(q, k, v, block_mask=blocks, enable_gqa=k.shape[1] < q.shape[1])
+
+
 @dataclass
 class LayerInputs:
     """What all layers share in one forward pass.
@@ -72,6 +94,7 @@ class LayerInputs:
         rotary: table of `rotary_table`, or None.
         mask: (B or 1, H or 1, L, S), bool or added to the scores; None: causal without a past, or a single query.
         is_causal: whether the mask hides all keys after the query.
+        blocks: the mask as FlexAttention takes it, instead of `mask`, which is then None; of whole sequences.
         cache: keys and values of the past, or None.
         weights: list that collects the attention weights of each layer; None: not collected.
         states: list that collects what each layer reads; None: not collected.
@@ -81,6 +104,7 @@ class LayerInputs:
     rotary: Tensor | None = None
     mask: Tensor | None = None
     is_causal: bool = True
+    blocks: BlockMask | None = None
     cache: Cache | None = None
     weights: list[Tensor] | None = None
     states: list[Tensor] | None = None
@@ -182,8 +206,10 @@ class MegaTransformerSelfAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, *, shared: LayerInputs) -> Tensor:
         """Args: q: (B, L, H, K); k, v: (B, G, S, K). Returns: the heads' outputs side by side, (B, L, H K)."""
         q, mask, p = q.transpose(1, 2), shared.mask, self.dropout.p if self.training else 0.0
+        if shared.blocks is not None:
+            out = attention_in_blocks(q, k, v, shared.blocks, p=p)
         # The definition, which alone returns weights, and drops those that keys say.
-        if self.config._attn_implementation == "eager" or (p and shared.dropout_keys is not None):
+        elif self.config._attn_implementation == "eager" or (p and shared.dropout_keys is not None):
             # A single query sees all keys.
             seen = mask if mask is not None or q.shape[2] > 1 else q.new_ones(1, k.shape[2], dtype=torch.bool)
             out, weights = eager_attention(q, k, v, mask=seen, p=p, keys=shared.dropout_keys)

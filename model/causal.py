@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel, initialization
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -242,6 +243,10 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         segment_ids: Tensor | None = None,
     ) -> tuple[LayerInputs, Tensor]:
         """What all layers share, and the positions (B or 1, L)."""
+        # A mask for FlexAttention comes with whole streams, which have their positions.
+        if isinstance(attention_mask, BlockMask):
+            rotary = rotary_table(self.frequencies, position_ids) if self.config.use_rotary_embedding else None
+            return LayerInputs(rotary=rotary, is_causal=False, blocks=attention_mask), position_ids
         L, device = x.shape[1], x.device
         past = 0 if cache is None else cache.get_seq_length()  # tokens in the cache
         # Positions: given, counted within documents, from the mask of tokens, or from the beginning.
@@ -310,12 +315,12 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         last_slot = core.slot(thinking.n_steps - 1, first_slot) + len(core.layers)
         # Without exits, every token takes all steps.
         if not thinking.exit_threshold:
+            steps = torch.full(x.shape[:2], thinking.n_taken, device=x.device)
             state = core(x, shared, first_slot, thinking=thinking)
-            steps = torch.full(x.shape[:2], thinking.n_steps, device=x.device)
             return self.coda(state, shared, last_slot), steps
         # With exits, padding takes no step, and criterion "kl" needs the head at each step.
         is_token = None
-        if attention_mask is not None and attention_mask.ndim == 2:
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             is_token = attention_mask[:, -x.shape[1] :].bool()  # without the past
         if config.recurrent_exit_criterion == "kl" and predict is None:
             raise ValueError('recurrent_exit_criterion="kl" compares predictions, which this model has no head for')

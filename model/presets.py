@@ -141,8 +141,9 @@ MEGATRANSFORMER: dict[str, dict[str, Any] | str] = {
 MULTIMODAL: dict[str, dict[str, Any] | str] = {
     "multimodal-tiny":           stream( 5_796_368, hidden_size=256, n_layers=3, n_heads=4),
     "multimodal-small":          stream(35_878_544, hidden_size=512, n_layers=8, n_heads=8),
-    "multimodal-recurrent-tiny": stream( 5_797_648, hidden_size=256, n_layers=1, n_recurrent_layers=2,
+    "multimodal-recurrent-tiny": stream( 5_796_624, hidden_size=256, n_layers=1, n_recurrent_layers=2,
                                                     n_heads=4, recurrent_mean_thinking_steps=3,
-                                                    recurrent_max_thinking_steps=12),
+                                                    recurrent_max_thinking_steps=12,
+                                                    recurrent_use_sandwich_norm=False),
 }
 # fmt: on

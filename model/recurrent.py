@@ -100,10 +100,10 @@ class MegaTransformerRecurrentBlock(nn.Module):
         """The slot of the core's first layer at a step where no steps share slots; dropout goes by it."""
         return first_slot + step * (len(self.layers) + self.config.n_coda_layers)
 
-    def make_room(self, shared: LayerInputs, step: int, first_slot: int, *, length: int) -> None:
-        """Where steps share slots, take back what an earlier step wrote for the same tokens."""
+    def make_room(self, shared: LayerInputs, step: int, first_slot: int, *, length: int, first_step: int = 0) -> None:
+        """Where steps share slots, take back what an earlier step of this call wrote for the same tokens."""
         shared_by = self.config.recurrent_cache_steps
-        if shared.cache is not None and shared_by is not None and step >= shared_by:
+        if shared.cache is not None and shared_by is not None and step - first_step >= shared_by:
             for n in range(len(self.layers)):
                 take_back(shared.cache, self.slot(step, first_slot) + n, length)
 
@@ -140,16 +140,19 @@ class MegaTransformerRecurrentBlock(nn.Module):
             thinking: resolved; steps before the last `n_backprop_steps` keep nothing for the backward pass.
         Returns: (B, L, D).
         """
-        n_steps, n_backprop_steps = thinking.n_steps, thinking.n_backprop_steps
+        n_steps, n_backprop_steps, carried = thinking.n_steps, thinking.n_backprop_steps, thinking.carried
         # The first state; every parameter gets a gradient, also where no step with a gradient reads the first state.
         state = self.initial_state(x, thinking.initial_state)
+        if carried is not None and carried.state is not None:
+            state = carried.state
         has_gradient = torch.is_grad_enabled()
         if has_gradient and n_steps > n_backprop_steps and hasattr(self, "learned_state"):
             x = x + 0.0 * self.learned_state  # A gradient of zero: engines want one of every parameter.
         # Steps; only the last `n_backprop_steps` have a graph.
-        for step in range(n_steps):
+        first_step = n_steps - thinking.n_taken
+        for step in range(first_step, n_steps):
             slot, number = self.slot(step, first_slot), self.number(step, first_slot)
-            self.make_room(shared, step, first_slot, length=x.shape[1])
+            self.make_room(shared, step, first_slot, length=x.shape[1], first_step=first_step)
             with torch.set_grad_enabled(has_gradient and step >= n_steps - n_backprop_steps):
                 hidden = self.adapter(state, x)
                 for n, layer in enumerate(self.layers):
@@ -158,6 +161,8 @@ class MegaTransformerRecurrentBlock(nn.Module):
                     inputs = shared.keyed(number + n)
                     hidden = layer(hidden, inputs, slot + n if shared.cache is not None else 0)
                 state = self.state_norm(hidden)
+        if carried is not None:
+            carried.state = state
         return state
 
     @torch.no_grad()

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from model.diffusion_process import DiffusionProcess
 
@@ -18,10 +19,22 @@ Denoiser = Callable[[Tensor, Tensor], Tensor]
 Generators = Sequence[torch.Generator]
 
 
-def normal_noise(shape: Sequence[int], generators: Generators, device: torch.device | str | None = None) -> Tensor:
-    """Unit noise (B, *shape) fp32, row b from generators[b] alone, sampled on the generator's device."""
-    rows = [torch.randn(*shape, generator=generator, device=generator.device) for generator in generators]
-    return torch.stack(rows).to(device)
+def normal_noise(
+    shape: Sequence[int],
+    generators: Generators,
+    device: torch.device | str | None = None,
+    *,
+    lengths: Sequence[int] | None = None,
+) -> Tensor:
+    """Unit noise (B, *shape) fp32, row b from generators[b] alone, sampled on the generator's device.
+
+    Args: lengths: how much of each row's first axis is no padding, which gets 0; default: all of it.
+    """
+    if lengths is None:
+        rows = [torch.randn(*shape, generator=generator, device=generator.device) for generator in generators]
+        return torch.stack(rows).to(device)
+    rows = [normal_noise((length, *shape[1:]), [each])[0] for length, each in zip(lengths, generators, strict=True)]
+    return pad_sequence([torch.zeros(*shape, device=generators[0].device), *rows], batch_first=True)[1:].to(device)
 
 
 def initial_noise(
@@ -68,10 +81,13 @@ def ddim(
     times: Tensor,
     generators: Generators | None = None,
     eta: float = 0.0,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """DDIM (arXiv 2010.02502, eq. 12): x0 (B, ...) from x (B, ...) at times[0].
 
-    Args: eta: noise put back, 0 none (the probability-flow ODE), 1 the ancestral step of DDPM; needs `generators`.
+    Args:
+        eta: noise put back, 0 none (the probability-flow ODE), 1 the ancestral step of DDPM; needs `generators`.
+        lengths: of padded samples, see `normal_noise`.
     """
     if eta > 0 and generators is None:
         raise ValueError(f"a stochastic sampler (eta={eta}) needs generators, one torch.Generator per sample")
@@ -89,15 +105,21 @@ def ddim(
         x0 = denoiser(x, steps.times[i])
         x = ratio * x + (alpha_next - alpha * ratio) * x0
         if std > 0 and generators is not None:
-            x = x + std * normal_noise(x.shape[1:], generators, x.device)
+            x = x + std * normal_noise(x.shape[1:], generators, x.device, lengths=lengths)
     return x
 
 
 def ddpm(
-    denoiser: Denoiser, x: Tensor, process: DiffusionProcess, *, times: Tensor, generators: Generators | None = None
+    denoiser: Denoiser,
+    x: Tensor,
+    process: DiffusionProcess,
+    *,
+    times: Tensor,
+    generators: Generators | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Ancestral sampling (arXiv 2006.11239, eq. 7, the smaller variance): x0 (B, ...) from x (B, ...) at times[0]."""
-    return ddim(denoiser, x, process, times=times, generators=generators, eta=1.0)
+    return ddim(denoiser, x, process, times=times, generators=generators, eta=1.0, lengths=lengths)
 
 
 def euler(
@@ -183,17 +205,20 @@ def sample(
     process: DiffusionProcess,
     times: Tensor,
     generators: Generators | None = None,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """x0 (B, ...) by the sampler `name` from x (B, ...), see `initial_noise`, at times[0].
 
     Args:
         times: (n_steps + 1,), falling strictly to 0, as `process.sampling_times` gives them.
         generators: one per sample, for the stochastic samplers.
+        lengths: of padded samples, whose fresh noise then does not depend on the padding; default: none is padded.
     Raises: ValueError for an unknown name, and for ddpm without generators.
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler={name!r} is unknown; choose from {', '.join(SAMPLERS)}")
-    return SAMPLERS[name](denoiser, x, process, times=times, generators=generators)
+    padded = {"lengths": lengths} if name == "ddpm" and lengths is not None else {}  # The others add no noise.
+    return SAMPLERS[name](denoiser, x, process, times=times, generators=generators, **padded)
 
 
 def rescale_guidance(guided: Tensor, conditional: Tensor, rescale: float) -> Tensor:

@@ -42,6 +42,22 @@ def sample_thinking_steps(config, generator: np.random.Generator, mean: float | 
 
 
 @dataclass
+class CarriedState:
+    """The core's last state, from which further calls on the same tokens go on, such as the steps of a solver.
+
+    A call without a state takes all steps. One with a state takes the last `n_steps` of them, and reads the keys and
+    values that the past has at those.
+
+    Args:
+        n_steps: steps of a call that goes on, at least 1 and at most all.
+        state: (B, L, D); written by each call.
+    """
+
+    n_steps: int
+    state: Tensor | None = None
+
+
+@dataclass
 class Thinking:
     """Thinking options of one call; None leaves an option to the configuration.
 
@@ -51,12 +67,14 @@ class Thinking:
         n_backprop_steps: number of last steps that gradients flow through; default: `recurrent_backprop_steps`.
         initial_state: standard normal noise for `recurrent_state_initialization="normal"`, (B, L, D).
         exit_threshold: replaces `recurrent_exit_criteria_threshold`; 0: no exits.
+        carried: state that is carried over calls, in evaluation and without exits; None: each call begins anew.
     """
 
     n_steps: int | None = None
     n_backprop_steps: int | None = None
     initial_state: Tensor | None = None
     exit_threshold: float | None = None
+    carried: CarriedState | None = None
 
     def resolve(self, config, is_training: bool) -> "ResolvedThinking":
         """The options in force: defaults filled in from the configuration, a threshold of 0 where there are no exits.
@@ -75,13 +93,23 @@ class Thinking:
             threshold = 0.0
         elif threshold is None:
             threshold = config.recurrent_exit_criteria_threshold
-        n_backprop_steps = self.n_backprop_steps
+        n_backprop_steps, n_steps = self.n_backprop_steps, self.choose_steps(config, is_training)
+        if self.carried is not None:
+            self.check_carried(self.carried, n_steps, has_exits=threshold > 0, is_training=is_training)
         return ResolvedThinking(
-            n_steps=self.choose_steps(config, is_training),
+            n_steps=n_steps,
             n_backprop_steps=config.recurrent_backprop_steps if n_backprop_steps is None else n_backprop_steps,
             initial_state=self.initial_state,
             exit_threshold=threshold,
+            carried=self.carried,
         )
+
+    def check_carried(self, carried: CarriedState, n_steps: int, *, has_exits: bool, is_training: bool) -> None:
+        """Raises: ValueError: a carried state in training, with exits, or for other than 1 to `n_steps` steps."""
+        if is_training or has_exits:
+            raise ValueError("a carried state belongs to evaluation without exits: model.eval(), exit_threshold=0")
+        if not 1 <= carried.n_steps <= n_steps:
+            raise ValueError(f"carried n_steps={carried.n_steps} must be from 1 to all thinking steps, {n_steps}")
 
     def refuse_without_core(self) -> None:
         """Raise ValueError for any option given to a model without a recurrent core, by the name of its argument."""
@@ -90,6 +118,7 @@ class Thinking:
             "n_backprop_steps": self.n_backprop_steps,
             "initial_state": self.initial_state,
             "exit_threshold": self.exit_threshold,
+            "carried": self.carried,
         }
         for name, value in given.items():
             if value is not None:
@@ -130,3 +159,8 @@ class ResolvedThinking(Thinking):
     n_steps: int = 0
     n_backprop_steps: int = 0
     exit_threshold: float = 0.0
+
+    @property
+    def n_taken(self) -> int:
+        """Steps that the call takes: all, or those that go on from a carried state."""
+        return self.n_steps if self.carried is None or self.carried.state is None else self.carried.n_steps

@@ -7,6 +7,7 @@ per-channel statistics that are measured once on the training set and stored wit
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,48 @@ class VAEOutput(ModelOutput):
     logvar: Tensor | None = None
 
 
+class ChannelNoise(NamedTuple):
+    """Noise beyond the posterior's, relative to the spread of each channel.
+
+    Attributes:
+        share: of the channel's std, (B,).
+        mean, std: of the channels of sampled latents, (Z,).
+    """
+
+    share: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def std_of(self, mean: Tensor, logvar: Tensor) -> Tensor:
+        """The std to add to that of posteriors (B, Z, ...), of the same shape: `share` times the channel's std.
+
+        It has the gradient of a std that moves with these latents: d(square) / (2 std), of their squared distance from
+        the channel's mean. Without it latents would grow, as if that lessened the noise.
+        """
+        center, std = (values.view(-1, *[1] * (mean.ndim - 2)) for values in (self.mean, self.std))
+        square = (mean - center).square() + logvar.exp()
+        moving = std + (square - square.detach()) / (2 * std)
+        return self.share.view(-1, *[1] * (mean.ndim - 1)) * moving
+
+
+def reparametrize(
+    mean: Tensor, logvar: Tensor, noise: Tensor | None, channel_noise: ChannelNoise | None = None
+) -> Tensor:
+    """Samples of posteriors (arXiv 1312.6114, section 2.4), (B, Z, ...).
+
+    Args:
+        mean, logvar: (B, Z, ...).
+        noise: standard normal, of the same shape; None: the mean.
+        channel_noise: raises the std of the noise.
+    """
+    if noise is None:
+        return mean
+    std = torch.exp(0.5 * logvar)
+    if channel_noise is not None:
+        std = std + channel_noise.std_of(mean, logvar)
+    return mean + std * noise
+
+
 class VAE(PreTrainedModel):
     """Abstract VAE: a subclass builds `self.encoder` (image -> (B, 2Z, y, x)) and `self.decoder` (latents -> image).
 
@@ -52,16 +95,18 @@ class VAE(PreTrainedModel):
         self.register_buffer("latent_mean", torch.zeros(config.latent_channels))
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
 
-    def forward(self, image: Tensor, noise: Tensor | None = None) -> VAEOutput:
+    def forward(
+        self, image: Tensor, noise: Tensor | None = None, *, channel_noise: ChannelNoise | None = None
+    ) -> VAEOutput:
         """Encode, add `noise` in units of the posterior's std, decode.
 
         Args:
             image: (B, C, Y, X) in [-1, 1]; Y and X divisible by the compression.
             noise: (B, Z, y, x) standard normal, or None to decode the posterior mean.
+            channel_noise: raises the std of the noise.
         """
         mean, logvar = self.encode(image)
-        # Reparametrisation (arXiv 1312.6114, section 2.4).
-        latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        latents = reparametrize(mean, logvar, noise, channel_noise)
         return VAEOutput(reconstruction=self.decode(latents), mean=mean, logvar=logvar)
 
     def encode(self, image: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,8 @@ python preprocess_image_vae_dataset.py --dataset_name "$DATASET" --image_size 25
 # 2. VAE-GAN of 21 M parameters, f8 with 16 channels, 20,000 steps of 16 images per GPU: about 1 hour on 8 GPUs.
 deepspeed --num_gpus="$GPUS" pretrain_image_vae.py --use_deepspeed --deepspeed_config ds_config_zero-1.json --bf16 \
     --config medium --run_name "$RUN" --cached_dataset "cached_datasets/$RUN" --resume_from_checkpoint latest \
-    --batch_size 16 --learning_rate 2e-4 --max_steps 20000 --gan_start_step 10000 --gan_ramp_steps 1000 \
+    --batch_size 16 --learning_rate 2e-4 --kl_weight 1e-2 --latent_noise 0.25 --max_steps 20000 --gan_start_step 10000 \
+    --gan_ramp_steps 1000 \
     --diff_augment color translation --lecam_weight 0.001 --eval_steps 2000 --save_steps 2000
 python evaluate.py --checkpoint "runs/image_vae/$RUN" --contact_sheet 32
 

@@ -48,7 +48,7 @@ def layer(path: Path) -> str:
     if path in (Path("utils/options.py"), Path("utils/configuration.py")):
         return path.stem
     if path.parts[0] == "utils":
-        return "/".join(path.parts[:-1])
+        return "/".join(path.parts[:-1][:2])
     return path.parts[0] if len(path.parts) > 1 else "script"
 
 

@@ -112,13 +112,14 @@ def assert_same(one: Run, two: Run, tolerance: float = 1e-5) -> None:
 
 ZERO_STAGES = ("_zero-1", "_zero-2", "_zero-3")
 FOUR, EIGHT = ["--batch_size", "4"], ["--batch_size", "8"]
+NOISY = ["--latent_noise", "0.5"]
 ACCUMULATED = ["--batch_size", "1", "--gradient_accumulation_steps", "4", "--use_gradient_checkpointing"]
 # Name -> launcher, steps, flags on two processes and on one.
 IMAGE_VAE_RUNS = {
     **{f"zero_{name[-1:] or 0}": (f"ds_config{name}.json", 10, FOUR, EIGHT) for name in ("", *ZERO_STAGES)},
-    "accumulation": ("ds_config_zero-3.json", 10, ACCUMULATED, EIGHT),
+    "accumulation": ("ds_config_zero-3.json", 10, [*ACCUMULATED, *NOISY], [*EIGHT, *NOISY]),
     "bf16": ("ds_config_zero-2.json", 10, [*FOUR, "--bf16"], [*EIGHT, "--bf16"]),
-    "filter": ("ds_config_zero-2.json", 20, *([*size, "--trainer", "grokfast_ema"] for size in (FOUR, EIGHT))),
+    "filter": ("ds_config_zero-2.json", 20, *([*size, *NOISY, "--trainer", "grokfast_ema"] for size in (FOUR, EIGHT))),
 }
 
 
@@ -141,8 +142,8 @@ def one_process(image_cache, tmp_path_factory):
 
 
 def test_two_ddp_processes_equal_one_and_resume_on_two_and_on_one(train, image_cache, tmp_path):
-    one = train("one", 10, "--batch_size", "8")
-    two = launch("torchrun", image_cache, tmp_path, 10, "--batch_size", "4", "--save_steps", "4")
+    one = train("one", 10, *EIGHT, *NOISY)
+    two = launch("torchrun", image_cache, tmp_path, 10, *FOUR, *NOISY, "--save_steps", "4")
     assert_same(one, two)
     half, resumed_dir = tmp_path / "again" / "image_vae" / "two", tmp_path / "image_vae" / "resumed"
     for folder in (half, resumed_dir):
@@ -233,7 +234,7 @@ def test_diffusion_under_zero_2_equals_one_process_and_resumes_exactly(train_dif
 
 
 def test_recurrent_vae_under_zero_2_equals_one_process_and_resumes_exactly(image_cache, tmp_path, fresh_logging):
-    steps = ["--mean_decoder_steps", "3", "--max_decoder_steps", "4", "--n_backprop_steps", "2"]
+    steps = ["--mean_decoder_steps", "3", "--max_decoder_steps", "4", "--n_backprop_steps", "2", *NOISY]
     one = run_stage(RecurrentVAEStage, SMALL_RUN, image_cache, tmp_path, "one", 8, "--batch_size", "8", *steps)
     straight, resumed = launch_and_resume("recurrent_vae", image_cache, tmp_path, ["--batch_size", "4", *steps])
     # Rounding grows along the decoder's steps.
@@ -247,8 +248,8 @@ def test_recurrent_vae_under_zero_2_equals_one_process_and_resumes_exactly(image
 def test_audio_vae_on_two_ddp_processes_equals_one_and_resumes_on_one(tmp_path, fresh_logging):
     cache = write_mel_cache(tmp_path / "cache", SETTINGS)
     train = partial(run_stage, AudioVAEStage, SMALL_AUDIO_VAE, cache, tmp_path)
-    one = train("one", 8, "--batch_size", "8")
-    two = launch("torchrun", cache, tmp_path, 8, "--batch_size", "4", "--save_steps", "4", stage="audio_vae")
+    one = train("one", 8, *EIGHT, *NOISY)
+    two = launch("torchrun", cache, tmp_path, 8, *FOUR, *NOISY, "--save_steps", "4", stage="audio_vae")
     (tmp_path / "audio_vae" / "resumed").mkdir()
     (two.folder.parent / "checkpoint-4").rename(tmp_path / "audio_vae" / "resumed" / "checkpoint-4")
     resumed = train("resumed", 8, "--batch_size", "8", "--resume_from_checkpoint")

@@ -28,8 +28,7 @@ from tests.helpers.audio_latent_cache import (
     write_manifest,
     write_spoken_cache,
 )
-from tests.helpers.captions import text_of
-from tests.helpers.text_encoder_folder import save_text_encoder
+from tests.helpers.text_encoder_folder import save_text_encoder, text_of
 from utils.generation.latents import load_vae, vae_fingerprint
 from utils.preprocessing import audio_latents
 
@@ -138,8 +137,15 @@ def test_latents_follow_the_log_mels_that_they_were_made_from(mels, vae, tmp_pat
     folder, out = shutil.copytree(mels, tmp_path / "mels"), tmp_path / "out"
     manifest = read_record(folder / "manifest.json", "")
     entries, former = manifest["entries"], manifest["fingerprint"]
-    make_audio_latents(folder, vae, out, "--conditioning", "caption")
-    stamps = {file.stem: file.stat().st_mtime_ns for file in out.rglob("*.pt")}
+
+    def written() -> dict[str, int]:
+        """When the file of each clip was written, by the name of the recording."""
+        rows = make_audio_latents(folder, vae, out, "--conditioning", "caption")["entries"].items()
+        places = {entry["source"]: out / split / f"{entry['key']}.pt" for split, entries in rows for entry in entries}
+        assert sorted(places.values()) == sorted(out.rglob("*.pt"))
+        return {source: file.stat().st_mtime_ns for source, file in places.items()}
+
+    before = written()
     # One clip is another one, one is gone, and the cache says so.
     changed, gone = entries["train"][1], entries["train"].pop()
     file = folder / "train" / f"{changed['key']}.pt"
@@ -149,10 +155,9 @@ def test_latents_follow_the_log_mels_that_they_were_made_from(mels, vae, tmp_pat
     (folder / "manifest.json").write_text(json.dumps(text))
     CachedDataset(out, "train")
     assert f"{out} was made from a former content of {folder} (fingerprint {former}, now updated)" in caplog.text
-    make_audio_latents(folder, vae, out, "--conditioning", "caption")
-    new = {file.stem: file.stat().st_mtime_ns for file in out.rglob("*.pt")}
-    assert stamps.keys() - new.keys() == {gone["key"]}
-    assert [key for key, stamp in new.items() if stamps[key] != stamp] == [changed["key"]]
+    after = written()
+    assert before.keys() - after.keys() == {gone["source"]}
+    assert [source for source, stamp in after.items() if before[source] != stamp] == [changed["source"]]
     assert "changed: 1" in caplog.text and "gone: 1" in caplog.text
     caplog.clear()
     CachedDataset(out, "train")

@@ -9,11 +9,10 @@ from transformers import AutoTokenizer, BertModel
 
 from dataset_loading.cached import CachedDataset
 from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
-from tests.helpers.captions import text_of
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.latent_cache import CAPTIONS, make_latents, save_vae, write_captioned_images
 from tests.helpers.processes import has_files, run_until
-from tests.helpers.text_encoder_folder import save_text_encoder
+from tests.helpers.text_encoder_folder import save_text_encoder, text_of
 from utils.generation.latents import load_vae, vae_fingerprint
 
 # Two units in the last place of float16, which has 10 stored bits: half a unit for rounding, and one for a value that

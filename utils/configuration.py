@@ -46,6 +46,13 @@ class MegaTransformerConfig(StrictConfig):
         "num_hidden_layers": "n_layers",
     }
 
+    OF_WEIGHTS = (
+        *("pad_token_id", "bos_token_id", "eos_token_id", "null_token_id"),
+        *("audio_begin_token_id", "audio_end_token_id", "audio_length_token_id"),
+        *("image_begin_token_id", "image_end_token_id", "initializer_range", "embedding_initializer_range"),
+        *("use_depth_scaled_initialization", "use_zero_output_initialization"),
+    )
+
     # Fields of earlier versions, which had no effect, with their defaults: config.json of those may hold them.
     REMOVED: ClassVar = {
         "audio_sample_rate": 16000,

@@ -308,11 +308,11 @@ class WeightEMA(OptimizerHook):
 
     def average_of(self, parameter: nn.Parameter) -> Tensor:
         """The whole average of one parameter, gathered where ZeRO shards it; a frozen one is its own."""
-        if not parameter.requires_grad:
-            return whole_parameter(parameter)
         # Whole parameters: without ZeRO the optimizer holds them themselves.
         if parameter in self.optimizer.state:
             return self.optimizer.state[parameter]["weight_ema"]
+        if not parameter.requires_grad:
+            return whole_parameter(parameter)
         from deepspeed.utils import safe_get_full_optimizer_state
 
         # Shards: ZeRO's optimizer holds flat pieces, which DeepSpeed gathers into the whole.
@@ -325,7 +325,7 @@ def whole_parameter(parameter: nn.Parameter) -> Tensor:
     """A copy of a parameter, gathered where ZeRO-3 shards it. Every process must call it."""
     if not hasattr(parameter, "ds_id"):
         return parameter.detach().float().clone()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter]):
         return parameter.detach().float().clone()

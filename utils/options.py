@@ -130,6 +130,9 @@ def type_name(annotation: Any) -> str:
     """The annotation as a reader writes it: `int`, `list[int]`, `one of 'a', 'b'`."""
     if typing.get_origin(annotation) is Literal:
         return "one of " + ", ".join(repr(part) for part in typing.get_args(annotation))
+    parts = typing.get_args(annotation)
+    if types.NoneType in parts and typing.get_origin(parts[0]) is Literal:
+        return type_name(parts[0])  # A choice that may be left open.
     return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
 
 
@@ -316,6 +319,9 @@ class StrictConfig(PreTrainedConfig):
     # Names that other libraries read, such as PEFT, and the field that each is set by: `to_dict` has them, config.json
     # has the fields alone.
     ALIASES: ClassVar[dict[str, str]] = {}
+
+    # Fields that shape no weights but say what their rows mean, or only how they begin: loaded weights bring theirs.
+    OF_WEIGHTS: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self, **kwargs: Any):
         known = {field.name for field in declared_fields(self)}

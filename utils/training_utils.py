@@ -50,7 +50,7 @@ TRAINERS = {
     "VocoderTrainer": "vocoder",
     "AudioVAEGANTrainer": "audio_vae",
     "MultimodalTrainer": "multimodal",
-    "MultimodalStreamTrainer": "multimodal_streams",
+    "MultimodalStreamTrainer": "streams.trainer",
 }
 
 # The interface to transformers: what the trainers override or read of its `Trainer`, most of it private. A name ->

@@ -11,6 +11,7 @@ from dataset_loading.cached import CachedDataset
 from dataset_loading.files import MANIFEST, Record
 from model.audio.spectral import MEL_PRESETS, MelSettings, check_same_mel
 
+EVALUATED_FRAMES = 2048  # Of a validation clip: half a minute of speech, more tells no more.
 MEL_TYPES = {field.name: (int, float) for field in dataclasses.fields(MelSettings)}
 
 
@@ -23,6 +24,7 @@ class AudioDataset(CachedDataset):
 
     Attributes:
         mel: the definition of the log-mels.
+        max_frames: at most so many frames of a clip are read; None: all.
         vae_fingerprint: of the audio VAE that reconstructed the log-mels; empty: they are those of the recordings.
         speakers: sorted names of the speakers in both splits; empty where they are not known.
 
@@ -35,6 +37,21 @@ class AudioDataset(CachedDataset):
         super().__init__(folder, split)
         entries = [entry for entries in self.manifest["entries"].values() for entry in entries]
         self.speakers = sorted({entry["speaker"] for entry in entries} - {""})
+        self.max_frames: int | None = None
+
+    def cut(self, max_frames: int) -> Self:
+        """From now on items hold at most the first `max_frames` of their clip, so that one long clip does not make a
+        batch large. Returns: this dataset."""
+        self.max_frames = max_frames
+        return self
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        sample = super().__getitem__(index)
+        n_frames = self.max_frames
+        if n_frames is None or sample["mel"].shape[1] <= n_frames:
+            return sample
+        lengths = {"mel": n_frames, "waveform": n_frames * self.mel.hop_length}
+        return {name: tensor[..., : lengths[name]] if name in lengths else tensor for name, tensor in sample.items()}
 
     def check_kind(self):
         # Caches of audio latents name the log-mel of their VAE, and hold none.

@@ -10,7 +10,7 @@ caption in `test/` asks for a combination that training has never shown, of part
 import hashlib
 import io
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +47,7 @@ PLACES = {
     "a small {} at the left on {}": (0.76, 0.29),
     "a small {} at the right on {}": (0.76, 0.71),
 }
+PLACE_NAMES = ("large", "left", "right")  # In the order of PLACES.
 N_DRAWINGS = 4  # Of each object, ground and place, every one turned, moved and sized a little differently.
 OVERSAMPLING = 4
 
@@ -94,6 +95,22 @@ def is_held_out(thing: str, ground: str) -> bool:
     """Whether the pair belongs to `test/`: for each object one ground."""
     # Steps of 3, which has no divisor in common with the 8 grounds, spread the held-out ones over all of them.
     return list(GROUNDS)[list(OBJECTS).index(thing) * 3 % len(GROUNDS)] == ground
+
+
+def caption_factors(caption: str) -> dict[str, str] | None:
+    """`object`, `ground` and `place` of a caption, None where it is no caption of the set."""
+    return all_factors().get(caption.strip())
+
+
+@cache
+def all_factors() -> dict[str, dict[str, str]]:
+    """The factors of each caption of the set."""
+    return {
+        template.format(thing, ground): {"object": thing, "ground": ground, "place": place}
+        for template, place in zip(PLACES, PLACE_NAMES, strict=True)
+        for thing in OBJECTS
+        for ground in GROUNDS
+    }
 
 
 def draw_scene(target: Path, image_size: int) -> None:

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, NamedTuple, Self
 
 import safetensors
 import safetensors.torch
@@ -33,6 +33,7 @@ QUIET_SHARE = 0.12  # of a clip's frames; those of them at its ends count as pau
 PRIOR_FRAMES = (20.0, 3.0)  # Weight of the global Gaussian in the first pass, and in the later ones.
 ADAPTATION_FRAMES = 20.0  # Weight of the Gaussians of all speakers in those of one.
 MAX_CELLS = 2_000_000  # of clips x frames x states in a batch: about 50 MB
+GAUSSIANS = ("mean", "variance")
 Inputs = Literal["mel", "latents"]
 
 
@@ -181,6 +182,24 @@ class States:
     tokens: Tensor
 
 
+class Clips(NamedTuple):
+    """What the training sees of clips: features (F, D), states, and the best paths so far, Gaussians (F,)."""
+
+    features: list[Tensor]
+    states: list[States]
+    paths: list[Tensor]
+
+    def of_models(self, places: Sequence[int], models: Sequence[int], n_kinds: int) -> "Clips":
+        """The clips at some places, each with the Gaussians of its model: see `PhoneHMM.side_by_side`."""
+        offsets = [model * n_kinds for model in models]
+        states = [self.states[place] for place in places]
+        return Clips(
+            [self.features[place] for place in places],
+            [States(row.kinds + offset, row.tokens) for row, offset in zip(states, offsets, strict=True)],
+            [self.paths[place] + offset for place, offset in zip(places, offsets, strict=True)],
+        )
+
+
 class PhoneHMM:
     """A hidden Markov model with one diagonal Gaussian per state, learned by Viterbi training from a flat start, as in
     HTK. A symbol has the same states wherever it stands; all pauses share one state; stress makes no difference.
@@ -215,41 +234,64 @@ class PhoneHMM:
         Returns: mean log-likelihood per frame of the alignment of each pass.
         Raises: ValueError: no clip, or one with fewer frames than `needed_frames`.
         """
-        if not clips:
+        return self.train(self.prepare(clips, symbols), n_passes)
+
+    def prepare(self, clips: Sequence[Tensor], symbols: Sequence[Tensor]) -> Clips:
+        """What the other methods take of clips and their symbols, without paths; arguments as for `fit`."""
+        features = [self.features(clip) for clip in clips]
+        return Clips(features, [self.states(row) for row in symbols], [torch.zeros(0, dtype=torch.int64)] * len(clips))
+
+    def train(self, clips: Clips, n_passes: int) -> list[float]:
+        """`fit` on prepared clips, whose paths are then the best ones."""
+        if not clips.features:
             raise ValueError("there are no clips to fit the aligner to")
-        features, states = [self.features(clip) for clip in clips], [self.states(row) for row in symbols]
-        paths = [self.flat_start(*pair) for pair in zip(features, states, strict=True)]
+        for i, pair in enumerate(zip(clips.features, clips.states, strict=True)):
+            clips.paths[i] = self.flat_start(*pair)
         history = []
         for i in range(n_passes):
-            self.estimate(features, paths, PRIOR_FRAMES[i > 0])
-            history.append(self.find_paths(features, states, paths))
+            self.estimate(clips, PRIOR_FRAMES[i > 0])
+            history.append(self.find_paths(clips))
         return history
 
-    def adapted(self, clips: Sequence[Tensor], symbols: Sequence[Tensor], n_passes: int = 2) -> Self:
-        """A model of one speaker, whose Gaussians are drawn towards these (maximum a posteriori, Gauvain and Lee).
+    def adapted(self, clips: Clips, models: Sequence[int], n_passes: int = 2) -> list[Self]:
+        """Models of several speakers, whose Gaussians are drawn towards these (maximum a posteriori, Gauvain and Lee).
 
-        Args: clips, symbols, n_passes: as for `fit`, those of the speaker.
+        Args:
+            clips: with the best paths of this model.
+            models: speaker of each clip, from 0 on.
         """
-        model = copy.copy(self)
-        features, states = [self.features(clip) for clip in clips], [self.states(row) for row in symbols]
-        paths = [torch.empty(0)] * len(features)
-        for _ in range(n_passes):
-            model.find_paths(features, states, paths)
-            model.estimate(features, paths, ADAPTATION_FRAMES, prior=self)
-        return model
+        n_models = max(models) + 1
+        model = self.side_by_side([self] * n_models)
+        prior, clips = copy.copy(model), clips.of_models(range(len(models)), models, self.n_kinds)
+        for i in range(n_passes):
+            if i > 0:
+                model.find_paths(clips)
+            model.estimate(clips, ADAPTATION_FRAMES, prior=prior)
+        parts = (rows.chunk(n_models) for rows in (model.mean, model.variance))
+        return [self.with_gaussians(*pair) for pair in zip(*parts)]
 
     def align(self, clips: Sequence[Tensor], symbols: Sequence[Tensor]) -> Alignment:
         """Frames of every token; arguments and errors as for `fit`."""
-        features, states = [self.features(clip) for clip in clips], [self.states(row) for row in symbols]
-        durations, likelihoods = [torch.empty(0)] * len(features), [0.0] * len(features)
-        free = [self.scores(row.double(), torch.arange(self.n_kinds)).amax(1).mean().item() for row in features]
-        for batch, best, total in self.search(features, states):
+        prepared = self.prepare(clips, symbols)
+        durations, likelihoods = self.durations(prepared, list(map(len, symbols)))
+        return Alignment(durations, likelihoods, self.likelihood_ratios(prepared, likelihoods))
+
+    def durations(self, clips: Clips, n_tokens: Sequence[int]) -> tuple[list[Tensor], list[float]]:
+        """Frames of each token, (T,) int16 per clip, and mean log-likelihoods per frame."""
+        durations, likelihoods = [torch.empty(0)] * len(n_tokens), [0.0] * len(n_tokens)
+        for batch, best, total in self.search(clips):
             for row, clip, score in zip(best, batch, total.tolist()):
-                n_frames = len(features[clip])
-                tokens = states[clip].tokens[row[:n_frames]]
-                durations[clip] = tokens.bincount(minlength=len(symbols[clip])).to(torch.int16)
+                n_frames = len(clips.features[clip])
+                tokens = clips.states[clip].tokens[row[:n_frames]]
+                durations[clip] = tokens.bincount(minlength=n_tokens[clip]).to(torch.int16)
                 likelihoods[clip] = score / n_frames
-        return Alignment(durations, likelihoods, [min(score - best, 0.0) for score, best in zip(likelihoods, free)])
+        return durations, likelihoods
+
+    def likelihood_ratios(self, clips: Clips, log_likelihood: Sequence[float]) -> list[float]:
+        """See `Alignment`."""
+        kinds = torch.arange(self.n_kinds)
+        free = [self.scores(row.double(), kinds).amax(1).mean().item() for row in clips.features]
+        return [min(score - best, 0.0) for score, best in zip(log_likelihood, free, strict=True)]
 
     def needed_frames(self, symbols: Tensor) -> int:
         """The fewest frames that tokens (T,) can last: pauses may be skipped, of several in a row every other one."""
@@ -287,45 +329,42 @@ class PhoneHMM:
             path[start:end] = kinds[torch.arange(end - start) * len(kinds) // (end - start)]
         return path
 
-    def find_paths(self, features: list[Tensor], states: list["States"], paths: list[Tensor]) -> float:
-        """Set the best path of every clip, Gaussians (F,); returns the mean log-likelihood per frame."""
+    def find_paths(self, clips: Clips) -> float:
+        """Set the best path of every clip; returns the mean log-likelihood per frame."""
         log_likelihood = 0.0
-        for batch, best, total in self.search(features, states):
+        for batch, best, total in self.search(clips):
             log_likelihood += total.sum().item()
             for row, clip in zip(best, batch):
-                paths[clip] = states[clip].kinds[row[: len(features[clip])]]
-        return log_likelihood / sum(map(len, features))
+                clips.paths[clip] = clips.states[clip].kinds[row[: len(clips.features[clip])]]
+        return log_likelihood / sum(map(len, clips.features))
 
-    def estimate(
-        self, features: list[Tensor], paths: list[Tensor], weight: float, *, prior: "PhoneHMM | None" = None
-    ) -> None:
+    def estimate(self, clips: Clips, weight: float, *, prior: "PhoneHMM | None" = None) -> None:
         """Means and variances of the frames of each Gaussian, smoothed with `weight` frames of the global one, or of
         the same one of `prior`."""
-        moments = torch.zeros(3, self.n_kinds, features[0].shape[1], dtype=torch.float64)
-        for start in range(0, len(features), 256):
+        moments = torch.zeros(3, len(self.mean), clips.features[0].shape[1], dtype=torch.float64)
+        for start in range(0, len(clips.features), 256):
             chunk = slice(start, start + 256)
-            x, path = torch.cat(features[chunk]).double(), torch.cat(paths[chunk])
+            x, path = torch.cat(clips.features[chunk]).double(), torch.cat(clips.paths[chunk])
             for moment, values in zip(moments, (torch.ones_like(x), x, x.square())):
                 moment.index_add_(0, path, values)
-        n_frames, total, squares = moments
-        # The global Gaussian.
-        mean = total.sum(0) / n_frames.sum(0)
-        square = squares.sum(0) / n_frames.sum(0)
+        # The global Gaussian, of each model: (models, kinds, D).
+        n_frames, total, squares = moments.unflatten(1, (-1, self.n_kinds))
+        mean = total.sum(1, keepdim=True) / n_frames.sum(1, keepdim=True)
+        square = squares.sum(1, keepdim=True) / n_frames.sum(1, keepdim=True)
         variance = (square - mean.square()).clamp_min(1e-6)  # A constant feature has no variance.
         if prior is not None:
-            mean, square = prior.mean, prior.variance + prior.mean.square()
+            mean, square = (rows.view_as(total) for rows in (prior.mean, prior.variance + prior.mean.square()))
         # Those of the states.
-        self.mean = (total + weight * mean) / (n_frames + weight)
-        own = (squares + weight * square) / (n_frames + weight) - self.mean.square()
-        self.variance = torch.maximum(own, MIN_VARIANCE * variance)
+        own_mean = (total + weight * mean) / (n_frames + weight)
+        own = (squares + weight * square) / (n_frames + weight) - own_mean.square()
+        self.mean, self.variance = own_mean.flatten(0, 1), torch.maximum(own, MIN_VARIANCE * variance).flatten(0, 1)
 
-    def search(
-        self, features: Sequence[Tensor], states: Sequence["States"]
-    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    def search(self, clips: Clips) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Best paths of all clips, in batches of like length.
 
         Yields: places of the clips, states of all frames (B, F), log-likelihoods (B,).
         """
+        features, states = clips.features, clips.states
         batch: list[int] = []
         N = 0
         for clip in sorted(range(len(features)), key=lambda clip: -len(features[clip])):
@@ -342,7 +381,7 @@ class PhoneHMM:
         kinds = pad_sequence([row.kinds for row in states], batch_first=True)  # (B, N)
         n_states, n_frames = (torch.tensor(list(map(len, rows))) for rows in ([row.kinds for row in states], features))
         x = pad_sequence(features, batch_first=True).double()  # (B, F, D)
-        best, total = best_paths(self.scores(x, kinds), n_states, n_frames, kinds == 0)
+        best, total = best_paths(self.scores(x, kinds), n_states, n_frames, kinds % self.n_kinds == 0)
         check_possible(total)
         return best, total
 
@@ -371,6 +410,11 @@ class PhoneHMM:
         model = copy.copy(self)
         model.mean, model.variance = mean, variance
         return model
+
+    def side_by_side(self, models: "Sequence[PhoneHMM]") -> Self:
+        """Several models of these states as one, so that clips of all are searched in common batches: Gaussians
+        (models x K, D), those of model i from i K on. See `Clips.of_models`."""
+        return self.with_gaussians(*(torch.cat([getattr(model, name) for model in models]) for name in GAUSSIANS))
 
     @classmethod
     def load(cls, file: str | Path) -> Self:

@@ -36,6 +36,7 @@ class AudioDiffusionConfig(ProcessConfig):
     """Configuration of `AudioDiffusion`. Lists run from the finest level to the coarsest."""
 
     model_type = "audio_diffusion"
+    OF_WEIGHTS = ("symbols", "pause_symbols", "speakers", "languages")
 
     # Latents.
     latent_channels: int = option(20, "latent channels Z of the VAE", gt=0)

@@ -3,7 +3,6 @@
 M mel bins, F mel frames, T tokens, S speakers, K kinds of states, D features.
 """
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,16 +45,20 @@ class SpeakerAligners:
             n_passes: of the shared HMM.
         Returns: history of the shared HMM, see `PhoneHMM.fit`.
         """
-        history = self.shared.fit(clips, symbols, n_passes)
-        groups: dict[str, list[int]] = {}
-        for place, speaker in enumerate(speakers):
-            groups.setdefault(speaker, []).append(place)
+        prepared = self.shared.prepare(clips, symbols)
+        history = self.shared.train(prepared, n_passes)
+        # Speakers with enough frames, by name, and their clips.
+        n_frames: dict[str, int] = {}
+        for speaker, row in zip(speakers, prepared.features, strict=True):
+            n_frames[speaker] = n_frames.get(speaker, 0) + len(row)
+        several = len(n_frames) > 1
+        names = sorted(name for name, number in n_frames.items() if name and several and number > min_frames)
+        places = [place for place, speaker in enumerate(speakers) if speaker in names]
+        models = [names.index(speakers[place]) for place in places]
         self.speakers = {}
-        for speaker, places in sorted(groups.items()):
-            n_frames = sum(len(self.shared.features(clips[place])) for place in places)
-            if speaker and len(groups) > 1 and n_frames > min_frames:
-                rows = [clips[place] for place in places], [symbols[place] for place in places]
-                self.speakers[speaker] = self.shared.adapted(*rows)
+        if names:
+            own = prepared.of_models(places, [0] * len(places), 0)
+            self.speakers = dict(zip(names, self.shared.adapted(own, models)))
         return history
 
     def align(self, clips: Sequence[Tensor], symbols: Sequence[Tensor], speakers: Sequence[str]) -> Alignment:
@@ -63,15 +66,18 @@ class SpeakerAligners:
 
         Args: as for `fit`.
         """
-        alignment = self.shared.align(clips, symbols)
-        durations = list(alignment.durations)
-        for speaker, aligner in self.speakers.items():
-            places = [place for place, name in enumerate(speakers) if name == speaker]
-            if places:
-                own = aligner.align([clips[place] for place in places], [symbols[place] for place in places])
-                for place, row in zip(places, own.durations):
-                    durations[place] = row
-        return dataclasses.replace(alignment, durations=durations)
+        n_clips, names = len(clips), list(self.speakers)
+        prepared, n_tokens = self.shared.prepare(clips, symbols), list(map(len, symbols))
+        # One search of all clips by the shared model, and of those with a model of their own once more.
+        places = [*range(n_clips), *(place for place, name in enumerate(speakers) if name in self.speakers)]
+        models = [0] * n_clips + [1 + names.index(speakers[place]) for place in places[n_clips:]]
+        model = self.shared.side_by_side([self.shared, *self.speakers.values()])
+        rows = prepared.of_models(places, models, self.shared.n_kinds)
+        durations, likelihoods = model.durations(rows, [n_tokens[place] for place in places])
+        for place, row in zip(places[n_clips:], durations[n_clips:]):
+            durations[place] = row
+        ratios = self.shared.likelihood_ratios(prepared, likelihoods[:n_clips])
+        return Alignment(durations[:n_clips], likelihoods[:n_clips], ratios)
 
     # ---- Files.
 

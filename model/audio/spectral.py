@@ -272,3 +272,26 @@ class LogMel(nn.Module):
         with torch.autocast(magnitude.device.type, enabled=False):
             # (M, K) x (B, K, F); silence is at `log_floor`.
             return (self.filters @ magnitude.float()).clamp_min(self.settings.floor).log()
+
+
+def analyse(waveform: Tensor, log_mel: LogMel, chunk_frames: int = 4096) -> Tensor:
+    """The log-mel of a waveform of any length in bounded memory. Silence fills the last frame.
+
+    Args:
+        waveform: (S,) at the sampling rate of the log-mel.
+        chunk_frames: frames per chunk, without their context.
+    Returns: (M, F) with F * hop_length >= S.
+    """
+    hop_length = log_mel.settings.hop_length
+    n_frames = -(-max(len(waveform), log_mel.settings.min_samples) // hop_length)  # rounded up
+    n_missing = n_frames * hop_length - len(waveform)
+    waveform = F.pad(waveform, (0, n_missing)) if n_missing else waveform
+    # The ends of a chunk are padded by reflection, as those of the whole are; context frames on both sides, which are
+    # dropped afterwards, keep that out of the result.
+    context = -(-log_mel.settings.n_fft // hop_length)
+    mels = waveform.new_empty(log_mel.settings.n_mels, n_frames)
+    for start in range(0, n_frames, chunk_frames):
+        first, last = max(0, start - context), min(n_frames, start + chunk_frames + context)
+        mel = log_mel(waveform[None, first * hop_length : last * hop_length])[0]
+        mels[:, start : start + chunk_frames] = mel[:, start - first : start - first + chunk_frames]
+    return mels

@@ -26,7 +26,7 @@ from model.audio.configuration import AudioConfig
 from model.audio.lengths import valid_frames
 from model.audio.vae_network import CharacterHead, Decoder, Encoder, PatchCode, PosteriorHead
 from model.presets import AUDIO_VAE
-from model.vae import VAE, VAEOutput
+from model.vae import VAE, ChannelNoise, VAEOutput, reparametrize
 from utils.options import from_preset, option
 
 MIN_STD = 0.1  # Smallest std that mels are divided by: a bin that never changes stays finite.
@@ -36,6 +36,7 @@ class AudioVAEConfig(AudioConfig):
     """Configuration of `AudioVAE`; the log-mel's fields are those of `AudioConfig`."""
 
     model_type = "audio_vae"
+    OF_WEIGHTS = ("speakers",)
 
     # Patches and latents.
     architecture: Literal["conv1d", "conv2d"] = option("conv1d", "mel bins as channels, or as rows of an image")
@@ -139,6 +140,7 @@ class AudioVAE(VAE):
         n_frames: Tensor | None = None,
         noise: Tensor | None = None,
         *,
+        channel_noise: ChannelNoise | None = None,
         speaker: Tensor | None = None,
     ) -> AudioVAEOutput:
         """Encode, add `noise` in units of the posterior's std, decode.
@@ -147,12 +149,13 @@ class AudioVAE(VAE):
             mel: log-mel (B, M, F).
             n_frames: valid frames of each clip, (B,); None: all. What lies after them changes nothing.
             noise: standard normal, of the shape of the latents, or None to decode the posterior mean.
+            channel_noise: raises the std of the noise.
             speaker: (B,) int64, places in `config.speakers`; None where there are none.
         """
         n_frames = self.check_frames(n_frames, mel.shape[0], mel.shape[-1], device=mel.device)
         mean, logvar = self.encode(mel, n_frames, speaker)
         # Reparametrised latents, cut to the frames of the input after decoding.
-        latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        latents = reparametrize(mean, logvar, noise, channel_noise)
         reconstruction = self.decode_all(latents, n_frames, speaker)[..., : mel.shape[-1]]
         logits = self.read_characters(latents, n_frames) if self.character_head is not None else None
         return AudioVAEOutput(reconstruction=reconstruction, mean=mean, logvar=logvar, character_logits=logits)

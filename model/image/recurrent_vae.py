@@ -18,7 +18,7 @@ from model.image.recurrent_decoder import CanvasCode, RecurrentDecoder, ZeroLine
 from model.image.vae import PatchCode, PosteriorHead, ResidualBlock, ResidualEncoder
 from model.layers import ChannelNorm, ZeroConv2d
 from model.presets import RECURRENT_VAE
-from model.vae import LOGVAR_RANGE, VAE, VAEOutput
+from model.vae import LOGVAR_RANGE, VAE, ChannelNoise, VAEOutput, reparametrize
 from utils.options import StrictConfig, from_preset, option
 
 
@@ -135,6 +135,7 @@ class RecurrentVAE(VAE):
         image: Tensor,
         noise: Tensor | None = None,
         *,
+        channel_noise: ChannelNoise | None = None,
         n_steps: int | None = None,
         n_backprop_steps: int | None = None,
     ) -> RecurrentVAEOutput:
@@ -143,6 +144,7 @@ class RecurrentVAE(VAE):
         Args:
             image: (B, 3, Y, X) in [-1, 1]; Y and X divisible by the compression.
             noise: (B, Z, y, x) standard normal, or None to decode the posterior mean.
+            channel_noise: raises the std of the noise.
             n_steps: decoder steps; None: those of the configuration.
             n_backprop_steps: the last steps, which alone have a graph and whose images are returned; None: all.
         Raises:
@@ -153,7 +155,7 @@ class RecurrentVAE(VAE):
         check_steps(n_steps=n_steps, n_backprop_steps=n_backprop_steps)
         # Posterior, reparametrised latents, and the images of the last steps.
         mean, logvar = self.encode(image)
-        latents = mean if noise is None else mean + torch.exp(0.5 * logvar) * noise
+        latents = reparametrize(mean, logvar, noise, channel_noise)
         reconstruction, intermediates = self.decoder(latents, n_steps, n_backprop_steps)
         return RecurrentVAEOutput(reconstruction=reconstruction, mean=mean, logvar=logvar, intermediates=intermediates)
 

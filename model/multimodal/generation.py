@@ -10,7 +10,6 @@ padding, so that a row does not depend on those beside it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
 
 from model.diffusion_process import DiffusionProcess
-from model.kv_cache import KeyValueCache, take_back
 from model.multimodal.layout import (
     SPANS,
     Modality,
@@ -33,93 +31,11 @@ from model.multimodal.layout import (
 )
 from model.multimodal.mask import stream_mask
 from model.multimodal.spans import Spans, spans_in
-from model.samplers import SamplerKind, guided_denoiser, initial_noise, sample
-from model.thinking import Thinking
-from utils.configuration import MegaTransformerConfig
+from model.multimodal.stream_state import Answer, Rows, Sampling, StreamState, at, draw
+from model.samplers import guided_denoiser, initial_noise, sample
+from model.thinking import CarriedState, Thinking
 
 N_NULL = 2  # Tokens of a guidance row before the span: <bos> <null>.
-
-
-@dataclass
-class Sampling:
-    """How answers are sampled.
-
-    Args:
-        begin: modality whose span comes right after the prompt; None: the model decides.
-        modalities: that an answer may have. Without text it ends with the span of `begin`.
-        max_new_tokens: maximum number of text tokens of an answer.
-        max_spans: maximum number of images and clips of an answer.
-        temperature: of text; 0: the most probable token.
-        length_temperature: of the length of audio; 0: the most probable one.
-        guidance_scale, sampler, n_steps: modality -> value; default: the configuration's.
-        n_thinking_steps: steps of the recurrent core; default: the configuration's.
-    """
-
-    begin: Modality | None = None
-    modalities: Sequence[Modality] = ("text", "image", "audio")
-    max_new_tokens: int = 64
-    max_spans: int = 4
-    temperature: float = 0.0
-    length_temperature: float = 0.0
-    guidance_scale: dict[str, float] = field(default_factory=dict)
-    sampler: dict[str, SamplerKind] = field(default_factory=dict)
-    n_steps: dict[str, int] = field(default_factory=dict)
-    n_thinking_steps: int | None = None
-
-    def guidance(self, config: MegaTransformerConfig, modality: str) -> float:
-        """Scale of the guidance of a modality."""
-        default: float = getattr(config, f"{modality}_guidance_scale")
-        return self.guidance_scale.get(modality, default)
-
-
-@dataclass
-class Answer:
-    """An answer while it is generated: complete parts, the tokens of the text at work, and counts."""
-
-    begin: Modality | None
-    parts: list[Part] = field(default_factory=list)
-    text: list[int] = field(default_factory=list)
-    n_text: int = 0
-    n_spans: int = 0
-    is_open: bool = True
-
-
-class Rows(list[int]):
-    """Numbers of rows, which `guided_denoiser` joins."""
-
-    def cat(self, other: "Rows") -> "Rows":
-        """These and other rows."""
-        return Rows(self + other)
-
-
-class StreamState:
-    """The rows of a generation: the cache, which of its keys are tokens of each row, and where each row stands.
-
-    Attributes:
-        cache: keys and values of everything fed so far.
-        is_token: (R, S) bool, keys that the row sees.
-        streams: the next position and the last text of each row; their tokens are not kept.
-        sampling: options.
-        logits: (R, V) fp32 at each row's last token.
-    """
-
-    def __init__(self, streams: list[Stream], is_token: Tensor, sampling: Sampling):
-        self.streams, self.is_token, self.sampling, self.cache = streams, is_token, sampling, KeyValueCache()
-        self.logits = torch.empty(0)
-
-    def mask(self, is_new: Tensor) -> Tensor:
-        """The keys that new tokens of one piece see, is_new (R, n) bool: the past, and each other in both directions,
-        (R, 1, n, S + n). Padding sees itself."""
-        n = is_new.shape[1]
-        past = self.is_token[:, None].expand(-1, n, -1)
-        among = is_new[:, None] | torch.eye(n, dtype=torch.bool, device=is_new.device)
-        return torch.cat([past, among], dim=2)[:, None]
-
-    def forget_last(self, length: int) -> None:
-        """Drop the last keys of every slot."""
-        for slot, layer in enumerate(self.cache.layers):
-            if layer.get_seq_length():
-                take_back(self.cache, slot, length)
 
 
 class MultimodalGenerationMixin(GenerationMixin):
@@ -143,6 +59,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         generators: Sequence[torch.Generator],
         lengths: Sequence[int] | None = None,
         on_part: Callable[[int, Part], None] | None = None,
+        on_token: Callable[[int, int], None] | None = None,
     ) -> list[list[Part]]:
         """Answers to prompts.
 
@@ -152,11 +69,15 @@ class MultimodalGenerationMixin(GenerationMixin):
             generators: one per stream, of all its random numbers.
             lengths: number of tokens of each stream's audio, instead of the model's own.
             on_part: called with the number of the stream and each part of its answer once it is complete.
+            on_token: called with the number of the stream and each token of its text at once.
         Returns: the parts of each answer; spans have `latents` (m, W).
-        Raises: ValueError: the model is in train mode, a modality that it lacks, not one generator per stream.
+        Raises: ValueError: the model is in train mode, an option that does not fit it, not one generator per stream, a
+            prompt that leaves no room for its answer.
         """
         sampling = sampling or Sampling()
         self.check_generation(prompts, sampling, generators)
+        if not prompts:
+            return []
         answers = [Answer(sampling.begin) for _ in prompts]
         state = self.begin_streams(prompts, sampling)
 
@@ -179,6 +100,8 @@ class MultimodalGenerationMixin(GenerationMixin):
                 elif token != self.config.eos_token_id:
                     answer.text.append(token)
                     answer.n_text += 1
+                    if on_token is not None:
+                        on_token(row, token)
                     tokens[row] = token
                 ends = modality is None and tokens[row] is None
                 answer.is_open = not ends and (modality is not None or answer.n_text < sampling.max_new_tokens)
@@ -208,11 +131,7 @@ class MultimodalGenerationMixin(GenerationMixin):
             raise ValueError("generate() in train mode would draw dropout and thinking steps; call model.eval() first")
         if len(generators) != len(prompts):
             raise ValueError(f"generators has {len(generators)} entries for {len(prompts)} prompts; give one each")
-        names = [*sampling.modalities, *([sampling.begin] if sampling.begin else [])]
-        if unknown := sorted(set(names) - set(self.config.modalities)):
-            raise ValueError(f"modality {unknown[0]!r}: this model has modalities={self.config.modalities}")
-        if "text" not in sampling.modalities and sampling.begin not in SPANS:
-            raise ValueError(f"begin={sampling.begin!r}: an answer without text needs begin='image' or begin='audio'")
+        sampling.check(self.config)
 
     def next_token(self, logits: Tensor, answer: Answer, sampling: Sampling, generator: torch.Generator) -> int:
         """The token that a row's answer goes on with: text, the end, or one that begins a span."""
@@ -241,6 +160,13 @@ class MultimodalGenerationMixin(GenerationMixin):
         """Feed the prompts, and the rows of guidance where a modality of the answer has it."""
         config = self.config
         streams = [build_stream(config, parts, is_open=True) for parts in prompts]
+        n_new, limit = sampling.max_new_tokens * ("text" in sampling.modalities), config.max_position_embeddings
+        for row, stream in enumerate(streams):
+            if len(stream) + n_new > limit:
+                raise ValueError(
+                    f"prompt {row} has {len(stream)} tokens, which with max_new_tokens={n_new} are more than "
+                    f"max_position_embeddings={limit}; give a shorter one"
+                )
         names = {*sampling.modalities, sampling.begin} & set(self.decoders)
         if any(sampling.guidance(config, name) != 1 for name in names):
             null = [Part("text", ids=[config.null_token_id])]
@@ -261,7 +187,9 @@ class MultimodalGenerationMixin(GenerationMixin):
 
         Args: positions: (R, n). mask: (R, 1, n, S + n).
         """
-        core = {} if self.model.core is None else {"n_steps": state.sampling.n_thinking_steps, "exit_threshold": 0.0}
+        core: dict[str, Any] = {}
+        if self.model.core is not None:
+            core = {"n_steps": state.sampling.n_thinking_steps, "exit_threshold": 0.0, "carried": state.carried}
         output = self.model(
             inputs_embeds=x,
             position_ids=positions,
@@ -344,7 +272,10 @@ class MultimodalGenerationMixin(GenerationMixin):
         denoiser = guided_denoiser(process, network, rows, null_condition=null, scale=scale)
         sampler = sampling.sampler.get(modality, getattr(config, f"{modality}_sampler"))
         n_steps = sampling.n_steps.get(modality, getattr(config, f"{modality}_n_sampling_steps"))
-        latents = sample(sampler, denoiser, x, process=process, times=process.sampling_times(n_steps))
+        state.carried = None if sampling.n_carried_steps is None else CarriedState(sampling.n_carried_steps)
+        times, own = process.sampling_times(n_steps), [generators[row] for row in rows]
+        latents = sample(sampler, denoiser, x, process=process, times=times, generators=own, lengths=sizes)
+        state.carried = None
         return [Part(modality, latents=latents[n, :size]) for n, size in enumerate(sizes)]
 
     def audio_lengths(
@@ -384,7 +315,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         is_new = torch.arange(latents.shape[1], device=counts.device) < counts[:, None]
         x = encoded.tokens.to(self.model.embed_tokens.weight.dtype)
         hidden = self.trunk(state, x, positions, state.mask(is_new))
-        state.forget_last(latents.shape[1])
+        state.forget_new()
         return self.decoders[modality](hidden, encoded.times, encoded.shared)
 
     def append_spans(self, state: StreamState, modality: Modality, spans: dict[int, Part]) -> None:
@@ -430,16 +361,3 @@ def prompt_spans(
         times = torch.zeros(len(places), device=device)
         spans[name] = Spans(padded, times, times > 0, lengths, rows, starts)
     return spans
-
-
-def at(rows: Sequence[int], n_rows: int, token: int) -> list[int | None]:
-    """A token in some rows, None in the others."""
-    return [token if row in rows else None for row in range(n_rows)]
-
-
-def draw(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
-    """An index of logits (V,): the largest at temperature 0, otherwise sampled."""
-    if temperature == 0:
-        return int(logits.argmax())
-    probabilities = (logits / temperature).softmax(-1).to(generator.device)
-    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -4,12 +4,16 @@ Tokens before a position are visible, as in a language model. A span (the tokens
 visible to itself in both directions. A span that is trained has a noise copy, which nothing else sees, and where
 something follows it a clean copy, which the noise copy does not see: so the noise copy is computed as in generation,
 where the clean copy does not exist yet.
+
+The predicate makes a dense mask for the library's kernel, and block masks of FlexAttention for GPUs.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 OUTSIDE = -1  # document of padding, span of what is no span
 
@@ -50,6 +54,26 @@ def stream_mask(placement: Placement) -> Tensor:
     query = Placement(*(vector[:, None, :, None] for vector in placement))
     key = Placement(*(vector[:, None, None, :] for vector in placement))
     return is_visible(query, key)
+
+
+def mask_function(placement: Placement) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`is_visible` as FlexAttention calls it: with the numbers of row, head, query and key."""
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return is_visible(
+            Placement(*(vector[row, query] for vector in placement)),
+            Placement(*(vector[row, key] for vector in placement)),
+        )
+
+    return sees
+
+
+def stream_blocks(placement: Placement) -> BlockMask:
+    """The mask of `stream_mask` for FlexAttention, which skips blocks of 128 x 128 pairs that are all hidden."""
+    n_rows, length = placement.index.shape
+    return create_block_mask(
+        mask_function(placement), n_rows, None, length, length, device=placement.index.device.type
+    )
 
 
 def span_mask(lengths: Tensor, n_tokens: int) -> Tensor:

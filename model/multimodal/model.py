@@ -19,7 +19,7 @@ from model.language_head import IGNORED, LanguageModelHead, language_model_loss,
 from model.layers import ZeroLinear
 from model.multimodal.generation import MultimodalGenerationMixin
 from model.multimodal.layout import SPANS, Modality, target_kinds
-from model.multimodal.mask import Placement, stream_mask
+from model.multimodal.mask import Placement, stream_blocks, stream_mask
 from model.multimodal.spans import LatentLinear, SpanDecoder, SpanEncoder, Spans
 from model.presets import MULTIMODAL
 from model.thinking import Thinking
@@ -135,6 +135,7 @@ class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenera
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    uses_flex_attention = False  # In the trunk of whole streams, instead of a dense mask; trains on GPUs alone.
 
     def __init__(self, config: MegaTransformerConfig):
         super().__init__(config)
@@ -207,7 +208,7 @@ class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenera
         output = self.model(
             inputs_embeds=stream,
             position_ids=position_ids,
-            attention_mask=stream_mask(placement),
+            attention_mask=(stream_blocks if self.uses_flex_attention else stream_mask)(placement),  # type: ignore
             use_cache=False,
             thinking=thinking,
             return_dict=True,

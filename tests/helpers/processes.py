@@ -1,4 +1,4 @@
-"""Processes that tests start in order to stop them at work."""
+"""Processes that tests start in order to stop them at work, and what those of inference write."""
 
 import multiprocessing
 import os
@@ -33,3 +33,9 @@ def run_until(is_reached: Callable[[], bool], number: int, *, target: Callable[.
 def has_files(folder: Path, n_files: int) -> Callable[[], bool]:
     """Whether a folder has that many sample files by now, as a condition for `run_until`."""
     return lambda: len(list(folder.glob("*.pt"))) >= n_files
+
+
+def newest_results(folder):
+    """The folder that the last run with `--output_dir folder` wrote into: `folder`, `folder`_2, ..."""
+    folders = [folder, *folder.parent.glob(f"{folder.name}_[0-9]*")]
+    return max(folders, key=lambda path: int(path.name[len(folder.name) + 1 :] or 1))

@@ -1,4 +1,4 @@
-"""Tones, and files of them."""
+"""Tones, files of them, and noise."""
 
 import io
 import math
@@ -23,3 +23,7 @@ def amplitude_at(waveform, frequency, rate=RATE):
     """Amplitude of one frequency, by projection on its cosine and sine."""
     phase = 2 * math.pi * frequency * torch.arange(len(waveform)) / rate
     return 2 * torch.complex(waveform * phase.cos(), waveform * phase.sin()).mean().abs().item()
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

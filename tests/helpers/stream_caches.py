@@ -16,7 +16,7 @@ from utils.generation.latents import vae_fingerprint
 SMALL_STREAMS = """
     --config multimodal-tiny --include_modes text image audio --override hidden_size=32 head_width=16 n_heads=2
     n_layers=1 image_encoder_patch_size=2 --caption_vocab_size 280 --learning_rate 1e-3 --logging_steps 1
-    --eval_steps 1000 --save_steps 1000""".split()  # noqa: SIM905
+    --eval_steps 1000 --save_steps 1000 --n_logged_samples 0""".split()  # noqa: SIM905
 SMALL_RECURRENT = ["multimodal-recurrent-tiny" if word == "multimodal-tiny" else word for word in SMALL_STREAMS]
 WORDS = ("red", "blue", "bear", "fish", "left", "right")
 

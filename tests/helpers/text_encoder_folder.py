@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from transformers import BertConfig, BertModel, BertTokenizer
 
+from model.text.tokenizer import FIRST_BYTE
+
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "red", "disc", "very", "long", "caption"]
 
 
@@ -24,3 +26,8 @@ def save_text_encoder(folder: Path, seed: int = 0, width: int = 16) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     return folder
+
+
+def text_of(tokens: list[int]) -> str:
+    """The caption of byte tokens; padding and begin-of-text are left out."""
+    return bytes(token - FIRST_BYTE for token in tokens if token >= FIRST_BYTE).decode()

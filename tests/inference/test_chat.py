@@ -5,12 +5,16 @@ import json
 import numpy as np
 import pytest
 import soundfile
+import torch
 from PIL import Image
 
 from inference.chat import ChatArguments, chat
+from model.attention import MegaTransformerSelfAttention
 from pretrain_multimodal import MultimodalStage
 from tests.helpers.stream_caches import SMALL_STREAMS, make_stream_caches
 from utils.command_line import parse_arguments
+from utils.generation.chat import TextStream
+from utils.generation.multimodal import MultimodalPipeline
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +59,78 @@ def test_prompts_hold_files_as_placeholders(folder):
     assert all(answer["prompt"] == prompt for answer in answers)
 
 
+def test_lines_of_a_file_are_answered_in_batches_and_as_alone(folder, capsys, monkeypatch):
+    sizes, options = [], []
+    original = MultimodalPipeline.answer
+
+    def spy(self, prompts, seeds, sampling, **keywords):
+        sizes.append(len(prompts))
+        options.append(sampling)
+        return original(self, prompts, seeds, sampling, **keywords)
+
+    monkeypatch.setattr(MultimodalPipeline, "answer", spy)
+    (folder / "lines.txt").write_text("a red bear\n\na bear \U0001f43b\na fish\n", encoding="utf-8")
+    words = ["--input", str(folder / "lines.txt"), "--input_task", "draw", "--image_sampler", "heun"]
+    words += ["--image_n_steps", "1", "--image_guidance_scale", "1.5"]
+    answers = call(folder, *words, "--draw", "a bus", "--batch_size", "3")
+    assert sizes == [3, 1] and options[0].sampler == {"image": "heun"}
+    assert options[0].n_steps == {"image": 1} and options[0].guidance_scale == {"image": 1.5}
+    assert [answer["prompt"] for answer in answers] == ["a bus", "a red bear", "a bear \U0001f43b", "a fish"]
+    pixels = np.asarray(Image.open(answers[1]["answer"])).astype(int)
+    (alone,) = call(folder, *words[4:], "--draw", "a red bear")
+    assert abs(np.asarray(Image.open(alone["answer"])).astype(int) - pixels).max() <= 1
+
+
+def test_bf16_is_the_precision_of_products(folder, monkeypatch):
+    seen, original = [], MegaTransformerSelfAttention.attend
+
+    def spy(self, q, k, v, **keywords):
+        seen.append(v.dtype)
+        return original(self, q, k, v, **keywords)
+
+    monkeypatch.setattr(MegaTransformerSelfAttention, "attend", spy)
+    for words, dtype in (([], torch.float32), (["--bf16"], torch.bfloat16)):
+        call(folder, "--speak", "a red bear", *words)
+        assert set(seen) == {dtype}
+        seen.clear()
+
+
+def test_texts_are_shown_token_by_token(folder, capsys):
+    image = str(folder / "gray.png")
+    words = ["--describe", image, image, "--max_new_tokens", "5", "--temperature", "2"]
+    answers = call(folder, *words)
+    plain = capsys.readouterr().out
+    assert call(folder, *words, "--stream") == answers and capsys.readouterr().out == plain
+    # The bytes of a character come as one.
+    stream = TextStream(MultimodalPipeline.load(folder / "multimodal" / "run"))
+    pieces = [stream.add(token) for token in stream.pipeline.text_part("a \U0001f43b b").ids]
+    assert "".join(pieces) == "a \U0001f43b b" and "" in pieces and " \U0001f43b" in pieces
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--draw", "x", "--audio_n_steps", "3"], "--audio_n_steps has no effect without --speak or --prompts"),
+        (["--draw", "x", "--input_task", "draw"], "--input_task has no effect with input=''"),
+        (["--draw", "x", "--stream", "--batch_size", "2"], "--batch_size has no effect with stream=True"),
+        (["--draw", "x", "--image_sampler", "rk4"], "--image_sampler='rk4' must be one of 'dpmpp_2m'"),
+    ],
+)
+def test_flags_without_effect_are_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        parse_arguments(ChatArguments, ["--checkpoint", "run", *words], "")
+    assert end.value.code == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--draw", " "], "a text to draw or speak is empty: ' '"),
+        (["--prompts", "<video:frog.mp4> x"], "'<video:frog.mp4>' of a prompt: write <image:path> or <audio:path>"),
+        (["--prompts", "<image:>"], "image '' cannot be read"),
+        (["--prompts", "a bear " * 900], "prompt 0 has .* max_position_embeddings=2048"),
+        (["--input", "missing.txt"], "missing.txt"),
+        (["--draw", "x", "--carried_steps", "2"], "n_carried_steps=2 has no effect.*no recurrent core"),
         (["--describe", "missing.png"], "image 'missing.png' cannot be read"),
         (["--prompts", "<audio:missing.wav>"], "audio 'missing.wav' cannot be read"),
         (["--transcribe", "LONG"], r"long\.wav.*audio_max_tokens=8; give a shorter clip"),

@@ -9,7 +9,7 @@ from dataset_loading.text.windows import TextDataset, prepare_text
 from inference.generate_text import GenerateTextArguments, generate
 from model.causal import MegaTransformerForCausalLM
 from tests.helpers.image_vae_checkpoint import save_checkpoint
-from tests.helpers.results import newest_results
+from tests.helpers.processes import newest_results
 from tests.helpers.runs import changed
 from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint

@@ -21,7 +21,7 @@ from tests.helpers.audio_latent_cache import (
     save_audio_vae,
     write_spoken_cache,
 )
-from tests.helpers.results import newest_results
+from tests.helpers.processes import newest_results
 from tests.helpers.runs import changed, run_stage
 from tests.helpers.text_encoder_folder import save_text_encoder
 from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder

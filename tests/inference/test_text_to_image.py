@@ -8,7 +8,7 @@ from PIL import Image
 
 from inference.text_to_image import TextToImageArguments, generate
 from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
-from tests.helpers.results import newest_results
+from tests.helpers.processes import newest_results
 from tests.helpers.runs import changed
 from utils.command_line import parse_arguments
 

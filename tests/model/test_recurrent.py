@@ -6,7 +6,7 @@ import torch
 
 from model.causal import MegaTransformerForCausalLM
 from model.recurrent import ADAPTERS
-from model.thinking import lognormal_poisson, sample_thinking_steps
+from model.thinking import CarriedState, Thinking, lognormal_poisson, sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
 
 CORE = {
@@ -156,3 +156,33 @@ def test_lognormal_poisson_has_its_mean_for_every_sigma(mean, sigma):
     assert abs(steps.mean() - mean) <= 0.05 * max(mean, 0.01)
     # Var[n] = E[rate] + Var[rate] of the log-normal rate.
     assert abs(steps.var() - mean - mean**2 * np.expm1(sigma**2)) <= 0.2 * max(mean, 0.01) ** 2
+
+
+def test_a_carried_state_goes_on_where_the_last_call_stopped():
+    model = build().eval()
+    inner = model.model
+    with torch.no_grad():
+        whole = inner(IDS, thinking=Thinking(n_steps=5), return_dict=True)
+        carried = CarriedState(2)
+        inner(IDS, thinking=Thinking(n_steps=3, carried=carried), return_dict=True)
+        rest = inner(IDS, thinking=Thinking(n_steps=5, carried=carried), return_dict=True)
+    assert torch.equal(rest.last_hidden_state, whole.last_hidden_state)
+    assert rest.thinking_steps.unique().tolist() == [2] and whole.thinking_steps.unique().tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("fields", "options", "message"),
+    [
+        ({}, {"carried": CarriedState(9)}, "carried n_steps=9 must be from 1 to all thinking steps, 8"),
+        ({}, {"carried": CarriedState(0)}, "carried n_steps=0 must be from 1"),
+        ({"recurrent_exit_criterion": "kl"}, {"carried": CarriedState(1)}, "evaluation without exits"),
+        ({"n_recurrent_layers": 0}, {"carried": CarriedState(1)}, "carried has no effect"),
+    ],
+)
+def test_a_carried_state_that_does_not_fit_is_refused(fields, options, message):
+    model = build(**fields)
+    with pytest.raises(ValueError, match=message):
+        model.eval().model(IDS, thinking=Thinking(**options), predict=model.lm_head)
+    if not fields:
+        with pytest.raises(ValueError, match=r"evaluation without exits: model\.eval"):
+            model.train().model(IDS, thinking=Thinking(n_steps=3, carried=CarriedState(1)))

@@ -22,7 +22,7 @@ from tests.helpers.audio_latent_cache import (
     save_audio_vae,
     write_manifest,
 )
-from tests.helpers.results import newest_results
+from tests.helpers.processes import newest_results
 from tests.helpers.runs import changed, edit_record, move_alone, run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,11 @@ from pretrain_multimodal import MultimodalStage
 from tests.helpers.runs import Run, changed, equal, largest_difference, relative_distance
 from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, save_vaes
 from utils.checkpoints import load_model
-from utils.training.multimodal_streams import MultimodalStreamTrainer
+from utils.command_line import parse_arguments
+from utils.configuration import MegaTransformerConfig
+from utils.training.multimodal import MultimodalArguments
+from utils.training.streams.stage import check_flex_attention
+from utils.training.streams.trainer import MultimodalStreamTrainer
 
 MODELS = pytest.mark.parametrize("common", [SMALL_STREAMS, SMALL_RECURRENT], ids=["flat", "recurrent"])
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -151,6 +156,8 @@ def test_a_dry_run_counts_and_writes_nothing(stream_caches, tmp_path, capsys):
     [
         ("--include_modes image audio", "must name text"),
         ("--include_modes text text", "each mode once"),
+        ("--include_modes text video", "include_modes.*'video'"),
+        ("--cached_dataset x --batch_tokens 90", "--batch_tokens=90 is below --sequence_length=256"),
         ("--include_modes text image", "--audio_latents has no effect with include_modes="),
         ("--tasks text-video", "'video' is no modality"),
         ("--cached_dataset x", "x does not exist; name texts with --text_dataset"),
@@ -219,3 +226,19 @@ def test_two_processes_equal_one_also_where_one_lacks_a_modality(launcher, flags
     for name in ("grad_norm", "loss/image", "loss/audio", "eval_loss"):
         assert two.logged(name) == pytest.approx(one.logged(name), rel=1e-4), name
     assert relative_distance(one.weights("ema"), two.weights("ema")) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("has_gpu", "fields", "message"),
+    [
+        (False, {}, "--flex_attention needs an NVIDIA GPU"),
+        (True, {"attention_dropout": 0.1}, r"--flex_attention knows no attention_dropout=0\.1"),
+        (True, {}, ""),
+    ],
+)
+def test_flex_attention_is_refused_where_it_cannot_work(has_gpu, fields, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    args = parse_arguments(MultimodalArguments, [*SMALL_STREAMS, "--flex_attention"], "")
+    refused = pytest.raises(ValueError, match=message) if message else nullcontext()
+    with refused:
+        check_flex_attention(args, MegaTransformerConfig(**fields))

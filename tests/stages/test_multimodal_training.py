@@ -16,18 +16,27 @@ from model.multimodal import MegaTransformerMultimodal
 from model.multimodal.generation import Sampling
 from model.multimodal.layout import Part, join_streams
 from model.multimodal.mask import stream_mask
+from model.presets import MULTIMODAL
 from tests.helpers.runs import Run, equal, largest_difference, relative_distance
 from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, make_stream_caches, text_of
 from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from utils.checkpoints import load_model
+from utils.configuration import MegaTransformerConfig
 from utils.generation.multimodal import MultimodalPipeline
-from utils.training.multimodal_streams import window_stream
+from utils.generation.text_weights import is_free
+from utils.options import declared_fields, from_preset
+from utils.training.streams.trainer import window_stream
 
-FIELDS = {"hidden_size": 32, "head_width": 16, "n_heads": 2, "use_qk_norm": True, "n_query_groups": 2}
-FLAT = {**FIELDS, "n_layers": 1}
-DEEP = {**FIELDS, "n_layers": 1, "n_prelude_layers": 0, "n_coda_layers": 0}
-DEEP |= {"recurrent_mean_thinking_steps": 3, "recurrent_max_thinking_steps": 12}
+SIZES = {"hidden_size": 32, "head_width": 16, "n_heads": 2, "n_layers": 1}  # Those of SMALL_STREAMS.
+
+
+def trunk_of(preset: str) -> dict:
+    """Fields of a model of text whose trunk is that of the small models of streams."""
+    config = from_preset(MegaTransformerConfig, MULTIMODAL, preset)
+    names = [field.name for field in declared_fields(config)]
+    names = [name for name in names if not is_free(name) or name.startswith("recurrent_")]
+    return {**{name: getattr(config, name) for name in names}, **SIZES}
 
 
 @pytest.fixture(scope="session")
@@ -49,15 +58,13 @@ def text_run(folder: Path, texts: Path, preset: str, fields: dict, **others) -> 
 
 
 @pytest.mark.parametrize(
-    ("common", "preset", "fields"),
-    [(SMALL_STREAMS, "tiny", FLAT), (SMALL_RECURRENT, "recurrent-tiny", DEEP)],
+    ("common", "preset"),
+    [(SMALL_STREAMS, "tiny"), (SMALL_RECURRENT, "recurrent-tiny")],
     ids=["flat", "recurrent"],
 )
-def test_the_trunk_and_the_rows_of_a_model_of_text_are_taken_over(
-    common, preset, fields, texts, train, tmp_path, caplog
-):
+def test_the_trunk_and_the_rows_of_a_model_of_text_are_taken_over(common, preset, texts, train, tmp_path, caplog):
     caplog.set_level("INFO")
-    source = text_run(tmp_path, texts, preset, fields, vocab_size=264)
+    source = text_run(tmp_path, texts, preset, trunk_of(f"multimodal-{preset}"), vocab_size=264)
     flags = ["--init_from", str(source), "--cached_dataset", str(texts), "--sequence_length", "24"]
     flags += ["--tasks", "text-image", "text-audio", "text", "--freeze", "trunk", "text"]
     run = train(without_caption_flags(common), "from_text", 2, *flags, "--batch_size", "6", "--learning_rate", "0.1")
@@ -89,7 +96,7 @@ def largest(values: torch.Tensor) -> float:
 
 
 def test_what_does_not_fit_a_model_of_text_is_refused(texts, train, tmp_path):
-    source = text_run(tmp_path, texts, "tiny", {**FLAT, "hidden_size": 64, "norm_eps": 1e-5})
+    source = text_run(tmp_path, texts, "tiny", {**trunk_of("multimodal-tiny"), "hidden_size": 64, "norm_eps": 1e-5})
     flags = ["--init_from", str(source), "--batch_size", "6"]
     message = (
         r"'hidden_size': \(64, 32\), 'norm_eps': \(1e-05, 1e-06\)\}; give --override hidden_size=64 norm_eps=1e-05"

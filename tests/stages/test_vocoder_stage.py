@@ -120,6 +120,15 @@ def test_init_from_takes_the_averaged_weights(runs, whole):
     assert largest_difference(whole.weights("ema"), second.weights()) < 1e-8
 
 
+def test_fine_tuning_may_leave_a_projection_out(runs, whole):
+    start = ["--init_from", str(whole.folder), "--learning_rate", "1e-12", "--gan_weight", "0"]
+    tuned = runs("tuned", 1, *start, "--override", "width=32", "n_layers=1", "n_mel_projections=0")
+    assert json.loads((tuned.folder / "config.json").read_text())["n_mel_projections"] == 0
+    assert largest_difference(whole.weights("ema"), tuned.weights()) < 1e-8
+    with pytest.raises(ValueError, match=r"--init_from .* has other width, .*width=32"):
+        runs("wider", 1, *start, "--override", "width=48", "n_layers=1", "n_mel_projections=0")
+
+
 # ---- Clips that go wrong.
 
 

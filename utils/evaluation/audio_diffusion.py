@@ -17,8 +17,6 @@ from torch import Tensor
 from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.embedded.sentences import SENTENCES
-from model.audio.diffusion import AudioDiffusion
-from utils.checkpoints import resolve_checkpoint
 from utils.drawing.alignment import aligned_mel
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
@@ -32,8 +30,9 @@ from utils.evaluation.audio_diffusion_report import (
     speech_table,
     voice_table,
 )
+from utils.evaluation.audio_pipeline import WITH_CURVE, AudioPipelineEvaluationArguments, AudioPipelineEvaluator
 from utils.evaluation.captioned_sounds import CaptionEvaluator
-from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator, expect_values
+from utils.evaluation.evaluator import Evaluation
 from utils.evaluation.recordings import Recordings
 from utils.evaluation.speech_scores import SpeechScorer, Utterance, is_english, next_texts, recognition_scores
 from utils.generation.speech import AudioSamplingArguments, SpeechPipeline
@@ -51,38 +50,29 @@ SHEET = ("vae", "teacher", "model", "prior")  # rows whose log-mels are drawn
 
 
 @dataclasses.dataclass
-class AudioDiffusionEvaluationArguments(AudioSamplingArguments, ContactSheetArguments, EvaluationArguments):
+class AudioDiffusionEvaluationArguments(AudioPipelineEvaluationArguments):
     """Flags of the evaluation of text to speech."""
 
     metrics: list[SpeechMetric] = option(
         list(get_args(SpeechMetric)), "metrics; wer: WER and CER, about a second per clip and row; mos: DistillMOS"
     )
     seed: int = option(0, "seed of the noise, which also depends on the clip, and of the bootstrap", ge=0)
-    batch_size: int = option(8, "clips that are generated at once", gt=0)
-    vae_checkpoint: str = option("", "folder of the latents' VAE; default: its copy in the run, or as recorded")
-    vocoder_checkpoint: str = option("", "run or checkpoint folder of a vocoder; default: Griffin-Lim")
     waveforms: str = option(
         "", "folder of the same clips made by preprocess_audio_vocoder_dataset.py, for the rows of recordings"
     )
     sentences: int = option(50, "new sentences that are spoken; 0: none", ge=0, le=len(SENTENCES))
-    curve: bool = option(False, "measure every combination of steps and guidance scale")
-    curve_steps: list[int] = option([1, 2, 4, 8, 16, 32], "sampling steps of the curve", gt=0)
-    curve_scales: list[float] = option([1.0, 2.0], "guidance scales of the curve", ge=0)
-    curve_samples: int = option(64, "clips per point of the curve, spread evenly", gt=0)
+    curve_samples: int = option(64, "clips per point of the curve, spread evenly", gt=0, only_with=WITH_CURVE)
 
     def validate_metrics(self):
         if not self.metrics:
             raise ValueError("--metrics is empty; give one or more")
 
-    def validate_curve(self):
-        expect_values(self, "curve_steps", "curve_scales")
 
-
-class AudioDiffusionEvaluator(Evaluator):
+class AudioDiffusionEvaluator(AudioPipelineEvaluator):
     """Speaks held-out texts and new sentences. The noise of a clip depends on --seed and its key alone."""
 
     arguments_class = AudioDiffusionEvaluationArguments
-    model_class = AudioDiffusion
+    pipeline_class = SpeechPipeline
     definitions: ClassVar[dict[str, str]] = DEFINITIONS
 
     @classmethod
@@ -90,23 +80,11 @@ class AudioDiffusionEvaluator(Evaluator):
         return CaptionEvaluator if record["latents"]["conditioning"] == "caption" else cls
 
     def load_model(self):
-        args = self.args
-        # Paths given on the command line may be run folders.
-        vocoder = str(resolve_checkpoint(args.vocoder_checkpoint)) if args.vocoder_checkpoint else ""
-        self.pipeline = SpeechPipeline.load(
-            self.checkpoint,
-            vae_checkpoint=args.vae_checkpoint,
-            vocoder_checkpoint=vocoder,
-            weights=self.weights,
-            device=self.device,
-            bf16=args.bf16,
-        )
+        model = super().load_model()
         self.tokenizer = self.pipeline.tokenizer
-        self.vocoder_name = vocoder or "Griffin-Lim"
-        self.settings = self.pipeline.vae.config.mel
         self.speed = RealTime(self.device)
         # The recogniser knows English alone.
-        tokenizer, metrics = self.tokenizer, list(args.metrics)
+        tokenizer, metrics = self.tokenizer, list(self.args.metrics)
         languages = tokenizer.known_languages
         self.english = next((language for language in languages if is_english(tokenizer, language)), None)
         if "wer" in metrics and self.english is None:
@@ -114,7 +92,7 @@ class AudioDiffusionEvaluator(Evaluator):
             logger.warning("no word error rate: language=%s, the recogniser knows English alone", languages)
             metrics.remove("wer")
         self.scorer = SpeechScorer(self.settings, metrics)
-        return self.pipeline.model
+        return model
 
     def build_dataset(self):
         """The held-out clips; also opens their recordings."""

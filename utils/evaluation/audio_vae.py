@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from dataset_loading.audio.cached import AudioVAEDataset, VocoderDataset
+from dataset_loading.audio.cached import EVALUATED_FRAMES, AudioVAEDataset, VocoderDataset
 from dataset_loading.files import read_manifest
 from model.audio.spectral import check_same_mel
 from model.audio.vae import AudioVAE
@@ -95,7 +95,8 @@ class AudioVAEEvaluator(AudioEvaluator):
                 folder,
             )
         dataset = (VocoderDataset if has_waveforms else AudioVAEDataset)(folder, split)
-        return dataset.expect_mel(self.settings, str(self.checkpoint)).expect_recorded("an audio VAE")
+        dataset = dataset.expect_mel(self.settings, str(self.checkpoint)).expect_recorded("an audio VAE")
+        return dataset.cut(EVALUATED_FRAMES)
 
     def vocode(self, row: str, mel: Tensor, entry: dict[str, Any]) -> Tensor:
         """The waveform (S,) of a log-mel (M, F), both on the CPU.

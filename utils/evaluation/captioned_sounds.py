@@ -15,13 +15,12 @@ from torch import Tensor
 
 from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents
 from dataset_loading.cached import evenly_spaced
-from model.audio.diffusion import AudioDiffusion
-from utils.checkpoints import resolve_checkpoint
 from utils.drawing.alignment import aligned_mel
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
+from utils.evaluation.audio_pipeline import AudioPipelineEvaluationArguments, AudioPipelineEvaluator
 from utils.evaluation.captioned_sounds_report import DEFINITIONS, ROW_NAMES, curve_table, sound_table
-from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator, expect_values
+from utils.evaluation.evaluator import Evaluation
 from utils.evaluation.generated_images import agreement_scores
 from utils.generation.audio_diffusion import AudioSamplingArguments
 from utils.generation.captions import CaptionPipeline
@@ -38,52 +37,29 @@ N_PERMUTATIONS = 20  # of captions, for the row `shuffled`
 
 
 @dataclasses.dataclass
-class CaptionEvaluationArguments(AudioSamplingArguments, ContactSheetArguments, EvaluationArguments):
+class CaptionEvaluationArguments(AudioPipelineEvaluationArguments):
     """Flags of the evaluation of captions to sound."""
 
     n_steps: int = option(20, "sampling steps", gt=0)
     guidance_scale: float = option(3.0, "scale of classifier-free guidance; 1: none", ge=0)
     seed: int = option(0, "seed of the noise, which also depends on the clip", ge=0)
-    batch_size: int = option(8, "clips that are generated at once", gt=0)
-    vae_checkpoint: str = option("", "folder of the latents' VAE; default: its copy in the run, or as recorded")
-    vocoder_checkpoint: str = option("", "run or checkpoint folder of a vocoder; default: Griffin-Lim")
     text_encoder: str = option("", "folder or hub name of the captions' text encoder; default: as recorded")
     training_samples: int = option(
         5000, "training clips, spread evenly, for the probe and the nearest neighbours; 0: all", ge=0
     )
-    curve: bool = option(False, "measure every combination of steps and guidance scale")
-    curve_steps: list[int] = option([4, 8, 20], "sampling steps of the curve", gt=0, only_with=("curve", True))
-    curve_scales: list[float] = option(
-        [1.0, 2.0, 3.0, 5.0], "guidance scales of the curve", ge=0, only_with=("curve", True)
-    )
-
-    def validate_curve(self):
-        expect_values(self, "curve_steps", "curve_scales")
+    curve_steps: list[int] = option([4, 8, 20], "sampling steps of the curve", gt=0)
+    curve_scales: list[float] = option([1.0, 2.0, 3.0, 5.0], "guidance scales of the curve", ge=0)
 
 
-class CaptionEvaluator(Evaluator):
+class CaptionEvaluator(AudioPipelineEvaluator):
     """Makes one sound per held-out caption, as long as the real one. Noise depends on --seed and the clip's key."""
 
     arguments_class = CaptionEvaluationArguments
-    model_class = AudioDiffusion
+    pipeline_class = CaptionPipeline
     definitions: ClassVar[dict[str, str]] = DEFINITIONS
 
     def load_model(self):
-        args = self.args
-        # Paths given on the command line may be run folders.
-        vocoder = str(resolve_checkpoint(args.vocoder_checkpoint)) if args.vocoder_checkpoint else ""
-        self.pipeline = CaptionPipeline.load(
-            self.checkpoint,
-            vae_checkpoint=args.vae_checkpoint,
-            vocoder_checkpoint=vocoder,
-            text_encoder=args.text_encoder,
-            weights=self.weights,
-            device=self.device,
-            bf16=args.bf16,
-        )
-        self.vocoder_name = vocoder or "Griffin-Lim"
-        self.mel = self.pipeline.vae.config.mel
-        return self.pipeline.model
+        return super().load_model(text_encoder=self.args.text_encoder)
 
     def build_dataset(self):
         """The held-out clips; also opens the training clips."""
@@ -132,7 +108,7 @@ class CaptionEvaluator(Evaluator):
         problem = ""
         try:
             texts = [self.training.entries[index]["caption"] for index in chosen]
-            self.probe = TextProbe(training, texts, sound_blocks(self.mel.n_mels))
+            self.probe = TextProbe(training, texts, sound_blocks(self.settings.n_mels))
         except UnusableCaptionsError as error:
             self.probe, problem = None, f"{self.training.folder}: {error}"
             logger.warning("agreement with the captions cannot be measured: %s", problem)
@@ -153,7 +129,7 @@ class CaptionEvaluator(Evaluator):
             "sampling": {**self.sampling(self.args), "seed": self.args.seed},
             "model": {
                 "parameters": sum(p.numel() for p in self.model.parameters()),
-                "mel": self.mel.as_dict(),
+                "mel": self.settings.as_dict(),
                 "vocoder": self.vocoder_name,
                 "seconds_per_sound": 1 / watch.per_second(),
                 "batch_size": self.args.batch_size,
@@ -220,7 +196,7 @@ class CaptionEvaluator(Evaluator):
         for position in on_sheet:
             for name, rows in mels.items():
                 waveform = self.pipeline.vocode(rows[position])
-                evaluation.audio[f"{entries[position]['key']}_{name}"] = (waveform, self.mel.sample_rate)
+                evaluation.audio[f"{entries[position]['key']}_{name}"] = (waveform, self.settings.sample_rate)
         if on_sheet:
             evaluation.images["contact_sheet.png"] = self.contact_sheet(mels, entries, on_sheet)
 
@@ -231,7 +207,7 @@ class CaptionEvaluator(Evaluator):
         groups = [
             Group(
                 [
-                    aligned_mel(rows[position], nothing, self.mel.log_floor, max_frames=longest)
+                    aligned_mel(rows[position], nothing, self.settings.log_floor, max_frames=longest)
                     for rows in mels.values()
                 ],
                 entries[position]["caption"],

@@ -14,6 +14,7 @@ from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.language_head import IGNORED, next_token_targets
 from utils.evaluation.evaluator import BatchedEvaluationArguments, Evaluation, Evaluator
+from utils.evaluation.multimodal.evaluator import MultimodalEvaluator
 from utils.evaluation.tables import Column, fact_table, score_table
 from utils.generation.text import GenerationArguments, TextGenerator, check_tokenizer, split_windows
 from utils.metrics.text import (
@@ -88,6 +89,10 @@ class TextEvaluator(Evaluator):
         "steps, loss, time of whole windows relative to no exits with the same maximum number of steps, and "
         "generated tokens per second.",
     }
+
+    @classmethod
+    def of(cls, record):
+        return MultimodalEvaluator if record.get("latents") else cls
 
     def load_model(self):
         model = super().load_model()

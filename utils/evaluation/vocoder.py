@@ -2,7 +2,7 @@
 
 from typing import ClassVar
 
-from dataset_loading.audio.cached import VocoderDataset
+from dataset_loading.audio.cached import EVALUATED_FRAMES, VocoderDataset
 from model.audio.vocoders import Vocoder
 from utils.evaluation.audio import DEFINITIONS, GRIFFIN_LIM_ITERATIONS, AudioEvaluator, Clip
 
@@ -26,7 +26,7 @@ class VocoderEvaluator(AudioEvaluator):
         dataset = VocoderDataset(*self.cache()).expect_mel(self.settings, str(self.checkpoint))
         if dataset.vae_fingerprint:  # Then even the recordings differ from the log-mels of the data.
             self.title = f"Vocoder on log-mels of the audio VAE {dataset.vae_fingerprint}"
-        return dataset
+        return dataset.cut(EVALUATED_FRAMES)
 
     def clip(self, dataset, index):
         sample, entry = dataset[index], dataset.entries[index]

@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dataset_loading.audio.cached import AudioDataset
 from dataset_loading.audio.recording import read_recording
 from dataset_loading.audio.signal import save_waveform
 from dataset_loading.files import MANIFEST
-from model.audio.spectral import LogMel, MelSettings, check_same_mel
+from model.audio.spectral import LogMel, MelSettings, analyse, check_same_mel
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from utils.checkpoints import WeightsKind, chosen_weights, load_model, read_stage, resolve_checkpoint
@@ -103,28 +102,6 @@ def check_caches(files: Iterable[Path], settings: MelSettings, name: str) -> Non
     for folder in sorted({file.parent for file in files if file.suffix == MEL_SUFFIX}):
         if (folder.parent / MANIFEST).is_file():
             AudioDataset(folder.parent, folder.name).expect_mel(settings, name)
-
-
-def analyse(waveform: Tensor, log_mel: LogMel, chunk_frames: int = 4096) -> Tensor:
-    """The log-mel of a waveform of any length in bounded memory. Silence fills the last frame.
-
-    Args:
-        waveform: (S,) at the sampling rate of the log-mel.
-        chunk_frames: frames per chunk, without their context.
-    Returns: (M, F) with F * hop_length >= S.
-    """
-    hop_length = log_mel.settings.hop_length
-    n_frames = -(-max(len(waveform), log_mel.settings.min_samples) // hop_length)  # rounded up
-    waveform = F.pad(waveform, (0, n_frames * hop_length - len(waveform)))
-    # The ends of a chunk are padded by reflection, as those of the whole are; context frames on both sides, which are
-    # dropped afterwards, keep that out of the result.
-    context = -(-log_mel.settings.n_fft // hop_length)
-    chunks = []
-    for start in range(0, n_frames, chunk_frames):
-        first, last = max(0, start - context), min(n_frames, start + chunk_frames + context)
-        mel = log_mel(waveform[None, first * hop_length : last * hop_length])[0]
-        chunks.append(mel[:, start - first : start - first + chunk_frames])
-    return torch.cat(chunks, dim=1)
 
 
 class Synthesizer:

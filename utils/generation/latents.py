@@ -39,6 +39,7 @@ from utils.checkpoints import (
     remedy,
     resolve_checkpoint,
     step_of,
+    warn_of_former_data,
     weight_files,
     write_card,
 )
@@ -242,7 +243,8 @@ def matching(checkpoints: Iterable[Path], expected: str, seen: dict[Path, str]) 
 
 def pin_vae(checkpoint: Path, folder: Path, *, may_replace: bool = True) -> Path:
     """Keep a copy of a VAE in `folder/vae`, unless it is there: the weights that `load_vae` loads, its configuration
-    and its record. A VAE's own run may then delete the checkpoint, move or vanish.
+    and its record. A VAE's own run may then delete the checkpoint, move or vanish. Warns where the VAE's data set
+    holds other files now than it was trained on.
 
     Args:
         checkpoint: a complete checkpoint folder.
@@ -251,6 +253,7 @@ def pin_vae(checkpoint: Path, folder: Path, *, may_replace: bool = True) -> Path
     Returns: the copy, a complete checkpoint folder.
     Raises: ValueError: the folder holds the copy of another VAE, or the checkpoint is damaged.
     """
+    warn_of_former_data(checkpoint)
     expected, target = vae_fingerprint(checkpoint), folder / PINNED
     seen: dict[Path, str] = {}
     if copy := matching(checkpoints_at(target), expected, seen):

@@ -14,18 +14,26 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset_loading.image.pixels import decode_image, fit_image, to_float, to_tensor
 from dataset_loading.text.tokenizers import document_encoder, load_tokenizer
-from model.audio.spectral import LogMel
+from model.audio.spectral import LogMel, analyse
 from model.audio.vocoders import Vocoder
 from model.multimodal import MegaTransformerMultimodal
-from model.multimodal.generation import Sampling
-from model.multimodal.layout import SPANS, Part, audio_latents, audio_tokens, check_span, image_latents, image_tokens
+from model.multimodal.layout import (
+    Part,
+    audio_latents,
+    audio_tokens,
+    check_span,
+    image_latents,
+    image_tokens,
+)
+from model.multimodal.stream_state import Sampling
 from model.vae import VAE
 from utils.checkpoints import WeightsKind, load_model, read_stage, resolve_checkpoint
-from utils.generation.audio import analyse, read_waveform
+from utils.generation.audio import read_waveform
 from utils.generation.audio_diffusion import AudioPipeline, load_matching_vocoder
 from utils.generation.latents import Media, find_vae, load_vae, standardized_posterior
 
-PLACEHOLDER = re.compile(r"(<(?:image|audio):[^>]+>)")  # A file within a prompt.
+PLACEHOLDER = re.compile(r"(<(?:image|audio):[^>]*>)")  # A file within a prompt.
+OTHER_PLACEHOLDER = re.compile(r"<(\w+):(?!//)[^<>]*>")  # What looks like one, and is no address.
 
 
 class MultimodalPipeline:
@@ -36,6 +44,7 @@ class MultimodalPipeline:
         tokenizer: of its texts.
         vaes: of its latents, by modality, on the same device.
         vocoder: of the audio VAE's log-mel; None for Griffin-Lim.
+        bf16: bfloat16 autocast.
     """
 
     def __init__(
@@ -44,12 +53,15 @@ class MultimodalPipeline:
         tokenizer: PreTrainedTokenizerFast,
         vaes: Mapping[str, VAE],
         vocoder: Vocoder | None = None,
+        *,
+        bf16: bool = False,
     ):
-        self.model, self.tokenizer, self.vaes = model, tokenizer, vaes
+        self.model, self.tokenizer, self.vaes, self.bf16 = model, tokenizer, vaes, bf16
         self.encoder = document_encoder(tokenizer)
         audio_vae: Any = vaes.get("audio")
         # Decoding is that of the other models of audio.
-        self.audio = None if audio_vae is None else AudioPipeline(model, audio_vae, vocoder)  # type: ignore[arg-type]
+        network: Any = model
+        self.audio = None if audio_vae is None else AudioPipeline(network, audio_vae, vocoder, bf16=bf16)
 
     @classmethod
     def load(
@@ -60,6 +72,7 @@ class MultimodalPipeline:
         vocoder_checkpoint: str = "",
         weights: WeightsKind = "ema",
         device: torch.device | str = "cpu",
+        bf16: bool = False,
     ) -> Self:
         """From a run or checkpoint folder.
 
@@ -93,7 +106,11 @@ class MultimodalPipeline:
             vocoder = load_matching_vocoder(vocoder_checkpoint, mel.mel, "the audio VAE")
             assert vocoder is not None
             vocoder.to(device)
-        return cls(model, load_tokenizer(str(folder)), vaes, vocoder)
+        return cls(model, load_tokenizer(str(folder)), vaes, vocoder, bf16=bf16)
+
+    def autocast(self) -> torch.autocast:
+        """The autocast of all networks."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.bf16)
 
     # ---- Into parts.
 
@@ -101,16 +118,27 @@ class MultimodalPipeline:
         """A text."""
         return Part("text", ids=self.encoder.encode(text, add_special_tokens=False).ids)
 
+    def read_text(self, text: str) -> Part:
+        """A text that is drawn or spoken.
+
+        Raises: ValueError: it is empty.
+        """
+        if not text.strip():
+            raise ValueError(f"a text to draw or speak is empty: {text!r}; give words")
+        return self.text_part(text)
+
     @torch.no_grad()
     def image_part(self, image: Tensor) -> Part:
         """An image (3, Y, X) in [-1, 1], of the size that the model knows."""
-        mean, _ = standardized_posterior(self.vaes["image"], image[None].to(self.model.device))
+        with self.autocast():
+            mean, _ = standardized_posterior(self.vaes["image"], image[None].to(self.model.device))
         return Part("image", latents=image_tokens(mean[0].float(), self.model.config.image_encoder_patch_size))
 
     @torch.no_grad()
     def audio_part(self, mel: Tensor) -> Part:
         """A log-mel (M, F)."""
-        mean, _ = standardized_posterior(self.vaes["audio"], mel[None].to(self.model.device))
+        with self.autocast():
+            mean, _ = standardized_posterior(self.vaes["audio"], mel[None].to(self.model.device))
         latents = mean[0].float().flatten(0, -2).T  # (Z, [m,] L) -> (L, Z m)
         return Part("audio", latents=audio_tokens(latents, self.model.config.audio_encoder_patch_size))
 
@@ -154,12 +182,14 @@ class MultimodalPipeline:
     def read_prompt(self, text: str) -> list[Part]:
         """The parts of a prompt with placeholders `<image:path>` and `<audio:path>`.
 
-        Raises: OSError, ValueError: see `read_image` and `read_audio`.
+        Raises: OSError, ValueError: see `read_image` and `read_audio`; a placeholder of another kind.
         """
         parts = []
         for piece in filter(None, map(str.strip, PLACEHOLDER.split(text))):
             match = PLACEHOLDER.fullmatch(piece)
             kind, _, path = piece[1:-1].partition(":") if match else ("text", "", "")
+            if not match and (other := OTHER_PLACEHOLDER.search(piece)):
+                raise ValueError(f"placeholder {other[0]!r} of a prompt: write <image:path> or <audio:path>")
             readers = {"image": self.read_image, "audio": self.read_audio}
             parts.append(readers[kind](path) if match else self.text_part(piece))
         return parts
@@ -176,7 +206,9 @@ class MultimodalPipeline:
         assert part.latents is not None
         vae: Any = self.vaes["image"]
         latents = image_latents(part.latents[None], self.model.config.image_encoder_patch_size)
-        return vae.decode(vae.denormalize_latents(latents))[0].float().clamp(-1, 1).cpu()
+        with self.autocast():
+            image = vae.decode(vae.denormalize_latents(latents))
+        return image[0].float().clamp(-1, 1).cpu()
 
     def mel_of(self, part: Part) -> Tensor:
         """The log-mel (M, F) of a part, on the CPU.
@@ -204,7 +236,8 @@ class MultimodalPipeline:
     ) -> list[list[Part]]:
         """Answers to prompts, whose random numbers depend on their seeds alone; see the model's `generate`."""
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return self.model.generate(prompts, sampling, generators=generators, **keywords)
+        with self.autocast():
+            return self.model.generate(prompts, sampling, generators=generators, **keywords)
 
     def draw(self, texts: Sequence[str], seeds: Sequence[int], **options: Any) -> list[Tensor]:
         """An image (3, Y, X) of each text; options: of `Sampling`."""
@@ -222,21 +255,3 @@ class MultimodalPipeline:
         """The text of each image or clip, its most probable tokens; options: of `Sampling`."""
         answers = self.answer([[part] for part in parts], range(len(parts)), Sampling(None, ["text"], **options))
         return [self.text_of(answer[0]) if answer else "" for answer in answers]
-
-    def tasks(self, args: Any) -> list[tuple[str, list[Part], Sampling]]:
-        """What the flags of `inference/chat.py` ask for: a name, the parts of a prompt, and how it is answered.
-
-        Raises: OSError, ValueError: a file cannot be read, or the model lacks a modality.
-        """
-        known = self.model.config.modalities
-        common: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
-        common["length_temperature"] = args.temperature
-        said = Sampling(None, ["text"], **common)
-        drawn, spoken = (Sampling(name, [name], **common) for name in SPANS)
-        return [
-            *((text, [self.text_part(text)], drawn) for text in args.draw),
-            *((text, [self.text_part(text)], spoken) for text in args.speak),
-            *((file, [self.read_image(file)], said) for file in args.describe),
-            *((file, [self.read_audio(file)], said) for file in args.transcribe),
-            *((prompt, self.read_prompt(prompt), Sampling(modalities=known, **common)) for prompt in args.prompts),
-        ]

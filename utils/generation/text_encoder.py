@@ -13,7 +13,7 @@ from model.text.tokenizer import encode_caption
 from utils.checkpoints import places
 
 
-def open_text_encoder(name: str, remedy: str) -> FrozenTextEncoder:
+def open_text_encoder(name: str, remedy: str = "give another --text_encoder, or copy it again") -> FrozenTextEncoder:
     """The encoder of a local folder or hub name.
 
     Raises: FileNotFoundError: there is none, or its files are damaged; names it and the remedy.

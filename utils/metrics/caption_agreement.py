@@ -141,15 +141,22 @@ class TextProbe:
 
     def rank_words(self, features: Tensor, captions: Sequence[str]) -> float:
         """See `words` in `agreement`; 0.5 where no word of the vocabulary differs between the captions."""
-        has = self.count_words(captions)
-        differs = (has.mean(0) % 1) > 0  # in some but not all captions
-        has, predicted = has[:, differs].double(), self.predict(features)[:, differs].double()
-        if has.shape[1] == 0:
-            return 0.5
-        # AUC as the Mann-Whitney U statistic of the ranks.
-        ranks = predicted.argsort(0).argsort(0) + 1
-        n_with, n_without = has.sum(0), (1 - has).sum(0)
-        return (((ranks * has).sum(0) - n_with * (n_with + 1) / 2) / (n_with * n_without)).mean().item()
+        return mean_auc(self.count_words(captions), self.predict(features))
+
+
+def mean_auc(has: Tensor, predicted: Tensor) -> float:
+    """Area under the ROC curve, mean over the columns that have both classes; 0.5 where there is none.
+
+    Args: has: (N, W), 0 or 1. predicted: scores, (N, W).
+    """
+    differs = (has.float().mean(0) % 1) > 0
+    has, predicted = has[:, differs].double(), predicted[:, differs].double()
+    if has.shape[1] == 0:
+        return 0.5
+    # AUC as the Mann-Whitney U statistic of the ranks.
+    ranks = predicted.argsort(0).argsort(0) + 1
+    n_with, n_without = has.sum(0), (1 - has).sum(0)
+    return (((ranks * has).sum(0) - n_with * (n_with + 1) / 2) / (n_with * n_without)).mean().item()
 
 
 def choose_words(captions: Sequence[str]) -> list[str]:

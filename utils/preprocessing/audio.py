@@ -26,7 +26,7 @@ from dataset_loading.audio.signal import (
 )
 from dataset_loading.sources import Source
 from dataset_loading.tables import CAPTION_COLUMNS, SPEAKER_COLUMNS, captions_of
-from model.audio.spectral import LogMel, MelPreset, MelSettings, check_same_mel, mel_preset
+from model.audio.spectral import LogMel, MelPreset, MelSettings, analyse, check_same_mel, mel_preset
 from utils.options import option, other_than_none
 from utils.preprocessing.driver import PACKAGES, Preprocess, PreprocessArguments
 from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of
@@ -251,8 +251,8 @@ def with_mel(args: AudioPreprocessArguments, mel: MelSettings, name: str) -> Any
 
 
 def log_mel(waveform: Tensor, settings: MelSettings) -> Tensor:
-    """(S,) -> (M, S // hop_length) fp32."""
-    return log_mel_module(settings)(waveform[None])[0]
+    """(S,) -> (M, S // hop_length) fp32, in memory that is bounded but for the result. S is whole frames."""
+    return analyse(waveform, log_mel_module(settings))
 
 
 @functools.cache

@@ -71,7 +71,7 @@ ON_RESUME: dict[str, str] = {
             *("trainer", "grokfast_alpha", "grokfast_lambda", "grokfast_window"),
             # Speed and memory; ZeRO's stage is compared by `check_engine`.
             *("bf16", "tf32", "deterministic", "use_gradient_checkpointing", "compile_model", "use_deepspeed"),
-            *("deepspeed_config", "num_workers", "eval_batch_size"),
+            *("deepspeed_config", "num_workers", "eval_batch_size", "flex_attention"),
             # Logs, evaluation, checkpoints.
             *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "n_logged_samples", "n_samples"),
             *("wer_samples",),
@@ -80,6 +80,7 @@ ON_RESUME: dict[str, str] = {
             *("guidance_rescale", "temperature", "text_encoder"),
             # Losses.
             *("l1_weight", "l2_weight", "gradient_weight", "perceptual_weight", "perceptual", "kl_weight"),
+            *("latent_noise",),
             *("intermediate_weight", "distillation_weight", "mel_weight", "stft_weight", "stft_resolutions"),
             *(
                 "phase_weight",

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from dataset_loading.audio.cached import AudioDataset
+from dataset_loading.audio.cached import EVALUATED_FRAMES, AudioDataset
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_audio
 from model.audio.configuration import MEL_FIELDS, AudioConfig
@@ -69,7 +69,8 @@ class AudioStage(Stage):
                 dataset.expect_mel(config.mel, f"{flag} {path}", "or train a new model on the cache as it is")
 
     def build_dataset(self, split, config):
-        return self.dataset_class(self.cache_dir, split).expect_mel(config.mel, "the model")
+        dataset = self.dataset_class(self.cache_dir, split).expect_mel(config.mel, "the model")
+        return dataset if split == "train" else dataset.cut(EVALUATED_FRAMES)
 
 
 class AudioCallback(EvaluationCallback):

@@ -23,17 +23,16 @@ from model.criteria import kl_divergence
 from utils.drawing.audio import latent_image, strip_sheet
 from utils.drawing.images import Group
 from utils.generation.audio import load_vocoder
-from utils.megatransformer_utils import StageArguments
 from utils.metrics.latents import LatentHealth
 from utils.options import option
-from utils.training.adversary import WITH_ADVERSARY, AdversaryArguments
+from utils.training.adversary import WITH_ADVERSARY
 from utils.training.audio import AudioCallback
-from utils.training.gan import GANTrainer, Generation
-from utils.training.latent_statistics import measure_latent_statistics, sequence_moments
+from utils.training.gan import Generation, VAEGANArguments, VAEGANTrainer
+from utils.training.latent_statistics import sequence_moments
 
 
 @dataclasses.dataclass
-class AudioVAEArguments(AdversaryArguments, StageArguments):
+class AudioVAEArguments(VAEGANArguments):
     """Flags of the audio VAE-GAN stage."""
 
     segment_frames: int = option(128, "mel frames of a training crop, at a random position; 0: whole clips", ge=0)
@@ -121,7 +120,7 @@ def crop_segments(
     return mel.gather(-1, frames).where(valid[:, None], log_floor), n_frames.clamp_max(length)
 
 
-class AudioVAEGANTrainer(GANTrainer):
+class AudioVAEGANTrainer(VAEGANTrainer):
     """Trains an `AudioVAE` on log-mels x (B, M, F), reconstructed as x_hat.
 
         loss = l1_weight * |x_hat - x| + l2_weight * (x_hat - x)^2 + gradient_weight * |gradient of x_hat - x|
@@ -130,7 +129,8 @@ class AudioVAEGANTrainer(GANTrainer):
 
     Every term is the mean over samples of each sample's own mean over its F valid frames; KL is a sum over its valid
     latents. Segments and noise belong to (seed, step, sample). In training a segment is padded to its full length, in
-    real and generated mels alike, so that the adversary sees no difference there.
+    real and generated mels alike, so that the adversary sees no difference there. `VAEGANTrainer` says which latents
+    are decoded, and read by the CTC head.
     """
 
     def generate(self, model, inputs):
@@ -140,7 +140,12 @@ class AudioVAEGANTrainer(GANTrainer):
         # Sampled with time first: a sample's noise does not depend on how its batch is padded.
         noise = self.sample_noise(inputs, "posterior", (shape[-1], *shape[:-1])).movedim(1, -1)
         # Reconstructions, and the weighted terms of the latents.
-        output = model(mel=mel, n_frames=n_frames, noise=noise, speaker=inputs.get("speaker"))
+        channel_noise, speaker = self.channel_noise(inputs), inputs.get("speaker")
+        output = model(mel=mel, n_frames=n_frames, noise=noise, channel_noise=channel_noise, speaker=speaker)
+        if self.running_latents is not None:
+            self.running_latents.add(
+                sequence_moments(output.mean, output.logvar, self.model.latents_lengths(n_frames))
+            )
         terms = self.latent_terms(output, {**inputs, "mel": mel, "n_frames": n_frames})
         terms = self.weighted({name: values.mean() for name, values in terms.items()})
         return Generation(output.reconstruction, mel, terms, n_frames)
@@ -180,12 +185,7 @@ class AudioVAEGANTrainer(GANTrainer):
         # The loss has the weighted terms of the latents, and no adversarial one.
         return {"mel_l1": mel_l1, **terms, "loss": sum(self.weighted(terms).values(), mel_l1)}
 
-    def before_saving(self):
-        """Measure the statistics of the latents, for the next stage."""
-        self.model.set_latent_statistics(*measure_latent_statistics(self, self.latent_moments))
-
-    def latent_moments(self, model, inputs: dict) -> Tensor:
-        """What a batch adds to the statistics, (3, Z): valid latent frames alone."""
+    def latent_moments(self, model, inputs):
         output = model(mel=inputs["mel"], n_frames=inputs["n_frames"], speaker=inputs.get("speaker"))
         return sequence_moments(output.mean, output.logvar, self.model.latents_lengths(inputs["n_frames"]))
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from dataset_loading.files import read_manifest
 from model.diffusion_process import TimeSampling, Weighting
 from model.text.feature_extractors import FrozenTextEncoder
-from utils.checkpoints import checkpoints_in, lasting_name, read_stage, resolve_checkpoint, warn_of_former_data
+from utils.checkpoints import checkpoints_in, lasting_name, read_stage, resolve_checkpoint
 from utils.distributed import from_main, launched_rank, rank
 from utils.generation.latents import PINNED, Media, checkpoints_at, find_vae, latents_script, load_vae, pin_vae
 from utils.generation.text_encoder import load_text_encoder
@@ -209,5 +209,4 @@ class DiffusionStage(Stage):
         """Keep a copy of the VAE, without which the run's model says nothing: in place of another one only where no
         checkpoint of the run needs that."""
         if launched_rank() == 0:
-            warn_of_former_data(self.vae_checkpoint)
             pin_vae(self.vae_checkpoint, self.run_dir, may_replace=not checkpoints_in(self.run_dir))

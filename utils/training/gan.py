@@ -1,4 +1,5 @@
-"""The GAN engine: a generator trained through one engine against an adversary outside of it."""
+"""The GAN engine: a generator trained through one engine against an adversary outside of it; and what all VAE-GANs
+share.  B batch, Z latent channels."""
 
 import dataclasses
 import math
@@ -6,7 +7,11 @@ import math
 import torch
 from torch import Tensor
 
-from utils.training.adversary import Adversary
+from model.vae import ChannelNoise
+from utils.megatransformer_utils import StageArguments
+from utils.options import option
+from utils.training.adversary import Adversary, AdversaryArguments
+from utils.training.latent_statistics import RunningLatents, mean_and_std, measure_latent_statistics
 from utils.training_utils import StageTrainer
 
 
@@ -147,3 +152,67 @@ class GANTrainer(StageTrainer):
         if self.adversary is None:
             raise ValueError("it holds a discriminator, and this run has none: give the --gan_weight of that run")
         self.adversary.load_state_dict(state["adversary"])
+
+
+@dataclasses.dataclass
+class VAEGANArguments(AdversaryArguments, StageArguments):
+    """Flags of every stage that trains a VAE-GAN."""
+
+    latent_noise: float = option(
+        0.0, "most noise that training adds to latents, in units of each channel's std; 0: none", ge=0
+    )
+
+
+class VAEGANTrainer(GANTrainer):
+    """Trains a VAE-GAN. In training the decoder sees
+
+        latents = mean + (posterior's std + u * channel's std) * noise        noise ~ N(0, 1), u ~ U(0, latent_noise)
+
+    with one u per sample; noise and u belong to (seed, step, sample). A channel's std is that of `RunningLatents`,
+    over past steps, so that the first step adds nothing; it has a gradient, see `ChannelNoise`. Evaluations decode the
+    posterior mean.
+
+    Subclasses pass `channel_noise` to the model, and moments of its posteriors to `running_latents`, unless that is
+    None.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.running_latents = RunningLatents() if self.stage_arguments.latent_noise > 0 else None
+
+    def channel_noise(self, inputs: dict) -> ChannelNoise | None:
+        """Noise beyond the posterior's for this step's samples; None: none."""
+        if self.running_latents is None or self.running_latents.moments is None:
+            return None
+        mean, std = mean_and_std(self.running_latents.moments)
+        self.record({"latent_std": std.mean()})
+        share = self.stage_arguments.latent_noise * self.sample_uniforms(inputs, "latent_noise", ())
+        return ChannelNoise(share, mean, std)
+
+    def stage_step(self, model, inputs):
+        loss = super().stage_step(model, inputs)
+        if self.running_latents is not None and self.accelerator.sync_gradients:
+            self.running_latents.update(skips=self.guard.skips)
+        return loss
+
+    def before_saving(self):
+        """Measure the statistics of the latents, for the next stage."""
+        self.model.set_latent_statistics(*measure_latent_statistics(self, self.latent_moments))
+
+    def latent_moments(self, model, inputs: dict) -> Tensor:
+        """What a batch adds to the statistics, (3, Z)."""
+        raise NotImplementedError
+
+    def extra_state(self):
+        state = super().extra_state()
+        if self.running_latents is None or self.running_latents.moments is None:
+            return state
+        return {**(state or {}), "latent_moments": self.running_latents.moments}
+
+    def load_extra_state(self, state):
+        # A run that had no such noise so far begins with the next step; one that has none from now on drops them.
+        rest = {name: value for name, value in state.items() if name != "latent_moments"}
+        if self.running_latents is not None:
+            self.running_latents.moments = state.get("latent_moments")
+        if rest or self.adversary is not None:
+            super().load_extra_state(rest)

@@ -17,19 +17,18 @@ from model.image.discriminators import DiscriminatorKind, build_discriminator
 from model.image.feature_extractors import PerceptualKind, build_perceptual
 from model.vae import VAEOutput
 from utils.drawing.images import TRIPLE, Group, channel_images, draw_sheet, to_image, triple
-from utils.megatransformer_utils import StageArguments
 from utils.metrics.images import psnr
 from utils.metrics.latents import LatentHealth
 from utils.options import option
-from utils.training.adversary import WITH_ADVERSARY, Adversary, AdversaryArguments
+from utils.training.adversary import WITH_ADVERSARY, Adversary
 from utils.training.callbacks import EvaluationCallback
-from utils.training.gan import GANTrainer, Generation
-from utils.training.latent_statistics import image_moments, measure_latent_statistics
+from utils.training.gan import Generation, VAEGANArguments, VAEGANTrainer
+from utils.training.latent_statistics import image_moments
 from utils.training.stage import Stage
 
 
 @dataclasses.dataclass
-class ImageVAEGANArguments(AdversaryArguments, StageArguments):
+class ImageVAEGANArguments(VAEGANArguments):
     """Flags of every stage that trains a VAE-GAN on images."""
 
     # Losses.
@@ -98,7 +97,7 @@ def kl_per_value(output: VAEOutput, target: Tensor) -> Tensor:
     return kl_divergence(output.mean, output.logvar).mean() / target[0].numel()
 
 
-class ImageVAEGANTrainer(GANTrainer):
+class ImageVAEGANTrainer(VAEGANTrainer):
     """Trains a VAE on images x (B, C, Y, X), reconstructed as x_hat.
 
         loss = l1_weight * |x_hat - x| + gradient_weight * |difference of their gradients|
@@ -107,7 +106,7 @@ class ImageVAEGANTrainer(GANTrainer):
              + gan_weight(step) * adaptive_factor * (adversarial + feature_matching_weight * feature_matching)
 
     The KL divergence is in nats per sample, summed over the latent: over C Y X it is in nats per input value, like the
-    reconstruction terms, which are means over input values.
+    reconstruction terms, which are means over input values. `VAEGANTrainer` says which latents are decoded.
     """
 
     # Loss terms in addition to those of the reconstruction, (output, target) -> scalar, None where there is nothing to
@@ -118,7 +117,9 @@ class ImageVAEGANTrainer(GANTrainer):
         image = inputs["image"]
         # Noise (B, Z, y, x) of the posteriors, which belongs to (seed, step, sample).
         noise = self.sample_noise(inputs, "posterior", self.model.latent_shape(image.shape[-1]))
-        output = model(image=image, noise=noise, **self.decoder_options())
+        output = model(image=image, noise=noise, channel_noise=self.channel_noise(inputs), **self.decoder_options())
+        if self.running_latents is not None:
+            self.running_latents.add(image_moments(output.mean, output.logvar))
         # Weighted terms of the latents, and those that a subclass adds.
         terms = {name: term(output, image) for name, term in self.TERMS.items()}
         terms = self.weighted({name: term for name, term in terms.items() if term is not None})
@@ -143,12 +144,7 @@ class ImageVAEGANTrainer(GANTrainer):
         # The loss has no perceptual and no adversarial term.
         return {**terms, "loss": terms["l1"] + self.stage_arguments.kl_weight * terms["kl"]}
 
-    def before_saving(self):
-        """Measure the statistics of the latents, for the next stage."""
-        self.model.set_latent_statistics(*measure_latent_statistics(self, self.latent_moments))
-
-    def latent_moments(self, model, inputs: dict) -> Tensor:
-        """What a batch adds to the statistics, (3, Z)."""
+    def latent_moments(self, model, inputs):
         output = model(image=inputs["image"])
         return image_moments(output.mean, output.logvar)
 

@@ -46,10 +46,50 @@ def measure_latent_statistics(trainer: StageTrainer, moments_of: Callable[..., T
             "finite, although the samples are: its weights have diverged. Go on from an earlier checkpoint with a "
             "lower --learning_rate"
         )
-    mean = total[0] / total[2]
+    return mean_and_std(total)
+
+
+def mean_and_std(moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and std, each (Z,) fp32, from sums of mu, of mu^2 + sigma^2, and of 1, (3, Z) float64."""
+    mean = moments[0] / moments[2]
     # Rounding can make a small variance negative.
-    std = (total[1] / total[2] - mean.square()).clamp_min(1e-12).sqrt()
+    std = (moments[1] / moments[2] - mean.square()).clamp_min(1e-12).sqrt()
     return mean.float(), std.float()
+
+
+class RunningLatents:
+    """Mean and std of each latent channel in training, over past optimizer steps, of which step k before the present
+    one has the weight `DECAY` ^ k.
+
+    A step's sums go over all its micro-batches and processes, so that its split changes nothing, nor does a step that
+    is skipped.
+
+    Attributes:
+        moments: weighted sums over past steps as `measure_latent_statistics` takes them, (3, Z) float64; None before
+            the first.
+    """
+
+    DECAY = 0.99
+
+    def __init__(self):
+        self.moments: Tensor | None = None
+        self.pending: list[Tensor] = []  # of this step's micro-batches
+
+    def add(self, moments: Tensor) -> None:
+        """Add a micro-batch's sums, (3, Z)."""
+        self.pending.append(moments.detach())
+
+    def update(self, *, skips: bool) -> None:
+        """End an optimizer step. Every process must call it.
+
+        Args: skips: whether the step is skipped, the same on every process.
+        """
+        pending, self.pending = self.pending, []
+        if skips:
+            return
+        # Sums over all processes: a run may be resumed on another number of them.
+        step = mean_across_ranks(torch.stack(pending).sum(0)) * world_size()
+        self.moments = step if self.moments is None else self.DECAY * self.moments + step
 
 
 def batches_of_rank(trainer: StageTrainer, n_samples: int) -> Iterator[tuple[list[dict], bool]]:

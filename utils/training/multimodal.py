@@ -90,6 +90,12 @@ class MultimodalArguments(TextArguments, StageArguments):
         only_with=HAS_SPANS,
     )
 
+    flex_attention: bool = option(
+        False,
+        "attention of the trunk by FlexAttention, which leaves out blocks that the mask hides; NVIDIA GPUs alone",
+        only_with=HAS_SPANS,
+    )
+
     # What is trained.
     freeze: list[str] = option(
         [], "parts that are not trained: trunk, text, image, audio, or modules such as encoder.encoders.image.prelude"
@@ -113,6 +119,17 @@ class MultimodalArguments(TextArguments, StageArguments):
     )
     sample_tokens: int = option(
         64, "maximum number of tokens of a logged continuation", gt=0, only_with=("n_samples", bool)
+    )
+    n_logged_samples: int = option(
+        4,
+        "validation items per task whose images, clips and texts are generated for TensorBoard; 0: none",
+        ge=0,
+        only_with=HAS_SPANS,
+    )
+    vocoder_checkpoint: str = option(
+        "",
+        "run or checkpoint folder of the vocoder of logged clips; default: Griffin-Lim",
+        only_with=[("include_modes", "audio"), ("n_logged_samples", bool)],
     )
     n_samples: int = option(4, "validation prompts whose continuations are logged to TensorBoard; 0: none", ge=0)
 

@@ -22,7 +22,6 @@ from dataset_loading.collators import collate_stack
 from utils.checkpoints import (
     check_files,
     checkpoints_in,
-    load_model,
     newest_complete,
     provenance,
     read_stage,
@@ -40,6 +39,7 @@ from utils.resuming.callback import ResumeCallback
 from utils.resuming.flags import Resumption, check_resumable, resume_arguments
 from utils.resuming.run_lock import learn_refusal, only_run
 from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
+from utils.training.initial_weights import model_with_weights
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
 logger = logging.getLogger(__name__)
@@ -191,21 +191,13 @@ class Stage:
         )
 
     def build_model(self, config: StrictConfig) -> nn.Module:
-        """A new model, or one with the weights of another run of the same shape."""
+        """A new model, or one with the weights of another run, see `model_with_weights`."""
         if not self.args.init_from:
             return self.model_class(config)
         read_stage(self.args.init_from, self.name)  # Raises for checkpoints of another stage.
         if launched_rank() == 0:
             warn_of_former_data(resolve_checkpoint(self.args.init_from))
-        model = load_model(self.model_class, self.args.init_from)
-        # Weights fit only a model of the same configuration.
-        differing = [
-            f.name for f in declared_fields(config) if getattr(config, f.name) != getattr(model.config, f.name)
-        ]
-        if differing:
-            shown = {name: (getattr(model.config, name), getattr(config, name)) for name in differing}
-            raise ValueError(f"--init_from {self.args.init_from}: (checkpoint, this run) differ in {shown}")
-        return model
+        return model_with_weights(self.model_class, self.args.init_from, config)
 
     def build_datasets(self, config: StrictConfig) -> dict[str, Dataset]:
         """Training and validation set by name."""

@@ -27,12 +27,12 @@ def prepare(source, folder, **options):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("t.txt.gz", gzip.compress(b"one\r\n")),
+        ("t.txt.gz", gzip.compress(b"one\r\n", mtime=0)),
         ("t.txt", "one\r\n".encode("utf-16")),
         ("t.json", b'[{"text": "one\\r\\n"}]'),
         ("t.json", b'{"text": "one\\r\\n"}\n'),
         ("t.tsv", b'id\tText\n1\t"one\r\n"\n'),
-        ("t.csv.gz", gzip.compress(b'text;id\n"one\r\n";1\n')),
+        ("t.csv.gz", gzip.compress(b'text;id\n"one\r\n";1\n', mtime=0)),
     ],
 )
 def test_endings_and_forms(tmp_path, name, content):
@@ -56,7 +56,7 @@ def test_a_damaged_shard_counts_as_a_file(tmp_path, name):
     table = pyarrow.table({"text": TEXTS})
     parquet.write_table(table, raw / "a.parquet")
     lines = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
-    whole = (raw / "a.parquet").read_bytes() if name == "b.parquet" else gzip.compress(lines)
+    whole = (raw / "a.parquet").read_bytes() if name == "b.parquet" else gzip.compress(lines, mtime=0)
     (raw / name).write_bytes(whole[:-30])
     with pytest.raises(ValueError, match=rf"1 of 2 files have no text.*{name}.*is damaged"):
         prepare(raw, tmp_path / "out", max_broken_fraction=0.2)

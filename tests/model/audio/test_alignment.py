@@ -1,12 +1,13 @@
 """Alignments: the search against all paths, the phone HMM on clips whose boundaries are known, and on latents."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from model.audio.alignment import PhoneHMM, latents_at_frames, monotonic_alignment
+from model.audio.alignment import ADAPTATION_FRAMES, PhoneHMM, latents_at_frames, monotonic_alignment
 from model.audio.speaker_aligners import SpeakerAligners
 
 PAUSE = 1
@@ -188,6 +189,25 @@ def test_speakers_with_enough_clips_have_an_hmm_of_their_own(tmp_path):
     assert all(loaded.dump() == aligners.dump() for _ in range(20))  # Its fingerprint is that of a cache.
     assert PhoneHMM.load(file).dump() == aligners.shared.dump()
     assert all(map(torch.equal, loaded.align(mels, symbols, speakers).durations, alignment.durations))
+
+
+def test_speakers_searched_together_are_as_each_alone():
+    mels, symbols, _ = clips(24)
+    speakers = ["ann", "bob", "cy"] * 8
+    mels = [mel.flip(0) if speaker == "bob" else mel for mel, speaker in zip(mels, speakers)]
+    aligners = SpeakerAligners(PhoneHMM(7, [PAUSE]))
+    aligners.fit(mels, symbols, speakers, min_frames=0)
+    durations = aligners.align(mels, symbols, speakers).durations
+    for start, speaker in enumerate(("ann", "bob", "cy")):
+        own = slice(start, None, 3)
+        # Two rounds of search and estimation on the speaker's clips alone.
+        model, prepared = copy.copy(aligners.shared), aligners.shared.prepare(mels[own], symbols[own])
+        for _ in range(2):
+            model.find_paths(prepared)
+            model.estimate(prepared, ADAPTATION_FRAMES, prior=aligners.shared)
+        torch.testing.assert_close(aligners.speakers[speaker].mean, model.mean, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(aligners.speakers[speaker].variance, model.variance, rtol=1e-9, atol=1e-9)
+        assert all(map(torch.equal, model.align(mels[own], symbols[own]).durations, durations[own]))
 
 
 def test_one_speaker_needs_no_second_model():

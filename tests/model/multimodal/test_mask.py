@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from model.attention import attention_in_blocks
 from model.multimodal.layout import (
     Part,
     Stream,
@@ -16,7 +17,7 @@ from model.multimodal.layout import (
     join_streams,
     target_kinds,
 )
-from model.multimodal.mask import Placement, span_mask, stream_mask
+from model.multimodal.mask import Placement, mask_function, span_mask, stream_blocks, stream_mask
 from model.presets import MULTIMODAL
 from utils.configuration import MegaTransformerConfig
 from utils.options import from_preset
@@ -40,27 +41,52 @@ def sees(tokens, q, k):
     return k_index < q_index
 
 
+def random_row(generator, n_tokens):
+    """Tokens (document, index, span, copy): pieces as long as chance has it, and two of padding."""
+    rows, document, span = [], 0, 0
+    while len(rows) < n_tokens:
+        kind, length = torch.randint(0, 4, (2,), generator=generator).tolist()
+        document += kind == 0
+        span += kind == 1
+        copies = [[], [1, 0], [2, 1, 0], [0]][kind]
+        pieces = [(span, copy) for copy in copies] or [(-1, 0)]
+        rows += [(document, *piece) for piece in pieces for _ in range(length + 1)]
+    rows = rows[: n_tokens - 2] + [(-1, -1, 0)] * 2
+    return [(document, index, span, copy) for index, (document, span, copy) in enumerate(rows)]
+
+
+def placement_of(*rows):
+    return Placement(*(torch.tensor(vectors) for vectors in zip(*(zip(*row, strict=True) for row in rows))))
+
+
 def test_mask_equals_a_slow_loop():
     generator = torch.Generator().manual_seed(0)
     n_pairs = {True: 0, False: 0}
     for _ in range(20):
-        # Pieces of random documents, spans and copies, each as long as chance has it.
-        rows, document, span = [], 0, 0
-        while len(rows) < 24:
-            kind, length = torch.randint(0, 4, (2,), generator=generator).tolist()
-            document += kind == 0
-            span += kind == 1
-            copies = [[], [1, 0], [2, 1, 0], [0]][kind]
-            pieces = [(span, copy) for copy in copies] or [(-1, 0)]
-            rows += [(document, *piece) for piece in pieces for _ in range(length + 1)]
-        rows = rows[:22] + [(-1, -1, 0)] * 2
-        tokens = [(document, index, span, copy) for index, (document, span, copy) in enumerate(rows)]
-        placement = Placement(*(torch.tensor(vector)[None] for vector in zip(*tokens, strict=True)))
+        tokens = random_row(generator, 24)
+        placement = placement_of(tokens)
         mask = stream_mask(placement)[0, 0]
         for q, k in itertools.product(range(24), repeat=2):
             assert bool(mask[q, k]) == sees(tokens, q, k), (tokens[q], tokens[k])
             n_pairs[sees(tokens, q, k)] += 1
     assert min(n_pairs.values()) > 1000
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_flex_attention_has_the_mask_of_the_dense_kernel():
+    """More than one block of 128, two rows, grouped heads."""
+    generator = torch.Generator().manual_seed(1)
+    placement = placement_of(*(random_row(generator, 150) for _ in range(2)))
+    mask = stream_mask(placement)
+    row, query, key = torch.meshgrid(torch.arange(2), torch.arange(150), torch.arange(150), indexing="ij")
+    assert torch.equal(mask_function(placement)(row, row, query, key), mask[:, 0])
+    q, k, v = (torch.randn(2, heads, 150, 16, generator=generator) for heads in (4, 2, 2))
+    with torch.no_grad():
+        dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        blocks = stream_blocks(placement)
+        assert (attention_in_blocks(q, k, v, blocks) - dense).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match=r"attention_dropout=0\.1.*no dropout"):
+        attention_in_blocks(q, k, v, blocks, p=0.1)
 
 
 def test_mask_within_spans_is_bidirectional():

@@ -1,5 +1,7 @@
 """The multimodal model: what training computes at once, generation computes with a cache; absent modalities."""
 
+import typing
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from model.multimodal.layout import Part, build_stream, join_streams
 from model.multimodal.mask import Placement
 from model.multimodal.spans import Spans, spans_in
 from model.presets import MULTIMODAL
-from model.thinking import Thinking
+from model.samplers import SamplerKind
+from model.thinking import CarriedState, Thinking
 from utils.configuration import MegaTransformerConfig
 from utils.options import from_preset
 
@@ -41,7 +44,7 @@ def part(model, modality, n_tokens=4, seed=0):
     return Part(modality, latents=latents(model.config, modality, n_tokens, seed))
 
 
-def at_once(model, rows, time=0.4, noise_seed=9):
+def at_once(model, rows, time=0.4, noise_seed=9, has_gradient=False):
     """The output of the training graph for rows of parts; noise copies are at one time."""
     streams = [build_stream(model.config, parts) for parts in rows]
     batch = join_streams(streams, 0)
@@ -59,7 +62,7 @@ def at_once(model, rows, time=0.4, noise_seed=9):
         padded = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
         spans[name] = Spans(padded, time * is_noisy, is_noisy, *numbers)
     core = Thinking(n_steps=3) if model.config.n_recurrent_layers else None
-    with torch.no_grad():
+    with torch.set_grad_enabled(has_gradient):
         return model(
             batch.ids, batch.positions, batch.placement, spans=spans, labels=batch.labels, thinking=core
         ), spans
@@ -210,7 +213,8 @@ def test_answers_do_not_depend_on_the_batch(depth):
         return model.generate([prompts[n] for n in numbers], Sampling(**options, **steps), generators=generators)
 
     kinds = set()
-    for options in ({}, {"begin": "audio"}, {"begin": "image", "modalities": ["image"]}):
+    stochastic = {"begin": "audio", "sampler": {"audio": "ddpm", "image": "ddpm"}}
+    for options in ({}, stochastic, {"begin": "image", "modalities": ["image"]}):
         together = answers([0, 1, 2], **options)
         for number, answer in enumerate(together):
             (alone,) = answers([number], **options)
@@ -220,6 +224,97 @@ def test_answers_do_not_depend_on_the_batch(depth):
                 assert list(one.ids) == list(other.ids)
                 assert one.latents is None or (one.latents - other.latents).abs().max() <= 1e-4
     assert kinds == {"text", "image", "audio"}
+
+
+@pytest.mark.parametrize("modality, n_tokens", [("image", 4), ("audio", 5)])
+def test_every_sampler_solves_spans(modality, n_tokens):
+    """With many steps all of them agree about where the flow leads, except for the one that adds noise."""
+    model = build("flat", n_layers=1)
+
+    def solve(sampler, n_steps):
+        options = {"sampler": {modality: sampler}, "n_steps": {modality: n_steps}, "guidance_scale": {modality: 1.0}}
+        sampling, generators = Sampling(modality, [modality], **options), [torch.Generator().manual_seed(0)]
+        (answer,) = model.generate([[Part("text", TEXT)]], sampling, generators=generators, lengths=[n_tokens])
+        assert answer[0].latents.shape == (n_tokens, model.config.token_width(modality))
+        return answer[0].latents
+
+    exact = solve("heun", 24)
+    for sampler in typing.get_args(SamplerKind):
+        distance = (solve(sampler, 8) - exact).norm() / exact.norm()
+        assert distance > 0.1 if sampler == "ddpm" else distance < 0.1, (sampler, distance)
+
+
+def test_tokens_are_handed_over_at_once():
+    model, events = build(), []
+    model.generate(
+        [[Part("text", TEXT)], [Part("text", TEXT[:2])]],
+        Sampling(max_new_tokens=4, max_spans=1, temperature=1.0, n_steps={"image": 1, "audio": 1}),
+        generators=[torch.Generator().manual_seed(seed) for seed in (3, 4)],
+        on_token=lambda row, token: events.append((row, [token])),
+        on_part=lambda row, piece: events.append((row, piece)),
+    )
+    for row in (0, 1):
+        waiting = []
+        for value in (value for number, value in events if number == row):
+            if isinstance(value, list):
+                waiting += value
+            elif value.modality == "text":
+                assert waiting == list(value.ids)
+                waiting = []
+        assert not waiting
+    assert any(isinstance(value, list) for _, value in events)
+
+
+def test_a_state_that_is_carried_as_zeros_over_all_steps_changes_nothing():
+    model = build("recurrent")
+    state = model.begin_streams([[Part("text", TEXT)]], Sampling(guidance_scale={"image": 1.0, "audio": 1.0}))
+    latent, one = latents(model.config, "image", 4)[None], torch.ones(1)
+    keywords = {"counts": torch.tensor([4]), "positions": torch.full((1, 4), 7.0)}
+
+    def predict(carried=None, time=1.0):
+        state.carried = carried
+        with torch.no_grad():
+            return model.span_prediction(state, "image", latent, time * one, **keywords)
+
+    sizes = [layer.get_seq_length() for layer in state.cache.layers]
+    plain, zeros = predict(), torch.zeros(1, 4, model.config.hidden_size)
+    assert torch.equal(predict(CarriedState(3, zeros)), plain)
+    # The first evaluation takes all steps, the next one a single one from its state.
+    carried = CarriedState(1)
+    assert torch.equal(predict(carried), plain) and carried.state is not None
+    assert (predict(carried, 0.5) - predict(None, 0.5)).abs().max() > 1e-2
+    # The cache holds what it held before.
+    assert torch.equal(predict(), plain) and sizes == [layer.get_seq_length() for layer in state.cache.layers]
+
+
+def test_generation_carries_the_state_over_the_steps_of_a_span():
+    model, seen = build("recurrent"), []
+    original = model.model.core.forward
+
+    def spy(*args, thinking, **keywords):
+        seen.append((thinking.n_taken, thinking.carried is not None))
+        return original(*args, thinking=thinking, **keywords)
+
+    model.model.core.forward = spy
+    steps = {"n_steps": {"image": 3}, "guidance_scale": {"image": 2.0}}
+    for n_carried, expected in ((None, [3, 3, 3]), (2, [3, 2, 2])):
+        sampling = Sampling("image", ["image"], n_carried_steps=n_carried, **steps)
+        model.generate([[Part("text", TEXT)]], sampling, generators=[torch.Generator()])
+        solved = [taken for taken, is_carried in seen if is_carried == (n_carried is not None)]
+        assert solved[-3:] == expected
+        seen.clear()
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_the_trunk_by_flex_attention_equals_that_by_the_dense_mask():
+    model = build("recurrent")
+    rows = [[Part("text", TEXT), part(model, "audio", 9, 1), Part("text", TEXT)], [part(model, "image", 4, 2)]]
+    dense, _ = at_once(model, rows)
+    model.uses_flex_attention = True
+    by_blocks, _ = at_once(model, rows)
+    assert (dense.nats - by_blocks.nats).abs().max() <= 1e-5
+    for name, prediction in dense.predictions.items():
+        assert (prediction - by_blocks.predictions[name]).abs().max() <= 1e-5
 
 
 def test_a_long_row_sees_keys_on_both_sides():
@@ -266,6 +361,23 @@ def test_every_parameter_gets_a_gradient_whatever_is_absent():
                 assert parameter.grad.abs().max() == 0
 
 
+def test_the_core_begins_with_gradients_like_those_of_flat_layers():
+    """Norms after branches that begin small, by the depth-scaled initialisation, would make them about 50 times as
+    large; clipped, they hide those of encoders and decoders."""
+    generator, norms = torch.Generator().manual_seed(0), {}
+    text, tokens = Part("text", ids=TEXT * 2), torch.randn(16, 64, generator=generator)
+    for name in ("multimodal-tiny", "multimodal-recurrent-tiny"):
+        torch.manual_seed(0)
+        model = MegaTransformerMultimodal.from_preset(name)
+        torch.nn.init.normal_(model.decoders["image"].out_proj.weight, std=0.02)  # Begins at zero.
+        output, _ = at_once(model, [[text, Part("image", latents=tokens)]], has_gradient=True)
+        output.predictions["image"].square().mean().backward()
+        weights = dict(model.model.named_parameters())
+        gradients = [weight.grad for path, weight in weights.items() if path.startswith(("main", "core"))]
+        norms[name] = torch.stack([gradient.norm() for gradient in gradients]).norm().item()
+    assert norms["multimodal-recurrent-tiny"] < 3 * norms["multimodal-tiny"]
+
+
 def test_losses_are_sums_over_given_numbers():
     model = build()
     rows = [[Part("text", TEXT[:1]), part(model, "audio", 3)], [Part("text", TEXT)]]
@@ -294,13 +406,21 @@ def test_losses_are_sums_over_given_numbers():
     [
         ({"begin": "audio", "modalities": ["text", "audio"]}, "modality 'audio'.*modalities="),
         ({"modalities": ["image"]}, "begin=None.*needs begin='image'"),
+        ({"n_steps": {"audio": 3}}, "n_steps of 'audio' has no effect"),
+        ({"sampler": {"image": "rk4"}, "begin": "image"}, "sampler='rk4' is unknown; choose from ddpm"),
+        ({"guidance_scale": {"image": 3.0}}, r"guidance_scale=3\.0 of 'image'.*image_condition_dropout=0"),
+        ({"n_thinking_steps": 2}, "n_thinking_steps=2 has no effect: this model has no recurrent core"),
+        ({"n_carried_steps": 2}, "n_carried_steps=2 has no effect"),
+        ({"max_new_tokens": 3000}, "prompt 0 has 1 tokens.*max_new_tokens=3000.*max_position_embeddings=2048"),
     ],
 )
 def test_wrong_options_of_generation_are_refused(options, message):
     config = from_preset(MegaTransformerConfig, MULTIMODAL, "multimodal-tiny", **SIZES, n_layers=1)
-    model = MegaTransformerMultimodal(config.with_modalities(["text", "image"])).eval()
+    config = config.with_modalities(["text", "image"]).replace(image_condition_dropout=0.0, image_guidance_scale=1.0)
+    model = MegaTransformerMultimodal(config).eval()
     with pytest.raises(ValueError, match=message):
-        model.generate([[]], Sampling(**options), generators=[torch.Generator()])
+        model.generate([[]], Sampling(**{"modalities": ["text", "image"], **options}), generators=[torch.Generator()])
+    assert model.generate([], Sampling(modalities=["text"]), generators=[]) == []
     with pytest.raises(ValueError, match="generators has 0 entries for 1 prompts"):
         model.generate([[]], generators=[])
     with pytest.raises(ValueError, match=r"model\.eval"):

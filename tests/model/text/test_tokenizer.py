@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from model.text.tokenizer import BEGIN_OF_TEXT, VOCABULARY, encode_caption, pad_tokens
-from tests.helpers.captions import text_of
+from tests.helpers.text_encoder_folder import text_of
 
 
 def test_tokens_are_bytes_behind_the_begin_of_text():

@@ -132,6 +132,9 @@ def test_what_does_not_fit_is_refused(run, refused, folder, tmp_path):
     # The defaults of this stage decide which flags have an effect.
     assert "--guidance_interval has no effect" in refused("--guidance_interval", "0", "0.5")
     assert "--sentences=51" in refused("--sentences", "51")
+    for flag in ("--curve_steps", "--curve_scales", "--curve_samples"):
+        assert f"{flag} has no effect with curve=False" in refused(flag, "5")
+    assert "--curve_steps is empty" in refused("--curve", "--curve_steps")
     assert "mels" in refused("--metrics", "pitch", "--waveforms", folder / "mels")
     lacking = shutil.copytree(folder / "recordings", tmp_path / "lacking")
     manifest = json.loads((lacking / "manifest.json").read_text())

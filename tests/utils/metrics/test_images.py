@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from tests.helpers.noise import normal
+from tests.helpers.sounds import normal
 from utils.metrics.images import (
     FeatureMoments,
     KernelDistance,

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from tests.helpers.noise import normal
+from tests.helpers.sounds import normal
 from utils.metrics.latents import LatentHealth, normalized_std
 
 

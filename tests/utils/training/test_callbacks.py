@@ -1,12 +1,16 @@
 """Names of logged numbers, and what callbacks leave untouched."""
 
+import os
 import random
+import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from transformers import TrainerControl
 
-from utils.training.callbacks import grouped, unmoved_generators
+from utils.training.callbacks import StopOnSignalCallback, grouped, unmoved_generators
 
 
 @pytest.mark.parametrize(
@@ -15,6 +19,24 @@ from utils.training.callbacks import grouped, unmoved_generators
 )
 def test_logged_names_are_grouped(name, tag):
     assert grouped(name) == tag
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signalled_training_saves_and_ends_with_the_status_of_its_signal(number):
+    callback, control = StopOnSignalCallback(), TrainerControl()
+    args, state = SimpleNamespace(device=torch.device("cpu")), SimpleNamespace(global_step=3)
+    before = signal.getsignal(number)
+    callback.on_train_begin(args, state, control)
+    callback.on_step_end(args, state, control)
+    callback.end_as_signalled()  # Nothing has come so far.
+    os.kill(os.getpid(), number)
+    callback.on_step_end(args, state, control)
+    assert control.should_save and control.should_training_stop
+    callback.on_train_end(args, state, control)
+    assert signal.getsignal(number) == before
+    with pytest.raises(SystemExit) as stop:
+        callback.end_as_signalled()
+    assert stop.value.code == 128 + number
 
 
 def draw() -> tuple[float, float, float]:

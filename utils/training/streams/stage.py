@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -33,8 +34,9 @@ from utils.generation.text import check_tokenizer
 from utils.generation.text_weights import check_trunk, is_text_run, model_from_text
 from utils.training.budget_batches import count_budget_steps
 from utils.training.multimodal import MultimodalArguments, ThinkingStepsCallback
-from utils.training.multimodal_streams import MultimodalStreamTrainer
 from utils.training.stage import Stage
+from utils.training.streams.samples import sample_callbacks
+from utils.training.streams.trainer import MultimodalStreamTrainer
 from utils.training.text import check_core_flags, tokenize_texts, untokenized
 
 CACHES = {"image": ImageLatentDataset, "audio": AudioLatentDataset}
@@ -172,6 +174,7 @@ class MultimodalStreamStage(Stage):
         check_core_flags(self.args, config)
         if self.starts_from_text:
             check_trunk(config, self.args.init_from)
+        check_flex_attention(self.args, config)
         return config
 
     @property
@@ -181,7 +184,10 @@ class MultimodalStreamStage(Stage):
 
     def build_model(self, config):
         """As for all stages, or with the trunk of a model of text."""
-        return model_from_text(config, self.args.init_from) if self.starts_from_text else super().build_model(config)
+        is_text = self.starts_from_text
+        model = model_from_text(config, self.args.init_from) if is_text else super().build_model(config)
+        model.uses_flex_attention = self.args.flex_attention
+        return model
 
     def build_dataset(self, split, config):
         caches = self.train_caches if split == "train" else self.caches(split)
@@ -201,7 +207,7 @@ class MultimodalStreamStage(Stage):
         return {"tokenizer": self.tokenizer, "channel_weights": weights}
 
     def build_callbacks(self, trainer, writer):
-        return [ThinkingStepsCallback(trainer, writer)]
+        return [ThinkingStepsCallback(trainer, writer), *sample_callbacks(trainer, writer, load_vae=self.load_vae)]
 
     def extra_record(self):
         latents = {name: dict(cache.manifest["settings"]) for name, cache in self.train_caches.items()}
@@ -280,13 +286,30 @@ class MultimodalStreamStage(Stage):
 
 
 def check_flags(args: Any, has_texts: bool) -> None:
-    """Raises: ValueError: a flag of text alone is given, or one of further texts where there are none."""
+    """Raises: ValueError: a flag of text alone is given, or one of further texts where there are none; a window of
+    texts is longer than a batch may be."""
     refused = [*OF_TEXT_ALONE, *([] if has_texts else ["sequence_length"])]
     if given := [name for name in refused if name in getattr(args, "given", ())]:
         needs = "only text" if given[0] in OF_TEXT_ALONE else "--text_dataset or --cached_dataset"
         raise ValueError(
             f"--{given[0]} has no effect with --include_modes {' '.join(args.include_modes)}; it needs {needs}"
         )
+    if has_texts and 0 < args.batch_tokens < args.sequence_length:
+        raise ValueError(
+            f"--batch_tokens={args.batch_tokens} is below --sequence_length={args.sequence_length}, so that no window "
+            "of text fits into a batch; raise it, or give shorter windows"
+        )
+
+
+def check_flex_attention(args: Any, config: MegaTransformerConfig) -> None:
+    """Raises: ValueError: FlexAttention is asked for without a GPU, or for a model with what it lacks."""
+    if not args.flex_attention:
+        return
+    if not torch.cuda.is_available():
+        raise ValueError("--flex_attention needs an NVIDIA GPU: it has no backward pass on a CPU; leave it out")
+    if config.attention_dropout or config.use_alibi_bias:
+        name = "attention_dropout" if config.attention_dropout else "use_alibi_bias"
+        raise ValueError(f"--flex_attention knows no {name}={getattr(config, name)}; leave one of the two out")
 
 
 def token_fields(
