@@ -93,6 +93,8 @@ def survey_folder(folder: Path, *, used: Collection[Path], suffixes: Collection[
             place = Path(os.path.relpath(file, folder)).as_posix()
             if not os.path.exists(file):
                 left_out.add("link leads nowhere", place)
+            elif not os.path.isfile(file):
+                left_out.add("pipe, socket or device", place)
             elif (suffix := os.path.splitext(name)[1].lower()) in suffixes:
                 left_out.add("no row of the metadata names it", place)
             else:

@@ -209,7 +209,7 @@ def open_local(
     if split == "train" and not groups and root.is_dir():
         rows = without_held_out(rows, kind, root)
     check_inside(rows, kind, path if path.is_dir() else path.parent, allow_outside=allow_outside)
-    if root != path and splits.get(split, path).is_dir():
+    if path not in splits.values() and splits.get(split, path).is_dir():
         left_out.update("beside the folders of the splits", (file.name for file in files_beside(path, suffixes)))
     if not rows:
         raise FileNotFoundError(f"no {kind} files under {root}; known endings: {' '.join(sorted(suffixes))}")

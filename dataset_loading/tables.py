@@ -197,7 +197,7 @@ def read_separated(file: Path, known: Collection[str]) -> Iterator[Row]:
             # Separators at the end of a row add empty cells, which mean nothing.
             while len(cells) > len(names) and not cells[-1].strip():
                 cells.pop()
-            yield Row(line, check_cells(file, line, cells, names, dialect=dialect))
+            yield Row(line, check_cells(file, Row(line, cells), names, dialect=dialect))
 
 
 def column_names(file: Path, header: list[str]) -> list[str]:
@@ -215,8 +215,9 @@ def column_name(name: str) -> str:
     return name.lower() if name.lower() in KNOWN_COLUMNS else name
 
 
-def check_cells(file: Path, line: int, cells: list[str], names: list[str], *, dialect: Dialect) -> Any:
-    """A row as a dict, or a ValueError where it has more or fewer cells than the header, or NUL bytes."""
+def check_cells(file: Path, row: Row, names: list[str], *, dialect: Dialect) -> Any:
+    """A list of cells as a dict, or a ValueError where it has more or fewer than the header, or NUL bytes."""
+    line, cells = row
     if len(cells) != len(names):
         counts = f"line {line} has {len(cells)} cells, the header {len(names)} ({', '.join(names)})"
         remedy = f"put a cell that contains {dialect.separator!r} into double quotes, or give each column a cell"
