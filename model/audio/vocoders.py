@@ -32,6 +32,8 @@ from model.layers import ZeroLinear, init_layer
 from model.presets import VOCODER
 from utils.options import Section, from_preset, option
 
+DISPERSION_SECONDS = 3e-3  # Of `disperse`: lowers the peaks of speech by a fifth; PESQ falls from 4 ms on.
+
 
 class VocoderConfig(AudioConfig):
     """Configuration of `Vocoder`."""
@@ -95,6 +97,22 @@ class VocoderConfig(AudioConfig):
                 f"f0_min={self.f0_min} and f0_max={self.f0_max} must satisfy {lowest:g} (two periods in a frame) <= "
                 f"f0_min < f0_max <= {self.sample_rate / 8:g} (an eighth of the sample rate)"
             )
+
+
+def disperse(waveform: Tensor, sample_rate: int) -> Tensor:
+    """Delay frequencies by 0 at 0 Hz to DISPERSION_SECONDS at half the sampling rate, and change no magnitude.
+
+    Harmonics whose phases are aligned peak at once; a delay that grows with the frequency parts them, as the phases of
+    Schroeder (IEEE Transactions on Information Theory 16, 1970) do. (B, S) -> (B, S).
+    """
+    delay = DISPERSION_SECONDS * sample_rate  # In samples, at half the sampling rate.
+    n_taps = 1 << math.ceil(math.log2(8 * delay))
+    # The phase is the negative integral of the delay over the angular frequency pi f, f in [0, 1].
+    frequency = torch.arange(n_taps // 2 + 1, dtype=torch.float64) / (n_taps // 2)
+    phase = -math.pi * delay * frequency.square() / 2
+    taps = torch.fft.irfft(torch.polar(torch.ones_like(phase), phase)).roll(n_taps // 2)
+    kernel = taps.flip(0).to(waveform)[None, None]  # A convolution of torch is a correlation.
+    return F.conv1d(F.pad(waveform, (n_taps // 2 - 1, n_taps // 2))[:, None], kernel)[:, 0]
 
 
 class ConvNeXtBlock(GradientCheckpointingLayer):
@@ -275,6 +293,34 @@ class Vocoder(PreTrainedModel):
                 f"a mel of {mel.shape[-1]} frames is too short: its waveform needs at least "
                 f"{self.config.mel.min_samples} samples"
             )
+
+    def synthesize(self, mel: Tensor, chunk_frames: int = 0) -> Tensor:
+        """The waveform of a log-mel for listening: as `forward`, without clicks at its ends and with lower peaks.
+
+        - Frames that reach over an end of the recording hold its reflection, a kink that would become a click: they
+          get no louder in any mel bin than the first frame that does not.
+        - Architecture "istft" aligns the phases of all harmonics, as no voice does; `disperse` delays high ones more.
+
+        Args:
+            mel: (B, M, F).
+            chunk_frames: frames per piece, see `vocode_chunked`; 0: all at once.
+        Returns: as `forward`.
+        """
+        mel = self.soften_ends(mel)
+        is_long = 0 < chunk_frames < mel.shape[-1]
+        waveform = self.vocode_chunked(mel, chunk_frames) if is_long else self(mel)
+        with torch.autocast(mel.device.type, enabled=False):
+            is_aligned = self.config.architecture == "istft"
+            return disperse(waveform.float(), self.config.sample_rate) if is_aligned else waveform
+
+    def soften_ends(self, mel: Tensor) -> Tensor:
+        """The log-mel (B, M, F) with the frames that reach over its ends limited by their neighbours."""
+        # The recording is extended by (N - hop) / 2 samples.
+        n_frames = -(-(self.config.n_fft - self.config.hop_length) // (2 * self.config.hop_length))
+        if mel.shape[-1] <= 2 * n_frames:
+            return mel
+        first, middle, last = mel[..., :n_frames], mel[..., n_frames:-n_frames], mel[..., -n_frames:]
+        return torch.cat([torch.minimum(first, middle[..., :1]), middle, torch.minimum(last, middle[..., -1:])], -1)
 
     def vocode_chunked(self, mel: Tensor, chunk_frames: int = 2000) -> Tensor:
         """As `forward`, piece by piece in bounded memory; equal to it but for rounding.

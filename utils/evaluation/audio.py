@@ -16,6 +16,7 @@ from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
+from dataset_loading.audio.cached import EVALUATED_FRAMES
 from dataset_loading.cached import evenly_spaced
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel, MelSettings
@@ -37,13 +38,14 @@ from utils.metrics.audio import (
     stoi,
 )
 from utils.metrics.pitch import pitch_scores, track_pitch
-from utils.metrics.words import Recognizer, normalize_text, word_error_rate
+from utils.metrics.words import RECOGNIZER_NAME, Recognizer, knows_language, normalize_text, word_error_rate
 from utils.options import option
 from utils.timing import RealTime
 
 logger = logging.getLogger(__name__)
 
 GRIFFIN_LIM_ITERATIONS = 60  # with momentum
+DOUBTFUL_WER = 0.5  # On recordings: transcripts are of another language, or of other clips.
 MIN_WORDS = 4  # Shorter transcripts are not recognised: without context, a single word is unreliable.
 Scores = dict[str, float | None]  # None: not defined for a clip
 Metric = Literal["pesq", "stoi", "mel", "stft", "pitch", "speaker", "wer", "mos"]
@@ -64,7 +66,8 @@ COLUMNS = {
 }
 # fmt: on
 DEFINITIONS = {
-    "rows": "The systems compared. ground_truth: the recorded waveforms. Each clip of each row is compared with the "
+    "rows": f"The systems compared, on the first {EVALUATED_FRAMES} mel frames of a clip. ground_truth: the recorded "
+    "waveforms. Each clip of each row is compared with the "
     "same clip of the row `reference`; scores are means over the clips for which they are defined.",
     "pesq_wb": "Wide-band PESQ (ITU-T P.862.2) at 16 kHz, 1.0 to 4.64. Clips longer than 16 s are split; the score is "
     "the mean over the pieces.",
@@ -100,6 +103,12 @@ class AudioEvaluationArguments(ContactSheetArguments, EvaluationArguments):
         "metrics; wer is the slowest, about a second per clip and row; mel: mel-L1 and MCD; mos: DistillMOS",
     )
 
+    transcript_language: str = option(
+        "en",
+        "language of transcripts without one of their own in the data set, such as es; the recogniser knows English "
+        "alone, so that others have no WER",
+    )
+
     def validate_metrics(self):
         if not self.metrics:
             raise ValueError("--metrics is empty; give one or more")
@@ -130,10 +139,13 @@ class ClipScorer:
     Args:
         settings: definition of the log-mel.
         metrics: names as in `AudioEvaluationArguments.metrics`.
+        language: of clips whose entry has none.
+    Attributes: n_other: clips that were not recognised, since they are not English.
     Raises: ValueError: a metric's package is missing.
     """
 
-    def __init__(self, settings: MelSettings, metrics: Sequence[str]):
+    def __init__(self, settings: MelSettings, metrics: Sequence[str], language: str = "en"):
+        self.language, self.n_other = language, 0
         self.not_measured = not_measured(metrics)
         # A metric whose package needs a compiler is left out, with a warning.
         for sentence in self.not_measured.values():
@@ -182,8 +194,12 @@ class ClipScorer:
         return scores
 
     def transcribe(self, clip: Clip) -> dict[str, str]:
-        """Name of the row -> recognised text; empty where the true transcript is too short or unknown."""
+        """Name of the row -> recognised text; empty where the true transcript is too short, unknown, or in a language
+        that the recogniser does not know."""
         if "wer" not in self.metrics or len(normalize_text(clip.entry["caption"])) < MIN_WORDS:
+            return {}
+        if not knows_language(clip.entry.get("language") or self.language):
+            self.n_other += 1
             return {}
         return {name: self.recognizer.transcribe(waveform, self.rate) for name, waveform in clip.rows.items()}
 
@@ -203,7 +219,7 @@ class AudioEvaluator(Evaluator):
     def __init__(self, args: Any, checkpoint: Path):
         super().__init__(args, checkpoint)
         self.settings: MelSettings = self.model.config.mel
-        self.scorer = ClipScorer(self.settings, args.metrics)
+        self.scorer = ClipScorer(self.settings, args.metrics, args.transcript_language)
         self.speed = RealTime(self.device)
 
     def griffin_lim(self, row: str, mel: Tensor) -> Tensor:
@@ -258,6 +274,8 @@ class AudioEvaluator(Evaluator):
         # Means over clips; the word error rate is a ratio of sums over clips.
         scores = {name: means(rows) for name, rows in values.items()}
         counts = {name: counts_of(rows) for name, rows in values.items()}
+        if self.scorer.n_other:
+            logger.warning("no WER for %d clips, which are not English: %s", self.scorer.n_other, RECOGNIZER_NAME)
         for name, row in scores.items():
             if transcripts:
                 recognized, texts = ([transcript[key] for transcript in transcripts] for key in (name, "text"))
@@ -267,6 +285,10 @@ class AudioEvaluator(Evaluator):
         if "wer" in self.args.metrics and not transcripts:
             logger.warning("no word error rate: no clip has a transcript of %d words or more", MIN_WORDS)
         # The report: scores in metrics.json, those of the model in TensorBoard, all of them in the table.
+        doubtful = next(iter(scores.values())).get("wer") or 0.0
+        if doubtful > DOUBTFUL_WER:
+            told = "the transcripts may be of another language, see --transcript_language"
+            logger.warning("%s: a WER of %.2f on the reference: %s", RECOGNIZER_NAME, doubtful, told)
         n_clips = len(values["model"])
         # Size, log-mel and speed of the model.
         model = {
@@ -281,6 +303,7 @@ class AudioEvaluator(Evaluator):
             "model": model,
             "transcripts": transcripts,
             "not_measured": self.scorer.not_measured,
+            "recognizer": {"name": RECOGNIZER_NAME, "language": "en", "n_other_languages": self.scorer.n_other},
         }
         scalars = {name: value for name, value in scores["model"].items() if value is not None}
         evaluation = Evaluation(metrics, scalars, [self.score_table(scores, n_clips, len(transcripts))])
@@ -300,12 +323,14 @@ class AudioEvaluator(Evaluator):
             "mel_l1": "mel-L1, MCD: compared with the log-mels of the data.",
             "pesq_wb_starts": "4 starts: mean PESQ after removing 0, 4, 8, 12 ms.",
             "periodicity_rmse": "period.: RMSE of the periodicity.",
-            "wer": f"WER: {n_recognized} clips with {MIN_WORDS} words or more.",
+            "wer": self.words_note(n_recognized, scores[reference].get("wer")),
             "real_time_factor": f"RTF: {unit} per second of audio.",
         }
         # Notes on the metrics that some row has.
         measured = [note for name, note in notes.items() if any(row.get(name) is not None for row in scores.values())]
-        unmeasured = self.scorer.not_measured.values()
+        unmeasured = list(self.scorer.not_measured.values())
+        if self.scorer.n_other and not n_recognized:  # Otherwise the note on the metric says it.
+            unmeasured.append(self.words_note(0, None))
         return score_table(
             scores,
             COLUMNS,
@@ -314,6 +339,18 @@ class AudioEvaluator(Evaluator):
             reference=reference,
             caption=" ".join([f"All rows compared with: {self.row_names[reference]}.", *measured, *unmeasured]),
         )
+
+    def words_note(self, n_recognized: int, reference: float | None) -> str:
+        """What the word error rates are measured on, and whether they can be trusted.
+
+        Args: reference: that of the recordings.
+        """
+        note = f"WER: {n_recognized} clips with {MIN_WORDS} words or more, {RECOGNIZER_NAME}."
+        if self.scorer.n_other:
+            note += f" {self.scorer.n_other} clips are not English and have none."
+        if reference is not None and reference > DOUBTFUL_WER:
+            note += f" {reference:.2f} on the reference: are the transcripts English, and theirs?"
+        return note
 
     def contact_sheet(self, examples: list[tuple[Clip, Scores]], n_clips: int) -> Image.Image:
         """One row per clip: target log-mel, the model's, their difference."""

@@ -151,9 +151,8 @@ class Synthesizer:
         Raises: ValueError: it is not finite.
         """
         mel = mel[None].to(self.vocoder.device)  # (1, M, F)
-        is_long = 0 < self.chunk_frames < mel.shape[-1]
         with torch.autocast(mel.device.type, torch.bfloat16, enabled=self.bf16):
-            waveform = self.vocoder.vocode_chunked(mel, self.chunk_frames) if is_long else self.vocoder(mel)
+            waveform = self.vocoder.synthesize(mel, self.chunk_frames)
         if not waveform.isfinite().all():
             raise ValueError("the waveform is not finite: the vocoder's weights are broken")
         return waveform[0].float().cpu()

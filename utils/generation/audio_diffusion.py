@@ -185,7 +185,7 @@ class AudioPipeline:
                 waveform = griffin_lim(mel, settings)
             else:
                 with self.autocast():
-                    waveform = self.vocoder(mel)
+                    waveform = self.vocoder.synthesize(mel)
         return waveform[0, : n_frames * settings.hop_length].float().cpu()
 
 

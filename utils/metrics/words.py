@@ -12,6 +12,13 @@ from torch import Tensor
 
 from utils.metrics.audio import SPEECH_RATE, as_waveform, import_optional
 
+RECOGNIZER_NAME = "Whisper tiny.en (English)"
+
+
+def knows_language(language: str) -> bool:
+    """Whether the recogniser knows a language, by its code, such as en, en-us, or by its English name."""
+    return re.split(r"[-_+ ]", language.lower())[0] in ("en", "eng", "english")
+
 
 class Recognizer:
     """English speech recognition by Whisper tiny.en (arXiv 2212.04356) with greedy decoding, loaded at the first use.

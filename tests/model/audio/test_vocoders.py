@@ -7,7 +7,7 @@ import torch
 
 from model.audio.griffin_lim import griffin_lim, mel_to_magnitude
 from model.audio.spectral import LogMel, MelSettings
-from model.audio.vocoders import Vocoder, VocoderConfig
+from model.audio.vocoders import Vocoder, VocoderConfig, disperse
 
 RATE = 16000
 SMALL_HIFIGAN = {"architecture": "hifigan", "hifigan_width": 32, "hifigan_kernel_sizes": [3]}
@@ -259,3 +259,31 @@ def test_impossible_mels_are_refused(shape, message):
 def test_impossible_configurations_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         VocoderConfig(**fields)
+
+
+def test_dispersion_changes_no_magnitude_and_lowers_peaks():
+    impulse = torch.zeros(1, 4096)
+    impulse[0, 1000] = 1
+    spectrum = torch.fft.rfft(disperse(impulse, 16000))[0]
+    assert (spectrum.abs() - 1).abs().max() < 0.02
+    # The delay grows from 0 at 0 Hz to 3 ms at half the sampling rate.
+    turned = spectrum * torch.exp(2j * math.pi * torch.arange(2049) * 1000 / 4096)
+    delay = -(turned[1:] / turned[:-1]).angle() * 4096 / (2 * math.pi * 16000)
+    assert delay[205] == pytest.approx(3e-4, abs=1e-4) and delay[1844] == pytest.approx(2.7e-3, abs=1e-4)
+    # Harmonics of 120 Hz with equal phases.
+    pulses = sum(torch.cos(2 * math.pi * 120 * n * torch.arange(8000) / 16000) for n in range(1, 40))[None]
+    assert disperse(pulses, 16000)[0, 500:-500].abs().max() < 0.7 * pulses.abs().max()
+
+
+def test_synthesis_has_no_click_where_a_tone_begins_and_ends():
+    vocoder = Vocoder.from_preset("tiny")
+    tone = 0.3 * torch.sin(2 * math.pi * 220 * torch.arange(256 * 40) / 16000)[None]
+    mel = LogMel(vocoder.config.mel)(tone)
+    with torch.no_grad():
+        plain, waveform = vocoder(mel)[0].abs(), vocoder.synthesize(mel)[0].abs()
+    middle = waveform[2000:-2000].max()
+    assert plain[:150].max() > 1.5 * plain[2000:-2000].max()
+    assert waveform[:150].max() < 1.2 * middle and waveform[-150:].max() < 1.2 * middle
+    # Frames that reach over no end are as they were; short log-mels too.
+    assert torch.equal(vocoder.soften_ends(mel)[..., 2:-2], mel[..., 2:-2])
+    assert torch.equal(vocoder.soften_ends(mel[..., :4]), mel[..., :4])

@@ -27,6 +27,7 @@ from tests.helpers.optional_packages import needs_pesq
 from tests.helpers.spoken import run_first
 from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
 from utils.checkpoints import COMPLETE, STAGE, load_model, mark_complete
+from utils.command_line import parse_arguments
 from utils.metrics.audio import mcd, mel_l1, pesq_wb
 from utils.metrics.words import word_error_rate
 
@@ -302,3 +303,16 @@ def test_a_vocoder_of_another_mel_or_stage_is_refused(refused, vae, tmp_path):
     message = refused(vae, *QUICK, "--vocoder_checkpoint", other)
     assert "different log-mels" in message and "use a vocoder that was trained on the same log-mels" in message
     assert "one of stage 'vocoder' is needed" in refused(vae, *QUICK, "--vocoder_checkpoint", vae)
+
+
+def test_clips_that_are_not_english_have_no_word_error_rate(run, vocoder, caplog, capsys):
+    report = run(vocoder, "--metrics", "wer", "--transcript_language", "es-mx")
+    assert not report["transcripts"] and "wer" not in report["scores"]["model"]
+    assert report["recognizer"]["n_other_languages"] == 1 and "no WER for 1 clips" in caplog.text
+    table = " ".join(capsys.readouterr().out.split())
+    assert "Whisper tiny.en (English). 1 clips are not English" in table
+    # Transcripts that the recogniser does not find in the recordings are doubtful.
+    args = parse_arguments(evaluate.EvaluateArguments, ["--checkpoint", str(vocoder), "--metrics", "wer"], "")
+    evaluator = evaluate.build_evaluator(args)
+    assert "0.90 on the reference: are the transcripts English" in evaluator.words_note(3, 0.9)
+    assert "reference" not in evaluator.words_note(3, 0.1)
