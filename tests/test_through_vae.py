@@ -49,6 +49,7 @@ MEL_FLAGS = [word for name, value in SMALL_MEL.as_dict().items() for word in (f"
 
 def prepare(raw, out, *flags, workers=0):
     words = ["--dataset_name", str(raw), "--validation_dataset", str(raw / "metadata.csv"), "--output_dir", str(out)]
+    words += ["--keep_duplicates"]
     return AudioVocoderPreprocess.main(changed([*words, "--num_workers", str(workers)], *flags))
 
 

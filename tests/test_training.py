@@ -196,7 +196,7 @@ def test_changed_data_are_refused_on_resume(train, image_cache, tmp_path):
     record["data"]["fingerprint"] = "other"
     (run.folder / "stage.json").write_text(json.dumps(record))
     mark_complete(run.folder)
-    with pytest.raises(ValueError, match="was trained on other data"):
+    with pytest.raises(ValueError, match="was trained on a former content"):
         train("data", 4, "--resume_from_checkpoint")
 
 

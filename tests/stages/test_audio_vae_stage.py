@@ -273,7 +273,7 @@ def test_a_run_with_other_speakers_does_not_go_on(train, cache, tmp_path):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["entries"]["train"][0]["speaker"] = "low"
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(ValueError, match="was trained on other data"):
+    with pytest.raises(ValueError, match="was trained on a former content"):
         train("who", 2, *flags, "--resume_from_checkpoint")
 
 

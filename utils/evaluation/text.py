@@ -14,7 +14,6 @@ from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.language_head import IGNORED, next_token_targets
 from utils.evaluation.evaluator import BatchedEvaluationArguments, Evaluation, Evaluator
-from utils.evaluation.multimodal.evaluator import MultimodalEvaluator
 from utils.evaluation.tables import Column, fact_table, score_table
 from utils.generation.text import GenerationArguments, TextGenerator, check_tokenizer, split_windows
 from utils.metrics.text import (
@@ -92,7 +91,12 @@ class TextEvaluator(Evaluator):
 
     @classmethod
     def of(cls, record):
-        return MultimodalEvaluator if record.get("latents") else cls
+        if not record.get("latents"):
+            return cls
+        # Models of images and audio are loaded for their runs alone.
+        from utils.evaluation.multimodal.evaluator import MultimodalEvaluator
+
+        return MultimodalEvaluator
 
     def load_model(self):
         model = super().load_model()

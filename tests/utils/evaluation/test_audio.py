@@ -59,6 +59,7 @@ def caches(tmp_path_factory):
     """The same clips as a vocoder's cache and as a VAE's, by stage."""
     folder = tmp_path_factory.mktemp("speech")
     words = ["--dataset_name", str(run_first(write_speech, folder / "train", "ann")), "--num_workers", "0"]
+    words += ["--keep_duplicates"]
     words += ["--validation_dataset", str(run_first(write_speech, folder / "test", "ann"))]
     AudioVocoderPreprocess.main([*words, "--output_dir", str(folder / "vocoder")])
     AudioVAEPreprocess.main([*words, "--output_dir", str(folder / "audio_vae")])
