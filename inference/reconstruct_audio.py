@@ -20,13 +20,7 @@ from utils.checkpoints import provenance, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group, save_image
-from utils.generation.audio import (
-    MEL_SUFFIX,
-    AudioReconstructor,
-    SynthesisArguments,
-    Synthesizer,
-    check_caches,
-)
+from utils.generation.audio import MEL_SUFFIX, AudioReconstructor, SynthesisArguments, Synthesizer, check_caches
 from utils.generation.files import Failures, claim_folder, find_inputs, refuse_overwriting
 from utils.options import option
 

@@ -19,7 +19,7 @@ from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, to_float,
 from utils.checkpoints import provenance, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
-from utils.drawing.images import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_image, triple
+from utils.drawing.images import TRIPLE, Group, check_size, draw_sheet, pad_to_multiple, resized, save_image, triple
 from utils.generation.files import Failures, claim_folder, find_inputs
 from utils.generation.latents import load_vae
 from utils.metrics.images import psnr
@@ -56,8 +56,7 @@ def reconstruct(args: ReconstructionArguments) -> None:
             source = decode_image({"path": str(file), "bytes": None}, args.background_color)
             check_size(source.size, length, args.max_pixels)
             # Resize, pad for the model: (1, 3, Y, X) -> (1, 3, Y', X'); crop the reconstruction.
-            image = to_float(to_tensor(resize_shorter_side(source, length) if length else source))[None]
-            image = image.to(model.device)
+            image = to_float(to_tensor(resized(source, length)))[None].to(model.device)
             reconstruction = model(image=pad_to_multiple(image, model.config.compression)).reconstruction
             reconstruction = reconstruction[..., : image.shape[2], : image.shape[3]].clamp(-1, 1)
             # The sheet, the file and the PSNR of this image.
@@ -68,23 +67,11 @@ def reconstruct(args: ReconstructionArguments) -> None:
             save_image(images[1], output)
             records.append({"input": str(file), "file": output.name, "psnr_db": value})
             print(f"{output}  {image.shape[3]}x{image.shape[2]} pixels, PSNR {value:.2f} dB")
-    # The sheet of the first MAX_ROWS images, and the settings.
     if groups:
-        save_image(draw_sheet(groups, TRIPLE), folder / "sheet.png")
+        save_image(draw_sheet(groups, TRIPLE), folder / "sheet.png")  # of the first MAX_ROWS images
         print(folder / "sheet.png")
     write_json(folder / "settings.json", {**dataclasses.asdict(args), "files": records, **provenance()})
     failures.check(len(files))
-
-
-def check_size(size: tuple[int, int], shorter_side: int, max_pixels: int) -> None:
-    """Raises: ValueError: the image resized to this shorter side (0: not resized) has more than `max_pixels`."""
-    scale = shorter_side / min(size) if shorter_side else 1.0
-    width, height = (round(side * scale) for side in size)
-    if width * height > max_pixels:
-        raise ValueError(
-            f"{size[0]}x{size[1]} pixels, {width}x{height} for the model, more than --max_pixels={max_pixels}; crop "
-            "it, give a smaller --image_size, or more --max_pixels and memory"
-        )
 
 
 if __name__ == "__main__":

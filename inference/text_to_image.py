@@ -50,9 +50,8 @@ def generate(args: TextToImageArguments) -> None:
     checkpoint = resolve_checkpoint(args.checkpoint)
     weights = chosen_weights(checkpoint, args)  # averaged ones, if they were saved
     device = str(compute_device())
-    pipeline = TextToImagePipeline.load(
-        checkpoint, args.vae_checkpoint, args.text_encoder, weights=weights, device=device
-    )
+    paths = (checkpoint, args.vae_checkpoint, args.text_encoder)
+    pipeline = TextToImagePipeline.load(*paths, weights=weights, device=device)
     folder = claim_folder(args.output_dir, args)
     # Every prompt with every seed, in batches; images of the first prompts are kept for the sheet.
     tasks = [(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]

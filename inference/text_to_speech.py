@@ -1,7 +1,6 @@
-r"""Speak texts: a WAV file for each, written as soon as it is spoken, and the settings as JSON.
+"""Speak texts: a WAV file for each, written as soon as it is spoken, and the settings as JSON.
 
-    python inference/text_to_speech.py --checkpoint runs/audio_diffusion/demo --vocoder_checkpoint runs/vocoder/demo \
-        --text "Please call me back tomorrow at half past nine."
+    python inference/text_to_speech.py --checkpoint runs/audio_diffusion/demo --text "Please call me back tomorrow."
     echo "A first sentence. And a second one." | python inference/text_to_speech.py --checkpoint ... --input - --stream
 
 Long texts are spoken sentence by sentence. The same seed gives the same sound for a sentence, whatever its neighbours.
@@ -47,17 +46,18 @@ class TextToSpeechArguments(VoiceArguments):
 
 def speak(args: TextToSpeechArguments) -> None:
     texts, files = [*args.text, *read_texts(args.input)], []
-    checkpoint, device = resolve_checkpoint(args.checkpoint), compute_device()
-    weights = chosen_weights(checkpoint, args)
+    weights = chosen_weights(checkpoint := resolve_checkpoint(args.checkpoint), args)
     paths = {name: getattr(args, name) for name in ("vae_checkpoint", "vocoder_checkpoint", "bf16")}
-    pipeline = SpeechPipeline.load(checkpoint, **paths, weights=weights, device=device)
+    pipeline = SpeechPipeline.load(checkpoint, **paths, weights=weights, device=(device := compute_device()))
     rate, args.temperature = pipeline.vae.config.sample_rate, pipeline.temperature_of(args)
     # All sentences in order, in batches; each text's file is written once its last sentence is spoken.
     sentences = [pipeline.speakable(text, args.language) for text in texts]
-    folder = claim_folder(args.output_dir, args) if any(sentences) else Path(args.output_dir)
+    if not any(sentences):
+        raise ValueError("nothing to say in any text: give letters or numbers with --text or --input")
+    folder = claim_folder(args.output_dir, args)
     waveforms = pipeline.speak(list(itertools.chain(*sentences)), args, **args.voice())
-    console, total = Console(stderr=True), sum(map(len, sentences))
-    waveforms = iter(track(waveforms, "sentences", total, console=console, disable=not sys.stderr.isatty()))
+    progress = {"total": sum(map(len, sentences)), "console": Console(stderr=True), "disable": not sys.stderr.isatty()}
+    waveforms = iter(track(waveforms, "sentences", **progress))
     for number, (text, parts) in enumerate(zip(texts, sentences)):
         pieces = []
         for part, (sentence, waveform) in enumerate(itertools.islice(waveforms, len(parts))):
@@ -66,14 +66,12 @@ def speak(args: TextToSpeechArguments) -> None:
                 save_waveform(waveform, rate, folder / f"{number:03}_{part:03}.wav")
                 print(f"{folder}/{number:03}_{part:03}.wav  {len(waveform) / rate:.2f} s  {sentence}", flush=True)
         if pieces:
-            file, seconds = f"{number:03}.wav", sum(map(len, pieces)) / rate
-            gain = save_waveform(torch.cat(pieces), rate, folder / file)
-            files.append({"file": file, "text": text, "seconds": seconds, "gain": gain})
-            print(f"{folder}/{file}  {seconds:.2f} s  {text}", flush=True)
-    if not files:
-        raise ValueError("nothing to say in any text: give letters or numbers with --text or --input")
-    record = {"checkpoint": str(checkpoint), "weights": weights, "device": str(device), "files": files}
-    write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
+            file, sound = f"{number:03}.wav", torch.cat(pieces)
+            files.append({"file": file, "text": text, "seconds": len(sound) / rate})
+            files[-1]["gain"] = save_waveform(sound, rate, folder / file)
+            print(f"{folder}/{file}  {len(sound) / rate:.2f} s  {text}", flush=True)
+    record = {**dataclasses.asdict(args), "checkpoint": str(checkpoint), "weights": weights, "device": str(device)}
+    write_json(folder / "settings.json", {**record, "files": files, **provenance()})
 
 
 if __name__ == "__main__":
