@@ -166,6 +166,7 @@ class LatentReader(nn.Module):
         lengths = torch.tensor([max(len(clip), STRIDE) for clip in latents], device=latents[0].device)
         x = nn.utils.rnn.pad_sequence(list(latents), batch_first=True).transpose(1, 2)
         x = F.pad(x, (0, max(0, STRIDE - x.shape[2])))
+        is_frame = torch.ones_like(x[:, :1], dtype=torch.bool)
         for layer in self.layers:
             x, lengths = F.gelu(layer(x)), lengths // layer.stride[0]  # type: ignore[index]
             is_frame = (torch.arange(x.shape[2], device=x.device) < lengths[:, None])[:, None]
