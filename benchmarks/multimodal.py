@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,8 @@ class Ours:
     def errors(self, pairs: Sequence[Pair], time: float | None = None) -> Tensor:
         """Squared errors of the flow's prediction, (B, 16, 64); in training at random times and with 10 % of the
         captions dropped."""
-        config, model = self.model.config, self.model
+        model: Any = self.model
+        config = model.config
         is_dropped = torch.rand(len(pairs)) < config.image_condition_dropout * (time is None)
         rows = [[config.null_token_id] if drop else ids for drop, (ids, _) in zip(is_dropped, pairs)]
         streams = [build_stream(config, [Part("text", ids=ids), Part("image", n_tokens=N_TOKENS)]) for ids in rows]
@@ -98,7 +100,7 @@ class Theirs:
     learning_rate, max_norm = 8e-4, 0.5
 
     def __init__(self):
-        from transfusion_pytorch import Transfusion
+        from transfusion_pytorch import Transfusion  # type: ignore[import-not-found]
 
         self.model: nn.Module = Transfusion(
             num_text_tokens=VOCABULARY,

@@ -3,7 +3,6 @@
 B batch, L queries, S keys, D hidden, H query heads, G key/value groups, K head width, N selected tokens.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from typing import Any
@@ -67,7 +66,7 @@ def eager_attention(
 
 
 @cache
-def compiled_flex_attention() -> Callable[..., Tensor]:
+def compiled_flex_attention() -> Any:
     """FlexAttention as one kernel, which its first call compiles."""
     return torch.compile(flex_attention)
 
@@ -82,7 +81,7 @@ def attention_in_blocks(q: Tensor, k: Tensor, v: Tensor, blocks: BlockMask, *, p
     """
     if p:
         raise ValueError(f"attention_dropout={p}: FlexAttention has no dropout; set 0, or use another kernel")
-    attend = compiled_flex_attention() if q.is_cuda else flex_attention
+    attend: Any = compiled_flex_attention() if q.is_cuda else flex_attention
     return attend(q, k, v, block_mask=blocks, enable_gqa=k.shape[1] < q.shape[1])
 
 
