@@ -20,3 +20,14 @@ class FrameConv(nn.Conv1d):
         padding = (0, self.padding[0])
         y = F.conv2d(x.unsqueeze(2), self.weight.unsqueeze(2), self.bias, padding=padding, groups=self.groups)
         return y.squeeze(2).transpose(1, 2)
+
+
+def prepack(model: nn.Module) -> None:
+    """Lay the kernels of all convolutions along frames out in memory as a CPU reads them: input channels last.
+
+    Names, shapes and values stay. Else each call lays them out again, a third to a half of its time for a single clip.
+    For models that are only run: safetensors writes contiguous weights alone.
+    """
+    for module in model.modules():
+        if isinstance(module, FrameConv):
+            module.weight.data = module.weight.data.transpose(1, 2).contiguous().transpose(1, 2)

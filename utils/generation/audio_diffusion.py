@@ -14,6 +14,7 @@ from torch import Tensor
 
 from model.audio.configuration import AudioDiffusionConfig
 from model.audio.diffusion import AudioDiffusion
+from model.audio.frame_conv import prepack
 from model.audio.griffin_lim import griffin_lim
 from model.audio.lengths import sequence_to_latents
 from model.audio.spectral import MelSettings, check_same_mel
@@ -96,7 +97,7 @@ class AudioPipeline:
         folder, record = resolve_checkpoint(checkpoint), read_stage(checkpoint)
         if record["stage"] != "audio_diffusion":
             raise ValueError(f"{checkpoint} is of stage {record['stage']!r}; {cls.task} needs audio_diffusion")
-        model = load_model(AudioDiffusion, checkpoint, weights).requires_grad_(False).to(device)
+        model = load_model(AudioDiffusion, checkpoint, weights).requires_grad_(False)
         if model.config.conditioning != cls.conditioning:
             raise ValueError(
                 f"{checkpoint} was trained with conditioning={model.config.conditioning!r}; {cls.task} needs a model "
@@ -106,10 +107,13 @@ class AudioPipeline:
         name = f"the latents that {checkpoint} was trained on"
         folders = (folder.absolute().parent, data_of(folder))
         path = find_vae(record["latents"], name, given=vae_checkpoint, folders=folders, media="audio")
-        vae = load_vae(path, media="audio").requires_grad_(False).to(device)
+        vae = load_vae(path, media="audio").requires_grad_(False)
         vocoder = load_matching_vocoder(vocoder_checkpoint, vae.config.mel, f"the VAE {path}")
-        if vocoder is not None:
-            vocoder.to(device)
+        for network in (model, vae, vocoder):
+            if network is not None:
+                network.to(device)
+                if network.device.type == "cpu":
+                    prepack(network)
         return cls(model, vae, vocoder=vocoder, bf16=bf16, **cls.text_parts(record, folder, device, **options))
 
     @classmethod
