@@ -238,7 +238,11 @@ class Preprocess:
             outcomes, duplicates = without_duplicates(outcomes, self.path)
         manifest = {**header, **summary(outcomes), "duplicates": duplicates}
         if not manifest["entries"]["train"]:
-            same = f"{len(duplicates)} equal files of the validation split; " if duplicates else ""
+            same = (
+                f"{len(duplicates)} equal files of the validation split (see --keep_duplicates); "
+                if duplicates
+                else ""
+            )
             raise ValueError(f"no training samples among {total} raw ones; {same}{describe_problems(outcomes)}")
         left_out = describe_left_out((source.left_out for source in sources.values()), outcomes, self.lost_text)
         manifest = write_manifest(self.folder, self.identified({**manifest, "left_out": left_out.as_dict()}))
