@@ -16,16 +16,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, to_float, to_tensor
-from utils.checkpoints import provenance, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_image, triple
-from utils.generation.files import Failures, claim_folder, find_inputs
+from utils.generation.files import Failures, check_size, claim_folder, find_inputs, write_settings
 from utils.generation.latents import load_vae
 from utils.metrics.images import psnr
 from utils.options import option
 
-logger = logging.getLogger("reconstruct_image")
 MAX_ROWS = 32  # images that are shown on the sheet
 
 
@@ -72,22 +70,11 @@ def reconstruct(args: ReconstructionArguments) -> None:
     if groups:
         save_image(draw_sheet(groups, TRIPLE), folder / "sheet.png")
         print(folder / "sheet.png")
-    write_json(folder / "settings.json", {**dataclasses.asdict(args), "files": records, **provenance()})
+    write_settings(folder, args, files=records)
     failures.check(len(files))
-
-
-def check_size(size: tuple[int, int], shorter_side: int, max_pixels: int) -> None:
-    """Raises: ValueError: the image resized to this shorter side (0: not resized) has more than `max_pixels`."""
-    scale = shorter_side / min(size) if shorter_side else 1.0
-    width, height = (round(side * scale) for side in size)
-    if width * height > max_pixels:
-        raise ValueError(
-            f"{size[0]}x{size[1]} pixels, {width}x{height} for the model, more than --max_pixels={max_pixels}; crop "
-            "it, give a smaller --image_size, or more --max_pixels and memory"
-        )
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    with explained_errors(logger):
+    with explained_errors(logging.getLogger("reconstruct_image")):
         reconstruct(parse_arguments(ReconstructionArguments, None, __doc__ or ""))

@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.progress import track
 
 from dataset_loading.audio.signal import save_waveform
-from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
+from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
-from utils.generation.files import claim_folder
+from utils.generation.files import claim_folder, write_settings
 from utils.generation.speech import SpeechPipeline, VoiceArguments, read_texts
 from utils.options import option
 
@@ -46,9 +46,8 @@ class TextToSpeechArguments(VoiceArguments):
 
 
 def speak(args: TextToSpeechArguments) -> None:
-    texts, files = [*args.text, *read_texts(args.input)], []
-    checkpoint, device = resolve_checkpoint(args.checkpoint), compute_device()
-    weights = chosen_weights(checkpoint, args)
+    texts, files, device = [*args.text, *read_texts(args.input)], [], compute_device()
+    weights = chosen_weights(checkpoint := resolve_checkpoint(args.checkpoint), args)
     paths = {name: getattr(args, name) for name in ("vae_checkpoint", "vocoder_checkpoint", "bf16")}
     pipeline = SpeechPipeline.load(checkpoint, **paths, weights=weights, device=device)
     rate, args.temperature = pipeline.vae.config.sample_rate, pipeline.temperature_of(args)
@@ -72,8 +71,7 @@ def speak(args: TextToSpeechArguments) -> None:
             print(f"{folder}/{file}  {seconds:.2f} s  {text}", flush=True)
     if not files:
         raise ValueError("nothing to say in any text: give letters or numbers with --text or --input")
-    record = {"checkpoint": str(checkpoint), "weights": weights, "device": str(device), "files": files}
-    write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
+    write_settings(folder, args, checkpoint=str(checkpoint), weights=weights, device=str(device), files=files)
 
 
 if __name__ == "__main__":
