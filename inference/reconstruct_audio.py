@@ -16,15 +16,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset_loading.audio.signal import AUDIO_SUFFIXES
-from utils.checkpoints import provenance, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group, save_image
 from utils.generation.audio import MEL_SUFFIX, AudioReconstructor, SynthesisArguments, Synthesizer, check_caches
-from utils.generation.files import Failures, claim_folder, find_inputs, refuse_overwriting
+from utils.generation.files import Failures, claim_folder, find_inputs, refuse_overwriting, write_settings
 from utils.options import option
 
-logger = logging.getLogger("reconstruct_audio")
 MAX_ROWS = 32  # clips that are shown on the sheet
 
 
@@ -37,9 +35,7 @@ class ReconstructionArguments(SynthesisArguments):
 
     def validate_input(self):
         if not (self.vae_checkpoint and self.vocoder_checkpoint and self.input):
-            raise ValueError(
-                "--vae_checkpoint, --vocoder_checkpoint and --input are needed: two run folders, and files"
-            )
+            raise ValueError("--vae_checkpoint, --vocoder_checkpoint and --input are needed: runs, and files")
 
 
 def reconstruct(args: ReconstructionArguments) -> None:
@@ -60,21 +56,20 @@ def reconstruct(args: ReconstructionArguments) -> None:
             vocoded = synthesizer.write(reconstruction, n_samples, folder / f"{name}_reconstruction.wav")
             without_vae = synthesizer.write(mel, n_samples, folder / f"{name}_vocoder.wav")
             distance = (reconstruction - mel).abs().mean().item()  # without the vocoder
-            entry = {"input": str(file), "vae_mel_l1": distance}
-            records.append({**entry, "reconstruction": vocoded, "vocoder": without_vae})
+            entry = {"input": str(file), "vae_mel_l1": distance, "reconstruction": vocoded, "vocoder": without_vae}
+            records.append(entry)
             if len(groups) < MAX_ROWS:
                 triple = mel_triple(reconstruction, mel, synthesizer.log_mel.settings.log_floor)
                 groups.append(Group(triple, f"{distance:.3f}  {name}"))
             print(f"{folder / vocoded['file']}  {vocoded['seconds']:.2f} s, log-mel L1 of the VAE {distance:.3f}")
     if groups:
         save_image(strip_sheet(groups, TRIPLE), folder / "sheet.png")  # of the first MAX_ROWS clips
-    settings = {**dataclasses.asdict(args), **synthesizer.record, **reconstructor.record, "files": records}
-    write_json(folder / "settings.json", {**settings, **provenance()})
+    write_settings(folder, args, **synthesizer.record, **reconstructor.record, files=records)
     print(folder / "sheet.png")
     failures.check(len(files))
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    with explained_errors(logger):
+    with explained_errors(logging.getLogger("reconstruct_audio")):
         reconstruct(parse_arguments(ReconstructionArguments, None, __doc__ or ""))

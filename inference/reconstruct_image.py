@@ -16,16 +16,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, to_float, to_tensor
-from utils.checkpoints import provenance, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
-from utils.drawing.images import TRIPLE, Group, check_size, draw_sheet, pad_to_multiple, resized, save_image, triple
-from utils.generation.files import Failures, claim_folder, find_inputs
+from utils.drawing.images import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_image, triple
+from utils.generation.files import Failures, check_size, claim_folder, find_inputs, write_settings
 from utils.generation.latents import load_vae
 from utils.metrics.images import psnr
 from utils.options import option
 
-logger = logging.getLogger("reconstruct_image")
 MAX_ROWS = 32  # images that are shown on the sheet
 
 
@@ -56,7 +54,8 @@ def reconstruct(args: ReconstructionArguments) -> None:
             source = decode_image({"path": str(file), "bytes": None}, args.background_color)
             check_size(source.size, length, args.max_pixels)
             # Resize, pad for the model: (1, 3, Y, X) -> (1, 3, Y', X'); crop the reconstruction.
-            image = to_float(to_tensor(resized(source, length)))[None].to(model.device)
+            image = to_float(to_tensor(resize_shorter_side(source, length) if length else source))[None]
+            image = image.to(model.device)
             reconstruction = model(image=pad_to_multiple(image, model.config.compression)).reconstruction
             reconstruction = reconstruction[..., : image.shape[2], : image.shape[3]].clamp(-1, 1)
             # The sheet, the file and the PSNR of this image.
@@ -67,14 +66,15 @@ def reconstruct(args: ReconstructionArguments) -> None:
             save_image(images[1], output)
             records.append({"input": str(file), "file": output.name, "psnr_db": value})
             print(f"{output}  {image.shape[3]}x{image.shape[2]} pixels, PSNR {value:.2f} dB")
+    # The sheet of the first MAX_ROWS images, and the settings.
     if groups:
-        save_image(draw_sheet(groups, TRIPLE), folder / "sheet.png")  # of the first MAX_ROWS images
+        save_image(draw_sheet(groups, TRIPLE), folder / "sheet.png")
         print(folder / "sheet.png")
-    write_json(folder / "settings.json", {**dataclasses.asdict(args), "files": records, **provenance()})
+    write_settings(folder, args, files=records)
     failures.check(len(files))
 
 
 if __name__ == "__main__":
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    with explained_errors(logger):
+    with explained_errors(logging.getLogger("reconstruct_image")):
         reconstruct(parse_arguments(ReconstructionArguments, None, __doc__ or ""))

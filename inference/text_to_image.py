@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
+from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import Group, draw_sheet, save_image, to_image
-from utils.generation.files import claim_folder
+from utils.generation.files import claim_folder, write_settings
 from utils.generation.text import file_stem, read_prompts
 from utils.generation.text_to_image import PipelineArguments, TextToImagePipeline
 from utils.options import option
@@ -50,8 +50,9 @@ def generate(args: TextToImageArguments) -> None:
     checkpoint = resolve_checkpoint(args.checkpoint)
     weights = chosen_weights(checkpoint, args)  # averaged ones, if they were saved
     device = str(compute_device())
-    paths = (checkpoint, args.vae_checkpoint, args.text_encoder)
-    pipeline = TextToImagePipeline.load(*paths, weights=weights, device=device)
+    pipeline = TextToImagePipeline.load(
+        checkpoint, args.vae_checkpoint, args.text_encoder, weights=weights, device=device
+    )
     folder = claim_folder(args.output_dir, args)
     # Every prompt with every seed, in batches; images of the first prompts are kept for the sheet.
     tasks = [(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
@@ -69,8 +70,7 @@ def generate(args: TextToImageArguments) -> None:
     rows = [shown[start : start + len(seeds)] for start in range(0, len(shown), len(seeds))]
     labels = [f"seed {seed}" for seed in seeds]  # above the columns
     save_image(draw_sheet([Group(*row) for row in zip(rows, prompts)], labels), folder / "sheet.png")
-    record = {"checkpoint": str(checkpoint), "weights": weights, "seeds": seeds, "device": device, "images": files}
-    write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
+    write_settings(folder, args, checkpoint=str(checkpoint), weights=weights, seeds=seeds, device=device, images=files)
     print(folder / "sheet.png")
 
 

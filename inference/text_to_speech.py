@@ -1,6 +1,7 @@
-"""Speak texts: a WAV file for each, written as soon as it is spoken, and the settings as JSON.
+r"""Speak texts: a WAV file for each, written as soon as it is spoken, and the settings as JSON.
 
-    python inference/text_to_speech.py --checkpoint runs/audio_diffusion/demo --text "Please call me back tomorrow."
+    python inference/text_to_speech.py --checkpoint runs/audio_diffusion/demo --vocoder_checkpoint runs/vocoder/demo \
+        --text "Please call me back tomorrow at half past nine."
     echo "A first sentence. And a second one." | python inference/text_to_speech.py --checkpoint ... --input - --stream
 
 Long texts are spoken sentence by sentence. The same seed gives the same sound for a sentence, whatever its neighbours.
@@ -19,10 +20,10 @@ from rich.console import Console
 from rich.progress import track
 
 from dataset_loading.audio.signal import save_waveform
-from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
+from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
-from utils.generation.files import claim_folder
+from utils.generation.files import claim_folder, write_settings
 from utils.generation.speech import SpeechPipeline, VoiceArguments, read_texts
 from utils.options import option
 
@@ -45,19 +46,17 @@ class TextToSpeechArguments(VoiceArguments):
 
 
 def speak(args: TextToSpeechArguments) -> None:
-    texts, files = [*args.text, *read_texts(args.input)], []
+    texts, files, device = [*args.text, *read_texts(args.input)], [], compute_device()
     weights = chosen_weights(checkpoint := resolve_checkpoint(args.checkpoint), args)
     paths = {name: getattr(args, name) for name in ("vae_checkpoint", "vocoder_checkpoint", "bf16")}
-    pipeline = SpeechPipeline.load(checkpoint, **paths, weights=weights, device=(device := compute_device()))
+    pipeline = SpeechPipeline.load(checkpoint, **paths, weights=weights, device=device)
     rate, args.temperature = pipeline.vae.config.sample_rate, pipeline.temperature_of(args)
     # All sentences in order, in batches; each text's file is written once its last sentence is spoken.
     sentences = [pipeline.speakable(text, args.language) for text in texts]
-    if not any(sentences):
-        raise ValueError("nothing to say in any text: give letters or numbers with --text or --input")
-    folder = claim_folder(args.output_dir, args)
+    folder = claim_folder(args.output_dir, args) if any(sentences) else Path(args.output_dir)
     waveforms = pipeline.speak(list(itertools.chain(*sentences)), args, **args.voice())
-    progress = {"total": sum(map(len, sentences)), "console": Console(stderr=True), "disable": not sys.stderr.isatty()}
-    waveforms = iter(track(waveforms, "sentences", **progress))
+    console, total = Console(stderr=True), sum(map(len, sentences))
+    waveforms = iter(track(waveforms, "sentences", total, console=console, disable=not sys.stderr.isatty()))
     for number, (text, parts) in enumerate(zip(texts, sentences)):
         pieces = []
         for part, (sentence, waveform) in enumerate(itertools.islice(waveforms, len(parts))):
@@ -66,12 +65,13 @@ def speak(args: TextToSpeechArguments) -> None:
                 save_waveform(waveform, rate, folder / f"{number:03}_{part:03}.wav")
                 print(f"{folder}/{number:03}_{part:03}.wav  {len(waveform) / rate:.2f} s  {sentence}", flush=True)
         if pieces:
-            file, sound = f"{number:03}.wav", torch.cat(pieces)
-            files.append({"file": file, "text": text, "seconds": len(sound) / rate})
-            files[-1]["gain"] = save_waveform(sound, rate, folder / file)
-            print(f"{folder}/{file}  {len(sound) / rate:.2f} s  {text}", flush=True)
-    record = {**dataclasses.asdict(args), "checkpoint": str(checkpoint), "weights": weights, "device": str(device)}
-    write_json(folder / "settings.json", {**record, "files": files, **provenance()})
+            file, seconds = f"{number:03}.wav", sum(map(len, pieces)) / rate
+            gain = save_waveform(torch.cat(pieces), rate, folder / file)
+            files.append({"file": file, "text": text, "seconds": seconds, "gain": gain})
+            print(f"{folder}/{file}  {seconds:.2f} s  {text}", flush=True)
+    if not files:
+        raise ValueError("nothing to say in any text: give letters or numbers with --text or --input")
+    write_settings(folder, args, checkpoint=str(checkpoint), weights=weights, device=str(device), files=files)
 
 
 if __name__ == "__main__":

@@ -143,22 +143,9 @@ def pad_to_multiple(image: Tensor, multiple: int) -> Tensor:
     return torch.nn.functional.pad(image, (0, -X % multiple, 0, -Y % multiple), mode="replicate")
 
 
-def resized(image: Image.Image, length: int) -> Image.Image:
-    """The image resized so that its shorter side has `length` pixels, its aspect ratio preserved; 0: unchanged."""
-    if not length:
-        return image
+def resize_shorter_side(image: Image.Image, length: int) -> Image.Image:
+    """The image resized so that its shorter side has `length` pixels, with its aspect ratio preserved."""
     scale = length / min(image.size)
     size = (round(image.width * scale), round(image.height * scale))
     # The gap makes a fast reduction by an integer factor precede the exact resampling.
     return image.resize(size, Image.Resampling.LANCZOS, reducing_gap=3.0)
-
-
-def check_size(size: tuple[int, int], shorter_side: int, max_pixels: int) -> None:
-    """Raises: ValueError: the image resized to this shorter side (0: not resized) has more than `max_pixels`."""
-    scale = shorter_side / min(size) if shorter_side else 1.0
-    width, height = (round(side * scale) for side in size)
-    if width * height > max_pixels:
-        raise ValueError(
-            f"{size[0]}x{size[1]} pixels, {width}x{height} for the model, more than --max_pixels={max_pixels}; crop "
-            "it, give a smaller --image_size, or more --max_pixels and memory"
-        )

@@ -1,6 +1,7 @@
 """Files that inference reads, the folder of its results, which no other run writes into, and files that give none."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset_loading.sources import walk
+from utils.checkpoints import provenance, write_json
 from utils.options import declared_fields
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,22 @@ def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:
     for file in outputs:
         if file.resolve() in protected:
             raise ValueError(f"{file} is an input and would be overwritten; give another folder with --output_dir")
+
+
+def write_settings(folder: Path, args: Any, **record: Any) -> None:
+    """Write what was asked for, the results, and the versions of the code."""
+    write_json(folder / SETTINGS, {**dataclasses.asdict(args), **record, **provenance()})
+
+
+def check_size(size: tuple[int, int], shorter_side: int, max_pixels: int) -> None:
+    """Raises: ValueError: the image resized to this shorter side (0: not resized) has more than `max_pixels`."""
+    scale = shorter_side / min(size) if shorter_side else 1.0
+    width, height = (round(side * scale) for side in size)
+    if width * height > max_pixels:
+        raise ValueError(
+            f"{size[0]}x{size[1]} pixels, {width}x{height} for the model, more than --max_pixels={max_pixels}; crop "
+            "it, give a smaller --image_size, or more --max_pixels and memory"
+        )
 
 
 class Failures:

@@ -13,7 +13,7 @@ from utils.drawing.images import (
     draw_sheet,
     fit_cell,
     pad_to_multiple,
-    resized,
+    resize_shorter_side,
     save_image,
     to_image,
 )
@@ -79,9 +79,8 @@ def test_padding_keeps_the_image_in_its_corner(size):
 
 
 def test_the_shorter_side_gets_the_length():
-    assert resized(Image.new("RGB", (30, 20)), 40).size == (60, 40)
-    assert resized(Image.new("RGB", (20, 33)), 10).size == (10, 16)
-    assert resized(Image.new("RGB", (20, 33)), 0).size == (20, 33)
+    assert resize_shorter_side(Image.new("RGB", (30, 20)), 40).size == (60, 40)
+    assert resize_shorter_side(Image.new("RGB", (20, 33)), 10).size == (10, 16)
 
 
 def test_a_image_that_cannot_be_written_leaves_the_old_one(tmp_path):
