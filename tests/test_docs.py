@@ -87,7 +87,15 @@ def test_named_files_exist(document):
     names = {
         name for name in quoted(document.read_text()) if re.fullmatch(r"[\w./-]+\.(py|json|md|sh|txt|toml)", name)
     }
-    produced = {"manifest.json", "stage.json", "metrics.json", "COMPLETE.json", "config.json", "metadata.csv"}
+    produced = {
+        "manifest.json",
+        "settings.json",
+        "stage.json",
+        "metrics.json",
+        "COMPLETE.json",
+        "config.json",
+        "metadata.csv",
+    }
     produced |= {"tokenizer.json"}
     missing = [name for name in names - produced if not name.startswith(MADE) and not list(ROOT.rglob(name))]
     assert not missing, f"{document.name} names files that do not exist: {sorted(missing)}"
