@@ -1,4 +1,7 @@
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -40,16 +43,16 @@ def test_files_beside_split_folders_and_unlisted_ones(tmp_path, image):
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs to become another user")
 def test_a_folder_without_permission_is_named(tmp_path, image):
     image("a.png"), image("closed/b.png")
-    # Another user may pass all folders above but the closed one.
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder.stat().st_mode & 0o005 != 0o005:
-            folder.chmod(folder.stat().st_mode | 0o005)
-    (tmp_path / "closed").chmod(0)
-    os.seteuid(65534)
-    try:
-        group = left_out(tmp_path).as_dict()["folder cannot be read: Permission denied"]
-    finally:
-        os.seteuid(0)
+    # pytest closes its own folder for other users whenever it starts.
+    with tempfile.TemporaryDirectory() as place:
+        Path(place).chmod(0o755)
+        folder = Path(shutil.copytree(tmp_path, Path(place, "open")))
+        folder.chmod(0o755), (folder / "closed").chmod(0)
+        os.seteuid(65534)
+        try:
+            group = left_out(folder).as_dict()["folder cannot be read: Permission denied"]
+        finally:
+            os.seteuid(0)
     assert group["count"] == 1 and group["names"][0].endswith("closed")
 
 
