@@ -245,6 +245,7 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
         """What all layers share, and the positions (B or 1, L)."""
         # A mask for FlexAttention comes with whole streams, which have their positions.
         if isinstance(attention_mask, BlockMask):
+            assert position_ids is not None
             rotary = rotary_table(self.frequencies, position_ids) if self.config.use_rotary_embedding else None
             return LayerInputs(rotary=rotary, is_causal=False, blocks=attention_mask), position_ids
         L, device = x.shape[1], x.device

@@ -62,7 +62,7 @@ class AvReader:
         except self.av.error.FFmpegError as error:
             raise ValueError(f"damaged: {error}") from error
         # Raw AAC states no duration; what PyAV tells of it is guessed from the size.
-        seconds = float(self.stream.duration * self.stream.time_base) if self.stream.duration else 0.0
+        seconds = float(self.stream.duration * (self.stream.time_base or 0)) if self.stream.duration else 0.0
         if self.container.format.name != "aac" and n_samples < WHOLE * seconds * self.sample_rate:
             raise ValueError(f"cut off: {n_samples / self.sample_rate:.2f} of {seconds:.2f} s can be read")
         if not n_samples:

@@ -260,7 +260,7 @@ def mpeg_sections(window: Window, section: Section) -> list[Section]:
 
 def mpeg_header(frame: Frame, n_frames: int) -> bytes:
     """A frame without sound that tells the number of frames, for a stream that begins with the given one."""
-    at = 4 + side_bytes(frame.kind)
+    at, head, size = 4 + side_bytes(frame.kind), b"", 0
     # The smallest frame of the kind that has room for it, without a check sum.
     for bit_rate_index in range(1, 15):
         head = bytes([0xFF, frame.head[1] | 1, bit_rate_index << 4 | frame.head[2] & 0x0D, frame.head[3]])
