@@ -69,13 +69,16 @@ class LeftOut:
         return "; ".join(groups)
 
 
-def survey_folder(folder: Path, *, used: Collection[Path], suffixes: Collection[str]) -> LeftOut:
+def survey_folder(
+    folder: Path, *, used: Collection[Path], suffixes: Collection[str], readable: Collection[str] = ()
+) -> LeftOut:
     """Files below a folder that are no samples, by reason: another ending, links that lead nowhere, folders that
     cannot be read, files of the kind that no sample was made of. Hidden files and descriptions do not count.
 
     Args:
         used: files that samples, captions and tables were read from.
         suffixes: endings of the kind.
+        readable: further endings that are read, of which a link that leads nowhere is a loss.
     """
     left_out, links = LeftOut(), LinkedFolders(os.path.realpath(folder))
     used_names = {os.path.normpath(file) for file in used}
@@ -91,11 +94,12 @@ def survey_folder(folder: Path, *, used: Collection[Path], suffixes: Collection[
             if name.startswith(".") or DESCRIPTIONS.fullmatch(name) or os.path.normpath(file) in used_names:
                 continue
             place = Path(os.path.relpath(file, folder)).as_posix()
-            if not os.path.exists(file):
+            suffix, is_dangling = os.path.splitext(name)[1].lower(), not os.path.exists(file)
+            if is_dangling and name.lower().endswith((*suffixes, *readable)):
                 left_out.add("link leads nowhere", place)
-            elif not os.path.isfile(file):
+            elif not is_dangling and not os.path.isfile(file):
                 left_out.add("pipe, socket or device", place)
-            elif (suffix := os.path.splitext(name)[1].lower()) in suffixes:
+            elif suffix in suffixes:
                 left_out.add("no row of the metadata names it", place)
             else:
                 left_out.add(f"ending {suffix or 'missing'} is not read", place)

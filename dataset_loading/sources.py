@@ -193,11 +193,14 @@ def open_local(
         groups = group_by_split([relative_path(row, kind, path) for row in rows], are_media=True)
     split = choose_split(str(path), split, list(groups or splits))
     root, shared_index = splits.get(split, path), find_index(path) if path.is_dir() else None
+    is_own_index = (
+        root.is_file()
+    )  # It decides what belongs to the split, whatever the folders of its files are called.
     # The rows of the split: from its own index, from that of the folder above, or from the files themselves.
     if groups:
         logger.info("%s: splits by name: %s", path, {name: len(indices) for name, indices in groups.items()})
         rows = [rows[index] for index in groups[split]]
-    elif root.is_file():
+    elif is_own_index:
         shards = shards_of(root, split) if path.is_dir() else [root]
         rows, root = [row for shard in shards for row in read_metadata(shard, kind)], root.parent
     elif root != path and shared_index:
@@ -206,7 +209,7 @@ def open_local(
         left_out = survey_folder(root, used=[row[kind]["path"] for row in rows], suffixes=suffixes)
     elif splits != {"train": path}:
         rows, left_out = read_folder(root, kind, suffixes)
-    if split == "train" and not groups and root.is_dir():
+    if split == "train" and not groups and not is_own_index:
         rows = without_held_out(rows, kind, root)
     check_inside(rows, kind, path if path.is_dir() else path.parent, allow_outside=allow_outside)
     if path not in splits.values() and splits.get(split, path).is_dir():
@@ -236,9 +239,9 @@ def shards_of(index: Path, split: str) -> list[Path]:
 
 
 def without_held_out(rows: list[dict[str, Any]], kind: str, root: Path) -> list[dict[str, Any]]:
-    """Training rows without those whose files lie in a folder that is named like another split."""
+    """Training rows without those whose files lie in a folder that is named like another split, unless all do."""
     paths = [relative_path(row, kind, root) for row in rows]
-    training = [row for row, path in zip(rows, paths) if not is_held_out(path)]
+    training = [row for row, path in zip(rows, paths) if not is_held_out(path)] or rows
     if len(training) < len(rows):
         logger.warning(
             "%d files under %s are kept out of training, their folders are named like another split, such as %s; "

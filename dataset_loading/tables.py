@@ -3,8 +3,8 @@
 The csv and json modules and pyarrow do the reading. What they pass over in silence is an error here that names file,
 line and remedy: rows with more or fewer cells than the header, quotes that are not closed, cells with NUL, bytes that
 are not UTF-8. Separators (`,` `;` tab `|`), UTF-8 and UTF-16 are found by the beginning of a file. Names of columns
-lose blanks around them, well-known ones their capitals; columns without a name, such as the index that pandas writes,
-are left out.
+lose blanks around them, well-known ones their capitals, unless they are asked for as they are written; columns without
+a name, such as the index that pandas writes, are left out.
 """
 
 import bz2
@@ -14,6 +14,7 @@ import gzip
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -192,7 +193,7 @@ def read_separated(file: Path, known: Collection[str]) -> Iterator[Row]:
                 yield Row(line, cells)
                 continue
             if names is None:
-                names = column_names(file, cells)
+                names = column_names(file, cells, known)
                 continue
             # Separators at the end of a row add empty cells, which mean nothing.
             while len(cells) > len(names) and not cells[-1].strip():
@@ -200,19 +201,28 @@ def read_separated(file: Path, known: Collection[str]) -> Iterator[Row]:
             yield Row(line, check_cells(file, Row(line, cells), names, dialect=dialect))
 
 
-def column_names(file: Path, header: list[str]) -> list[str]:
+def column_names(file: Path, header: list[str], known: Collection[str]) -> list[str]:
     """Names of the columns; `""` for those that have none. Raises: ValueError: two have the same one."""
-    names = [column_name(cell) for cell in header]
+    names = [column_name(cell, known) for cell in header]
     twice = sorted({name for name in names if name and names.count(name) > 1})
     if twice:
         raise ValueError(f"{file}: two columns are named {twice[0]!r}; rename one of them")
     return names
 
 
-def column_name(name: str) -> str:
-    """A column's name without blanks and marks around it; a well-known one in lower case."""
+def column_name(name: str, known: Collection[str]) -> str:
+    """A column's name without blanks and marks around it; a well-known one in lower case, unless `known` has it."""
     name = name.strip("\ufeff \t\r\n\u00a0")
-    return name.lower() if name.lower() in KNOWN_COLUMNS else name
+    return name.lower() if name.lower() in KNOWN_COLUMNS and name not in known else name
+
+
+def distinct_names(names: Collection[str], known: Collection[str]) -> dict[str, str]:
+    """`column_name` of each name; one that would become the same as another stays as it is."""
+    simple = {name: column_name(name, known) for name in names}
+    if len(set(simple.values())) == len(simple):
+        return simple
+    counts = Counter(simple.values())
+    return {name: new if not new or counts[new] == 1 else name for name, new in simple.items()}
 
 
 def check_cells(file: Path, row: Row, names: list[str], *, dialect: Dialect) -> Any:
@@ -235,7 +245,7 @@ def read_json(file: Path, known: Collection[str]) -> Iterator[Row]:
     with open_text(file) as opened:
         first = opened.read(SAMPLE_BYTES).lstrip()[:1]
     if first == "[":
-        yield from read_json_array(file)
+        yield from read_json_array(file, known)
         return
     form = "one object per line, or an array of objects"
     with open_text(file) as opened:
@@ -247,7 +257,7 @@ def read_json(file: Path, known: Collection[str]) -> Iterator[Row]:
             except (ValueError, RecursionError) as error:
                 yield Row(line, ValueError(f"{file}: line {line} is not JSON: {error}; expected is {form}"))
                 continue
-            yield Row(line, as_record(value, f"{file}: line {line}", form))
+            yield Row(line, as_record(value, f"{file}: line {line}", form, known))
 
 
 def split_lines(opened: io.TextIOWrapper) -> Iterator[str]:
@@ -261,7 +271,7 @@ def split_lines(opened: io.TextIOWrapper) -> Iterator[str]:
     yield pending
 
 
-def read_json_array(file: Path) -> Iterator[Row]:
+def read_json_array(file: Path, known: Collection[str]) -> Iterator[Row]:
     """Objects of an array."""
     with open_text(file) as opened:
         text = opened.read()
@@ -274,13 +284,14 @@ def read_json_array(file: Path) -> Iterator[Row]:
         )
         return
     for number, value in enumerate(values, start=1):
-        yield Row(number, as_record(value, f"{file}: entry {number}", "an object"))
+        yield Row(number, as_record(value, f"{file}: entry {number}", "an object", known))
 
 
-def as_record(value: Any, place: str, form: str) -> Any:
+def as_record(value: Any, place: str, form: str, known: Collection[str]) -> Any:
     """A JSON object with the usual names of columns, or a ValueError for any other value."""
     if isinstance(value, dict):
-        return {name: cell for key, cell in value.items() if (name := column_name(key))}
+        names = distinct_names(value, known)
+        return {names[key]: cell for key, cell in value.items() if names[key]}
     return ValueError(f"{place} is {json.dumps(value)[:60]}, no object; expected is {form}")
 
 
@@ -289,7 +300,7 @@ def read_parquet(file: Path, known: Collection[str]) -> Iterator[Row]:
     from pyarrow import parquet
 
     with parquet.ParquetFile(file) as table:
-        columns = {name: column_name(name) for name in table.schema_arrow.names}
+        columns = distinct_names(table.schema_arrow.names, known)
         wanted = [name for name, simple in columns.items() if simple in known or name in known] if known else None
         number = 0
         for batch in table.iter_batches(batch_size=256, columns=wanted):
@@ -312,7 +323,9 @@ READERS[".parquet"] = read_parquet
 def iterate_table(file: Path, known: Collection[str] = ()) -> Iterator[Row]:
     """The rows of a table, one after the other, as dicts; ValueErrors stand for those that cannot be read.
 
-    Args: known: further names of columns that the separator is found by; the only ones that are read of .parquet.
+    Args:
+        known: further names of columns that the separator is found by, and that stay as they are written; the only
+            ones that are read of .parquet.
     Raises:
         OSError: the file cannot be read.
         ValueError: two columns have the same name.
@@ -368,11 +381,11 @@ def table_columns(file: Path, known: Collection[str] = ()) -> list[str]:
             header = next(read_cells(file, dialect, opened), Row(1, []))
         if isinstance(header.value, ValueError):
             raise header.value
-        return [name for name in column_names(file, header.value) if name]
+        return [name for name in column_names(file, header.value, known) if name]
     if suffix_of(file) == ".parquet":
         from pyarrow import parquet
 
-        return [column_name(name) for name in parquet.read_schema(file).names]
+        return list(distinct_names(parquet.read_schema(file).names, known).values())
     return []
 
 

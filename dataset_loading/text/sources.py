@@ -32,6 +32,7 @@ from dataset_loading.tables import (
     read_text,
     suffix_of,
     table_columns,
+    with_compressions,
 )
 from dataset_loading.text.digests import Digests
 from dataset_loading.walking import regular_state, walk
@@ -119,7 +120,9 @@ def open_text(
     if len(splits) > 1:
         logger.info("%s: splits by name: %s", path, {name: len(own) for name, own in splits.items()})
     others = [file for name, own in splits.items() if name != split for file in own]
-    left_out = survey_folder(path, used=[*files, *others], suffixes=()) if path.is_dir() else LeftOut()
+    left_out = LeftOut()
+    if path.is_dir():
+        left_out = survey_folder(path, used=[*files, *others], suffixes=(), readable=with_compressions(known))
     identity, licence = f"{path.resolve().name}@{digest}", read_licence(path)
     read = partial(read_files, root, files, text_column)
     return TextSource(identity, licence, read, list(splits), n_files=len(files), left_out=left_out)

@@ -18,14 +18,16 @@ def test_everything_beside_the_samples_is_counted_by_reason(tmp_path, image):
     image("a.png"), image("sub/b.png")
     for name in ("photo.HEIC", "sub/plan.svg", "README.md", ".hidden", "LICENSE"):
         (tmp_path / name).write_text("x")
-    (tmp_path / "gone").symlink_to("nowhere")
+    for name in ("gone.png", "latest.log"):
+        (tmp_path / name).symlink_to("nowhere")
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "sub/again").symlink_to(tmp_path)
     counts = {reason: group["names"] for reason, group in left_out(tmp_path).as_dict().items()}
     assert counts == {
         "ending .heic is not read": ["photo.HEIC"],
         "ending .svg is not read": ["sub/plan.svg"],
-        "link leads nowhere": ["gone"],
+        "ending .log is not read": ["latest.log"],
+        "link leads nowhere": ["gone.png"],
         "pipe, socket or device": ["pipe.png"],
     }
 

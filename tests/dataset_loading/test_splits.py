@@ -111,3 +111,20 @@ def test_metadata_that_names_files_outside_is_refused(tmp_path, image, place):
     with pytest.raises(ValueError, match=r"metadata in .*data names .*\.png.*outside.*--allow_outside"):
         names(root)
     assert len(names(root, allow_outside=True)) == 2
+
+
+def test_a_table_of_its_own_decides_whatever_folders_it_names(tmp_path, image):
+    for name in ("train2014/a.png", "val2014/b.png", "val2014/c.png"):
+        image(name)
+    (tmp_path / "train.jsonl").write_text('{"image": "train2014/a.png"}\n{"image": "val2014/b.png"}\n')
+    (tmp_path / "val.jsonl").write_text('{"image": "val2014/c.png"}\n')
+    assert names(tmp_path / "train.jsonl") == ["train2014/a.png", "val2014/b.png"]
+    assert names(tmp_path / "val.jsonl", "") == ["val2014/c.png"]
+    assert names(tmp_path) == ["train2014/a.png", "val2014/b.png"]
+
+
+def test_training_rows_are_never_all_held_out(tmp_path, image):
+    image("val/a.png")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/metadata.csv").write_text("file_name\n../val/a.png\n")
+    assert names(tmp_path) == ["../val/a.png"]

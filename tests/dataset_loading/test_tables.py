@@ -1,10 +1,12 @@
 import bz2
 import gzip
+import json
 
 import pyarrow
 import pytest
+from pyarrow import parquet
 
-from dataset_loading.tables import read_table, suffix_of, table_columns
+from dataset_loading.tables import iterate_table, read_table, suffix_of, table_columns
 
 ROW = {"file_name": "a.png", "text": "a red square"}
 
@@ -87,3 +89,18 @@ def test_long_cells_and_column_names_of_others(tmp_path):
     file = write(tmp_path, "t.csv", f"file_name,Title Case\na.png,{'long ' * 40_000}\n")
     assert read_table(file) == [{"file_name": "a.png", "Title Case": "long " * 40_000}]
     assert suffix_of(file.with_name("a.b.JSONL.GZ")) == ".jsonl" and suffix_of(file.with_name("a.gz")) == ".gz"
+
+
+def test_columns_keep_their_capitals_where_asked_for_or_where_two_would_be_one(tmp_path):
+    named = write(tmp_path, "named.csv", "ID,Text\n1,one\n")
+    assert [row.value for row in iterate_table(named, ["Text"])] == [{"ID": "1", "Text": "one"}]
+    assert table_columns(named, ["Text"]) == ["ID", "Text"] and table_columns(named, ["text"]) == ["ID", "text"]
+    row = {"Text": "one", "text": "two", "Label": "three"}
+    lines = write(tmp_path, "t.jsonl", json.dumps(row))
+    array = write(tmp_path, "t.json", json.dumps([row]))
+    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "t.parquet")
+    for file in (lines, array, tmp_path / "t.parquet"):
+        assert read_table(file) == [{"Text": "one", "text": "two", "label": "three"}]
+        (asked,) = (value for _, value in iterate_table(file, ["Text"]))
+        assert asked["Text"] == "one"
+    assert table_columns(tmp_path / "t.parquet") == ["Text", "text", "label"]

@@ -291,8 +291,9 @@ class Preprocess:
         Raises: ValueError: the source does not have the column that was asked for.
         """
         column = getattr(self.args, flag)
-        if column and column in source.columns:  # A column without a name is none of ours.
-            return column
+        for name in filter(None, (column, column.lower())):  # Tables lose the capitals of well-known columns.
+            if name in source.columns:
+                return name
         # A name other than the default was given by the user.
         if column != getattr(type(self.args), flag):
             columns = ", ".join(source.columns)

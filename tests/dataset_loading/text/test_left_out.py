@@ -106,3 +106,12 @@ def test_links_that_lead_nowhere_count_as_files(tmp_path):
         prepare(tmp_path, tmp_path / "out")
     manifest = prepare(tmp_path, tmp_path / "out", max_broken_fraction=0.1)
     assert manifest["left_out"] == {"link leads nowhere": {"count": 1, "names": ["gone.txt"]}}
+
+
+def test_links_count_as_files_only_with_an_ending_that_is_read(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    for name in ("gone.pt", "gone.tar.gz", "gone.txt.GZ"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    left_out = open_text(str(tmp_path)).left_out
+    assert left_out.unreadable() == [("link leads nowhere", "gone.txt.GZ")]
+    assert left_out.counts["ending .pt is not read"] == left_out.counts["ending .gz is not read"] == 1

@@ -12,6 +12,7 @@ from PIL import Image
 from dataset_loading.cache_writer import Journal, sample_key
 from dataset_loading.image.pixels import ImageDataset
 from dataset_loading.locks import only_writer
+from dataset_loading.sources import Source
 from preprocess_image_vae_dataset import ImageVAEPreprocess
 from tests.helpers.processes import has_files, run_until
 from tests.helpers.runs import changed
@@ -445,3 +446,13 @@ def test_an_unfinished_stage_says_what_it_lacks(source, parts, tmp_path, caplog)
     with pytest.raises(SystemExit) as stop:
         UndeclaredPreprocess.main(["--dataset_name", name, "--output_dir", str(tmp_path / "out")])
     assert stop.value.code == 2 and all(part in caplog.text for part in parts)
+
+
+def test_a_column_is_found_that_lost_its_capitals():
+    source = Source("x", "", "image", ["image", "text"], [])
+    assert (
+        Preprocess(PreprocessArguments(caption_column="Text", output_dir="x")).find_column(
+            source, "caption_column", ()
+        )
+        == "text"
+    )
