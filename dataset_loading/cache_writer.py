@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -59,13 +60,15 @@ def read_entries(folder: Path, header: dict[str, Any]) -> dict[tuple[str, str], 
 
     Raises:
         ValueError: the folder was made with other settings (the message names both fingerprints, the differing
-            settings and what to do), or has a damaged manifest.
+            settings and what to do), is complete and has more samples than this run asks for, or has a damaged
+            manifest.
     """
     entries_by_key = {}
     # A complete folder, to which samples may be added.
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder, None)
         check_same(folder, manifest, header)
+        check_no_fewer(folder, manifest, header)
         manifest.expect_types({"entries": Record})
         # Samples that equal some of validation are written, too, and may be trained on another time.
         for split, entries in [*manifest["entries"].items(), ("train", manifest.get("duplicates", []))]:
@@ -155,6 +158,18 @@ def check_same(folder: Path, old_header: dict[str, Any], header: dict[str, Any])
         f"{folder} has fingerprint {old_header['fingerprint']}, this run has {header['fingerprint']}: "
         f"{'; '.join(pairs[name] for name in sorted(pairs))}. Choose another --output_dir, or delete the folder first"
     )
+
+
+def check_no_fewer(folder: Path, manifest: dict[str, Any], header: dict[str, Any]) -> None:
+    """Raises: ValueError: this run asks for fewer samples than the folder holds, and would delete the others."""
+    old, new = (side.get("arguments", {}) for side in (manifest, header))
+    for name, default in (("limit", -1), ("num_augmented_copies", 0)):
+        before, now = old.get(name, default), new.get(name, default)
+        if (math.inf if before == -1 else before) > (math.inf if now == -1 else now):
+            raise ValueError(
+                f"{folder} was made with --{name}={before}; --{name}={now} would delete samples: choose another "
+                f"--output_dir, or give --{name}={before}"
+            )
 
 
 class Journal:

@@ -82,25 +82,42 @@ class Item:
 
 def join_items(caches: Caches) -> list[Item]:
     """The items of some caches: entries belong together where their sources have the same name without a suffix, and
-    they are the same copy and part of it.
+    they are the same copy and part of it. Of several such entries in one cache, such as a source with several captions
+    or a recording in pieces, each is an item, with those of the same text in the other caches.
 
     Raises: ValueError: entries that belong together have different texts.
     """
-    items: dict[tuple, Item] = {}
+    items: dict[tuple, list[Item]] = {}
     for name, cache in caches.items():
+        groups: dict[tuple, list[int]] = {}
         for index, entry in enumerate(cache.entries):
             stem = str(PurePosixPath(entry.get("source") or entry["key"]).with_suffix(""))
-            key = (stem, entry.get("copy", 0), entry.get("part", 0))
-            item = items.setdefault(key, Item("_".join(map(str, key))))
-            text = entry["caption"].strip()
-            if item.text and text and item.text != text:
+            groups.setdefault((stem, entry.get("copy", 0), entry.get("part", 0)), []).append(index)
+        for key, indices in groups.items():
+            texts = [cache.entries[index]["caption"].strip() for index in indices]
+            known = items.setdefault(key, [])
+            others = [item.text for item in known if item.text]
+            if others and any(texts) and not set(texts) & set(others):
                 raise ValueError(
-                    f"{cache.folder}: {stem!r} has the text {text!r}, but in {caches[next(iter(item.places))].folder} "
-                    f"it is {item.text!r}; give both the same text, or different file names"
+                    f"{cache.folder}: {key[0]!r} has the text {next(filter(None, texts))!r}, but in "
+                    f"{caches[next(iter(known[0].places))].folder} it is {others[0]!r}; give both the same text, or "
+                    "different file names"
                 )
-            item.text = item.text or text
-            item.places[name] = index
-    return list(items.values())
+            for index, text in zip(indices, texts):
+                item = free_item(known, name, text)
+                if item is None:
+                    item = Item("_".join(map(str, (*key, *([len(known) + 1] if known else [])))))
+                    known.append(item)
+                item.text = item.text or text
+                item.places[name] = index
+    return [item for known in items.values() for item in known]
+
+
+def free_item(items: Sequence[Item], cache: str, text: str) -> Item | None:
+    """The first item without an entry of a cache that has the same text, or else where one of the texts is empty."""
+    free = [item for item in items if cache not in item.places]
+    same = [item for item in free if item.text == text]
+    return next(iter(same or [item for item in free if not (item.text and text)]), None)
 
 
 class MultimodalDataset(Dataset):

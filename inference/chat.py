@@ -17,11 +17,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset_loading.audio.signal import save_waveform
 from model.multimodal.layout import SPANS, Part
-from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
+from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import save_image, to_image
 from utils.generation.chat import PromptArguments, TextStream, answer_questions, read_questions
+from utils.generation.files import claim_folder, write_settings
 from utils.generation.multimodal import MultimodalPipeline
 from utils.generation.text import file_stem
 from utils.options import option
@@ -45,12 +46,13 @@ class ChatArguments(PromptArguments):
 
 def chat(args: ChatArguments) -> None:
     """Answer every prompt; a file is written as soon as its part is complete."""
-    checkpoint, device, folder = resolve_checkpoint(args.checkpoint), compute_device(), Path(args.output_dir)
+    checkpoint, device = resolve_checkpoint(args.checkpoint), compute_device()
     weights = chosen_weights(checkpoint, args)
     vaes = {name: getattr(args, f"{name}_vae_checkpoint") for name in SPANS}
     options = {"vae_checkpoints": vaes, "vocoder_checkpoint": args.vocoder_checkpoint, "bf16": args.bf16}
     pipeline = MultimodalPipeline.load(checkpoint, **options, weights=weights, device=device)
     questions, answers, text = read_questions(pipeline, args), {}, TextStream(pipeline)
+    folder = claim_folder(args.output_dir, args)
 
     def show(number: int, place: int, part: Part) -> None:
         name = questions[number].name
@@ -65,13 +67,11 @@ def chat(args: ChatArguments) -> None:
         print(text.end(content) if text.ids else f"{name}  ->  {content}", flush=True)
 
     def show_token(number: int, token: int) -> None:
-        beginning = "" if text.ids else f"{questions[number].name}  ->  "
-        print(beginning + text.add(token), end="", flush=True)
+        print(("" if text.ids else f"{questions[number].name}  ->  ") + text.add(token), end="", flush=True)
 
     answer_questions(pipeline, questions, args, on_part=show, on_token=show_token if args.stream else None)
-    record: dict = {"answers": [answers[key] for key in sorted(answers)], "checkpoint": str(checkpoint)}
-    record |= {"weights": weights, "device": str(device)}
-    write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
+    ordered = [answers[key] for key in sorted(answers)]
+    write_settings(folder, args, answers=ordered, checkpoint=str(checkpoint), weights=weights, device=str(device))
 
 
 if __name__ == "__main__":

@@ -64,8 +64,8 @@ def reconstruct(args: ReconstructionArguments) -> None:
             print(f"{folder / vocoded['file']}  {vocoded['seconds']:.2f} s, log-mel L1 of the VAE {distance:.3f}")
     if groups:
         save_image(strip_sheet(groups, TRIPLE), folder / "sheet.png")  # of the first MAX_ROWS clips
+        print(folder / "sheet.png")
     write_settings(folder, args, **synthesizer.record, **reconstructor.record, files=records)
-    print(folder / "sheet.png")
     failures.check(len(files))
 
 

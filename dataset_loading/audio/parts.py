@@ -1,5 +1,6 @@
 """Parts of recordings: rows with `offset` and `duration` in seconds, as in manifests of NeMo.  S samples."""
 
+import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,27 +16,32 @@ TOLERANCE = 0.1  # Seconds that a part may reach beyond the end of its recording
 SEEKABLE = ("PCM", "FLOAT", "DOUBLE", "ULAW", "ALAW", "VORBIS", "MPEG_LAYER_III")
 
 
-def part_of_row(name: str, row: Mapping[str, Any]) -> dict[str, float]:
-    """`offset` and `duration` of a row, in seconds, where they are given.
+def part_of_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`offset` and `duration` of a row, in seconds, where they are given; a duration of 0 or below is unknown.
 
-    Raises: ValueError: one is no number of seconds; names the row's file.
+    A cell that is no number stays as it is, for `PartReader` to refuse: one row is broken, not the whole listing.
     """
     part = {}
     for column in COLUMNS:
         value = row.get(column)
         if value is None or value != value or (isinstance(value, str) and not value.strip()):
             continue
-        try:
-            seconds = float(value)
-        except (TypeError, ValueError):
-            seconds = math.nan
-        if not math.isfinite(seconds) or seconds < 0 or (column == "duration" and not seconds):
-            raise ValueError(
-                f"{name}: {column}={value!r} must be seconds of the recording; correct it, or rename the column if it "
-                "says something else"
-            )
-        part[column] = seconds
+        with contextlib.suppress(TypeError, ValueError):
+            value = float(value)
+        if column == "offset" or not isinstance(value, float) or not value <= 0:
+            part[column] = value
     return part
+
+
+def check_part(part: Mapping[str, Any]) -> None:
+    """Raises: ValueError: `offset` or `duration` is no number of seconds."""
+    for column in COLUMNS:
+        value = part.get(column, 0.0)
+        if not isinstance(value, float) or not math.isfinite(value) or value < 0:
+            raise ValueError(
+                f"{column}={value!r} must be seconds of the recording; correct it, or rename the column if it says "
+                "something else"
+            )
 
 
 def open_reader(media: dict[str, Any] | None) -> AudioReader:
@@ -49,10 +55,11 @@ class PartReader(AudioReader):
 
     A duration without an offset counts from the beginning, and one that is too long ends with the recording.
     Args: media: as of `AudioReader`, with `offset`, `duration` or both, in seconds.
-    Raises: OSError, ValueError: as `AudioReader`; also if the part reaches beyond the end.
+    Raises: OSError, ValueError: as `AudioReader`; also if the part is not in seconds, or reaches beyond the end.
     """
 
     def __init__(self, media: dict[str, Any]):
+        check_part(media)
         super().__init__(media)
         offset, duration = media.get("offset", 0.0), media.get("duration", math.inf)
         try:

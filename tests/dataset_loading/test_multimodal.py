@@ -2,6 +2,7 @@
 
 import json
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,6 +47,30 @@ def test_items_are_joined_by_the_names_of_their_sources(folder):
     assert (
         places["001_0_0"] == {"image"} and places["005_0_0"] == {"image", "audio"} and places["017_0_0"] == {"audio"}
     )
+
+
+def fake_cache(folder, *entries):
+    """A cache of entries `(source, text)`."""
+    rows = [{"key": f"{n}", "source": source, "caption": text} for n, (source, text) in enumerate(entries)]
+    return SimpleNamespace(folder=folder, entries=rows)
+
+
+def test_entries_of_one_source_are_items_of_their_own():
+    images = fake_cache("images", ("a.png", "red"), ("a.png", "big"), ("b.png", "x"), ("a.png", "red"))
+    sounds = fake_cache("sounds", ("a.wav", "big"), ("b.wav", ""), ("a.wav", "red"), ("a.wav", "old"))
+    expected = [
+        ("a_0_0", "red", {"image": 0, "audio": 2}),
+        ("a_0_0_2", "big", {"image": 1, "audio": 0}),
+        ("a_0_0_3", "red", {"image": 3}),
+        ("a_0_0_4", "old", {"audio": 3}),
+        ("b_0_0", "x", {"image": 2, "audio": 1}),
+    ]
+    items = join_items({"image": images, "audio": sounds})
+    assert [(item.key, item.text, item.places) for item in items] == expected
+    alone = join_items({"audio": fake_cache("sounds", ("a.wav", "big"), ("a.wav", ""), ("a.wav", ""))})
+    assert [(item.text, item.places["audio"]) for item in alone] == [("big", 0), ("", 1), ("", 2)]
+    with pytest.raises(ValueError, match="sounds: 'a' has the text 'low', but in images it is 'red'"):
+        join_items({"image": images, "audio": fake_cache("sounds", ("a.wav", "low"), ("a.wav", "high"))})
 
 
 def test_rows_are_items_in_tasks_by_weight(folder):

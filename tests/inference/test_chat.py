@@ -1,6 +1,7 @@
 """Prompts of text, images and audio from the command line: files, seeds, placeholders, refusals."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from PIL import Image
 from inference.chat import ChatArguments, chat
 from model.attention import MegaTransformerSelfAttention
 from pretrain_multimodal import MultimodalStage
+from tests.helpers.processes import newest_results
 from tests.helpers.stream_caches import SMALL_STREAMS, make_stream_caches
 from utils.command_line import parse_arguments
 from utils.generation.chat import TextStream
@@ -36,7 +38,7 @@ def folder(tmp_path_factory):
 def call(folder, *words):
     words = ["--checkpoint", str(folder / "multimodal" / "run"), "--output_dir", str(folder / "out"), *words]
     chat(parse_arguments(ChatArguments, list(words), ""))
-    return json.loads((folder / "out" / "settings.json").read_text())["answers"]
+    return json.loads((newest_results(folder / "out") / "settings.json").read_text())["answers"]
 
 
 def test_every_direction_has_its_command(folder, capsys):
@@ -50,7 +52,11 @@ def test_every_direction_has_its_command(folder, capsys):
     assert {answer["prompt"] for answer in answers[2:]} <= {image, sound}
     assert "a red bear  ->  " in capsys.readouterr().out
     again = call(folder, "--draw", "a red bear")
-    assert again[0]["answer"] == answers[0]["answer"]
+    # The same picture, in a folder of its own: earlier answers stay.
+    assert again[0]["answer"] != answers[0]["answer"]
+    first, second = (Path(found[0]["answer"]) for found in (answers, again))
+    assert (second.name, second.read_bytes()) == (first.name, first.read_bytes())
+    assert json.loads((first.parent / "settings.json").read_text())["answers"] == answers
 
 
 def test_prompts_hold_files_as_placeholders(folder):

@@ -115,6 +115,16 @@ def test_damaged_files_are_left_out(run, tmp_path, caplog):
     assert {file.name for file in (tmp_path / "out").iterdir()} == names and "b.wav is left out" in caplog.text
 
 
+def test_a_sheet_is_named_where_there_is_one(run, tmp_path, capsys):
+    write_sound(tmp_path / "a.wav")
+    run("--input", tmp_path / "a.wav")
+    assert "sheet.png" in capsys.readouterr().out
+    (tmp_path / "b.wav").write_bytes(b"RIFF broken")
+    with pytest.raises(ValueError, match="1 of 1 files gave no result"):
+        run("--input", tmp_path / "b.wav")
+    assert "sheet.png" not in capsys.readouterr().out
+
+
 def test_inputs_are_never_written_over(run, tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("a.wav", "a_vocoder.wav"):

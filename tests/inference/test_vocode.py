@@ -157,6 +157,17 @@ def test_results_of_an_earlier_run_stay(run, tmp_path, caplog):
     assert claim_folder(str(tmp_path / "out"), VocodeArguments()).name == "out_3"
 
 
+def test_a_numbered_folder_may_hold_inputs(run, tmp_path):
+    for name in ("out", "out_2"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "out" / "settings.json").touch()
+    write_sound(tmp_path / "out_2" / "a.wav")
+    before = (tmp_path / "out_2" / "a.wav").read_bytes()
+    _, waveforms = run("--input", tmp_path / "out_2")
+    assert waveforms.keys() == {"a.wav"} and (tmp_path / "out_3" / "a.wav").exists()
+    assert [file.read_bytes() for file in (tmp_path / "out_2").iterdir()] == [before]
+
+
 def test_every_input_has_a_name_of_its_own(tmp_path):
     files = [tmp_path / name for name in ("n1/a.flac", "n1/a.wav", "n1/a_2.wav", "n2/a.wav", "n2/deep/b.wav")]
     for file in files:

@@ -21,7 +21,7 @@ SHEET = "sheet.png"
 
 def claim_folder(output_dir: str, args: Any) -> Path:
     """The folder of a run's results: `output_dir`, or, where it holds those of an earlier run or of another script,
-    the first of `output_dir`_2, _3, ... that does not. Marked as this run's by settings.json.
+    the first of `output_dir`_2, _3, ... that does not exist. Marked as this run's by settings.json.
 
     Args: args: the flags, which are written there.
     Raises: OSError: it cannot be written.
@@ -30,7 +30,12 @@ def claim_folder(output_dir: str, args: Any) -> Path:
     base = Path(output_dir)
     for number in itertools.count(1):
         folder = base if number == 1 else base.with_name(f"{base.resolve().name}_{number}")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=number == 1)  # Other folders may hold inputs.
+        except FileExistsError:
+            if number == 1:  # A file.
+                raise
+            continue
         if (folder / SHEET).exists():
             continue
         # Of two runs that begin at once, one creates the file.

@@ -176,8 +176,8 @@ class AudioPreprocess(Preprocess):
             notes: dict[str, Any] = {"speaker": caption_of(row.get(speaker))}
             if language:
                 notes["language"] = caption_of(row.get(language)).strip()
-            # A row may name a part of a recording.
-            part = part_of_row(name, row) if row[source.media] else {}
+            # A row may name a part of a recording; a duration alone describes the clip.
+            part = part_of_row(row) if row[source.media] and "offset" in source.columns else {}
             media = {**row[source.media], **part} if part else row[source.media]
             for text in captions_of(row.get(caption)):
                 yield name, Raw(media, text, {**notes, **part})

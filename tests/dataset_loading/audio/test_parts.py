@@ -54,11 +54,46 @@ def test_parts_beyond_the_end_are_named(meeting, part, message):
         open_reader({"path": str(meeting / "meeting.wav"), "bytes": None, **part})
 
 
-@pytest.mark.parametrize("row", [{"offset": "-1"}, {"duration": 0}, {"offset": "1:30"}, {"duration": math.inf}])
-def test_wrong_cells_are_named(row):
-    with pytest.raises(ValueError, match=f"a.wav: {next(iter(row))}=.* must be seconds"):
-        part_of_row("a.wav", row)
-    assert part_of_row("a.wav", {"offset": " ", "duration": math.nan}) == {}
+@pytest.mark.parametrize("row", [{"offset": "-1"}, {"offset": "1:30"}, {"duration": "n/a"}, {"duration": math.inf}])
+def test_wrong_cells_are_named(meeting, row):
+    with pytest.raises(ValueError, match=f"^{next(iter(row))}=.* must be seconds"):
+        open_reader({"path": str(meeting / "meeting.wav"), "bytes": None, **part_of_row(row)})
+
+
+def test_cells_that_say_nothing_are_absent():
+    assert part_of_row({"offset": " ", "duration": math.nan}) == {}
+    assert (
+        part_of_row({"offset": 0, "duration": 0}) == part_of_row({"offset": "0", "duration": "-1"}) == {"offset": 0.0}
+    )
+
+
+def prepare_rows(folder, rows: list[dict], *flags: str) -> dict:
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"file_name": "meeting.wav", **row}) for row in rows))
+    argv = ["--dataset_name", str(folder), "--output_dir", str(folder.parent / f"{folder.name}_out")]
+    argv = changed(argv, "--num_workers", "0", "--validation_fraction", "0", *flags)
+    return AudioVAEPreprocess(parse_arguments(AudioVAEPreprocess.arguments_class, argv, "")).run()
+
+
+def test_a_wrong_cell_is_a_broken_sample_of_its_row(meeting):
+    (meeting / "meeting.ogg").unlink()
+    prepare_rows(meeting, [{}, {}])
+    rows = [{"offset": 1.0, "duration": "0.5"}, {"offset": "00:03"}]
+    with pytest.raises(
+        ValueError, match=r"1 of 2 raw files are broken.*meeting.wav \(ValueError: offset='00:03' must"
+    ):
+        prepare_rows(meeting, rows)
+    manifest = prepare_rows(meeting, rows, "--max_broken_fraction", "0.5")
+    assert [entry["seconds"] for entry in manifest["entries"]["train"]] == [pytest.approx(0.5, abs=0.02)]
+    (broken,) = manifest["broken"]
+    assert broken["source"] == "meeting.wav" and "offset='00:03'" in broken["reason"]
+
+
+def test_durations_without_offsets_cut_nothing(meeting):
+    (meeting / "meeting.ogg").unlink()
+    (entry,) = prepare_rows(meeting, [{"duration": 2.0}])["entries"]["train"]
+    assert entry["seconds"] == pytest.approx(3.0, abs=0.02) and "duration" not in entry
+    (entry,) = prepare_rows(meeting, [{"duration": 2.0, "offset": None}])["entries"]["train"]
+    assert entry["seconds"] == pytest.approx(2.0, abs=0.02)
 
 
 def test_each_row_is_its_part_and_a_part_that_moves_is_encoded_anew(meeting, tmp_path):

@@ -326,6 +326,22 @@ def test_foreign_folder_is_not_written_into(raw, tmp_path):
         prepare(raw, raw)
 
 
+def test_a_complete_folder_loses_no_samples_to_fewer_wanted_ones(raw, tmp_path):
+    out, copies = tmp_path / "out", [*AUGMENTED[2:], "--num_augmented_copies"]
+    prepare(raw, out, "--limit", "3", *copies, "2")
+    before = contents(out)
+    with pytest.raises(ValueError, match=r"out was made with --limit=3; --limit=2 would delete samples: choose ano"):
+        prepare(raw, out, "--limit", "2", *copies, "2")
+    with pytest.raises(ValueError, match="or give --num_augmented_copies=2"):
+        prepare(raw, out, "--limit", "4", *copies, "1")
+    assert contents(out) == before
+    prepare(raw, out, "--limit", "4", *copies, "2")
+    assert contents(out).items() > before.items()
+    prepare(raw, out, *copies, "2")
+    with pytest.raises(ValueError, match="made with --limit=-1; --limit=99 would"):
+        prepare(raw, out, "--limit", "99", *copies, "2")
+
+
 def test_broken_files_are_reported_and_left_out(raw, tmp_path):
     (raw / "sub/image 3.png").write_bytes(b"no image")
     (raw / "sub/image 5.png").unlink()
