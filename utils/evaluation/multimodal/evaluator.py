@@ -130,7 +130,7 @@ class MultimodalEvaluator(Evaluator):
             }
             for part in ("train", split)
         )
-        self.items = HeldOutItems(held_out)
+        self.items = HeldOutItems(held_out, self.pipeline.model.config)
         texts = [self.pipeline.text_part(item.text) for item in self.items.items]
         self.longest = max(len(part.ids) for part in texts)
         self.beside = [Beside(path, self.generator, self.record) for path in self.args.beside]

@@ -64,7 +64,7 @@ class StreamSamplesCallback(EvaluationCallback):
     @cached_property
     def items(self) -> HeldOutItems:
         """The validation items, one of each text."""
-        return HeldOutItems(self.trainer.eval_dataset.caches)
+        return HeldOutItems(self.trainer.eval_dataset.caches, self.trainer.config)
 
     def chosen(self, task: Task) -> list[Item]:
         """The items of a task."""

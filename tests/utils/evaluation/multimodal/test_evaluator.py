@@ -24,6 +24,7 @@ from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.runs import changed
 from tests.helpers.stream_caches import SMALL_RECURRENT, make_stream_caches
 from utils.checkpoints import STAGE, mark_complete, provenance, write_json
+from utils.configuration import MegaTransformerConfig
 from utils.evaluation.multimodal.items import Direction, HeldOutItems, directions_of, others
 from utils.evaluation.multimodal.judges import length_scores, text_scores
 from utils.evaluation.multimodal.losses import stream_losses
@@ -233,9 +234,20 @@ def test_one_item_of_each_text_which_has_the_most_modalities(caches):
     for cache in folders.values():
         for entry in cache.entries:
             entry["caption"] = entry["caption"].split(" on ")[0]
-    items, everything = HeldOutItems(folders), join_items(folders)
+    items, everything = HeldOutItems(folders, MegaTransformerConfig()), join_items(folders)
     assert {item.text for item in items} == {item.text for item in everything}
     assert len(items) < len(everything)
     for item in items:
         same = [len(other.places) for other in everything if other.text == item.text]
         assert len(item.places) == max(same)
+
+
+def test_clips_that_are_too_long_for_the_model_are_left_out(caches, caplog):
+    folders: dict = {"image": ImageLatentDataset(caches[1], "train"), "audio": AudioLatentDataset(caches[3], "train")}
+    lengths = {entry["caption"]: entry["length"] for entry in folders["audio"].entries}
+    # 4 latent frames a token: 3 tokens are clips of up to 12 frames, of 9 to 13.
+    config = MegaTransformerConfig(modalities=["text", "audio"], audio_max_tokens=3, audio_encoder_patch_size=4)
+    kept = {item.text for item in HeldOutItems(folders, config) if "audio" in item.places}
+    assert kept == {text for text, length in lengths.items() if length <= 12} != set(lengths)
+    n_long = sum(length > 12 for length in lengths.values())
+    assert caplog.text.count("longer than audio_max_tokens=3") == 1 and f"{n_long} clips in" in caplog.text
