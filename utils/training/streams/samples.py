@@ -95,7 +95,7 @@ class StreamSamplesCallback(EvaluationCallback):
         sampling = Sampling(
             rest[0] if rest[0] in SPANS else None,
             list(dict.fromkeys(rest)),
-            max_new_tokens=longest + MARGIN,
+            max_new_tokens=pipeline.room(prompts, longest + MARGIN),
             max_spans=sum(name in SPANS for name in rest),
             temperature=0.0 if first else 1.0,  # Without a prompt the most probable text is always the same.
         )
