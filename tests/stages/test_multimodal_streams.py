@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from model.audio.vae import AudioVAE
 from model.multimodal import MegaTransformerMultimodal
 from model.multimodal.generation import Sampling
 from model.multimodal.layout import Part
@@ -22,7 +23,7 @@ from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
 from utils.configuration import MegaTransformerConfig
 from utils.training.multimodal import MultimodalArguments
-from utils.training.streams.stage import check_flex_attention
+from utils.training.streams.stage import channel_scales, check_flex_attention
 from utils.training.streams.trainer import MultimodalStreamTrainer
 
 MODELS = pytest.mark.parametrize("common", [SMALL_STREAMS, SMALL_RECURRENT], ids=["flat", "recurrent"])
@@ -242,3 +243,12 @@ def test_flex_attention_is_refused_where_it_cannot_work(has_gpu, fields, message
     refused = pytest.raises(ValueError, match=message) if message else nullcontext()
     with refused:
         check_flex_attention(args, MegaTransformerConfig(**fields))
+
+
+def test_channels_of_a_vae_with_latent_rows_have_a_scale_per_row():
+    vae = AudioVAE.from_preset("tiny-2d", width=16, n_encoder_blocks=1, n_decoder_blocks=1)
+    std, rows = torch.arange(1.0, 9), vae.config.n_rows
+    vae.set_latent_statistics(torch.zeros(8), std)
+    scales = channel_scales(vae)
+    # Channels of the cache are those of its latents (Z, rows, L), flattened.
+    assert rows > 1 and torch.equal(scales, std[:, None].expand(8, rows).flatten())

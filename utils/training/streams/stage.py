@@ -339,10 +339,12 @@ def token_fields(
 
 def channel_scales(vae: Any) -> Tensor:
     """How much each standardised latent channel carries of what is decoded, (Z,): its std in the VAE's units, for
-    audio times the norm of the decoder's linear path in units of the log-mel."""
+    audio times the norm of the decoder's linear path in units of the log-mel. With latent rows (Z n_rows,)."""
     scales: Tensor = vae.latent_std.float()
-    if not isinstance(vae, AudioVAE) or vae.config.architecture != "conv1d":
+    if not isinstance(vae, AudioVAE):
         return scales
+    if vae.config.architecture != "conv1d":
+        return scales.repeat_interleave(vae.config.n_rows)
     # Rows of the weight are mel bins times frames of a patch.
     units = vae.band_std.repeat_interleave(vae.config.patch_frames)
     weight: Any = vae.decoder.code.weight
