@@ -7,23 +7,26 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
-from model.audio.vae import AudioVAE
+from model.audio.vae import AudioVAE, AudioVAEConfig
 from model.multimodal import MegaTransformerMultimodal
 from model.multimodal.generation import Sampling
 from model.multimodal.layout import Part
 from pretrain_multimodal import MultimodalStage
 from tests.helpers.runs import Run, changed, equal, largest_difference, relative_distance
 from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, save_vaes
+from tests.helpers.vocoder_checkpoint import save_stage_checkpoint
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
 from utils.configuration import MegaTransformerConfig
+from utils.generation.audio_diffusion import AudioPipeline
 from utils.training.multimodal import MultimodalArguments
-from utils.training.streams.stage import channel_scales, check_flex_attention
+from utils.training.streams.stage import channel_scales, check_flex_attention, check_speakers
 from utils.training.streams.trainer import MultimodalStreamTrainer
 
 MODELS = pytest.mark.parametrize("common", [SMALL_STREAMS, SMALL_RECURRENT], ids=["flat", "recurrent"])
@@ -252,3 +255,14 @@ def test_channels_of_a_vae_with_latent_rows_have_a_scale_per_row():
     scales = channel_scales(vae)
     # Channels of the cache are those of its latents (Z, rows, L), flattened.
     assert rows > 1 and torch.equal(scales, std[:, None].expand(8, rows).flatten())
+
+
+def test_a_vae_that_needs_a_speaker_is_refused(tmp_path):
+    sizes = {"n_mels": 40, "width": 16, "latent_channels": 5, "n_encoder_blocks": 1, "n_decoder_blocks": 1}
+    vae = AudioVAE(AudioVAEConfig(**sizes, speakers=["anna"]))
+    folder = save_stage_checkpoint(vae, "audio_vae", tmp_path / "voices")
+    with pytest.raises(ValueError, match=r"the audio VAE at .*voices.* use latents of a VAE without --use_speakers"):
+        check_speakers("audio", folder)
+    check_speakers("audio", save_vaes(tmp_path)[1])
+    with pytest.raises(ValueError, match="needs a speaker for each clip, one of anna"):
+        AudioPipeline.decode(SimpleNamespace(vae=vae), torch.zeros(1, 3, 5), torch.tensor([6]))

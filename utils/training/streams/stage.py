@@ -23,10 +23,10 @@ from dataset_loading.text.tokenizers import (
     vocabulary_size,
 )
 from dataset_loading.text.windows import TextDataset
-from model.audio.vae import AudioVAE
+from model.audio.vae import AudioVAE, AudioVAEConfig
 from model.multimodal import MegaTransformerMultimodal
 from model.presets import MULTIMODAL
-from utils.checkpoints import read_stage, resolve_checkpoint
+from utils.checkpoints import load_config, read_stage, resolve_checkpoint
 from utils.configuration import MegaTransformerConfig
 from utils.distributed import launched_rank
 from utils.generation.latents import Media, find_vae, load_vae, pin_vae
@@ -169,7 +169,7 @@ class MultimodalStreamStage(Stage):
         for path in filter(None, (self.args.init_from, self.find_checkpoint())):
             self.check_checkpoint(path)
         for name in self.names:  # A VAE that is named must be that of the latents.
-            self.vae_checkpoint(name)
+            check_speakers(name, self.vae_checkpoint(name))
         config = self.fit(super().build_config())
         check_core_flags(self.args, config)
         if self.starts_from_text:
@@ -305,6 +305,15 @@ def check_flags(args: Any, has_texts: bool) -> None:
         raise ValueError(
             f"--batch_tokens={args.batch_tokens} is below --sequence_length={args.sequence_length}, so that no window "
             "of text fits into a batch; raise it, or give shorter windows"
+        )
+
+
+def check_speakers(name: Media, checkpoint: Path) -> None:
+    """Raises: ValueError: an audio VAE decodes for a speaker, which this model does not know; names its folder."""
+    if name == "audio" and load_config(AudioVAEConfig, checkpoint).speakers:
+        raise ValueError(
+            f"the audio VAE at {checkpoint} was trained with --use_speakers and decodes nothing without a speaker, "
+            "which this model does not know; use latents of a VAE without --use_speakers"
         )
 
 
