@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from dataset_loading.multimodal import parse_task
 from model.audio.vae import AudioVAE, AudioVAEConfig
 from model.multimodal import MegaTransformerMultimodal
 from model.multimodal.generation import Sampling
@@ -27,7 +28,7 @@ from utils.configuration import MegaTransformerConfig
 from utils.generation.audio_diffusion import AudioPipeline
 from utils.training.multimodal import MultimodalArguments
 from utils.training.streams.stage import channel_scales, check_flex_attention, check_speakers
-from utils.training.streams.trainer import MultimodalStreamTrainer
+from utils.training.streams.trainer import MultimodalStreamTrainer, compared_rows
 
 MODELS = pytest.mark.parametrize("common", [SMALL_STREAMS, SMALL_RECURRENT], ids=["flat", "recurrent"])
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -266,3 +267,26 @@ def test_a_vae_that_needs_a_speaker_is_refused(tmp_path):
     check_speakers("audio", save_vaes(tmp_path)[1])
     with pytest.raises(ValueError, match="needs a speaker for each clip, one of anna"):
         AudioPipeline.decode(SimpleNamespace(vae=vae), torch.zeros(1, 3, 5), torch.tensor([6]))
+
+
+def test_the_condition_ratio_counts_rows_with_another_text_before_the_span(caplog):
+    tasks = [parse_task(name) for name in ("text-image", "image-text", "image", "audio-text-image")]
+    inputs = {"task": torch.tensor([0, 0, 1, 2, 3]), "text": [[1], [2], [1], [1], [1]], "other_text": [[2]] * 5}
+    compared = compared_rows(inputs, tasks, "image")
+    assert compared.tolist() == [1, 0, 0, 0, 1] and not compared_rows(inputs, tasks, "audio").any()
+    config = MegaTransformerConfig(modalities=["text", "image"])
+    state, dataset = SimpleNamespace(global_step=1), SimpleNamespace(tasks=tasks)
+    trainer = SimpleNamespace(config=config, names=["image"], state=state, eval_dataset=dataset)
+    zeros = torch.zeros(5)
+    terms = {f"{task.name}_{kind}": zeros for task in tasks for kind in ("nats", "targets")}
+    terms |= {f"{kind}_targets": zeros for kind in ("begin", "length")} | {"n_bytes": zeros}
+    terms |= {"image_t0.5": zeros + 1, "image_t0.9": torch.tensor([1.0, 5, 5, 5, 3]), "image_tokens": zeros + 1}
+    terms["other_image_t0.9"] = torch.tensor([4.0, 5, 5, 5, 6])
+
+    def summary(rows):
+        return MultimodalStreamTrainer.evaluation_summary(trainer, {**terms, "image_compared": rows})
+
+    assert summary(compared)["condition_ratio_image"] == 2.5
+    without = summary(zeros)
+    assert "condition_ratio_image" not in without and without["image_t0.9"] == pytest.approx(19 / 5)
+    assert "hardly depends" not in caplog.text

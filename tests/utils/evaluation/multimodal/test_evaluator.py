@@ -1,5 +1,6 @@
 """evaluate.py on a small multimodal run: numbers against their definitions, controls, models beside it, refusals."""
 
+import contextlib
 import json
 import math
 import re
@@ -27,7 +28,7 @@ from utils.checkpoints import STAGE, mark_complete, provenance, write_json
 from utils.configuration import MegaTransformerConfig
 from utils.evaluation.multimodal.items import Direction, HeldOutItems, directions_of, others
 from utils.evaluation.multimodal.judges import length_scores, text_scores
-from utils.evaluation.multimodal.losses import stream_losses
+from utils.evaluation.multimodal.losses import TeacherForcing, stream_losses
 from utils.generation.audio_diffusion import fit_to_audio_latents
 from utils.generation.multimodal import MultimodalPipeline
 
@@ -144,6 +145,20 @@ def test_losses_of_streams_do_not_depend_on_those_beside_them(run):
     assert together.errors == pytest.approx(sum(losses.errors for losses in alone), rel=1e-5)
     # The untrained flow predicts zeros, almost: the error is the mean square of noise - latents.
     assert together.errors / together.tokens == pytest.approx(2, rel=0.2)
+
+
+def test_one_item_has_no_other_condition(run):
+    pipeline = MultimodalPipeline.load(run)
+    forcing = TeacherForcing(pipeline.model, batch_size=2, autocast=contextlib.nullcontext, seed=0)
+    clip = Part("audio", latents=torch.randn(3, 20, generator=torch.Generator().manual_seed(1)))
+    parts = {"text": [pipeline.text_part("a large fox on red")] * 2, "audio": [clip] * 2}
+    one = {name: rows[:1] for name, rows in parts.items()}
+    with torch.no_grad():
+        for direction in (Direction("text", "audio"), Direction("audio", "text")):
+            both = forcing.scores(direction, parts, keys=["a", "b"], n_bytes=36)
+            alone = forcing.scores(direction, one, keys=["a"], n_bytes=18)
+            left_out = {name for name in both if name.startswith(("other_", "ratio_"))}
+            assert left_out and set(both) - set(alone) == left_out
 
 
 def test_files_and_tensorboard(report, run):
