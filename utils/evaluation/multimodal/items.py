@@ -20,6 +20,8 @@ from utils.seeds import seed_of
 
 logger = logging.getLogger(__name__)
 
+MARGIN = 8  # Text tokens that an answer may be longer than the longest text.
+
 
 class Direction(NamedTuple):
     """From the condition to what is generated; without a source the target alone."""

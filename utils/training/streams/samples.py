@@ -17,7 +17,7 @@ from utils.drawing.images import Group
 from utils.drawing.masks import LEGEND, mask_image
 from utils.drawing.playback import add_audio
 from utils.evaluation.multimodal.examples import Examples
-from utils.evaluation.multimodal.items import HeldOutItems, having
+from utils.evaluation.multimodal.items import MARGIN, HeldOutItems, having
 from utils.evaluation.multimodal.losses import TIMES, stream_losses
 from utils.generation.audio_diffusion import load_matching_vocoder
 from utils.generation.multimodal import MultimodalPipeline
@@ -26,7 +26,6 @@ from utils.training.multimodal import as_markdown
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 8  # Text tokens that an answer may be longer than the longest text.
 MAX_MASK = 384  # Tokens of the longest stream whose mask is drawn.
 
 

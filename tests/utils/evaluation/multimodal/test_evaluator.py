@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import evaluate
 from dataset_loading.audio.latents import AudioLatentDataset
 from dataset_loading.embedded.scenes import caption_factors, list_scenes
 from dataset_loading.image.latents import ImageLatentDataset
-from dataset_loading.multimodal import join_items
+from dataset_loading.multimodal import Item, join_items
 from model.audio.diffusion import AudioDiffusion
 from model.multimodal.layout import Part, audio_tokens
 from pretrain_multimodal import MultimodalStage
@@ -26,6 +27,7 @@ from tests.helpers.runs import changed
 from tests.helpers.stream_caches import SMALL_RECURRENT, make_stream_caches
 from utils.checkpoints import STAGE, mark_complete, provenance, write_json
 from utils.configuration import MegaTransformerConfig
+from utils.evaluation.multimodal import beside
 from utils.evaluation.multimodal.items import Direction, HeldOutItems, directions_of, others
 from utils.evaluation.multimodal.judges import length_scores, text_scores
 from utils.evaluation.multimodal.losses import TeacherForcing, stream_losses
@@ -159,6 +161,22 @@ def test_one_item_has_no_other_condition(run):
             alone = forcing.scores(direction, one, keys=["a"], n_bytes=18)
             left_out = {name for name in both if name.startswith(("other_", "ratio_"))}
             assert left_out and set(both) - set(alone) == left_out
+
+
+def test_a_multimodal_run_beside_has_options_of_its_modalities_and_its_own_tokens(monkeypatch):
+    given = {}
+    stub = SimpleNamespace(texts=lambda prompts, keys: [])
+    monkeypatch.setattr(beside, "AnswerGenerator", lambda pipeline, **options: given.update(options) or stub)
+    model = object.__new__(beside.Beside)
+    model.stage, sampling = "multimodal", {"n_steps": {"image": 3, "audio": 4}, "sampler": {"audio": "heun"}}
+    model.generator = SimpleNamespace(batch_size=2, sampling=sampling, max_new_tokens=99, seed=0, bf16=False)
+    pipeline = SimpleNamespace(
+        model=SimpleNamespace(config=MegaTransformerConfig(modalities=["text", "image"])),
+        text_part=lambda text: Part("text", ids=text.split()),
+    )
+    items = SimpleNamespace(items=[Item("a", "a red bear"), Item("b", "a bear")], part=lambda *_: None)
+    model.outputs(Direction("image", "text"), items, items.items, pipeline=pipeline, keys=["a", "b"])
+    assert given["sampling"] == {"n_steps": {"image": 3}, "sampler": {}} and given["max_new_tokens"] == 3 + 8
 
 
 def test_files_and_tensorboard(report, run):
