@@ -26,7 +26,7 @@ from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
 from utils.configuration import MegaTransformerConfig
 from utils.generation.audio_diffusion import AudioPipeline
-from utils.training.multimodal import MultimodalArguments
+from utils.training.multimodal import MultimodalArguments, MultimodalTrainer
 from utils.training.streams.stage import channel_scales, check_flex_attention, check_speakers
 from utils.training.streams.trainer import MultimodalStreamTrainer, compared_rows
 
@@ -290,3 +290,16 @@ def test_the_condition_ratio_counts_rows_with_another_text_before_the_span(caplo
     without = summary(zeros)
     assert "condition_ratio_image" not in without and without["image_t0.9"] == pytest.approx(19 / 5)
     assert "hardly depends" not in caplog.text
+
+
+def test_the_averaged_copy_attends_as_the_trained_model(monkeypatch):
+    trainer = object.__new__(MultimodalStreamTrainer)
+    trainer.model, trainer.ema_model = SimpleNamespace(uses_flex_attention=True), None
+    copy = SimpleNamespace(uses_flex_attention=False)
+
+    def build(self):
+        self.ema_model = copy
+        return copy
+
+    monkeypatch.setattr(MultimodalTrainer, "evaluation_model", build)
+    assert trainer.evaluation_model() is copy and copy.uses_flex_attention

@@ -239,6 +239,13 @@ class MultimodalStreamTrainer(MultimodalTrainer):
 
     # ---- Evaluation.
 
+    def evaluation_model(self):
+        """As for all stages; a copy attends as the trained model does."""
+        model = super().evaluation_model()
+        if self.ema_model is not None:
+            self.ema_model.uses_flex_attention = self.model.uses_flex_attention
+        return model
+
     def evaluation_terms(self, model, inputs):
         """Per row: nats, hits and targets of text by task; squared errors of flows at two times, with the row's text
         and with that of another item, and their numbers of tokens. Noise is a function of the row alone."""
