@@ -174,6 +174,8 @@ class MultimodalStreamStage(Stage):
         check_core_flags(self.args, config)
         if self.starts_from_text:
             check_trunk(config, self.args.init_from)
+            if self.resumption is None:
+                check_frozen_text(self.args)
         check_flex_attention(self.args, config)
         return config
 
@@ -305,6 +307,16 @@ def check_flags(args: Any, has_texts: bool) -> None:
         raise ValueError(
             f"--batch_tokens={args.batch_tokens} is below --sequence_length={args.sequence_length}, so that no window "
             "of text fits into a batch; raise it, or give shorter windows"
+        )
+
+
+def check_frozen_text(args: Any) -> None:
+    """Raises: ValueError: the rows of further tokens, which a model of text does not have, would stay random."""
+    if "text" in args.freeze:
+        raise ValueError(
+            f"--freeze {' '.join(args.freeze)} with --init_from {args.init_from}, a model of text: the embeddings of "
+            "tokens that it does not have (<null>, begin and end of images and audio, lengths) would stay random; "
+            "give --learning_rates text:0.01 in place of --freeze text"
         )
 
 
