@@ -428,7 +428,7 @@ class MegaTransformerConfig(StrictConfig):
     def validate_image(self):
         """`image_compression` divides `image_size`; `image_encoder_patch_size` divides the side of the latents. An
         image is not longer than the maximum sequence. `image_position_embedding='sinusoidal'` needs a `hidden_size`
-        divisible by 4."""
+        divisible by 4. `position_embedding='learned'` has whole positions, those of text alone."""
         is_whole = self.image_size % self.image_compression == 0
         self.expect(is_whole, "image_compression", f"must divide image_size={self.image_size}")
         side, patch = self.image_size // self.image_compression, self.image_encoder_patch_size
@@ -437,5 +437,9 @@ class MegaTransformerConfig(StrictConfig):
         fits = "image" not in self.modalities or n_tokens <= max_length
         self.expect(fits, "image_size", f"gives {n_tokens} tokens, more than max_position_embeddings={max_length}")
         # Sines and cosines of the row in one half of D, of the column in the other.
+        has_rows = self.position_embedding != "learned" or self.modalities == ["text"]
+        self.expect(
+            has_rows, "position_embedding", "needs modalities=['text']: positions of other streams are fractions"
+        )
         is_pair = self.image_position_embedding == "learned" or self.hidden_size % 4 == 0
         self.expect(is_pair, "hidden_size", "must be divisible by 4 for image_position_embedding='sinusoidal'")

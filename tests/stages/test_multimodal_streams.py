@@ -7,23 +7,28 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoTokenizer
 
+from dataset_loading.multimodal import parse_task
+from model.audio.vae import AudioVAE, AudioVAEConfig
 from model.multimodal import MegaTransformerMultimodal
 from model.multimodal.generation import Sampling
 from model.multimodal.layout import Part
 from pretrain_multimodal import MultimodalStage
 from tests.helpers.runs import Run, changed, equal, largest_difference, relative_distance
 from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, save_vaes
+from tests.helpers.vocoder_checkpoint import save_stage_checkpoint
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
 from utils.configuration import MegaTransformerConfig
-from utils.training.multimodal import MultimodalArguments
-from utils.training.streams.stage import check_flex_attention
-from utils.training.streams.trainer import MultimodalStreamTrainer
+from utils.generation.audio_diffusion import AudioPipeline
+from utils.training.multimodal import MultimodalArguments, MultimodalTrainer
+from utils.training.streams.stage import channel_scales, check_flex_attention, check_speakers
+from utils.training.streams.trainer import MultimodalStreamTrainer, compared_rows
 
 MODELS = pytest.mark.parametrize("common", [SMALL_STREAMS, SMALL_RECURRENT], ids=["flat", "recurrent"])
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -242,3 +247,59 @@ def test_flex_attention_is_refused_where_it_cannot_work(has_gpu, fields, message
     refused = pytest.raises(ValueError, match=message) if message else nullcontext()
     with refused:
         check_flex_attention(args, MegaTransformerConfig(**fields))
+
+
+def test_channels_of_a_vae_with_latent_rows_have_a_scale_per_row():
+    vae = AudioVAE.from_preset("tiny-2d", width=16, n_encoder_blocks=1, n_decoder_blocks=1)
+    std, rows = torch.arange(1.0, 9), vae.config.n_rows
+    vae.set_latent_statistics(torch.zeros(8), std)
+    scales = channel_scales(vae)
+    # Channels of the cache are those of its latents (Z, rows, L), flattened.
+    assert rows > 1 and torch.equal(scales, std[:, None].expand(8, rows).flatten())
+
+
+def test_a_vae_that_needs_a_speaker_is_refused(tmp_path):
+    sizes = {"n_mels": 40, "width": 16, "latent_channels": 5, "n_encoder_blocks": 1, "n_decoder_blocks": 1}
+    vae = AudioVAE(AudioVAEConfig(**sizes, speakers=["anna"]))
+    folder = save_stage_checkpoint(vae, "audio_vae", tmp_path / "voices")
+    with pytest.raises(ValueError, match=r"the audio VAE at .*voices.* use latents of a VAE without --use_speakers"):
+        check_speakers("audio", folder)
+    check_speakers("audio", save_vaes(tmp_path)[1])
+    with pytest.raises(ValueError, match="needs a speaker for each clip, one of anna"):
+        AudioPipeline.decode(SimpleNamespace(vae=vae), torch.zeros(1, 3, 5), torch.tensor([6]))
+
+
+def test_the_condition_ratio_counts_rows_with_another_text_before_the_span(caplog):
+    tasks = [parse_task(name) for name in ("text-image", "image-text", "image", "audio-text-image")]
+    inputs = {"task": torch.tensor([0, 0, 1, 2, 3]), "text": [[1], [2], [1], [1], [1]], "other_text": [[2]] * 5}
+    compared = compared_rows(inputs, tasks, "image")
+    assert compared.tolist() == [1, 0, 0, 0, 1] and not compared_rows(inputs, tasks, "audio").any()
+    config = MegaTransformerConfig(modalities=["text", "image"])
+    state, dataset = SimpleNamespace(global_step=1), SimpleNamespace(tasks=tasks)
+    trainer = SimpleNamespace(config=config, names=["image"], state=state, eval_dataset=dataset)
+    zeros = torch.zeros(5)
+    terms = {f"{task.name}_{kind}": zeros for task in tasks for kind in ("nats", "targets")}
+    terms |= {f"{kind}_targets": zeros for kind in ("begin", "length")} | {"n_bytes": zeros}
+    terms |= {"image_t0.5": zeros + 1, "image_t0.9": torch.tensor([1.0, 5, 5, 5, 3]), "image_tokens": zeros + 1}
+    terms["other_image_t0.9"] = torch.tensor([4.0, 5, 5, 5, 6])
+
+    def summary(rows):
+        return MultimodalStreamTrainer.evaluation_summary(trainer, {**terms, "image_compared": rows})
+
+    assert summary(compared)["condition_ratio_image"] == 2.5
+    without = summary(zeros)
+    assert "condition_ratio_image" not in without and without["image_t0.9"] == pytest.approx(19 / 5)
+    assert "hardly depends" not in caplog.text
+
+
+def test_the_averaged_copy_attends_as_the_trained_model(monkeypatch):
+    trainer = object.__new__(MultimodalStreamTrainer)
+    trainer.model, trainer.ema_model = SimpleNamespace(uses_flex_attention=True), None
+    copy = SimpleNamespace(uses_flex_attention=False)
+
+    def build(self):
+        self.ema_model = copy
+        return copy
+
+    monkeypatch.setattr(MultimodalTrainer, "evaluation_model", build)
+    assert trainer.evaluation_model() is copy and copy.uses_flex_attention

@@ -66,7 +66,7 @@ def test_the_trunk_and_the_rows_of_a_model_of_text_are_taken_over(common, preset
     caplog.set_level("INFO")
     source = text_run(tmp_path, texts, preset, trunk_of(f"multimodal-{preset}"), vocab_size=264)
     flags = ["--init_from", str(source), "--cached_dataset", str(texts), "--sequence_length", "24"]
-    flags += ["--tasks", "text-image", "text-audio", "text", "--freeze", "trunk", "text"]
+    flags += ["--tasks", "text-image", "text-audio", "text", "--freeze", "trunk", "model.embed_tokens", "lm_head"]
     run = train(without_caption_flags(common), "from_text", 2, *flags, "--batch_size", "6", "--learning_rate", "0.1")
     text = load_model(MegaTransformerForCausalLM, source)
     state = load_model(MegaTransformerMultimodal, run.folder).state_dict()
@@ -103,6 +103,11 @@ def test_what_does_not_fit_a_model_of_text_is_refused(texts, train, tmp_path):
     )
     with pytest.raises(ValueError, match=message):
         train(without_caption_flags(SMALL_STREAMS), "other", 1, *flags)
+    same = text_run(tmp_path / "same", texts, "tiny", trunk_of("multimodal-tiny"), vocab_size=264)
+    with pytest.raises(
+        ValueError, match=r"--freeze trunk text with --init_from .*--learning_rates text:0\.01 in place"
+    ):
+        train(without_caption_flags(SMALL_STREAMS), "other", 1, "--init_from", str(same), "--freeze", "trunk", "text")
     with pytest.raises(ValueError, match=r"--caption_vocab_size 280.*tokenizer of .*text, which is another one"):
         train(SMALL_STREAMS, "other", 1, *flags)
     others = make_text(tmp_path / "others", 30, tokenizer="bpe", vocab_size=300)

@@ -100,6 +100,11 @@ WRONG = [
         {**AUDIO, "position_embedding": "learned"},
         "audio_position='text' needs use_rotary_embedding=True and position_",
     ),
+    ({**IMAGE, "position_embedding": "learned"}, "position_embedding='learned' needs modalities=['text']"),
+    (
+        {**AUDIO, "audio_position": "count", "position_embedding": "learned"},
+        "position_embedding='learned' needs modalities=['text']",
+    ),
     ({"text_loss_weight": 0.2}, "text_loss_weight=0.2 has no effect with modalities=['text']"),
     (
         {**AUDIO, "audio_time_sampling": "uniform", "audio_time_mean": 1.0},
@@ -159,6 +164,7 @@ def test_fields_have_sections_of_one_screen():
         {"norm_type": "layernorm", "use_norm_bias": True, "use_pre_ffn_norm": False, "use_post_ffn_norm": True},
         {"rotary_theta": 500000, "rotary_fraction": 0.5, "hidden_dropout": 0, "head_width": 24},
         {"eos_token_id": 0, "bos_token_id": None},
+        {"position_embedding": "learned", "use_rotary_embedding": False},
         {"n_layers": 0, **CORE, "recurrent_exit_criterion": "latent_difference", "recurrent_cache_steps": 1},
         {"modalities": ["text", "audio", "image"], **CORE, "audio_time_shift": 0.03, "null_token_id": 2},
         {**AUDIO, "audio_position": "count", "use_rotary_embedding": False, "audio_guidance_scale": 3},

@@ -162,10 +162,13 @@ class AudioPipeline:
             n_frames: mel frames of each clip, (B,).
             speakers: their names, for a VAE that is conditioned on speakers.
         Returns: (M, F) fp32 on the CPU for each clip.
-        Raises: ValueError: a log-mel that is not finite, or a speaker that the VAE does not know.
+        Raises: ValueError: a log-mel that is not finite, a speaker that the VAE does not know, or none where it needs
+            them.
         """
         known, places = self.vae.config.speakers, None
         if known:
+            if not speakers:
+                raise ValueError(f"the VAE needs a speaker for each clip, one of {', '.join(known)}; none is given")
             unknown = [name for name in speakers if name not in known]
             if unknown:
                 raise ValueError(f"the VAE knows no speaker {unknown[0]!r}{suggest(unknown[0], known)}")

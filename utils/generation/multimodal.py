@@ -21,6 +21,7 @@ from model.multimodal.layout import (
     Part,
     audio_latents,
     audio_tokens,
+    build_stream,
     check_span,
     image_latents,
     image_tokens,
@@ -226,6 +227,12 @@ class MultimodalPipeline:
         return self.audio.vocode(self.mel_of(part)), self.audio.vae.config.sample_rate
 
     # ---- Answers.
+
+    def room(self, prompts: Sequence[Sequence[Part]], n_tokens: int) -> int:
+        """A number of new text tokens, or as many as fit behind the longest prompt, at least 1."""
+        config = self.model.config
+        longest = max((len(build_stream(config, parts, is_open=True)) for parts in prompts), default=0)
+        return max(1, min(n_tokens, config.max_position_embeddings - longest))
 
     def answer(
         self,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from model.multimodal.layout import audio_latents, image_latents
+from model.multimodal.layout import Part, audio_latents, build_stream, image_latents
 from pretrain_multimodal import MultimodalStage
 from tests.helpers.stream_caches import SMALL_STREAMS, make_stream_caches, save_vaes
 from utils.generation.latents import standardized_posterior
@@ -54,6 +54,15 @@ def test_answers_go_by_their_seeds(pipeline):
     said = pipeline.say([pipeline.image_part(images[0]), pipeline.audio_part(mels[0])], max_new_tokens=3)
     assert [type(text) for text in said] == [str, str]
     assert pipeline.text_of(pipeline.text_part(texts[1])) == texts[1]
+
+
+def test_new_tokens_fit_behind_the_longest_prompt(pipeline, monkeypatch):
+    prompts = [[pipeline.text_part("a")], [Part("image", n_tokens=4)]]  # <bos> a, <bos> <image> 4 tokens </image>
+    longest = max(len(build_stream(pipeline.model.config, parts, is_open=True)) for parts in prompts)
+    for limit, expected in ((2048, 20), (longest + 20, 20), (longest + 3, 3), (longest, 1)):
+        monkeypatch.setattr(pipeline.model.config, "max_position_embeddings", limit)
+        assert pipeline.room(prompts, 20) == expected
+    assert longest == 7 and pipeline.room([], 20) == 7
 
 
 def test_other_vaes_are_refused(run, tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor
 from dataset_loading.multimodal import Item
 from model.audio.spectral import check_same_mel
 from utils.checkpoints import chosen_weights, read_stage, resolve_checkpoint
-from utils.evaluation.multimodal.items import Direction, HeldOutItems, directions_of
+from utils.evaluation.multimodal.items import MARGIN, Direction, HeldOutItems, directions_of
 from utils.evaluation.multimodal.outputs import AnswerGenerator, Outputs
 from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments
 from utils.generation.captions import CaptionPipeline
@@ -81,11 +81,17 @@ class Beside:
         """
         source, target = direction
         if self.stage == "multimodal":
+            # Its own modalities, and texts in tokens of its own.
+            names = pipeline.model.config.modalities
+            longest = max(len(pipeline.text_part(item.text).ids) for item in items.items)
             generator = AnswerGenerator(
                 pipeline,
                 batch_size=self.generator.batch_size,
-                sampling=self.generator.sampling,
-                max_new_tokens=self.generator.max_new_tokens,
+                sampling={
+                    option: {name: value for name, value in values.items() if name in names}
+                    for option, values in self.generator.sampling.items()
+                },
+                max_new_tokens=longest + MARGIN,
                 seed=self.generator.seed,
                 bf16=self.generator.bf16,
             )

@@ -24,7 +24,7 @@ from utils.evaluation.multimodal.arguments import MultimodalEvaluationArguments
 from utils.evaluation.multimodal.beside import Beside
 from utils.evaluation.multimodal.directions import DirectionMeter, Judges
 from utils.evaluation.multimodal.examples import Examples
-from utils.evaluation.multimodal.items import HeldOutItems, directions_of, having
+from utils.evaluation.multimodal.items import MARGIN, HeldOutItems, directions_of, having
 from utils.evaluation.multimodal.judges import ImageJudge, Scores, SpeechJudge
 from utils.evaluation.multimodal.losses import TeacherForcing
 from utils.evaluation.multimodal.outputs import AnswerGenerator
@@ -37,7 +37,6 @@ from utils.metrics.latent_readers import LatentReader, labels_of, saved_reader
 logger = logging.getLogger(__name__)
 
 CACHES = {"image": ImageLatentDataset, "audio": AudioLatentDataset}
-MARGIN = 8  # Text tokens that an answer may be longer than the longest text.
 
 
 class MultimodalEvaluator(Evaluator):
@@ -130,7 +129,7 @@ class MultimodalEvaluator(Evaluator):
             }
             for part in ("train", split)
         )
-        self.items = HeldOutItems(held_out)
+        self.items = HeldOutItems(held_out, self.pipeline.model.config)
         texts = [self.pipeline.text_part(item.text) for item in self.items.items]
         self.longest = max(len(part.ids) for part in texts)
         self.beside = [Beside(path, self.generator, self.record) for path in self.args.beside]

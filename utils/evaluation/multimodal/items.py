@@ -3,6 +3,7 @@
 m tokens of a span, W values of a token.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,8 +14,13 @@ from torch.utils.data import Dataset
 from dataset_loading.files import fingerprint_of_bytes
 from dataset_loading.multimodal import Caches, Item, join_items, parse_task
 from model.multimodal.layout import SPANS, Modality, Part, audio_tokens, check_span, image_tokens
+from utils.configuration import MegaTransformerConfig
 from utils.generation.multimodal import MultimodalPipeline
 from utils.seeds import seed_of
+
+logger = logging.getLogger(__name__)
+
+MARGIN = 8  # Text tokens that an answer may be longer than the longest text.
 
 
 class Direction(NamedTuple):
@@ -50,15 +56,16 @@ class HeldOutItems(Dataset):
 
     Args:
         caches: `image`, `audio` or both, of the held-out split.
+        config: of the model; clips that are longer than it takes are left out, with a warning.
     Attributes: items, entries (`key`, `caption`), fingerprint.
     Raises: ValueError: no item has a text.
     """
 
-    def __init__(self, caches: Caches):
+    def __init__(self, caches: Caches, config: MegaTransformerConfig):
         self.caches = caches
         self.fingerprint = fingerprint_of_bytes([cache.fingerprint.encode() for cache in caches.values()])
         best: dict[str, Item] = {}
-        for item in join_items(caches):
+        for item in without_long_clips(join_items(caches), caches, config):
             if item.text and len(item.places) > len(best[item.text].places if item.text in best else ()):
                 best[item.text] = item
         if not best:
@@ -103,6 +110,21 @@ class HeldOutItems(Dataset):
 def span_part(name: Modality, latents: Tensor, patch: int) -> Part:
     """Latents (Z, y, x) or (L, Z) as a part of a stream."""
     return Part(name, latents=(image_tokens if name == "image" else audio_tokens)(latents, patch))
+
+
+def without_long_clips(items: list[Item], caches: Caches, config: MegaTransformerConfig) -> list[Item]:
+    """The items, without the audio that is longer than a model takes, as in training; warns of it."""
+    limit, left_out = config.audio_max_tokens * config.audio_encoder_patch_size, []
+    for item in items:
+        if "audio" in item.places and caches["audio"].entries[item.places["audio"]]["length"] > limit:
+            del item.places["audio"]
+            left_out.append(item.key)
+    if left_out:
+        logger.warning(
+            "%d clips in %s are longer than audio_max_tokens=%d and are left out, the first: %s",
+            *(len(left_out), caches["audio"].folder, config.audio_max_tokens, left_out[0]),
+        )
+    return items
 
 
 def having(items: Sequence[Item], *names: Modality | None) -> list[Item]:

@@ -169,13 +169,15 @@ class TeacherForcing:
             n_bytes: of all texts.
         Returns: for text `bits_per_byte`, `token_accuracy` and `other_bits_per_byte`; for spans `error_t0.5` and so
             on, `other_error_t0.5`, and their quotient `ratio_t0.5`; with a core `steps`, its mean steps by modality.
+            Without another item those of other conditions are left out.
         """
         source, target = direction
         streams = [[part] for part in parts[target]]
         changed = []
         if source:
             streams = [list(pair) for pair in zip(parts[source], parts[target])]
-            changed = [list(pair) for pair in zip(others(parts[source]), parts[target])]
+            if len(streams) > 1:
+                changed = [list(pair) for pair in zip(others(parts[source]), parts[target])]
         row: dict[str, Any] = {}
         for time in (0.0,) if target == "text" else TIMES:
             losses = self.losses(streams, keys, time=time, **thinking)
@@ -183,11 +185,12 @@ class TeacherForcing:
             if target == "text":
                 row["bits_per_byte"] = losses.nats / math.log(2) / n_bytes
                 row["token_accuracy"] = losses.hits / losses.targets
-                row["other_bits_per_byte"] = other and other.nats / math.log(2) / n_bytes
+                row |= {"other_bits_per_byte": other.nats / math.log(2) / n_bytes} if other else {}
             else:
                 row[f"error_t{time}"] = losses.errors / losses.tokens
-                row[f"other_error_t{time}"] = other and other.errors / other.tokens
-                row[f"ratio_t{time}"] = other and other.errors / losses.errors
+                if other:
+                    row[f"other_error_t{time}"] = other.errors / other.tokens
+                    row[f"ratio_t{time}"] = other.errors / losses.errors
             if losses.steps and losses.counts:
                 row["steps"] = {name: losses.steps[name] / count for name, count in losses.counts.items() if count}
         return row

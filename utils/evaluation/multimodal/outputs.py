@@ -44,7 +44,7 @@ class AnswerGenerator:
         pipeline: of the model.
         batch_size: prompts at once.
         sampling: options of `Sampling` for images and audio, modality -> value.
-        max_new_tokens: maximum number of text tokens of an answer.
+        max_new_tokens: maximum number of text tokens of an answer; fewer where a prompt leaves less room.
         n_thinking_steps: steps of the core; default: the model's.
     """
 
@@ -70,7 +70,8 @@ class AnswerGenerator:
 
     def answers(self, prompts: Sequence[Part | None], keys: Sequence[str], target: Modality) -> list[Part | None]:
         """The first part of each answer that is of a modality; a prompt of None is empty."""
-        options = {**self.sampling, "max_new_tokens": self.max_new_tokens, "n_thinking_steps": self.n_thinking_steps}
+        n_new = self.pipeline.room([[prompt] if prompt else [] for prompt in prompts], self.max_new_tokens)
+        options = {**self.sampling, "max_new_tokens": n_new, "n_thinking_steps": self.n_thinking_steps}
         sampling = Sampling(None if target == "text" else target, [target], **options)
         parts: list[Part | None] = []
         for start in range(0, len(prompts), self.batch_size):

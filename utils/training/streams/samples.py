@@ -17,7 +17,7 @@ from utils.drawing.images import Group
 from utils.drawing.masks import LEGEND, mask_image
 from utils.drawing.playback import add_audio
 from utils.evaluation.multimodal.examples import Examples
-from utils.evaluation.multimodal.items import HeldOutItems, having
+from utils.evaluation.multimodal.items import MARGIN, HeldOutItems, having
 from utils.evaluation.multimodal.losses import TIMES, stream_losses
 from utils.generation.audio_diffusion import load_matching_vocoder
 from utils.generation.multimodal import MultimodalPipeline
@@ -26,7 +26,6 @@ from utils.training.multimodal import as_markdown
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 8  # Text tokens that an answer may be longer than the longest text.
 MAX_MASK = 384  # Tokens of the longest stream whose mask is drawn.
 
 
@@ -64,7 +63,7 @@ class StreamSamplesCallback(EvaluationCallback):
     @cached_property
     def items(self) -> HeldOutItems:
         """The validation items, one of each text."""
-        return HeldOutItems(self.trainer.eval_dataset.caches)
+        return HeldOutItems(self.trainer.eval_dataset.caches, self.trainer.config)
 
     def chosen(self, task: Task) -> list[Item]:
         """The items of a task."""
@@ -95,7 +94,7 @@ class StreamSamplesCallback(EvaluationCallback):
         sampling = Sampling(
             rest[0] if rest[0] in SPANS else None,
             list(dict.fromkeys(rest)),
-            max_new_tokens=longest + MARGIN,
+            max_new_tokens=pipeline.room(prompts, longest + MARGIN),
             max_spans=sum(name in SPANS for name in rest),
             temperature=0.0 if first else 1.0,  # Without a prompt the most probable text is always the same.
         )

@@ -23,10 +23,10 @@ from dataset_loading.text.tokenizers import (
     vocabulary_size,
 )
 from dataset_loading.text.windows import TextDataset
-from model.audio.vae import AudioVAE
+from model.audio.vae import AudioVAE, AudioVAEConfig
 from model.multimodal import MegaTransformerMultimodal
 from model.presets import MULTIMODAL
-from utils.checkpoints import read_stage, resolve_checkpoint
+from utils.checkpoints import load_config, read_stage, resolve_checkpoint
 from utils.configuration import MegaTransformerConfig
 from utils.distributed import launched_rank
 from utils.generation.latents import Media, find_vae, load_vae, pin_vae
@@ -169,11 +169,13 @@ class MultimodalStreamStage(Stage):
         for path in filter(None, (self.args.init_from, self.find_checkpoint())):
             self.check_checkpoint(path)
         for name in self.names:  # A VAE that is named must be that of the latents.
-            self.vae_checkpoint(name)
+            check_speakers(name, self.vae_checkpoint(name))
         config = self.fit(super().build_config())
         check_core_flags(self.args, config)
         if self.starts_from_text:
             check_trunk(config, self.args.init_from)
+            if self.resumption is None:
+                check_frozen_text(self.args)
         check_flex_attention(self.args, config)
         return config
 
@@ -308,6 +310,25 @@ def check_flags(args: Any, has_texts: bool) -> None:
         )
 
 
+def check_frozen_text(args: Any) -> None:
+    """Raises: ValueError: the rows of further tokens, which a model of text does not have, would stay random."""
+    if "text" in args.freeze:
+        raise ValueError(
+            f"--freeze {' '.join(args.freeze)} with --init_from {args.init_from}, a model of text: the embeddings of "
+            "tokens that it does not have (<null>, begin and end of images and audio, lengths) would stay random; "
+            "give --learning_rates text:0.01 in place of --freeze text"
+        )
+
+
+def check_speakers(name: Media, checkpoint: Path) -> None:
+    """Raises: ValueError: an audio VAE decodes for a speaker, which this model does not know; names its folder."""
+    if name == "audio" and load_config(AudioVAEConfig, checkpoint).speakers:
+        raise ValueError(
+            f"the audio VAE at {checkpoint} was trained with --use_speakers and decodes nothing without a speaker, "
+            "which this model does not know; use latents of a VAE without --use_speakers"
+        )
+
+
 def check_flex_attention(args: Any, config: MegaTransformerConfig) -> None:
     """Raises: ValueError: FlexAttention is asked for without a GPU, or for a model with what it lacks."""
     if not args.flex_attention:
@@ -339,10 +360,12 @@ def token_fields(
 
 def channel_scales(vae: Any) -> Tensor:
     """How much each standardised latent channel carries of what is decoded, (Z,): its std in the VAE's units, for
-    audio times the norm of the decoder's linear path in units of the log-mel."""
+    audio times the norm of the decoder's linear path in units of the log-mel. With latent rows (Z n_rows,)."""
     scales: Tensor = vae.latent_std.float()
-    if not isinstance(vae, AudioVAE) or vae.config.architecture != "conv1d":
+    if not isinstance(vae, AudioVAE):
         return scales
+    if vae.config.architecture != "conv1d":
+        return scales.repeat_interleave(vae.config.n_rows)
     # Rows of the weight are mel bins times frames of a patch.
     units = vae.band_std.repeat_interleave(vae.config.patch_frames)
     weight: Any = vae.decoder.code.weight

@@ -4,13 +4,13 @@ B rows, n spans of latents, N copies of spans in streams, m tokens, W latent val
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dataset_loading.multimodal import MultimodalDataset
+from dataset_loading.multimodal import MultimodalDataset, Task
 from dataset_loading.text.windows import bits_per_byte
 from model.dropout import has_dropout
 from model.multimodal.layout import Part, Stream, build_stream, join_streams, target_kinds
@@ -239,6 +239,13 @@ class MultimodalStreamTrainer(MultimodalTrainer):
 
     # ---- Evaluation.
 
+    def evaluation_model(self):
+        """As for all stages; a copy attends as the trained model does."""
+        model = super().evaluation_model()
+        if self.ema_model is not None:
+            self.ema_model.uses_flex_attention = self.model.uses_flex_attention
+        return model
+
     def evaluation_terms(self, model, inputs):
         """Per row: nats, hits and targets of text by task; squared errors of flows at two times, with the row's text
         and with that of another item, and their numbers of tokens. Noise is a function of the row alone."""
@@ -265,6 +272,8 @@ class MultimodalStreamTrainer(MultimodalTrainer):
                         spans = targets[name][1]
                         counts = counts.index_add(0, spans.rows, spans.lengths.float())
                     terms[f"{name}_tokens"] = counts
+        for name in self.names:
+            terms[f"{name}_compared"] = compared_rows(inputs, tasks, name).to(self.args.device)
         return terms
 
     def evaluated(self, inputs: dict, name: str, time: float) -> dict[str, Tensor]:
@@ -280,7 +289,8 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         """Losses over the validation set. `<task>_nats` and `<task>_accuracy` per text target,
         `begin_nats` per token that begins a span; `text_bits_per_byte` of windows of text;
         `image_t0.9` a flow's squared error at a time; `condition_ratio_image` that with another item's text over that
-        with the true one at the last time: about 1 where text is ignored. `loss` is the weighted sum of training, with
+        with the true one at the last time, of rows that have another text before the image: about 1 where text is
+        ignored; without such rows it is left out. `loss` is the weighted sum of training, with
         equal weights of channels and times."""
         sums = {name: values.double().sum().item() for name, values in terms.items()}
         config, summary, loss = self.config, {}, 0.0
@@ -304,14 +314,27 @@ class MultimodalStreamTrainer(MultimodalTrainer):
             errors = [sums[f"{name}_t{time}"] / n for time in EVALUATED_TIMES]
             summary |= {f"{name}_t{time}": error for time, error in zip(EVALUATED_TIMES, errors)}
             loss += getattr(config, f"{name}_loss_weight") * sum(errors) / len(errors)
-            last = f"{name}_t{EVALUATED_TIMES[-1]}"
-            ratio = summary[f"condition_ratio_{name}"] = sums[f"other_{last}"] / sums[last]
+            if not sums[f"{name}_compared"]:
+                continue
+            last, is_compared = f"{name}_t{EVALUATED_TIMES[-1]}", terms[f"{name}_compared"].bool()
+            other, own = (terms[kind][is_compared].double().sum().item() for kind in (f"other_{last}", last))
+            ratio = summary[f"condition_ratio_{name}"] = other / own
             if ratio < LOWEST_RATIO and self.state.global_step:
                 logger.warning(
                     "condition_ratio_%s=%.2f at step %d: the %s hardly depends on its text",
                     *(name, ratio, self.state.global_step, name),
                 )
         return {**summary, "loss": loss}
+
+
+def compared_rows(inputs: Mapping[str, Any], tasks: Sequence[Task], name: str) -> Tensor:
+    """Rows (B,) whose modality follows a text that another item's differs from: 1, others 0."""
+    rows = []
+    for row, number in enumerate(inputs["task"].tolist()):
+        modalities = tasks[number].modalities
+        follows = name in modalities and "text" in modalities[: modalities.index(name)]
+        rows.append(float(follows and inputs["text"][row] != inputs["other_text"][row]))
+    return torch.tensor(rows)
 
 
 def value_weights(config, modality: str, weights: Tensor) -> Tensor:

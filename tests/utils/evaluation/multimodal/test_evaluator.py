@@ -1,9 +1,11 @@
 """evaluate.py on a small multimodal run: numbers against their definitions, controls, models beside it, refusals."""
 
+import contextlib
 import json
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import evaluate
 from dataset_loading.audio.latents import AudioLatentDataset
 from dataset_loading.embedded.scenes import caption_factors, list_scenes
 from dataset_loading.image.latents import ImageLatentDataset
-from dataset_loading.multimodal import join_items
+from dataset_loading.multimodal import Item, join_items
 from model.audio.diffusion import AudioDiffusion
 from model.multimodal.layout import Part, audio_tokens
 from pretrain_multimodal import MultimodalStage
@@ -24,9 +26,11 @@ from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.runs import changed
 from tests.helpers.stream_caches import SMALL_RECURRENT, make_stream_caches
 from utils.checkpoints import STAGE, mark_complete, provenance, write_json
+from utils.configuration import MegaTransformerConfig
+from utils.evaluation.multimodal import beside
 from utils.evaluation.multimodal.items import Direction, HeldOutItems, directions_of, others
 from utils.evaluation.multimodal.judges import length_scores, text_scores
-from utils.evaluation.multimodal.losses import stream_losses
+from utils.evaluation.multimodal.losses import TeacherForcing, stream_losses
 from utils.generation.audio_diffusion import fit_to_audio_latents
 from utils.generation.multimodal import MultimodalPipeline
 
@@ -145,6 +149,36 @@ def test_losses_of_streams_do_not_depend_on_those_beside_them(run):
     assert together.errors / together.tokens == pytest.approx(2, rel=0.2)
 
 
+def test_one_item_has_no_other_condition(run):
+    pipeline = MultimodalPipeline.load(run)
+    forcing = TeacherForcing(pipeline.model, batch_size=2, autocast=contextlib.nullcontext, seed=0)
+    clip = Part("audio", latents=torch.randn(3, 20, generator=torch.Generator().manual_seed(1)))
+    parts = {"text": [pipeline.text_part("a large fox on red")] * 2, "audio": [clip] * 2}
+    one = {name: rows[:1] for name, rows in parts.items()}
+    with torch.no_grad():
+        for direction in (Direction("text", "audio"), Direction("audio", "text")):
+            both = forcing.scores(direction, parts, keys=["a", "b"], n_bytes=36)
+            alone = forcing.scores(direction, one, keys=["a"], n_bytes=18)
+            left_out = {name for name in both if name.startswith(("other_", "ratio_"))}
+            assert left_out and set(both) - set(alone) == left_out
+
+
+def test_a_multimodal_run_beside_has_options_of_its_modalities_and_its_own_tokens(monkeypatch):
+    given = {}
+    stub = SimpleNamespace(texts=lambda prompts, keys: [])
+    monkeypatch.setattr(beside, "AnswerGenerator", lambda pipeline, **options: given.update(options) or stub)
+    model = object.__new__(beside.Beside)
+    model.stage, sampling = "multimodal", {"n_steps": {"image": 3, "audio": 4}, "sampler": {"audio": "heun"}}
+    model.generator = SimpleNamespace(batch_size=2, sampling=sampling, max_new_tokens=99, seed=0, bf16=False)
+    pipeline = SimpleNamespace(
+        model=SimpleNamespace(config=MegaTransformerConfig(modalities=["text", "image"])),
+        text_part=lambda text: Part("text", ids=text.split()),
+    )
+    items = SimpleNamespace(items=[Item("a", "a red bear"), Item("b", "a bear")], part=lambda *_: None)
+    model.outputs(Direction("image", "text"), items, items.items, pipeline=pipeline, keys=["a", "b"])
+    assert given["sampling"] == {"n_steps": {"image": 3}, "sampler": {}} and given["max_new_tokens"] == 3 + 8
+
+
 def test_files_and_tensorboard(report, run):
     sheet = Image.open(run / "contact_sheet_text-image.png")
     assert sheet.width > sheet.height  # A real and two generated images.
@@ -233,9 +267,20 @@ def test_one_item_of_each_text_which_has_the_most_modalities(caches):
     for cache in folders.values():
         for entry in cache.entries:
             entry["caption"] = entry["caption"].split(" on ")[0]
-    items, everything = HeldOutItems(folders), join_items(folders)
+    items, everything = HeldOutItems(folders, MegaTransformerConfig()), join_items(folders)
     assert {item.text for item in items} == {item.text for item in everything}
     assert len(items) < len(everything)
     for item in items:
         same = [len(other.places) for other in everything if other.text == item.text]
         assert len(item.places) == max(same)
+
+
+def test_clips_that_are_too_long_for_the_model_are_left_out(caches, caplog):
+    folders: dict = {"image": ImageLatentDataset(caches[1], "train"), "audio": AudioLatentDataset(caches[3], "train")}
+    lengths = {entry["caption"]: entry["length"] for entry in folders["audio"].entries}
+    # 4 latent frames a token: 3 tokens are clips of up to 12 frames, of 9 to 13.
+    config = MegaTransformerConfig(modalities=["text", "audio"], audio_max_tokens=3, audio_encoder_patch_size=4)
+    kept = {item.text for item in HeldOutItems(folders, config) if "audio" in item.places}
+    assert kept == {text for text, length in lengths.items() if length <= 12} != set(lengths)
+    n_long = sum(length > 12 for length in lengths.values())
+    assert caplog.text.count("longer than audio_max_tokens=3") == 1 and f"{n_long} clips in" in caplog.text
