@@ -9,6 +9,9 @@ tables of their own form. `docs/data.md` draws each.
     anywhere.wav                          NeMo: lines with audio_filepath; Whisper: lines with audio.path and sentence
 """
 
+import itertools
+import json
+import logging
 import os
 import re
 import unicodedata
@@ -16,7 +19,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from dataset_loading.tables import FILE_COLUMNS, read_table, read_text
+from dataset_loading.tables import FILE_COLUMNS, iterate_table, read_table, read_text
+
+logger = logging.getLogger(__name__)
 
 SIDECARS = (".txt", ".caption", ".lab", ".normalized.txt")  # The first that is there counts.
 TRANSCRIPTS = ".trans.txt"  # LibriSpeech: one such file per folder.
@@ -42,6 +47,24 @@ def read_records(index: Path, kind: str) -> list[dict[str, Any]]:
         if isinstance(row.get(kind), dict):  # Whisper: {"audio": {"path": ...}}.
             row[kind] = row[kind].get("path")
     return rows
+
+
+def lists_files(index: Path, kind: str) -> bool:
+    """Whether a table is an index of files: one of its first rows has a column of them. Tables that cannot be read are
+    taken for one, so that their mistake is named; JSON objects, such as COCO's, are none."""
+    try:
+        if read_ljspeech(index):
+            return True
+        rows = [row for _, row in itertools.islice(iterate_table(index), 1000)]
+        if rows and isinstance(rows[0], ValueError):
+            lists = index.suffix.lower() != ".json" or not isinstance(json.loads(read_text(index)), dict)
+        else:
+            lists = not rows or any({*FILE_COLUMNS, kind}.intersection(row) for row in rows if isinstance(row, dict))
+    except (OSError, ValueError, RecursionError):
+        return True
+    if not lists:
+        logger.warning("%s is passed over: it has no column 'file_name' or %r, and is no index of files", index, kind)
+    return lists
 
 
 def read_ljspeech(index: Path) -> list[dict[str, Any]]:

@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, TypeGuard
 
 import fsspec
 
-from dataset_loading.layouts import SideTexts, find_file, read_records, without_second_microphone
+from dataset_loading.layouts import SideTexts, find_file, lists_files, read_records, without_second_microphone
 from dataset_loading.left_out import LeftOut, survey_folder
 from dataset_loading.splits import SPLIT_NAMES, group_by_split, held_out_folders, is_held_out, split_of_name
 from dataset_loading.walking import is_outside, regular_state, walk
@@ -121,7 +121,7 @@ def open_source(
     # A layout of ours; other folders may still be what the datasets package knows.
     if path.exists():
         regular_state(path)
-        splits = find_splits(path, suffixes)
+        splits = find_splits(path, suffixes, kind)
         if splits:
             return open_local(path, splits, split, kind=kind, suffixes=suffixes, allow_outside=allow_outside)
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in INDEX_SUFFIXES:
@@ -129,8 +129,10 @@ def open_source(
     return open_with_datasets(name, split, kind, media=media, config=config)
 
 
-def find_splits(path: Path, suffixes: Collection[str]) -> dict[str, Path]:
+def find_splits(path: Path, suffixes: Collection[str], kind: str = "") -> dict[str, Path]:
     """Splits of a local layout with the folder or index file of each; empty where the layout is none of ours.
+
+    Args: kind: of the files that tables must name to count as an index; `""` for tables that hold the samples.
 
     Raises: ValueError: there are files of that kind next to the splits' folders.
     """
@@ -141,7 +143,7 @@ def find_splits(path: Path, suffixes: Collection[str]) -> dict[str, Path]:
     for child in sorted(path.iterdir()):
         is_index = child.suffix.lower() in SPLIT_INDEX_SUFFIXES and child.is_file()
         split = split_of_name(child.stem) if is_index else SPLIT_NAMES.get(child.name.lower())
-        if split and (child.is_dir() or is_index):
+        if split and (child.is_dir() or (is_index and (not kind or lists_files(child, kind)))):
             splits.setdefault(split, child)
         elif child.is_dir() and not child.name.startswith(".") and next(walk(child, suffixes), None):
             others.append(child.name)
@@ -161,7 +163,7 @@ def find_splits(path: Path, suffixes: Collection[str]) -> dict[str, Path]:
         splits.setdefault(name, child)
     splits = splits or {"train": path}
     has_files = any(root.is_file() or next(walk(root, suffixes), None) for root in splits.values())
-    return splits if has_files or find_index(path) else {}
+    return splits if has_files or find_index(path, kind) else {}
 
 
 def has_own(folder: Path, suffixes: Collection[str]) -> bool:
@@ -169,10 +171,11 @@ def has_own(folder: Path, suffixes: Collection[str]) -> bool:
     return next(walk(folder, suffixes, enters=lambda below: False), None) is not None
 
 
-def find_index(folder: Path) -> Path | None:
-    """The metadata file of a folder."""
+def find_index(folder: Path, kind: str) -> Path | None:
+    """The metadata file of a folder, the first in the order of `INDEX_SUFFIXES` that is an index of files."""
     files = {file.name.lower(): file for file in folder.iterdir() if file.is_file()}
-    return next((files[name] for suffix in INDEX_SUFFIXES if (name := f"metadata{suffix}") in files), None)
+    candidates = (files[name] for suffix in INDEX_SUFFIXES if (name := f"metadata{suffix}") in files)
+    return next((file for file in candidates if not kind or lists_files(file, kind)), None)
 
 
 def open_local(
@@ -192,7 +195,8 @@ def open_local(
         rows, left_out = read_folder(path, kind, suffixes)
         groups = group_by_split([relative_path(row, kind, path) for row in rows], are_media=True)
     split = choose_split(str(path), split, list(groups or splits))
-    root, shared_index = splits.get(split, path), find_index(path) if path.is_dir() else None
+    root = splits.get(split, path)
+    shared_index = find_index(path, kind) if path.is_dir() and root != path else None
     is_own_index = (
         root.is_file()
     )  # It decides what belongs to the split, whatever the folders of its files are called.
@@ -203,7 +207,7 @@ def open_local(
     elif is_own_index:
         shards = shards_of(root, split) if path.is_dir() else [root]
         rows, root = [row for shard in shards for row in read_metadata(shard, kind)], root.parent
-    elif root != path and shared_index:
+    elif shared_index:
         rows = [row for row in read_metadata(shared_index, kind) if row[kind]["path"]]
         rows = [row for row in rows if Path(row[kind]["path"]).is_relative_to(root)]
         left_out = survey_folder(root, used=[row[kind]["path"] for row in rows], suffixes=suffixes)
@@ -289,11 +293,9 @@ def choose_split(name: str, split: str, known: list[str]) -> str:
 def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[list[dict[str, Any]], LeftOut]:
     """Rows of a folder's metadata files, or of its files where there is no metadata; and what is left out."""
     files = list(walk(folder, suffixes))
-    # Metadata files by their folder; of several in one folder the first in order of name counts.
-    indices: dict[Path, Path] = {}
-    for file in walk(folder, INDEX_SUFFIXES):
-        if file.stem.lower() == "metadata":
-            indices.setdefault(file.parent, file)
+    # Metadata files by their folder.
+    folders = dict.fromkeys(file.parent for file in walk(folder, INDEX_SUFFIXES) if file.stem.lower() == "metadata")
+    indices = {parent: index for parent in folders if (index := find_index(parent, kind))}
     if indices:
         rows = [row for index in indices.values() for row in read_metadata(index, kind)]
         listed = {row[kind]["path"] for row in rows if row[kind]["path"]}

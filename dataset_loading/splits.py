@@ -1,9 +1,10 @@
 """Which split a file belongs to, by the names of its folders and by its own, as the `datasets` package does.
 
     train/a.txt  val2017/b.png  en/test/c.wav                       a folder named like a split, at any depth
-    train.txt  valid.txt  train-00000-of-00002.parquet              a table or text that is named so
+    train.txt  valid.txt  train-00000-of-00002.parquet              a table or .txt that is named so
     wiki.train.txt  dev-clean/1.flac  en_test_2.csv  test_17.png    where all files name a split, one of them training
 
+Names of code and documents (`train.py`, `evaluation.md`) say nothing; their folders do.
 Names that merely contain a split's, such as `test-drive.png`, say nothing where other files are named otherwise.
 """
 
@@ -24,6 +25,7 @@ HELD_OUT = ("validation", "test")
 KEYWORD = "|".join(sorted(SPLIT_NAMES, key=len, reverse=True))
 ALONE = re.compile(rf"({KEYWORD})(?:[-._ \d]|of)*", re.IGNORECASE)  # But for numbers of shards, or a year.
 ENDINGS = re.compile(r"(\.(txt|md|rst|py|jsonl?|csv|tsv|parquet))?\.(gz|bz2|xz|zst|zip)$|\.[^.]*$", re.IGNORECASE)
+DOCUMENTS = re.compile(r"\.(md|rst|py)(\.(gz|bz2|xz|zst|zip))?$", re.IGNORECASE)  # Their own names say no split.
 AMONG = re.compile(rf"(?:.*[-._ \d])?({KEYWORD})(?:[-._ \d].*)?", re.IGNORECASE)
 
 
@@ -50,14 +52,16 @@ def split_of_folders(path: str) -> str:
 def group_by_split(paths: Sequence[str], *, are_media: bool) -> dict[str, list[int]]:
     """Which files belong to which split.
 
-    Files that no name assigns are training files where no other ones are, and left out with a warning otherwise.
+    Files that no name assigns are training files where no other ones are, and left out with a warning otherwise. Where
+    they outnumber those that their own names assign, the names tell nothing.
 
     Args:
         paths: relative to the folder of the dataset, with slashes.
         are_media: images or recordings, whose own names count only where all of them name a split.
     Returns: indices of `paths` by split; {} where the names tell no splits apart.
     """
-    stems = [ENDINGS.sub("", path.rpartition("/")[2]) for path in paths]
+    names = [path.rpartition("/")[2] for path in paths]
+    stems = ["" if not are_media and DOCUMENTS.search(name) else ENDINGS.sub("", name) for name in names]
     splits = [split_of_folders(path) or ("" if are_media else split_of_name(stem)) for path, stem in zip(paths, stems)]
     # Words of names, where all of them name a split, and some are for training.
     words = []
@@ -69,6 +73,10 @@ def group_by_split(paths: Sequence[str], *, are_media: bool) -> dict[str, list[i
         splits = words
     # Files of one held-out split alone are not mixed with others.
     if not set(splits) & set(HELD_OUT) or len(set(splits)) == 1:
+        return {}
+    if "train" in splits and 2 * splits.count("") > len(splits) and not any(map(split_of_folders, paths)):
+        named = next(path for path, split in zip(paths, splits) if split)
+        logger.warning("all %d files are taken together: few name a split, such as %s", len(paths), named)
         return {}
     if "train" not in splits:
         splits = [split or "train" for split in splits]

@@ -125,7 +125,6 @@ def test_wrong_folders_say_what_is_there(tmp_path, image, files, split, error, m
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("metadata.csv", "place,text\na.png,A\n", "row 1 has no 'file_name'; its columns: place, text"),
         ("metadata.csv", "file_name,text\na.png,A\n,B\n", "row 2 has no 'file_name'"),
         ("metadata.jsonl", '{"file_name": "a.png"}\n{"file', "line 2 is not JSON"),
     ],
@@ -209,3 +208,32 @@ def test_metadata_in_capitals_and_names_that_no_system_takes(tmp_path, image):
     image("a.png")
     (tmp_path / "METADATA.CSV").write_text(f"file_name,text\na.png,A\n{'b' * 3000}.png,B\n")
     assert [text for _, text in names_and("text", open_images(tmp_path))] == ["A", "B"]
+
+
+def test_a_named_table_without_a_column_of_files_is_refused(tmp_path):
+    (tmp_path / "metadata.csv").write_text("place,text\na.png,A\n")
+    with pytest.raises(ValueError, match=r"metadata\.csv: row 1 has no 'file_name'; its columns: place, text"):
+        open_images(tmp_path / "metadata.csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("train.json", '{"images": [{"file_name": "a.png"}], "annotations": []}'),
+        ("train.json", '{\n  "images": [],\n  "annotations": []\n}\n'),
+        ("metadata.json", '{\n  "licence": "CC0"\n}\n'),
+        ("test.csv", "id,prob\n1,0.5\n"),
+    ],
+)
+def test_tables_that_name_no_files_are_passed_over(tmp_path, image, caplog, name, text):
+    image("cats/a.png")
+    (tmp_path / name).write_text(text)
+    assert names_and("label", open_images(tmp_path)) == [("cats/a.png", "cats")]
+    assert f"{name} is passed over" in caplog.text
+
+
+def test_of_several_metadata_files_the_first_ending_counts(tmp_path, image):
+    image("a.png")
+    (tmp_path / "metadata.json").write_text('[{"file_name": "a.png", "text": "json"}]')
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "jsonl"}')
+    assert names_and("text", open_images(tmp_path)) == [("a.png", "jsonl")]

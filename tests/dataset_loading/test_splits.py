@@ -50,6 +50,22 @@ def test_files_that_name_no_split_beside_others_are_left_out_and_named(caplog):
     assert "1 files are left out" in caplog.text and "vocabulary.txt" in caplog.text
 
 
+def test_names_of_code_and_documents_say_nothing(tmp_path):
+    assert splits("train.py", "test.py", "model.py") == splits("training.md", "evaluation.md.gz") == {}
+    assert splits("train/test.py", "test/train.py") == {"train": ["train/test.py"], "test": ["test/train.py"]}
+    for name in ("train.py", "test.py", "training.md", "evaluation.md", "model.py"):
+        (tmp_path / name).write_text(name)
+    assert len(list(open_text(str(tmp_path)).read())) == 5
+
+
+def test_a_few_names_do_not_leave_out_the_files_that_outnumber_them(caplog):
+    assert splits("train.txt", "test.txt", "a.txt", "b.txt", "c.txt") == {}
+    assert "all 5 files are taken together" in caplog.text
+    assert splits("train.txt", "test.txt", "a.txt", "b.txt") == {"train": ["train.txt"], "test": ["test.txt"]}
+    in_folders = splits("en/train/1.txt", "en/test/1.txt", "en/a.txt", "en/b.txt", "en/c.txt")
+    assert in_folders == {"train": ["en/train/1.txt"], "test": ["en/test/1.txt"]}
+
+
 def test_names_of_media_count_only_where_all_name_a_split():
     assert splits("train_1.png", "test_1.png", are_media=True) == {"train": ["train_1.png"], "test": ["test_1.png"]}
     assert splits("train_1.png", "test_1.png", "cat.png", are_media=True) == {}
