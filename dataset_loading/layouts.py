@@ -51,7 +51,10 @@ def read_records(index: Path, kind: str) -> list[dict[str, Any]]:
 
 def lists_files(index: Path, kind: str) -> bool:
     """Whether a table is an index of files: one of its first rows has a column of them. Tables that cannot be read are
-    taken for one, so that their mistake is named; JSON objects, such as COCO's, are none."""
+    taken for one, so that their mistake is named, and so are those called metadata; JSON objects, such as COCO's, are
+    none."""
+    if index.stem.lower() == "metadata" and index.suffix.lower() != ".json":
+        return True
     try:
         if read_ljspeech(index):
             return True

@@ -243,9 +243,9 @@ def shards_of(index: Path, split: str) -> list[Path]:
 
 
 def without_held_out(rows: list[dict[str, Any]], kind: str, root: Path) -> list[dict[str, Any]]:
-    """Training rows without those whose files lie in a folder that is named like another split, unless all do."""
+    """Training rows without those whose files lie in a folder that is named like another split."""
     paths = [relative_path(row, kind, root) for row in rows]
-    training = [row for row, path in zip(rows, paths) if not is_held_out(path)] or rows
+    training = [row for row, path in zip(rows, paths) if not is_held_out(path)]
     if len(training) < len(rows):
         logger.warning(
             "%d files under %s are kept out of training, their folders are named like another split, such as %s; "

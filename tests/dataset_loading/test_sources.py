@@ -210,10 +210,12 @@ def test_metadata_in_capitals_and_names_that_no_system_takes(tmp_path, image):
     assert [text for _, text in names_and("text", open_images(tmp_path))] == ["A", "B"]
 
 
-def test_a_named_table_without_a_column_of_files_is_refused(tmp_path):
+@pytest.mark.parametrize("name", ["metadata.csv", "."])
+def test_metadata_without_a_column_of_files_is_refused(tmp_path, image, name):
+    image("a.png")
     (tmp_path / "metadata.csv").write_text("place,text\na.png,A\n")
     with pytest.raises(ValueError, match=r"metadata\.csv: row 1 has no 'file_name'; its columns: place, text"):
-        open_images(tmp_path / "metadata.csv")
+        open_images(tmp_path / name)
 
 
 @pytest.mark.parametrize(

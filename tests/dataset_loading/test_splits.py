@@ -139,8 +139,10 @@ def test_a_table_of_its_own_decides_whatever_folders_it_names(tmp_path, image):
     assert names(tmp_path) == ["train2014/a.png", "val2014/b.png"]
 
 
-def test_training_rows_are_never_all_held_out(tmp_path, image):
+def test_training_rows_that_are_all_held_out_are_refused(tmp_path, image, caplog):
     image("val/a.png")
     (tmp_path / "train").mkdir()
     (tmp_path / "train/metadata.csv").write_text("file_name\n../val/a.png\n")
-    assert names(tmp_path) == ["../val/a.png"]
+    with pytest.raises(FileNotFoundError, match="no image files"):
+        names(tmp_path)
+    assert "kept out of training" in caplog.text and "../val/a.png" in caplog.text
