@@ -50,11 +50,11 @@ def test_what_is_left_out_is_counted_by_reason_in_manifest_and_log(raw, tmp_path
 
 
 def test_links_that_lead_nowhere_count_as_broken(raw, tmp_path):
-    (raw / "sub/gone").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match=r"1 of 20 raw files are broken.*sub/gone \(OSError: link leads nowhere"):
+    (raw / "sub/gone.png").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"1 of 20 raw files are broken.*sub/gone\.png \(OSError: link leads nowhere"):
         prepare(raw, tmp_path / "out")
     manifest = prepare(raw, tmp_path / "out", "--max_broken_fraction", "0.1")
-    assert manifest["left_out"] == {"link leads nowhere": {"count": 1, "names": ["sub/gone"]}}
+    assert manifest["left_out"] == {"link leads nowhere": {"count": 1, "names": ["sub/gone.png"]}}
 
 
 def test_several_captions_are_kept(tmp_path):
