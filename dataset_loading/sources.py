@@ -197,9 +197,8 @@ def open_local(
     split = choose_split(str(path), split, list(groups or splits))
     root = splits.get(split, path)
     shared_index = find_index(path, kind) if path.is_dir() and root != path else None
-    is_own_index = (
-        root.is_file()
-    )  # It decides what belongs to the split, whatever the folders of its files are called.
+    # A split's own index decides what belongs to it, whatever the folders of its files are called.
+    is_own_index = root.is_file()
     # The rows of the split: from its own index, from that of the folder above, or from the files themselves.
     if groups:
         logger.info("%s: splits by name: %s", path, {name: len(indices) for name, indices in groups.items()})

@@ -33,7 +33,8 @@ def normal_noise(
     if lengths is None:
         rows = [torch.randn(*shape, generator=generator, device=generator.device) for generator in generators]
         return torch.stack(rows).to(device)
-    rows = [normal_noise((length, *shape[1:]), [each])[0] for length, each in zip(lengths, generators, strict=True)]
+    pairs = zip(lengths, generators, strict=True)
+    rows = [normal_noise((length, *shape[1:]), [generator])[0] for length, generator in pairs]
     return pad_sequence([torch.zeros(*shape, device=generators[0].device), *rows], batch_first=True)[1:].to(device)
 
 

@@ -107,7 +107,10 @@ def open_text(
             raise FileNotFoundError(f"{name} does not exist")
         return open_hub(name, split, text_column=text_column, config=config)
     regular_state(path)
-    files = [path] if path.is_file() else list_files(path, split)
+    splits = split_files(path) if path.is_dir() else {}
+    files = [path] if path.is_file() else []
+    if splits:
+        files = splits[choose_split(str(path), split, list(splits))]
     if not files or (path.is_file() and suffix_of(path) not in known):
         endings = f"{' '.join(known)}, also with {' '.join(OPENERS)}"
         raise FileNotFoundError(f"{name} holds no text; known endings: {endings}")
@@ -116,7 +119,6 @@ def open_text(
     for file in files:
         check_column(file, text_column)
     digest = digest_files(root, files, digests or Digests())
-    splits = split_files(path) if path.is_dir() else {}
     if len(splits) > 1:
         logger.info("%s: splits by name: %s", path, {name: len(own) for name, own in splits.items()})
     others = [file for name, own in splits.items() if name != split for file in own]
@@ -133,12 +135,6 @@ def find_validation_split(source: TextSource, split: str) -> str:
     trained = {part.strip().partition("[")[0] for part in split.split("+")}  # Such as train[:10%]+test.
     names = [name for name in source.splits if SPLIT_NAMES.get(name.lower()) == "validation"]
     return "" if not names or trained & set(names) else names[0]
-
-
-def list_files(folder: Path, split: str) -> list[Path]:
-    """The files of a split of a folder."""
-    splits = split_files(folder)
-    return splits[choose_split(str(folder), split, list(splits))] if splits else []
 
 
 def split_files(folder: Path) -> dict[str, list[Path]]:

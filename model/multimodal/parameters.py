@@ -65,7 +65,8 @@ def rate_factors(model: nn.Module, pairs: Sequence[str]) -> dict[nn.Parameter, f
     for pair in pairs:
         part, _, text = pair.partition(":")
         factor = factor_of(text, pair)
-        trained = [each for each in parameters_of(model, part, "learning_rates") if each.requires_grad]
+        own = parameters_of(model, part, "learning_rates")
+        trained = [parameter for parameter in own if parameter.requires_grad]
         if not trained:
             raise ValueError(f"--learning_rates {pair} has no effect: --freeze excludes {part} from training")
         factors |= dict.fromkeys(trained, factor)
