@@ -11,7 +11,7 @@
 #SBATCH --job-name=megatransformer
 #SBATCH --ntasks-per-node=8
 #SBATCH --cpus-per-task=8
-#SBATCH --signal=B:TERM@120
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.log
@@ -22,16 +22,17 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR=${MASTER:-$MASTER_ADDR} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) WORLD_SIZE=$SLURM_NTASKS
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
-# The signal comes to this script, which hands it on once: a second one would end a run before it has saved.
+# The signal comes to this script alone, which sends the processes a SIGTERM: they save and end. A job that `scancel`
+# ends gets SIGTERM itself, and is not queued again.
 srun --kill-on-bad-exit=0 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$@"' bash \
     "$@" --resume_from_checkpoint latest &
 processes=$!
 is_stopped=
-trap 'is_stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' TERM
+trap 'is_stopped=1; scancel --signal=TERM "$SLURM_JOB_ID"' USR1
 wait "$processes"
 status=$?
 if [ -n "$is_stopped" ]; then # The signal ended `wait`; the processes are still saving.
-    trap '' TERM
+    trap "" USR1
     wait "$processes"
     scontrol requeue "$SLURM_JOB_ID"
 fi
