@@ -54,6 +54,12 @@ class CachedDataset(Dataset):
         self.manifest = read_manifest(self.folder, self.stage)
         self.fingerprint: str = self.manifest["fingerprint"]
         self.settings_fingerprint: str = self.manifest.get("settings_fingerprint", self.fingerprint)
+        if shard := self.manifest.get("shard"):
+            raise ValueError(
+                f"{self.folder} is shard {shard['index']}/{shard['count']} of a cache, not all of it; join the shards "
+                f"with: python preprocess_{self.manifest['stage']}_dataset.py --merge <folders of all shards> "
+                "--output_dir <folder>"
+            )
         self.check_kind()
         warn_of_former_source(self.folder, self.manifest["settings"].get("made_from"))
         self.manifest.expect_types({"command": list, "entries": Record})
