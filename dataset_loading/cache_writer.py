@@ -235,7 +235,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     content = ("{" + ",\n".join(fields)).encode("utf-8", "backslashreplace")
     digest = fingerprint_of_bytes([content], n_digits=64)
     replace_file(folder / MANIFEST, with_digest(content), sync=True)
-    (folder / JOURNAL).unlink()
+    (folder / JOURNAL).unlink(missing_ok=True)
     return {**manifest, "sha256": digest}
 
 

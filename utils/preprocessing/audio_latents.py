@@ -17,7 +17,8 @@ from torch import Tensor
 from dataset_loading.audio.cached import AudioVAEDataset
 from dataset_loading.audio.latents import latent_settings
 from dataset_loading.cached import evenly_spaced, read_sample
-from dataset_loading.files import fingerprint, fingerprint_of_bytes, read_manifest, replace_file
+from dataset_loading.files import fingerprint, fingerprint_of_bytes, replace_file
+from dataset_loading.packs import splits_of
 from dataset_loading.sources import Source
 from model.audio.alignment import PhoneHMM, latents_at_frames
 from model.audio.speaker_aligners import SpeakerAligners
@@ -147,7 +148,7 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         cache = self.args.audio_cache or self.make_cache()
         # Augmented copies are samples of the cache already.
         self.args = dataclasses.replace(self.args, audio_cache=cache, num_augmented_copies=0)
-        splits = [split for split, entries in read_manifest(Path(cache), None)["entries"].items() if entries]
+        splits = splits_of(Path(cache))
         datasets = {split: AudioVAEDataset(cache, split).expect_mel(self.mel, self.vae_name) for split in splits}
         self.made_from = {"folder": str(Path(cache).absolute()), "fingerprint": datasets["train"].fingerprint}
         return {split: as_source(dataset) for split, dataset in datasets.items()}

@@ -33,6 +33,7 @@ from dataset_loading.content import describe_content, is_same_content, present_s
 from dataset_loading.files import SCHEMA, fingerprint
 from dataset_loading.integrity import changed_bytes, non_finite
 from dataset_loading.locks import only_writer
+from dataset_loading.pack import pack_in_place, unpack_in_place
 from dataset_loading.sources import Source, has_file, open_source
 from dataset_loading.tables import captions_of
 from utils.command_line import explained_errors, parse_arguments
@@ -99,6 +100,8 @@ class PreprocessArguments:
     # Several processes or machines.
     shard: str = option("", "i/n: only the i-th of n shards, 1/n to n/n, written to <output_dir>.shard-i-of-n")
     merge: list[str] = option([], "folders of all shards to join in --output_dir; other flags are those of the shards")
+
+    pack: int = option(0, "samples per file of a packed cache; 0: a file per sample", ge=0, only_with=("shard", ""))
 
     def validate_shard(self):
         Shard.parse(self.shard)
@@ -218,7 +221,8 @@ class Preprocess:
 
     def write_folder(self, sources: dict[str, Source]) -> dict[str, Any]:
         """Write the missing samples, then the manifest; the caller holds the lock of the folder."""
-        # The head of the manifest, and what earlier runs have written.
+        # The head of the manifest, and what earlier runs have written, a file per sample.
+        unpack_in_place(self.folder)
         started = time.perf_counter()
         header = self.header(sources)
         earlier_entries = read_entries(self.folder, header)
@@ -251,6 +255,8 @@ class Preprocess:
             lost_text=self.lost_text,
             earlier=earlier_entries,
         )
+        if self.args.pack:
+            pack_in_place(self.folder, self.args.pack)
         n_written = sum(outcome.n_written for outcome in outcomes)
         report_totals(self.folder, manifest, n_written=n_written, started=started)
         return manifest

@@ -20,6 +20,7 @@ from dataset_loading.files import JOURNAL, MANIFEST, Record, read_manifest, remo
 from dataset_loading.integrity import changed_bytes
 from dataset_loading.left_out import LeftOut
 from dataset_loading.locks import LOCK, only_writer
+from dataset_loading.pack import pack_in_place, unpack_in_place
 from utils.options import option
 from utils.preprocessing.finishing import finish_folder, report_totals
 from utils.preprocessing.report import unreadable
@@ -38,6 +39,7 @@ class MergeArguments:
 
     merge: list[str] = option([], "folders of all shards, in any order")
     output_dir: str = option("", "output folder; default: cached_datasets/<stage>")
+    pack: int = option(0, "samples per file of a packed cache; 0: a file per sample", ge=0)
 
     def validate_merge(self):
         if not self.merge:
@@ -67,7 +69,11 @@ def merge_shards(stage: str, args: MergeArguments) -> dict[str, Any]:
         raise ValueError(f"--output_dir {output} is one of the shards; choose another folder")
     check_output(output)
     with only_writer(output, "wait until it has ended, or choose another --output_dir"):
-        return write_whole(output, shards, given=args.output_dir)
+        unpack_in_place(output)
+        manifest = write_whole(output, shards, given=args.output_dir)
+        if args.pack:
+            pack_in_place(output, args.pack)
+        return manifest
 
 
 def order_shards(shards: list[tuple[Path, Record]]) -> list[tuple[Path, Record]]:

@@ -21,7 +21,7 @@ from utils.options import declared_fields
 from utils.preprocessing.samples import Outcome, Raw
 
 # Flags that say where and how samples are written, not which ones: the manifest does not hold them.
-HOW_WRITTEN = ("shard", "merge")
+HOW_WRITTEN = ("shard", "merge", "pack")
 
 
 @dataclasses.dataclass

@@ -127,3 +127,44 @@ def test_merge_takes_no_other_flags(tmp_path, capsys):
     with pytest.raises(SystemExit):
         ImageVAEPreprocess.main(["--merge", "a", "--image_size", "8"])
     assert "--image_size" in capsys.readouterr().err
+
+
+def test_packed_caches_follow_their_files_and_repair_themselves(raw, tmp_path):
+    out, plain = tmp_path / "out", tmp_path / "plain"
+    whole = prepare(raw, plain)
+    assert prepare(raw, out, "--pack", "5")["fingerprint"] == whole["fingerprint"]
+    packed, data = ImageDataset(out, "train"), ImageDataset(plain, "train")
+    assert [sample["image"].tolist() for sample in packed] == [sample["image"].tolist() for sample in data]
+    assert not list(out.rglob("*.pt"))
+    expected = contents(out)
+    # Damage, repaired by the command that the error names.
+    pack = out / "train/00001.safetensors"
+    pack.write_bytes(pack.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"00001\.safetensors is damaged.*--pack 5"):
+        ImageDataset(out, "train")
+    prepare(raw, out, "--pack", "5")
+    assert contents(out) == expected
+    # A file that is gone, then the other form.
+    (raw / "metadata.jsonl").unlink(), (raw / "3.png").unlink()
+    assert prepare(raw, out, "--pack", "5")["fingerprint"] == prepare(raw, plain)["fingerprint"]
+    prepare(raw, out)
+    names = ("arguments", "command", "sha256")  # Those of the other folder.
+    assert changed_manifest(out, names) == changed_manifest(plain, names)
+    assert set(contents(out)) == set(contents(plain))
+
+
+def changed_manifest(folder: Path, left_out: tuple[str, ...]) -> dict:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return {name: value for name, value in manifest.items() if name not in left_out}
+
+
+def test_joined_shards_may_be_packed(raw, tmp_path):
+    out = tmp_path / "out"
+    prepare(raw, out, "--pack", "5")
+    expected = contents(out)
+    shutil.rmtree(out)
+    shards = shards_of(raw, out, 2)
+    ImageVAEPreprocess.main(["--merge", *map(str, shards), "--output_dir", str(out), "--pack", "5"])
+    assert contents(out) == expected
+    with pytest.raises(SystemExit):
+        prepare(raw, out, "--pack", "5", "--shard", "1/2")
