@@ -6,8 +6,8 @@
 
 Part `start` opens synthetic caches in a process each: files per sample are hard links, packs are sparse. CPU seconds
 of opening one split and drawing the first 1000 places of an epoch; growth of the resident memory, of which mapped
-files are a part. Part `read` writes images of noise in both forms (CPU seconds), reads all of them in random order, warm
-(CPU seconds) and after the page cache was dropped (seconds on the clock), and compares bytes on the disk.
+files are a part. Part `read` writes images of noise in both forms (CPU seconds), reads all of them in random order,
+warm (CPU seconds) and after the page cache was dropped (seconds on the clock), and compares bytes on the disk.
 """
 
 import dataclasses

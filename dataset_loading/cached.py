@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dataset_loading.columns import EntryColumns
+from dataset_loading.entry_lines import EntryLines, read_lines
 from dataset_loading.files import MANIFEST, Record, read_manifest, read_record, shorten
 from dataset_loading.integrity import TensorKinds, changed_bytes, wrong_content
 from dataset_loading.packs import PACKS, Packs, entries_of, is_packed
@@ -56,7 +57,7 @@ class CachedDataset(Dataset):
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
-        self.manifest = read_manifest(self.folder, self.stage)
+        self.manifest = read_manifest(self.folder, self.stage, read=read_lines)
         self.fingerprint: str = self.manifest["fingerprint"]
         self.settings_fingerprint: str = self.manifest.get("settings_fingerprint", self.fingerprint)
         if shard := self.manifest.get("shard"):
@@ -115,7 +116,7 @@ class CachedDataset(Dataset):
         """Raises: ValueError: the entries of a split are no list of objects, or lack a key."""
         if isinstance(entries, EntryColumns):
             return entries.check_types(self.entry_types, f"entries.{split}")
-        if not isinstance(entries, list):
+        if not isinstance(entries, list | EntryLines):
             raise self.manifest.damaged(f"entries.{split}={shorten(entries)} must be list")
         for number, entry in enumerate(entries):
             if not isinstance(entry, Record):

@@ -21,6 +21,7 @@ ROWS = 1 << 16  # Rows of a record batch.
 LAYOUT = "@layout"
 METADATA = b"entries"
 ARROW_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+NUMPY_TYPES = {pa.int64(): np.int64, pa.int32(): np.int32, pa.uint32(): np.uint32, pa.float64(): np.float64}
 KINDS = {pa.string(): str, pa.int64(): int, pa.float64(): float, pa.bool_(): bool}
 
 
@@ -94,15 +95,13 @@ class EntryColumns(Sequence):
     def number(self, name: str, index: int) -> int:
         """The number in a column without nulls."""
         if name not in self.views:
-            place = self.places[name]
-            self.views[name] = [batch.column(place).to_numpy(zero_copy_only=True) for batch in self.batches]
+            self.views[name] = [view_of(batch.column(self.places[name])) for batch in self.batches]
         batch, row = divmod(index, ROWS)
         return int(self.views[name][batch][row])
 
     def numbers(self, name: str) -> np.ndarray:
         """A column of numbers, one for each entry."""
-        chunks = [batch.column(self.places[name]).to_numpy(zero_copy_only=False) for batch in self.batches]
-        return np.concatenate(chunks)
+        return np.concatenate([view_of(batch.column(self.places[name])) for batch in self.batches])
 
     def check_types(self, types: Mapping[str, Any], place: str) -> None:
         """As `Record.expect_types` for every entry, at the cost of looking at the columns' types.
@@ -120,6 +119,12 @@ class EntryColumns(Sequence):
                 raise ValueError(
                     f"{self.file} is damaged ({place}: {name} must be {names} in every entry); {self.remedy}"
                 )
+
+
+def view_of(column: pa.Array) -> np.ndarray:
+    """A column of numbers without nulls as an array over the same memory; `to_numpy` would import pandas."""
+    dtype = NUMPY_TYPES[column.type]
+    return np.frombuffer(column.buffers()[1], dtype, len(column), column.offset * np.dtype(dtype).itemsize)
 
 
 def write_columns(

@@ -77,8 +77,9 @@ class AudioLatentDataset(CachedDataset):
         self.lengths: list[int] = self.numbers("length")
         self.speakers = [name for name in self.distinct("speaker") if name]
         self.languages = list(self.tokenizer.languages) if self.tokenizer else []
+        unknown = set(self.distinct("language")) - {"", *self.languages} if self.languages else set()
         entries = (entry for entries in self.manifest["entries"].values() for entry in entries)
-        for entry in entries if self.languages else ():
+        for entry in entries if unknown else ():
             if self.language_of(entry) not in self.languages:
                 raise self.manifest.damaged(f"entry {entry['key']}: language={entry['language']!r} is not listed")
 

@@ -175,6 +175,10 @@ class Preprocess:
         """What is lost of the text of a sample that was written, in words; `""` for nothing."""
         return ""
 
+    def block_of(self, number: int) -> int:
+        """The block of a raw sample; shards have whole blocks."""
+        return number
+
     def measure(self, tensors: dict[str, Tensor]) -> dict[str, int | float]:
         """`length` of a sample, and further sizes to be totalled in the manifest, such as seconds."""
         return {"length": next(iter(tensors.values())).shape[-1]}
@@ -346,7 +350,8 @@ class Preprocess:
                 n_copies = self.args.num_augmented_copies if split == "train" else 0
                 keys = {copy: sample_key(name, seen[name], copy) for copy in range(1 + n_copies)}
                 seen[name] += 1
-                if not self.shard.takes(number := next(numbers), split, name, raw):
+                number = next(numbers)
+                if not self.shard.takes(self.block_of(number), split, name, raw):
                     continue
                 # Entries of the copies that earlier runs wrote, with the captions of now; the others are missing.
                 existing = {copy: self.find_entries(earlier, (split, key), raw) for copy, key in keys.items()}

@@ -21,6 +21,7 @@ from dataset_loading.integrity import changed_bytes
 from dataset_loading.left_out import LeftOut
 from dataset_loading.locks import LOCK, only_writer
 from dataset_loading.pack import pack_in_place, unpack_in_place
+from utils.checkpoints import CARD, mark_complete
 from utils.options import option
 from utils.preprocessing.finishing import finish_folder, report_totals
 from utils.preprocessing.report import unreadable
@@ -30,7 +31,7 @@ from utils.preprocessing.shards import Shard
 logger = logging.getLogger(__name__)
 
 # Flags that no setting of the fingerprint covers, but that say which samples there are.
-COMPARED_FLAGS = ("limit", "num_augmented_copies", "keep_duplicates", "max_broken_fraction")
+COMPARED_FLAGS = ("limit", "num_augmented_copies", "keep_duplicates", "max_broken_fraction", "batch_size")
 
 
 @dataclasses.dataclass
@@ -151,7 +152,7 @@ def write_whole(output: Path, shards: list[tuple[Path, Record]], *, given: str) 
                 for entry in entries:
                     bring_sample(folder / split / f"{entry['key']}.pt", output / split, entry)
                     n_samples += 1
-        bring_others(shards[0][0], output)
+        bring_others(*shards[0], output)
     manifest = finish_folder(
         output,
         header,
@@ -205,18 +206,27 @@ def bring_sample(file: Path, folder: Path, entry: dict[str, Any]) -> None:
             shutil.copyfile(file, temporary)
 
 
-def bring_others(shard: Path, folder: Path) -> None:
-    """Copy what a shard holds beside its samples."""
+def bring_others(shard: Path, manifest: Record, folder: Path) -> None:
+    """Copy what a shard holds beside its samples, such as a VAE, whose card names the folder."""
+    record = manifest["shard"]
+    made_in = Path(manifest["arguments"]["output_dir"] or f"cached_datasets/{manifest['stage']}")
+    former = Shard(record["index"], record["count"]).folder_of(made_in)
     for path in sorted(shard.iterdir()):
         if path.name.startswith(".") or path.name in (MANIFEST, JOURNAL, LOCK, "train", "validation"):
             continue
         target = folder / path.name
         remove_leftovers(target)
-        if path.is_dir():
-            shutil.copytree(path, target, dirs_exist_ok=True)
-        else:
+        if path.is_file():
             with replacing(target, sync=True) as temporary:
                 shutil.copyfile(path, temporary)
+            continue
+        shutil.rmtree(target, ignore_errors=True)
+        with replacing(target) as temporary:
+            shutil.copytree(path, temporary)
+            for card in temporary.rglob(CARD):
+                text = card.read_text(encoding="utf-8")
+                card.write_text(text.replace(str(former / path.name), str(target)), encoding="utf-8")
+                mark_complete(card.parent)
 
 
 def check_broken(problems: list[Outcome], total: int, max_fraction: float) -> None:

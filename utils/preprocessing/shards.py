@@ -1,9 +1,9 @@
 """Preprocessing by several processes or machines: each writes a shard, `merging.py` joins them.
 
-A shard is a folder like a cache, with the samples of every n-th raw file. Its manifest holds `shard`, which says what
-the whole needs: the outcome of each raw file of this shard, and a digest of the whole listing. Splits and names of
-samples are those of the whole, since every shard lists all raw files; equal files of both splits are looked for when
-the shards are joined.
+A shard is a folder like a cache, with the samples of every n-th raw file, or of every n-th batch of them. Its manifest
+holds `shard`, which says what the whole needs: the outcome of each raw file of this shard, and a digest of the whole
+listing. Splits and names of samples are those of the whole, since every shard lists all raw files; equal files of both
+splits are looked for when the shards are joined.
 """
 
 import dataclasses
@@ -57,18 +57,18 @@ class Shard:
         name = f"{output.name}.shard-{self.index}-of-{self.count}"
         return output if self.is_whole else output.with_name(name)
 
-    def takes(self, number: int, split: str, name: str, raw: Raw) -> bool:
+    def takes(self, block: int, split: str, name: str, raw: Raw) -> bool:
         """Whether a raw sample is of this shard; to be asked for all of them in their order.
 
         Args:
-            number: of the raw sample in the whole.
+            block: of the raw sample in the whole, see `Preprocess.block_of`.
             split: of the whole.
         """
         if self.is_whole:
             return True
         row = [split, name, size_of(raw.media), raw.caption, raw.notes]
         self.listing = hashlib.sha256(self.listing + json.dumps(row, sort_keys=True).encode()).digest()
-        return number % self.count == self.index - 1
+        return block % self.count == self.index - 1
 
     def n_samples(self, total: int) -> int:
         """About how many of all raw samples are of this shard."""
