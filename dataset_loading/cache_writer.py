@@ -149,15 +149,21 @@ def check_same(folder: Path, old_header: dict[str, Any], header: dict[str, Any])
     # The fingerprint of a manifest covers the samples as well, except in manifests of earlier versions.
     if header["fingerprint"] in (old_header["fingerprint"], old_header.get("settings_fingerprint")):
         return
-    pairs = {}
-    for name in ("schema", "stage", *old_header["settings"].keys() | header["settings"].keys()):
-        old, new = ({**side, **side["settings"]}.get(name) for side in (old_header, header))
-        if old != new:
-            pairs[name] = f"{name}={old!r} there, {new!r} now"
     raise ValueError(
         f"{folder} has fingerprint {old_header['fingerprint']}, this run has {header['fingerprint']}: "
-        f"{'; '.join(pairs[name] for name in sorted(pairs))}. Choose another --output_dir, or delete the folder first"
+        f"{'; '.join(describe_differences(old_header, header))}. Choose another --output_dir, or delete the folder "
+        "first"
     )
+
+
+def describe_differences(old_header: dict[str, Any], header: dict[str, Any]) -> list[str]:
+    """The settings in which two manifests differ, each with both values."""
+    pairs = []
+    for name in sorted({"schema", "stage", *old_header["settings"], *header["settings"]}):
+        old, new = ({**side, **side["settings"]}.get(name) for side in (old_header, header))
+        if old != new:
+            pairs.append(f"{name}={old!r} there, {new!r} now")
+    return pairs
 
 
 def check_no_fewer(folder: Path, manifest: dict[str, Any], header: dict[str, Any]) -> None:
@@ -229,7 +235,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> dict[str, Any]:
     content = ("{" + ",\n".join(fields)).encode("utf-8", "backslashreplace")
     digest = fingerprint_of_bytes([content], n_digits=64)
     replace_file(folder / MANIFEST, with_digest(content), sync=True)
-    (folder / JOURNAL).unlink()
+    (folder / JOURNAL).unlink(missing_ok=True)
     return {**manifest, "sha256": digest}
 
 

@@ -5,15 +5,18 @@
     <folder>/validation/<key>.pt
     <folder>/progress.jsonl          only while preprocessing has not finished: its settings and the entries so far
 
+or many samples per file, see `packs.py`; both are read alike.
+
 `cache_writer.py` writes such a folder; the manifest comes last, so a folder with a manifest is complete. It may be
 read while samples are added to it: the manifest names those that are whole.
 """
 
 import contextlib
+import functools
 import logging
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -21,8 +24,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dataset_loading.columns import EntryColumns
+from dataset_loading.entry_lines import EntryLines, read_lines
 from dataset_loading.files import MANIFEST, Record, read_manifest, read_record, shorten
 from dataset_loading.integrity import TensorKinds, changed_bytes, wrong_content
+from dataset_loading.packs import PACKS, Packs, entries_of, is_packed
 
 logger = logging.getLogger(__name__)
 
@@ -51,42 +57,66 @@ class CachedDataset(Dataset):
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
-        self.manifest = read_manifest(self.folder, self.stage)
+        self.manifest = read_manifest(self.folder, self.stage, read=read_lines)
         self.fingerprint: str = self.manifest["fingerprint"]
         self.settings_fingerprint: str = self.manifest.get("settings_fingerprint", self.fingerprint)
+        if shard := self.manifest.get("shard"):
+            raise ValueError(
+                f"{self.folder} is shard {shard['index']}/{shard['count']} of a cache, not all of it; join the shards "
+                f"with: python preprocess_{self.manifest['stage']}_dataset.py --merge <folders of all shards> "
+                "--output_dir <folder>"
+            )
         self.check_kind()
         warn_of_former_source(self.folder, self.manifest["settings"].get("made_from"))
-        self.manifest.expect_types({"command": list, "entries": Record})
+        self.manifest.expect_types({"command": list})
+        self.manifest["entries"] = entries_of(self.folder, self.manifest, f"run: {self.repair()}")
         for name, entries in self.manifest["entries"].items():
             self.check_entries(name, entries)
-        self.entries: list[dict[str, Any]] = self.manifest["entries"].get(split, [])
+        self.entries: Sequence[dict[str, Any]] = self.manifest["entries"].get(split, [])
         if not self.entries:
             counts = {name: len(entries) for name, entries in self.manifest["entries"].items()}
             raise FileNotFoundError(
                 f"{self.folder} has no samples in split {split!r} (it has {counts}); a validation split comes from "
                 f"--validation_fraction or --validation_dataset: {self.command()}"
             )
-        # One listing of the folder instead of a call per file: there may be millions.
-        files = os.scandir(self.folder / split) if (self.folder / split).is_dir() else ()
-        present = {file.name: file.stat().st_size for file in files}
-        missing = [entry["key"] for entry in self.entries if f"{entry['key']}.pt" not in present]
+        # The files: those of a packed cache, or one of each sample.
+        self.packs: Packs | None = None
+        if isinstance(self.entries, EntryColumns):
+            remedy = self.repair()
+            self.packs = Packs(self.folder, split, self.manifest, entries=self.entries, remedy=remedy)
+        n_bytes = self.packs.total_bytes if self.packs else self.check_files()
+        # Samples that stay in memory once they are read, by index; None: the split is too large for it.
+        self.in_memory: dict[int, dict[str, Tensor]] | None = {} if n_bytes < IN_MEMORY_BYTES else None
+        # For each sample whether this process has checked it.
+        self.checked = bytearray(len(self.entries))
+
+    def check_files(self) -> int:
+        """Whether every sample has its file. Returns: bytes of all files.
+
+        Raises: FileNotFoundError: files are missing.
+        """
+        # One listing of the folder instead of a call per file: there may be millions. Sizes are those that were
+        # written; each is compared when the sample is read.
+        files = list(os.scandir(self.folder / self.split)) if (self.folder / self.split).is_dir() else []
+        names = {file.name for file in files}
+        missing = [entry["key"] for entry in self.entries if f"{entry['key']}.pt" not in names]
         if missing:
             raise FileNotFoundError(
-                f"{self.folder / split} lacks {len(missing)} of {len(self.entries)} files, the first is "
+                f"{self.folder / self.split} lacks {len(missing)} of {len(self.entries)} files, the first is "
                 f"{missing[0]}.pt; this adds them: {self.repair()}"
             )
-
-        # Samples that stay in memory once they are read, by index; None: the split is too large for it.
-        self.in_memory: dict[int, dict[str, Tensor]] | None = {} if sum(present.values()) < IN_MEMORY_BYTES else None
-        # Indices of the samples whose files this process has checked.
-        self.checked: set[int] = set()
+        if all("bytes" in entry for entry in self.entries):
+            return sum(entry["bytes"] for entry in self.entries)
+        return sum(file.stat().st_size for file in files)  # Entries of earlier versions.
 
     def check_kind(self) -> None:
         """Raises: ValueError: the folder holds other data than this class reads."""
 
     def check_entries(self, split: str, entries: Any) -> None:
         """Raises: ValueError: the entries of a split are no list of objects, or lack a key."""
-        if not isinstance(entries, list):
+        if isinstance(entries, EntryColumns):
+            return entries.check_types(self.entry_types, f"entries.{split}")
+        if not isinstance(entries, list | EntryLines):
             raise self.manifest.damaged(f"entries.{split}={shorten(entries)} must be list")
         for number, entry in enumerate(entries):
             if not isinstance(entry, Record):
@@ -110,15 +140,48 @@ class CachedDataset(Dataset):
 
     def read(self, index: int) -> dict[str, Tensor]:
         """The tensors in a sample's file, which is checked when this process reads it for the first time."""
-        entry = self.entries[index]
-        kinds = None if index in self.checked else self.tensor_kinds(entry)
-        sample = read_sample(self.path_of(entry), entry, kinds=kinds, repair=self.repair())
-        self.checked.add(index)
+        is_checked = bool(self.checked[index])
+        if self.packs:
+            kinds = None if is_checked else self.tensor_kinds(self.entries[index])
+            sample = read_packed(self.packs, index, kinds=kinds)
+        else:
+            entry = self.entries[index]
+            kinds = None if is_checked else self.tensor_kinds(entry)
+            sample = read_sample(self.path_of(index), entry, kinds=kinds, repair=self.repair())
+        self.checked[index] = True
         return sample
 
-    def path_of(self, entry: Mapping[str, Any]) -> Path:
-        """The file of a sample."""
-        return self.folder / self.split / f"{entry['key']}.pt"
+    def value(self, index: int, name: str, default: Any = None) -> Any:
+        """A field of an entry, without reading the others; the default where it has none."""
+        if isinstance(self.entries, EntryColumns):
+            return self.entries.value(index, name, default)
+        return self.entries[index].get(name, default)
+
+    def numbers(self, name: str) -> list[Any]:
+        """A field of all entries that is a number."""
+        if isinstance(self.entries, EntryColumns):
+            return self.entries.numbers(name).tolist()
+        return [entry[name] for entry in self.entries]
+
+    def distinct(self, name: str) -> list[Any]:
+        """The different values of a field in both splits, sorted."""
+        splits = self.manifest["entries"]
+        if not self.packs:
+            return sorted({entry[name] for entries in splits.values() for entry in entries if name in entry})
+        tables = [self.manifest[PACKS]["splits"][split] for split, entries in splits.items() if entries]
+        return sorted(set().union(*(table["distinct"].get(name, []) for table in tables)))
+
+    def n_empty_captions(self) -> int:
+        """Number of samples without a caption."""
+        if self.packs:
+            return self.manifest[PACKS]["splits"][self.split]["empty_captions"]
+        return sum(not entry["caption"].strip() for entry in self.entries)
+
+    def path_of(self, index: int) -> Path:
+        """The file of a sample, or the pack that holds it."""
+        return (
+            self.packs.path_of(index) if self.packs else self.folder / self.split / f"{self.entries[index]['key']}.pt"
+        )
 
     def tensor_kinds(self, entry: Mapping[str, Any]) -> TensorKinds:
         """The tensors that a sample must have; further ones are allowed."""
@@ -145,7 +208,8 @@ class CachedDataset(Dataset):
 
     def repair(self) -> str:
         """The command that writes missing samples again. The folder may have been moved since it was made."""
-        return self.command(output_dir=self.folder)
+        pack = {"pack": self.manifest[PACKS]["samples_per_pack"]} if is_packed(self.manifest) else {}
+        return self.command(output_dir=self.folder, **pack)
 
     def command(self, **changes: Any) -> str:
         """The command that made the folder, with some flags replaced, or left out where their value is None."""
@@ -178,15 +242,20 @@ def warn_of_former_source(folder: Path, made_from: Mapping[str, str] | None) -> 
             )
 
 
-def read_sample(path: Path, entry: Mapping[str, Any], *, kinds: TensorKinds | None, repair: str) -> dict[str, Tensor]:
+def read_sample(
+    path: Path, entry: Mapping[str, Any], *, kinds: TensorKinds | None, repair: str, index: int | None = None
+) -> dict[str, Tensor]:
     """The tensors in a sample's file.
 
     Args:
         entry: of the manifest.
         kinds: the tensors that it must have; None: neither they nor the digest are checked.
         repair: the command that writes the file again.
+        index: of the sample in its split, where the file is a pack.
     Raises: ValueError: the file is damaged or cannot be read; names it and the command.
     """
+    if index is not None:
+        return read_packed(packs_at(path.parent.parent, path.parent.name, repair), index, kinds=kinds)
     sample, problem = None, ""
     try:
         try:
@@ -205,6 +274,25 @@ def read_sample(path: Path, entry: Mapping[str, Any], *, kinds: TensorKinds | No
         raise ValueError(f"{path} is damaged ({problem}); delete it and run: {repair}")
     assert sample is not None
     return sample
+
+
+def read_packed(packs: Packs, index: int, *, kinds: TensorKinds | None) -> dict[str, Tensor]:
+    """As `read_sample`, from a packed cache."""
+    sample = packs.read(index, check=kinds is not None)
+    problem = "" if kinds is None else wrong_content(sample, kinds)
+    if problem:
+        file = packs.path_of(index)
+        raise ValueError(f"{file} is damaged (sample {index}: {problem}); delete it and run: {packs.remedy}")
+    return sample
+
+
+@functools.lru_cache(maxsize=4)
+def packs_at(folder: Path, split: str, repair: str) -> Packs:
+    """The packs of a split, opened once in a process."""
+    manifest = read_manifest(folder, None)
+    entries = entries_of(folder, manifest, f"run: {repair}")[split]
+    assert isinstance(entries, EntryColumns), "a cache with a file per sample has no packs"
+    return Packs(folder, split, manifest, entries=entries, remedy=repair)
 
 
 def evenly_spaced(n_total: int, n: int) -> list[int]:

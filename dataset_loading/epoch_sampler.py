@@ -1,14 +1,24 @@
 """The order of training samples: a permutation per epoch that does not depend on the number of processes."""
 
+import hashlib
+import math
+from collections.abc import Iterator
+
+import numpy as np
 import torch
 from torch.utils.data import Sampler
+
+LISTED = 10_000_000  # From so many samples on the permutation is computed place by place, without a list.
+CHUNK = 1 << 16  # Places whose samples are computed at once.
+N_ROUNDS = 8
 
 
 class EpochSampler(Sampler[int]):
     """A permutation of the training set per (seed, epoch), cut to whole optimizer steps.
 
     All processes compute the same permutation; accelerate distributes its batches in turn, so that a step sees the
-    same samples on one process or on many, with or without gradient accumulation.
+    same samples on one process or on many, with or without gradient accumulation. Below 10 million samples it is
+    drawn as a list, 8 bytes a sample; above it is a `Permutation`, which needs no memory.
     """
 
     def __init__(self, n_samples: int, samples_per_step: int, seed: int):
@@ -28,7 +38,51 @@ class EpochSampler(Sampler[int]):
     def __len__(self) -> int:
         return self.length
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[int]:
+        if self.n_samples >= LISTED:
+            permutation = Permutation(self.n_samples, f"{self.seed} {self.epoch}")
+            for start in range(0, self.length, CHUNK):
+                yield from permutation(np.arange(start, min(start + CHUNK, self.length))).tolist()
+            return
         # The factor exceeds any number of epochs, so that no two (seed, epoch) share a permutation.
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        return iter(torch.randperm(self.n_samples, generator=generator)[: self.length].tolist())
+        for chunk in torch.randperm(self.n_samples, generator=generator)[: self.length].split(CHUNK):
+            yield from chunk.tolist()
+
+
+class Permutation:
+    """A permutation of range(n) as a function: a Feistel cipher on pairs of digits to a base of about sqrt(n), applied
+    again where the result is not below n ("generalised Feistel", Black and Rogaway 2002; cycle walking).
+
+    Args:
+        n: number of elements.
+        key: another permutation for every text.
+    """
+
+    def __init__(self, n: int, key: str):
+        self.n, self.base = n, max(2, math.isqrt(n - 1) + 1)  # n <= base ** 2
+        digest = hashlib.shake_128(f"permutation {n} {key}".encode()).digest(8 * N_ROUNDS)
+        self.keys = np.frombuffer(digest, np.uint64)
+
+    def __call__(self, places: np.ndarray) -> np.ndarray:
+        """The elements at some places, int64 in [0, n), any shape."""
+        elements = self.encipher(places.astype(np.uint64))
+        # The domain has base ** 2 - n elements too many, fewer than 2 sqrt(n) + 1.
+        while (outside := elements >= self.n).any():
+            elements[outside] = self.encipher(elements[outside])
+        return elements.astype(np.int64)
+
+    def encipher(self, values: np.ndarray) -> np.ndarray:
+        """A permutation of range(base ** 2). Each round adds a hash of one digit to the other one."""
+        base = np.uint64(self.base)
+        left, right = np.divmod(values, base)
+        for key in self.keys:
+            left, right = right, (left + scramble(right + key)) % base
+        return left * base + right
+
+
+def scramble(values: np.ndarray) -> np.ndarray:
+    """A hash of each number, below 2 ** 32: the finalizer of SplitMix64 (Steele et al. 2014)."""
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return (values ^ (values >> np.uint64(31))) >> np.uint64(32)

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,13 +218,20 @@ def shorten(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def read_manifest(folder: Path, stage: str | None, *, remedy: str = "") -> Record:
+def read_manifest(
+    folder: Path,
+    stage: str | None,
+    *,
+    remedy: str = "",
+    read: Callable[[Path, str], "Record"] | None = None,
+) -> Record:
     """The manifest of a complete preprocessed folder.
 
     Args:
         folder: the folder that a preprocessing script or `prepare_text` wrote.
         stage: the only stage whose folders are accepted; None accepts all.
         remedy: how to make the folder, for the message; default: the command of the preprocessing script.
+        read: reads the file; default: `read_record`.
     Raises:
         FileNotFoundError: there is no complete folder; the message says what is there and which command to run.
         ValueError: the manifest cannot be read, lacks what all manifests have, or is of another schema or stage.
@@ -241,7 +248,7 @@ def read_manifest(folder: Path, stage: str | None, *, remedy: str = "") -> Recor
             )
         state = f"is not a preprocessed folder (it has no {MANIFEST})" if any(folder.iterdir()) else "is empty"
         raise FileNotFoundError(f"{folder} {state}; {remedy}")
-    manifest = read_record(file, f"delete the folder and {remedy}")
+    manifest = (read or read_record)(file, f"delete the folder and {remedy}")
     # The layout first: manifests of another version may lack what is checked below.
     manifest.expect_types({"schema": int, "stage": str})
     if manifest["schema"] != SCHEMA:

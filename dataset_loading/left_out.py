@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,14 @@ class LeftOut:
         """For a manifest: `{reason: {"count": ..., "names": [...]}}`, the most frequent reason first."""
         reasons = sorted(self.counts, key=lambda reason: (-self.counts[reason], reason))
         return {reason: {"count": self.counts[reason], "names": self.names[reason]} for reason in reasons}
+
+    @classmethod
+    def from_dict(cls, groups: Mapping[str, Mapping[str, Any]]) -> "LeftOut":
+        """What `as_dict` returned."""
+        left_out = cls()
+        for reason, group in groups.items():
+            left_out.counts[reason], left_out.names[reason] = group["count"], list(group["names"])
+        return left_out
 
     def __bool__(self) -> bool:
         return bool(self.counts)

@@ -35,8 +35,7 @@ class AudioDataset(CachedDataset):
 
     def __init__(self, folder: str | Path, split: str):
         super().__init__(folder, split)
-        entries = [entry for entries in self.manifest["entries"].values() for entry in entries]
-        self.speakers = sorted({entry["speaker"] for entry in entries} - {""})
+        self.speakers = [name for name in self.distinct("speaker") if name]
         self.max_frames: int | None = None
 
     def cut(self, max_frames: int) -> Self:

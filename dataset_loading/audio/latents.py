@@ -74,11 +74,12 @@ class AudioLatentDataset(CachedDataset):
 
     def __init__(self, folder: str | Path, split: str):
         super().__init__(folder, split)
-        self.lengths: list[int] = [entry["length"] for entry in self.entries]
-        entries = [entry for entries in self.manifest["entries"].values() for entry in entries]
-        self.speakers = sorted({entry["speaker"] for entry in entries} - {""})
+        self.lengths: list[int] = self.numbers("length")
+        self.speakers = [name for name in self.distinct("speaker") if name]
         self.languages = list(self.tokenizer.languages) if self.tokenizer else []
-        for entry in entries if self.languages else ():
+        unknown = set(self.distinct("language")) - {"", *self.languages} if self.languages else set()
+        entries = (entry for entries in self.manifest["entries"].values() for entry in entries)
+        for entry in entries if unknown else ():
             if self.language_of(entry) not in self.languages:
                 raise self.manifest.damaged(f"entry {entry['key']}: language={entry['language']!r} is not listed")
 
@@ -106,7 +107,7 @@ class AudioLatentDataset(CachedDataset):
         latents = {name: sample[name].float().T for name in ("mean", "std")}
         numbers = {name: sample[name].long() for name in ("tokens", "durations", "caption_tokens") if name in sample}
         unchanged = {name: sample[name] for name in ("n_mel_frames", "index", "caption_states") if name in sample}
-        speaker = self.entries[index]["speaker"]
+        speaker = self.value(index, "speaker")
         place = self.speakers.index(speaker) if speaker else 0
         places = {"speaker": place}
         if self.languages:

@@ -78,7 +78,7 @@ class AudioLatentPieces(AudioLatentDataset):
 
     def mel_lengths(self) -> list[int]:
         """Mel frames of every clip."""
-        return [entry["mel_frames"] for entry in self.entries]
+        return self.numbers("mel_frames")
 
     def cut(self, clip: int, max_frames: int) -> list[Piece]:
         """The pieces of a clip."""
@@ -94,7 +94,7 @@ class AudioLatentPieces(AudioLatentDataset):
         index = range(len(self))[index]  # Negative ones from the end; IndexError beyond it.
         clip, (start, stop) = self.pieces[index]
         sample = {**super().__getitem__(clip), "index": torch.tensor(index)}
-        total = self.entries[clip]["mel_frames"]
+        total = self.value(clip, "mel_frames")
         if (start, stop) == (0, total):
             return sample
         # The tokens that have frames within the piece, and those frames; a cut pause is the silence at an end.

@@ -46,7 +46,7 @@ class ImageLatentDataset(CachedDataset):
         Returns: this dataset.
         Raises: ValueError: every caption is empty.
         """
-        n_empty = sum(not entry["caption"].strip() for entry in self.entries)
+        n_empty = self.n_empty_captions()
         if n_empty == len(self.entries):
             raise ValueError(
                 f"all {n_empty} captions of {self.folder / self.split} are empty, so that a model would learn nothing "

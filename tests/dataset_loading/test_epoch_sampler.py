@@ -1,6 +1,12 @@
-import pytest
+import itertools
+import time
 
-from dataset_loading.epoch_sampler import EpochSampler
+import numpy as np
+import pytest
+import torch
+
+from dataset_loading import epoch_sampler
+from dataset_loading.epoch_sampler import LISTED, EpochSampler, Permutation
 
 
 def test_sampler_deals_whole_steps():
@@ -13,3 +19,46 @@ def test_sampler_deals_whole_steps():
     assert first != list(sampler)
     with pytest.raises(ValueError, match="3 training samples make no optimizer step of 4"):
         EpochSampler(3, 4, seed=1)
+
+
+def test_smaller_sets_have_the_listed_order(monkeypatch):
+    monkeypatch.setattr(epoch_sampler, "CHUNK", 7)
+    sampler = EpochSampler(100, 3, seed=5)
+    sampler.set_epoch(2)
+    generator = torch.Generator().manual_seed(5 * 1_000_003 + 2)
+    assert list(sampler) == torch.randperm(100, generator=generator)[:99].tolist()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 1000, 4097])
+def test_a_cipher_is_a_permutation(n):
+    orders = {tuple(Permutation(n, key)(np.arange(n)).tolist()) for key in ("0 0", "0 1", "1 0")}
+    assert all(sorted(order) == list(range(n)) for order in orders)
+    assert len(orders) == 3 or n < 16
+
+
+def test_a_cipher_scatters_places():
+    # Pairs of neighbours and places are as in a random permutation, for many keys: all 4! orders of 4 elements occur,
+    # and each element is at each place equally often.
+    n, counts, rises = 40, np.zeros((40, 40)), 0
+    for key in range(400):
+        order = Permutation(n, str(key))(np.arange(n))
+        counts[np.arange(n), order] += 1
+        rises += int((np.diff(order) > 0).sum())
+    # Expected 10 each, chi-squared with 39 x 39 degrees of freedom: mean 1521, deviation 55.
+    assert ((counts - 10) ** 2 / 10).sum() == pytest.approx(1521, abs=5 * 55)
+    assert rises == pytest.approx(400 * 39 / 2, abs=5 * (400 * 41 / 12) ** 0.5)
+    orders = {tuple(Permutation(4, str(key))(np.arange(4)).tolist()) for key in range(400)}
+    assert orders == set(itertools.permutations(range(4)))
+
+
+def test_large_sets_need_no_list():
+    started = time.process_time()
+    first, second, third = EpochSampler(LISTED, 8, seed=1), EpochSampler(LISTED, 8, seed=1), EpochSampler(LISTED, 8, 2)
+    second.set_epoch(1)
+    orders = [list(itertools.islice(sampler, 1000)) for sampler in (first, first, second, third)]
+    assert orders[0] == orders[1] and orders[0] != orders[2] and orders[0] != orders[3] != orders[2]
+    assert all(0 <= index < LISTED for order in orders for index in order) and len(set(orders[0])) == 1000
+    # A list would take seconds.
+    assert time.process_time() - started < 0.5
+    # A resumed run skips to where it stopped.
+    assert list(itertools.islice(first, 500, 1000)) == orders[0][500:]

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dataset_loading.audio.cached import VocoderDataset
 from dataset_loading.content import DIGEST, STATE, digest_of_sample
-from dataset_loading.files import read_manifest
+from dataset_loading.packs import splits_of
 from model.audio.spectral import MelSettings
 
 
@@ -25,7 +25,7 @@ class Recordings:
 
     def __init__(self, folder: str | Path, mel: MelSettings, owner: str):
         self.folder = Path(folder)
-        splits = [name for name, rows in read_manifest(self.folder, VocoderDataset.stage)["entries"].items() if rows]
+        splits = splits_of(self.folder, VocoderDataset.stage)
         self.places: dict[Any, tuple[VocoderDataset, int]] = {}
         for name in splits:
             dataset = VocoderDataset(self.folder, name).expect_mel(mel, owner).expect_recorded("--waveforms")

@@ -23,7 +23,8 @@ def as_source(dataset: AudioDataset) -> Source:
         {
             "name": entry["source"],
             "audio": {
-                "path": dataset.path_of(entry),
+                "path": dataset.path_of(index),
+                **({"index": index} if dataset.packs else {}),
                 "entry": entry,
                 "kinds": dataset.tensor_kinds(entry),
                 "repair": repair,
@@ -34,7 +35,7 @@ def as_source(dataset: AudioDataset) -> Source:
             "language": entry.get("language", ""),
             "copy": entry["copy"],
         }
-        for entry in dataset.entries
+        for index, entry in enumerate(dataset.entries)
     ]
     # Not its path: a cache that was moved is the same. Not its content: each sample is compared.
     identity = f"audio cache {dataset.settings_fingerprint}:{dataset.split}"

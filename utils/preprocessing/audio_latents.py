@@ -17,7 +17,8 @@ from torch import Tensor
 from dataset_loading.audio.cached import AudioVAEDataset
 from dataset_loading.audio.latents import latent_settings
 from dataset_loading.cached import evenly_spaced, read_sample
-from dataset_loading.files import fingerprint, fingerprint_of_bytes, read_manifest, replace_file
+from dataset_loading.files import fingerprint, fingerprint_of_bytes, replace_file
+from dataset_loading.packs import splits_of
 from dataset_loading.sources import Source
 from model.audio.alignment import PhoneHMM, latents_at_frames
 from model.audio.speaker_aligners import SpeakerAligners
@@ -30,6 +31,7 @@ from utils.preprocessing.audio_cache import as_source, describe_speakers, earlie
 from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
 from utils.preprocessing.driver import command_words
 from utils.preprocessing.samples import Example, Outcome, Raw, SkipSampleError, Task, describe_problems
+from utils.preprocessing.shards import HOW_WRITTEN, arguments_of
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +89,13 @@ class AudioLatentsArguments(AudioPreprocessArguments, BatchedPreprocessArguments
             raise ValueError("--limit=0 reads nothing; give a positive number, or -1 for all")
 
     def validate_cache(self):
+        if self.shard and not self.audio_cache:
+            raise ValueError(
+                f"--shard={self.shard} needs --audio_cache, whose clips all shards fit the same aligner to: make the "
+                "log-mels first, with preprocess_audio_vae_dataset.py --shard and --merge"
+            )
         used = {"dataset_name", "limit", "validation_fraction", "output_dir", "num_workers"}
-        used |= {"max_broken_fraction", "keep_duplicates"}
+        used |= {"max_broken_fraction", "keep_duplicates", *HOW_WRITTEN}
         unused = {field.name for field in declared_fields(AudioPreprocessArguments)} - used
         given = sorted(unused & set(getattr(self, "given", ())))
         if self.audio_cache and given:
@@ -141,7 +148,7 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         cache = self.args.audio_cache or self.make_cache()
         # Augmented copies are samples of the cache already.
         self.args = dataclasses.replace(self.args, audio_cache=cache, num_augmented_copies=0)
-        splits = [split for split, entries in read_manifest(Path(cache), None)["entries"].items() if entries]
+        splits = splits_of(Path(cache))
         datasets = {split: AudioVAEDataset(cache, split).expect_mel(self.mel, self.vae_name) for split in splits}
         self.made_from = {"folder": str(Path(cache).absolute()), "fingerprint": datasets["train"].fingerprint}
         return {split: as_source(dataset) for split, dataset in datasets.items()}
@@ -169,7 +176,7 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         if self.args.conditioning == "speech":
             self.learn(sources["train"])
         header, args = super().header(sources), self.given_args
-        header["arguments"] = {field.name: getattr(args, field.name) for field in declared_fields(args)}
+        header["arguments"] = arguments_of(args)
         return {**header, "command": command_words(f"preprocess_{self.name}_dataset.py", args)}
 
     def learn(self, source: Source) -> None:

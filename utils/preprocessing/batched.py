@@ -32,6 +32,10 @@ class BatchedPreprocess(Preprocess):
     arguments_class = BatchedPreprocessArguments
     models: ClassVar[tuple[str, ...]] = ()  # Attributes that stay in the main process.
 
+    def block_of(self, number: int) -> int:
+        # Padding and kernels, which choose by the size of a batch how they round, are those of one process.
+        return number // self.args.batch_size
+
     def encode_batch(self, examples: list[Example]) -> list[dict[str, Tensor]]:
         """The tensors to write for each example; at most `--batch_size` examples, whose `data` `encode` returned."""
         raise NotImplementedError
@@ -48,6 +52,10 @@ class BatchedPreprocess(Preprocess):
             if not prepared.examples:
                 yield prepared.outcome
                 continue
+            # Samples of two blocks never meet in a batch, so that batches do not depend on the shards.
+            if waiting and self.block_of(waiting[0].outcome.number) != self.block_of(prepared.outcome.number):
+                yield from self.encode_and_write(waiting)
+                waiting = []
             waiting.append(prepared)
             if sum(len(prepared.examples) for prepared in waiting) >= self.args.batch_size:
                 yield from self.encode_and_write(waiting)

@@ -26,21 +26,22 @@ from dataset_loading.cache_writer import (
     check_output,
     part_key,
     read_entries,
-    remove_others,
     sample_key,
     save_tensors,
-    write_manifest,
 )
 from dataset_loading.content import describe_content, is_same_content, present_state
-from dataset_loading.files import MANIFEST, SCHEMA, fingerprint
+from dataset_loading.files import SCHEMA, fingerprint
 from dataset_loading.integrity import changed_bytes, non_finite
 from dataset_loading.locks import only_writer
+from dataset_loading.pack import pack_in_place, unpack_in_place
 from dataset_loading.sources import Source, has_file, open_source
 from dataset_loading.tables import captions_of
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import declared_fields, option
+from utils.preprocessing.finishing import finish_folder, report_totals
+from utils.preprocessing.merging import MergeArguments, asks_to_merge, check_broken, merge_shards
 from utils.preprocessing.progress import ProgressReport
-from utils.preprocessing.report import describe_left_out, unreadable
+from utils.preprocessing.report import unreadable
 from utils.preprocessing.samples import (
     Example,
     Outcome,
@@ -48,14 +49,11 @@ from utils.preprocessing.samples import (
     Raw,
     SkipSampleError,
     Task,
-    content_fingerprint,
-    describe_problems,
     is_validation,
     notes_of,
     smallest_name,
-    summary,
 )
-from utils.preprocessing.updates import describe_changes, report_changes, without_duplicates
+from utils.preprocessing.shards import HOW_WRITTEN, Shard, arguments_of
 from utils.preprocessing.workers import map_in_workers
 from utils.seeds import seed_of
 
@@ -99,6 +97,15 @@ class PreprocessArguments:
     max_broken_fraction: float = option(0.01, "maximum fraction of broken raw files", ge=0, le=1)
     keep_duplicates: bool = option(False, "also train on files that equal one of the validation split")
 
+    # Several processes or machines.
+    shard: str = option("", "i/n: only the i-th of n shards, 1/n to n/n, written to <output_dir>.shard-i-of-n")
+    merge: list[str] = option([], "folders of all shards to join in --output_dir; other flags are those of the shards")
+
+    pack: int = option(0, "samples per file of a packed cache; 0: a file per sample", ge=0, only_with=("shard", ""))
+
+    def validate_shard(self):
+        Shard.parse(self.shard)
+
     def validate_source(self):
         if not self.dataset_name:
             raise ValueError("--dataset_name is missing: give a hub name, a folder, or an index file (.csv, .jsonl)")
@@ -123,7 +130,8 @@ class Preprocess:
 
     def __init__(self, args: Any):
         self.args = args
-        self.folder = Path(args.output_dir or f"cached_datasets/{self.name}")
+        self.shard = Shard.parse(args.shard)
+        self.folder = self.shard.folder_of(Path(args.output_dir or f"cached_datasets/{self.name}"))
 
     # ---- What a stage defines.
 
@@ -167,6 +175,10 @@ class Preprocess:
         """What is lost of the text of a sample that was written, in words; `""` for nothing."""
         return ""
 
+    def block_of(self, number: int) -> int:
+        """The block of a raw sample; shards have whole blocks."""
+        return number
+
     def measure(self, tensors: dict[str, Tensor]) -> dict[str, int | float]:
         """`length` of a sample, and further sizes to be totalled in the manifest, such as seconds."""
         return {"length": next(iter(tensors.values())).shape[-1]}
@@ -176,14 +188,16 @@ class Preprocess:
     @classmethod
     def main(cls, argv: list[str] | None = None) -> dict[str, Any]:
         """Parse, preprocess, report; returns the manifest."""
-        args = parse_arguments(cls.arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
+        is_merge = asks_to_merge(argv)
+        arguments_class = MergeArguments if is_merge else cls.arguments_class
+        args = parse_arguments(arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
         for number in (signal.SIGINT, signal.SIGTERM):  # A background shell has its children ignore SIGINT.
             signal.signal(number, interrupt)
         try:
             with explained_errors(logger):
                 try:
-                    return cls(args).run()
+                    return merge_shards(cls.name, args) if is_merge else cls(args).run()
                 except AttributeError as error:
                     if error.obj is not args:
                         raise
@@ -211,7 +225,8 @@ class Preprocess:
 
     def write_folder(self, sources: dict[str, Source]) -> dict[str, Any]:
         """Write the missing samples, then the manifest; the caller holds the lock of the folder."""
-        # The head of the manifest, and what earlier runs have written.
+        # The head of the manifest, and what earlier runs have written, a file per sample.
+        unpack_in_place(self.folder)
         started = time.perf_counter()
         header = self.header(sources)
         earlier_entries = read_entries(self.folder, header)
@@ -220,44 +235,34 @@ class Preprocess:
         total = sum(self.count(source) for source in sources.values())
         outcomes = [problem for source in sources.values() for problem in unreadable(source.left_out)]
         problems = list(outcomes)
-        self.check_broken(problems, total)
-        with Journal(self.folder, header) as journal, ProgressReport(self.name, total) as report:
+        check_broken(problems, total, self.args.max_broken_fraction)
+        with Journal(self.folder, header) as journal, ProgressReport(self.name, self.shard.n_samples(total)) as report:
             for outcome in self.work(self.plan(sources, earlier_entries)):
                 outcomes.append(outcome)
                 if outcome.broken:
                     problems.append(outcome)
-                    self.check_broken(problems, total)
+                    check_broken(problems, total, self.args.max_broken_fraction)
                 # Where nothing new was written, the journal has the entries already.
                 journal.add(outcome.split, outcome.entries if outcome.n_written else [])
                 report.advance()
 
-        # The manifest, in the order of the source.
-        outcomes.sort(key=lambda outcome: outcome.number)
-        duplicates: list[dict[str, Any]] = []
-        if not self.args.keep_duplicates:
-            outcomes, duplicates = without_duplicates(outcomes, self.path)
-        manifest = {**header, **summary(outcomes), "duplicates": duplicates}
-        if not manifest["entries"]["train"]:
-            same = (
-                f"{len(duplicates)} equal files of the validation split (see --keep_duplicates); "
-                if duplicates
-                else ""
-            )
-            raise ValueError(f"no training samples among {total} raw ones; {same}{describe_problems(outcomes)}")
-        left_out = describe_left_out((source.left_out for source in sources.values()), outcomes, self.lost_text)
-        manifest = write_manifest(self.folder, self.identified({**manifest, "left_out": left_out.as_dict()}))
-        remove_others(self.folder, manifest)
-
-        # What the user should know.
-        seconds, n_written = time.perf_counter() - started, sum(outcome.n_written for outcome in outcomes)
-        logger.info(
-            "%s: %d samples written in %.1f s, %s", self.folder, n_written, seconds, json.dumps(manifest["totals"])
+        # The manifest of the whole, or of a shard with what the whole needs.
+        manifest = finish_folder(
+            self.folder,
+            header,
+            outcomes,
+            shard=self.shard,
+            total=total,
+            keep_duplicates=self.args.keep_duplicates,
+            has_texts=self.encodes_captions,
+            listings=[source.left_out for source in sources.values()],
+            lost_text=self.lost_text,
+            earlier=earlier_entries,
         )
-        if not manifest["entries"]["validation"] and self.args.validation_fraction:
-            logger.warning("no sample is held out: a single file, or a --validation_fraction that is too small")
-        report_changes(self.folder, describe_changes(earlier_entries, manifest), manifest)
-        if left_out:
-            logger.warning("left out or lost: %s; see %s", left_out, self.folder / MANIFEST)
+        if self.args.pack:
+            pack_in_place(self.folder, self.args.pack)
+        n_written = sum(outcome.n_written for outcome in outcomes)
+        report_totals(self.folder, manifest, n_written=n_written, started=started)
         return manifest
 
     def open_sources(self) -> dict[str, Source]:
@@ -319,16 +324,10 @@ class Preprocess:
             "fingerprint": fingerprint(identity),
             "settings": {**settings, **self.information()},
             "licence": sources["train"].licence,
-            "arguments": {field.name: getattr(self.args, field.name) for field in declared_fields(self.args)},
+            "arguments": arguments_of(self.args),
             "command": command_words(f"preprocess_{self.name}_dataset.py", self.args),
             "packages": {name: version(name) for name in self.packages},
         }
-
-    def identified(self, manifest: dict[str, Any]) -> dict[str, Any]:
-        """The manifest with the fingerprint of its settings and its content, in place of that of its settings."""
-        settings, entries = manifest["fingerprint"], manifest["entries"]
-        identity = content_fingerprint(settings, entries, has_texts=self.encodes_captions)
-        return {**manifest, "fingerprint": identity, "settings_fingerprint": settings}
 
     def count(self, source: Source) -> int:
         """Raw samples that are read from a source."""
@@ -339,7 +338,7 @@ class Preprocess:
 
         Args: earlier: entries of earlier runs by split and key.
         """
-        number, limit = itertools.count(), None if self.args.limit < 0 else self.args.limit
+        numbers, limit = itertools.count(), None if self.args.limit < 0 else self.args.limit
         for source_split, source in sources.items():
             seen: Counter[str] = Counter()
             held_out = self.only_held_out(source) if len(sources) == 1 else ""
@@ -351,13 +350,16 @@ class Preprocess:
                 n_copies = self.args.num_augmented_copies if split == "train" else 0
                 keys = {copy: sample_key(name, seen[name], copy) for copy in range(1 + n_copies)}
                 seen[name] += 1
+                number = next(numbers)
+                if not self.shard.takes(self.block_of(number), split, name, raw):
+                    continue
                 # Entries of the copies that earlier runs wrote, with the captions of now; the others are missing.
                 existing = {copy: self.find_entries(earlier, (split, key), raw) for copy, key in keys.items()}
                 entries = [{**entry, **notes_of(raw, len(parts))} for parts in existing.values() for entry in parts]
                 entries = [{**entry, **present_state(raw.media)} for entry in entries]
                 missing = {copy: key for copy, key in keys.items() if not existing[copy]}
                 raw = raw if missing else Raw(None, raw.caption)
-                yield Task(next(number), split, name, raw, missing, entries)
+                yield Task(number, split, name, raw, missing, entries)
 
     def only_held_out(self, source: Source) -> str:
         """The name to hold out of a small source none of whose names falls into the validation share: the one with
@@ -461,14 +463,6 @@ class Preprocess:
         """
         return map_in_workers(self.process, tasks, self.args.num_workers)
 
-    def check_broken(self, problems: list[Outcome], total: int) -> None:
-        """Raises: ValueError: more raw files are broken than allowed."""
-        if len(problems) > self.args.max_broken_fraction * total:
-            raise ValueError(
-                f"{len(problems)} of {total} raw files are broken, more than --max_broken_fraction="
-                f"{self.args.max_broken_fraction}: {describe_problems(problems)}. Repair or remove them, or allow more"
-            )
-
 
 def interrupt(number: int, _: Any) -> None:
     """Signal handler. Raises: KeyboardInterrupt: with the number of the signal."""
@@ -480,7 +474,7 @@ def command_words(script: str, args: Any) -> list[str]:
     words = [script]
     for field in declared_fields(args):
         value, default = getattr(args, field.name), getattr(type(args)(), field.name)
-        if value == default:
+        if value == default or field.name in HOW_WRITTEN:
             continue
         if isinstance(value, bool):
             words.append(f"--{field.name}" if value else f"--no_{field.name}")

@@ -1,0 +1,59 @@
+"""Shards of the stages that encode in batches: padding and roundings are those of one process."""
+
+import json
+
+import pytest
+
+from preprocess_audio_diffusion_dataset import AudioDiffusionPreprocess
+from preprocess_audio_vae_dataset import AudioVAEPreprocess
+from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
+from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
+from tests.helpers.audio_latent_cache import make_audio_latents, save_audio_vae, write_spoken_cache
+from tests.helpers.latent_cache import make_latents, save_vae, write_captioned_images
+from tests.helpers.shards import check_shards
+from tests.helpers.text_encoder_folder import save_text_encoder
+from tests.helpers.vocoder_checkpoint import SMALL_MEL, write_sound
+
+
+def test_image_latents_with_a_text_encoder(image_cache, tmp_path):
+    raw, vae = write_captioned_images(tmp_path / "raw", 11), save_vae(tmp_path / "vae", image_cache)
+    (raw / "004.png").write_bytes(b"broken")
+    flags = ["--text_encoder", str(save_text_encoder(tmp_path / "encoder")), "--batch_size", "4", "--horizontal_flip"]
+    flags += ["--max_broken_fraction", "0.5"]
+    out = tmp_path / "out"
+    check_shards(lambda *more: make_latents(raw, vae, out, *flags, *more), ImageDiffusionPreprocess, out, 3)
+
+
+@pytest.mark.parametrize("through_vae", [False, True])
+def test_audio_with_and_without_a_vae(through_vae, tmp_path):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    raw.mkdir()
+    for number in range(6):
+        write_sound(raw / f"{number}.wav", 0.4 + 0.13 * number)
+    stage = AudioVocoderPreprocess if through_vae else AudioVAEPreprocess
+    words = ["--dataset_name", str(raw), "--output_dir", str(out), "--num_workers", "0", "--segment_seconds", "0.8"]
+    if through_vae:
+        words += ["--through_vae", str(save_audio_vae(tmp_path / "vae", settings=SMALL_MEL)), "--batch_size", "2"]
+    check_shards(lambda *more: stage.main([*words, *more]), stage, out, 2)
+
+
+def test_speech_latents_of_an_audio_cache(tmp_path, caplog):
+    mels, vae, out = write_spoken_cache(tmp_path / "mels", 12), save_audio_vae(tmp_path / "vae"), tmp_path / "out"
+    run = lambda *more: make_audio_latents(mels, vae, out, "--batch_size", "4", *more)  # noqa: E731
+    check_shards(run, AudioDiffusionPreprocess, out, 2)
+    # A raw data set would give every shard an aligner of its own.
+    with pytest.raises(SystemExit):
+        AudioDiffusionPreprocess.main(["--dataset_name", "x", "--vae_checkpoint", str(vae), "--shard", "1/2"])
+
+
+def test_another_aligner_is_named(tmp_path, caplog):
+    mels, vae = write_spoken_cache(tmp_path / "mels", 12), save_audio_vae(tmp_path / "vae")
+    shards = []
+    for i, units in ((1, "phonemes"), (2, "characters")):
+        make_audio_latents(mels, vae, tmp_path / units, "--units", units, "--shard", f"{i}/2")
+        shards.append(str(tmp_path / f"{units}.shard-{i}-of-2"))
+    with pytest.raises(SystemExit):
+        AudioDiffusionPreprocess.main(["--merge", *shards, "--output_dir", str(tmp_path / "out")])
+    assert "aligner_fingerprint=" in caplog.text and "units='phonemes' there, 'characters' now" in caplog.text
+    settings = json.loads((tmp_path / "phonemes.shard-1-of-2/manifest.json").read_text())["settings"]
+    assert settings["aligner_fingerprint"] in caplog.text
