@@ -25,10 +25,11 @@ from dataset_loading.audio.signal import (
     trim_silence,
 )
 from dataset_loading.sources import Source
-from dataset_loading.tables import CAPTION_COLUMNS, SPEAKER_COLUMNS, captions_of
+from dataset_loading.tables import CAPTION_COLUMNS, SPEAKER_COLUMNS
 from model.audio.spectral import LogMel, MelPreset, MelSettings, analyse, check_same_mel, mel_preset
 from utils.options import option, other_than_none
 from utils.preprocessing.driver import PACKAGES, Preprocess, PreprocessArguments
+from utils.preprocessing.rows import merge_rows
 from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of
 
 MEL_FLAGS = tuple(field.name for field in dataclasses.fields(MelSettings))
@@ -168,6 +169,13 @@ class AudioPreprocess(Preprocess):
             self.find_column(source, "language_column", ())
         return sources
 
+    def merged(self, source: Source) -> Source:
+        caption = self.find_column(source, "caption_column", self.caption_columns)
+        speaker = self.find_column(source, "speaker_column", SPEAKER_COLUMNS)
+        return merge_rows(
+            source, caption, ("offset", "duration", speaker, self.find_column(source, "language_column", ()))
+        )
+
     def examples(self, source: Source) -> Iterator[tuple[str, Raw]]:
         caption = self.find_column(source, "caption_column", self.caption_columns)
         speaker = self.find_column(source, "speaker_column", SPEAKER_COLUMNS)
@@ -179,8 +187,8 @@ class AudioPreprocess(Preprocess):
             # A row may name a part of a recording; a duration alone describes the clip.
             part = part_of_row(row) if row[source.media] and "offset" in source.columns else {}
             media = {**row[source.media], **part} if part else row[source.media]
-            for text in captions_of(row.get(caption)):
-                yield name, Raw(media, text, {**notes, **part})
+            for place, (text, captions) in enumerate(self.captions(row.get(caption))):
+                yield name, Raw(media, text, {**notes, **captions, **part}, place)
 
     def decode(self, media: dict[str, Any] | None) -> Tensor:
         """A conditioned waveform at the rate of the log-mel."""

@@ -42,12 +42,14 @@ class Example:
 class Raw:
     """A raw sample as listed: `media` is `{"path": ..., "bytes": ...}`, see `dataset_loading.sources`.
 
-    `notes` go into the manifest with the caption, such as the speaker, and which part of a recording it is.
+    `notes` go into the manifest with the caption, such as the speaker, and which part of a recording it is. `place`
+    counts the samples of one row, from 0.
     """
 
     media: dict[str, Any] | None
     caption: str
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    place: int = 0
 
 
 @dataclasses.dataclass
@@ -60,6 +62,7 @@ class Task:
     raw: Raw
     missing: dict[int, str]
     entries: list[dict[str, Any]]
+    row: int  # number of the first sample of its row
 
 
 @dataclasses.dataclass
@@ -75,6 +78,7 @@ class Outcome:
     content: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the raw file, see `describe_content`
     broken: str = ""  # reason, if the file cannot be read or encoded
     skipped: str = ""  # reason, if an intact sample is left out
+    row: int = -1  # number of the first sample of its row
 
 
 @dataclasses.dataclass
@@ -96,7 +100,9 @@ def caption_of(value: Any) -> str:
 
 def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, Any]:
     """Caption and notes of a sample for the manifest. A part has no caption, since it is unknown what it holds."""
-    return {"caption": sample.caption if n_parts == 1 else "", **sample.notes}
+    if n_parts == 1:
+        return {"caption": sample.caption, **sample.notes}
+    return {"caption": "", **{name: note for name, note in sample.notes.items() if name != "captions"}}
 
 
 def is_validation(name: str, fraction: float) -> bool:

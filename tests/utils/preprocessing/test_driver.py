@@ -89,15 +89,6 @@ def test_validation_holds_no_copies_and_no_source_of_training(raw, tmp_path):
     assert {entry["copy"] for entry in entries["validation"]} == {0}
 
 
-def test_rows_of_one_file_stay_together(raw, tmp_path):
-    lines = [f"sub/image {i}.png,view {v}" for i in range(40) for v in range(3)]
-    (raw / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
-    entries = prepare(raw, tmp_path / "out", "--validation_fraction", "0.3")["entries"]
-    sources = {split: {entry["source"] for entry in entries[split]} for split in entries}
-    assert not sources["train"] & sources["validation"]
-    assert sum(len({entry["key"] for entry in entries[split]}) for split in entries) == 120
-
-
 def test_split_does_not_depend_on_other_files():
     chosen = [is_validation(f"{i}.png", 0.1) for i in range(5000)]
     assert 400 < sum(chosen) < 600
