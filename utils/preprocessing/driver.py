@@ -40,7 +40,7 @@ from dataset_loading.tables import captions_of
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import declared_fields, option
 from utils.preprocessing.progress import ProgressReport
-from utils.preprocessing.report import describe_left_out, unreadable
+from utils.preprocessing.report import describe_lack, describe_left_out, report_unread_validation, unreadable
 from utils.preprocessing.samples import (
     Example,
     Outcome,
@@ -238,12 +238,10 @@ class Preprocess:
             outcomes, duplicates = without_duplicates(outcomes, self.path)
         manifest = {**header, **summary(outcomes), "duplicates": duplicates}
         if not manifest["entries"]["train"]:
-            same = (
-                f"{len(duplicates)} equal files of the validation split (see --keep_duplicates); "
-                if duplicates
-                else ""
+            raise ValueError(
+                f"no training samples among {total} raw ones; "
+                f"{describe_lack(outcomes, len(duplicates), manifest['entries']['validation'])}"
             )
-            raise ValueError(f"no training samples among {total} raw ones; {same}{describe_problems(outcomes)}")
         left_out = describe_left_out((source.left_out for source in sources.values()), outcomes, self.lost_text)
         manifest = write_manifest(self.folder, self.identified({**manifest, "left_out": left_out.as_dict()}))
         remove_others(self.folder, manifest)
@@ -272,6 +270,8 @@ class Preprocess:
                 raise ValueError(
                     f"training and validation would both read {sources['train'].identity}; see --validation_split"
                 )
+        else:
+            report_unread_validation(sources["train"], args)
         # A caption column that a flag names must exist; the usual ones are optional where captions are only noted.
         for source in sources.values():
             if not self.find_column(source, "caption_column", self.caption_columns):
