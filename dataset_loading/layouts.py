@@ -98,16 +98,38 @@ def read_ljspeech(index: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check_file_name(row: dict[str, Any], column: str, place: str) -> None:
+    """Raises: ValueError: a row names no single file; `place` is its file and number."""
+    value = row.get(column)
+    if column not in row:
+        columns = ", ".join(map(str, row))
+        remedy = "name the column of the files so, in the first line of a table"
+        raise ValueError(f"{place} has no 'file_name'; its columns: {columns}; {remedy}")
+    if is_missing(value):
+        raise ValueError(f"{place} has no 'file_name', its cell is empty; name its file, or remove the row")
+    if not isinstance(value, str):
+        raise ValueError(f"{place} has no 'file_name' but {repr(value)[:60]}; write the name of one file as a text")
+    if "://" in value:
+        raise ValueError(f"{place} names a URL, {value[:100]}; download the file, and name it by its path")
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell of a table is empty: nothing, blanks, or the NaN of data frames."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
 def find_file(folder: Path, name: str, listings: dict[Path, dict[str, str]]) -> str:
     """The path of a file that an index names: as it is written, with composed or decomposed letters, without blanks
-    around it, or in `clips/`, where Common Voice keeps what its tables name. As it is written where there is none.
+    around it, with the backslashes of Windows, or in `clips/`, where Common Voice keeps what its tables name. As it is
+    written where there is none.
 
     Args: listings: names in folders, kept from call to call; {} at first.
     """
     path = os.path.normpath(folder / name)
     if os.path.exists(path):
         return path
-    candidates = (folder / name.strip(), folder / "clips" / name.strip())
+    name = name.strip()
+    candidates = (folder / name, folder / name.replace("\\", "/"), folder / "clips" / name)
     for candidate in candidates:
         if (same := on_disk(Path(os.path.normpath(candidate)), listings)) is not None:
             return str(same)
@@ -166,7 +188,8 @@ class SideTexts:
         if self.is_vctk and (text := self.vctk_text(file)):
             return {"text": self.read(text), "speaker": file.parent.name}
         for suffix in SIDECARS:
-            if (sidecar := plain.with_name(plain.name + suffix)).is_file():
+            # Unlike Path.is_file, for names of any length: a sidecar's may be longer than a file system allows.
+            if os.path.isfile(sidecar := plain.with_name(plain.name + suffix)):
                 return {"text": self.read(sidecar)}
         return {}
 
@@ -174,7 +197,7 @@ class SideTexts:
         """VCTK's file of the text of an utterance: txt/p225/p225_001.txt of wav48/p225/p225_001_mic1.flac."""
         stem = re.sub(r"_mic[12]$", "", file.stem)
         text = self.root / "txt" / file.parent.name / f"{stem}.txt"
-        return text if text.is_file() else None
+        return text if os.path.isfile(text) else None
 
     def read(self, file: Path) -> str:
         """A text without white space around it."""

@@ -41,7 +41,7 @@ from utils.options import declared_fields, option
 from utils.preprocessing.finishing import finish_folder, report_totals
 from utils.preprocessing.merging import MergeArguments, asks_to_merge, check_broken, merge_shards
 from utils.preprocessing.progress import ProgressReport
-from utils.preprocessing.report import unreadable
+from utils.preprocessing.report import report_unread_validation, unreadable
 from utils.preprocessing.rows import first_rows, merge_rows, once_per_row
 from utils.preprocessing.samples import (
     Example,
@@ -276,6 +276,8 @@ class Preprocess:
                 raise ValueError(
                     f"training and validation would both read {sources['train'].identity}; see --validation_split"
                 )
+        else:
+            report_unread_validation(sources["train"], args)
         # A caption column that a flag names must exist; the usual ones are optional where captions are only noted.
         for source in sources.values():
             if not self.find_column(source, "caption_column", self.caption_columns):
