@@ -33,6 +33,7 @@ import fsspec
 from dataset_loading.layouts import SideTexts, find_file, lists_files, read_records, without_second_microphone
 from dataset_loading.left_out import LeftOut, survey_folder
 from dataset_loading.splits import SPLIT_NAMES, group_by_split, held_out_folders, is_held_out, split_of_name
+from dataset_loading.tables import suffix_of
 from dataset_loading.walking import is_outside, regular_state, walk
 
 logger = logging.getLogger(__name__)
@@ -124,6 +125,11 @@ def open_source(
         splits = find_splits(path, suffixes, kind)
         if splits:
             return open_local(path, splits, split, kind=kind, suffixes=suffixes, allow_outside=allow_outside)
+        if path.is_file() and (kind, path.suffix.lower()) not in FILE_BUILDERS:
+            raise FileNotFoundError(
+                f"{path} is a single file that is no data set; give a folder of {kind} files, a table that names them "
+                f"({' '.join(INDEX_SUFFIXES)}), or an archive (.zip)"
+            )
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in INDEX_SUFFIXES:
         raise FileNotFoundError(f"{name} does not exist")
     return open_with_datasets(name, split, kind, media=media, config=config)
@@ -137,7 +143,7 @@ def find_splits(path: Path, suffixes: Collection[str], kind: str = "") -> dict[s
     Raises: ValueError: there are files of that kind next to the splits' folders.
     """
     if path.is_file():
-        return {"train": path} if path.suffix.lower() in SPLIT_INDEX_SUFFIXES else {}
+        return {"train": path} if suffix_of(path) in SPLIT_INDEX_SUFFIXES else {}
     # Children named like a split, and other folders that hold files of the kind.
     splits, others = {}, []
     for child in sorted(path.iterdir()):
@@ -190,7 +196,7 @@ def open_local(
     """Open one split of a local layout."""
     # A folder whose folders say no split: perhaps the names of its files do.
     groups: dict[str, list[int]] = {}
-    left_out = LeftOut()
+    left_out, tables = LeftOut(), list[Path]()
     if splits == {"train": path} and path.is_dir():
         rows, left_out = read_folder(path, kind, suffixes)
         groups = group_by_split([relative_path(row, kind, path) for row in rows], are_media=True)
@@ -204,9 +210,10 @@ def open_local(
         logger.info("%s: splits by name: %s", path, {name: len(indices) for name, indices in groups.items()})
         rows = [rows[index] for index in groups[split]]
     elif is_own_index:
-        shards = shards_of(root, split) if path.is_dir() else [root]
-        rows, root = [row for shard in shards for row in read_metadata(shard, kind)], root.parent
+        tables = shards_of(root, split) if path.is_dir() else [root]
+        rows, root = [row for shard in tables for row in read_metadata(shard, kind)], root.parent
     elif shared_index:
+        tables = [shared_index]
         rows = [row for row in read_metadata(shared_index, kind) if row[kind]["path"]]
         rows = [row for row in rows if Path(row[kind]["path"]).is_relative_to(root)]
         left_out = survey_folder(root, used=[row[kind]["path"] for row in rows], suffixes=suffixes)
@@ -218,6 +225,13 @@ def open_local(
     if path not in splits.values() and splits.get(split, path).is_dir():
         left_out.update("beside the folders of the splits", (file.name for file in files_beside(path, suffixes)))
     if not rows:
+        if index := find_index(root, kind) if root.is_dir() and not tables else None:
+            tables = [index]
+        if tables:
+            raise ValueError(
+                f"{', '.join(map(str, tables))}: no rows for the split {split!r}; write one for each file, or "
+                "remove the table to read the files without"
+            )
         raise FileNotFoundError(f"no {kind} files under {root}; known endings: {' '.join(sorted(suffixes))}")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     return Source(f"{path.resolve()}:{split}", read_licence(path), kind, columns, rows, root, left_out=left_out)
@@ -312,6 +326,7 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[lis
         rows.append({kind: {"path": os.path.normpath(file), "bytes": None}, **label, **texts.row_of(file)})
     left_out = survey_folder(folder, used={*files, *second, *texts.used}, suffixes=suffixes)
     left_out.update("second microphone of an utterance", (str(file.relative_to(folder)) for file in second))
+    left_out.update("transcript without a recording", texts.without_file([*files, *second]))
     return rows, left_out
 
 
