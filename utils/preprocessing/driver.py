@@ -51,8 +51,10 @@ from utils.preprocessing.samples import (
     content_fingerprint,
     describe_problems,
     is_validation,
+    named_cell,
     notes_of,
     smallest_name,
+    stem_of,
     summary,
 )
 from utils.preprocessing.updates import describe_changes, report_changes, without_duplicates
@@ -151,7 +153,9 @@ class Preprocess:
         """Yields (name, raw sample). Samples of the same name never fall on both sides of the validation split."""
         column = self.find_column(source, "caption_column", self.caption_columns)
         for name, row in source:
-            for caption, notes in self.captions(row.get(column)):
+            with named_cell(source.identity, name, column):
+                captions = list(self.captions(row.get(column)))
+            for caption, notes in captions:
                 yield name, Raw(row[source.media], caption, notes)
 
     def captions(self, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -342,11 +346,12 @@ class Preprocess:
         number, limit = itertools.count(), None if self.args.limit < 0 else self.args.limit
         for source_split, source in sources.items():
             seen: Counter[str] = Counter()
+            firsts: dict[str, str] = {}  # By their stems: a.wav and a.mp3 are the same recording, on one side.
             held_out = self.only_held_out(source) if len(sources) == 1 else ""
             for name, raw in itertools.islice(self.examples(source), limit):
                 # Split and keys of the sample's copies; validation has the plain copy alone.
-                split = source_split
-                if len(sources) == 1 and (name == held_out or is_validation(name, self.args.validation_fraction)):
+                split, first = source_split, firsts.setdefault(stem_of(name), name)
+                if len(sources) == 1 and (first == held_out or is_validation(first, self.args.validation_fraction)):
                     split = "validation"
                 n_copies = self.args.num_augmented_copies if split == "train" else 0
                 keys = {copy: sample_key(name, seen[name], copy) for copy in range(1 + n_copies)}
@@ -365,7 +370,8 @@ class Preprocess:
         fraction, n_samples = self.args.validation_fraction, self.count(source)
         if not fraction or n_samples > FEW_SAMPLES:
             return ""
-        names = {name for name, _ in itertools.islice(self.examples(source), n_samples)}
+        names = [name for name, _ in itertools.islice(self.examples(source), n_samples)]
+        names = {stem_of(name): name for name in reversed(names)}.values()  # The first of each stem, as in `plan`.
         return smallest_name(names) if len(names) > 1 and not any(is_validation(n, fraction) for n in names) else ""
 
     def find_entries(
