@@ -79,7 +79,7 @@ def read_ljspeech(index: Path) -> list[dict[str, Any]]:
     if index.name != "metadata.csv" or not (index.parent / "wavs").is_dir():
         return []
     # Fields between bars, without a header; a table of the usual kind has the name of a column in its first line.
-    lines = read_text(index).split("\n")
+    lines = read_words(index).split("\n")
     first = next((line for line in lines if line.strip()), "")
     if "|" not in first or {cell.strip().lower() for cell in first.split("|")} & set(FILE_COLUMNS):
         return []
@@ -174,24 +174,39 @@ class SideTexts:
         self.root = root
         self.used: set[Path] = set()
         self.transcripts: dict[Path, str] = {}
+        self.librispeech: set[Path] = set()  # Folders with transcripts.
         for folder in sorted({file.parent for file in files}):
             for transcripts in sorted(folder.glob(f"*{TRANSCRIPTS}")):
                 self.used.add(transcripts)
+                self.librispeech.add(folder)
                 self.transcripts |= read_transcripts(transcripts)
         self.is_vctk = (root / "txt").is_dir()
+        self.listings: dict[Path, dict[str, Path]] = {}
+
+    def without_file(self, files: Iterable[Path]) -> list[str]:
+        """Names in LibriSpeech's transcripts that no file has, below the root."""
+        missing = set(self.transcripts) - {file.with_suffix("") for file in files}
+        return sorted(path.relative_to(self.root).as_posix() for path in missing)
 
     def row_of(self, file: Path) -> dict[str, Any]:
         """`text` and `speaker` of a file, as far as they are known."""
         plain = file.with_suffix("")
         if plain in self.transcripts:
-            return {"text": self.transcripts[plain], "speaker": plain.name.partition("-")[0]}
+            return {"text": self.transcripts[plain], "speaker": speaker_of_name(plain)}
         if self.is_vctk and (text := self.vctk_text(file)):
             return {"text": self.read(text), "speaker": file.parent.name}
         for suffix in SIDECARS:
-            # Unlike Path.is_file, for names of any length: a sidecar's may be longer than a file system allows.
-            if os.path.isfile(sidecar := plain.with_name(plain.name + suffix)):
+            if sidecar := self.sidecar(plain, suffix):
                 return {"text": self.read(sidecar)}
-        return {}
+        return {"speaker": speaker_of_name(plain)} if file.parent in self.librispeech else {}
+
+    def sidecar(self, plain: Path, suffix: str) -> Path | None:
+        """The file of a text beside another file, whose ending may have capitals; None where there is none."""
+        folder = plain.parent
+        if folder not in self.listings:
+            self.listings[folder] = {f"{path.stem}{path.suffix.lower()}": path for path in sorted(folder.iterdir())}
+        path = self.listings[folder].get(f"{plain.name}{suffix}")
+        return path if path is not None and path.is_file() else None
 
     def vctk_text(self, file: Path) -> Path | None:
         """VCTK's file of the text of an utterance: txt/p225/p225_001.txt of wav48/p225/p225_001_mic1.flac."""
@@ -202,12 +217,26 @@ class SideTexts:
     def read(self, file: Path) -> str:
         """A text without white space around it."""
         self.used.add(file)
-        return read_text(file).strip()
+        return read_words(file).strip()
+
+
+def read_words(file: Path) -> str:
+    """A file of text. Raises: ValueError: it cannot be read, or has NUL bytes; names file, line and remedy."""
+    text = read_text(file)
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{file}: line {line} has a NUL byte; remove it, such as with tr -d '\\000'")
+    return text
+
+
+def speaker_of_name(file: Path) -> str:
+    """The speaker of a recording of LibriSpeech: 84 of 84-121123-0000."""
+    return file.name.partition("-")[0]
 
 
 def read_transcripts(file: Path) -> dict[Path, str]:
     """The texts of LibriSpeech's lines `id text`, by the path of the recording without its ending."""
-    lines = (line.strip().partition(" ") for line in read_text(file).split("\n") if line.strip())
+    lines = (line.strip().partition(" ") for line in read_words(file).split("\n") if line.strip())
     return {file.parent / name: text.strip() for name, _, text in lines}
 
 

@@ -49,6 +49,7 @@ from dataset_loading.splits import (
     is_held_out,
     split_of_name,
 )
+from dataset_loading.tables import suffix_of
 from dataset_loading.walking import is_outside, regular_state, walk
 
 logger = logging.getLogger(__name__)
@@ -142,6 +143,11 @@ def open_source(
         splits = find_splits(path, suffixes, kind)
         if splits:
             return open_local(path, splits, split, kind=kind, suffixes=suffixes, allow_outside=allow_outside)
+        if path.is_file() and (kind, path.suffix.lower()) not in FILE_BUILDERS:
+            raise FileNotFoundError(
+                f"{path} is a single file that is no data set; give a folder of {kind} files, a table that names them "
+                f"({' '.join(INDEX_SUFFIXES)}), or an archive (.zip)"
+            )
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in INDEX_SUFFIXES:
         raise FileNotFoundError(f"{name} does not exist")
     return open_with_datasets(name, split, kind, media=media, config=config)
@@ -155,7 +161,7 @@ def find_splits(path: Path, suffixes: Collection[str], kind: str = "") -> dict[s
     Raises: ValueError: there are files of that kind next to the splits' folders.
     """
     if path.is_file():
-        return {"train": path} if path.suffix.lower() in SPLIT_INDEX_SUFFIXES else {}
+        return {"train": path} if suffix_of(path) in SPLIT_INDEX_SUFFIXES else {}
     # Children named like a split, and other folders that hold files of the kind.
     splits, others = {}, []
     for child in sorted(path.iterdir()):
@@ -242,6 +248,11 @@ def open_local(
     if path not in splits.values() and splits.get(split, path).is_dir():
         left_out.update("beside the folders of the splits", (file.name for file in files_beside(path, suffixes)))
     if not rows:
+        if shared_index:
+            raise ValueError(
+                f"{shared_index}: no rows for the split {split!r}; write one for each file, or remove the table to "
+                "read the files without"
+            )
         raise FileNotFoundError(f"no {kind} files under {root}; known endings: {' '.join(sorted(suffixes))}")
     columns = list(dict.fromkeys(column for row in rows for column in row))
     options = {"left_out": left_out, "splits": list(groups or splits)}
@@ -343,6 +354,7 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[lis
         rows.append({kind: {"path": os.path.normpath(file), "bytes": None}, **label, **texts.row_of(file)})
     left_out = survey_folder(folder, used={*files, *second, *texts.used}, suffixes=suffixes)
     left_out.update("second microphone of an utterance", (str(file.relative_to(folder)) for file in second))
+    left_out.update("transcript without a recording", texts.without_file([*files, *second]))
     return rows, left_out
 
 

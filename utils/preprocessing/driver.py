@@ -51,8 +51,10 @@ from utils.preprocessing.samples import (
     SkipSampleError,
     Task,
     is_validation,
+    named_cell,
     notes_of,
     smallest_name,
+    stem_of,
 )
 from utils.preprocessing.shards import HOW_WRITTEN, Shard, arguments_of
 from utils.preprocessing.workers import map_in_workers
@@ -157,7 +159,9 @@ class Preprocess:
         """Yields (name, raw sample). Samples of the same name never fall on both sides of the validation split."""
         column = self.find_column(source, "caption_column", self.caption_columns)
         for name, row in source:
-            for place, (caption, notes) in enumerate(self.captions(row.get(column))):
+            with named_cell(source.identity, name, column):
+                captions = list(self.captions(row.get(column)))
+            for place, (caption, notes) in enumerate(captions):
                 yield name, Raw(row[source.media], caption, notes, place)
 
     def captions(self, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -346,13 +350,14 @@ class Preprocess:
         numbers, row = itertools.count(), 0
         for source_split, source in sources.items():
             seen: Counter[str] = Counter()
+            firsts: dict[str, str] = {}  # By their stems: a.wav and a.mp3 are the same recording, on one side.
             held_out = self.only_held_out(source) if len(sources) == 1 else ""
             for name, raw in first_rows(self.examples(source), self.args.limit):
                 number = next(numbers)
                 row = row if raw.place else number
                 # Split and keys of the sample's copies; validation has the plain copy alone.
-                split = source_split
-                if len(sources) == 1 and (name == held_out or is_validation(name, self.args.validation_fraction)):
+                split, first = source_split, firsts.setdefault(stem_of(name), name)
+                if len(sources) == 1 and (first == held_out or is_validation(first, self.args.validation_fraction)):
                     split = "validation"
                 n_copies = self.args.num_augmented_copies if split == "train" else 0
                 keys = {copy: sample_key(name, seen[name], copy) for copy in range(1 + n_copies)}
@@ -373,7 +378,8 @@ class Preprocess:
         fraction, n_samples = self.args.validation_fraction, self.count(source)
         if not fraction or n_samples > FEW_SAMPLES:
             return ""
-        names = {name for name, _ in first_rows(self.examples(source), self.args.limit)}
+        names = [name for name, _ in first_rows(self.examples(source), self.args.limit)]
+        names = {stem_of(name): name for name in reversed(names)}.values()  # The first of each stem, as in `plan`.
         return smallest_name(names) if len(names) > 1 and not any(is_validation(n, fraction) for n in names) else ""
 
     def find_entries(

@@ -1,9 +1,11 @@
 """Samples on their way through the preprocessing driver (raw, decoded, encoded, written), and their manifest
 entries."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dataset_loading.content import CONTENT_FIELDS, DIGEST
@@ -98,6 +100,15 @@ def caption_of(value: Any) -> str:
     return captions_of(value)[0]
 
 
+@contextlib.contextmanager
+def named_cell(source: str, name: str, column: str) -> Iterator[None]:
+    """Names the data set, the row's file and the column in a ValueError about what a cell holds."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {name}, column {column!r}: {error}") from error
+
+
 def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, Any]:
     """Caption and notes of a sample for the manifest. A part has no caption, since it is unknown what it holds."""
     if n_parts == 1:
@@ -108,6 +119,11 @@ def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, Any]:
 def is_validation(name: str, fraction: float) -> bool:
     """Whether a raw file's name falls into the validation share; independent of seed, order and other files."""
     return split_hash(name) < fraction * 2**64
+
+
+def stem_of(name: str) -> str:
+    """A raw file's name without its ending, which `a.wav` and `a.mp3` share: they are taken for the same recording."""
+    return os.path.splitext(name)[0]
 
 
 def smallest_name(names: Iterable[str]) -> str:
