@@ -149,6 +149,17 @@ def test_wrong_files_are_named(words, message, folder):
         call(folder, *words)
 
 
+def test_a_bad_file_does_not_end_the_others(folder, caplog):
+    (folder / "damaged.png").write_bytes((folder / "gray.png").read_bytes()[:60])
+    bad = [str(folder / "damaged.png"), str(folder / "gone.png"), str(folder / "long.wav")]
+    words = ["--draw", " ", "a bear", "--describe", *bad[:2], str(folder / "gray.png"), "--transcribe", bad[2]]
+    with pytest.raises(ValueError, match="4 of 6 files gave no result") as error:
+        call(folder, *words, "--max_new_tokens", "2", "--temperature", "2")
+    answers = json.loads((newest_results(folder / "out") / "settings.json").read_text())["answers"]
+    assert {answer["prompt"] for answer in answers} == {"a bear", str(folder / "gray.png")}
+    assert all(name in str(error.value) and f"{name} is left out" in caplog.text for name in bad)
+
+
 def test_a_checkpoint_and_a_prompt_are_needed(capsys):
     with pytest.raises(SystemExit) as end:
         parse_arguments(ChatArguments, ["--draw", "x"], "")
