@@ -389,8 +389,10 @@ def table_columns(file: Path, known: Collection[str] = ()) -> list[str]:
     return []
 
 
-def captions_of(value: Any) -> list[str]:
+def captions_of(value: Any, name: str = "a row") -> list[str]:
     """All captions of a cell, of which some datasets have several; [""] where there is none.
+
+    Args: name: of the sample, for the error.
 
     Raises: ValueError: one is an object.
     """
@@ -398,7 +400,7 @@ def captions_of(value: Any) -> list[str]:
     for item in values:
         if isinstance(item, dict | list):
             raise ValueError(
-                f"a caption is {repr(item)[:60]}, no text; name the column of the texts with --caption_column, or "
+                f"{name}: a caption is {repr(item)[:60]}, no text; name their column with --caption_column, or "
                 "write them as a text or a list of texts"
             )
     # Empty cells of data frames are not a number, which differs from itself.

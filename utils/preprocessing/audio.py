@@ -179,7 +179,7 @@ class AudioPreprocess(Preprocess):
             # A row may name a part of a recording; a duration alone describes the clip.
             part = part_of_row(row) if row[source.media] and "offset" in source.columns else {}
             media = {**row[source.media], **part} if part else row[source.media]
-            for text in captions_of(row.get(caption)):
+            for text in captions_of(row.get(caption), name):
                 yield name, Raw(media, text, {**notes, **part})
 
     def decode(self, media: dict[str, Any] | None) -> Tensor:

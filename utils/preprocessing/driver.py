@@ -151,13 +151,13 @@ class Preprocess:
         """Yields (name, raw sample). Samples of the same name never fall on both sides of the validation split."""
         column = self.find_column(source, "caption_column", self.caption_columns)
         for name, row in source:
-            for caption, notes in self.captions(row.get(column)):
+            for caption, notes in self.captions(row.get(column), name):
                 yield name, Raw(row[source.media], caption, notes)
 
-    def captions(self, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    def captions(self, value: Any, name: str = "a row") -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields (caption, notes) of the samples that a row becomes: one per caption where captions are encoded, else
         one with the first caption and all of them as a note."""
-        captions = captions_of(value)
+        captions = captions_of(value, name)
         if self.encodes_captions:
             yield from ((caption, {}) for caption in captions)
         else:
