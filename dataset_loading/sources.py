@@ -25,6 +25,7 @@ import dataclasses
 import io
 import logging
 import os
+import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -144,10 +145,8 @@ def open_source(
         if splits:
             return open_local(path, splits, split, kind=kind, suffixes=suffixes, allow_outside=allow_outside)
         if path.is_file() and (kind, path.suffix.lower()) not in FILE_BUILDERS:
-            raise FileNotFoundError(
-                f"{path} is a single file that is no data set; give a folder of {kind} files, a table that names them "
-                f"({' '.join(INDEX_SUFFIXES)}), or an archive (.zip)"
-            )
+            endings = " ".join((*SPLIT_INDEX_SUFFIXES, *(ending for media, ending in FILE_BUILDERS if media == kind)))
+            raise FileNotFoundError(f"{name} is no table or archive of {kind} files ({endings}); give its folder")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in INDEX_SUFFIXES:
         raise FileNotFoundError(f"{name} does not exist")
     return open_with_datasets(name, split, kind, media=media, config=config)
@@ -405,9 +404,9 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
             loaded = datasets.load_dataset(builder, data_files={"train": name})
         else:
             loaded = datasets.load_dataset(name, config or None)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, DatasetsError) as error:
         place = f"no {kind} files under {name}" if Path(name).exists() else f"{name!r} is no local folder"
-        reason = describe_unreadable(Path(name)) or str(error).partition("\n")[0]
+        reason = describe_unreadable(Path(name)) or str(error.__cause__ or error).partition("\n")[0]
         raise FileNotFoundError(f"{place}, and the datasets package cannot load it: {reason}") from error
     splits = {str(loaded.split or "train"): loaded} if isinstance(loaded, datasets.Dataset) else loaded
     known = list(map(str, splits))
@@ -435,15 +434,16 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
 
 
 def describe_unreadable(path: Path) -> str:
-    """Why a local folder or file holds nothing that can be read: parquet files that are damaged, or what else is
-    there; `""` where that says nothing."""
+    """Why a local folder or file holds nothing that can be read: .parquet and .zip files that are damaged, or what is
+    there instead; `""` where that says nothing."""
     from pyarrow import ArrowException, parquet
 
     problems = []
-    for file in walk(path, (".parquet",)) if path.is_dir() else [path] * (path.suffix.lower() == ".parquet"):
+    endings = (".parquet", ".zip")
+    for file in walk(path, endings) if path.is_dir() else [path] * (path.suffix.lower() in endings):
         try:
-            parquet.read_metadata(file)
-        except (OSError, ArrowException) as error:
+            zipfile.ZipFile(file).close() if file.suffix.lower() == ".zip" else parquet.read_metadata(file)
+        except (OSError, zipfile.BadZipFile, ArrowException) as error:
             problems.append(f"{file} is damaged ({error}); copy it again, or remove it")
     return "; ".join(problems[:5]) or (str(survey_folder(path, used=(), suffixes=())) if path.is_dir() else "")
 

@@ -400,7 +400,7 @@ def captions_of(value: Any) -> list[str]:
             raise ValueError(f"a caption has a NUL character: {item[:60]!r}; remove it")
         if isinstance(item, dict | list | bool):
             raise ValueError(
-                f"a caption is {repr(item)[:60]}, no text; name the column of the texts with --caption_column, or "
+                f"a caption is {repr(item)[:60]}, no text; name their column with --caption_column, or "
                 "write them as a text or a list of texts"
             )
     # Empty cells of data frames are not a number, which differs from itself.

@@ -303,3 +303,17 @@ def test_two_folders_of_one_split_are_refused(tmp_path, image):
         image(name)
     with pytest.raises(ValueError, match=r"train and .*training are both the split 'train'; put"):
         open_images(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["a.zip", "."])
+def test_a_damaged_archive_is_named(tmp_path, place):
+    (tmp_path / "a.zip").write_bytes(b"PK\3\4, and nothing else")
+    with pytest.raises(FileNotFoundError, match=r"a\.zip is damaged \(File is not a zip file\); copy it again"):
+        open_images(tmp_path / place)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tar.gz", "list.txt"])
+def test_a_file_that_is_no_table_asks_for_its_folder(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=rf"{name} is no table or archive of image files .*; give its folder"):
+        open_images(tmp_path / name)

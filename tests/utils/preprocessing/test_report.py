@@ -95,3 +95,9 @@ def test_a_set_that_is_all_held_out_says_so(raw, tmp_path):
         ValueError, match=r"no training samples among 1 raw ones; 1 are held out; .*validation_fraction"
     ):
         prepare(raw, tmp_path / "out", "--limit", "1", "--validation_fraction", "0.999")
+
+
+def test_a_caption_that_is_no_text_is_named_with_its_file(tmp_path):
+    rows = [{"file_name": "a.png", "text": {"en": "A"}}]
+    with pytest.raises(ValueError, match=r"a\.png: a caption is \{'en': 'A'\}, no text; name .*--caption_column"):
+        prepare(write_table(tmp_path / "raw", rows), tmp_path / "out")
