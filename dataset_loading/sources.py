@@ -465,10 +465,21 @@ def read_media(media: dict[str, Any] | None) -> io.BytesIO:
     if media["bytes"] is not None:
         return io.BytesIO(media["bytes"])
     if "://" in media["path"]:
-        filesystem, inner = fsspec.url_to_fs(media["path"])
-        return io.BytesIO(filesystem.cat_file(inner))
+        return io.BytesIO(read_address(media["path"]))
     regular_state(media["path"])
     return io.BytesIO(Path(media["path"]).read_bytes())
+
+
+def read_address(address: str) -> bytes:
+    """The bytes at an address that fsspec knows, such as `hf://...`.
+
+    Raises: OSError: they cannot be read, for whatever reason: a package is missing, or the server refuses.
+    """
+    try:
+        filesystem, inner = fsspec.url_to_fs(address)
+        return filesystem.cat_file(inner)
+    except Exception as error:  # Each protocol has its own.
+        raise OSError(f"{address} is an address and cannot be read: {error}; download the file first") from error
 
 
 def open_media(media: dict[str, Any] | None) -> BinaryIO:

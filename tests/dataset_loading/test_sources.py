@@ -181,6 +181,12 @@ def test_missing_paths_do_not_ask_the_hub(name):
         open_images(name)
 
 
+@pytest.mark.parametrize("address", ["nowhere://a.png", "http://127.0.0.1:9/a.png", "memory://missing.png"])
+def test_addresses_that_cannot_be_read_are_named(address):
+    with pytest.raises(OSError, match=rf"{address} is an address .*download"):
+        read_media({"path": address, "bytes": None})
+
+
 def test_single_parquet_files_and_archives_of_plain_bytes(tmp_path, image):
     content = image("raw/a.png", "blue").read_bytes()
     for number, values in enumerate(([content], [{"bytes": content, "path": "a.png"}])):

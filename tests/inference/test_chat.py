@@ -132,6 +132,8 @@ def test_flags_without_effect_are_refused(words, message, capsys):
     ("words", "message"),
     [
         (["--draw", " "], "a text to draw or speak is empty: ' '"),
+        (["--prompts", "see <image:a.png and go"], "'<image:a.png and go' of a prompt: write <image:path>"),
+        (["--prompts", "< Audio : a.wav >"], "'< Audio : a.wav >' of a prompt: write <image:path>"),
         (["--prompts", "<video:frog.mp4> x"], "'<video:frog.mp4>' of a prompt: write <image:path> or <audio:path>"),
         (["--prompts", "<image:>"], "image '' cannot be read"),
         (["--prompts", "a bear " * 900], "prompt 0 has .* max_position_embeddings=2048"),
