@@ -324,7 +324,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         sys.exit(2)
-    logger.info("%s: %s, fingerprint %s", args.target, manifest["totals"], manifest["fingerprint"])
+    logger.info("%s is written, fingerprint %s", args.target, manifest["fingerprint"])
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import evaluate
 from utils import training_utils
 from utils.command_line import parse_arguments
 from utils.options import declared_fields
+from utils.preprocessing.merging import MergeArguments, asks_to_merge
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CLAUDE.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -147,7 +148,7 @@ def test_documented_commands_parse(capsys):
     assert stage_commands(), "no command of a stage is documented"
     for script, words in stage_commands():
         try:
-            parse_arguments(SCRIPTS[script], words, script)
+            parse_arguments(MergeArguments if asks_to_merge(words) else SCRIPTS[script], words, script)
         except SystemExit:
             pytest.fail(f"{script} {' '.join(words)}: {capsys.readouterr().err}")
 

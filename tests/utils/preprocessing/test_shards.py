@@ -10,6 +10,7 @@ from PIL import Image
 
 from dataset_loading.image.pixels import ImageDataset
 from preprocess_image_vae_dataset import ImageVAEPreprocess
+from tests.helpers.shards import contents
 from utils.preprocessing.shards import Shard
 
 
@@ -45,10 +46,6 @@ def prepare(raw: Path, out: Path, *flags: str) -> dict:
         "--rotation",
     ]
     return ImageVAEPreprocess.main([*argv, *flags])
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def merge(out: Path, *folders: Path) -> dict:

@@ -1,18 +1,24 @@
 """Shards of the stages that encode in batches: padding and roundings are those of one process."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from dataset_loading.pack import main
 from preprocess_audio_diffusion_dataset import AudioDiffusionPreprocess
 from preprocess_audio_vae_dataset import AudioVAEPreprocess
 from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
 from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
 from tests.helpers.audio_latent_cache import make_audio_latents, save_audio_vae, write_spoken_cache
 from tests.helpers.latent_cache import make_latents, save_vae, write_captioned_images
-from tests.helpers.shards import check_shards
+from tests.helpers.shards import check_shards, contents
 from tests.helpers.text_encoder_folder import save_text_encoder
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, write_sound
+
+
+def samples_in(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(folder).items() if name.endswith(".pt")}
 
 
 def test_image_latents_with_a_text_encoder(image_cache, tmp_path):
@@ -41,6 +47,10 @@ def test_speech_latents_of_an_audio_cache(tmp_path, caplog):
     mels, vae, out = write_spoken_cache(tmp_path / "mels", 12), save_audio_vae(tmp_path / "vae"), tmp_path / "out"
     run = lambda *more: make_audio_latents(mels, vae, out, "--batch_size", "4", *more)  # noqa: E731
     check_shards(run, AudioDiffusionPreprocess, out, 2)
+    # A packed audio cache gives the same latents.
+    main([str(mels), str(tmp_path / "packed"), "--pack", "5"])
+    make_audio_latents(tmp_path / "packed", vae, tmp_path / "same", "--batch_size", "4")
+    assert samples_in(tmp_path / "same") == samples_in(out) != {}
     # A raw data set would give every shard an aligner of its own.
     with pytest.raises(SystemExit):
         AudioDiffusionPreprocess.main(["--dataset_name", "x", "--vae_checkpoint", str(vae), "--shard", "1/2"])
