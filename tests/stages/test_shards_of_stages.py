@@ -54,6 +54,7 @@ def test_speech_latents_of_an_audio_cache(tmp_path, caplog):
     # A raw data set would give every shard an aligner of its own.
     with pytest.raises(SystemExit):
         AudioDiffusionPreprocess.main(["--dataset_name", "x", "--vae_checkpoint", str(vae), "--shard", "1/2"])
+    assert "a shard (1/2) needs --audio_cache" in caplog.text
 
 
 def test_another_aligner_is_named(tmp_path, caplog):
