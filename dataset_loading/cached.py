@@ -98,16 +98,18 @@ class CachedDataset(Dataset):
         # One listing of the folder instead of a call per file: there may be millions. Sizes are those that were
         # written; each is compared when the sample is read.
         files = list(os.scandir(self.folder / self.split)) if (self.folder / self.split).is_dir() else []
-        names = {file.name for file in files}
-        missing = [entry["key"] for entry in self.entries if f"{entry['key']}.pt" not in names]
+        names, missing, sizes = {file.name for file in files}, [], []
+        for entry in self.entries:
+            if f"{entry['key']}.pt" not in names:
+                missing.append(entry["key"])
+            sizes.append(entry.get("bytes"))
         if missing:
             raise FileNotFoundError(
                 f"{self.folder / self.split} lacks {len(missing)} of {len(self.entries)} files, the first is "
                 f"{missing[0]}.pt; this adds them: {self.repair()}"
             )
-        if all("bytes" in entry for entry in self.entries):
-            return sum(entry["bytes"] for entry in self.entries)
-        return sum(file.stat().st_size for file in files)  # Entries of earlier versions.
+        # Entries of earlier versions have no sizes.
+        return sum(file.stat().st_size for file in files) if None in sizes else sum(sizes)
 
     def check_kind(self) -> None:
         """Raises: ValueError: the folder holds other data than this class reads."""
@@ -147,7 +149,7 @@ class CachedDataset(Dataset):
         else:
             entry = self.entries[index]
             kinds = None if is_checked else self.tensor_kinds(entry)
-            sample = read_sample(self.path_of(index), entry, kinds=kinds, repair=self.repair())
+            sample = read_sample(self.path_of(entry), entry, kinds=kinds, repair=self.repair())
         self.checked[index] = True
         return sample
 
@@ -177,11 +179,13 @@ class CachedDataset(Dataset):
             return self.manifest[PACKS]["splits"][self.split]["empty_captions"]
         return sum(not entry["caption"].strip() for entry in self.entries)
 
-    def path_of(self, index: int) -> Path:
+    def path_of(self, entry: Mapping[str, Any]) -> Path:
+        """The file of a sample in a cache with a file per sample."""
+        return self.folder / self.split / f"{entry['key']}.pt"
+
+    def file_of(self, index: int) -> Path:
         """The file of a sample, or the pack that holds it."""
-        return (
-            self.packs.path_of(index) if self.packs else self.folder / self.split / f"{self.entries[index]['key']}.pt"
-        )
+        return self.packs.path_of(index) if self.packs else self.path_of(self.entries[index])
 
     def tensor_kinds(self, entry: Mapping[str, Any]) -> TensorKinds:
         """The tensors that a sample must have; further ones are allowed."""

@@ -4,6 +4,7 @@ As dicts a million entries fill 1.4 GB in every process; their lines are mapped 
 share, and 8 bytes a sample say where they begin.
 """
 
+import itertools
 import json
 import mmap
 import re
@@ -30,8 +31,9 @@ class EntryLines(Sequence):
         begins: where each line begins, and after the last one where a next one would.
     """
 
-    def __init__(self, file: Path, remedy: str, content: mmap.mmap, begins: np.ndarray):
+    def __init__(self, file: Path, remedy: str, content: mmap.mmap | bytes, begins: np.ndarray):
         self.file, self.remedy, self.content, self.begins = file, remedy, content, begins
+        self.decoder = json.JSONDecoder(object_hook=lambda values: Record(values, file, remedy))
 
     def __len__(self) -> int:
         return len(self.begins) - 1
@@ -43,16 +45,13 @@ class EntryLines(Sequence):
         return self.parse(int(self.begins[index]), int(self.begins[index + 1]))
 
     def __iter__(self) -> Iterator[Any]:
-        begin = int(self.begins[0])
-        for end in self.begins[1:]:
-            yield self.parse(begin, int(end))
-            begin = int(end)
+        for first in range(0, len(self), 4096):
+            yield from itertools.starmap(self.parse, itertools.pairwise(self.begins[first : first + 4097].tolist()))
 
     def parse(self, begin: int, end: int) -> Any:
         """The entry in a line. Raises: ValueError: it is damaged."""
-        text = self.content[begin:end].rstrip(b",\n")
         try:
-            return json.loads(text, object_hook=lambda values: Record(values, self.file, self.remedy))
+            return self.decoder.decode(self.content[begin:end].rstrip(b",\n").decode())
         except ValueError as error:
             raise ValueError(f"{self.file} is damaged ({error!r}); {self.remedy}") from error
 
@@ -63,7 +62,7 @@ class EntryLines(Sequence):
         return {"file": self.file, "remedy": self.remedy, "content": lines, "begins": self.begins - start}
 
     def __setstate__(self, state: dict[str, Any]):
-        vars(self).update(state)
+        self.__init__(**state)
 
 
 def read_lines(file: Path, remedy: str) -> Record:

@@ -254,8 +254,14 @@ def unpack(source: Path, target: Path, manifest: Record, *, is_repair: bool = Fa
 def samples_of(folder: Path, split: str, manifest: Record, *, is_repair: bool) -> Iterator[tuple[Any, Any]]:
     """The entries of a packed split with their tensors; None where a sample cannot be read and may be left out."""
     remedy = "the command that made the cache"
-    columns = open_columns(folder / f"{split}.arrow", manifest[PACKS]["splits"][split], remedy)
     packs = None
+    try:
+        columns = open_columns(folder / f"{split}.arrow", manifest[PACKS]["splits"][split], remedy)
+    except (OSError, ValueError) as error:
+        if not is_repair:
+            raise
+        logger.warning("%s; all samples of this split are written again", error)
+        return
     try:
         packs = Packs(folder, split, manifest, entries=columns, remedy=remedy)
     except (OSError, ValueError):
@@ -324,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         logger.error("%s", error)
         sys.exit(2)
-    logger.info("%s: %s, fingerprint %s", args.target, manifest["totals"], manifest["fingerprint"])
+    logger.info("%s is written, fingerprint %s", args.target, manifest["fingerprint"])
 
 
 if __name__ == "__main__":

@@ -25,10 +25,12 @@ from torch import Tensor
 
 from dataset_loading.columns import EntryColumns
 from dataset_loading.files import Record, digest_file, read_manifest
+from dataset_loading.remote import RemotePacks
 
 PACKS = "packs"  # The manifest's key, in place of "entries".
 CRC = "@crc32"
 MAX_OPEN = 1024  # Packs that are mapped at the same time by a process.
+MAX_FETCHED = 8  # The same of a cache elsewhere: a mapped pack fills the disk, also where it was deleted.
 CHECKED_BYTES = 64 << 20  # The digest of an index of at most so many bytes is compared when it is opened.
 
 
@@ -128,7 +130,9 @@ class Packs:
         self.sizes: list[int] = table["files"]
         self.opened: OrderedDict[int, tuple[mmap.mmap, dict[str, int]]] = OrderedDict()
         # One listing of the folder for all packs.
-        present = {file.name: file.stat().st_size for file in os.scandir(self.folder)} if self.folder.is_dir() else {}
+        self.remote = RemotePacks.of(self.folder)
+        files = os.scandir(self.folder) if self.folder.is_dir() and not self.remote else ()
+        present = self.remote.sizes if self.remote else {file.name: file.stat().st_size for file in files}
         missing = [number for number in range(len(self.sizes)) if pack_name(number) not in present]
         if missing:
             raise FileNotFoundError(
@@ -165,6 +169,8 @@ class Packs:
             return self.opened[number]
         file = self.folder / pack_name(number)
         try:
+            if self.remote:
+                self.remote.bring(file.name)
             with open(file, "rb") as stream:
                 content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             # safetensors: the length of a JSON header, the header with the place of each tensor, the tensors.
@@ -180,7 +186,7 @@ class Packs:
                 f"{file} is damaged (no safetensors: {error!r}); delete it and run: {self.remedy}"
             ) from error
         self.opened[number] = content, begins
-        if len(self.opened) > MAX_OPEN:
+        if len(self.opened) > (MAX_FETCHED if self.remote else MAX_OPEN):
             self.opened.popitem(last=False)
         return content, begins
 

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from transformers import TrainingArguments
 
+from dataset_loading.remote import IS_REMOTE
 from utils.devices import set_fp32_precision, use_deterministic_kernels
 from utils.distributed import launch_settings
 from utils.options import option
@@ -27,7 +28,12 @@ class StageArguments:
     override: list[str] = option([], "fields of the model's configuration, key=value", adds_up=True)
     run_name: str = option("default", "name of the run; its folder is OUTPUT_DIR/<model type>/RUN_NAME")
     output_dir: str = option("runs", "folder of all runs")
-    cached_dataset: str = option("", "preprocessed data set; default: cached_datasets/<stage>")
+    cached_dataset: str = option(
+        "", "preprocessed data set, packed ones also at a URL; default: cached_datasets/<stage>"
+    )
+    remote_cache_gb: float = option(
+        50.0, "gigabytes of packs of a data set at a URL that lie on the local disk", gt=0, only_with=IS_REMOTE
+    )
     resume_from_checkpoint: str = option(
         "", "checkpoint or run folder to resume from, or 'latest' of this run", bare="latest"
     )

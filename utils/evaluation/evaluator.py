@@ -20,6 +20,7 @@ from dataset_loading.audio.signal import save_waveform
 from dataset_loading.files import read_manifest
 from dataset_loading.image.folder import ImageFolderDataset
 from dataset_loading.image.pixels import ResizeMode, check_color
+from dataset_loading.remote import IS_REMOTE, open_remote
 from utils.checkpoints import WeightsKind, chosen_weights, data_of, load_model, read_stage, step_of
 from utils.devices import compute_device
 from utils.drawing.images import save_image
@@ -39,6 +40,9 @@ class EvaluationArguments:
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
     weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
     cached_dataset: str = option("", "preprocessed data set; default: the one that the run trained on")
+    remote_cache_gb: float = option(
+        50.0, "gigabytes of packs of a data set at a URL that lie on the local disk", gt=0, only_with=IS_REMOTE
+    )
     split: str = option("", "split of the data set; default: validation")
     max_samples: int = option(0, "maximum number of samples, spread evenly over the split; 0: all", ge=0)
 
@@ -204,7 +208,8 @@ class Evaluator:
 
     def cache(self) -> tuple[str, str]:
         """Folder and split of the preprocessed data set."""
-        return self.args.cached_dataset or self.own_folder, self.args.split or "validation"
+        given = self.args.cached_dataset and str(open_remote(self.args.cached_dataset, self.args.remote_cache_gb))
+        return given or self.own_folder, self.args.split or "validation"
 
     @cached_property
     def own_folder(self) -> str:

@@ -23,7 +23,7 @@ def as_source(dataset: AudioDataset) -> Source:
         {
             "name": entry["source"],
             "audio": {
-                "path": dataset.path_of(index),
+                "path": dataset.file_of(index),
                 **({"index": index} if dataset.packs else {}),
                 "entry": entry,
                 "kinds": dataset.tensor_kinds(entry),

@@ -90,11 +90,6 @@ class AudioLatentsArguments(AudioPreprocessArguments, BatchedPreprocessArguments
             raise ValueError("--limit=0 reads nothing; give a positive number, or -1 for all")
 
     def validate_cache(self):
-        if self.shard and not self.audio_cache:
-            raise ValueError(
-                f"--shard={self.shard} needs --audio_cache, whose clips all shards fit the same aligner to: make the "
-                "log-mels first, with preprocess_audio_vae_dataset.py --shard and --merge"
-            )
         used = {"dataset_name", "limit", "validation_fraction", "output_dir", "num_workers"}
         used |= {"max_broken_fraction", "keep_duplicates", *HOW_WRITTEN}
         unused = {field.name for field in declared_fields(AudioPreprocessArguments)} - used
@@ -146,6 +141,11 @@ class AudioLatentsPreprocess(BatchedPreprocess):
     # ---- The source.
 
     def open_sources(self) -> dict[str, Source]:
+        if self.args.shard and not self.args.audio_cache:
+            raise ValueError(
+                f"a shard ({self.args.shard}) needs --audio_cache, whose clips all shards fit the same aligner to: "
+                "make the log-mels first, with preprocess_audio_vae_dataset.py, and join its shards"
+            )
         cache = self.args.audio_cache or self.make_cache()
         # Augmented copies are samples of the cache already.
         self.args = dataclasses.replace(self.args, audio_cache=cache, num_augmented_copies=0)

@@ -32,7 +32,14 @@ from utils.preprocessing.shards import Shard
 logger = logging.getLogger(__name__)
 
 # Flags that no setting of the fingerprint covers, but that say which samples there are.
-COMPARED_FLAGS = ("limit", "num_augmented_copies", "keep_duplicates", "max_broken_fraction", "batch_size")
+COMPARED_FLAGS = (
+    "validation_fraction",
+    "limit",
+    "num_augmented_copies",
+    "keep_duplicates",
+    "max_broken_fraction",
+    "batch_size",
+)
 
 
 @dataclasses.dataclass
@@ -89,16 +96,16 @@ def order_shards(shards: list[tuple[Path, Record]]) -> list[tuple[Path, Record]]
         if "shard" not in manifest:
             raise ValueError(f"{folder} is no shard, but a whole cache; --merge takes folders made with --shard i/n")
         # Made with the same settings and of the same listing.
-        pairs = describe_differences(first, manifest)
+        shard, shard_of_first = manifest["shard"], first["shard"]
+        pairs = describe_differences(first, manifest) if shard["settings"] != shard_of_first["settings"] else []
         for name in COMPARED_FLAGS:
             values = [manifest_of["arguments"].get(name) for manifest_of in (first, manifest)]
             pairs += [f"{name}={values[0]!r} there, {values[1]!r} here"] if values[0] != values[1] else []
-        if pairs or manifest["settings_fingerprint"] != first["settings_fingerprint"]:
+        if pairs:
             raise ValueError(
                 f"{folder} was made with other settings than {first_folder}: {'; '.join(pairs)}. Make both with the "
                 "same flags"
             )
-        shard, shard_of_first = manifest["shard"], first["shard"]
         if shard["count"] != shard_of_first["count"]:
             raise ValueError(
                 f"{folder} is one of {shard['count']} shards, {first_folder} one of {shard_of_first['count']}; make "

@@ -26,10 +26,14 @@ HOW_WRITTEN = ("shard", "merge", "pack")
 
 @dataclasses.dataclass
 class Shard:
-    """The `index`-th of `count` shards, 1 to `count`; the only one of 1 is the whole."""
+    """The `index`-th of `count` shards, 1 to `count`; 0 of 0 is the whole, which no shard is.
 
-    index: int = 1
-    count: int = 1
+    Attributes: settings: fingerprint of the settings, without where the raw files are on this machine.
+    """
+
+    index: int = 0
+    count: int = 0
+    settings: str = ""
 
     def __post_init__(self):
         self.listing = b""  # Digest of all raw samples so far.
@@ -49,8 +53,8 @@ class Shard:
 
     @property
     def is_whole(self) -> bool:
-        """Whether there is one shard."""
-        return self.count == 1
+        """Whether this is no shard."""
+        return not self.count
 
     def folder_of(self, output: Path) -> Path:
         """The folder of this shard of a cache."""
@@ -72,7 +76,7 @@ class Shard:
 
     def n_samples(self, total: int) -> int:
         """About how many of all raw samples are of this shard."""
-        return -(-total // self.count)
+        return -(-total // max(self.count, 1))
 
     def record(
         self,
@@ -100,6 +104,7 @@ class Shard:
         return {
             "index": self.index,
             "count": self.count,
+            "settings": self.settings,
             "total": total,
             "listing": self.listing.hex(),
             "has_texts": has_texts,

@@ -63,7 +63,15 @@ ON_RESUME: dict[str, str] = {
         UNREACHED: ["gan_start_step"],
         CHANGES: [
             # Length, data and networks, which are compared by their fingerprints; optimizer and average.
-            *("num_train_epochs", "max_steps", "cached_dataset", "vae_checkpoint", "vae_config", "vocoder_checkpoint"),
+            *(
+                "remote_cache_gb",
+                "num_train_epochs",
+                "max_steps",
+                "cached_dataset",
+                "vae_checkpoint",
+                "vae_config",
+                "vocoder_checkpoint",
+            ),
             *("image_latents", "audio_latents", "image_vae_checkpoint", "audio_vae_checkpoint", "image_vae_config"),
             *("audio_vae_config",),
             *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "lr_scheduler_type"),

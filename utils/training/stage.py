@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, set_seed
 
 from dataset_loading.collators import collate_stack
+from dataset_loading.remote import local_path, open_remote
 from utils.checkpoints import (
     check_files,
     checkpoints_in,
@@ -60,7 +61,7 @@ class Stage:
     def __init__(self, args: Any):
         self.args = args
         self.run_dir = Path(args.output_dir) / self.name / args.run_name
-        self.cache_dir = Path(args.cached_dataset or f"cached_datasets/{self.cache_name or self.name}")
+        self.cache_dir = local_path(args.cached_dataset or f"cached_datasets/{self.cache_name or self.name}")
 
     # ---- What a stage states.
 
@@ -126,6 +127,7 @@ class Stage:
 
     def run(self) -> dict[str, float]:
         """A dry run, or one that no other run disturbs."""
+        open_remote(self.args.cached_dataset, self.args.remote_cache_gb)
         if self.args.dry_run:
             self.describe()
             return {}

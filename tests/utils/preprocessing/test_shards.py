@@ -1,12 +1,15 @@
 """Shards of a cache, joined: the bytes that one process writes."""
 
 import json
+import multiprocessing
 import shutil
+import socket
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from tests.helpers.shards import contents
 
 from dataset_loading.image.pixels import ImageDataset
 from preprocess_image_vae_dataset import ImageVAEPreprocess
@@ -33,7 +36,7 @@ def raw(tmp_path) -> Path:
     return folder
 
 
-def prepare(raw: Path, out: Path, *flags: str) -> dict:
+def flags_of(raw: Path, out: Path) -> list[str]:
     argv = ["--dataset_name", str(raw), "--output_dir", str(out), "--image_size", "8", "--num_workers", "0"]
     argv += [
         "--validation_fraction",
@@ -44,11 +47,11 @@ def prepare(raw: Path, out: Path, *flags: str) -> dict:
         "1",
         "--rotation",
     ]
-    return ImageVAEPreprocess.main([*argv, *flags])
+    return argv
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def prepare(raw: Path, out: Path, *flags: str) -> dict:
+    return ImageVAEPreprocess.main([*flags_of(raw, out), *flags])
 
 
 def merge(out: Path, *folders: Path) -> dict:
@@ -74,6 +77,22 @@ def test_joined_shards_are_what_one_process_writes(raw, tmp_path):
     assert merge(out, *shards)["fingerprint"] == whole["fingerprint"] and contents(out) == expected
     (raw / "3.png").unlink(), (raw / "metadata.jsonl").unlink()
     assert prepare(raw, out)["fingerprint"] != whole["fingerprint"]
+
+
+def test_shards_of_machines_with_other_paths_are_joined(raw, tmp_path):
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere/raw"
+    whole = prepare(raw, out)
+    shutil.copytree(raw, elsewhere)
+    prepare(raw, out, "--shard", "1/2"), prepare(elsewhere, out, "--shard", "2/2")
+    joined = merge(tmp_path / "joined", *(tmp_path / f"out.shard-{i}-of-2" for i in (1, 2)))
+    assert joined["settings"] == whole["settings"] and joined["totals"] == whole["totals"]
+    files = [{name: content for name, content in contents(folder).items() if name.endswith(".pt")} for folder in
+             (out, tmp_path / "joined")]  # fmt: skip
+    assert files[0] == files[1]
+    # A single shard is one all the same.
+    prepare(raw, tmp_path / "one", "--shard", "1/1")
+    one = merge(tmp_path / "one", tmp_path / "one.shard-1-of-1")
+    assert one["fingerprint"] == whole["fingerprint"]
 
 
 def test_a_shard_is_finished_by_its_own_command_and_is_no_cache(raw, tmp_path):
@@ -144,6 +163,9 @@ def test_packed_caches_follow_their_files_and_repair_themselves(raw, tmp_path):
         ImageDataset(out, "train")
     prepare(raw, out, "--pack", "5")
     assert contents(out) == expected
+    (out / "train.arrow").write_bytes(b"ARROW1")
+    prepare(raw, out, "--pack", "5")
+    assert contents(out) == expected
     # A file that is gone, then the other form.
     (raw / "metadata.jsonl").unlink(), (raw / "3.png").unlink()
     assert prepare(raw, out, "--pack", "5")["fingerprint"] == prepare(raw, plain)["fingerprint"]
@@ -168,3 +190,25 @@ def test_joined_shards_may_be_packed(raw, tmp_path):
     assert contents(out) == expected
     with pytest.raises(SystemExit):
         prepare(raw, out, "--pack", "5", "--shard", "1/2")
+
+
+@pytest.mark.launch
+def test_processes_of_a_launcher_are_shards(raw, tmp_path, monkeypatch):
+    out, context = tmp_path / "out", multiprocessing.get_context("spawn")
+    prepare(raw, out, "--pack", "7")
+    expected = contents(out)
+    shutil.rmtree(out)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        launch = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    processes = []
+    for rank in ("0", "1"):
+        for name, value in {**launch, "RANK": rank, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}.items():
+            monkeypatch.setenv(name, value)
+        argv = [*flags_of(raw, out), "--pack", "7"]
+        processes.append(context.Process(target=ImageVAEPreprocess.main, args=(argv,)))
+        processes[-1].start()
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0
+    assert contents(out) == expected

@@ -6,7 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from tests.helpers.shards import check_shards, contents
 
+from dataset_loading.audio.latents import AudioLatentDataset
+from dataset_loading.pack import main
 from preprocess_audio_diffusion_dataset import AudioDiffusionPreprocess
 from preprocess_audio_vae_dataset import AudioVAEPreprocess
 from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
@@ -43,6 +47,10 @@ def check_shards(run: Callable[..., dict], stage: type[Preprocess], out: Path, n
     return shards
 
 
+def samples_in(folder: Path) -> dict[str, bytes]:
+    return {name: content for name, content in contents(folder).items() if name.endswith(".pt")}
+
+
 def test_image_latents_with_a_text_encoder(image_cache, tmp_path):
     raw, vae = write_captioned_images(tmp_path / "raw", 11), save_vae(tmp_path / "vae", image_cache)
     (raw / "004.png").write_bytes(b"broken")
@@ -69,9 +77,20 @@ def test_speech_latents_of_an_audio_cache(tmp_path, caplog):
     mels, vae, out = write_spoken_cache(tmp_path / "mels", 12), save_audio_vae(tmp_path / "vae"), tmp_path / "out"
     run = lambda *more: make_audio_latents(mels, vae, out, "--batch_size", "4", *more)  # noqa: E731
     check_shards(run, AudioDiffusionPreprocess, out, 2)
+    # A packed audio cache gives the same latents.
+    main([str(mels), str(tmp_path / "packed"), "--pack", "5"])
+    make_audio_latents(tmp_path / "packed", vae, tmp_path / "same", "--batch_size", "4")
+    assert samples_in(tmp_path / "same") == samples_in(out) != {}
+    # So do packed latents as a data set.
+    main([str(out), str(tmp_path / "packed_latents"), "--pack", "5"])
+    plain, packed = (AudioLatentDataset(folder, "train") for folder in (out, tmp_path / "packed_latents"))
+    assert packed.speakers == plain.speakers == ["ann", "bob"] and packed.lengths == plain.lengths
+    for first, second in zip(plain, packed, strict=True):
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     # A raw data set would give every shard an aligner of its own.
     with pytest.raises(SystemExit):
         AudioDiffusionPreprocess.main(["--dataset_name", "x", "--vae_checkpoint", str(vae), "--shard", "1/2"])
+    assert "a shard (1/2) needs --audio_cache" in caplog.text
 
 
 def test_another_aligner_is_named(tmp_path, caplog):

@@ -1,0 +1,164 @@
+"""Packed caches elsewhere (`s3://`, `gs://`, whatever fsspec reads): a local folder stands for one.
+
+    cached_datasets/remote/<name>-<digest>/   manifest, indices and what else is small: copied once
+        remote.json                           where the packs are, and how much of them may lie here
+        train/00007.safetensors               packs, fetched when a sample of theirs is read
+
+Packs are fetched whole, so that they serve the other samples in them. Where they would exceed the limit the ones that
+were not used for longest are deleted. Processes of one machine share the folder.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from dataset_loading.files import MANIFEST, fingerprint, read_record, replace_file, replacing
+
+REMOTE = "remote.json"
+FOLDER = Path("cached_datasets/remote")
+SPLITS = ("train", "validation", "duplicates")
+
+
+def is_remote(folder: str | Path) -> bool:
+    """Whether a cache is named by a URL."""
+    return "://" in str(folder)
+
+
+IS_REMOTE = ("cached_dataset", is_remote)  # The condition of flags that only such a cache needs.
+
+
+def local_path(cache: str) -> Path:
+    """The folder of a cache: itself, or the one that stands for a packed cache at a URL."""
+    if not is_remote(cache):
+        return Path(cache)
+    url = cache.rstrip("/")
+    return FOLDER / f"{url.rpartition('/')[2]}-{fingerprint(url, n_digits=8)}"
+
+
+def open_remote(cache: str, max_gigabytes: float) -> Path:
+    """Copy what is small of a packed cache at a URL, unless it is there; nothing to do for local ones.
+
+    Args: max_gigabytes: of packs in the local folder.
+    Returns: `local_path`.
+    Raises:
+        FileNotFoundError: there is no complete cache at the URL.
+        ValueError: the cache is not packed, or fsspec lacks a package for this kind of URL.
+        OSError: it cannot be read.
+    """
+    folder = local_path(cache)
+    if not is_remote(cache):
+        return folder
+    system, root = open_url(cache.rstrip("/"))
+    try:
+        content = system.cat_file(f"{root}/{MANIFEST}")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{cache} holds no {MANIFEST}: it is no complete cache") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    # One process of a machine copies, the others wait.
+    with open(folder / ".fetching", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = folder / MANIFEST
+        if not known.is_file() or known.read_bytes() != content:
+            copy_small_files(system, root, folder)
+            replace_file(known, content, sync=True)
+        sizes = {split: sizes_of(system, f"{root}/{split}") for split in SPLITS}
+        record = {"url": cache.rstrip("/"), "max_bytes": round(max_gigabytes * 1e9), "sizes": sizes}
+        replace_file(folder / REMOTE, json.dumps(record).encode())
+    return folder
+
+
+def copy_small_files(system: Any, root: str, folder: Path) -> None:
+    """Copy all files but packs and the manifest; packs of a former content are deleted.
+
+    Raises: ValueError: the cache is not packed.
+    """
+    (folder / MANIFEST).unlink(missing_ok=True)
+    for split in SPLITS:
+        shutil.rmtree(folder / split, ignore_errors=True)
+    for file in system.find(root):
+        name = file.lstrip("/").removeprefix(root.lstrip("/")).lstrip("/")
+        if name.endswith(".pt"):
+            raise ValueError(
+                f"{root} has a file per sample; pack it first, with python -m dataset_loading.pack SRC DST, and copy "
+                "that folder there"
+            )
+        if not is_pack(name) and not Path(name).name.startswith(".") and name != MANIFEST:
+            fetch(system, file, folder / name)
+
+
+def open_url(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it. Raises: ValueError: a package is missing; names it."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{url} cannot be read ({error}); see https://filesystem-spec.readthedocs.io") from error
+
+
+def is_pack(name: str) -> bool:
+    """Whether a file of a cache, by its path there, is a pack."""
+    folder, _, file = name.rpartition("/")
+    return folder in SPLITS and file.endswith(".safetensors")
+
+
+def sizes_of(system: Any, folder: str) -> dict[str, int]:
+    """Bytes of the files in a folder by name, from one listing."""
+    with contextlib.suppress(FileNotFoundError):
+        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in system.ls(folder, detail=True)}
+    return {}
+
+
+def fetch(system: Any, source: str, target: Path) -> None:
+    """Copy a file; several processes may do so at once."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as temporary:
+        system.get_file(source, str(temporary))
+
+
+class RemotePacks:
+    """The packs of one split of a cache elsewhere.
+
+    Args: folder: the local one of the split.
+    Attributes: sizes: bytes of each pack by name.
+    """
+
+    def __init__(self, folder: Path):
+        record = read_record(folder.parent / REMOTE, "give --cached_dataset the URL again")
+        self.folder, self.url, self.max_bytes = folder, f"{record['url']}/{folder.name}", record["max_bytes"]
+        self.sizes: dict[str, int] = record["sizes"][folder.name]
+
+    @classmethod
+    def of(cls, folder: Path) -> "RemotePacks | None":
+        """Those of a split's folder; None where the cache is a local one."""
+        return cls(folder) if (folder.parent / REMOTE).is_file() else None
+
+    def bring(self, name: str) -> Path:
+        """A pack as a local file. Raises: OSError: it cannot be fetched."""
+        file = self.folder / name
+        with contextlib.suppress(FileNotFoundError):
+            if file.stat().st_size == self.sizes[name]:
+                os.utime(file)  # Now used.
+                return file
+        self.make_room(self.sizes[name])
+        system, root = open_url(self.url)
+        fetch(system, f"{root}/{name}", file)
+        return file
+
+    def make_room(self, n_bytes: int) -> None:
+        """Delete the packs that were not used for longest, until there is room for so many bytes."""
+        states = []
+        for file in self.folder.parent.glob("*/*.safetensors"):
+            with contextlib.suppress(FileNotFoundError):  # Another process has deleted it.
+                if is_pack(f"{file.parent.name}/{file.name}"):
+                    states.append((file.stat(), file))
+        total = sum(state.st_size for state, _ in states)
+        for state, file in sorted(states, key=lambda pair: pair[0].st_mtime_ns):
+            if total + n_bytes <= self.max_bytes:
+                break
+            file.unlink(missing_ok=True)
+            total -= state.st_size
