@@ -1,23 +1,26 @@
 """Every model compared with its peer on an NVIDIA GPU: rates, peak memory, share of the GPU's peak.
 
     python benchmarks/cuda.py --part image_vae --output runs/benchmark/image_vae.json
-    python benchmarks/cuda.py --part image_diffusion | vocoder | audio_vae | transformer
+    python benchmarks/cuda.py --part image_diffusion | vocoder | audio_vae | transformer | generation | multimodal
+    python benchmarks/cuda.py --part fits
+    python benchmarks/cuda.py --part train --stage image_vae --cached_dataset cached_datasets/scenes_64 --minutes 6
 
-Each part takes one to three minutes and writes its rows as JSON. Steps are forward and backward under bf16 autocast
-unless a row says otherwise; those of the vocoder are whole adversarial steps of generator and discriminator. Rows
-`compiled` use torch.compile on both sides, `deterministic` ones deterministic kernels. Times are medians of
-synchronised repeats.
+Each part takes at most eight minutes and writes its rows as JSON. A peer whose package is missing is left out. `fits`
+finds the largest batch of every preset in 24, 40 and 80 GiB; `train` trains a stage for some minutes and evaluates it.
+`--device cpu` runs the same code at tiny sizes, to see that it runs; its figures mean nothing.
+
+Steps are forward and backward under bf16 autocast unless a row says otherwise; those of the vocoder are whole
+adversarial steps of generator and discriminator. Rows `compiled` use torch.compile on both sides, `deterministic` ones
+deterministic kernels. Times are medians of synchronised repeats.
 """
 
 import dataclasses
 import json
 import logging
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -25,6 +28,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import audio_vae, diffusion, image_vae, vocoder
+from benchmarks.cuda_capacity import SMALL_SHAPE, compare_generation, measure_batches, measure_multimodal
+from benchmarks.cuda_timing import ResultRows, free_memory
+from benchmarks.cuda_training import TrainedStage, train_stage
 from benchmarks.transformer import LARGE, compile_blocks, training_operations, training_step
 from benchmarks.transformer_peers import SIDES
 from benchmarks.vocoder_peers import Vocos, VocosRecipe
@@ -36,71 +42,30 @@ from utils.command_line import explained_errors, parse_arguments
 from utils.devices import set_fp32_precision
 from utils.options import option
 
-DEVICE = torch.device("cuda")
+Part = Literal[
+    "image_vae", "image_diffusion", "vocoder", "audio_vae", "transformer", "generation", "multimodal", "fits", "train"
+]
 
 
 @dataclasses.dataclass
 class BenchmarkArguments:
     """Flags of the comparison."""
 
-    part: Literal["image_vae", "image_diffusion", "vocoder", "audio_vae", "transformer"] = option(
-        "image_vae", "part that is compared"
-    )
+    part: Part = option("image_vae", "part that is measured")
+    device: Literal["cuda", "cpu"] = option("cuda", "cpu: the same code at tiny sizes, to see that it runs")
     repeats: int = option(10, "timed repeats of each side", gt=0)
     compile: bool = option(False, "also measure with torch.compile")
     peak_tflops: float = option(989.0, "dense bf16 peak of the GPU, for the transformer's share of it", gt=0)
+    stage: TrainedStage = option("image_vae", "stage that is trained", only_with=("part", "train"))
+    cached_dataset: str = option("", "cache that it is trained on", only_with=("part", "train"))
+    minutes: float = option(6.0, "minutes of its training", gt=0, only_with=("part", "train"))
     output: str = option("", "JSON file for the rows")
 
     def validate_gpu(self):
-        if not torch.cuda.is_available():
-            raise ValueError("this machine has no NVIDIA GPU")
-
-
-def measure(run: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Median and minimum seconds of a call, and its peak memory in GiB, after three calls as warm-up."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    # Each call is synchronised, so that its time is that of the GPU.
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    return {"median_s": statistics.median(seconds), "min_s": min(seconds), "peak_gib": peak}
-
-
-class ResultRows:
-    """Measurements of one part, printed as they are made."""
-
-    def __init__(self, args: BenchmarkArguments):
-        self.args, self.rows = args, []
-
-    def add(self, what: str, side: str, run: Callable[[], object], *, unit: str, n_units: float) -> None:
-        """Measure a side. One call processes `n_units` of `unit`."""
-        row = {"what": what, "side": side, **measure(run, self.args.repeats)}
-        row[f"{unit}_per_s"] = n_units / row["median_s"]
-        self.rows.append(row)
-        shown = f"{row['median_s'] * 1e3:9.2f} ms  {row[f'{unit}_per_s']:12,.1f} {unit}/s  {row['peak_gib']:6.2f} GiB"
-        print(f"{what:34} {side:16} {shown}", flush=True)
-
-    def add_step(self, what: str, models: dict[str, nn.Module], step: Callable, *, unit: str, n_units: float) -> None:
-        """Measure the step of every side, with --compile also compiled.
-
-        Args: step: model -> function of one step.
-        """
-        for name, model in models.items():
-            model.to(DEVICE)  # one model at a time, so that its memory is measured alone
-            self.add(what, name, step(model), unit=unit, n_units=n_units)
-            if self.args.compile:
-                torch._dynamo.reset()  # no graphs of earlier models
-                model.compile()
-                self.add(f"{what}, compiled", name, step(model), unit=unit, n_units=n_units)
-            model.to("cpu")
-            torch.cuda.empty_cache()
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "--device=cuda: this machine has no NVIDIA GPU; --device cpu tries the code at tiny sizes"
+            )
 
 
 def compare_image_vae(results: ResultRows) -> None:
@@ -110,11 +75,11 @@ def compare_image_vae(results: ResultRows) -> None:
     def theirs() -> nn.Module:
         # Four levels, compression 8 in both axes.
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
-        widths = (128, 256, 512, 512)
+        widths = results.size((128, 256, 512, 512), (32, 32, 32, 32))
         return AutoencoderKL(3, 3, **blocks, block_out_channels=widths, layers_per_block=2, latent_channels=4)
 
     def step(model: nn.Module) -> Callable[[], None]:
-        noise = torch.randn(16, model.config.latent_channels, 32, 32, device=DEVICE)
+        noise = torch.randn(B, model.config.latent_channels, side // 8, side // 8, device=results.device)
 
         def run() -> None:
             model.zero_grad()
@@ -122,24 +87,29 @@ def compare_image_vae(results: ResultRows) -> None:
 
         return run
 
-    # Random images (16, 3, 256, 256); latents are (16, Z, 32, 32).
-    image = torch.randn(16, 3, 256, 256, device=DEVICE).clamp(-1, 1)
-    models = {f"ours {name}": ImageVAE.from_preset(name) for name in ("large", "ldm", "small")}
-    results.add_step("image VAE step, 16 x 256 px", {**models, "diffusers": theirs()}, step, unit="images", n_units=16)
+    # Random images (B, 3, side, side); latents are (B, Z, side / 8, side / 8).
+    B, side = results.size((16, 256), (1, 32))
+    image = torch.randn(B, 3, side, side, device=results.device).clamp(-1, 1)
+    names = results.size(("large", "ldm", "small"), ("tiny",))
+    models = {f"ours {name}": ImageVAE.from_preset(name, image_size=side) for name in names}
+    sides = {**models, "diffusers": theirs()} if results.has_package("diffusers") else models
+    results.add_step(f"image VAE step, {B} x {side} px", sides, step, unit="images", n_units=B)
     # The cost of deterministic kernels.
     torch.use_deterministic_algorithms(True, warn_only=True)
-    results.add_step("the same, deterministic", {"ours large": models["ours large"]}, step, unit="images", n_units=16)
+    first = dict(list(models.items())[:1])
+    results.add_step("the same, deterministic", first, step, unit="images", n_units=B)
     torch.use_deterministic_algorithms(False)
 
 
 def compare_image_diffusion(results: ResultRows) -> None:
     """Training steps on latents of 4x16x16, and diffusers' UNet2DConditionModel of the same size."""
-    B = 128
+    B = results.size(128, 1)
 
     def step(model: nn.Module) -> Callable[[], None]:
-        return diffusion.training_step(model, B, bf16=True, device=DEVICE)
+        return diffusion.training_step(model, B, bf16=True, device=results.device)
 
-    sides = {name: diffusion.build(name) for name in (diffusion.OURS, diffusion.THEIRS)}
+    names = (diffusion.OURS, diffusion.THEIRS) if results.has_package("diffusers") else (diffusion.OURS,)
+    sides = {name: diffusion.build(name) for name in names}
     results.add_step(f"UNet step, {B} x 4x16x16", sides, step, unit="latents", n_units=B)
 
 
@@ -147,26 +117,31 @@ def compare_vocoder(results: ResultRows) -> None:
     """Synthesis of 10 s with batches of 16 and 1, and adversarial steps of 16 x 16,384 samples, in fp32; Vocos."""
     # Synthesis: log-mels (16, M, 625) are 10 s.
     settings = mel_preset("16k")
-    mel = torch.randn(16, settings.n_mels, 625, device=DEVICE) - 4
-    models = {f"ours {name}": vocoder.build(name, "16k") for name in ("medium", "small")} | {"vocos": Vocos(settings)}
+    B, n_frames = results.size((16, 625), (1, 40))
+    mel = torch.randn(B, settings.n_mels, n_frames, device=results.device) - 4
+    has_vocos, preset = results.has_package("vocos"), results.size("medium", "tiny")
+    models = {f"ours {name}": vocoder.build(name, "16k") for name in results.size(("medium", "small"), ("tiny",))}
+    models |= {"vocos": Vocos(settings)} if has_vocos else {}
+    seconds = n_frames * settings.hop_length / settings.sample_rate
     with torch.inference_mode():
         for name, model in models.items():
-            model.to(DEVICE).eval()
-            results.add(
-                "synthesis of 16 x 10 s, fp32", name, lambda model=model: model(mel), unit="seconds", n_units=160
-            )
-            single = mel[:1]
-            results.add(
-                "synthesis of 1 x 10 s, fp32", name, lambda m=model, x=single: m(x), unit="seconds", n_units=10
-            )
+            model.to(results.device).eval()
+            for x in (mel, mel[:1]):
+                what = f"synthesis of {len(x)} x {seconds:g} s, fp32"
+                results.add(what, name, lambda m=model, x=x: m(x), unit="seconds", n_units=len(x) * seconds)
     # Adversarial steps; the sides are built one after another, since each has discriminators and optimizers.
-    waveform = 0.1 * torch.randn(16, 16384, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    sides = {
-        "ours medium": lambda: vocoder.OurStep(vocoder.build("medium", "16k").to(DEVICE)),
-        "ours medium /2": lambda: vocoder.OurStep(vocoder.build("medium", "16k").to(DEVICE), discriminator_every=2),
-        "ours medium full": lambda: vocoder.OurStep(vocoder.build("medium", "16k").to(DEVICE), discriminator="full"),
-        "vocos": lambda: VocosRecipe(settings).to(DEVICE),
+    waveform = 0.1 * torch.randn(B, 16384, generator=torch.Generator().manual_seed(0)).to(results.device)
+
+    def ours(**flags: Any) -> vocoder.OurStep:
+        return vocoder.OurStep(vocoder.build(preset, "16k").to(results.device), **flags)
+
+    sides: dict[str, Callable[[], Any]] = {
+        f"ours {preset}": ours,
+        f"ours {preset} /2": lambda: ours(discriminator_every=2),
+        f"ours {preset} full": lambda: ours(discriminator="full"),
     }
+    sides = results.size(sides, {f"ours {preset} /2": sides[f"ours {preset} /2"]})
+    sides |= {"vocos": lambda: VocosRecipe(settings).to(results.device)} if has_vocos else {}
     for name, build in sides.items():
         recipe = build()
 
@@ -175,52 +150,62 @@ def compare_vocoder(results: ResultRows) -> None:
             recipe.step(waveform)
             recipe.step(waveform)
 
-        results.add("2 adversarial steps, 16 crops, fp32", name, two_steps, unit="steps", n_units=2)
+        results.add(f"2 adversarial steps, {B} crops, fp32", name, two_steps, unit="steps", n_units=2)
         del recipe
-        torch.cuda.empty_cache()
+        free_memory()
 
 
 def compare_audio_vae(results: ResultRows) -> None:
     """Training steps on log-mels of 80 x 512 frames, and diffusers' AutoencoderKL in AudioLDM's layout."""
-    settings = AudioVAE.from_preset("medium").config.mel
-    # Log-mels (16, M, 512) with the mean and std of speech.
-    mel = 2 * torch.randn(16, settings.n_mels, 512, device=DEVICE) - 5
+    preset, (B, n_frames) = results.size("medium", "tiny"), results.size((16, 512), (1, 32))
+    model = AudioVAE.from_preset(preset)
+    settings = model.config.mel
+    # Log-mels (B, M, F) with the mean and std of speech.
+    mel = 2 * torch.randn(B, settings.n_mels, n_frames, device=results.device) - 5
 
     def step(model: nn.Module) -> Callable[[], None]:
         return audio_vae.training_step(model, mel, bf16=True)
 
     # AutoencoderKL reads the log-mel as an image with one channel, see `audio_vae.forward`.
-    sides = {"ours medium": AudioVAE.from_preset("medium"), "diffusers": audio_vae.build_theirs()}
-    results.add_step("audio VAE step, 16 x 512 frames", sides, step, unit="seconds", n_units=16 * 512 * 256 / 16000)
+    sides: dict[str, nn.Module] = {f"ours {preset}": model}
+    if not results.is_small and results.has_package("diffusers"):
+        sides["diffusers"] = audio_vae.build_theirs()
+    seconds = B * n_frames * settings.hop_length / settings.sample_rate
+    results.add_step(f"audio VAE step, {B} x {n_frames} frames", sides, step, unit="seconds", n_units=seconds)
 
 
 def compare_transformer(results: ResultRows) -> None:
     """Training steps of 300 M parameters on 16 x 1,024 tokens with compiled layers; share of the GPU's peak."""
-    B, L = 16, 1024
-    tokens = torch.randint(LARGE.vocab_size, (B, L), device=DEVICE)
+    (B, L), shape = results.size((16, 1024), (1, 32)), results.size(LARGE, SMALL_SHAPE)
+    tokens = torch.randint(shape.vocab_size, (B, L), device=results.device)
 
     # Our loss in chunks of different sizes (0: all logits at once), and Llama.
     for name, chunk in (("ours", 512), ("ours", 4096), ("ours", 0), ("llama", None)):
-        side = SIDES[name](LARGE) if chunk is None else SIDES[name](LARGE, loss_chunk_size=chunk)
-        side.model.to(DEVICE)
-        compile_blocks(side)
+        side = SIDES[name](shape) if chunk is None else SIDES[name](shape, loss_chunk_size=chunk)
+        side.model.to(results.device)
+        if not results.is_small:
+            compile_blocks(side)
         operations = training_operations(side.model, B, L)
         label = name if chunk is None else f"{name}, chunk {chunk}"
         step = training_step(side, tokens, bf16=True)
-        results.add("LM step, 16 x 1024, layers compiled", label, step, unit="tokens", n_units=B * L)
+        results.add(f"LM step, {B} x {L}, layers compiled", label, step, unit="tokens", n_units=B * L)
         share = operations / results.rows[-1]["median_s"] / results.args.peak_tflops / 1e12
         results.rows[-1]["share_of_peak"] = share
         print(f"{'':34} {label:16} {share:.1%} of {results.args.peak_tflops:g} TFLOPS", flush=True)
         del side
-        torch.cuda.empty_cache()
+        free_memory()
 
 
-PARTS: dict[str, Callable[[ResultRows], None]] = {
+PARTS: dict[Part, Callable[[ResultRows], None]] = {
     "image_vae": compare_image_vae,
     "image_diffusion": compare_image_diffusion,
     "vocoder": compare_vocoder,
     "audio_vae": compare_audio_vae,
     "transformer": compare_transformer,
+    "generation": compare_generation,
+    "multimodal": measure_multimodal,
+    "fits": measure_batches,
+    "train": train_stage,
 }
 
 
@@ -230,7 +215,8 @@ def main(args: BenchmarkArguments) -> None:
     torch._dynamo.config.recompile_limit = 64
     torch.manual_seed(0)
     results = ResultRows(args)
-    machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "cuda": torch.version.cuda}
+    name = "none" if results.is_small else torch.cuda.get_device_name()
+    machine = {"gpu": name, "torch": torch.__version__, "cuda": torch.version.cuda}
     print(json.dumps(machine))
     PARTS[args.part](results)
     if args.output:

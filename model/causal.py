@@ -275,8 +275,9 @@ class MegaTransformerModel(MegaTransformerPreTrainedModel):
             if segment_ids is not None:
                 same = segment_ids[:, None, :, None] == segment_ids[:, None, None, :]
                 mask = mask & same if mask.dtype == torch.bool else mask.masked_fill(~same, -torch.inf)
-        # Compilers cannot branch on values: any mask of tokens counts as padding.
-        is_padded = attention_mask is not None and (torch.compiler.is_compiling() or not attention_mask.bool().all())
+        # Compilers cannot branch on values; training, or one query, does not wait for a GPU: any mask means padding.
+        reads = not torch.compiler.is_compiling() and (not x.is_cuda or (L > 1 and not self.training))
+        is_padded = attention_mask is not None and not (reads and attention_mask.bool().all())
         has_past = L > 1 and n_keys > L  # several queries after a past
         # Otherwise kernels do without a mask: whole sequences, or a single query that sees everything.
         if mask is None and (is_padded or segment_ids is not None or is_static or has_past):

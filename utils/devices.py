@@ -1,10 +1,14 @@
-"""The device of this process, and how exactly it computes."""
+"""The device of this process: how exactly it computes, how it is fed, what is compiled for it."""
 
 import os
 import resource
+from typing import Any
 
 import torch
 from torch import nn
+
+MAX_LOADERS = 4  # Processes that load data for one GPU, unless --num_workers says how many.
+PREFETCHED = 4  # Batches that each of them holds ready.
 
 
 def compute_device() -> torch.device:
@@ -35,6 +39,35 @@ def use_deterministic_kernels() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+
+
+def feeding(num_workers: int, *, has_gpu: bool, n_cores: int, n_processes: int) -> dict[str, Any]:
+    """How batches reach the device, and which AdamW runs there, as keywords of transformers' `TrainingArguments`.
+
+    A GPU is fed by processes of its own, from pinned memory while it computes, and steps with one kernel for many
+    parameters. A CPU has no cores to spare for such processes, and nothing to copy to.
+
+    Args:
+        num_workers: of `--num_workers`; -1: as many as suit the device.
+        n_cores: of this machine that may be used.
+        n_processes: training processes on this machine.
+    """
+    if num_workers < 0:
+        # One core is left to the training process, which launches the kernels.
+        num_workers = min(MAX_LOADERS, max(0, n_cores // n_processes - 1)) if has_gpu else 0
+    return {
+        "dataloader_num_workers": num_workers,
+        "dataloader_persistent_workers": num_workers > 0,
+        "dataloader_prefetch_factor": PREFETCHED if num_workers else None,
+        "dataloader_pin_memory": has_gpu,
+        "accelerator_config": {"non_blocking": has_gpu},
+        "optim": "adamw_torch_fused",
+    }
+
+
+def local_processes() -> int:
+    """Training processes on this machine, as the launcher says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def peak_memory_gib() -> float:

@@ -2,6 +2,7 @@
 `TrainingArguments`."""
 
 import dataclasses
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from dataset_loading.remote import IS_REMOTE
-from utils.devices import set_fp32_precision, use_deterministic_kernels
+from utils.devices import feeding, local_processes, set_fp32_precision, use_deterministic_kernels
 from utils.distributed import launch_settings
 from utils.options import option
 
@@ -46,7 +47,9 @@ class StageArguments:
     batch_size: int = option(16, "samples per micro-batch and process", gt=0)
     eval_batch_size: int = option(16, "samples per batch and process in evaluation", gt=0)
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", gt=0)
-    num_workers: int = option(0, "data loading processes per rank; 0: in the training process", ge=0)
+    num_workers: int = option(
+        -1, "data loading processes per rank; 0: in the training process; -1: up to 4 with a GPU, else 0", ge=-1
+    )
     seed: int = option(42, "seed of weights, data order and noise", ge=0)
 
     # Optimizer.
@@ -137,6 +140,9 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         if args.deterministic:
             use_deterministic_kernels()
     launch = launch_settings(args.use_deepspeed, args.deepspeed_config, args.bf16)
+    n_cores = len(os.sched_getaffinity(0))
+    feed = feeding(args.num_workers, has_gpu=has_gpu, n_cores=n_cores, n_processes=local_processes())
+    feed["accelerator_config"] |= launch.pop("accelerator_config", {})
     # Newer transformers name gradient checkpointing so, and warn of the old name.
     kind = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
     # The flags under transformers' names.
@@ -148,11 +154,6 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         per_device_train_batch_size=args.batch_size,
         per_device_eval_batch_size=args.eval_batch_size,
         gradient_accumulation_steps=args.gradient_accumulation_steps,
-        dataloader_num_workers=args.num_workers,
-        dataloader_persistent_workers=args.num_workers > 0,
-        # On a GPU batches are copied from pinned memory, while it computes.
-        dataloader_pin_memory=has_gpu,
-        accelerator_config={**launch.pop("accelerator_config", {}), "non_blocking": has_gpu},
         seed=args.seed,
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,
@@ -176,5 +177,6 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         ddp_find_unused_parameters=False,
         disable_tqdm=not sys.stderr.isatty(),
         report_to="none",  # Stages write TensorBoard logs themselves.
+        **feed,
         **launch,
     )

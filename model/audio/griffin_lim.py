@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from model.audio.spectral import MelSettings, Spectrogram, mel_filters
+from model.layers import to_device
 
 
 def mel_to_magnitude(
@@ -81,16 +82,17 @@ def griffin_lim(
         generator: of the random phases, on the CPU; None seeds one with 0.
     Returns: (B, F * hop_length) fp32.
     """
-    filters, inverse, spread = (matrix.to(mel.device) for matrix in inversion_matrices(settings))
+    filters, inverse, spread = (to_device(matrix, mel.device) for matrix in inversion_matrices(settings))
     # Magnitudes whose mel is the given one, (B, K, F).
     amplitude = mel.exp().transpose(1, 2)
     start = starting_magnitude(amplitude, inverse, spread)
     magnitude = mel_to_magnitude(amplitude, filters, spread, n_iterations=50, start=start).transpose(1, 2)
-    transform = Spectrogram(settings.n_fft, settings.hop_length).to(mel.device)  # frames of the log-mel
+    transform = Spectrogram(settings.n_fft, settings.hop_length)  # frames of the log-mel
+    transform.window = to_device(transform.window, mel.device)
     # Random phases, then: project on consistent spectra, extrapolate with momentum, restore the magnitudes.
     generator = generator or torch.Generator().manual_seed(0)
     phase = 2 * torch.pi * torch.rand(magnitude.shape, generator=generator)
-    spectrum = torch.polar(magnitude, phase.to(mel.device))
+    spectrum = torch.polar(magnitude, to_device(phase, mel.device))
     previous = torch.zeros_like(spectrum)
     for _ in range(n_iterations):
         consistent = transform(transform.inverse(spectrum))  # nearest spectrum of a waveform

@@ -1,15 +1,19 @@
-"""What is spoken in tests of metrics, at which rate, and the same waveform in every process."""
+"""What is spoken in tests of metrics, at which rate, and the same waveform in every process; a mark for tests of a
+package that cannot be built on every machine."""
 
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 
+import pytest
 from torch import Tensor
 
 from dataset_loading.audio.signal import resample
 from dataset_loading.embedded.speech import load_speaker
+from utils.metrics.audio import not_measured
 
 RATE = 16000
 SENTENCE = "Please say the name of the person that you are calling."
+needs_pesq = pytest.mark.skipif(bool(not_measured(["pesq"])), reason=not_measured(["pesq"]).get("pesq", ""))
 
 
 def speak_sentence() -> Tensor:

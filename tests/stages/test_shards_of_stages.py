@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.helpers.shards import check_shards, contents
 
 from dataset_loading.audio.latents import AudioLatentDataset
 from dataset_loading.pack import main

@@ -112,6 +112,7 @@ class Adversary:
             lr=arguments.discriminator_learning_rate,
             betas=(arguments.discriminator_beta1, arguments.adam_beta2),
             weight_decay=0.0,
+            fused=torch.cuda.is_available() or None,  # On a GPU one kernel for many parameters, as the generator's.
         )
         self.scheduler = None
         self.updates = 0

@@ -30,6 +30,7 @@ def budget_dataloader(trainer: StageTrainer, sampler: FrameBudgetSampler) -> Any
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         persistent_workers=args.dataloader_persistent_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
         worker_init_fn=partial(seed_worker, num_workers=args.dataloader_num_workers, rank=args.process_index),
     )
     return trainer.accelerator.prepare(loader)

@@ -23,8 +23,7 @@ from model.audio.vocoders import Vocoder
 from preprocess_audio_vae_dataset import AudioVAEPreprocess
 from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
 from tests.helpers.image_vae_checkpoint import save_checkpoint
-from tests.helpers.optional_packages import needs_pesq
-from tests.helpers.spoken import run_first
+from tests.helpers.spoken import needs_pesq, run_first
 from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
 from utils.checkpoints import COMPLETE, STAGE, load_model, mark_complete
 from utils.command_line import parse_arguments

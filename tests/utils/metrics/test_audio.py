@@ -11,8 +11,7 @@ from dataset_loading.audio.signal import resample
 from dataset_loading.embedded.speech import load_speaker
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel, MelSettings
-from tests.helpers.optional_packages import needs_pesq
-from tests.helpers.spoken import RATE
+from tests.helpers.spoken import RATE, needs_pesq
 from utils.metrics.audio import (
     SpeakerEncoder,
     import_optional,

@@ -1,0 +1,83 @@
+"""Part of `benchmarks/cuda.py`: a stage trained for some minutes, then evaluated."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Literal
+
+from benchmarks.cuda_timing import ResultRows
+
+ROOT = Path(__file__).resolve().parent.parent
+TrainedStage = Literal[
+    "image_vae", "recurrent_vae", "image_diffusion", "vocoder", "audio_vae", "audio_diffusion", "multimodal"
+]
+# A schedule that has no end, since the number of steps is not known.
+FLAGS = ["--max_steps", "1000000", "--eval_steps", "1000000", "--save_steps", "1000000"]
+FLAGS += ["--lr_scheduler_type", "constant_with_warmup", "--warmup_ratio", "0.0001"]
+
+
+def run_script(results: ResultRows, script: str, *words: str, minutes: float | None = None) -> None:
+    """Run a script of the repository; after so many minutes it is told to stop, which saves a checkpoint.
+
+    Raises: RuntimeError: it failed; with the end of what it said.
+    """
+    environment = {**os.environ, "MEGATRANSFORMER_TRACEBACK": "1"}
+    if results.is_small:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, script, *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        try:
+            process.wait(None if minutes is None else 60 * minutes)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGTERM)
+            process.wait(120)
+        finally:
+            process.kill()
+        log.seek(0)
+        text = log.read()
+    if process.returncode not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
+        raise RuntimeError(f"{script} ended with {process.returncode}: {text[-3000:]}")
+
+
+def train_stage(results: ResultRows) -> None:
+    """Train a stage with its default flags in bf16 for `--minutes`, then evaluate its checkpoint.
+
+    Raises: ValueError: no cache is named, or it is not there. RuntimeError: training or evaluation failed, or the time
+        ended before the first step.
+    """
+    args = results.args
+    if not Path(args.cached_dataset, "manifest.json").is_file() and args.stage != "multimodal":
+        raise ValueError(
+            f"--cached_dataset={args.cached_dataset!r} holds no cache for --stage {args.stage}; preprocess it first"
+        )
+    cache = str(Path(args.cached_dataset).resolve())
+    with tempfile.TemporaryDirectory() as folder:
+        words = ["--cached_dataset", cache, "--output_dir", folder, "--run_name", "benchmark", *FLAGS]
+        words += ["--config", "tiny"] if results.is_small else ["--config", "small", "--bf16"]
+        run_script(results, f"pretrain_{args.stage}.py", *words, minutes=args.minutes)
+        run = Path(folder, args.stage, "benchmark")
+        checkpoint = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+        if checkpoint is None:
+            raise RuntimeError(f"--minutes={args.minutes:g} ended before the first step; give more")
+        state = json.loads((checkpoint / "trainer_state.json").read_text())
+        lines = [line for line in state["log_history"] if "samples_per_second" in line]
+        speed = {name: lines[-1][name] for name in ("samples_per_second", "memory_gib") if lines and name in lines[-1]}
+        out = str(Path(folder, "metrics"))
+        run_script(
+            results, "evaluate.py", "--checkpoint", str(checkpoint), "--cached_dataset", cache, "--output_dir", out
+        )
+        metrics = json.loads(Path(out, "metrics.json").read_text())
+    row = {"what": f"{args.stage}, {args.minutes:g} minutes", "steps": state["global_step"], **speed}
+    results.rows.append({**row, "scores": metrics.get("scores", {})})
+    print(json.dumps(results.rows[-1], indent=1), flush=True)

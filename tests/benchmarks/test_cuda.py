@@ -1,0 +1,36 @@
+"""The GPU's benchmark at tiny sizes on a CPU: every part runs and writes its rows."""
+
+import json
+
+import pytest
+
+from benchmarks import cuda
+from utils.command_line import parse_arguments
+
+FAST = ("audio_vae", "generation", "multimodal")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [pytest.param(part, marks=[] if part in FAST else [pytest.mark.slow]) for part in cuda.PARTS if part != "train"],
+)
+def test_a_part_runs_and_writes_its_rows(part, tmp_path):
+    words = ["--part", part, "--device", "cpu", "--repeats", "1", "--output", str(tmp_path / "rows.json")]
+    cuda.main(parse_arguments(cuda.BenchmarkArguments, words, ""))
+    content = json.loads((tmp_path / "rows.json").read_text())
+    assert content["part"] == part and content["rows"] and content["gpu"] == "none"
+    measured = [row for row in content["rows"] if "median_s" in row]
+    assert measured and all(row["median_s"] > 0 and row["peak_gib"] == 0 for row in measured)
+
+
+def test_without_a_gpu_the_remedy_is_named():
+    if cuda.torch.cuda.is_available():
+        pytest.skip("this machine has an NVIDIA GPU")
+    with pytest.raises(ValueError, match=r"--device=cuda.*--device cpu"):
+        cuda.BenchmarkArguments().validate_gpu()
+
+
+def test_training_needs_a_cache(tmp_path):
+    words = ["--part", "train", "--device", "cpu", "--cached_dataset", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"--cached_dataset=.*preprocess"):
+        cuda.main(parse_arguments(cuda.BenchmarkArguments, words, ""))

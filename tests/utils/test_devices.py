@@ -1,0 +1,47 @@
+"""What a GPU is given and fed with, by what the settings become."""
+
+import pytest
+import torch
+
+from utils import megatransformer_utils
+from utils.devices import feeding, set_fp32_precision
+from utils.megatransformer_utils import StageArguments, training_arguments
+
+
+@pytest.mark.parametrize(
+    "num_workers, has_gpu, n_cores, n_processes, expected",
+    [
+        *((-1, False, 64, 1, 0), (-1, True, 16, 1, 4), (-1, True, 16, 8, 1), (-1, True, 1, 1, 0)),
+        *((3, False, 2, 1, 3), (0, True, 16, 1, 0)),
+    ],
+)
+def test_loading_processes(num_workers, has_gpu, n_cores, n_processes, expected):
+    settings = feeding(num_workers, has_gpu=has_gpu, n_cores=n_cores, n_processes=n_processes)
+    assert settings["dataloader_num_workers"] == expected
+    assert settings["dataloader_persistent_workers"] == (expected > 0)
+    assert settings["dataloader_prefetch_factor"] == (4 if expected else None)
+    assert settings["dataloader_pin_memory"] == settings["accelerator_config"]["non_blocking"] == has_gpu
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_a_run_on_a_gpu_has_them(tf32, tmp_path, monkeypatch):
+    """Of a run whose arguments are made where PyTorch sees a GPU."""
+    given = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(megatransformer_utils, "TrainingArguments", lambda **keywords: given.update(keywords))
+    former = torch.backends.cudnn.conv.fp32_precision
+    try:
+        training_arguments(StageArguments(tf32=tf32), tmp_path)
+        assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if tf32 else "ieee")
+        assert torch.backends.cudnn.conv.fp32_precision == ("tf32" if tf32 else "ieee")
+    finally:
+        set_fp32_precision(use_tf32=False)
+        torch.backends.cudnn.conv.fp32_precision = former
+    assert given["dataloader_pin_memory"] and given["accelerator_config"] == {"non_blocking": True}
+    assert given["optim"] == "adamw_torch_fused" and not given["use_cpu"]
+
+
+def test_a_run_on_a_cpu_loads_in_its_process(tmp_path):
+    arguments = training_arguments(StageArguments(), tmp_path)
+    assert arguments.dataloader_num_workers == 0 and not arguments.dataloader_pin_memory
+    assert not arguments.accelerator_config.non_blocking
