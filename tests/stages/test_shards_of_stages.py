@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from dataset_loading.audio.latents import AudioLatentDataset
 from dataset_loading.pack import main
 from preprocess_audio_diffusion_dataset import AudioDiffusionPreprocess
 from preprocess_audio_vae_dataset import AudioVAEPreprocess
@@ -51,6 +53,12 @@ def test_speech_latents_of_an_audio_cache(tmp_path, caplog):
     main([str(mels), str(tmp_path / "packed"), "--pack", "5"])
     make_audio_latents(tmp_path / "packed", vae, tmp_path / "same", "--batch_size", "4")
     assert samples_in(tmp_path / "same") == samples_in(out) != {}
+    # So do packed latents as a data set.
+    main([str(out), str(tmp_path / "packed_latents"), "--pack", "5"])
+    plain, packed = (AudioLatentDataset(folder, "train") for folder in (out, tmp_path / "packed_latents"))
+    assert packed.speakers == plain.speakers == ["ann", "bob"] and packed.lengths == plain.lengths
+    for first, second in zip(plain, packed, strict=True):
+        assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     # A raw data set would give every shard an aligner of its own.
     with pytest.raises(SystemExit):
         AudioDiffusionPreprocess.main(["--dataset_name", "x", "--vae_checkpoint", str(vae), "--shard", "1/2"])

@@ -192,6 +192,7 @@ def test_joined_shards_may_be_packed(raw, tmp_path):
         prepare(raw, out, "--pack", "5", "--shard", "1/2")
 
 
+@pytest.mark.slow
 @pytest.mark.launch
 def test_processes_of_a_launcher_are_shards(raw, tmp_path, monkeypatch):
     out, context = tmp_path / "out", multiprocessing.get_context("spawn")
