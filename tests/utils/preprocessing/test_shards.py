@@ -134,6 +134,9 @@ def test_wrong_shards_are_refused(raw, tmp_path, caplog):
     shutil.rmtree(second)
     prepare(raw, out, "--shard", "2/2")
     assert "other raw files" in refused(first, second)
+    # What a refused call has written is no obstacle.
+    prepare(raw, out, "--shard", "1/2")
+    assert merge(out, first, second)["fingerprint"] == prepare(raw, tmp_path / "whole")["fingerprint"]
 
 
 @pytest.mark.parametrize("text", ["0/2", "3/2", "2", "a/b", "1/0"])
