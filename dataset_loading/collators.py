@@ -1,6 +1,7 @@
 """Batches from samples."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,30 @@ def collate_audio(samples: Sequence[dict[str, Tensor]], log_floor: float) -> dic
         batch["tokens"] = pad_sequence([sample["tokens"].long() for sample in samples], batch_first=True)
         batch["token_lengths"] = torch.tensor([len(sample["tokens"]) for sample in samples])
     return batch
+
+
+class HostFields:
+    """A collator whose batches have some fields as numpy arrays, which no loader moves to a device.
+
+    Args:
+        collator: samples -> batch.
+        names: of the fields, also within the dicts of a batch.
+    """
+
+    def __init__(self, collator: Callable[[Any], dict[str, Any]], names: Sequence[str]):
+        self.collator, self.names = collator, tuple(names)
+
+    def __call__(self, samples: Any) -> dict[str, Any]:
+        return self.on_host(self.collator(samples))
+
+    def on_host(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with its fields, and those of its dicts, as arrays."""
+        fields = {}
+        for name, value in batch.items():
+            if isinstance(value, dict):
+                value = self.on_host(value)
+            fields[name] = value.numpy() if name in self.names and isinstance(value, Tensor) else value
+        return fields
 
 
 def check_keys(samples: Sequence[dict[str, Tensor]]) -> None:

@@ -79,7 +79,7 @@ def read_ljspeech(index: Path) -> list[dict[str, Any]]:
     if index.name != "metadata.csv" or not (index.parent / "wavs").is_dir():
         return []
     # Fields between bars, without a header; a table of the usual kind has the name of a column in its first line.
-    lines = read_text(index).split("\n")
+    lines = read_words(index).split("\n")
     first = next((line for line in lines if line.strip()), "")
     if "|" not in first or {cell.strip().lower() for cell in first.split("|")} & set(FILE_COLUMNS):
         return []
@@ -98,16 +98,38 @@ def read_ljspeech(index: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def check_file_name(row: dict[str, Any], column: str, place: str) -> None:
+    """Raises: ValueError: a row names no single file; `place` is its file and number."""
+    value = row.get(column)
+    if column not in row:
+        columns = ", ".join(map(str, row))
+        remedy = "name the column of the files so, in the first line of a table"
+        raise ValueError(f"{place} has no 'file_name'; its columns: {columns}; {remedy}")
+    if is_missing(value):
+        raise ValueError(f"{place} has no 'file_name', its cell is empty; name its file, or remove the row")
+    if not isinstance(value, str):
+        raise ValueError(f"{place} has no 'file_name' but {repr(value)[:60]}; write the name of one file as a text")
+    if "://" in value:
+        raise ValueError(f"{place} names a URL, {value[:100]}; download the file, and name it by its path")
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a cell of a table is empty: nothing, blanks, or the NaN of data frames."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
 def find_file(folder: Path, name: str, listings: dict[Path, dict[str, str]]) -> str:
     """The path of a file that an index names: as it is written, with composed or decomposed letters, without blanks
-    around it, or in `clips/`, where Common Voice keeps what its tables name. As it is written where there is none.
+    around it, with the backslashes of Windows, or in `clips/`, where Common Voice keeps what its tables name. As it is
+    written where there is none.
 
     Args: listings: names in folders, kept from call to call; {} at first.
     """
     path = os.path.normpath(folder / name)
     if os.path.exists(path):
         return path
-    candidates = (folder / name.strip(), folder / "clips" / name.strip())
+    name = name.strip()
+    candidates = (folder / name, folder / name.replace("\\", "/"), folder / "clips" / name)
     for candidate in candidates:
         if (same := on_disk(Path(os.path.normpath(candidate)), listings)) is not None:
             return str(same)
@@ -152,39 +174,69 @@ class SideTexts:
         self.root = root
         self.used: set[Path] = set()
         self.transcripts: dict[Path, str] = {}
+        self.librispeech: set[Path] = set()  # Folders with transcripts.
         for folder in sorted({file.parent for file in files}):
             for transcripts in sorted(folder.glob(f"*{TRANSCRIPTS}")):
                 self.used.add(transcripts)
+                self.librispeech.add(folder)
                 self.transcripts |= read_transcripts(transcripts)
         self.is_vctk = (root / "txt").is_dir()
+        self.listings: dict[Path, dict[str, Path]] = {}
+
+    def without_file(self, files: Iterable[Path]) -> list[str]:
+        """Names in LibriSpeech's transcripts that no file has, below the root."""
+        missing = set(self.transcripts) - {file.with_suffix("") for file in files}
+        return sorted(path.relative_to(self.root).as_posix() for path in missing)
 
     def row_of(self, file: Path) -> dict[str, Any]:
         """`text` and `speaker` of a file, as far as they are known."""
         plain = file.with_suffix("")
         if plain in self.transcripts:
-            return {"text": self.transcripts[plain], "speaker": plain.name.partition("-")[0]}
+            return {"text": self.transcripts[plain], "speaker": speaker_of_name(plain)}
         if self.is_vctk and (text := self.vctk_text(file)):
             return {"text": self.read(text), "speaker": file.parent.name}
         for suffix in SIDECARS:
-            if (sidecar := plain.with_name(plain.name + suffix)).is_file():
+            if sidecar := self.sidecar(plain, suffix):
                 return {"text": self.read(sidecar)}
-        return {}
+        return {"speaker": speaker_of_name(plain)} if file.parent in self.librispeech else {}
+
+    def sidecar(self, plain: Path, suffix: str) -> Path | None:
+        """The file of a text beside another file, whose ending may have capitals; None where there is none."""
+        folder = plain.parent
+        if folder not in self.listings:
+            self.listings[folder] = {f"{path.stem}{path.suffix.lower()}": path for path in sorted(folder.iterdir())}
+        path = self.listings[folder].get(f"{plain.name}{suffix}")
+        return path if path is not None and path.is_file() else None
 
     def vctk_text(self, file: Path) -> Path | None:
         """VCTK's file of the text of an utterance: txt/p225/p225_001.txt of wav48/p225/p225_001_mic1.flac."""
         stem = re.sub(r"_mic[12]$", "", file.stem)
         text = self.root / "txt" / file.parent.name / f"{stem}.txt"
-        return text if text.is_file() else None
+        return text if os.path.isfile(text) else None
 
     def read(self, file: Path) -> str:
         """A text without white space around it."""
         self.used.add(file)
-        return read_text(file).strip()
+        return read_words(file).strip()
+
+
+def read_words(file: Path) -> str:
+    """A file of text. Raises: ValueError: it cannot be read, or has NUL bytes; names file, line and remedy."""
+    text = read_text(file)
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ValueError(f"{file}: line {line} has a NUL byte; remove it, such as with tr -d '\\000'")
+    return text
+
+
+def speaker_of_name(file: Path) -> str:
+    """The speaker of a recording of LibriSpeech: 84 of 84-121123-0000."""
+    return file.name.partition("-")[0]
 
 
 def read_transcripts(file: Path) -> dict[Path, str]:
     """The texts of LibriSpeech's lines `id text`, by the path of the recording without its ending."""
-    lines = (line.strip().partition(" ") for line in read_text(file).split("\n") if line.strip())
+    lines = (line.strip().partition(" ") for line in read_words(file).split("\n") if line.strip())
     return {file.parent / name: text.strip() for name, _, text in lines}
 
 

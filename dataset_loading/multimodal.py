@@ -5,7 +5,7 @@ W latent values of a token, m tokens of a span, B rows of a batch.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import PurePosixPath
@@ -63,7 +63,7 @@ def parse_task(text: str) -> Task:
     if any(first == second for first, second in zip(modalities, modalities[1:])):
         raise ValueError(f"task {text!r} has two parts of one modality in a row")
     if weight and not (weight.replace(".", "", 1).isdecimal() and Fraction(weight) > 0):
-        raise ValueError(f"task {text!r}: the weight {weight!r} must be a number above 0, such as 3 or 0.2")
+        raise ValueError(f"task {text!r}: the weight {weight!r} must be a number above 0 in digits, such as 3 or 0.2")
     return Task(modalities, Fraction(weight or 1))
 
 
@@ -74,6 +74,7 @@ class Item:
     key: str
     text: str = ""
     places: dict[str, int] = field(default_factory=dict)  # cache -> index
+    stem: str = ""  # of its sources' names
 
     def has(self, task: Task) -> bool:
         """Whether the item has all that a task needs."""
@@ -91,8 +92,7 @@ def join_items(caches: Caches) -> list[Item]:
     for name, cache in caches.items():
         groups: dict[tuple, list[int]] = {}
         for index, entry in enumerate(cache.entries):
-            stem = str(PurePosixPath(entry.get("source") or entry["key"]).with_suffix(""))
-            groups.setdefault((stem, entry.get("copy", 0), entry.get("part", 0)), []).append(index)
+            groups.setdefault((stem_of(entry), entry.get("copy", 0), entry.get("part", 0)), []).append(index)
         for key, indices in groups.items():
             texts = [cache.entries[index]["caption"].strip() for index in indices]
             known = items.setdefault(key, [])
@@ -106,11 +106,28 @@ def join_items(caches: Caches) -> list[Item]:
             for index, text in zip(indices, texts):
                 item = free_item(known, name, text)
                 if item is None:
-                    item = Item("_".join(map(str, (*key, *([len(known) + 1] if known else [])))))
+                    item = Item("_".join(map(str, (*key, *([len(known) + 1] if known else [])))), stem=key[0])
                     known.append(item)
                 item.text = item.text or text
                 item.places[name] = index
     return [item for known in items.values() for item in known]
+
+
+def stem_of(entry: Mapping[str, Any]) -> str:
+    """The name of an entry's source without a suffix."""
+    return str(PurePosixPath(entry.get("source") or entry["key"]).with_suffix(""))
+
+
+def torn_items(training: Caches, held_out: Caches) -> set[str]:
+    """Names that are trained on in one cache and held out in another, as where a hash of `a.png` and one of `a.flac`
+    chose the splits: their texts would be on both sides. Names that a cache has in both of its splits are of different
+    things, such as `train/1.png` and `test/1.png`."""
+    trained, validated = set[str](), set[str]()
+    for name, cache in training.items():
+        stems, held_out_stems = ({stem_of(entry) for entry in part.entries} for part in (cache, held_out[name]))
+        trained |= stems - held_out_stems
+        validated |= held_out_stems - stems
+    return trained & validated
 
 
 def free_item(items: Sequence[Item], cache: str, text: str) -> Item | None:
@@ -136,6 +153,7 @@ class MultimodalDataset(Dataset):
         config: of the model.
         is_training: whether weights count.
         windows: of further text, which the task `text` has in place of the items' texts.
+        held_out: names of items that are left out, see `torn_items`.
     Attributes: items, rows (number of the item or of the window, task number), lengths (tokens of each row),
         fingerprint, entries (`key`, `caption`) of the rows.
     Raises: ValueError: no item has what a task needs; more than a few streams, or all of a task, are too long for the
@@ -151,14 +169,17 @@ class MultimodalDataset(Dataset):
         config: MegaTransformerConfig,
         is_training: bool,
         windows: TextDataset | None = None,
+        held_out: Collection[str] = (),
     ):
         self.caches, self.tasks, self.config, self.windows = caches, list(tasks), config, windows
-        self.items, self.is_training = join_items(caches), is_training
+        self.items = [item for item in join_items(caches) if item.stem not in held_out]
+        self.is_training = is_training
         core = document_encoder(tokenizer)
         self.texts = [encoding.ids for encoding in core.encode_batch([item.text for item in self.items])]
         self.rows = [row for number in range(len(self.tasks)) for row in self.rows_of(number)]
         folders = [cache.fingerprint for cache in caches.values()]
         content = [*folders, tokenizer_hash(tokenizer), *(f"{task.name}:{task.weight}" for task in self.tasks)]
+        content += sorted(held_out)
         if windows is not None:
             content += [windows.fingerprint, str(windows.sequence_length)]
         self.fingerprint = fingerprint_of_bytes([part.encode() for part in content])

@@ -6,6 +6,7 @@ Local layouts:
     folder/[train|validation|test/]metadata.csv      columns file_name, text, ...; also .tsv, .jsonl, .json, .parquet
     folder/metadata.csv                              next to split folders: file_name begins with the split's folder
     folder/train.jsonl, folder/test.jsonl            one index per split, or shards (train-00); also .csv, .tsv, .json
+    folder/metadata.csv                              with a column `split` that holds train, val, test, ...
     index.jsonl                                      an index alone
 
 Texts that lie beside the files (`a.txt`, LibriSpeech, VCTK) and the tables of LJSpeech, Common Voice, NeMo and Whisper
@@ -24,15 +25,32 @@ import dataclasses
 import io
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping
+import zipfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
 import fsspec
 
-from dataset_loading.layouts import SideTexts, find_file, lists_files, read_records, without_second_microphone
+from dataset_loading.layouts import (
+    SideTexts,
+    check_file_name,
+    find_file,
+    is_missing,
+    lists_files,
+    read_records,
+    without_second_microphone,
+)
 from dataset_loading.left_out import LeftOut, survey_folder
-from dataset_loading.splits import SPLIT_NAMES, group_by_split, held_out_folders, is_held_out, split_of_name
+from dataset_loading.splits import (
+    SPLIT_NAMES,
+    group_by_column,
+    group_by_split,
+    held_out_folders,
+    is_held_out,
+    split_of_name,
+)
+from dataset_loading.tables import suffix_of
 from dataset_loading.walking import is_outside, regular_state, walk
 
 logger = logging.getLogger(__name__)
@@ -60,6 +78,7 @@ class Source:
         labels: names of the classes in columns that hold class numbers.
         left_out: files of the folder that no sample is made of, by reason.
         has_named_rows: whether rows are known by their numbers, whatever files they have.
+        splits: names of all splits of the dataset.
     """
 
     identity: str
@@ -71,6 +90,7 @@ class Source:
     labels: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
     has_named_rows: bool = False
+    splits: Sequence[str] = ()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -124,6 +144,9 @@ def open_source(
         splits = find_splits(path, suffixes, kind)
         if splits:
             return open_local(path, splits, split, kind=kind, suffixes=suffixes, allow_outside=allow_outside)
+        if path.is_file() and (kind, path.suffix.lower()) not in FILE_BUILDERS:
+            endings = " ".join((*SPLIT_INDEX_SUFFIXES, *(ending for media, ending in FILE_BUILDERS if media == kind)))
+            raise FileNotFoundError(f"{name} is no table or archive of {kind} files ({endings}); give its folder")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in INDEX_SUFFIXES:
         raise FileNotFoundError(f"{name} does not exist")
     return open_with_datasets(name, split, kind, media=media, config=config)
@@ -137,14 +160,16 @@ def find_splits(path: Path, suffixes: Collection[str], kind: str = "") -> dict[s
     Raises: ValueError: there are files of that kind next to the splits' folders.
     """
     if path.is_file():
-        return {"train": path} if path.suffix.lower() in SPLIT_INDEX_SUFFIXES else {}
+        return {"train": path} if suffix_of(path) in SPLIT_INDEX_SUFFIXES else {}
     # Children named like a split, and other folders that hold files of the kind.
     splits, others = {}, []
     for child in sorted(path.iterdir()):
         is_index = child.suffix.lower() in SPLIT_INDEX_SUFFIXES and child.is_file()
         split = split_of_name(child.stem) if is_index else SPLIT_NAMES.get(child.name.lower())
         if split and (child.is_dir() or (is_index and (not kind or lists_files(child, kind)))):
-            splits.setdefault(split, child)
+            first = splits.setdefault(split, child)
+            if child.is_dir() and first != child:
+                raise ValueError(f"{first} and {child} are both the split {split!r}; put their files into one of them")
         elif child.is_dir() and not child.name.startswith(".") and next(walk(child, suffixes), None):
             others.append(child.name)
     if (
@@ -191,9 +216,13 @@ def open_local(
     # A folder whose folders say no split: perhaps the names of its files do.
     groups: dict[str, list[int]] = {}
     left_out = LeftOut()
-    if splits == {"train": path} and path.is_dir():
-        rows, left_out = read_folder(path, kind, suffixes)
-        groups = group_by_split([relative_path(row, kind, path) for row in rows], are_media=True)
+    if splits == {"train": path}:
+        rows, left_out = (
+            read_folder(path, kind, suffixes) if path.is_dir() else (read_metadata([path], kind), left_out)
+        )
+        groups = group_by_column(rows, str(path))
+        if not groups and path.is_dir():
+            groups = group_by_split([relative_path(row, kind, path) for row in rows], are_media=True)
     split = choose_split(str(path), split, list(groups or splits))
     root = splits.get(split, path)
     shared_index = find_index(path, kind) if path.is_dir() and root != path else None
@@ -203,24 +232,30 @@ def open_local(
     if groups:
         logger.info("%s: splits by name: %s", path, {name: len(indices) for name, indices in groups.items()})
         rows = [rows[index] for index in groups[split]]
-    elif is_own_index:
-        shards = shards_of(root, split) if path.is_dir() else [root]
-        rows, root = [row for shard in shards for row in read_metadata(shard, kind)], root.parent
+    elif is_own_index and path.is_dir():
+        rows = read_metadata(shards_of(root, split), kind)
     elif shared_index:
-        rows = [row for row in read_metadata(shared_index, kind) if row[kind]["path"]]
+        rows = [row for row in read_metadata([shared_index], kind) if row[kind]["path"]]
         rows = [row for row in rows if Path(row[kind]["path"]).is_relative_to(root)]
         left_out = survey_folder(root, used=[row[kind]["path"] for row in rows], suffixes=suffixes)
     elif splits != {"train": path}:
         rows, left_out = read_folder(root, kind, suffixes)
     if split == "train" and not groups and not is_own_index:
         rows = without_held_out(rows, kind, root)
+    root = root.parent if is_own_index else root
     check_inside(rows, kind, path if path.is_dir() else path.parent, allow_outside=allow_outside)
     if path not in splits.values() and splits.get(split, path).is_dir():
         left_out.update("beside the folders of the splits", (file.name for file in files_beside(path, suffixes)))
     if not rows:
+        if shared_index:
+            raise ValueError(
+                f"{shared_index}: no rows for the split {split!r}; write one for each file, or remove the table to "
+                "read the files without"
+            )
         raise FileNotFoundError(f"no {kind} files under {root}; known endings: {' '.join(sorted(suffixes))}")
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    return Source(f"{path.resolve()}:{split}", read_licence(path), kind, columns, rows, root, left_out=left_out)
+    options = {"left_out": left_out, "splits": list(groups or splits)}
+    return Source(f"{path.resolve()}:{split}", read_licence(path), kind, columns, rows, root, **options)
 
 
 def files_beside(folder: Path, suffixes: Collection[str]) -> list[Path]:
@@ -254,9 +289,15 @@ def without_held_out(rows: list[dict[str, Any]], kind: str, root: Path) -> list[
     return training
 
 
-def read_metadata(index: Path, kind: str) -> list[dict[str, Any]]:
-    """`read_index`, each file marked as one that metadata names, for `check_inside`."""
-    rows = read_index(index, kind)
+def read_metadata(indices: Collection[Path], kind: str) -> list[dict[str, Any]]:
+    """`read_index` of all, each file marked as one that metadata names, for `check_inside`.
+
+    Raises: ValueError: they have no rows.
+    """
+    rows = [row for index in indices for row in read_index(index, kind)]
+    if not rows:
+        names = ", ".join(map(str, indices))
+        raise ValueError(f"{names} has no rows; write one for each {kind} file, or remove it to read the files alone")
     for row in rows:
         row[kind]["is_named"] = True
     return rows
@@ -296,7 +337,7 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[lis
     folders = dict.fromkeys(file.parent for file in walk(folder, INDEX_SUFFIXES) if file.stem.lower() == "metadata")
     indices = {parent: index for parent in folders if (index := find_index(parent, kind))}
     if indices:
-        rows = [row for index in indices.values() for row in read_metadata(index, kind)]
+        rows = read_metadata(indices.values(), kind)
         listed = {row[kind]["path"] for row in rows if row[kind]["path"]}
         unlisted = [file for file in files if os.path.normpath(file) not in listed]
         if unlisted:
@@ -312,6 +353,7 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[lis
         rows.append({kind: {"path": os.path.normpath(file), "bytes": None}, **label, **texts.row_of(file)})
     left_out = survey_folder(folder, used={*files, *second, *texts.used}, suffixes=suffixes)
     left_out.update("second microphone of an utterance", (str(file.relative_to(folder)) for file in second))
+    left_out.update("transcript without a recording", texts.without_file([*files, *second]))
     return rows, left_out
 
 
@@ -326,21 +368,13 @@ def read_index(index: Path, kind: str) -> list[dict[str, Any]]:
     has_all_kinds, may_lack = set(KINDS) <= set(columns), "file_name" not in columns and kind in columns
     for number, row in enumerate(records, start=1):
         column = "file_name" if "file_name" in row else kind
+        if not (is_missing(row.get(column)) and may_lack):
+            check_file_name(row, column if column in row else "file_name", f"{index}: row {number}")
         value = row.pop(column, None)
-        if not (is_missing(value) and may_lack) and (not isinstance(value, str) or not value):
-            raise ValueError(
-                f"{index}: row {number} has no 'file_name'; its columns: {', '.join(map(str, columns))}; name the "
-                "column of the files so, in the first line of a table"
-            )
         path = None if is_missing(value) else find_file(index.parent, value, listings)
         named = {"row": str(index.parent / f"row-{number:08d}")} if has_all_kinds or path is None else {}
         rows.append({kind: {"path": path, "bytes": None, **named}, **row})
     return rows
-
-
-def is_missing(value: Any) -> bool:
-    """Whether a cell of a table is empty: nothing, blanks, or the NaN of data frames."""
-    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def read_licence(folder: Path) -> str:
@@ -370,12 +404,13 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
             loaded = datasets.load_dataset(builder, data_files={"train": name})
         else:
             loaded = datasets.load_dataset(name, config or None)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, DatasetsError) as error:
         place = f"no {kind} files under {name}" if Path(name).exists() else f"{name!r} is no local folder"
-        reason = describe_unreadable(Path(name)) or str(error).partition("\n")[0]
+        reason = describe_unreadable(Path(name)) or str(error.__cause__ or error).partition("\n")[0]
         raise FileNotFoundError(f"{place}, and the datasets package cannot load it: {reason}") from error
     splits = {str(loaded.split or "train"): loaded} if isinstance(loaded, datasets.Dataset) else loaded
-    split = choose_split(name, split, list(map(str, splits)))
+    known = list(map(str, splits))
+    split = choose_split(name, split, known)
     rows = splits[split]
     # The column with the files, by its type; tables of other programs have bytes there, or structs with bytes.
     candidates = [column for column, type_of in rows.features.items() if isinstance(type_of, feature)]
@@ -394,20 +429,21 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     rows = rows.remove_columns([column for column in kind_of if column != media])
     rows = rows.cast_column(media, feature(decode=False))
     identity = f"{Path(name).resolve() if Path(name).exists() else name}{f'/{config}' if config else ''}:{split}"
-    options = {"labels": labels, "has_named_rows": set(kind_of.values()) == set(KINDS)}
+    options = {"labels": labels, "has_named_rows": set(kind_of.values()) == set(KINDS), "splits": known}
     return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, **options)
 
 
 def describe_unreadable(path: Path) -> str:
-    """Why a local folder or file holds nothing that can be read: parquet files that are damaged, or what else is
-    there; `""` where that says nothing."""
+    """Why a local folder or file holds nothing that can be read: .parquet and .zip files that are damaged, or what is
+    there instead; `""` where that says nothing."""
     from pyarrow import ArrowException, parquet
 
     problems = []
-    for file in walk(path, (".parquet",)) if path.is_dir() else [path] * (path.suffix.lower() == ".parquet"):
+    endings = (".parquet", ".zip")
+    for file in walk(path, endings) if path.is_dir() else [path] * (path.suffix.lower() in endings):
         try:
-            parquet.read_metadata(file)
-        except (OSError, ArrowException) as error:
+            zipfile.ZipFile(file).close() if file.suffix.lower() == ".zip" else parquet.read_metadata(file)
+        except (OSError, zipfile.BadZipFile, ArrowException) as error:
             problems.append(f"{file} is damaged ({error}); copy it again, or remove it")
     return "; ".join(problems[:5]) or (str(survey_folder(path, used=(), suffixes=())) if path.is_dir() else "")
 
@@ -429,10 +465,21 @@ def read_media(media: dict[str, Any] | None) -> io.BytesIO:
     if media["bytes"] is not None:
         return io.BytesIO(media["bytes"])
     if "://" in media["path"]:
-        filesystem, inner = fsspec.url_to_fs(media["path"])
-        return io.BytesIO(filesystem.cat_file(inner))
+        return io.BytesIO(read_address(media["path"]))
     regular_state(media["path"])
     return io.BytesIO(Path(media["path"]).read_bytes())
+
+
+def read_address(address: str) -> bytes:
+    """The bytes at an address that fsspec knows, such as `hf://...`.
+
+    Raises: OSError: they cannot be read, for whatever reason: a package is missing, or the server refuses.
+    """
+    try:
+        filesystem, inner = fsspec.url_to_fs(address)
+        return filesystem.cat_file(inner)
+    except Exception as error:  # Each protocol has its own.
+        raise OSError(f"{address} is an address and cannot be read: {error}; download the file first") from error
 
 
 def open_media(media: dict[str, Any] | None) -> BinaryIO:

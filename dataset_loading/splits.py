@@ -11,8 +11,9 @@ Names that merely contain a split's, such as `test-drive.png`, say nothing where
 import functools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +89,26 @@ def group_by_split(paths: Sequence[str], *, are_media: bool) -> dict[str, list[i
             "%d files are left out, since others name a split (%s) and they do not, such as %s",
             *(len(rest), ", ".join(groups), paths[rest[0]]),
         )
+    return groups
+
+
+def group_by_column(rows: Sequence[Mapping[str, Any]], place: str) -> dict[str, list[int]]:
+    """Which rows of a table belong to which split, as its column `split` says; rows where it is empty are training.
+
+    Returns: indices of `rows` by split; {} where there is no such column, or, with a warning, where one is unknown.
+    """
+    values = [str(row.get("split") or "train").strip().lower() for row in rows]
+    if set(values) <= {"train"}:
+        return {}
+    if unknown := next((value for value in values if value not in SPLIT_NAMES), ""):
+        logger.warning(
+            "%s: all %d rows are taken together, since the column 'split' has %r; known are %s",
+            *(place, len(rows), unknown, ", ".join(SPLIT_NAMES)),
+        )
+        return {}
+    groups: dict[str, list[int]] = {}
+    for index, value in enumerate(values):
+        groups.setdefault(SPLIT_NAMES[value], []).append(index)
     return groups
 
 

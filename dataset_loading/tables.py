@@ -392,13 +392,15 @@ def table_columns(file: Path, known: Collection[str] = ()) -> list[str]:
 def captions_of(value: Any) -> list[str]:
     """All captions of a cell, of which some datasets have several; [""] where there is none.
 
-    Raises: ValueError: one is an object.
+    Raises: ValueError: one is an object or a truth value, or has NUL characters.
     """
     values = value if isinstance(value, list | tuple) else [value]
     for item in values:
-        if isinstance(item, dict | list):
+        if isinstance(item, str) and "\0" in item:
+            raise ValueError(f"a caption has a NUL character: {item[:60]!r}; remove it")
+        if isinstance(item, dict | list | bool):
             raise ValueError(
-                f"a caption is {repr(item)[:60]}, no text; name the column of the texts with --caption_column, or "
+                f"a caption is {repr(item)[:60]}, no text; name their column with --caption_column, or "
                 "write them as a text or a list of texts"
             )
     # Empty cells of data frames are not a number, which differs from itself.

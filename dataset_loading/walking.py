@@ -86,7 +86,7 @@ def is_outside(path: str, folder: Path) -> bool:
     """Whether a file, or what it is a link to, lies outside of a folder."""
     parent, name = os.path.split(path)
     real = os.path.realpath(path) if os.path.islink(path) else os.path.join(real_folder(parent), name)
-    return not real.startswith(real_folder(str(folder)).rstrip(os.sep) + os.sep)
+    return not f"{real}{os.sep}".startswith(real_folder(str(folder)).rstrip(os.sep) + os.sep)
 
 
 def regular_state(path: str | Path) -> os.stat_result:

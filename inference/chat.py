@@ -45,13 +45,13 @@ class ChatArguments(PromptArguments):
 
 
 def chat(args: ChatArguments) -> None:
-    """Answer every prompt; a file is written as soon as its part is complete."""
+    """Answer every prompt, and write files as they come. Raises: ValueError: at the end, where some had no answer."""
     checkpoint, device = resolve_checkpoint(args.checkpoint), compute_device()
-    weights = chosen_weights(checkpoint, args)
+    source = {"checkpoint": str(checkpoint), "weights": chosen_weights(checkpoint, args), "device": str(device)}
     vaes = {name: getattr(args, f"{name}_vae_checkpoint") for name in SPANS}
     options = {"vae_checkpoints": vaes, "vocoder_checkpoint": args.vocoder_checkpoint, "bf16": args.bf16}
-    pipeline = MultimodalPipeline.load(checkpoint, **options, weights=weights, device=device)
-    questions, answers, text = read_questions(pipeline, args), {}, TextStream(pipeline)
+    pipeline = MultimodalPipeline.load(checkpoint, **options, weights=source["weights"], device=device)
+    (questions, failures), answers, text = read_questions(pipeline, args), {}, TextStream(pipeline)
     folder = claim_folder(args.output_dir, args)
 
     def show(number: int, place: int, part: Part) -> None:
@@ -70,8 +70,8 @@ def chat(args: ChatArguments) -> None:
         print(("" if text.ids else f"{questions[number].name}  ->  ") + text.add(token), end="", flush=True)
 
     answer_questions(pipeline, questions, args, on_part=show, on_token=show_token if args.stream else None)
-    ordered = [answers[key] for key in sorted(answers)]
-    write_settings(folder, args, answers=ordered, checkpoint=str(checkpoint), weights=weights, device=str(device))
+    write_settings(folder, args, answers=[answers[key] for key in sorted(answers)], **source)
+    failures.check(len(questions) + len(failures.reasons))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from dataset_loading.audio.signal import AUDIO_SUFFIXES
 from utils.command_line import explained_errors, parse_arguments
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group, save_image
-from utils.generation.audio import MEL_SUFFIX, AudioReconstructor, SynthesisArguments, Synthesizer, check_caches
+from utils.generation.audio import MEL_SUFFIX, AudioReconstructor, SynthesisArguments, Synthesizer
 from utils.generation.files import Failures, claim_folder, find_inputs, refuse_overwriting, write_settings
 from utils.options import option
 
@@ -46,7 +46,6 @@ def reconstruct(args: ReconstructionArguments) -> None:
     refuse_overwriting(files.values(), outputs)  # an output may have the name of an input
     synthesizer = Synthesizer.load(args.vocoder_checkpoint, args)
     reconstructor = AudioReconstructor.load(args.vae_checkpoint, args, synthesizer, speaker=args.speaker)
-    check_caches(files.values(), synthesizer.log_mel.settings, synthesizer.name)
     folder, failures = claim_folder(args.output_dir, args), Failures()
     # Each file as log-mel (M, F): reconstructed by the VAE, then vocoded with and without the VAE.
     for name, file in files.items():

@@ -17,12 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from dataset_loading.audio.signal import AUDIO_SUFFIXES
 from utils.checkpoints import provenance, write_json
 from utils.command_line import explained_errors, parse_arguments
-from utils.generation.audio import (
-    MEL_SUFFIX,
-    SynthesisArguments,
-    Synthesizer,
-    check_caches,
-)
+from utils.generation.audio import MEL_SUFFIX, SynthesisArguments, Synthesizer
 from utils.generation.files import Failures, claim_folder, find_inputs, refuse_overwriting
 from utils.options import option
 
@@ -44,7 +39,6 @@ def vocode(args: VocodeArguments) -> None:
     # An output may have the name of an input.
     refuse_overwriting(files.values(), (folder / f"{name}.wav" for name in files))
     synthesizer, failures = Synthesizer.load(args.checkpoint, args), Failures()
-    check_caches(files.values(), synthesizer.log_mel.settings, synthesizer.name)
     folder = claim_folder(args.output_dir, args)
     # Log-mel (M, F) of each file -> waveform, cut to the length of the input.
     for name, file in files.items():

@@ -1,10 +1,16 @@
-"""Layers that several families of models share.  B batch, Y X rows and columns, D width of a stage."""
+"""Layers that several families of models share, and copies to a device.
 
+B batch, Y X rows and columns, D width of a stage.
+"""
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization
 
 from model.checkpointing import GradientCheckpointingLayer
+
+LEAST_PINNED = 1 << 14  # Bytes; smaller copies are staged by the driver at once.
 
 
 class ZeroConv2d(nn.Conv2d):
@@ -69,3 +75,17 @@ class Upsample(GradientCheckpointingLayer):
         """(B, D, Y, X) -> (B, out_width, 2Y, 2X)."""
         # Shortcut: every channel `n_repeats` times, 4 out_width channels in all.
         return F.pixel_shuffle(self.conv(x) + x.repeat_interleave(self.n_repeats, dim=1), 2)
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A tensor of the host on the device, as `tensor.to(device)`.
+
+    Such a copy from common memory makes the host wait until the GPU has done all that was asked of it before; one from
+    pinned memory, whose pages PyTorch keeps until the copy is done, does not.
+    """
+    device = torch.device(device)
+    if device.type == "cpu" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    if device.type == "cuda" and tensor.nbytes >= LEAST_PINNED and torch.cuda.is_available():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -11,6 +11,8 @@ import torch
 from rotary_embedding_torch import RotaryEmbedding
 from torch import Tensor
 
+from model.layers import to_device
+
 
 def rotary_frequencies(
     width: int, *, theta: float = 10000.0, interpolation: float = 1.0, ntk_factor: float = 1.0
@@ -37,7 +39,7 @@ def rotary_table(frequencies: list[float], positions: Tensor) -> Tensor:
         positions: (B or 1, L) integers.
     Returns: (B or 1, L, 1, K / 2, 2) fp32; the 1 stands for the heads.
     """
-    rates = torch.tensor(frequencies, dtype=torch.float32, device=positions.device)
+    rates = to_device(torch.tensor(frequencies, dtype=torch.float32), positions.device)
     angles = positions[..., None, None].float() * rates  # (B or 1, L, 1, K / 2)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
@@ -80,7 +82,7 @@ def alibi_bias(n_heads: int, queries: Tensor, keys: Tensor) -> Tensor:
         queries, keys: positions, (B or 1, L) and (B or 1, S).
     Returns: (B or 1, H, L, S) fp32.
     """
-    slopes = torch.tensor(alibi_slopes(n_heads), dtype=torch.float32, device=queries.device)
+    slopes = to_device(torch.tensor(alibi_slopes(n_heads), dtype=torch.float32), queries.device)
     distance = (queries[:, :, None] - keys[:, None, :]).abs().float()  # (B or 1, L, S)
     return -slopes[:, None, None] * distance[:, None]
 

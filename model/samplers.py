@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from model.diffusion_process import DiffusionProcess
+from model.layers import to_device
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Generators = Sequence[torch.Generator]
@@ -32,10 +33,16 @@ def normal_noise(
     """
     if lengths is None:
         rows = [torch.randn(*shape, generator=generator, device=generator.device) for generator in generators]
-        return torch.stack(rows).to(device)
+        return moved(torch.stack(rows), device)
     pairs = zip(lengths, generators, strict=True)
     rows = [normal_noise((length, *shape[1:]), [generator])[0] for length, generator in pairs]
-    return pad_sequence([torch.zeros(*shape, device=generators[0].device), *rows], batch_first=True)[1:].to(device)
+    padded = pad_sequence([torch.zeros(*shape, device=generators[0].device), *rows], batch_first=True)
+    return moved(padded[1:], device)
+
+
+def moved(noise: Tensor, device: torch.device | str | None) -> Tensor:
+    """The noise on the device, None: where it is."""
+    return noise if device is None else to_device(noise, device)
 
 
 def initial_noise(
@@ -54,12 +61,13 @@ class _Steps:
     """The numbers of a sampling run as Python floats, and times (n + 1, B) as the denoiser takes them."""
 
     def __init__(self, x: Tensor, process: DiffusionProcess, times: Tensor):
+        times = times.cpu()  # Read here; those of the denoiser go to its device.
         if times.dim() != 1 or len(times) < 2 or bool((times[1:] >= times[:-1]).any()) or times[-1] != 0:
             raise ValueError("times must fall strictly and end at 0; use DiffusionProcess.sampling_times")
         # On the CPU in fp64, once for the whole run.
-        alpha, sigma = process.alpha_sigma(times.double().cpu())
+        alpha, sigma = process.alpha_sigma(times.double())
         self.alpha, self.sigma = alpha.tolist(), sigma.tolist()
-        self.times = times.to(x.device, x.dtype)[:, None].expand(-1, len(x))  # (n + 1, B)
+        self.times = to_device(times.to(x.dtype), x.device)[:, None].expand(-1, len(x))  # (n + 1, B)
         self.n_steps = len(times) - 1
 
     def log_ratio(self, i: int) -> float:

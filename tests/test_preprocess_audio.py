@@ -178,6 +178,39 @@ def test_transcripts_and_speakers_are_found(tmp_path, column):
     assert [entry["speaker"] for entry in renamed["entries"]["train"]] == ["x", "y"]
 
 
+def test_clips_with_several_captions_are_held_once(tmp_path):
+    save(tmp_path / "raw/a.wav", tone(seconds=3))
+    save(tmp_path / "raw/b.wav", tone())
+    rows = [
+        {"file_name": "a.wav", "text": ["a tone", "a beep"]},
+        {"file_name": "b.wav", "text": "high"},
+        {"file_name": "b.wav", "text": "low"},
+        {"file_name": "b.wav", "text": "part", "offset": 0.5},
+    ]
+    (tmp_path / "raw/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    for stage in (AudioVAEPreprocess, AudioVocoderPreprocess):
+        entries = prepare(tmp_path / "raw", tmp_path / stage.name, stage=stage)["entries"]["train"]
+        captions = [(entry["caption"], entry.get("captions")) for entry in entries]
+        assert captions == [("a tone", ["a tone", "a beep"]), ("high", ["high", "low"]), ("part", None)]
+    parts = prepare(tmp_path / "raw", tmp_path / "parts", "--segment_seconds", "1")["entries"]["train"]
+    assert len(parts) > 3 and parts[0]["caption"] == "" and "captions" not in parts[0]
+
+
+def test_speakers_are_names_and_columns_that_cut_are_named(tmp_path, caplog):
+    cells = [1, 1.0, " anna ", "anna", None]
+    for number, _ in enumerate(cells):
+        save(tmp_path / f"raw/{number}.wav", tone(200 + 50 * number))
+    rows = [{"file_name": f"{n}.wav", "speaker": cell, "start": 0.0, "end": 0.5} for n, cell in enumerate(cells)]
+    (tmp_path / "raw/metadata.json").write_text(json.dumps(rows))
+    entries = prepare(tmp_path / "raw", tmp_path / "out", stage=AudioVAEPreprocess)["entries"]["train"]
+    assert [entry["speaker"] for entry in entries] == ["1", "1", "anna", "anna", ""]
+    assert "start and end are not read" in caplog.text and "offset and duration" in caplog.text
+    (tmp_path / "raw/metadata.json").write_text(json.dumps([{**rows[0], "speaker": ["a", "b"]}]))
+    with pytest.raises(SystemExit) as caught:
+        prepare(tmp_path / "raw", tmp_path / "other", stage=AudioVAEPreprocess)
+    assert "0.wav, column 'speaker': a speaker is ['a', 'b']" in str(caught.value.__cause__)
+
+
 def test_ljspeech_layout(tmp_path):
     root = tmp_path / "LJSpeech-1.1"
     for number in (1, 2):

@@ -244,6 +244,23 @@ def test_raw_audio_becomes_log_mels_of_the_vae_first(vae, tmp_path):
         AudioDiffusionPreprocess.main([*words, "--mel", "22k"])
 
 
+@pytest.mark.parametrize("conditioning", ["speech", "caption"])
+def test_a_clip_with_several_captions_is_held_once_and_its_latents_for_each(vae, tmp_path, conditioning):
+    (tmp_path / "raw").mkdir()
+    rows = [{"file_name": "0.wav", "text": ["one two", "two one"]}, {"file_name": "1.wav", "text": "one one"}]
+    for row in rows:
+        soundfile.write(tmp_path / "raw" / row["file_name"], 0.1 * torch.randn(20000).numpy(), 16000)
+    (tmp_path / "raw/train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["--dataset_name", str(tmp_path / "raw"), "--vae_checkpoint", str(vae), "--num_workers", "0"]
+    words += ["--output_dir", str(tmp_path / "out"), "--validation_fraction", "0", "--conditioning", conditioning]
+    manifest = AudioDiffusionPreprocess.main(words)
+    captions = [(entry["source"], entry["caption"]) for entry in manifest["entries"]["train"]]
+    assert captions == [("0.wav", "one two"), ("0.wav", "two one"), ("1.wav", "one one")]
+    assert [entry["caption"] for entry in AudioVAEDataset(tmp_path / "out_mels", "train").entries] == [
+        *("one two", "one one")
+    ]
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

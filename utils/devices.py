@@ -1,6 +1,7 @@
 """The device of this process, and how exactly it computes."""
 
 import os
+import resource
 
 import torch
 from torch import nn
@@ -34,6 +35,13 @@ def use_deterministic_kernels() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+
+
+def peak_memory_gib() -> float:
+    """Peak memory in GiB: of the GPU where there is one, else of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def compile_in_place(model: nn.Module) -> None:

@@ -131,7 +131,8 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
     `torch_autocast` section with it (transformers' flag would make DeepSpeed keep and save bfloat16 weights).
     """
     # Precision and determinism are settings of the process, to be made before the first computation.
-    if torch.cuda.is_available():
+    has_gpu = torch.cuda.is_available()
+    if has_gpu:
         set_fp32_precision(args.tf32)
         if args.deterministic:
             use_deterministic_kernels()
@@ -149,7 +150,9 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         dataloader_num_workers=args.num_workers,
         dataloader_persistent_workers=args.num_workers > 0,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        # On a GPU batches are copied from pinned memory, while it computes.
+        dataloader_pin_memory=has_gpu,
+        accelerator_config={**launch.pop("accelerator_config", {}), "non_blocking": has_gpu},
         seed=args.seed,
         learning_rate=args.learning_rate,
         weight_decay=args.weight_decay,

@@ -105,6 +105,9 @@ class GradientMA(GradientFilter):
         for state in self.optimizer.state.values():
             if "grokfast_ring" in state and len(state["grokfast_ring"]) != self.window:
                 del state["grokfast_ring"], state["grokfast_count"]
+            # Loading an optimizer moves its state to the GPU; a count that is read there makes the host wait.
+            if "grokfast_count" in state:
+                state["grokfast_count"] = state["grokfast_count"].cpu()
 
     def slow_part(self, state, gradient):
         if "grokfast_ring" not in state:
@@ -218,8 +221,13 @@ class NonFiniteGuard(OptimizerHook):
 
 def is_too_large(norm: Tensor | float) -> bool:
     """Whether the square of a gradient's norm is no finite fp32 number, on every engine alike: some compute norms in
-    fp64, or without squares where there is one value."""
-    return not torch.as_tensor(norm).float().square().isfinite().item()
+    fp64, or without squares where there is one value. Reading it waits for the GPU."""
+    return not has_finite_square(torch.as_tensor(norm)).item()
+
+
+def has_finite_square(norm: Tensor) -> Tensor:
+    """The opposite as a tensor on the norm's device, for which nothing waits."""
+    return norm.float().square().isfinite()
 
 
 def resume_hooks(hooks: Sequence[OptimizerHook], optimizer: torch.optim.Optimizer) -> None:
@@ -257,8 +265,12 @@ class WeightEMA(OptimizerHook):
     def __init__(self, decay: float):
         super().__init__()
         self.decay = decay
+        # Steps of each parameter as its optimizer counts them. Fused optimizers count on the GPU, where a number that
+        # is read makes the host wait; it is read once.
+        self.steps: dict[Tensor, int] = {}
 
     def resume(self):
+        self.steps.clear()
         # An average that the run had not so far starts at the present weights.
         for parameter, state in self.optimizer.state.items():
             if state and "weight_ema" not in state:
@@ -278,10 +290,18 @@ class WeightEMA(OptimizerHook):
                 # The average starts at the weights after the first step.
                 if "weight_ema" not in state:
                     state["weight_ema"] = parameter.detach().float().clone()
-                n = float(state["step"])
+                n = self.count_step(parameter, state["step"])
                 # The first steps count more: a young average must not remember the initial weights.
                 decay = min(self.decay, (1 + n) / (10 + n))
                 state["weight_ema"].lerp_(parameter.detach().float(), 1 - decay)
+
+    def count_step(self, parameter: Tensor, step: Tensor) -> int:
+        """Steps of a parameter so far, the present one among them, in which it has a gradient or not."""
+        if parameter not in self.steps:
+            self.steps[parameter] = int(step)
+        elif parameter.grad is not None:
+            self.steps[parameter] += 1
+        return self.steps[parameter]
 
     def state_dict_of(self, model: nn.Module, engine=None) -> dict[str, Tensor] | None:
         """The model's state dict with averaged parameters, buffers as they are, fp32, on every process.

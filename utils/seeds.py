@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 
-def generators(seed: int, step: int, indices: Tensor, *, stream: str) -> list[np.random.Generator]:
+def generators(seed: int, step: int, indices: Tensor | np.ndarray, *, stream: str) -> list[np.random.Generator]:
     """One generator per sample, the same in whichever process, batch or resumed run the sample comes.
 
     Args:
@@ -22,7 +22,7 @@ def generators(seed: int, step: int, indices: Tensor, *, stream: str) -> list[np
     return [np.random.Generator(np.random.Philox(key=[key, step << 40 | int(index)])) for index in indices.tolist()]
 
 
-def sample_normal(seed: int, step: int, indices: Tensor, *, stream: str, shape: Sequence[int]) -> Tensor:
+def sample_normal(seed: int, step: int, indices: Tensor | np.ndarray, *, stream: str, shape: Sequence[int]) -> Tensor:
     """Standard normal noise, (B, *shape) float32 on the CPU; row b belongs to sample `indices[b]` at this step."""
     rows = [
         generator.standard_normal(shape, dtype=np.float32)
@@ -31,13 +31,13 @@ def sample_normal(seed: int, step: int, indices: Tensor, *, stream: str, shape: 
     return torch.from_numpy(np.stack(rows))
 
 
-def sample_uniform(seed: int, step: int, indices: Tensor, *, stream: str, shape: Sequence[int]) -> Tensor:
+def sample_uniform(seed: int, step: int, indices: Tensor | np.ndarray, *, stream: str, shape: Sequence[int]) -> Tensor:
     """Uniform numbers in [0, 1), (B, *shape) float32 on the CPU; row b belongs to sample `indices[b]` at this step."""
     rows = [generator.random(shape, dtype=np.float32) for generator in generators(seed, step, indices, stream=stream)]
     return torch.from_numpy(np.stack(rows))
 
 
-def sample_keys(seed: int, step: int, indices: Tensor, *, stream: str) -> Tensor:
+def sample_keys(seed: int, step: int, indices: Tensor | np.ndarray, *, stream: str) -> Tensor:
     """Random keys of the dropout of `model.dropout`, (B,) int64 on the CPU; row b belongs to sample `indices[b]`."""
     limits = np.iinfo(np.int64)
     rows = [

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sized
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ class Stopwatch:
         self.device = device
         self.calls: list[tuple[int, float]] = []  # (samples, seconds)
 
-    def time(self, function: Callable, batch: torch.Tensor) -> Any:
+    def time(self, function: Callable, batch: Sized) -> Any:
         """Call the function on the batch."""
         start = self.now()
         result = function(batch)

@@ -7,10 +7,10 @@ The trainers of the stages are in `utils/training/` and can be imported from her
 import importlib
 import logging
 import math
-import resource
 import shutil
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors import SafetensorError
@@ -19,7 +19,9 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import Trainer
 
+from dataset_loading.collators import HostFields
 from dataset_loading.epoch_sampler import EpochSampler
+from model.layers import to_device
 from utils.checkpoints import (
     EMA,
     STAGE,
@@ -34,6 +36,7 @@ from utils.checkpoints import (
     write_card,
     write_json,
 )
+from utils.devices import peak_memory_gib
 from utils.distributed import any_across_ranks, barrier, mean_across_ranks, rank
 from utils.optimizer_hooks import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook, WeightEMA
 from utils.seeds import sample_keys, sample_normal, sample_uniform
@@ -98,14 +101,20 @@ def __getattr__(name: str) -> type:
 class StageTrainer(Trainer):
     """The Trainer of a stage.
 
+    Attributes:
+        host_fields: what of a batch the host reads, the device does not, and stays on the host, as numpy arrays.
+
     Args:
         stage_arguments: the stage's flags.
         stage_record: content of `stage.json` in every checkpoint.
         kwargs: as for `transformers.Trainer`.
     """
 
+    host_fields: ClassVar[tuple[str, ...]] = ("index",)
+
     def __init__(self, *, stage_arguments, stage_record: dict | None = None, **kwargs):
         super().__init__(**kwargs)
+        self.data_collator = HostFields(self.data_collator, self.host_fields)
         self.stage_arguments = stage_arguments
         self.stage_record = stage_record or {}
         # Hooks around the optimizer's step, see `utils/optimizer_hooks.py`.
@@ -144,17 +153,17 @@ class StageTrainer(Trainer):
     def sample_noise(self, inputs: dict, stream: str, shape) -> Tensor:
         """Standard normal noise (B, *shape) that belongs to this step's samples, on the training device."""
         noise = sample_normal(self.args.seed, self.state.global_step, inputs["index"], stream=stream, shape=shape)
-        return noise.to(self.args.device)
+        return to_device(noise, self.args.device)
 
     def sample_uniforms(self, inputs: dict, stream: str, shape) -> Tensor:
         """Uniform numbers in [0, 1), (B, *shape), that belong to this step's samples, on the training device."""
         numbers = sample_uniform(self.args.seed, self.state.global_step, inputs["index"], stream=stream, shape=shape)
-        return numbers.to(self.args.device)
+        return to_device(numbers, self.args.device)
 
     def dropout_keys(self, inputs: dict) -> Tensor:
         """Keys (B,) int64 of this step's samples for `model.dropout`, on the training device."""
         keys = sample_keys(self.args.seed, self.state.global_step, inputs["index"], stream="dropout")
-        return keys.to(self.args.device)
+        return to_device(keys, self.args.device)
 
     # ---- Optimizer.
 
@@ -259,9 +268,10 @@ class StageTrainer(Trainer):
     # ---- Logs.
 
     def record(self, terms: dict[str, Tensor]) -> None:
-        """Add detached numbers of one micro-batch to those that the next log line averages."""
+        """Add detached numbers of one micro-batch to those that the next log line averages, each where it is: on the
+        host, or on the device, which nothing waits for before that line."""
         for name, value in terms.items():
-            value = torch.as_tensor(value, dtype=torch.float32, device=self.args.device).detach()
+            value = torch.as_tensor(value, dtype=torch.float32).detach()
             self.terms[name] = self.terms.get(name, 0.0) + value
             self.term_counts[name] = self.term_counts.get(name, 0) + 1
 
@@ -281,7 +291,8 @@ class StageTrainer(Trainer):
         names = sorted(self.terms)  # The same order on every process.
         if not names:
             return {}
-        means = mean_across_ranks(torch.stack([self.terms[name] / self.term_counts[name] for name in names]))
+        means = [(self.terms[name] / self.term_counts[name]).to(self.args.device) for name in names]
+        means = mean_across_ranks(torch.stack(means))
         return dict(zip(names, means.tolist(), strict=True))
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -471,13 +482,6 @@ class GrokFastMATrainer(StageTrainer):
 
     def gradient_filters(self):
         return [GradientMA(self.stage_arguments.grokfast_window, self.stage_arguments.grokfast_lambda)]
-
-
-def peak_memory_gib() -> float:
-    """Peak memory in GiB: of the GPU where there is one, else of this process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def trainer_class_for(name: str, base: type) -> type:

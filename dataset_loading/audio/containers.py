@@ -24,6 +24,9 @@ BIT_RATES = {
 }
 SAMPLING_RATES = {3: (44100, 48000, 32000), 2: (22050, 24000, 16000), 0: (11025, 12000, 8000)}
 FEWEST_FRAMES = 3  # Of a further stream; fewer are what a tag happens to hold.
+TAG_BYTES = 128  # Of an ID3v1 tag.
+MOST_REST = 4096  # Bytes behind the samples of a WAV file that are no chunk, and hardly a part of them.
+STREAMED = 0xFFFFFFFF  # The size of what has no end that is known.
 MONO = 3  # Channel mode of a frame header.
 
 
@@ -101,12 +104,14 @@ def find_sections(file: BinaryIO, kind: str, subtype: str) -> list[Section]:
     if kind == "OGG":
         return ogg_sections(window)
     if kind == "FLAC":
-        return between(flac_starts(window), window.size)
+        return between(flac_starts(window), window.size - tag_bytes(window))
     if kind == "MP3":
         return mpeg_sections(window, whole)
     # An MP3 stream in a WAV file is decoded without its wrapping.
-    data = wav_data(window) if kind == "WAV" and subtype.startswith("MPEG") else None
-    return mpeg_sections(window, data) if data else [whole]
+    data = wav_data(window) if kind in ("WAV", "WAVEX") else None
+    if data and subtype.startswith("MPEG"):
+        return mpeg_sections(window, data)
+    return [wav_section(window, data)] if data else [whole]
 
 
 def between(starts: list[int], stop: int) -> list[Section]:
@@ -114,7 +119,7 @@ def between(starts: list[int], stop: int) -> list[Section]:
     return [Section(first, last) for first, last in itertools.pairwise([*starts, stop])]
 
 
-# ---- Ogg, FLAC, MP3 in WAV.
+# ---- Ogg, FLAC, WAV.
 
 
 def ogg_sections(window: Window) -> list[Section]:
@@ -150,6 +155,37 @@ def flac_starts(window: Window) -> list[int]:
         starts.append(position)
         position += 8
     return [0, *starts[1:]]
+
+
+def tag_bytes(window: Window) -> int:
+    """Size of an ID3v1 tag at the end of a file, damaged frames to the decoder of FLAC; 0: none."""
+    return TAG_BYTES if window.get(max(0, window.size - TAG_BYTES), TAG_BYTES).startswith(b"TAG") else 0
+
+
+def wav_section(window: Window, data: Section) -> Section:
+    """The whole of a WAV file, whose header gets the size of the samples where a recorder left it 0.
+
+    Raises: ValueError: the header counts far fewer bytes of samples than there are.
+    """
+    n_counted, n_more = data.stop - data.start, window.size - data.stop
+    is_short = n_more > max(MOST_REST, n_counted // 10) and not begins_chunk(window, data.stop + n_counted % 2)
+    if not is_short:
+        return Section(0, window.size)
+    header = window.get(0, min(CHUNK, data.start))
+    if n_counted or len(header) < data.start:
+        raise ValueError(
+            f"damaged: the header counts {n_counted} bytes of samples, and {n_more} follow that are no chunk of a WAV "
+            "file; ffmpeg -ignore_length 1 -i old.wav new.wav reads all of them"
+        )
+    sizes = [min(n_bytes, STREAMED).to_bytes(4, "little") for n_bytes in (window.size - 8, n_more)]
+    return Section(data.start, window.size, header[:4] + sizes[0] + header[8:-4] + sizes[1])
+
+
+def begins_chunk(window: Window, position: int) -> bool:
+    """Whether a chunk of a RIFF file begins here: four printable characters, and a size that fits."""
+    head = window.get(position, 8)
+    is_named = len(head) == 8 and all(0x20 <= byte < 0x7F for byte in head[:4])
+    return is_named and position + 8 + int.from_bytes(head[4:], "little") <= window.size
 
 
 def wav_data(window: Window) -> Section | None:

@@ -14,6 +14,7 @@ from dataset_loading.sources import open_media
 
 BLOCK_SAMPLES = 1 << 22  # of one channel that are decoded at once
 STREAMED_BYTES = 0x7FFF0000  # A length from here on is the placeholder of a program that did not know it.
+RATES = (1_000, 10_000_000)  # Hz; a header with another one is damaged: a second of it would become hours, or nothing.
 # libsndfile reads what is there of a file that was cut off, and mentions in its log alone what should be there.
 CUT_OFF = re.compile(r"(?:data|SSND|Data Size|riff|Riff size)\s*: (\d+) \(should be (\d+)\)")
 CUT_OFF_SAMPLES = re.compile(r"(?:Frames|Cols)\s*: (\d+)(?!.*(?:Frames|Cols)\s*: )", re.DOTALL)
@@ -61,6 +62,12 @@ class AudioReader:
             with self.open(Section(0, self.n_bytes)) as file:
                 self.sample_rate, self.n_channels = file.samplerate, file.channels
                 self.is_float = file.subtype in ("FLOAT", "DOUBLE")
+                if not RATES[0] <= self.sample_rate <= RATES[1]:
+                    least, most = RATES
+                    raise ValueError(
+                        f"damaged: a sampling rate of {self.sample_rate} Hz, not between {least} and {most}; correct "
+                        "the header, such as with ffmpeg -ar"
+                    )
                 self.check_log(file)
                 kind, subtype = file.format, file.subtype
             self.sections = find_sections(self.file, kind, subtype)

@@ -27,7 +27,7 @@ def part_of_row(row: Mapping[str, Any]) -> dict[str, Any]:
         if value is None or value != value or (isinstance(value, str) and not value.strip()):
             continue
         with contextlib.suppress(TypeError, ValueError):
-            value = float(value)
+            value = value if isinstance(value, bool) else float(value)
         if column == "offset" or not isinstance(value, float) or not value <= 0:
             part[column] = value
     return part

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageColor, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageColor, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
 from dataset_loading.cached import CachedDataset
@@ -26,6 +26,7 @@ IMAGE_SUFFIXES = frozenset((
 ResizeMode = Literal["crop", "pad", "squash"]
 MAX_PIXELS = 100_000_000  # Of an image as it is decoded; with a transparent background it takes 12 bytes a pixel.
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which no flag names.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # Programs store long texts, which are not read here.
 
 
 class ImageDataset(CachedDataset):
@@ -102,6 +103,8 @@ def decode_image(
                 "smaller, or allow more with --max_image_pixels in preprocessing"
             )
         image.load()
+        # Up to 255 in 32 bits, pixels are rather of 8 bits than of 16, and would become black.
+        is_ambiguous = image.mode == "F" or (image.mode == "I" and image.format == "TIFF" and brightest(image) < 256)
         image = ImageOps.exif_transpose(image)
     except UnidentifiedImageError as error:
         raise ValueError(f"no image of a known format ({buffer.getbuffer().nbytes} bytes)") from error
@@ -109,8 +112,8 @@ def decode_image(
         raise
     except Exception as error:  # Pillow's readers let all kinds of errors through.
         raise ValueError(f"damaged image: {error!r}") from error
-    if image.mode == "F":
-        raise ValueError("32-bit float pixels have no defined white")
+    if is_ambiguous:
+        raise ValueError("32-bit pixels have no defined white; save the image with 8 or 16 bits")
     # Any mode to 8-bit sRGB; transparency is composited in RGBA.
     profile = image.info.get("icc_profile")
     image = to_8_bit(image)
@@ -120,6 +123,12 @@ def decode_image(
         background = Image.new("RGBA", image.size, ImageColor.getrgb(background_color))
         image = Image.alpha_composite(background, image.convert("RGBA"))
     return image.convert("RGB")
+
+
+def brightest(image: Image.Image) -> int:
+    """The largest pixel of an image with one channel."""
+    extrema: Any = image.getextrema()
+    return extrema[1]
 
 
 def check_color(flag: str, color: str) -> None:
@@ -140,7 +149,10 @@ def to_8_bit(image: Image.Image) -> Image.Image:
         return image
     pixels = np.asarray(image).astype(np.int64)
     if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"32-bit pixels in [{pixels.min()}, {pixels.max()}] have no defined white")
+        raise ValueError(
+            f"32-bit pixels in [{pixels.min()}, {pixels.max()}] have no defined white; save the image with 8 or "
+            "16 bits"
+        )
     # 65535 = 255 * 257, so this rounds to the nearest of 256 levels.
     grey = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
     if not isinstance(transparent, int):

@@ -43,6 +43,7 @@ from model.diffusion import (
     pool,
 )
 from model.dropout import check_keys, fold
+from model.layers import to_device
 from model.presets import AUDIO_DIFFUSION
 from model.samplers import SamplerKind, guided_denoiser, sample
 from utils.options import from_preset
@@ -226,7 +227,7 @@ class AudioDiffusion(PreTrainedModel):
         if self.speaker_embedding is not None:
             speaker = self.speaker_embedding(speakers)
             states = states + speaker[:, None] * mask[..., None]
-        pauses = torch.tensor(self.config.pause_symbols, dtype=torch.long, device=tokens.device)
+        pauses = to_device(torch.tensor(self.config.pause_symbols, dtype=torch.long), tokens.device)
         is_pause = (tokens[..., 0, None] == pauses).any(-1)
         log_durations = self.durations(states, mask, fold(dropout_keys, DURATION_KEYS))
         return SpeechText(states, mask, log_durations, is_pause, speaker)
@@ -393,7 +394,7 @@ class AudioDiffusion(PreTrainedModel):
             shape = (n_frames, self.config.latent_channels)
             row[:n_frames] = torch.from_numpy(generator.standard_normal(shape, dtype=np.float32))
         sigma = self.process.alpha_sigma(torch.ones(1, dtype=torch.float64))[1].item()
-        x = (temperature * sigma * noise).to(device)
+        x = to_device(temperature * sigma * noise, device)
         # The denoiser combines predictions with text and without.
         denoiser = guided_denoiser(
             self.process,
@@ -403,7 +404,7 @@ class AudioDiffusion(PreTrainedModel):
             scale=guidance_scale,
             interval=guidance_interval,
         )
-        times = self.process.sampling_times(n_steps, "uniform").to(device)
+        times = self.process.sampling_times(n_steps, "uniform")
         latents = sample(sampler, denoiser, x, process=self.process, times=times)
         return latents.where(condition.mask[..., None], 0.0)
 

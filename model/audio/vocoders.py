@@ -111,8 +111,13 @@ def disperse(waveform: Tensor, sample_rate: int) -> Tensor:
     frequency = torch.arange(n_taps // 2 + 1, dtype=torch.float64) / (n_taps // 2)
     phase = -math.pi * delay * frequency.square() / 2
     taps = torch.fft.irfft(torch.polar(torch.ones_like(phase), phase)).roll(n_taps // 2)
-    kernel = taps.flip(0).to(waveform)[None, None]  # A convolution of torch is a correlation.
-    return F.conv1d(F.pad(waveform, (n_taps // 2 - 1, n_taps // 2))[:, None], kernel)[:, 0]
+    # Overlap-save: blocks that share n_taps - 1 samples with the one before, each convolved by transforms of its own.
+    n_block, n_samples = 8 * n_taps, waveform.shape[-1]
+    n_new = n_block - n_taps + 1
+    right = n_taps // 2 + -n_samples % n_new  # fills the last block
+    blocks = F.pad(waveform, (n_taps // 2 - 1, right)).unfold(-1, n_block, n_new)  # (B, blocks, n_block)
+    spectrum = torch.fft.rfft(blocks) * torch.fft.rfft(taps.to(waveform), n_block)
+    return torch.fft.irfft(spectrum, n_block)[..., n_taps - 1 :].flatten(1)[:, :n_samples]
 
 
 class ConvNeXtBlock(GradientCheckpointingLayer):

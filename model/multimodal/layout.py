@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from model.language_head import IGNORED
+from model.layers import to_device
 from model.multimodal.mask import OUTSIDE, Placement
 from utils.configuration import MegaTransformerConfig
 
@@ -179,12 +180,22 @@ def target_kinds(config: MegaTransformerConfig, targets: Tensor) -> dict[str, Te
     that its entropy would drown the text's.
     """
     begins = [getattr(config, f"{name}_begin_token_id") for name in SPANS if name in config.modalities]
-    is_begin = torch.isin(targets, torch.tensor(begins, device=targets.device))
+    is_begin = torch.isin(targets, to_device(torch.tensor(begins), targets.device))
     is_length = torch.zeros_like(is_begin)
     if "audio" in config.modalities:
         first: int = config.audio_length_token_id  # type: ignore[assignment]
         is_length = (targets >= first) & (targets < first + config.audio_max_tokens)
     return {"text": (targets != IGNORED) & ~is_begin & ~is_length, "begin": is_begin, "length": is_length}
+
+
+def target_places(config: MegaTransformerConfig, targets: Tensor) -> dict[str, Tensor]:
+    """The same as numbers of positions in the flattened targets, in order: name -> (N,) int64. Without any of a kind
+    the first position, which does not count. Of targets on a GPU, their number is waited for."""
+    places = {}
+    for name, is_kind in target_kinds(config, targets).items():
+        chosen = is_kind.flatten().nonzero()[:, 0]
+        places[name] = chosen if len(chosen) else chosen.new_zeros(1)
+    return places
 
 
 class StreamBatch(NamedTuple):

@@ -19,6 +19,7 @@ from model.language_head import IGNORED, LanguageModelHead, language_model_loss,
 from model.layers import ZeroLinear
 from model.multimodal.generation import MultimodalGenerationMixin
 from model.multimodal.layout import SPANS, Modality, target_kinds
+from model.multimodal.layout import target_places as target_places_of
 from model.multimodal.mask import Placement, stream_blocks, stream_mask
 from model.multimodal.spans import LatentLinear, SpanDecoder, SpanEncoder, Spans
 from model.presets import MULTIMODAL
@@ -68,7 +69,7 @@ class EncodedSpans:
     shared: LayerInputs
 
     def select(self, chosen: Tensor) -> "EncodedSpans":
-        """Some of the spans, chosen (N,) bool."""
+        """Some of the spans, by their numbers."""
         shared = LayerInputs(
             rotary=self.shared.rotary,
             mask=None if self.shared.mask is None else self.shared.mask[chosen],
@@ -113,8 +114,11 @@ class MegaTransformerMultimodalEncoder(nn.Module):
                 stream = stream + 0.0 * encoded[name].tokens.sum().to(stream.dtype)
                 continue
             encoded[name] = self.encode(name, spans[name], dropout_keys)  # type: ignore[arg-type]
+            # Padding goes to a place after the end, which is cut off: nothing waits for the number of tokens.
             places, is_token = spans[name].places(embeddings.shape[1])
-            stream = stream.index_put((places[is_token],), encoded[name].tokens[is_token].to(stream.dtype))
+            places = torch.where(is_token, places, len(stream)).flatten()
+            tokens = encoded[name].tokens.flatten(0, 1).to(stream.dtype)
+            stream = torch.cat([stream, stream.new_zeros(1, stream.shape[1])]).index_put((places,), tokens)[:-1]
         return stream.view(embeddings.shape), encoded
 
     def no_span(self, modality: str, like: Tensor) -> Spans:
@@ -122,7 +126,7 @@ class MegaTransformerMultimodalEncoder(nn.Module):
         m = self.config.image_n_tokens if modality == "image" else 1
         zero = torch.zeros(1, dtype=torch.int64, device=like.device)
         latents = like.new_zeros(1, m, self.config.token_width(modality))
-        return Spans(latents, like.new_zeros(1), zero.bool(), zero + m, zero, zero)
+        return Spans(latents, like.new_zeros(1), zero.bool(), zero + m, zero, zero, copies=zero[:0])
 
 
 class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenerationMixin):
@@ -185,6 +189,7 @@ class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenera
         *,
         spans: Mapping[str, Spans] | None = None,
         labels: Tensor | None = None,
+        target_places: Mapping[str, Tensor] | None = None,
         n_targets: Mapping[str, Tensor | float] | None = None,
         thinking: Thinking | None = None,
         dropout_keys: Tensor | None = None,
@@ -197,6 +202,8 @@ class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenera
             placement: (B, L) each.
             spans: modality -> its spans; those without any may be missing.
             labels: (B, L), the tokens that are targets, -100 elsewhere (they are shifted here).
+            target_places: those of `labels` as `model.multimodal.layout.target_places` gives them; default: taken from
+                `labels`, which waits for a GPU.
             n_targets: `text`, `begin` and `length`, what the sums of their losses are divided by; default: their
                 numbers.
             thinking: options of the recurrent core.
@@ -219,42 +226,47 @@ class MegaTransformerMultimodal(MegaTransformerPreTrainedModel, MultimodalGenera
         # Predictions for the noise copies. A decoder without any runs on other tokens, and counts for nothing.
         predictions, last_place = {}, hidden.shape[0] * hidden.shape[1] - 1
         for name, decoder in self.decoders.items():
-            is_noisy = encoded[name].spans.is_noisy
-            is_used = bool(is_noisy.any())
-            chosen = encoded[name].select(is_noisy) if is_used else encoded[name]
+            copies = encoded[name].spans.noise_copies()
+            is_used = len(copies) > 0
+            chosen = encoded[name].select(copies) if is_used else encoded[name]
             places, _ = chosen.spans.places(hidden.shape[1])
             states = hidden.flatten(0, 1)[places.clamp_max(last_place)]
             prediction = decoder(states, chosen.times, chosen.shared)
             predictions[name] = prediction if is_used else 0.0 * prediction
-        results = {} if labels is None else self.head_outputs(hidden, labels, n_targets or {})
+        results: dict[str, Any] = {}
+        if labels is not None:
+            targets = next_token_targets(labels)
+            chosen = target_places or target_places_of(self.config, targets)
+            results = self.head_outputs(hidden, targets, chosen=chosen, n_targets=n_targets or {})
         return MultimodalOutput(predictions=predictions, thinking_steps=output.thinking_steps, **results)
 
-    def head_outputs(self, hidden: Tensor, labels: Tensor, n_targets: Mapping[str, Any]) -> dict[str, Any]:
-        """Losses, nats and hits of each kind of target, from the normed hidden states (B, L, D)."""
-        targets = next_token_targets(labels)
+    def head_outputs(
+        self, hidden: Tensor, targets: Tensor, *, chosen: Mapping[str, Tensor], n_targets: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Losses, nats and hits of each kind of target (B, L), from the normed hidden states (B, L, D); `chosen` are
+        the places of its kinds."""
         # Only positions with a target reach the head; without any the first one does, and does not count.
         results: dict[str, Any] = {}
+        shape, hidden, targets = targets.shape, hidden.flatten(0, 1), targets.flatten()
         nats = torch.zeros(targets.shape, device=targets.device)
         hits = None if self.config.loss_chunk_size else torch.zeros_like(nats)
         for name, is_kind in target_kinds(self.config, targets).items():
-            chosen = is_kind
-            if not bool(is_kind.any()):
-                chosen = torch.zeros_like(is_kind)
-                chosen[0, 0] = True
-            chosen_targets = targets[chosen].where(is_kind[chosen], IGNORED)
+            places = chosen[name]
+            chosen_targets = targets[places].where(is_kind[places], IGNORED)
             loss, values, _, logits = language_model_loss(
                 self.lm_head,
-                hidden[chosen],
+                hidden[places],
                 chosen_targets,
                 n_targets=n_targets.get(name),
                 z_loss_weight=self.config.z_loss_weight,
             )
             results[f"{name}_loss"] = loss
             counts = chosen_targets != IGNORED
-            nats[chosen] = torch.where(counts, values, nats[chosen])
+            nats[places] = torch.where(counts, values, nats[places])
             if hits is not None:
-                hits[chosen] = torch.where(counts, (logits.argmax(-1) == chosen_targets).float(), hits[chosen])
-        return {**results, "nats": nats[:, :-1], "hits": None if hits is None else hits[:, :-1]}
+                hits[places] = torch.where(counts, (logits.argmax(-1) == chosen_targets).float(), hits[places])
+        hits = None if hits is None else hits.view(shape)[:, :-1]
+        return {**results, "nats": nats.view(shape)[:, :-1], "hits": hits}
 
 
 def flow_process(config: MegaTransformerConfig, modality: str) -> DiffusionProcess:

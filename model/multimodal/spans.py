@@ -34,6 +34,7 @@ class Spans(NamedTuple):
         is_noisy: whether the span is a noise copy, (N,) bool.
         lengths: tokens of each span, (N,) int64.
         rows, starts: where the span stands in the batch: its row and its first token, (N,) int64.
+        copies: numbers of the noise copies, (n,) int64; None: they are read from `is_noisy`, which waits for a GPU.
     """
 
     latents: Tensor
@@ -42,6 +43,7 @@ class Spans(NamedTuple):
     lengths: Tensor
     rows: Tensor
     starts: Tensor
+    copies: Tensor | None = None
 
     def places(self, n_positions: int) -> tuple[Tensor, Tensor]:
         """Where each token stands in streams of so many positions, flattened: (N, m) int64; and which are tokens,
@@ -52,8 +54,12 @@ class Spans(NamedTuple):
         return torch.where(is_token, places, 0), is_token
 
     def select(self, chosen: Tensor) -> "Spans":
-        """Some of the spans, chosen (N,) bool."""
-        return Spans(*(field[chosen] for field in self))
+        """Some of the spans, by their numbers."""
+        return Spans(*(field[chosen] for field in self[:6]))
+
+    def noise_copies(self) -> Tensor:
+        """Numbers of the noise copies, (n,) int64."""
+        return self.is_noisy.nonzero()[:, 0] if self.copies is None else self.copies
 
 
 def spans_in(streams: Sequence[Stream], modality: Modality) -> tuple[Tensor, list[tuple[int, SpanPlace]]]:

@@ -1,5 +1,6 @@
 """Layouts that people have: where the text and the speaker of a file are found."""
 
+import gzip
 import json
 import unicodedata
 
@@ -48,6 +49,26 @@ def test_librispeech(lay):
     assert set(texts(source, column="speaker").values()) == {"84"} and not source.left_out
 
 
+def test_librispeech_with_transcripts_and_recordings_missing(lay):
+    words = {"84/1/84-1.trans.txt": "84-1-0000 GO ON\n84-1-0007 GONE\n"}
+    source = open_audio(lay({f"84/1/{name}": "" for name in SPEECH} | words))
+    assert set(texts(source, column="speaker").values()) == {"84"}
+    assert source.left_out.as_dict() == {"transcript without a recording": {"count": 1, "names": ["84/1/84-1-0007"]}}
+
+
+@pytest.mark.parametrize("name", ["a.TXT", "84-1.trans.txt"])
+def test_nul_bytes_in_texts_are_named(lay, name):
+    with pytest.raises(ValueError, match=rf"{name}: line 2 has a NUL byte.*tr -d"):
+        open_audio(lay({"a.wav": "", "84-1-0000.wav": "", name: "84-1-0000 go\non \0"}))
+
+
+def test_capitals_in_endings_and_separators_of_windows(lay):
+    folder = lay({"a.WAV": "", "a.TXT": "upper", "sub/b.wav": "", "sub/b.Lab": "mixed"})
+    assert texts(open_audio(folder)) == {"a.WAV": "upper", "sub/b.wav": "mixed"}
+    (folder / "metadata.csv").write_text("file_name,text\na.WAV,one\nsub\\b.wav,two\n")
+    assert texts(open_audio(folder)) == {"a.WAV": "one", "sub/b.wav": "two"}
+
+
 def test_vctk_takes_one_microphone(lay):
     names = ["p225_001_mic1.flac", "p225_001_mic2.flac", "p225_002_mic2.flac"]
     words = {"txt/p225/p225_001.txt": "Please call Stella.\n", "txt/p225/p225_002.txt": "Ask her."}
@@ -79,6 +100,22 @@ def test_common_voice(lay):
 def test_manifests_of_nemo_and_whisper(lay, name, row):
     folder = lay({"a.wav": "", name: json.dumps(row) + "\n"})
     assert texts(open_audio(folder if name.startswith("metadata") else folder / name)) == {"a.wav": "hola"}
+
+
+def test_compressed_manifests_are_read_and_other_single_files_named(lay):
+    folder = lay({"a.wav": "", "list.txt": "a.wav"})
+    with gzip.open(folder / "m.jsonl.gz", "wt") as file:
+        file.write(json.dumps({"audio_filepath": "a.wav", "text": "hola"}))
+    assert texts(open_audio(folder / "m.jsonl.gz")) == {"a.wav": "hola"}
+    for name in ("a.wav", "list.txt"):
+        with pytest.raises(FileNotFoundError, match=rf"{name} is a single file.*folder.*\.jsonl"):
+            open_audio(folder / name)
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "train.csv"])
+def test_tables_without_rows_are_named(lay, name):
+    with pytest.raises((ValueError, FileNotFoundError), match=rf"{name}: no rows .*'train'"):
+        open_audio(lay({"a.wav": "", name: "file_name,text\n"}))
 
 
 def test_ljspeech_with_bars_in_a_text_is_an_error(lay):

@@ -9,7 +9,7 @@ import torch
 
 from dataset_loading.audio.latents import AudioLatentDataset
 from dataset_loading.image.latents import ImageLatentDataset
-from dataset_loading.multimodal import MultimodalDataset, Task, collate_streams, join_items, parse_task
+from dataset_loading.multimodal import MultimodalDataset, Task, collate_streams, join_items, parse_task, torn_items
 from dataset_loading.text.tokenizers import byte_tokenizer
 from dataset_loading.text.windows import TextDataset
 from model.presets import MULTIMODAL
@@ -32,11 +32,11 @@ def caches(folder, split="train"):
     return {"image": ImageLatentDataset(folder / "image", split), "audio": AudioLatentDataset(folder / "audio", split)}
 
 
-def build(folder, tasks, split="train", windows=None, **fields):
+def build(folder, tasks, split="train", windows=None, held_out=(), **fields):
     config = from_preset(MegaTransformerConfig, MULTIMODAL, "multimodal-tiny", **{**FIELDS, **fields})
     tasks = [parse_task(task) for task in tasks]
     is_training = split == "train"
-    options = {"config": config, "is_training": is_training, "windows": windows}
+    options = {"config": config, "is_training": is_training, "windows": windows, "held_out": held_out}
     return MultimodalDataset(caches(folder, split), tasks, byte_tokenizer(), **options)
 
 
@@ -71,6 +71,22 @@ def test_entries_of_one_source_are_items_of_their_own():
     assert [(item.text, item.places["audio"]) for item in alone] == [("big", 0), ("", 1), ("", 2)]
     with pytest.raises(ValueError, match="sounds: 'a' has the text 'low', but in images it is 'red'"):
         join_items({"image": images, "audio": fake_cache("sounds", ("a.wav", "low"), ("a.wav", "high"))})
+
+
+def test_items_that_one_cache_holds_out_are_found():
+    training = {"image": fake_cache("i", ("a.png", ""), ("b.png", ""), ("1.png", ""))}
+    training["audio"] = fake_cache("s", ("b.wav", ""), ("c.wav", ""), ("1.wav", ""))
+    held_out = {"image": fake_cache("i", ("c.png", ""), ("1.png", ""))}
+    held_out["audio"] = fake_cache("s", ("a.wav", ""), ("d.wav", ""), ("1.wav", ""))
+    # Both caches have 1 in both splits: different things of the same name.
+    assert torn_items(training, held_out) == {"a", "c"}
+    assert not torn_items({"image": training["image"]}, {"image": held_out["image"]})
+
+
+def test_held_out_items_come_in_no_row(folder):
+    whole, without = build(folder, ["text"]), build(folder, ["text"], held_out={"001"})
+    assert {item.key for item in whole.items} - {item.key for item in without.items} == {"001_0_0"}
+    assert len(without) == len(whole) - 1 and without.fingerprint != whole.fingerprint
 
 
 def test_rows_are_items_in_tasks_by_weight(folder):

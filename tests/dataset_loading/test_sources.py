@@ -181,6 +181,12 @@ def test_missing_paths_do_not_ask_the_hub(name):
         open_images(name)
 
 
+@pytest.mark.parametrize("address", ["nowhere://a.png", "http://127.0.0.1:9/a.png", "memory://missing.png"])
+def test_addresses_that_cannot_be_read_are_named(address):
+    with pytest.raises(OSError, match=rf"{address} is an address .*download"):
+        read_media({"path": address, "bytes": None})
+
+
 def test_single_parquet_files_and_archives_of_plain_bytes(tmp_path, image):
     content = image("raw/a.png", "blue").read_bytes()
     for number, values in enumerate(([content], [{"bytes": content, "path": "a.png"}])):
@@ -239,3 +245,81 @@ def test_of_several_metadata_files_the_first_ending_counts(tmp_path, image):
     (tmp_path / "metadata.json").write_text('[{"file_name": "a.png", "text": "json"}]')
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "jsonl"}')
     assert names_and("text", open_images(tmp_path)) == [("a.png", "jsonl")]
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        ("metadata.csv", "file_name,text\n", r"metadata\.csv has no rows; .* remove it"),
+        ("metadata.csv", "", r"metadata\.csv has no rows"),
+        ("metadata.csv", "file_name,text\na.png,A\n,\n", r"row 2 has no 'file_name', its cell is empty; .* remove"),
+        ("metadata.jsonl", '{"file_name": 5}\n', r"row 1 has no 'file_name' but 5; write"),
+        ("metadata.jsonl", '{"file_name": ["a.png", "b.png"]}\n', r"row 1 has no 'file_name' but \['a\.png'"),
+        ("metadata.csv", "file_name\na.png\nhttps://x.org/b.png\n", r"row 2 names a URL, https://x\.org/b\.png; down"),
+    ],
+)
+def test_rows_without_a_file_say_what_is_there_instead(tmp_path, image, file, text, message):
+    image("a.png")
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        open_images(tmp_path)
+
+
+def test_backslashes_of_a_table_from_windows_separate_folders(tmp_path, image):
+    image("red/a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text\n.\\red\\a.png,A\n")
+    assert names_and("text", open_images(tmp_path)) == [("red/a.png", "A")]
+    (tmp_path / "metadata.csv").write_text("file_name,text\nred\\..\\..\\b.png,A\n")
+    image("../b.png")
+    with pytest.raises(ValueError, match="--allow_outside"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["x" * 251, "é" * 125])
+def test_names_of_the_maximum_length_have_no_sidecars(tmp_path, image, name):
+    image(f"{name}.png")
+    image("b.png")
+    (tmp_path / "b.txt").write_text("B")
+    assert len(names_and("text", open_images(tmp_path))) == 2
+
+
+@pytest.mark.parametrize("name", [".", "metadata.csv"])
+def test_a_column_split_of_a_table_holds_rows_out(tmp_path, image, name):
+    for file in "abcd":
+        image(f"{file}.png")
+    (tmp_path / "metadata.csv").write_text(
+        "file_name,text,split\na.png,A,train\nb.png,B,Val\nc.png,C,test\nd.png,D,\n"
+    )
+    source = open_images(tmp_path / name)
+    assert names_and("text", source) == [("a.png", "A"), ("d.png", "D")]
+    assert source.splits == ["train", "validation", "test"]
+    assert names_and("text", open_images(tmp_path / name, "validation")) == [("b.png", "B")]
+
+
+def test_a_column_split_with_other_values_is_said_to_tell_nothing(tmp_path, image, caplog):
+    image("a.png")
+    image("b.png")
+    (tmp_path / "metadata.csv").write_text("file_name,text,split\na.png,A,train\nb.png,B,left\n")
+    assert len(open_images(tmp_path)) == 2
+    assert "'left'" in caplog.text and "2 rows are taken together" in caplog.text
+
+
+def test_two_folders_of_one_split_are_refused(tmp_path, image):
+    for name in ("train/a.png", "training/b.png"):
+        image(name)
+    with pytest.raises(ValueError, match=r"train and .*training are both the split 'train'; put"):
+        open_images(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["a.zip", "."])
+def test_a_damaged_archive_is_named(tmp_path, place):
+    (tmp_path / "a.zip").write_bytes(b"PK\3\4, and nothing else")
+    with pytest.raises(FileNotFoundError, match=r"a\.zip is damaged \(File is not a zip file\); copy it again"):
+        open_images(tmp_path / place)
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tar.gz", "list.txt"])
+def test_a_file_that_is_no_table_asks_for_its_folder(tmp_path, name):
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match=rf"{name} is no table or archive of image files .*; give its folder"):
+        open_images(tmp_path / name)

@@ -54,14 +54,15 @@ class Run:
 
 
 def run_stage(
-    stage: type, common: list[str], cache: Path, output_dir: Path, name: str, steps: int, *flags: str
+    stage: type, common: list[str], cache: Path | None, output_dir: Path, name: str, steps: int, *flags: str
 ) -> Run:
-    """Run a stage in this process; errors come as they are.
+    """Run a stage in this process, on the caches that its flags name where `cache` is None; errors come as they are.
 
     Of the flags in `common`, those of the adversary are left out where `flags` have `--gan_weight 0`, and a run of one
     or two steps has its adversary from the beginning.
     """
-    words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", name]
+    words = ["--output_dir", str(output_dir), "--run_name", name]
+    words += [] if cache is None else ["--cached_dataset", str(cache)]
     if ("--gan_weight", "0") in itertools.pairwise(flags):
         common = without_adversary(common, stage)
     elif "--gan_start_step" in common and steps <= 2:

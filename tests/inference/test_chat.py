@@ -132,6 +132,8 @@ def test_flags_without_effect_are_refused(words, message, capsys):
     ("words", "message"),
     [
         (["--draw", " "], "a text to draw or speak is empty: ' '"),
+        (["--prompts", "see <image:a.png and go"], "'<image:a.png and go' of a prompt: write <image:path>"),
+        (["--prompts", "< Audio : a.wav >"], "'< Audio : a.wav >' of a prompt: write <image:path>"),
         (["--prompts", "<video:frog.mp4> x"], "'<video:frog.mp4>' of a prompt: write <image:path> or <audio:path>"),
         (["--prompts", "<image:>"], "image '' cannot be read"),
         (["--prompts", "a bear " * 900], "prompt 0 has .* max_position_embeddings=2048"),
@@ -147,6 +149,17 @@ def test_wrong_files_are_named(words, message, folder):
     words = [str(folder / "long.wav") if word == "LONG" else word for word in words]
     with pytest.raises((OSError, ValueError), match=message):
         call(folder, *words)
+
+
+def test_a_bad_file_does_not_end_the_others(folder, caplog):
+    (folder / "damaged.png").write_bytes((folder / "gray.png").read_bytes()[:60])
+    bad = [str(folder / "damaged.png"), str(folder / "gone.png"), str(folder / "long.wav")]
+    words = ["--draw", " ", "a bear", "--describe", *bad[:2], str(folder / "gray.png"), "--transcribe", bad[2]]
+    with pytest.raises(ValueError, match="4 of 6 files gave no result") as error:
+        call(folder, *words, "--max_new_tokens", "2", "--temperature", "2")
+    answers = json.loads((newest_results(folder / "out") / "settings.json").read_text())["answers"]
+    assert {answer["prompt"] for answer in answers} == {"a bear", str(folder / "gray.png")}
+    assert all(name in str(error.value) and f"{name} is left out" in caplog.text for name in bad)
 
 
 def test_a_checkpoint_and_a_prompt_are_needed(capsys):

@@ -194,5 +194,16 @@ def test_prompt_files(tmp_path):
     file.write_bytes("\ufeffone\r\n two\u2028still two\n\nthree\x0b\x0c".encode())
     assert read_prompts(file) == ["one", " two\u2028still two", "three\x0b\x0c"]
     file.write_bytes(b"caf\xe9\n")
-    with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 \("):
+    with pytest.raises(ValueError, match=r"--prompt_file .*prompts.txt: line 1 is not UTF-8.*iconv"):
         read_prompts(file)
+    # As tables, files of Windows and of old Macs are read; what would be lost in silence is named.
+    file.write_bytes("one\r\nvier Käfer\r\n".encode("utf-16"))
+    assert read_prompts(file) == ["one", "vier Käfer"]
+    file.write_bytes(b"one\rtwo\r")
+    assert read_prompts(file) == ["one", "two"]
+    for content, message in ((b"one\n\ntwo \0", "line 3 has a NUL byte"), (b" \n", "no line with text")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"prompts.txt.*{message}"):
+            read_prompts(file)
+    with pytest.raises(IsADirectoryError, match=f"--prompt_file {tmp_path} is a folder"):
+        read_prompts(tmp_path)

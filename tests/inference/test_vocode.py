@@ -155,6 +155,10 @@ def test_results_of_an_earlier_run_stay(run, tmp_path, caplog):
     (tmp_path / "out" / "settings.json").unlink()
     (tmp_path / "out" / "sheet.png").touch()
     assert claim_folder(str(tmp_path / "out"), VocodeArguments()).name == "out_3"
+    (tmp_path / "file").touch()
+    for name, message in ((tmp_path / "file", "--output_dir .*file is a file"), ("", "--output_dir is empty")):
+        with pytest.raises((OSError, ValueError), match=message):
+            claim_folder(str(name), VocodeArguments())
 
 
 def test_a_numbered_folder_may_hold_inputs(run, tmp_path):

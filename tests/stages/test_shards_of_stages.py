@@ -1,6 +1,8 @@
 """Shards of the stages that encode in batches: padding and roundings are those of one process."""
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,9 +16,34 @@ from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
 from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
 from tests.helpers.audio_latent_cache import make_audio_latents, save_audio_vae, write_spoken_cache
 from tests.helpers.latent_cache import make_latents, save_vae, write_captioned_images
-from tests.helpers.shards import check_shards, contents
 from tests.helpers.text_encoder_folder import save_text_encoder
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, write_sound
+from utils.preprocessing.driver import Preprocess
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def check_shards(run: Callable[..., dict], stage: type[Preprocess], out: Path, n: int) -> list[Path]:
+    """Run a stage as a whole and in `n` shards, join these, and compare every byte.
+
+    Args: run: takes the flags that are added.
+    Returns: the folders of the shards.
+    """
+    fingerprint, expected = run()["fingerprint"], contents(out)
+    shutil.rmtree(out)
+    shards = []
+    for i in range(1, n + 1):
+        run("--shard", f"{i}/{n}")
+        shards.append(out.with_name(f"{out.name}.shard-{i}-of-{n}"))
+    joined = stage.main(["--merge", *map(str, reversed(shards)), "--output_dir", str(out)])
+    assert joined["fingerprint"] == fingerprint
+    found = contents(out)
+    different = [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
+    assert not different, different
+    return shards
 
 
 def samples_in(folder: Path) -> dict[str, bytes]:

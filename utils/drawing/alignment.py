@@ -2,11 +2,12 @@
 frames, T tokens."""
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from utils.drawing.audio import ORANGE, colored, fit_width, strip_sheet
-from utils.drawing.images import INK, PAPER, Group
+from utils.drawing.images import PAPER, Group
+from utils.drawing.text import INK, typeface
 
 MAX_DURATION = 40  # mel frames; longer ones are drawn there
 PLOT, MARGIN = 328, 24  # pixels of the plot of durations, and of the numbers beside it
@@ -48,7 +49,7 @@ def duration_image(real: Tensor, predicted: Tensor) -> Image.Image:
     # Numbers below and to the left.
     image = Image.new("RGB", (plot.width + MARGIN, plot.height + MARGIN), PAPER)
     image.paste(plot, (MARGIN, 0))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(11)
+    draw, font = ImageDraw.Draw(image), typeface(11).fonts[0]
     for number in range(0, size, 1 if size <= 10 else 5):
         center, text = (number + 0.5) * cell, f"{number}+" if number < longest and number == size - 1 else str(number)
         draw.text((MARGIN + center, plot.height + 4), text, INK, font, anchor="ma")

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from model.audio.spectral import stft
-from utils.drawing.images import GAP, INK, LINE, PAPER, Group, shorten
+from utils.drawing.images import GAP, LINE, PAPER, Group
+from utils.drawing.text import typeface
 
 TRIPLE = ("target", "predicted", "difference")
 SPAN = 1.5  # nats: differences of log-mels from here on are white
@@ -89,7 +90,7 @@ def strip_sheet(groups: Sequence[Group], labels: Sequence[str] = (), *, title: s
     """
     assert groups and all(len(group.images) == len(groups[0].images) for group in groups), "unequal groups"
     # Layout: widths of the columns, heights of the rows.
-    font = ImageFont.load_default(13)
+    font = typeface(13)
     widths = [max(image.width for image in column) for column in zip(*(group.images for group in groups))]
     lefts = [GAP + sum(widths[:i]) + i * GAP for i in range(len(widths))]
     heights = [max(image.height for image in group.images) + GAP + LINE * bool(group.caption) for group in groups]
@@ -98,14 +99,14 @@ def strip_sheet(groups: Sequence[Group], labels: Sequence[str] = (), *, title: s
     draw = ImageDraw.Draw(sheet)
     # Title and column labels, then one row per group.
     if title:
-        draw.text((GAP, GAP), shorten(title, sheet.width - 2 * GAP, font), INK, font)
+        font.draw(draw, (GAP, GAP), title, width=sheet.width - 2 * GAP)
     for left, width, label in zip(lefts, widths, labels):
-        draw.text((left, top - LINE), shorten(label, width, font), INK, font)
+        font.draw(draw, (left, top - LINE), label, width=width)
     for group, height in zip(groups, heights):
         for left, image in zip(lefts, group.images):
             sheet.paste(image, (left, top))
         if group.caption:
-            draw.text((GAP, top + height - GAP - LINE), shorten(group.caption, sheet.width - 2 * GAP, font), INK, font)
+            font.draw(draw, (GAP, top + height - GAP - LINE), group.caption, width=sheet.width - 2 * GAP)
         top += height
     return sheet
 

@@ -8,16 +8,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dataset_loading.files import replacing
 from dataset_loading.image.pixels import to_uint8
+from utils.drawing.text import typeface
 
 TRIPLE = ("input", "reconstruction", "difference x2")
 MIN_CELL, MAX_CELL = 128, 256  # side of an image on a sheet, in pixels
 GAP, LINE = 6, 18  # pixels between images, and height of a line of text
-INK, PAPER = (30, 30, 30), (236, 236, 236)
+PAPER = (236, 236, 236)
 
 
 @dataclasses.dataclass
@@ -71,15 +72,6 @@ def fit_cell(image: Image.Image, side: int) -> Image.Image:
     return cell
 
 
-def shorten(text: str, width: float, font) -> str:
-    """The text, truncated to `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    while text and font.getlength(text + "...") > width:
-        text = text[:-1]
-    return text + "..."
-
-
 def draw_sheet(
     groups: Sequence[Group],
     labels: Sequence[str] = (),
@@ -99,7 +91,7 @@ def draw_sheet(
     """
     assert groups and all(len(group.images) == len(groups[0].images) for group in groups), "groups of unequal length"
     # Layout: the side of a cell, the size of a group, and the rows of groups.
-    font = ImageFont.load_default(13)
+    font = typeface(13)
     longest = max(max(image.size) for group in groups for image in group.images)
     side = min(max(longest, min_cell), MAX_CELL)
     n_across = min(n_across, len(groups))
@@ -112,16 +104,15 @@ def draw_sheet(
     draw = ImageDraw.Draw(sheet)
     # Title, then every group: its images, labels above the first row, its caption below.
     if title:
-        draw.text((1.5 * GAP, GAP), shorten(title, sheet.width - 3 * GAP, font), INK, font)
+        font.draw(draw, (1.5 * GAP, GAP), title, width=sheet.width - 3 * GAP)
     for index, group in enumerate(groups):
         row, column = divmod(index, n_across)
         left, upper = column * group_width + int(1.5 * GAP), top + row * row_height
         for i, image in enumerate(group.images):
             sheet.paste(fit_cell(image, side), (left + i * (side + GAP), upper))
             if labels and row == 0:
-                label = shorten(labels[i], side, font)
-                draw.text((left + i * (side + GAP), top - LINE), label, INK, font)
-        draw.text((left, upper + side + 1), shorten(group.caption, group_width - 3 * GAP, font), INK, font)
+                font.draw(draw, (left + i * (side + GAP), top - LINE), labels[i], width=side)
+        font.draw(draw, (left, upper + side + 1), group.caption, width=group_width - 3 * GAP)
     return sheet
 
 

@@ -4,9 +4,9 @@ B batch, S samples, M mel bins, F mel frames.
 """
 
 import dataclasses
+import functools
 import logging
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Self
 
@@ -92,16 +92,17 @@ def read_mel(file: Path, settings: MelSettings) -> Tensor:
     return mel.float()
 
 
-def check_caches(files: Iterable[Path], settings: MelSettings, name: str) -> None:
-    """Check that log-mels from preprocessed folders have the given definition.
+@functools.cache
+def check_cache(folder: Path, settings: MelSettings, name: str) -> None:
+    """Check that log-mels in a folder have the given definition, where a preprocessed folder says what theirs is.
 
-    Args: name: of the model that reads them, for the message.
+    Args:
+        folder: of the log-mels; a cache has its manifest one folder above.
+        name: of the model that reads them, for the message.
     Raises: ValueError: names both definitions, and the command that makes the right log-mels.
     """
-    # A log-mel file of a cache has the manifest of the cache one folder above.
-    for folder in sorted({file.parent for file in files if file.suffix == MEL_SUFFIX}):
-        if (folder.parent / MANIFEST).is_file():
-            AudioDataset(folder.parent, folder.name).expect_mel(settings, name)
+    if (folder.parent / MANIFEST).is_file():
+        AudioDataset(folder.parent, folder.name).expect_mel(settings, name)
 
 
 class Synthesizer:
@@ -139,6 +140,7 @@ class Synthesizer:
         Raises: OSError, ValueError: the file cannot be read.
         """
         if file.suffix == MEL_SUFFIX:
+            check_cache(file.parent, self.log_mel.settings, self.name)
             mel = read_mel(file, self.log_mel.settings)
             return mel, mel.shape[1] * self.log_mel.settings.hop_length
         waveform = read_waveform(file, self.rate)

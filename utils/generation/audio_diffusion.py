@@ -178,7 +178,10 @@ class AudioPipeline:
         with self.autocast():
             mels = self.vae.decode(latents, n_frames, places).float().cpu().clamp_min(self.vae.config.mel.log_floor)
         if not mels.isfinite().all():
-            raise ValueError("a generated log-mel is not finite: the weights are broken")
+            raise ValueError(
+                "a generated log-mel is not finite: --temperature or --guidance_scale is far too large, or the "
+                "weights are broken"
+            )
         return [mel[:, :n] for mel, n in zip(mels, n_frames.tolist())]
 
     def vocode(self, mel: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from model.multimodal.layout import SPANS, Modality, Part
 from model.multimodal.stream_state import Sampling
 from model.samplers import SamplerKind
+from utils.generation.files import Failures
 from utils.generation.multimodal import MultimodalPipeline
 from utils.generation.speech import read_texts
 from utils.options import option
@@ -102,20 +103,24 @@ class Question(NamedTuple):
     sampling: Sampling
 
 
-def read_questions(pipeline: MultimodalPipeline, args: PromptArguments) -> list[Question]:
-    """The prompts of all flags.
+def read_questions(pipeline: MultimodalPipeline, args: PromptArguments) -> tuple[list[Question], Failures]:
+    """The prompts of all flags, and those that cannot be answered: their file cannot be read, their text is empty, or
+    the model lacks a modality.
 
-    Raises: OSError, ValueError: a file cannot be read, a text is empty, or the model lacks a modality.
+    Raises: OSError, ValueError: `--input` cannot be read, or no prompt can be answered.
     """
     readers: dict[Task, Any] = {"draw": pipeline.read_text, "speak": pipeline.read_text}
     readers |= {"describe": pipeline.read_image, "transcribe": pipeline.read_audio, "prompts": pipeline.read_prompt}
-    lines, questions = read_texts(args.input), []
+    lines, questions, failures = read_texts(args.input), [], Failures()
     for task, read in readers.items():
         sampling = args.sampling(*ANSWERED.get(task, (None, pipeline.model.config.modalities)))
         for name in [*getattr(args, task), *(lines if task == args.input_task else [])]:
-            parts = read(name)
-            questions.append(Question(name, parts if isinstance(parts, list) else [parts], sampling))
-    return questions
+            with failures.around(name):
+                parts = read(name)
+                questions.append(Question(name, parts if isinstance(parts, list) else [parts], sampling))
+    if not questions:
+        failures.check(len(failures.reasons))
+    return questions, failures
 
 
 def answer_questions(

@@ -5,11 +5,13 @@ import dataclasses
 import itertools
 import json
 import logging
+import sys
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from dataset_loading.sources import walk
+from dataset_loading.tables import decode_text
 from utils.checkpoints import provenance, write_json
 from utils.options import declared_fields
 
@@ -24,8 +26,10 @@ def claim_folder(output_dir: str, args: Any) -> Path:
     the first of `output_dir`_2, _3, ... that does not exist. Marked as this run's by settings.json.
 
     Args: args: the flags, which are written there.
-    Raises: OSError: it cannot be written.
+    Raises: OSError: it cannot be written. ValueError: no folder is named.
     """
+    if not output_dir:
+        raise ValueError("--output_dir is empty; give a folder")
     flags = {field.name: getattr(args, field.name) for field in declared_fields(args)}
     base = Path(output_dir)
     for number in itertools.count(1):
@@ -33,8 +37,8 @@ def claim_folder(output_dir: str, args: Any) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=number == 1)  # Other folders may hold inputs.
         except FileExistsError:
-            if number == 1:  # A file.
-                raise
+            if number == 1:
+                raise FileExistsError(f"--output_dir {base} is a file; give a folder") from None
             continue
         if (folder / SHEET).exists():
             continue
@@ -45,6 +49,36 @@ def claim_folder(output_dir: str, args: Any) -> Path:
                 logger.warning("%s holds the results of another run; these go to %s", base, folder)
             return folder
     raise AssertionError("there is always a next number")
+
+
+def read_lines(path: str | Path, flag: str) -> list[str]:
+    """The lines of a UTF-8 or UTF-16 file that are not blank; "-" is standard input.
+
+    Args: flag: that names the file, for messages.
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it has no such line, NUL characters, or another encoding; names the line and the remedy.
+    """
+    name = f"--{flag} {path}"
+    if str(path) == "-":
+        content = sys.stdin.buffer.read()
+    elif Path(path).is_dir():
+        raise IsADirectoryError(f"{name} is a folder; give a file with one text a line")
+    else:
+        content = Path(path).read_bytes()
+    try:
+        text = decode_text(content)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    # str.splitlines would also split at characters that prompts may contain, such as U+2028.
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise ValueError(f"{name}: line {number} has a NUL byte; remove it, such as with tr -d '\\000'")
+    lines = [line for line in lines if line.strip()]
+    if not lines:
+        raise ValueError(f"{name} has no line with text")
+    return lines
 
 
 def find_inputs(names: Iterable[str], suffixes: Collection[str]) -> dict[str, Path]:

@@ -34,7 +34,8 @@ from utils.generation.audio_diffusion import AudioPipeline, load_matching_vocode
 from utils.generation.latents import Media, find_vae, load_vae, standardized_posterior
 
 PLACEHOLDER = re.compile(r"(<(?:image|audio):[^>]*>)")  # A file within a prompt.
-OTHER_PLACEHOLDER = re.compile(r"<(\w+):(?!//)[^<>]*>")  # What looks like one, and is no address.
+# What looks like one, such as without its end, and is no address.
+OTHER_PLACEHOLDER = re.compile(r"<\s*(?:image|audio)\s*:[^<>]*>?|<\w+:(?!//)[^<>]*>", re.IGNORECASE)
 
 
 class MultimodalPipeline:

@@ -5,9 +5,7 @@ B batch, T tokens, L latent frames, Z latent channels, S samples.
 
 import dataclasses
 import logging
-import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +17,7 @@ from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from model.text.phonemes import SpeechTokenizer, split_clauses
 from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments, check_unicode
+from utils.generation.files import read_lines
 from utils.options import option, suggest
 
 logger = logging.getLogger(__name__)
@@ -217,17 +216,5 @@ class SpeechPipeline(AudioPipeline):
 
 
 def read_texts(path: str) -> list[str]:
-    """Texts of a UTF-8 file, one a line, blank lines left out; "-" is standard input, "" no file.
-
-    Raises: FileNotFoundError: no such file. ValueError: not UTF-8, or no text; the message names the file.
-    """
-    if not path:
-        return []
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--input {path} is not UTF-8 ({error}); save it as UTF-8") from error
-    texts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not texts:
-        raise ValueError(f"--input {path} has no line with text")
-    return texts
+    """Texts of --input without blanks around them, see `read_lines`; none for ""."""
+    return [line.strip() for line in read_lines(path, "input")] if path else []

@@ -145,7 +145,7 @@ class TextToImagePipeline:
             interval=(low, high),
             rescale=settings.guidance_rescale,
         )
-        times = process.sampling_times(settings.n_steps).to(self.device)  # from noise to data
+        times = process.sampling_times(settings.n_steps)  # from noise to data
         return sample(settings.sampler, denoiser, noise, process=process, times=times, generators=generators)
 
     @torch.no_grad()

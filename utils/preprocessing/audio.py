@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -25,11 +26,14 @@ from dataset_loading.audio.signal import (
     trim_silence,
 )
 from dataset_loading.sources import Source
-from dataset_loading.tables import CAPTION_COLUMNS, SPEAKER_COLUMNS, captions_of
+from dataset_loading.tables import CAPTION_COLUMNS, SPEAKER_COLUMNS
 from model.audio.spectral import LogMel, MelPreset, MelSettings, analyse, check_same_mel, mel_preset
 from utils.options import option, other_than_none
 from utils.preprocessing.driver import PACKAGES, Preprocess, PreprocessArguments
-from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of
+from utils.preprocessing.rows import merge_rows
+from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of, named_cell
+
+logger = logging.getLogger(__name__)
 
 MEL_FLAGS = tuple(field.name for field in dataclasses.fields(MelSettings))
 # Flags that shape the waveforms, and therefore belong to the fingerprint of a cache.
@@ -43,6 +47,8 @@ CONDITIONING = (
     "keep_clipped",
 )
 AUGMENTATIONS = tuple(field.name for field in dataclasses.fields(AudioAugmentation))
+# Columns of other formats that cut parts of recordings.
+LIMITS = (("start", "end"), ("start_time", "end_time"), ("begin", "end"))
 MAX_CLIPPED = 1e-3  # Share of samples at full scale beyond which a clip counts as clipped.
 
 
@@ -166,21 +172,38 @@ class AudioPreprocess(Preprocess):
         for source in sources.values():
             self.find_column(source, "speaker_column", SPEAKER_COLUMNS)
             self.find_column(source, "language_column", ())
+            limits = next((pair for pair in LIMITS if set(pair) <= set(source.columns)), None)
+            if limits and "offset" not in source.columns:
+                logger.warning(
+                    "%s: the columns %s are not read, and each row is its whole recording; where they cut parts, give "
+                    "columns offset and duration in seconds",
+                    *(source.identity, " and ".join(limits)),
+                )
         return sources
+
+    def merged(self, source: Source) -> Source:
+        caption = self.find_column(source, "caption_column", self.caption_columns)
+        speaker = self.find_column(source, "speaker_column", SPEAKER_COLUMNS)
+        return merge_rows(
+            source, caption, ("offset", "duration", speaker, self.find_column(source, "language_column", ()))
+        )
 
     def examples(self, source: Source) -> Iterator[tuple[str, Raw]]:
         caption = self.find_column(source, "caption_column", self.caption_columns)
         speaker = self.find_column(source, "speaker_column", SPEAKER_COLUMNS)
         language = self.find_column(source, "language_column", ())
         for name, row in source:
-            notes: dict[str, Any] = {"speaker": caption_of(row.get(speaker))}
+            with named_cell(source.identity, name, speaker):
+                notes: dict[str, Any] = {"speaker": speaker_of(row.get(speaker))}
             if language:
                 notes["language"] = caption_of(row.get(language)).strip()
             # A row may name a part of a recording; a duration alone describes the clip.
             part = part_of_row(row) if row[source.media] and "offset" in source.columns else {}
             media = {**row[source.media], **part} if part else row[source.media]
-            for text in captions_of(row.get(caption)):
-                yield name, Raw(media, text, {**notes, **part})
+            with named_cell(source.identity, name, caption):
+                captions = list(self.captions(row.get(caption)))
+            for place, (text, captions_of_row) in enumerate(captions):
+                yield name, Raw(media, text, {**notes, **captions_of_row, **part}, place)
 
     def decode(self, media: dict[str, Any] | None) -> Tensor:
         """A conditioned waveform at the rate of the log-mel."""
@@ -236,6 +259,18 @@ class AudioPreprocess(Preprocess):
     def measure(self, tensors: dict[str, Tensor]) -> dict[str, int | float]:
         n_frames = tensors["mel"].shape[-1]  # (M, F)
         return {"length": n_frames, "seconds": round(n_frames * self.mel.hop_length / self.mel.sample_rate, 4)}
+
+
+def speaker_of(value: Any) -> str:
+    """The name of a speaker: without blanks around it, whole numbers without a fraction, `""` for none.
+
+    Raises: ValueError: it is no text or number.
+    """
+    if isinstance(value, dict | list | bool):
+        raise ValueError(f"a speaker is {repr(value)[:60]}, no name; name the column with --speaker_column")
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return caption_of(value).strip()
 
 
 def with_mel(args: AudioPreprocessArguments, mel: MelSettings, name: str) -> Any:

@@ -16,8 +16,8 @@ from model.text.phonemes import SpeechTokenizer
 
 
 def as_source(dataset: AudioDataset) -> Source:
-    """A split of an audio cache, with rows of `name`, `audio` (arguments of `read_sample`), `text`, `speaker`,
-    `language` ("" where it is not known) and `copy`."""
+    """A split of an audio cache, with rows of `name`, `audio` (arguments of `read_sample`), `text` (a list where a
+    clip has several), `speaker`, `language` ("" where it is not known) and `copy`."""
     repair = dataset.repair()
     rows = [
         {
@@ -30,7 +30,7 @@ def as_source(dataset: AudioDataset) -> Source:
                 "repair": repair,
                 **digest_of_sample(entry),
             },
-            "text": entry["caption"],
+            "text": entry.get("captions", entry["caption"]),
             "speaker": entry["speaker"],
             "language": entry.get("language", ""),
             "copy": entry["copy"],

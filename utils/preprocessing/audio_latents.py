@@ -20,6 +20,7 @@ from dataset_loading.cached import evenly_spaced, read_sample
 from dataset_loading.files import fingerprint, fingerprint_of_bytes, replace_file
 from dataset_loading.packs import splits_of
 from dataset_loading.sources import Source
+from dataset_loading.tables import captions_of
 from model.audio.alignment import PhoneHMM, latents_at_frames
 from model.audio.speaker_aligners import SpeakerAligners
 from model.audio.spectral import MelSettings
@@ -164,7 +165,8 @@ class AudioLatentsPreprocess(BatchedPreprocess):
     def examples(self, source: Source) -> Iterator[tuple[str, Raw]]:
         for row in source.rows:
             language = {"language": row["language"]} if row["language"] else {}
-            yield row["name"], Raw(row["audio"], row["text"], {"speaker": row["speaker"], **language})
+            for place, (text, notes) in enumerate(self.captions(row["text"])):
+                yield row["name"], Raw(row["audio"], text, {"speaker": row["speaker"], **language, **notes}, place)
 
     def decode(self, media: dict[str, Any] | None) -> Tensor:
         assert media is not None, "as_source gives every row a file"
@@ -210,7 +212,8 @@ class AudioLatentsPreprocess(BatchedPreprocess):
             return
         if self.args.aligner_from:
             raise ValueError(f"--aligner_from {folder} was made with other settings: {'; '.join(differences)}")
-        self.fit(source, source.rows[: self.count(source)])
+        rows = source.rows[: self.count(source)]
+        self.fit(source, [{**row, "text": text} for row in rows for text in captions_of(row["text"])])
 
     def fit(self, source: Source, rows: Sequence[dict[str, Any]]) -> None:
         """Make the tokenizer of all training texts, and fit the aligners to clips spread over them, neither augmented

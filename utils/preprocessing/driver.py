@@ -39,10 +39,11 @@ from dataset_loading.tables import captions_of
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import declared_fields, option
 from utils.preprocessing.finishing import finish_folder, report_totals
-from utils.preprocessing.launched import n_launched, run_launched
+from utils.preprocessing.launched import run_launched
 from utils.preprocessing.merging import MergeArguments, asks_to_merge, check_broken, merge_shards
 from utils.preprocessing.progress import ProgressReport
-from utils.preprocessing.report import unreadable
+from utils.preprocessing.report import report_unread_validation, unreadable
+from utils.preprocessing.rows import first_rows, merge_rows, once_per_row
 from utils.preprocessing.samples import (
     Example,
     Outcome,
@@ -51,8 +52,10 @@ from utils.preprocessing.samples import (
     SkipSampleError,
     Task,
     is_validation,
+    named_cell,
     notes_of,
     smallest_name,
+    stem_of,
 )
 from utils.preprocessing.shards import HOW_WRITTEN, Shard, arguments_of
 from utils.preprocessing.workers import map_in_workers
@@ -75,7 +78,7 @@ class PreprocessArguments:
     allow_outside: bool = option(False, "read files outside of the data set's folder, where its metadata names them")
     media_column: str = option("", "column of a hub data set with the media files; default: the only one of its type")
     caption_column: str = option("text", "column with the captions; default: text, caption or captions")
-    limit: int = option(-1, "number of raw samples to read, from the first one; -1: all", ge=-1)
+    limit: int = option(-1, "number of rows to read, from the first one; -1: all", ge=-1)
 
     # Validation split.
     validation_fraction: float = option(
@@ -121,11 +124,8 @@ class Preprocess:
     arguments_class: ClassVar[type[PreprocessArguments]] = PreprocessArguments
     media: ClassVar[str]  # "image" or "audio"
     suffixes: ClassVar[Collection[str]]
-    caption_columns: ClassVar[tuple[str, ...]] = (
-        "text",
-        "caption",
-        "captions",
-    )  # Tried in turn where --caption_column is not given.
+    # Tried in turn where --caption_column is not given.
+    caption_columns: ClassVar[tuple[str, ...]] = ("text", "caption", "captions")
     packages: ClassVar[tuple[str, ...]] = PACKAGES  # Their versions are noted in the manifest.
     encodes_captions: ClassVar[bool] = False  # Whether the tensors depend on the caption.
 
@@ -160,8 +160,10 @@ class Preprocess:
         """Yields (name, raw sample). Samples of the same name never fall on both sides of the validation split."""
         column = self.find_column(source, "caption_column", self.caption_columns)
         for name, row in source:
-            for caption, notes in self.captions(row.get(column)):
-                yield name, Raw(row[source.media], caption, notes)
+            with named_cell(source.identity, name, column):
+                captions = list(self.captions(row.get(column)))
+            for place, (caption, notes) in enumerate(captions):
+                yield name, Raw(row[source.media], caption, notes, place)
 
     def captions(self, value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields (caption, notes) of the samples that a row becomes: one per caption where captions are encoded, else
@@ -200,9 +202,7 @@ class Preprocess:
                 try:
                     if is_merge:
                         return merge_shards(cls.name, args)
-                    if n_launched() > 1:
-                        return run_launched(cls.name, args, lambda args: cls(args).run())
-                    return cls(args).run()
+                    return run_launched(cls.name, args, lambda args: cls(args).run())
                 except AttributeError as error:
                     if error.obj is not args:
                         raise
@@ -242,14 +242,15 @@ class Preprocess:
         problems = list(outcomes)
         check_broken(problems, total, self.args.max_broken_fraction)
         with Journal(self.folder, header) as journal, ProgressReport(self.name, self.shard.n_samples(total)) as report:
-            for outcome in self.work(self.plan(sources, earlier_entries)):
+            for outcome in once_per_row(self.work(self.plan(sources, earlier_entries))):
                 outcomes.append(outcome)
                 if outcome.broken:
                     problems.append(outcome)
                     check_broken(problems, total, self.args.max_broken_fraction)
                 # Where nothing new was written, the journal has the entries already.
                 journal.add(outcome.split, outcome.entries if outcome.n_written else [])
-                report.advance()
+                if outcome.number == outcome.row:
+                    report.advance()
 
         # The manifest of the whole, or of a shard with what the whole needs.
         manifest = finish_folder(
@@ -282,6 +283,8 @@ class Preprocess:
                 raise ValueError(
                     f"training and validation would both read {sources['train'].identity}; see --validation_split"
                 )
+        else:
+            report_unread_validation(sources["train"], args)
         # A caption column that a flag names must exist; the usual ones are optional where captions are only noted.
         for source in sources.values():
             if not self.find_column(source, "caption_column", self.caption_columns):
@@ -293,7 +296,11 @@ class Preprocess:
                         "beside the files; add them, or name their column with --caption_column"
                     )
                 logger.info("%s has no column %s: captions are empty", source.identity, names)
-        return sources
+        return sources if self.encodes_captions else {split: self.merged(source) for split, source in sources.items()}
+
+    def merged(self, source: Source) -> Source:
+        """The source with one row for each file, which has all captions."""
+        return merge_rows(source, self.find_column(source, "caption_column", self.caption_columns), ())
 
     def find_column(self, source: Source, flag: str, usual: tuple[str, ...]) -> str:
         """The column that a flag names, or the first usual one, or `""`.
@@ -344,19 +351,21 @@ class Preprocess:
 
         Args: earlier: entries of earlier runs by split and key.
         """
-        numbers, limit = itertools.count(), None if self.args.limit < 0 else self.args.limit
+        numbers, row = itertools.count(), 0
         for source_split, source in sources.items():
             seen: Counter[str] = Counter()
+            firsts: dict[str, str] = {}  # By their stems: a.wav and a.mp3 are the same recording, on one side.
             held_out = self.only_held_out(source) if len(sources) == 1 else ""
-            for name, raw in itertools.islice(self.examples(source), limit):
+            for name, raw in first_rows(self.examples(source), self.args.limit):
+                number = next(numbers)
+                row = row if raw.place else number
                 # Split and keys of the sample's copies; validation has the plain copy alone.
-                split = source_split
-                if len(sources) == 1 and (name == held_out or is_validation(name, self.args.validation_fraction)):
+                split, first = source_split, firsts.setdefault(stem_of(name), name)
+                if len(sources) == 1 and (first == held_out or is_validation(first, self.args.validation_fraction)):
                     split = "validation"
                 n_copies = self.args.num_augmented_copies if split == "train" else 0
                 keys = {copy: sample_key(name, seen[name], copy) for copy in range(1 + n_copies)}
                 seen[name] += 1
-                number = next(numbers)
                 if not self.shard.takes(self.block_of(number), split, name, raw):
                     continue
                 # Entries of the copies that earlier runs wrote, with the captions of now; the others are missing.
@@ -365,7 +374,7 @@ class Preprocess:
                 entries = [{**entry, **present_state(raw.media)} for entry in entries]
                 missing = {copy: key for copy, key in keys.items() if not existing[copy]}
                 raw = raw if missing else Raw(None, raw.caption)
-                yield Task(number, split, name, raw, missing, entries)
+                yield Task(number, split, name, raw, missing, entries, row)
 
     def only_held_out(self, source: Source) -> str:
         """The name to hold out of a small source none of whose names falls into the validation share: the one with
@@ -373,7 +382,8 @@ class Preprocess:
         fraction, n_samples = self.args.validation_fraction, self.count(source)
         if not fraction or n_samples > FEW_SAMPLES:
             return ""
-        names = {name for name, _ in itertools.islice(self.examples(source), n_samples)}
+        names = [name for name, _ in first_rows(self.examples(source), self.args.limit)]
+        names = {stem_of(name): name for name in reversed(names)}.values()  # The first of each stem, as in `plan`.
         return smallest_name(names) if len(names) > 1 and not any(is_validation(n, fraction) for n in names) else ""
 
     def find_entries(
@@ -417,7 +427,7 @@ class Preprocess:
     def prepare(self, task: Task) -> Prepared:
         """Decode one raw file and encode its missing copies; a file that cannot be is an outcome without entries."""
         has_text = bool(task.raw.caption.strip())
-        outcome = Outcome(task.number, task.split, task.name, list(task.entries), has_text=has_text)
+        outcome = Outcome(task.number, task.split, task.name, list(task.entries), has_text=has_text, row=task.row)
         if not task.missing:  # Earlier runs wrote all copies.
             return Prepared(outcome, [])
         examples = []

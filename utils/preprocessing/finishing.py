@@ -13,8 +13,8 @@ from typing import Any
 from dataset_loading.cache_writer import remove_others, write_manifest
 from dataset_loading.files import MANIFEST
 from dataset_loading.left_out import LeftOut
-from utils.preprocessing.report import describe_left_out
-from utils.preprocessing.samples import Outcome, content_fingerprint, describe_problems, summary
+from utils.preprocessing.report import describe_lack, describe_left_out
+from utils.preprocessing.samples import Outcome, content_fingerprint, summary
 from utils.preprocessing.shards import Shard
 from utils.preprocessing.updates import describe_changes, report_changes, without_duplicates
 
@@ -56,8 +56,8 @@ def finish_folder(
         outcomes, duplicates = without_duplicates(outcomes, lambda split, key: folder / split / f"{key}.pt")
     manifest = {**header, **summary(outcomes), "duplicates": duplicates}
     if shard.is_whole and not manifest["entries"]["train"]:
-        same = f"{len(duplicates)} equal files of the validation split (see --keep_duplicates); " if duplicates else ""
-        raise ValueError(f"no training samples among {total} raw ones; {same}{describe_problems(outcomes)}")
+        lack = describe_lack(outcomes, len(duplicates), manifest["entries"]["validation"])
+        raise ValueError(f"no training samples among {total} raw ones; {lack}")
     if not shard.is_whole:
         outcomes_of_shard = {"total": total, "has_texts": has_texts, "listings": listings, "lost_text": lost_text}
         manifest["shard"] = shard.record(outcomes, **outcomes_of_shard)

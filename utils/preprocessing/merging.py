@@ -25,6 +25,7 @@ from utils.checkpoints import CARD, mark_complete
 from utils.options import option
 from utils.preprocessing.finishing import finish_folder, report_totals
 from utils.preprocessing.report import unreadable
+from utils.preprocessing.rows import once_per_row
 from utils.preprocessing.samples import Outcome, describe_problems
 from utils.preprocessing.shards import Shard
 
@@ -142,12 +143,10 @@ def write_whole(output: Path, shards: list[tuple[Path, Record]], *, given: str) 
     # What the sources left out is the same in all shards.
     listings = list(map(LeftOut.from_dict, first["shard"]["listings"]))
     outcomes = [problem for listing in listings for problem in unreadable(listing)]
-    lost_texts: dict[int, str] = {}  # by the identity of an outcome's first entry
-    for _, manifest in shards:
-        for outcome, lost_text in outcomes_of(manifest):
-            outcomes.append(outcome)
-            if outcome.entries:
-                lost_texts[id(outcome.entries[0])] = lost_text
+    pairs = [pair for _, manifest in shards for pair in outcomes_of(manifest)]
+    outcomes += once_per_row(sorted((outcome for outcome, _ in pairs), key=lambda outcome: outcome.number))
+    # By the identity of an outcome's first entry.
+    lost_texts = {id(outcome.entries[0]): lost_text for outcome, lost_text in pairs if outcome.entries}
     total, problems = first["shard"]["total"], [outcome for outcome in outcomes if outcome.broken]
     check_broken(problems, total, first["arguments"]["max_broken_fraction"])
 

@@ -33,16 +33,16 @@ class ProgressReport:
         self.bar.stop()
 
     def advance(self) -> None:
-        """Count one raw sample."""
+        """Count one row."""
         self.done += 1
         if time.monotonic() > self.shown + self.interval:
             self.show()
             if self.bar.disable:
-                logger.info("%s: %d of %d raw samples", self.name, self.done, self.total)
+                logger.info("%s: %d of %d rows", self.name, self.done, self.total)
 
     def show(self) -> None:
         """Redraw the bar."""
         self.shown = time.monotonic()
-        # Raw samples per second since the start.
+        # Rows per second since the start.
         speed = f"{self.name} {self.done / max(self.shown - self.started, 1e-3):.0f}/s"
         self.bar.update(self.task, completed=self.done, description=speed, refresh=True)

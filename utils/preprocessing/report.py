@@ -1,10 +1,33 @@
 """What a preprocessing run left out or lost, by reason, for its last log line and the manifest."""
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from dataset_loading.left_out import LeftOut, reason_group
-from utils.preprocessing.samples import Outcome
+from dataset_loading.sources import Source
+from dataset_loading.splits import SPLIT_NAMES
+from utils.preprocessing.samples import Outcome, describe_problems
+
+logger = logging.getLogger(__name__)
+
+
+def report_unread_validation(source: Source, args: Any) -> None:
+    """Warn where the dataset has a split for validation that no flag names, so that it is not read."""
+    names = [name for name in source.splits if SPLIT_NAMES.get(name.lower()) == "validation"]
+    if names and args.dataset_split not in names:
+        logger.warning(
+            "%s has a split %r, which is not read; validate on it with --validation_dataset %s --validation_split %s",
+            *(args.dataset_name, names[0], args.dataset_name, names[0]),
+        )
+
+
+def describe_lack(outcomes: list[Outcome], n_duplicates: int, validation: list[Any]) -> str:
+    """Why no training sample is left, and what to do."""
+    reasons = [f"{n_duplicates} equal files of the validation split (see --keep_duplicates)"] * bool(n_duplicates)
+    if validation:
+        reasons.append(f"{len(validation)} are held out; give more files, or a smaller --validation_fraction")
+    return "; ".join([*reasons, *filter(None, [describe_problems(outcomes)])])
 
 
 def unreadable(left_out: LeftOut) -> list[Outcome]:

@@ -1,9 +1,11 @@
 """Samples on their way through the preprocessing driver (raw, decoded, encoded, written), and their manifest
 entries."""
 
+import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from dataset_loading.content import CONTENT_FIELDS, DIGEST
@@ -42,12 +44,14 @@ class Example:
 class Raw:
     """A raw sample as listed: `media` is `{"path": ..., "bytes": ...}`, see `dataset_loading.sources`.
 
-    `notes` go into the manifest with the caption, such as the speaker, and which part of a recording it is.
+    `notes` go into the manifest with the caption, such as the speaker, and which part of a recording it is. `place`
+    counts the samples of one row, from 0.
     """
 
     media: dict[str, Any] | None
     caption: str
     notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    place: int = 0
 
 
 @dataclasses.dataclass
@@ -60,6 +64,7 @@ class Task:
     raw: Raw
     missing: dict[int, str]
     entries: list[dict[str, Any]]
+    row: int  # number of the first sample of its row
 
 
 @dataclasses.dataclass
@@ -75,6 +80,7 @@ class Outcome:
     content: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the raw file, see `describe_content`
     broken: str = ""  # reason, if the file cannot be read or encoded
     skipped: str = ""  # reason, if an intact sample is left out
+    row: int = -1  # number of the first sample of its row
 
 
 @dataclasses.dataclass
@@ -94,14 +100,30 @@ def caption_of(value: Any) -> str:
     return captions_of(value)[0]
 
 
+@contextlib.contextmanager
+def named_cell(source: str, name: str, column: str) -> Iterator[None]:
+    """Names the data set, the row's file and the column in a ValueError about what a cell holds."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{source}: {name}, column {column!r}: {error}") from error
+
+
 def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, Any]:
     """Caption and notes of a sample for the manifest. A part has no caption, since it is unknown what it holds."""
-    return {"caption": sample.caption if n_parts == 1 else "", **sample.notes}
+    if n_parts == 1:
+        return {"caption": sample.caption, **sample.notes}
+    return {"caption": "", **{name: note for name, note in sample.notes.items() if name != "captions"}}
 
 
 def is_validation(name: str, fraction: float) -> bool:
     """Whether a raw file's name falls into the validation share; independent of seed, order and other files."""
     return split_hash(name) < fraction * 2**64
+
+
+def stem_of(name: str) -> str:
+    """A raw file's name without its ending, which `a.wav` and `a.mp3` share: they are taken for the same recording."""
+    return os.path.splitext(name)[0]
 
 
 def smallest_name(names: Iterable[str]) -> str:

@@ -93,7 +93,7 @@ class Shard:
         """
         rows = [
             {
-                **{name: getattr(outcome, name) for name in ("number", "split", "name", "has_text")},
+                **{name: getattr(outcome, name) for name in ("number", "row", "split", "name", "has_text")},
                 **{name: getattr(outcome, name) for name in ("broken", "skipped") if getattr(outcome, name)},
                 "entries": len(outcome.entries),
                 "lost_text": lost_text(outcome.entries[0]) if outcome.entries and outcome.has_text else "",

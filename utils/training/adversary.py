@@ -27,7 +27,7 @@ from model.criteria import (
     r1_penalty,
 )
 from utils.distributed import broadcast_tensors, mean_across_ranks
-from utils.optimizer_hooks import advance, is_too_large
+from utils.optimizer_hooks import advance, has_finite_square
 from utils.options import option
 from utils.resuming.schedules import apply_settings, rate_factor
 
@@ -117,16 +117,16 @@ class Adversary:
         self.updates = 0
         self.skipped_updates = 0
         # LeCAM's anchors (real, fake) and the mean squared gradients (reconstruction, adversarial) for the
-        # adaptive factor.
+        # adaptive factor, on the CPU: they are read in every step.
         self.statistics = {"anchors": torch.zeros(2), "gradients": torch.zeros(2)}
         self.parameters = [p for p in discriminator.parameters() if p.requires_grad]
         self.pending: list[Tensor] = []  # a (4,) per micro-batch of this optimizer step, see `play`
         self.trains = False  # Whether the pending micro-batches carry gradients for the discriminator.
         # Of the present optimizer step: norm of the gradient, means of `pending` over all processes, whether they are
-        # not finite, and the discriminator's buffers before it.
+        # finite, and the discriminator's buffers before it.
         self.gradient_norm = torch.zeros(())
         self.averages = torch.zeros(4)
-        self.skips = False
+        self.finite = torch.ones((), dtype=torch.bool)
         self.buffers: list[Tensor] = []
         self.skipped_in_a_row = 0
 
@@ -181,7 +181,6 @@ class Adversary:
         """Move to the device, make all processes equal, and create the schedule over the remaining updates."""
         self.discriminator.to(device).eval()
         broadcast_tensors([*self.discriminator.parameters(), *self.discriminator.buffers()])
-        self.statistics = {name: value.to(device) for name, value in self.statistics.items()}
         # The schedule counts optimizer steps from `gan_start_step` on.
         updates = max(1, n_steps - self.arguments.gan_start_step)
         self.scheduler = get_scheduler(
@@ -301,11 +300,12 @@ class Adversary:
         logs["accuracy_fake"] = mean_of_means([(logits < boundary).float() for logits in fake_logits])
         return logs
 
-    def is_finite(self) -> bool:
+    def is_finite(self) -> Tensor:
         """End the micro-batches of an optimizer step: average statistics and gradients over all processes, and clip.
         Every process must call it.
 
-        Returns: whether all of them are finite, the same on every process.
+        Returns: whether all of them are finite, the same on every process; 0-dim bool on the device, for which nothing
+            waits before `update`.
         """
         self.averages = torch.stack(self.pending).sum(0)  # (4,), see `play`
         self.pending = []
@@ -313,7 +313,8 @@ class Adversary:
             if self.arguments.use_adaptive_gan_weight:
                 self.averages = mean_across_ranks(self.averages)
             # The gradient of the generator comes of the same numbers, and has its own guard.
-            return True
+            self.finite = torch.ones_like(self.averages[0], dtype=torch.bool)
+            return self.finite
 
         # Statistics and gradients travel in one flat tensor.
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
@@ -325,8 +326,8 @@ class Adversary:
         # All processes see the same numbers and decide alike.
         max_norm = self.arguments.max_grad_norm or float("inf")
         self.gradient_norm = nn.utils.clip_grad_norm_(self.parameters, max_norm)
-        self.skips = is_too_large(self.gradient_norm) or not self.averages.isfinite().all().item()
-        return not self.skips
+        self.finite = has_finite_square(self.gradient_norm) & self.averages.isfinite().all()
+        return self.finite
 
     def update(self, *, skips: bool = False) -> bool:
         """End an optimizer step: step, and move the running means. A non-finite gradient skips the update: nothing
@@ -339,15 +340,17 @@ class Adversary:
             self.is_finite()
         if not self.trains:
             if self.arguments.use_adaptive_gan_weight and not skips:
-                self.blend_gradients(self.averages)
+                self.blend_gradients(self.averages.cpu())
             advance(self.scheduler)
             return False
 
+        # What the host decides by and keeps comes over in one copy, after the generator's backward.
+        *averages, is_finite = torch.cat([self.averages, self.finite[None].float()]).cpu()
         # Weights, moments, LeCAM's anchors and the adaptive factor, or nothing of it.
-        if not (skips or self.skips):
+        if is_finite and not skips:
             self.optimizer.step()
-            self.blend("anchors", self.averages[:2], decay=0.99)
-            self.blend_gradients(self.averages)
+            self.blend("anchors", torch.stack(averages[:2]), decay=0.99)
+            self.blend_gradients(torch.stack(averages))
             self.updates += 1
             self.skipped_in_a_row = 0
         else:
@@ -398,7 +401,7 @@ class Adversary:
         self.discriminator.load_state_dict(state["discriminator"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.statistics = state["statistics"]
+        self.statistics = {name: value.cpu() for name, value in state["statistics"].items()}
         self.updates, self.skipped_updates = state["updates"], state["skipped_updates"]
 
     def apply_flags(self, lr_scheduler_type: str, lengths: Sequence[Sequence[int]]) -> tuple[float, float]:

@@ -119,9 +119,11 @@ class AudioDiffusionTrainer(DiffusionTrainer):
         """The micro-batches of an optimizer step, and the numbers of their frames and tokens per process, (2,)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         # fp64 counts exactly.
-        names = ("n_latent_frames", "n_tokens")
-        counts = [[float(batch[name].sum()) if name in batch else 0.0 for name in names] for batch in batches]
-        total = torch.tensor(counts, dtype=torch.float64).sum(0).to(device)
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        for batch in batches:
+            for place, name in enumerate(("n_latent_frames", "n_tokens")):
+                if name in batch:
+                    total[place] += batch[name].sum()
         return batches, mean_across_ranks(total).clamp_min(1)
 
     def training_step(self, model, inputs, num_items_in_batch=None):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dataset_loading.files import read_manifest
 from model.diffusion_process import TimeSampling, Weighting
+from model.layers import to_device
 from model.text.feature_extractors import FrozenTextEncoder
 from utils.checkpoints import checkpoints_in, lasting_name, read_stage, resolve_checkpoint
 from utils.distributed import from_main, launched_rank, rank
@@ -134,8 +135,8 @@ class DiffusionTrainer(StageTrainer):
             # Step 0 stands for every evaluation: the same sample has the same times and noise in all of them.
             within = sample_uniform(self.args.seed, 0, index, stream=f"evaluation time {bucket}", shape=())
             noise = sample_normal(self.args.seed, 0, index, stream=f"evaluation noise {bucket}", shape=shape)
-            time = (bucket + within.to(device)) / n_buckets  # (B,)
-            yield f"loss_t{bucket / n_buckets:.2f}-{(bucket + 1) / n_buckets:.2f}", time, noise.to(device)
+            time = (bucket + to_device(within, device)) / n_buckets  # (B,)
+            yield f"loss_t{bucket / n_buckets:.2f}-{(bucket + 1) / n_buckets:.2f}", time, to_device(noise, device)
 
     def evaluation_extras(self, model):
         if self.measure_samples is None:

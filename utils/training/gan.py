@@ -100,8 +100,8 @@ class GANTrainer(StageTrainer):
         surrogate = (generation.sample.float() * gradient).sum() + sum(generation.terms.values())
         # A step whose discriminator's gradient is not finite is skipped as a whole: the generator's becomes nan too.
         is_over = self.adversary is not None and self.adversary.pending and self.accelerator.sync_gradients
-        if is_over and not self.adversary.is_finite():
-            surrogate = surrogate * math.nan
+        if is_over:
+            surrogate = surrogate * torch.where(self.adversary.is_finite(), 1.0, math.nan)
         self.backward(surrogate * share)
 
         # The discriminator's update ends the optimizer step, unless the generator's gradient was not finite.

@@ -55,6 +55,40 @@ def test_damaged_files_are_named(content, message):
         decode_audio({"path": None, "bytes": content})
 
 
+@pytest.mark.parametrize("extra", [b"", b"LIST\x04\0\0\0INFO"])
+def test_wav_files_whose_header_counts_too_little_are_read_or_named(extra):
+    content = encoded(tone(440).numpy(), format="WAV")
+    whole = decoded(content)
+    head, samples = content[:36] + extra, content[44:]
+
+    def wav(n_counted, rest=b""):
+        return head + b"data" + struct.pack("<I", n_counted) + samples + rest
+
+    # A recorder that was stopped before it wrote the size.
+    assert torch.equal(decoded(wav(0)), whole)
+    # One that was stopped after it had written one for a part of the samples.
+    with pytest.raises(ValueError, match=r"damaged: .* 16000 bytes .* 16000 follow.*ffmpeg"):
+        decoded(wav(16000))
+    # Chunks behind the samples, and a little rest, are none of them.
+    assert torch.equal(decoded(wav(32000, b"id3 " + struct.pack("<I", 8000) + bytes(8000))), whole)
+    assert torch.equal(decoded(wav(32000, b"\xff" * 1000)), whole)
+    with pytest.raises(ValueError, match="no samples"):
+        decoded(content[:40] + bytes(4) + b"junk" + struct.pack("<I", 8000) + bytes(8000))
+
+
+@pytest.mark.parametrize("rate", [1, 999, 4_000_000_000])
+def test_sampling_rates_of_damaged_headers_are_refused(rate):
+    content = bytearray(encoded(tone(440).numpy(), format="WAV"))
+    content[24:28] = struct.pack("<I", rate)
+    with pytest.raises(ValueError, match=rf"{rate} Hz|damaged"):
+        decoded(bytes(content))
+
+
+def test_a_tag_at_the_end_of_a_flac_file_is_no_damage():
+    content = encoded(tone(440).numpy(), format="FLAC")
+    assert torch.equal(decoded(content + b"TAG" + bytes(125)), decoded(content))
+
+
 def test_lengths_of_streamed_files_are_no_damage():
     content = bytearray(encoded(tone(440).numpy(), format="WAV"))
     at = content.index(b"data") + 4

@@ -54,7 +54,9 @@ def test_parts_beyond_the_end_are_named(meeting, part, message):
         open_reader({"path": str(meeting / "meeting.wav"), "bytes": None, **part})
 
 
-@pytest.mark.parametrize("row", [{"offset": "-1"}, {"offset": "1:30"}, {"duration": "n/a"}, {"duration": math.inf}])
+@pytest.mark.parametrize(
+    "row", [{"offset": "-1"}, {"offset": "1:30"}, {"duration": "n/a"}, {"duration": math.inf}, {"offset": True}]
+)
 def test_wrong_cells_are_named(meeting, row):
     with pytest.raises(ValueError, match=f"^{next(iter(row))}=.* must be seconds"):
         open_reader({"path": str(meeting / "meeting.wav"), "bytes": None, **part_of_row(row)})

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
 
 from dataset_loading.image.pixels import (
     Augmentation,
@@ -91,9 +92,16 @@ def test_white_is_white_in_every_mode(mode, kind, color):
     assert decoded.mode == "RGB" and decoded.getpixel((4, 4)) == WHITE
 
 
-def test_float_pixels_are_refused():
-    with pytest.raises(ValueError, match="no defined white"):
-        decode_image(stored(Image.new("F", (8, 8)), "TIFF"), "white")
+@pytest.mark.parametrize("pixels", [np.full((8, 8), 0.5, np.float32), np.full((8, 8), 255, np.int32)])
+def test_pixels_of_32_bits_without_a_white_are_refused(pixels):
+    with pytest.raises(ValueError, match="no defined white; save"):
+        decode_image(stored(Image.fromarray(pixels), "TIFF"), "white")
+
+
+def test_long_texts_in_a_png_are_no_damage():
+    information = PngInfo()
+    information.add_text("workflow", "x" * 2_000_000, zip=True)
+    assert decode_image(stored(Image.new("RGB", (8, 8), RED), pnginfo=information), "white").getpixel((4, 4)) == RED
 
 
 def test_truncated_file_is_an_error():

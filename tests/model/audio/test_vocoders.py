@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from model.audio.griffin_lim import griffin_lim, mel_to_magnitude
 from model.audio.spectral import LogMel, MelSettings
@@ -273,6 +274,17 @@ def test_dispersion_changes_no_magnitude_and_lowers_peaks():
     # Harmonics of 120 Hz with equal phases.
     pulses = sum(torch.cos(2 * math.pi * 120 * n * torch.arange(8000) / 16000) for n in range(1, 40))[None]
     assert disperse(pulses, 16000)[0, 500:-500].abs().max() < 0.7 * pulses.abs().max()
+
+
+@pytest.mark.parametrize("n_samples", [100, 3584, 3585, 9001])
+def test_dispersion_is_one_convolution_of_the_whole_waveform(n_samples):
+    impulse = torch.zeros(1, 1024)
+    impulse[0, 512] = 1
+    taps = disperse(impulse, 16000)[0, 256:768]  # 256 samples before the impulse, 255 after it
+    waveform = torch.randn(2, n_samples)
+    padded = F.pad(waveform, (255, 256))[:, None]
+    expected = F.conv1d(padded, taps.flip(0)[None, None])[:, 0]
+    assert (disperse(waveform, 16000) - expected).abs().max() < 1e-5
 
 
 def test_synthesis_has_no_click_where_a_tone_begins_and_ends():

@@ -89,13 +89,26 @@ def test_validation_holds_no_copies_and_no_source_of_training(raw, tmp_path):
     assert {entry["copy"] for entry in entries["validation"]} == {0}
 
 
-def test_rows_of_one_file_stay_together(raw, tmp_path):
-    lines = [f"sub/image {i}.png,view {v}" for i in range(40) for v in range(3)]
-    (raw / "metadata.csv").write_text("\n".join(["file_name,text", *lines]))
-    entries = prepare(raw, tmp_path / "out", "--validation_fraction", "0.3")["entries"]
-    sources = {split: {entry["source"] for entry in entries[split]} for split in entries}
-    assert not sources["train"] & sources["validation"]
-    assert sum(len({entry["key"] for entry in entries[split]}) for split in entries) == 120
+def test_files_that_differ_in_their_endings_alone_stay_together(tmp_path):
+    (tmp_path / "raw").mkdir()
+    for i in range(20):
+        pixels = np.random.default_rng(i).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+        for ending in ("png", "jpg"):
+            Image.fromarray(pixels).save(tmp_path / f"raw/{i}.{ending}")
+    for fraction in ("0.4", "0.001"):  # The other one holds out a single name.
+        entries = prepare(tmp_path / "raw", tmp_path / fraction, "--validation_fraction", fraction)["entries"]
+        stems = {split: {Path(entry["source"]).stem for entry in entries[split]} for split in entries}
+        assert stems["validation"] and not stems["train"] & stems["validation"]
+        assert len(entries["validation"]) == 2 * len(stems["validation"])
+
+
+@pytest.mark.parametrize("cell", ['{"en": "a cat"}', "true", '"a\\u0000b"'])
+def test_captions_that_are_no_texts_are_named_with_file_and_column(raw, tmp_path, cell):
+    (raw / "metadata.csv").unlink()
+    rows = ['{"file_name": "sub/image 0.png"}', '{"file_name": "sub/image 1.png", "text": ' + cell + "}"]
+    (raw / "metadata.jsonl").write_text("\n".join(rows))
+    with pytest.raises(ValueError, match=r"raw:train: sub/image 1.png, column 'text': a caption"):
+        prepare(raw, tmp_path / "out")
 
 
 def test_split_does_not_depend_on_other_files():

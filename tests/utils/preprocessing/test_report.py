@@ -75,3 +75,29 @@ def test_one_of_few_files_is_held_out(tmp_path):
     assert held_out["source"] == smallest_name(["a.png", "b.png", "c.png"]) and len(manifest["entries"]["train"]) == 2
     one = write_table(tmp_path / "one", [{"file_name": "a.png", "text": "a"}])
     assert not prepare(one, tmp_path / "other")["entries"]["validation"]
+
+
+def test_a_validation_split_that_is_not_read_is_said(raw, tmp_path, caplog):
+    (tmp_path / "set").mkdir()
+    raw.rename(tmp_path / "set/train")
+    write_table(tmp_path / "set/val", [{"file_name": "held out.png", "text": "a"}])
+    prepare(tmp_path / "set", tmp_path / "out")
+    flags = ["--validation_dataset", str(tmp_path / "set"), "--validation_split", "validation"]
+    assert f"split 'validation', which is not read; validate on it with {' '.join(flags)}" in caplog.text
+    caplog.clear()
+    manifest = prepare(tmp_path / "set", tmp_path / "both", *flags)
+    assert [entry["source"] for entry in manifest["entries"]["validation"]] == ["held out.png"]
+    assert "not read" not in caplog.text
+
+
+def test_a_set_that_is_all_held_out_says_so(raw, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"no training samples among 1 raw ones; 1 are held out; .*validation_fraction"
+    ):
+        prepare(raw, tmp_path / "out", "--limit", "1", "--validation_fraction", "0.999")
+
+
+def test_a_caption_that_is_no_text_is_named_with_its_file(tmp_path):
+    rows = [{"file_name": "a.png", "text": {"en": "A"}}]
+    with pytest.raises(ValueError, match=r"a\.png: a caption is \{'en': 'A'\}, no text; name .*--caption_column"):
+        prepare(write_table(tmp_path / "raw", rows), tmp_path / "out")

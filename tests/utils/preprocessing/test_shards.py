@@ -12,7 +12,6 @@ from PIL import Image
 
 from dataset_loading.image.pixels import ImageDataset
 from preprocess_image_vae_dataset import ImageVAEPreprocess
-from tests.helpers.shards import contents
 from utils.preprocessing.shards import Shard
 
 
@@ -52,6 +51,10 @@ def flags_of(raw: Path, out: Path) -> list[str]:
 
 def prepare(raw: Path, out: Path, *flags: str) -> dict:
     return ImageVAEPreprocess.main([*flags_of(raw, out), *flags])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def merge(out: Path, *folders: Path) -> dict:

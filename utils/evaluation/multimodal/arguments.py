@@ -57,6 +57,12 @@ class MultimodalEvaluationArguments(ContactSheetArguments, BatchedEvaluationArgu
     thinking_steps: list[int] = option(
         [], "recurrent models: numbers of thinking steps at which all is measured again", gt=0
     )
+    carried_steps: list[int] = option(
+        [],
+        "recurrent models: numbers of thinking steps in a sampler's steps after the first, which go on from the "
+        "state of the one before, at which images and clips are generated again",
+        gt=0,
+    )
     exit_thresholds: list[float] = option(
         [], "recurrent models: thresholds of early exits at which losses are measured", gt=0
     )

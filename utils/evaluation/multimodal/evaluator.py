@@ -78,7 +78,7 @@ class MultimodalEvaluator(Evaluator):
                 raise ValueError(f"--{given[0]} has no effect: {self.checkpoint} has no {name}")
         if args.waveforms and "wer" not in args.metrics:
             raise ValueError(f"--waveforms has no effect with --metrics {' '.join(args.metrics)}; it needs wer")
-        flags = [name for name in ("thinking_steps", "exit_thresholds") if getattr(args, name)]
+        flags = [name for name in ("thinking_steps", "carried_steps", "exit_thresholds") if getattr(args, name)]
         if flags and not config.n_recurrent_layers:
             raise ValueError(f"--{flags[0]} has no effect: {self.checkpoint} has no recurrent core")
         # The flag replaces the criterion of the configuration.
@@ -88,6 +88,19 @@ class MultimodalEvaluator(Evaluator):
             raise ValueError(
                 f"--exit_thresholds needs --exit_criterion latent_difference: the model has recurrent_exit_criterion="
                 f"{config.recurrent_exit_criterion!r}"
+            )
+        self.generated = [direction for direction in self.directions if direction.target in self.names]
+        if args.carried_steps and not self.generated:
+            raise ValueError(f"--carried_steps has no effect: {self.checkpoint} generates neither images nor clips")
+        if args.carried_steps and not {"probe", "reader", "wer"} & set(args.metrics):
+            raise ValueError(
+                f"--carried_steps has no effect with --metrics {' '.join(args.metrics)}; it needs probe, reader or wer"
+            )
+        n_thinking_steps = config.recurrent_test_thinking_steps or config.recurrent_mean_thinking_steps
+        if max(args.carried_steps, default=0) > n_thinking_steps:
+            raise ValueError(
+                f"--carried_steps={args.carried_steps} exceed the {n_thinking_steps} thinking steps of a sampler's "
+                f"first step in {self.checkpoint}"
             )
         if max(args.thinking_steps, default=0) > config.recurrent_max_thinking_steps:
             raise ValueError(
@@ -153,10 +166,10 @@ class MultimodalEvaluator(Evaluator):
     @cached_property
     def generator(self) -> AnswerGenerator:
         """The generator of the evaluated model."""
-        return self.generator_at(None)
+        return self.generator_at()
 
-    def generator_at(self, n_thinking_steps: int | None) -> AnswerGenerator:
-        """The generator of the evaluated model at a number of thinking steps; None: its own."""
+    def generator_at(self, n_thinking_steps: int | None = None, n_carried_steps: int | None = None) -> AnswerGenerator:
+        """The generator of the evaluated model at numbers of thinking steps, see `Sampling`; None: its own."""
         args = self.args
         given = {name: getattr(args, name) for name in ("sampler", "n_steps", "guidance_scale")}
         sampling = {name: dict.fromkeys(self.names, value) for name, value in given.items() if value is not None}
@@ -168,6 +181,7 @@ class MultimodalEvaluator(Evaluator):
             seed=args.seed,
             bf16=args.bf16,
             n_thinking_steps=n_thinking_steps,
+            n_carried_steps=n_carried_steps,
         )
 
     # ---- Judges.
@@ -248,6 +262,8 @@ class MultimodalEvaluator(Evaluator):
         # Other depths of the core, and early exits.
         if args.thinking_steps:
             metrics["thinking_steps"] = [self.depth(n, chosen) for n in sorted(set(args.thinking_steps))]
+        if args.carried_steps:
+            metrics["carried_steps"] = [self.carried(n, chosen) for n in (None, *sorted(set(args.carried_steps)))]
         if args.exit_thresholds:
             metrics["exits"] = [
                 {"at": threshold, "directions": self.losses(chosen, exit_threshold=threshold)}
@@ -305,6 +321,16 @@ class MultimodalEvaluator(Evaluator):
             }
             for direction in self.directions
         }
+        return {"at": n_steps, "directions": rows}
+
+    def carried(self, n_steps: int | None, chosen: Sequence[Item]) -> dict[str, Any]:
+        """Scores of what is generated, and seconds per item, with a core's state that is carried over the sampler's
+        steps; None: each of them begins anew."""
+        rows = {}
+        for direction in self.generated:
+            generator = self.generator_at(n_carried_steps=n_steps)
+            if row := self.meter(chosen).measure(direction, generator, ()).get("model", {}):
+                rows[direction.name] = {**row, "seconds": 1 / generator.stopwatch.per_second()}
         return {"at": n_steps, "directions": rows}
 
     # ---- The report.

@@ -6,6 +6,7 @@ Z latent channels, y x latent rows and columns, S side of an image, M mel bins, 
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from model.multimodal.generation import Sampling
 from model.multimodal.layout import Modality, Part, audio_latents, image_latents
 from utils.generation.multimodal import MultimodalPipeline
 from utils.seeds import seed_of
+from utils.timing import Stopwatch
 
 
 @dataclass
@@ -46,6 +48,7 @@ class AnswerGenerator:
         sampling: options of `Sampling` for images and audio, modality -> value.
         max_new_tokens: maximum number of text tokens of an answer; fewer where a prompt leaves less room.
         n_thinking_steps: steps of the core; default: the model's.
+        n_carried_steps: see `Sampling`.
     """
 
     def __init__(
@@ -58,10 +61,12 @@ class AnswerGenerator:
         seed: int,
         bf16: bool = False,
         n_thinking_steps: int | None = None,
+        n_carried_steps: int | None = None,
     ):
         self.pipeline, self.batch_size, self.sampling = pipeline, batch_size, sampling
         self.max_new_tokens, self.seed, self.bf16 = max_new_tokens, seed, bf16
-        self.n_thinking_steps = n_thinking_steps
+        self.thinking = {"n_thinking_steps": n_thinking_steps, "n_carried_steps": n_carried_steps}
+        self.stopwatch = Stopwatch(pipeline.model.device)  # of the answers
 
     def autocast(self) -> Any:
         """The context of forward passes."""
@@ -71,14 +76,14 @@ class AnswerGenerator:
     def answers(self, prompts: Sequence[Part | None], keys: Sequence[str], target: Modality) -> list[Part | None]:
         """The first part of each answer that is of a modality; a prompt of None is empty."""
         n_new = self.pipeline.room([[prompt] if prompt else [] for prompt in prompts], self.max_new_tokens)
-        options = {**self.sampling, "max_new_tokens": n_new, "n_thinking_steps": self.n_thinking_steps}
+        options = {**self.sampling, "max_new_tokens": n_new, **self.thinking}
         sampling = Sampling(None if target == "text" else target, [target], **options)
         parts: list[Part | None] = []
         for start in range(0, len(prompts), self.batch_size):
             batch = [[prompt] if prompt else [] for prompt in prompts[start : start + self.batch_size]]
             seeds = [seed_of(self.seed, key) for key in keys[start : start + self.batch_size]]
             with self.autocast():
-                answers = self.pipeline.answer(batch, seeds, sampling)
+                answers = self.stopwatch.time(partial(self.pipeline.answer, seeds=seeds, sampling=sampling), batch)
             parts += [next((part for part in answer if part.modality == target), None) for answer in answers]
         return parts
 

@@ -92,7 +92,9 @@ DEFINITIONS = {
     "round_trips": "What the model makes of its own output: text-image-text compares texts, image-text-image reads "
     "the images drawn for the captions of real ones; shuffled: compared with other items.",
     "thinking_steps": "The same with other numbers of thinking steps. exits: losses where tokens leave the core once "
-    "another step changes them by less than the threshold. steps: mean thinking steps by modality.",
+    "another step changes them by less than the threshold. steps: mean thinking steps by modality. carried_steps: "
+    "thinking steps in a sampler's steps after the first, which go on from the state of the one before; none: each "
+    "takes all and begins anew. seconds: of the clock, per generated item.",
 }
 
 
@@ -118,14 +120,19 @@ def tables_of(metrics: Mapping[str, Any], *, notes: Sequence[str]) -> list[Table
             for name in ("wer", "cer"):
                 columns.pop(name, None)
             tables += [score_table(rows, columns, title=title, names=names)] if rows else []
-    for name, title in (("thinking_steps", "Thinking steps"), ("exits", "Early exits")):
+    depths = {"thinking_steps": "Thinking steps", "carried_steps": "Carried states", "exits": "Early exits"}
+    for name, title in depths.items():
         if metrics.get(name):
             rows = {
-                (point["at"], direction): {**with_steps(row), "steps_at": f"{point['at']:g}"}
+                (point["at"], direction): {
+                    **with_steps(row),
+                    "steps_at": "all" if point["at"] is None else f"{point['at']:g}",
+                }
                 for point in metrics[name]
                 for direction, row in point["directions"].items()
             }
             columns = {**LOSS_COLUMNS, "steps_at": Column("threshold" if name == "exits" else "steps", "{}")}
+            columns["seconds"] = Column("s per item", "{:.3f}", "low")
             names = {key: key[1] for key in rows}
             tables.append(score_table(rows, columns, title=title, names=names))
     tables.append(model_table(metrics, notes))

@@ -1,6 +1,7 @@
 """The multimodal stage with images and audio: its caches of latents, checked against their VAEs, and what they
 determine of the model's configuration.  Z latent channels."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
@@ -13,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset_loading.audio.latents import AudioLatentDataset
 from dataset_loading.image.latents import ImageLatentDataset
-from dataset_loading.multimodal import MultimodalDataset, Task, collate_streams, join_items, parse_task
+from dataset_loading.multimodal import MultimodalDataset, Task, collate_streams, join_items, parse_task, torn_items
 from dataset_loading.text.tokenizers import (
     byte_tokenizer,
     document_ends,
@@ -38,6 +39,8 @@ from utils.training.stage import Stage
 from utils.training.streams.samples import sample_callbacks
 from utils.training.streams.trainer import MultimodalStreamTrainer
 from utils.training.text import check_core_flags, tokenize_texts, untokenized
+
+logger = logging.getLogger(__name__)
 
 CACHES = {"image": ImageLatentDataset, "audio": AudioLatentDataset}
 # Streams by default, with their weights: generation takes longer to learn than understanding.
@@ -97,6 +100,18 @@ class MultimodalStreamStage(Stage):
     def train_caches(self) -> dict[str, Any]:
         """Those of the training split."""
         return self.caches("train")
+
+    @cached_property
+    def held_out(self) -> set[str]:
+        """Names of the items that are held out in one cache of latents and not in the other."""
+        names = torn_items(self.train_caches, self.caches("validation"))
+        if names:
+            logger.warning(
+                "%d items are kept out of training: of their latents one cache holds them out and the other does not, "
+                "such as %s; give both preprocessing commands a --validation_dataset, or make both from one table",
+                *(len(names), ", ".join(sorted(names)[:5])),
+            )
+        return names
 
     @property
     def has_texts(self) -> bool:
@@ -194,6 +209,7 @@ class MultimodalStreamStage(Stage):
     def build_dataset(self, split, config):
         caches = self.train_caches if split == "train" else self.caches(split)
         options = {"config": config, "is_training": split == "train", "windows": self.windows(split)}
+        options["held_out"] = self.held_out if split == "train" else ()
         return MultimodalDataset(caches, self.tasks, self.tokenizer, **options)
 
     def count_steps(self, dataset, n_ranks):

@@ -13,7 +13,9 @@ from torch import Tensor
 from dataset_loading.multimodal import MultimodalDataset, Task
 from dataset_loading.text.windows import bits_per_byte
 from model.dropout import has_dropout
-from model.multimodal.layout import Part, Stream, build_stream, join_streams, target_kinds
+from model.language_head import next_token_targets
+from model.layers import to_device
+from model.multimodal.layout import Part, Stream, build_stream, join_streams, target_kinds, target_places
 from model.multimodal.spans import Spans, spans_in
 from model.thinking import Thinking
 from utils.distributed import mean_across_ranks
@@ -46,6 +48,7 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         channel_weights: modality -> weight of each latent channel, (Z,), mean 1; without an entry 1.
     """
 
+    host_fields = ("index", "task", "rows", "lengths")
     train_dataset: MultimodalDataset
     eval_dataset: MultimodalDataset
 
@@ -86,14 +89,12 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         ]
         for batch in batches:
             total += count_targets(self.config, batch["streams"])
-        means = mean_across_ranks(total.to(device))
+        means = mean_across_ranks(to_device(total, device))
         return batches, torch.where(means > 0, means, 1.0)
 
     def dropped_texts(self, batch: dict) -> list[bool]:
         """Which rows lose their text, for guidance: those of a text before a span."""
-        uniforms = sample_uniform(
-            self.args.seed, self.state.global_step, batch["index"].cpu(), stream="drop", shape=()
-        )
+        uniforms = sample_uniform(self.args.seed, self.state.global_step, batch["index"], stream="drop", shape=())
         dropped = []
         for number, uniform in zip(batch["task"].tolist(), uniforms.tolist()):
             modalities = self.train_dataset.tasks[number].modalities
@@ -156,11 +157,11 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         """What a step trains a modality on: `latents` sampled from the posteriors and `noise`, (n, m, W), `times`
         and `rows`, (n,)."""
         config, step, batch = self.config, self.state.global_step, inputs[name]
-        index = inputs["index"].cpu()[batch["rows"].cpu()]
+        index = inputs["index"][batch["rows"]]
         mean, std = batch["latents"].unbind(1)
         keywords = {"shape": mean.shape[1:]}
         posterior, noise = (
-            sample_normal(self.args.seed, step, index, stream=f"{name} {kind}", **keywords).to(mean.device)
+            to_device(sample_normal(self.args.seed, step, index, stream=f"{name} {kind}", **keywords), mean.device)
             for kind in ("posterior", "noise")
         )
         uniforms = sample_uniform(self.args.seed, step, index, stream=f"{name} time", shape=())
@@ -168,7 +169,7 @@ class MultimodalStreamTrainer(MultimodalTrainer):
             getattr(config, f"{name}_time_{part}") for part in ("sampling", "mean", "std")
         )
         process = self.model.processes[name]
-        times = process.training_times(uniforms, sampling, mean=mean_time, std=std_time).to(mean.device)
+        times = to_device(process.training_times(uniforms, sampling, mean=mean_time, std=std_time), mean.device)
         return {"latents": mean + std * posterior, "noise": noise, "times": times, "rows": batch["rows"]}
 
     def forward_streams(
@@ -196,14 +197,18 @@ class MultimodalStreamTrainer(MultimodalTrainer):
             noisy = self.model.processes[name].add_noise(latents, noise, times)
             # The latents of each copy of a span are those of its row.
             item_of = {row: item for item, row in enumerate(values["rows"].tolist())}
-            items = torch.tensor([item_of[row] for row, _ in places], device=device)
-            is_noisy = torch.tensor([place.is_noisy for _, place in places], device=device)
+            items = to_device(torch.tensor([item_of[row] for row, _ in places]), device)
+            is_noisy = torch.tensor([place.is_noisy for _, place in places])
+            copy_of = to_device(is_noisy.nonzero()[:, 0], device)  # Numbers of the noise copies among the spans.
+            is_noisy = to_device(is_noisy, device)
             copies = torch.where(is_noisy[:, None, None], noisy[items], latents[items])
-            spans[name] = Spans(copies, times[items] * is_noisy, is_noisy, *numbers.to(device))
-            chosen = spans[name].select(is_noisy)
+            spans[name] = Spans(copies, times[items] * is_noisy, is_noisy, *to_device(numbers, device), copies=copy_of)
+            chosen = spans[name].select(copy_of)
             if len(chosen.rows):
                 target = self.model.processes[name].target(latents, noise, times)
-                targets[name] = (target[items[is_noisy]], chosen)
+                targets[name] = (target[items[copy_of]], chosen)
+        # The host knows which positions are targets.
+        places = target_places(self.config, next_token_targets(batch.labels))
         keywords: dict[str, Any] = {}
         if index is not None and self.is_recurrent:
             keywords["thinking"] = Thinking(**self.stream_thinking(index, batch.ids.shape[1]))
@@ -212,11 +217,12 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         if index is not None and self.has_dropout:
             keywords["dropout_keys"] = self.dropout_keys({"index": index})
         output = model(
-            batch.ids.to(device),
-            batch.positions.to(device),
-            type(batch.placement)(*(vector.to(device) for vector in batch.placement)),
+            to_device(batch.ids, device),
+            to_device(batch.positions, device),
+            type(batch.placement)(*(to_device(vector, device) for vector in batch.placement)),
             spans=spans,
-            labels=batch.labels.to(device),
+            labels=to_device(batch.labels, device),
+            target_places={name: to_device(numbers, device) for name, numbers in places.items()},
             n_targets=n_targets,
             **keywords,
         )
@@ -256,7 +262,8 @@ class MultimodalStreamTrainer(MultimodalTrainer):
             drawn = {name: self.evaluated(inputs, name, time) for name in self.names if name in inputs}
             output, targets = self.forward_streams(model, streams, drawn)
             if not terms:
-                terms = text_terms(self.config, output, streams, inputs["task"], [task.name for task in tasks])
+                numbers = torch.from_numpy(inputs["task"]).to(self.args.device)
+                terms = text_terms(self.config, output, streams, numbers, [task.name for task in tasks])
                 terms["n_bytes"] = inputs["n_bytes"]
             changed, other_targets = self.forward_streams(model, others, drawn)
             for name in self.names:
@@ -279,11 +286,11 @@ class MultimodalStreamTrainer(MultimodalTrainer):
     def evaluated(self, inputs: dict, name: str, time: float) -> dict[str, Tensor]:
         """As `draw`, at one time, from the posteriors' means."""
         batch = inputs[name]
-        index = inputs["index"].cpu()[batch["rows"].cpu()]
+        index = inputs["index"][batch["rows"]]
         mean = batch["latents"][:, 0]
         noise = sample_normal(self.args.seed, 0, index, stream=f"evaluation {name}", shape=mean.shape[1:])
         times = torch.full((len(mean),), time, device=mean.device)
-        return {"latents": mean, "noise": noise.to(mean.device), "times": times, "rows": batch["rows"]}
+        return {"latents": mean, "noise": to_device(noise, mean.device), "times": times, "rows": batch["rows"]}
 
     def evaluation_summary(self, terms):
         """Losses over the validation set. `<task>_nats` and `<task>_accuracy` per text target,

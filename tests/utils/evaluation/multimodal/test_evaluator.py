@@ -208,11 +208,26 @@ def test_depths_and_exits_of_a_recurrent_core(run, tmp_path):
     assert exits["steps"] == {"text": 2, "audio": 2} and exits["error_t0.5"] == first["text-audio"]["error_t0.5"]
 
 
+def test_carried_states_of_a_recurrent_core(run, tmp_path):
+    words = "--metrics reader --reader_steps 3 --carried_steps 3 1 --max_samples 2 --n_steps 3"
+    report = evaluate.main(["--checkpoint", str(run), *words.split(), "--output_dir", str(tmp_path)])
+    own, one, three = report["carried_steps"]
+    assert [own["at"], one["at"], three["at"]] == [None, 1, 3] and set(own["directions"]) == {
+        "text-image",
+        "text-audio",
+    }
+    scores = {name: value for name, value in own["directions"]["text-image"].items() if name != "seconds"}
+    assert scores == report["scores"]["text-image"]["model"]
+    assert all(row["seconds"] > 0 for point in (own, one, three) for row in point["directions"].values())
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         ("--cached_dataset x", "--cached_dataset has no effect.*--image_latents"),
         ("--thinking_steps 9", r"--thinking_steps=\[9\] exceed recurrent_max_thinking_steps=4"),
+        ("--carried_steps 4", r"--carried_steps=\[4\] exceed the 3 thinking steps"),
+        ("--carried_steps 1 --metrics losses", "--carried_steps has no effect with --metrics losses"),
         ("--exit_thresholds 0.1", "--exit_thresholds needs --exit_criterion"),
         ("--speed_tokens 4", "--speed_tokens: no effect.*'multimodal'"),
         ("--metrics pesq", r"--metrics=\['pesq'\].*must be one of 'losses'"),

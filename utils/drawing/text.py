@@ -1,0 +1,109 @@
+"""Text on images: letters of most scripts, and code points in place of those that no font has."""
+
+import functools
+import importlib.util
+import math
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import ImageDraw, ImageFont
+
+# Packages of fonts with the file in each, in the order in which a letter is looked up: Latin, Greek, Cyrillic and
+# Devanagari; Chinese, Japanese and Korean. Without them Pillow's own font draws ASCII alone.
+FONT_FILES = (
+    ("fontpkg_noto_sans", "files/NotoSans[wdth,wght].ttf"),
+    ("noto_cjk_sans_otc", "NotoSansCJK-Regular.ttc"),
+)
+NO_LETTER = "\uffff"  # Not a character: every font draws its sign for missing letters.
+SELECTORS = range(0xFE00, 0xFE10)  # Choose between forms of the letter before them, and are invisible.
+INK = (30, 30, 30)
+
+Font = ImageFont.FreeTypeFont
+
+
+class Typeface:
+    """Fonts of one size; each letter is drawn by the first one that has it.
+
+    Line breaks and tabs are drawn as blanks. Letters that no font has are drawn as their code points, such as
+    `\\u0e01`, so that a text never looks like another one.
+
+    Args: fonts: at least one; the first gives the baseline.
+    """
+
+    def __init__(self, fonts: Sequence[Font]):
+        self.fonts = list(fonts)
+        self.font_of = functools.cache(self.find_font)
+
+    def find_font(self, letter: str) -> Font | None:
+        """The first font that has a letter; None for control characters and halves of others, which are none."""
+        if unicodedata.category(letter) in ("Cc", "Cs"):
+            return None
+        return next((font for font in self.fonts if has(font, letter)), None)
+
+    def runs(self, text: str) -> list[tuple[str, Font]]:
+        """The text as it is drawn, in parts of one font each."""
+        letters = unicodedata.normalize("NFC", " ".join(text.split()))
+        runs: list[tuple[str, Font]] = []
+        for letter in letters:
+            if unicodedata.category(letter) == "Cf" or ord(letter) in SELECTORS:
+                continue
+            font = self.font_of(letter)
+            # A blank or an accent stays with the letter before it.
+            if runs and (letter == " " or unicodedata.combining(letter)) and has(runs[-1][1], letter):
+                font = runs[-1][1]
+            if font is None:
+                letter, font = letter.encode("unicode_escape").decode(), self.fonts[0]
+            if runs and runs[-1][1] is font:
+                runs[-1] = runs[-1][0] + letter, font
+            else:
+                runs.append((letter, font))
+        return runs
+
+    def length(self, text: str) -> float:
+        """Width in pixels."""
+        return sum(font.getlength(run) for run, font in self.runs(text))
+
+    def shorten(self, text: str, width: float) -> str:
+        """The text, truncated to `width` pixels."""
+        if self.length(text) <= width:
+            return text
+        n_letters = bisect_right(range(1, len(text)), width, key=lambda n: self.length(text[:n] + "..."))
+        return text[:n_letters] + "..."
+
+    def draw(
+        self, canvas: ImageDraw.ImageDraw, place: tuple[float, float], text: str, *, width: float = math.inf
+    ) -> None:
+        """Draw one line with its top left corner at `place`, truncated to `width` pixels."""
+        left, baseline = place[0], place[1] + self.fonts[0].getmetrics()[0]
+        for run, font in self.runs(self.shorten(text, width)):
+            canvas.text((left, baseline), run, INK, font, anchor="ls")
+            left += font.getlength(run)
+
+
+def has(font: Font, letter: str) -> bool:
+    """Whether a font has a letter."""
+    return glyph(font, letter) != glyph(font, NO_LETTER)
+
+
+def glyph(font: Font, letter: str) -> tuple[tuple[int, int], bytes]:
+    """Size and pixels of a letter."""
+    mask = font.getmask(letter)
+    return mask.size, bytes(mask)
+
+
+@functools.cache
+def typeface(size: int) -> Typeface:
+    """The fonts that are installed.
+
+    Args: size: in pixels.
+    """
+    fonts = []
+    for package, file in FONT_FILES:
+        spec = importlib.util.find_spec(package)
+        if spec and spec.origin:
+            fonts.append(ImageFont.truetype(Path(spec.origin).parent / file, size))
+    default = ImageFont.load_default(size)
+    assert isinstance(default, Font), "Pillow was built without FreeType"
+    return Typeface(fonts or [default])
