@@ -5,9 +5,10 @@
     python benchmarks/caches.py --part read --samples 5000 --image_size 32
 
 Part `start` opens synthetic caches in a process each: files per sample are hard links, packs are sparse. CPU seconds
-of opening one split and drawing the first 1000 places of an epoch; growth of the resident memory, of which mapped
-files are a part. Part `read` writes images of noise in both forms (CPU seconds), reads all of them in random order,
-warm (CPU seconds) and after the page cache was dropped (seconds on the clock), and compares bytes on the disk.
+of opening one split, and of that, the first 1000 places of an epoch and 100 samples; growth of the process's own
+memory, and of mapped files, which processes share. Part `read` writes images of noise in both forms (CPU seconds),
+reads all of them in random order, warm (CPU seconds) and after the page cache was dropped (seconds on the clock), and
+compares bytes on the disk.
 """
 
 import dataclasses
@@ -122,9 +123,10 @@ def sparse_packs(folder: Path, n: int, image_size: int, samples_per_pack: int) -
     write_manifest(folder, {**header_of(image_size), PACKS: {"samples_per_pack": samples_per_pack, "splits": splits}})
 
 
-def resident_bytes() -> int:
-    """Resident memory of this process."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+def resident_bytes() -> dict[str, int]:
+    """Resident memory of this process: its own, and pages of mapped files, which processes share."""
+    rows = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return {name: 1024 * int(rows[key].split()[0]) for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 
 def measure_start(folder: Path) -> dict[str, float]:
@@ -135,8 +137,9 @@ def measure_start(folder: Path) -> dict[str, float]:
     places = list(itertools.islice(EpochSampler(len(data), 1, seed=0), 1000))
     for place in places[:100]:
         data[place]
-    row = {"seconds": opened - started, "seconds_with_order": time.process_time() - started}
-    return {**row, "megabytes": (opened_bytes - before) / 1e6, "megabytes_after": (resident_bytes() - before) / 1e6}
+    row, after = {"seconds": opened - started, "seconds_with_order": time.process_time() - started}, resident_bytes()
+    opened_mb = {f"{name}_mb": (opened_bytes[name] - before[name]) / 1e6 for name in before}
+    return {**row, **opened_mb, **{f"{name}_mb_after": (after[name] - before[name]) / 1e6 for name in before}}
 
 
 def start(args: BenchmarkArguments, folder: Path) -> Iterator[dict[str, Any]]:

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset_loading.columns import EntryColumns
-from dataset_loading.entry_lines import EntryLines, read_lines
+from dataset_loading.columns import EntryColumns, EntryRow
+from dataset_loading.entry_lines import EntryLines, read_lines, rows_of
 from dataset_loading.files import MANIFEST, Record, read_manifest, read_record, shorten
 from dataset_loading.integrity import TensorKinds, changed_bytes, wrong_content
 from dataset_loading.packs import PACKS, Packs, entries_of, is_packed
@@ -99,7 +99,7 @@ class CachedDataset(Dataset):
         # written; each is compared when the sample is read.
         files = list(os.scandir(self.folder / self.split)) if (self.folder / self.split).is_dir() else []
         names, missing, sizes = {file.name for file in files}, [], []
-        for entry in self.entries:
+        for entry in rows_of(self.entries):
             if f"{entry['key']}.pt" not in names:
                 missing.append(entry["key"])
             sizes.append(entry.get("bytes"))
@@ -120,11 +120,15 @@ class CachedDataset(Dataset):
             return entries.check_types(self.entry_types, f"entries.{split}")
         if not isinstance(entries, list | EntryLines):
             raise self.manifest.damaged(f"entries.{split}={shorten(entries)} must be list")
-        for number, entry in enumerate(entries):
-            if not isinstance(entry, Record):
-                raise self.manifest.damaged(f"entries.{split}[{number}]={shorten(entry)} must be an object")
+        for number, row in enumerate(rows_of(entries)):
             # Entries of earlier versions have no digest.
-            types = {**self.entry_types, "bytes": int, "crc32": str} if "crc32" in entry else self.entry_types
+            is_entry = isinstance(row, dict)
+            has_digest = is_entry and "crc32" in row
+            types = {**self.entry_types, "bytes": int, "crc32": str} if has_digest else self.entry_types
+            if is_entry and all(isinstance(row.get(name), kinds) for name, kinds in types.items()):
+                continue
+            if not isinstance(entry := entries[number], Record):
+                raise self.manifest.damaged(f"entries.{split}[{number}]={shorten(entry)} must be an object")
             entry.expect_types(types, f"entries.{split}[{number}]")
 
     def __len__(self) -> int:
@@ -144,7 +148,7 @@ class CachedDataset(Dataset):
         """The tensors in a sample's file, which is checked when this process reads it for the first time."""
         is_checked = bool(self.checked[index])
         if self.packs:
-            kinds = None if is_checked else self.tensor_kinds(self.entries[index])
+            kinds = None if is_checked else self.tensor_kinds(EntryRow(self.packs.entries, index))
             sample = read_packed(self.packs, index, kinds=kinds)
         else:
             entry = self.entries[index]

@@ -121,6 +121,23 @@ class EntryColumns(Sequence):
                 )
 
 
+class EntryRow(Mapping):
+    """An entry of which only the fields that are asked for are read."""
+
+    def __init__(self, entries: EntryColumns, index: int):
+        self.entries, self.index = entries, index
+
+    def __getitem__(self, name: str) -> Any:
+        value = self.entries.value(self.index, name)
+        return self.entries[self.index][name] if value is None else value  # None, or the error of a missing one.
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries[self.index])
+
+    def __len__(self) -> int:
+        return len(self.entries[self.index])
+
+
 def view_of(column: pa.Array) -> np.ndarray:
     """A column of numbers without nulls as an array over the same memory; `to_numpy` would import pandas."""
     dtype = NUMPY_TYPES[column.type]

@@ -8,7 +8,7 @@ import itertools
 import json
 import mmap
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from dataset_loading.files import Record, read_record, wrong_digest
 
 MIN_BYTES = 32 << 20  # Smaller manifests are read at once, which makes single entries faster.
+CHUNK = 4096  # Lines that are parsed at once.
 START = b',\n"entries": {'  # A line break is nowhere else but between the manifest's fields and its entries.
 SPLIT = re.compile(rb'"(\w+)": \[\n')
 
@@ -45,8 +46,19 @@ class EntryLines(Sequence):
         return self.parse(int(self.begins[index]), int(self.begins[index + 1]))
 
     def __iter__(self) -> Iterator[Any]:
-        for first in range(0, len(self), 4096):
-            yield from itertools.starmap(self.parse, itertools.pairwise(self.begins[first : first + 4097].tolist()))
+        for first in range(0, len(self), CHUNK):
+            yield from itertools.starmap(
+                self.parse, itertools.pairwise(self.begins[first : first + CHUNK + 1].tolist())
+            )
+
+    def rows(self) -> Iterator[Any]:
+        """All entries as plain dicts, many lines at once: a third of the time."""
+        for first in range(0, len(self), CHUNK):
+            begin, end = int(self.begins[first]), int(self.begins[min(first + CHUNK, len(self))])
+            try:
+                yield from json.loads(b"[" + self.content[begin:end].rstrip(b",\n") + b"]")
+            except ValueError as error:
+                raise ValueError(f"{self.file} is damaged ({error!r}); {self.remedy}") from error
 
     def parse(self, begin: int, end: int) -> Any:
         """The entry in a line. Raises: ValueError: it is damaged."""
@@ -63,6 +75,11 @@ class EntryLines(Sequence):
 
     def __setstate__(self, state: dict[str, Any]):
         self.__init__(**state)
+
+
+def rows_of(entries: Iterable[Any]) -> Iterable[Any]:
+    """Entries to be gone through once, as plain dicts where that is faster."""
+    return entries.rows() if isinstance(entries, EntryLines) else entries
 
 
 def read_lines(file: Path, remedy: str) -> Record:

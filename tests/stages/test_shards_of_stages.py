@@ -52,7 +52,12 @@ def samples_in(folder: Path) -> dict[str, bytes]:
 
 def test_image_latents_with_a_text_encoder(image_cache, tmp_path):
     raw, vae = write_captioned_images(tmp_path / "raw", 11), save_vae(tmp_path / "vae", image_cache)
+    # A broken image of two captions, and others with one or two.
     (raw / "004.png").write_bytes(b"broken")
+    (raw / "metadata.csv").unlink()
+    captions = [["a red disc", "very long"] if i % 2 == 0 else ["caption"] for i in range(11)]
+    rows = [json.dumps({"file_name": f"{i:03}.png", "text": texts}) for i, texts in enumerate(captions)]
+    (raw / "metadata.jsonl").write_text("\n".join(rows))
     flags = ["--text_encoder", str(save_text_encoder(tmp_path / "encoder")), "--batch_size", "4", "--horizontal_flip"]
     flags += ["--max_broken_fraction", "0.5"]
     out = tmp_path / "out"

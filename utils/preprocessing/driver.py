@@ -39,7 +39,7 @@ from dataset_loading.tables import captions_of
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import declared_fields, option
 from utils.preprocessing.finishing import finish_folder, report_totals
-from utils.preprocessing.launched import n_launched, run_launched
+from utils.preprocessing.launched import run_launched
 from utils.preprocessing.merging import MergeArguments, asks_to_merge, check_broken, merge_shards
 from utils.preprocessing.progress import ProgressReport
 from utils.preprocessing.report import report_unread_validation, unreadable
@@ -202,9 +202,7 @@ class Preprocess:
                 try:
                     if is_merge:
                         return merge_shards(cls.name, args)
-                    if n_launched() > 1:
-                        return run_launched(cls.name, args, lambda args: cls(args).run())
-                    return cls(args).run()
+                    return run_launched(cls.name, args, lambda args: cls(args).run())
                 except AttributeError as error:
                     if error.obj is not args:
                         raise

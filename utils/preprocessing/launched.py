@@ -17,13 +17,8 @@ from utils.preprocessing.shards import Shard
 from utils.preprocessing.workers import usable_cpus
 
 
-def n_launched() -> int:
-    """Number of processes that the launcher started."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def run_launched(stage: str, args: Any, run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
-    """Preprocess as one of several processes.
+    """Preprocess as one of several processes, or alone.
 
     Args:
         stage: of the preprocessing.
@@ -32,9 +27,11 @@ def run_launched(stage: str, args: Any, run: Callable[[Any], dict[str, Any]]) ->
     Returns: the manifest, in the first process that of the whole.
     Raises: ValueError: `--shard` is given, or what preprocessing raises.
     """
+    count, n_local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if count == 1:
+        return run(args)
     if args.shard:
         raise ValueError(f"--shard={args.shard} has no effect under a launcher, whose processes are the shards")
-    count, n_local = n_launched(), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     shard = Shard(launched_rank() + 1, count)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
