@@ -58,6 +58,7 @@ class BenchmarkArguments:
     peak_tflops: float = option(989.0, "dense bf16 peak of the GPU, for the transformer's share of it", gt=0)
     stage: TrainedStage = option("image_vae", "stage that is trained", only_with=("part", "train"))
     cached_dataset: str = option("", "cache that it is trained on", only_with=("part", "train"))
+    flags: str = option("", "further flags of its training script, in one string", only_with=("part", "train"))
     minutes: float = option(6.0, "minutes of its training", gt=0, only_with=("part", "train"))
     output: str = option("", "JSON file for the rows")
 

@@ -26,7 +26,7 @@ OVERHEAD = 1.5  # GiB of a GPU that the driver, cuBLAS and fragments take.
 
 
 def compare_generation(results: ResultRows) -> None:
-    """Greedy tokens after prompts of 128 tokens, one alone and 32, by models of 300 M parameters, ours and Llama, bf16."""
+    """Greedy tokens after prompts of 128 tokens, one alone and 32: 300 M parameters, ours and Llama, bf16."""
     shape, n_prompt, n_new = results.size((LARGE, 128, 128), (SMALL_SHAPE, 8, 4))
     for name in ("ours", "llama"):
         side = SIDES[name](shape)

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Literal
 
@@ -20,8 +22,9 @@ FLAGS = ["--max_steps", "1000000", "--eval_steps", "1000000", "--save_steps", "1
 FLAGS += ["--lr_scheduler_type", "constant_with_warmup", "--warmup_ratio", "0.0001"]
 
 
-def run_script(results: ResultRows, script: str, *words: str, minutes: float | None = None) -> None:
-    """Run a script of the repository; after so many minutes it is told to stop, which saves a checkpoint.
+def run_script(results: ResultRows, script: str, *words: str, run: Path | None = None) -> None:
+    """Run a script of the repository. A training run, whose folder is `run`, is told to stop after `--minutes`, which
+    saves a checkpoint.
 
     Raises: RuntimeError: it failed; with the end of what it said.
     """
@@ -38,7 +41,10 @@ def run_script(results: ResultRows, script: str, *words: str, minutes: float | N
             text=True,
         )
         try:
-            process.wait(None if minutes is None else 60 * minutes)
+            # The folder of the logs is there once the model is built.
+            while run is not None and process.poll() is None and not (run / "tensorboard").is_dir():
+                time.sleep(0.2)
+            process.wait(None if run is None else 60 * results.args.minutes)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGTERM)
             process.wait(120)
@@ -51,7 +57,7 @@ def run_script(results: ResultRows, script: str, *words: str, minutes: float | N
 
 
 def train_stage(results: ResultRows) -> None:
-    """Train a stage with its default flags in bf16 for `--minutes`, then evaluate its checkpoint.
+    """Train a stage for `--minutes`, on a GPU in bf16, then evaluate its checkpoint.
 
     Raises: ValueError: no cache is named, or it is not there. RuntimeError: training or evaluation failed, or the time
         ended before the first step.
@@ -64,9 +70,9 @@ def train_stage(results: ResultRows) -> None:
     cache = str(Path(args.cached_dataset).resolve())
     with tempfile.TemporaryDirectory() as folder:
         words = ["--cached_dataset", cache, "--output_dir", folder, "--run_name", "benchmark", *FLAGS]
-        words += ["--config", "tiny"] if results.is_small else ["--config", "small", "--bf16"]
-        run_script(results, f"pretrain_{args.stage}.py", *words, minutes=args.minutes)
+        words += [*shlex.split(args.flags), *([] if results.is_small else ["--bf16"])]
         run = Path(folder, args.stage, "benchmark")
+        run_script(results, f"pretrain_{args.stage}.py", *words, run=run)
         checkpoint = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), default=None)
         if checkpoint is None:
             raise RuntimeError(f"--minutes={args.minutes:g} ended before the first step; give more")

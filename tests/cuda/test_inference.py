@@ -12,12 +12,24 @@ import soundfile
 import torch
 from PIL import Image
 
+from model.audio.vae import AudioVAE, AudioVAEConfig
+from pretrain_audio_diffusion import AudioDiffusionStage
 from tests.helpers.audio_cache import make_audio_cache
+from tests.helpers.audio_latent_cache import SETTINGS, SMALL_SPEECH, make_speech
 from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
 from tests.helpers.image_vae_checkpoint import save_checkpoint
+from tests.helpers.runs import run_stage
+from tests.helpers.stream_caches import SMALL_STREAMS, make_stream_caches
 from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
-from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocoder, write_sound
+from tests.helpers.vocoder_checkpoint import (
+    SMALL_MEL,
+    SMALL_VOCODER,
+    save_stage_checkpoint,
+    small_vocoder,
+    write_sound,
+)
+from utils.training.streams.stage import MultimodalStreamStage
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = [
@@ -76,6 +88,44 @@ def test_vocode(tmp_path):
     (one,), (two,) = ([soundfile.read(file)[0] for file in sorted(folder.rglob("*.wav"))] for folder in (cpu, gpu))
     assert one.shape == two.shape and np.abs(one - two).max() <= 2e-3
     run_both(tmp_path / "bf16", "inference/vocode.py", *words, "--bf16")
+
+
+def wave_difference(cpu: Path, gpu: Path) -> float:
+    """The largest difference of the samples of two sounds of the same name."""
+    pairs = list(zip(sorted(cpu.rglob("*.wav")), sorted(gpu.rglob("*.wav")), strict=True))
+    assert pairs and all(one.name == two.name for one, two in pairs)
+    waves = [[soundfile.read(file)[0] for file in pair] for pair in pairs]
+    assert all(one.shape == two.shape for one, two in waves)
+    return max(np.abs(one - two).max() for one, two in waves)
+
+
+def test_reconstruct_audio(tmp_path):
+    config = AudioVAEConfig(**SMALL_MEL.as_dict(), width=16, latent_channels=4, n_encoder_blocks=1, n_decoder_blocks=1)
+    save_stage_checkpoint(AudioVAE(config).eval(), "audio_vae", tmp_path / "vae")
+    save_stage_checkpoint(small_vocoder(), "vocoder", tmp_path / "vocoder")
+    write_sound(tmp_path / "sound.wav")
+    words = ["--vae_checkpoint", str(tmp_path / "vae"), "--vocoder_checkpoint", str(tmp_path / "vocoder")]
+    words += ["--input", str(tmp_path / "sound.wav")]
+    assert wave_difference(*run_both(tmp_path, "inference/reconstruct_audio.py", *words)) <= 2e-3
+
+
+def test_text_to_speech(tmp_path, fresh_logging):
+    run = run_stage(AudioDiffusionStage, SMALL_SPEECH, make_speech(tmp_path / "speech"), tmp_path / "runs", "run", 2)
+    vocoder = small_vocoder(**SETTINGS.as_dict(), **SMALL_VOCODER)  # Griffin-Lim scales rounding errors up.
+    words = ["--vocoder_checkpoint", str(save_stage_checkpoint(vocoder, "vocoder", tmp_path / "vocoder"))]
+    words += ["--checkpoint", str(run.folder), "--text", "the number is four", "--speaker", "ann"]
+    assert wave_difference(*run_both(tmp_path, "inference/text_to_speech.py", *words)) <= 1e-2
+
+
+def test_chat(tmp_path, fresh_logging):
+    """Whole sequences differ where a token's logits are close; their kinds and files do not."""
+    caches = make_stream_caches(tmp_path / "caches")
+    common = [*SMALL_STREAMS, "--batch_size", "4", *caches]
+    run = run_stage(MultimodalStreamStage, common, None, tmp_path / "runs", "run", 1)
+    words = ["--checkpoint", str(run.folder), "--draw", "a red bear", "--speak", "a fish", "--max_new_tokens", "3"]
+    cpu, gpu = run_both(tmp_path, "inference/chat.py", *words)
+    assert pixel_difference(cpu, gpu, "*.png") <= 1
+    assert [file.name for file in sorted(cpu.rglob("*.wav"))] == [file.name for file in sorted(gpu.rglob("*.wav"))]
 
 
 @pytest.mark.parametrize("preset", ["tiny", "recurrent-tiny"])

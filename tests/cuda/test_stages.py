@@ -16,6 +16,7 @@ from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
 from tests.helpers.audio_latent_cache import SMALL_SPEECH, make_speech
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
 from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, relative_distance
+from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, make_stream_caches
 from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text, with_dropout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,6 +38,8 @@ STAGES = {
     "text_flat": ("multimodal", SMALL_TEXT, make_text),
     "text_recurrent": ("multimodal", SMALL_CORE, make_text),
     "text_dropout": ("multimodal", with_dropout(SMALL_CORE), make_text),
+    "streams": ("multimodal", SMALL_STREAMS, make_stream_caches),
+    "recurrent_streams": ("multimodal", SMALL_RECURRENT, make_stream_caches),
 }
 
 # Name of a run -> its flags beyond the stage's.
@@ -54,14 +57,14 @@ RUNS = {
 class StageRuns:
     """The runs of one stage, each a process."""
 
-    def __init__(self, name: str, cache: Path, folder: Path):
+    def __init__(self, name: str, cache: Path | list[str], folder: Path):
         self.stage, self.common, _ = STAGES[name]
-        self.cache, self.folder = cache, folder
+        self.cache, self.folder = cache if isinstance(cache, list) else ["--cached_dataset", str(cache)], folder
         self.processes = {run: self.start(run, *flags) for run, flags in RUNS.items()}
 
     def start(self, run: str, *flags: str) -> subprocess.Popen:
         """Start one run; its output goes to a file."""
-        words = ["--cached_dataset", str(self.cache), "--output_dir", str(self.folder), "--run_name", run]
+        words = [*self.cache, "--output_dir", str(self.folder), "--run_name", run]
         command = [sys.executable, f"pretrain_{self.stage}.py", *self.common, "--max_steps", str(STEPS)]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MEGATRANSFORMER_TRACEBACK": "1"}
         if run == "cpu":

@@ -43,6 +43,7 @@ READS_VALUES = {
     aten.linalg_eig.default,
 }
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
+COMPOSITE = "CompositeImplicitAutograd"
 # These take no mixture at all; the others take a CPU's number (0-dim) as CUDA does.
 STRICT = {aten.cat.default, aten.stack.default, aten.gather.default, aten.index_select.default}
 
@@ -174,6 +175,12 @@ def check_devices(func, tensors: list[Tensor]) -> None:
 
 def dispatch(func, args: tuple, kwargs: dict) -> Any:
     """Compute an operation on the CPU, for tensors or a result on the stand-in device."""
+    # Inference mode hands over operations that autograd would have decomposed.
+    if torch.is_inference_mode_enabled() and torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), COMPOSITE):
+        with StandInMode():
+            return func.decompose(*args, **kwargs)
+    if func is aten._has_compatible_shallow_copy_type.default:
+        return False  # Modules take new parameters when they move.
     leaves = tree_flatten((args, kwargs))[0]
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     here = any(map(is_here, tensors))
@@ -221,9 +228,15 @@ def dispatch(func, args: tuple, kwargs: dict) -> Any:
         result = func(*tree_map_only(Tensor, unwrap, args), **tree_map_only(Tensor, unwrap, kwargs))
     if not goes_here:
         return result
-    result = tree_map_only(Tensor, wrap, result)
+    # Views of tensors from outside of inference mode are such tensors.
+    with torch.inference_mode(all(tensor.is_inference() for tensor in tensors)):
+        result = tree_map_only(Tensor, wrap, result)
     if not here:
         return result
+    if torch.is_inference_mode_enabled():  # No views are tracked.
+        returned = func._schema.returns
+        writes = bool(returned) and returned[0].alias_info is not None and returned[0].alias_info.is_write
+        return args[0] if writes and is_here(args[0]) else result
     return return_and_correct_aliasing(func, args, kwargs, result)
 
 
