@@ -59,6 +59,15 @@ def test_every_direction_has_its_command(folder, capsys):
     assert json.loads((first.parent / "settings.json").read_text())["answers"] == answers
 
 
+def test_clips_without_sound_are_named(folder, caplog):
+    for name, n_samples in (("silent", 8000), ("point", 20)):
+        soundfile.write(folder / f"{name}.wav", np.zeros(n_samples), 16000)
+    call(folder, "--transcribe", str(folder / "silent.wav"), "--max_new_tokens", "1")
+    assert f"{folder / 'silent.wav'}' is silent" in caplog.text
+    with pytest.raises(ValueError, match=r"point.wav' lasts 0.0013 s; give at least"):
+        call(folder, "--transcribe", str(folder / "point.wav"))
+
+
 def test_prompts_hold_files_as_placeholders(folder):
     prompt = f"<image:{folder / 'gray.png'}> and <audio:{folder / 'tone.wav'}>"
     answers = call(folder, "--prompts", prompt, "--max_new_tokens", "2", "--temperature", "1")
