@@ -125,6 +125,7 @@ def test_texts_are_shown_token_by_token(folder, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--draw", "x", "--seed", str(2**63)], f"--seed={2**63} must be < {2**63}"),
         (["--draw", "x", "--audio_n_steps", "3"], "--audio_n_steps has no effect without --speak or --prompts"),
         (["--draw", "x", "--input_task", "draw"], "--input_task has no effect with input=''"),
         (["--draw", "x", "--stream", "--batch_size", "2"], "--batch_size has no effect with stream=True"),
