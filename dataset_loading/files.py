@@ -240,7 +240,7 @@ def read_manifest(
     remedy = remedy or f"make it with: python {script} --dataset_name <hub name or folder> --output_dir {folder}"
     file = folder / MANIFEST
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist; {remedy}")
+        raise FileNotFoundError(f"{folder} {'is a file' if folder.exists() else 'does not exist'}; {remedy}")
     if not file.exists():
         if (folder / JOURNAL).exists():
             raise FileNotFoundError(

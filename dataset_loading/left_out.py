@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dataset_loading.tables import TABLE_SUFFIXES
 from dataset_loading.walking import LinkedFolders
 
 NAMES = 20  # Names that are kept of each reason.
@@ -107,6 +108,8 @@ def survey_folder(
                 left_out.add("link leads nowhere", place)
             elif not is_dangling and not os.path.isfile(file):
                 left_out.add("pipe, socket or device", place)
+            elif os.path.splitext(name)[0].lower() == "metadata" and suffix in TABLE_SUFFIXES:
+                left_out.add("metadata that is not read", place)
             elif suffix in suffixes:
                 left_out.add("no row of the metadata names it", place)
             else:

@@ -34,7 +34,7 @@ class TextToImageArguments(PipelineArguments):
     n_images: int = option(
         1, "images per prompt, with seeds 0, 1, 2, ...", gt=0, only_with=("seeds", []), aliases=("n_pictures",)
     )
-    seeds: list[int] = option([], "seeds of each prompt's images", ge=0)
+    seeds: list[int] = option([], "seeds of each prompt's images", ge=0, lt=2**63)
     batch_size: int = option(16, "images per batch", gt=0)
     output_dir: str = option("inference/generated/image", "folder of the results")
 

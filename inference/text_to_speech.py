@@ -50,10 +50,9 @@ def speak(args: TextToSpeechArguments) -> None:
     weights = chosen_weights(checkpoint := resolve_checkpoint(args.checkpoint), args)
     paths = {name: getattr(args, name) for name in ("vae_checkpoint", "vocoder_checkpoint", "bf16")}
     pipeline = SpeechPipeline.load(checkpoint, **paths, weights=weights, device=device)
-    pipeline.speaker_place(args.speaker)  # A wrong one is an error before a folder is claimed.
     rate, args.temperature = pipeline.vae.config.sample_rate, pipeline.temperature_of(args)
     # All sentences in order, in batches; each text's file is written once its last sentence is spoken.
-    sentences = [pipeline.speakable(text, args.language) for text in texts]
+    sentences = [pipeline.speakable(text, args.language, args.speaker) for text in texts]
     folder = claim_folder(args.output_dir, args) if any(sentences) else Path(args.output_dir)
     waveforms = pipeline.speak(list(itertools.chain(*sentences)), args, **args.voice())
     console, total = Console(stderr=True), sum(map(len, sentences))

@@ -159,6 +159,7 @@ def test_full_disk_keeps_earlier_checkpoints(train, image_cache, tmp_path):
         ("--override image_size=64", "image_size=32"),
         ("--cached_dataset nowhere", "preprocess_image_vae_dataset.py"),
         ("--batch_size 500", "make no optimizer step of 500"),
+        ("--batch_size 500 --dry_run", "make no optimizer step of 500"),
         ("--init_from nowhere", "no checkpoint at nowhere"),
         ("--resume_from_checkpoint nowhere", "no checkpoint at nowhere"),
         ("--use_deepspeed --deepspeed_config ds_config_int8.json", "implements for CUDA only"),

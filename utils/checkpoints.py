@@ -244,7 +244,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
     if not folder.is_dir():
         others = [path.name for path in checkpoints_in(folder.parent)] if step_of(folder) >= 0 else []
         there = f"; {folder.parent} has {', '.join(others)}" if others else ""
-        raise FileNotFoundError(f"no checkpoint at {folder}: the folder does not exist{there}")
+        state = "it is a file" if folder.exists() else "the folder does not exist"
+        raise FileNotFoundError(f"no checkpoint at {folder}: {state}{there}")
     # A checkpoint folder stands for itself.
     if step_of(folder) >= 0 or (folder / COMPLETE).is_file():
         if problem := incompleteness(folder):

@@ -50,7 +50,7 @@ class StageArguments:
     num_workers: int = option(
         -1, "data loading processes per rank; 0: in the training process; -1: up to 4 with a GPU, else 0", ge=-1
     )
-    seed: int = option(42, "seed of weights, data order and noise", ge=0)
+    seed: int = option(42, "seed of weights, data order and noise", ge=0, lt=2**32)
 
     # Optimizer.
     learning_rate: float = option(1e-4, "peak learning rate of AdamW", gt=0)

@@ -9,7 +9,14 @@ from safetensors.torch import save_file
 
 from dataset_loading.audio.conditions import DescribedAudioDataset
 from dataset_loading.cache_writer import sample_key
-from dataset_loading.files import fingerprint, fingerprint_of_bytes, remove_leftovers, replace_file, replacing
+from dataset_loading.files import (
+    fingerprint,
+    fingerprint_of_bytes,
+    read_manifest,
+    remove_leftovers,
+    replace_file,
+    replacing,
+)
 from dataset_loading.sources import Source
 from dataset_loading.text.digests import Digests
 from dataset_loading.text.sources import open_text
@@ -69,6 +76,13 @@ def test_errors_name_the_final_file(tmp_path):
     assert caught.value.filename == str(tmp_path / "source")
     with pytest.raises(OSError, match=r"^no voices$"), replacing(tmp_path / "a"):
         raise OSError("no voices")
+
+
+def test_a_file_in_place_of_a_cache_is_said_to_be_one(tmp_path):
+    (tmp_path / "file").touch()
+    for name, state in (("file", "is a file"), ("gone", "does not exist")):
+        with pytest.raises(FileNotFoundError, match=f"{name} {state}; make it with"):
+            read_manifest(tmp_path / name, "image_vae")
 
 
 def test_only_leftovers_of_the_same_name_are_removed(tmp_path):

@@ -244,7 +244,9 @@ def test_of_several_metadata_files_the_first_ending_counts(tmp_path, image):
     image("a.png")
     (tmp_path / "metadata.json").write_text('[{"file_name": "a.png", "text": "json"}]')
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "jsonl"}')
-    assert names_and("text", open_images(tmp_path)) == [("a.png", "jsonl")]
+    source = open_images(tmp_path)
+    assert names_and("text", source) == [("a.png", "jsonl")]
+    assert source.left_out.as_dict() == {"metadata that is not read": {"count": 1, "names": ["metadata.json"]}}
 
 
 @pytest.mark.parametrize(

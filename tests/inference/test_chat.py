@@ -59,6 +59,15 @@ def test_every_direction_has_its_command(folder, capsys):
     assert json.loads((first.parent / "settings.json").read_text())["answers"] == answers
 
 
+def test_clips_without_sound_are_named(folder, caplog):
+    for name, n_samples in (("silent", 8000), ("point", 20)):
+        soundfile.write(folder / f"{name}.wav", np.zeros(n_samples), 16000)
+    call(folder, "--transcribe", str(folder / "silent.wav"), "--max_new_tokens", "1")
+    assert f"{folder / 'silent.wav'}' is silent" in caplog.text
+    with pytest.raises(ValueError, match=r"point.wav' lasts 0.0013 s; give at least"):
+        call(folder, "--transcribe", str(folder / "point.wav"))
+
+
 def test_prompts_hold_files_as_placeholders(folder):
     prompt = f"<image:{folder / 'gray.png'}> and <audio:{folder / 'tone.wav'}>"
     answers = call(folder, "--prompts", prompt, "--max_new_tokens", "2", "--temperature", "1")
@@ -116,6 +125,7 @@ def test_texts_are_shown_token_by_token(folder, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--draw", "x", "--seed", str(2**63)], f"--seed={2**63} must be < {2**63}"),
         (["--draw", "x", "--audio_n_steps", "3"], "--audio_n_steps has no effect without --speak or --prompts"),
         (["--draw", "x", "--input_task", "draw"], "--input_task has no effect with input=''"),
         (["--draw", "x", "--stream", "--batch_size", "2"], "--batch_size has no effect with stream=True"),

@@ -199,7 +199,8 @@ def test_what_cannot_be_said_is_named(say, tmp_path, caplog):
     with pytest.raises(ValueError, match="--speaker is needed; the model knows ann, bob"):
         say("--text", "Goodbye.")
     with pytest.raises(ValueError, match=r"--speaker 'anna' is unknown; did you mean 'ann'"):
-        say("--text", "Goodbye.", "--speaker", "anna")
+        say("--text", "Goodbye.", "--speaker", "anna", name="wrong")
+    assert not (tmp_path / "wrong").exists()
     with pytest.raises(ValueError, match="--language: language 'de' is unknown; known: en-us"):
         say("--text", "Goodbye.", "--speaker", "ann", "--language", "de")
     (tmp_path / "empty.txt").write_text("\n")

@@ -278,6 +278,7 @@ def test_dry_run_prints_and_trains_nothing(common, text_cache, tmp_path, capsys)
         ),
         ("--sample_tokens 4 --n_samples 0", "--sample_tokens has no effect"),
         ("--sequence_length 1", "--sequence_length=1 must be > 1"),
+        ("--seed 4294967296", "--seed=4294967296 must be < 4294967296"),
         (
             "--recurrent_steps_per_rank --use_deepspeed --deepspeed_config ds_config_zero-3.json",
             "use stage 2 or below",

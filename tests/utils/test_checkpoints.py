@@ -42,6 +42,8 @@ def test_half_written_is_passed_over(tmp_path):
     assert newest_complete(tmp_path) == whole == resolve_checkpoint(tmp_path)
     with pytest.raises(FileNotFoundError, match="not written completely"):
         resolve_checkpoint(tmp_path / "checkpoint-10")
+    with pytest.raises(FileNotFoundError, match=r"stage\.json: it is a file"):
+        resolve_checkpoint(whole / "stage.json")
 
 
 def test_truncated_or_missing_file_is_not_complete(tmp_path):

@@ -3,6 +3,7 @@
 M mel bins, F mel frames, Y X rows and columns, Z latent channels, L latent frames.
 """
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from dataset_loading.audio.signal import is_silent
 from dataset_loading.image.pixels import decode_image, fit_image, to_float, to_tensor
 from dataset_loading.text.tokenizers import document_encoder, load_tokenizer
 from model.audio.spectral import LogMel, analyse
@@ -32,6 +34,8 @@ from utils.checkpoints import WeightsKind, load_model, read_stage, resolve_check
 from utils.generation.audio import read_waveform
 from utils.generation.audio_diffusion import AudioPipeline, load_matching_vocoder
 from utils.generation.latents import Media, find_vae, load_vae, standardized_posterior
+
+logger = logging.getLogger(__name__)
 
 PLACEHOLDER = re.compile(r"(<(?:image|audio):[^>]*>)")  # A file within a prompt.
 # What looks like one, such as without its end, and is no address.
@@ -169,6 +173,11 @@ class MultimodalPipeline:
             waveform = read_waveform(Path(file), settings.sample_rate)
         except (OSError, ValueError) as error:
             raise ValueError(f"audio {str(file)!r} cannot be read: {error}") from error
+        if len(waveform) < settings.min_samples:
+            seconds, least = (n / settings.sample_rate for n in (len(waveform), settings.min_samples))
+            raise ValueError(f"audio {str(file)!r} lasts {seconds:.4f} s; give at least {least:.3f} s")
+        if is_silent(waveform, settings.sample_rate):
+            logger.warning("audio %r is silent; the answer says nothing of it", str(file))
         part = self.audio_part(analyse(waveform, LogMel(settings)))
         try:
             check_span(self.model.config, part)

@@ -195,12 +195,14 @@ class SpeechPipeline(AudioPipeline):
             for text, mel in zip(batch, self.decode(latents, durations.sum(1), [speaker] * len(batch))):
                 yield text, self.vocode(mel)
 
-    def speakable(self, text: str, language: str = "") -> list[str]:
+    def speakable(self, text: str, language: str = "", speaker: str | None = None) -> list[str]:
         """The sentences of a text that have something to say; the others are named in a warning.
 
-        Raises: ValueError: see `language_of` and `check_unicode`.
+        Raises: ValueError: see `language_of`, `check_unicode`, and where a speaker is given `speaker_place`.
         """
         check_unicode(text)
+        if speaker is not None:
+            self.speaker_place(speaker)
         sentences, language = split_sentences(text), self.language_of(language)
         if not sentences:
             logger.warning("nothing to say in the text %r: left out", text)

@@ -19,6 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, set_seed
 
 from dataset_loading.collators import collate_stack
+from dataset_loading.epoch_sampler import EpochSampler
 from dataset_loading.remote import local_path, open_remote
 from utils.checkpoints import (
     check_files,
@@ -92,9 +93,13 @@ class Stage:
         return []
 
     def count_steps(self, dataset: Dataset, n_ranks: int) -> tuple[int, str]:
-        """Optimizer steps of a run on so many processes, and what one of them holds, in words."""
+        """Optimizer steps of a run on so many processes, and what one of them holds, in words.
+
+        Raises: ValueError: a step has more samples than there are.
+        """
         per_step = self.args.batch_size * self.args.gradient_accumulation_steps * n_ranks
         epochs, max_steps = self.args.num_train_epochs, self.args.max_steps
+        EpochSampler(len(dataset), per_step, self.args.seed)  # Raises where a step has more samples than there are.
         return expected_steps(len(dataset), per_step, epochs=epochs, max_steps=max_steps), f"{per_step} samples"
 
     def extra_record(self) -> dict[str, Any]:
