@@ -194,5 +194,7 @@ def test_prompt_files(tmp_path):
     file.write_bytes("\ufeffone\r\n two\u2028still two\n\nthree\x0b\x0c".encode())
     assert read_prompts(file) == ["one", " two\u2028still two", "three\x0b\x0c"]
     file.write_bytes(b"caf\xe9\n")
-    with pytest.raises(ValueError, match=r"prompts.txt is not UTF-8 \("):
+    with pytest.raises(ValueError, match=r"prompts.txt: line 1 is not UTF-8 \(.* convert"):
         read_prompts(file)
+    file.write_bytes("é\nzwei\n".encode("utf-16"))
+    assert read_prompts(file) == ["é", "zwei"]

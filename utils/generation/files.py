@@ -9,7 +9,9 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dataset_loading.left_out import survey_folder
 from dataset_loading.sources import walk
+from dataset_loading.tables import decode_text
 from utils.checkpoints import provenance, write_json
 from utils.options import declared_fields
 
@@ -33,8 +35,8 @@ def claim_folder(output_dir: str, args: Any) -> Path:
         try:
             folder.mkdir(parents=True, exist_ok=number == 1)  # Other folders may hold inputs.
         except FileExistsError:
-            if number == 1:  # A file.
-                raise
+            if number == 1:
+                raise FileExistsError(f"--output_dir {base} is a file; name a folder") from None
             continue
         if (folder / SHEET).exists():
             continue
@@ -56,7 +58,9 @@ def find_inputs(names: Iterable[str], suffixes: Collection[str]) -> dict[str, Pa
     for name in map(Path, names):
         if not name.exists():
             raise FileNotFoundError(f"{name} does not exist")
-        files = walk(name, suffixes) if name.is_dir() else [name]
+        files = list(walk(name, suffixes)) if name.is_dir() else [name]
+        if name.is_dir() and (left_out := survey_folder(name, used=files, suffixes=suffixes)):
+            logger.warning("left out of %s: %s", name, left_out)
         for file in files:
             # The path within the folder as a name; repeated names are numbered from 2.
             inside = file.relative_to(name) if name.is_dir() else Path(name.name)
@@ -66,6 +70,33 @@ def find_inputs(names: Iterable[str], suffixes: Collection[str]) -> dict[str, Pa
     if not inputs:
         raise FileNotFoundError(f"no inputs in {', '.join(names)}; known suffixes: {' '.join(sorted(suffixes))}")
     return inputs
+
+
+def lines_of(content: bytes, place: str) -> list[str]:
+    """The lines of a UTF-8 or UTF-16 file that are not blank.
+
+    Args: place: flag and file, for errors.
+    Raises: ValueError: there are none, or a line is not UTF-8.
+    """
+    try:
+        text = decode_text(content)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    # str.splitlines would also split at characters that prompts may contain, such as U+2028.
+    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"{place} has no line with text")
+    return lines
+
+
+def check_unicode(*texts: str) -> None:
+    """Raises: ValueError: a text that came from bytes which are no UTF-8, as a shell or standard input may give."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            readable = text[:60].encode("ascii", "backslashreplace").decode()
+            raise ValueError(f"the text '{readable}' is not UTF-8; give it in UTF-8") from error
 
 
 def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:

@@ -18,7 +18,8 @@ from model.audio.diffusion import AudioDiffusion
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from model.text.phonemes import SpeechTokenizer, split_clauses
-from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments, check_unicode
+from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments
+from utils.generation.files import check_unicode, lines_of
 from utils.options import option, suggest
 
 logger = logging.getLogger(__name__)
@@ -217,17 +218,12 @@ class SpeechPipeline(AudioPipeline):
 
 
 def read_texts(path: str) -> list[str]:
-    """Texts of a UTF-8 file, one a line, blank lines left out; "-" is standard input, "" no file.
+    """Texts of a UTF-8 or UTF-16 file, one a line, blank lines left out; "-" is standard input, "" no file.
 
     Raises: FileNotFoundError: no such file. ValueError: not UTF-8, or no text; the message names the file.
     """
     if not path:
         return []
-    try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--input {path} is not UTF-8 ({error}); save it as UTF-8") from error
-    texts = [line.strip() for line in text.splitlines() if line.strip()]
-    if not texts:
-        raise ValueError(f"--input {path} has no line with text")
-    return texts
+    # Bytes of standard input that are not UTF-8 arrive as surrogates.
+    content = sys.stdin.read().encode("utf-8", "surrogateescape") if path == "-" else Path(path).read_bytes()
+    return [line.strip() for line in lines_of(content, f"--input {path}")]

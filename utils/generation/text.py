@@ -39,6 +39,7 @@ from utils.checkpoints import (
     read_stage,
     resolve_checkpoint,
 )
+from utils.generation.files import lines_of
 from utils.options import option
 
 logger = logging.getLogger(__name__)
@@ -100,19 +101,11 @@ def copy_seed(seed: int, copy: int) -> int:
 
 
 def read_prompts(path: str | Path) -> list[str]:
-    """The lines of a UTF-8 file that are not blank.
+    """The lines of a UTF-8 or UTF-16 file that are not blank.
 
-    Raises: ValueError: it has none, or is not UTF-8; the message names the file.
+    Raises: ValueError: it has none, or is neither; the message names file and line.
     """
-    try:
-        text = Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--prompt_file {path} is not UTF-8 ({error}); save it as UTF-8") from error
-    # str.splitlines would also split at characters that prompts may contain, such as U+2028.
-    lines = [line.removesuffix("\r") for line in text.split("\n") if line.strip()]
-    if not lines:
-        raise ValueError(f"--prompt_file {path} has no line with text")
-    return lines
+    return lines_of(Path(path).read_bytes(), f"--prompt_file {path}")
 
 
 def file_stem(number: int, prompt: str, seed: int) -> str:
