@@ -41,7 +41,7 @@ class StageArguments:
     eval_batch_size: int = option(16, "samples per batch and process in evaluation", gt=0)
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", gt=0)
     num_workers: int = option(0, "data loading processes per rank; 0: in the training process", ge=0)
-    seed: int = option(42, "seed of weights, data order and noise", ge=0)
+    seed: int = option(42, "seed of weights, data order and noise", ge=0, lt=2**32)
 
     # Optimizer.
     learning_rate: float = option(1e-4, "peak learning rate of AdamW", gt=0)

@@ -285,6 +285,7 @@ def test_a_dry_run_misses_texts_that_do_not_exist(tmp_path, caplog):
         ),
         ("--sample_tokens 4 --n_samples 0", "--sample_tokens has no effect"),
         ("--sequence_length 1", "--sequence_length=1 must be > 1"),
+        ("--seed 4294967296", "--seed=4294967296 must be < 4294967296"),
         (
             "--recurrent_steps_per_rank --use_deepspeed --deepspeed_config ds_config_zero-3.json",
             "use stage 2 or below",

@@ -57,7 +57,7 @@ N_COPIES = 3  # generated images per caption on the contact sheet
 class ImageDiffusionEvaluationArguments(PipelineArguments, ImageEvaluationArguments):
     """Flags of the evaluation of text to image."""
 
-    seed: int = option(0, "seed of the generated images", ge=0)
+    seed: int = option(0, "seed of the generated images", ge=0, lt=2**63)
     compare_with: Literal["real", "reconstruction"] = option(
         "real", "reference of generated images: raw images, if they can be read, or the VAE's reconstructions"
     )

@@ -78,7 +78,7 @@ class PromptArguments(StreamSamplingArguments):
     input_task: Task = option("prompts", "the flag that the lines of the input belong to", only_with=("input", bool))
     batch_size: int = option(16, "prompts that are answered at once", gt=0, only_with=("stream", False))
     stream: bool = option(False, "show texts token by token, one prompt after the other")
-    seed: int = option(0, "seed of the random numbers", ge=0)
+    seed: int = option(0, "seed of the random numbers", ge=0, lt=2**63)
 
     def asked(self) -> set[str]:
         """The flags that have a prompt."""

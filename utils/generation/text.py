@@ -60,7 +60,7 @@ class GenerationArguments:
         only_with=("temperature", bool),
     )
     n_beams: int = option(1, "number of beams of beam search; 1: none", gt=0)
-    seed: int = option(0, "seed of sampling", ge=0, only_with=("temperature", bool))
+    seed: int = option(0, "seed of sampling", ge=0, lt=2**63, only_with=("temperature", bool))
     thinking_steps: int = option(
         0, "recurrent models: thinking steps per token, the maximum with exits; 0: the model's own", ge=0
     )

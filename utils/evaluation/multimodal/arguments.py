@@ -63,7 +63,7 @@ class MultimodalEvaluationArguments(ContactSheetArguments, BatchedEvaluationArgu
     exit_criterion: Literal["own", "latent_difference"] = option(
         "own", "criterion of early exits; own: the model's", only_with=("exit_thresholds", bool)
     )
-    seed: int = option(0, "seed of generation, which also depends on the item", ge=0)
+    seed: int = option(0, "seed of generation, which also depends on the item", ge=0, lt=2**63)
 
     def validate_metrics(self):
         expect_values(self, "metrics")
