@@ -95,13 +95,12 @@ def evaluate(args: EvaluateArguments) -> dict:
 
 def write(evaluator: Evaluator, evaluation: Evaluation, report: dict) -> list[Path]:
     """Write metrics.json, images, audio and TensorBoard; returns the paths."""
-    run_dir = evaluator.checkpoint.parent
-    output_dir = Path(evaluator.args.output_dir or run_dir)
+    output_dir = Path(evaluator.args.output_dir or evaluator.checkpoint.parent)
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "metrics.json", report)
     saved = evaluation.save(output_dir)
     # One group of TensorBoard tags per data set, split and kind of weights.
-    log_dir = run_dir / "tensorboard"
+    log_dir = output_dir / "tensorboard"
     group = f"evaluation_{Path(report['data']['folder']).name}_{report['data']['split'] or 'all'}_{report['weights']}"
     with SummaryWriter(str(log_dir)) as writer:
         evaluation.log(writer, group, evaluator.step)

@@ -38,7 +38,7 @@ class ImageDiffusionPreprocessArguments(ImageArguments, BatchedPreprocessArgumen
     horizontal_flip: bool = option(False, "also store the latents of the mirrored image")
     max_tokens: int = option(128, "maximum tokens of a caption (bytes or the text encoder's); the rest is cut", gt=0)
     text_encoder: str = option("", "frozen text encoder whose hidden states are stored, too: local folder or hub name")
-    seed: int = option(42, "seed of the augmentation", ge=0, only_with=("num_augmented_copies", bool))
+    seed: int = option(42, "seed of the augmentation", ge=0, lt=2**63, only_with=("num_augmented_copies", bool))
 
     def validate_vae(self):
         if not self.vae_checkpoint:

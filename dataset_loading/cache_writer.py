@@ -1,5 +1,6 @@
 """The writing side of a preprocessed folder: atomic files, a journal to continue from, the manifest last."""
 
+import contextlib
 import io
 import json
 import logging
@@ -198,20 +199,28 @@ class Journal:
         self.folder, self.flushed = folder, time.monotonic()
         # A line break first: the last line of a killed run may be cut off.
         self.file = open(folder / JOURNAL, "a", encoding="utf-8")  # noqa: SIM115
-        self.file.write(f"\n{journal_line(header)}")
-        self.file.flush()
+        self.write(f"\n{journal_line(header)}")
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.file.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # Closing tries again to write what could not be written; its error would hide the first one.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+            self.file.close()
+
+    def write(self, lines: str) -> None:
+        """Append lines. Raises: OSError: they cannot be written; it names the journal."""
+        try:
+            self.file.write(lines)
+            self.file.flush()
+        except OSError as error:  # A full disk gives no name.
+            error.filename = self.file.name
+            raise
 
     def add(self, split: str, entries: list[dict[str, Any]]) -> None:
         """List samples whose files are written."""
-        for entry in entries:
-            self.file.write(journal_line([split, entry]))
-        self.file.flush()
+        self.write("".join(journal_line([split, entry]) for entry in entries))
         if time.monotonic() > self.flushed + SYNC_SECONDS:
             sync_file_system(self.folder)
             self.flushed = time.monotonic()

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
-from utils.generation.files import claim_folder
+from utils.generation.files import check_unicode, claim_folder
 from utils.generation.text import GenerationArguments, TextGenerator, copy_seed, read_prompts
 from utils.options import option
 
@@ -46,6 +46,7 @@ def generate(args: GenerateTextArguments) -> None:
     """Continue all prompts, each `--n_texts` times."""
     # Prompts of the command line, then those of the file.
     prompts = [*args.prompts, *(read_prompts(args.prompt_file) if args.prompt_file else [])]
+    check_unicode(*prompts)
     # Copy 0 of every prompt has the given seed, the others seeds derived from it.
     tasks = [(prompt, copy_seed(args.seed, copy)) for prompt in prompts for copy in range(args.n_texts)]
     # The model and its tokenizer.

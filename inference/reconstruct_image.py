@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, to_float, to_tensor
+from dataset_loading.image.pixels import IMAGE_SUFFIXES, check_color, decode_image, to_float, to_tensor
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_image, triple
@@ -39,6 +39,7 @@ class ReconstructionArguments:
     def validate_input(self):
         if not self.checkpoint or not self.input:
             raise ValueError("--checkpoint and --input are needed: a run folder, and image files or folders")
+        check_color("background_color", self.background_color)
 
 
 @torch.inference_mode()
@@ -60,8 +61,7 @@ def reconstruct(args: ReconstructionArguments) -> None:
             reconstruction = reconstruction[..., : image.shape[2], : image.shape[3]].clamp(-1, 1)
             # The sheet, the file and the PSNR of this image.
             images, value = triple(reconstruction[0], image[0]), psnr(reconstruction, image).item()
-            if len(groups) < MAX_ROWS:
-                groups.append(Group(images, f"{value:.1f} dB  {name}"))
+            groups += [Group(images, f"{value:.1f} dB  {name}")] if len(groups) < MAX_ROWS else []
             output = folder / f"{name}_reconstruction.png"
             save_image(images[1], output)
             records.append({"input": str(file), "file": output.name, "psnr_db": value})

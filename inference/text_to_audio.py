@@ -37,7 +37,7 @@ class TextToAudioArguments(AudioSamplingArguments):
     seconds: float = option(0.0, "length of the sounds; 0: the median of the training clips", ge=0)
     n_steps: int = option(20, "sampling steps", gt=0)
     guidance_scale: float = option(3.0, "scale of classifier-free guidance; 1: none", ge=0)
-    seed: int = option(0, "seed of the noise", ge=0)
+    seed: int = option(0, "seed of the noise", ge=0, lt=2**63)
     n_sounds: int = option(1, "sounds per prompt, with seeds seed, seed + 1, ...", gt=0)
     batch_size: int = option(4, "sounds that are made at once", gt=0)
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")

@@ -46,13 +46,13 @@ class TextToImageArguments(PipelineArguments):
 def generate(args: TextToImageArguments) -> None:
     """Generate an image for every prompt and seed."""
     prompts = [*args.prompts, *(map(str.strip, read_prompts(args.prompt_file)) if args.prompt_file else [])]
-    seeds = args.seeds or list(range(args.n_images))
+    seeds = list(dict.fromkeys(args.seeds)) or list(range(args.n_images))  # A seed given twice gives one image.
     checkpoint = resolve_checkpoint(args.checkpoint)
     weights = chosen_weights(checkpoint, args)  # averaged ones, if they were saved
     device = str(compute_device())
-    pipeline = TextToImagePipeline.load(
-        checkpoint, args.vae_checkpoint, args.text_encoder, weights=weights, device=device
-    )
+    options = {"weights": weights, "device": device}
+    pipeline = TextToImagePipeline.load(checkpoint, args.vae_checkpoint, args.text_encoder, **options)
+    pipeline.check_prompts(prompts)
     folder = claim_folder(args.output_dir, args)
     # Every prompt with every seed, in batches; images of the first prompts are kept for the sheet.
     tasks = [(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]

@@ -26,6 +26,7 @@ from dataset_loading.tables import (
     JSON_SUFFIXES,
     OPENERS,
     TABLE_SUFFIXES,
+    TO_UTF8,
     DamagedFileError,
     damages,
     iterate_table,
@@ -83,6 +84,7 @@ def open_text(
     text_column: str = "text",
     config: str = "",
     split: str = "train",
+    is_held_out: bool = False,
     digests: Digests | None = None,
 ) -> TextSource:
     """Open a source of documents.
@@ -92,6 +94,7 @@ def open_text(
         text_column: column with the text in tables and hub datasets.
         config: configuration of a hub dataset.
         split: split of a hub dataset, or of a folder that has `train/`, `validation/`, ...
+        is_held_out: whether a folder whose names say no split is taken as a whole.
         digests: hashes of files that an earlier start remembered.
     Raises:
         FileNotFoundError: there is nothing, or nothing that is known as text; the message lists the endings.
@@ -100,16 +103,16 @@ def open_text(
     if name == EMBEDDED:
         return open_topics()
     # A name that looks like a path is one; any other may be a hub name.
+    check_path(name)
     path = Path(name).expanduser()
     known = (*TEXT_SUFFIXES, *TABLE_SUFFIXES)
     if not path.exists():
-        if name.startswith((".", "/", "~")) or name.count("/") > 1 or suffix_of(path) in known:
-            raise FileNotFoundError(f"{name} does not exist")
         return open_hub(name, split, text_column=text_column, config=config)
     regular_state(path)
     splits = split_files(path) if path.is_dir() else {}
     files = [path] if path.is_file() else []
     if splits:
+        split = "train" if is_held_out and list(splits) == ["train"] else split
         files = splits[choose_split(str(path), split, list(splits))]
     if not files or (path.is_file() and suffix_of(path) not in known):
         endings = f"{' '.join(known)}, also with {' '.join(OPENERS)}"
@@ -128,6 +131,14 @@ def open_text(
     identity, licence = f"{path.resolve().name}@{digest}", read_licence(path)
     read = partial(read_files, root, files, text_column)
     return TextSource(identity, licence, read, list(splits), n_files=len(files), left_out=left_out)
+
+
+def check_path(name: str) -> None:
+    """Raises: FileNotFoundError: a name that looks like a path, and not like that of a hub dataset, does not exist."""
+    path = Path(name).expanduser()
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if (is_path or suffix_of(path) in (*TEXT_SUFFIXES, *TABLE_SUFFIXES)) and not path.exists():
+        raise FileNotFoundError(f"{name} does not exist")
 
 
 def find_validation_split(source: TextSource, split: str) -> str:
@@ -231,8 +242,11 @@ def document(key: str, value: Any) -> Document:
         return Document(key, "", EMPTY)
     try:
         value.encode()
-    except UnicodeEncodeError as error:  # Lone surrogates; those of a table stand for bytes.
-        return Document(key, "", f"not UTF-8: {error}")
+    except UnicodeEncodeError as error:  # Lone surrogates; some of a table stand for bytes.
+        code = ord(value[error.start])
+        if 0xDC80 <= code <= 0xDCFF:
+            return Document(key, "", f"byte 0x{code - 0xDC00:02x} is not UTF-8; convert the file with {TO_UTF8}")
+        return Document(key, "", f"not UTF-8: character {error.start + 1} is half of a pair, \\u{code:04x}; remove it")
     return Document(key, value)
 
 

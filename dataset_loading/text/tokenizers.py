@@ -121,6 +121,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """
     path = Path(name).expanduser()
     # A file alone does not say which tokens begin and end a text; with the files beside it, its folder is loaded.
+    if path.is_file() and path.suffix != ".json":
+        remedy = "give that file, or its folder; save_pretrained of transformers converts others"
+        raise FileNotFoundError(f"tokenizer={name!r} is no tokenizer.json; {remedy}")
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"tokenizer={name!r} is neither 'bytes' nor 'bpe', and does not exist")
     is_alone = path.is_file() and not (path.parent / "tokenizer_config.json").is_file()
     try:
         if is_alone or (path.is_dir() and [file.name for file in path.glob("*.json")] == [TOKENIZER_FILE]):
@@ -130,6 +135,11 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
             tokenizer = AutoTokenizer.from_pretrained(str(place) if path.exists() else name)
     except Exception as error:  # A damaged tokenizer.json raises errors of many types.
         reason = str(error).partition("\n")[0]
+        if path.is_dir() and not (path / TOKENIZER_FILE).exists():
+            checkpoint = next(iter(sorted(path.glob("checkpoint-*"))), None)
+            reason = (
+                f"the folder has no tokenizer.json{f'; name a checkpoint, such as {checkpoint}' * bool(checkpoint)}"
+            )
         raise FileNotFoundError(
             f"tokenizer={name!r} is neither 'bytes' nor 'bpe', and transformers cannot load it: {reason}"
         ) from error

@@ -24,6 +24,7 @@ from dataset_loading.files import (
     replacing,
     with_digest,
 )
+from dataset_loading.left_out import LeftOut
 from dataset_loading.text import tokenizers
 from dataset_loading.text.digests import Digests
 from dataset_loading.text.encoding import BATCH_BYTES, write_splits
@@ -122,10 +123,13 @@ def prepare_text(
     read = partial(open_text, text_column=text_column, config=dataset_config, digests=digests)
     corpus = Corpus(read(source, split=dataset_split))
     if validation_source:
-        corpus.validation = read(validation_source, split=validation_split)
+        corpus.validation = read(
+            validation_source, split=validation_split, is_held_out=validation_split == "validation"
+        )
     elif validation_fraction is None and (split := find_validation_split(corpus.training, dataset_split)):
         logger.info("%s: its own split %r is held out; validation_fraction is unused", source, split)
         corpus.validation, corpus.own_split = read(source, split=split), split
+        corpus.validation.left_out = LeftOut()  # What the folder holds beside its splits counts once.
 
     existing = None if tokenizer == "bpe" else load(tokenizer)
     options = {"text_column": text_column, "vocab_size": vocab_size, "tokenizer_sample_bytes": tokenizer_sample_bytes}

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from dataset_loading.audio.conditions import DescribedAudioDataset
-from dataset_loading.cache_writer import sample_key
+from dataset_loading.cache_writer import Journal, sample_key
 from dataset_loading.files import (
     fingerprint,
     fingerprint_of_bytes,
@@ -155,3 +155,10 @@ def test_fingerprint_of_a_text_encoder(tmp_path):
     for name, tensor in sorted(encoder.model.state_dict().items()):
         content += name.encode() + np.asarray(tensor).tobytes()
     assert text_encoder_fingerprint(encoder) == sha256(content)[:16]
+
+
+def test_a_full_disk_names_the_journal(tmp_path):
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"), Journal(tmp_path, {}) as journal:
+        journal.file.close()
+        journal.file = open("/dev/full", "a", encoding="utf-8")  # noqa: SIM115
+        journal.add("train", [{"key": "a"}])

@@ -101,3 +101,7 @@ def test_flags_that_are_needed(capsys):
     with pytest.raises(SystemExit):
         parse_arguments(ReconstructionArguments, ["--checkpoint", "runs/x"], "")
     assert "--checkpoint and --input are needed" in capsys.readouterr().err
+    words = ["--checkpoint", "runs/x", "--input", "a.png", "--background_color", "#12"]
+    with pytest.raises(SystemExit):
+        parse_arguments(ReconstructionArguments, words, "")
+    assert "--background_color='#12'" in capsys.readouterr().err

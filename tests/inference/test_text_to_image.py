@@ -84,6 +84,7 @@ def test_flags_that_are_needed_or_have_no_effect(capsys):
             ["--checkpoint", "runs/x", "--prompts", "a", "--seeds", "1", "--n_images", "2"],
             "--n_images has no effect",
         ),
+        (["--checkpoint", "runs/x", "--prompts", "a", "--seeds", str(2**63)], "--seeds"),
     ):
         with pytest.raises(SystemExit):
             parse_arguments(TextToImageArguments, words, "")
@@ -97,3 +98,15 @@ def test_another_stage_and_an_empty_file_are_refused(run, checkpoint, latent_cac
     vae = next((latent_cache.parent / "vae").glob("checkpoint-*"))
     with pytest.raises(ValueError, match="text to image needs image_diffusion"):
         run("out", "--prompts", "a", "--checkpoint", vae)
+
+
+def test_prompts_and_seeds_and_folders_that_do_not_fit(run, tmp_path, caplog):
+    settings, _ = run("long", "--prompts", "a", "a " * 500, "--seeds", 1, 1)
+    assert [record.args[0] for record in caplog.records if "is not read" in record.msg] == ["a " * 500]
+    assert [image["seed"] for image in settings["images"]] == [1, 1] and settings["seeds"] == [1]
+    with pytest.raises(ValueError, match=r"'caf\\udce9' is not UTF-8"):
+        run("none", "--prompts", "a", "caf\udce9")
+    (tmp_path / "file").touch()
+    with pytest.raises(FileExistsError, match=r"--output_dir .*file is a file; name a folder"):
+        run("file", "--prompts", "a")
+    assert not (tmp_path / "none").exists()

@@ -172,7 +172,7 @@ def test_a_numbered_folder_may_hold_inputs(run, tmp_path):
     assert [file.read_bytes() for file in (tmp_path / "out_2").iterdir()] == [before]
 
 
-def test_every_input_has_a_name_of_its_own(tmp_path):
+def test_every_input_has_a_name_of_its_own_and_others_are_said(tmp_path, caplog):
     files = [tmp_path / name for name in ("n1/a.flac", "n1/a.wav", "n1/a_2.wav", "n2/a.wav", "n2/deep/b.wav")]
     for file in files:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -181,6 +181,7 @@ def test_every_input_has_a_name_of_its_own(tmp_path):
     found = find_inputs([str(tmp_path / "n1"), str(tmp_path / "n2"), str(files[0])], [".wav", ".flac"])
     assert list(found.values()) == [*files, files[0]]
     assert list(found) == ["a", "a_2", "a_2_2", "a_3", "deep__b", "a_4"]
+    assert [record.args[0] for record in caplog.records] == [tmp_path / "n2"] and "notes.txt" in caplog.text
 
 
 def test_inputs_are_never_written_over(run, tmp_path):

@@ -263,6 +263,13 @@ def test_dry_run_prints_and_trains_nothing(common, text_cache, tmp_path, capsys)
     assert not list(tmp_path.iterdir())
 
 
+def test_a_dry_run_misses_texts_that_do_not_exist(tmp_path, caplog):
+    words = ["--text_dataset", str(tmp_path / "nowhere"), "--cached_dataset", str(tmp_path / "cache"), "--dry_run"]
+    with pytest.raises(SystemExit):
+        MultimodalStage.main(words)
+    assert "nowhere does not exist" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -56,7 +56,7 @@ class AudioDiffusionEvaluationArguments(AudioPipelineEvaluationArguments):
     metrics: list[SpeechMetric] = option(
         list(get_args(SpeechMetric)), "metrics; wer: WER and CER, about a second per clip and row; mos: DistillMOS"
     )
-    seed: int = option(0, "seed of the noise, which also depends on the clip, and of the bootstrap", ge=0)
+    seed: int = option(0, "seed of the noise, which also depends on the clip, and of the bootstrap", ge=0, lt=2**63)
     waveforms: str = option(
         "", "folder of the same clips made by preprocess_audio_vocoder_dataset.py, for the rows of recordings"
     )

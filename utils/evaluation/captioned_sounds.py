@@ -42,7 +42,7 @@ class CaptionEvaluationArguments(AudioPipelineEvaluationArguments):
 
     n_steps: int = option(20, "sampling steps", gt=0)
     guidance_scale: float = option(3.0, "scale of classifier-free guidance; 1: none", ge=0)
-    seed: int = option(0, "seed of the noise, which also depends on the clip", ge=0)
+    seed: int = option(0, "seed of the noise, which also depends on the clip", ge=0, lt=2**63)
     text_encoder: str = option("", "folder or hub name of the captions' text encoder; default: as recorded")
     training_samples: int = option(
         5000, "training clips, spread evenly, for the probe and the nearest neighbours; 0: all", ge=0

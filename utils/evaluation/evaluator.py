@@ -48,7 +48,7 @@ class EvaluationArguments:
 
     # How, and where the results go.
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
-    output_dir: str = option("", "folder of metrics.json, images and audio; default: the run's folder")
+    output_dir: str = option("", "folder of metrics.json, images, audio and TensorBoard; default: the run's folder")
 
     given: ClassVar[list[str]]  # names of the flags that were given, set by `parse_arguments`
 

@@ -199,15 +199,6 @@ class AudioPipeline:
         return waveform[0, : n_frames * settings.hop_length].float().cpu()
 
 
-def check_unicode(text: str) -> None:
-    """Raises: ValueError: a text that came from bytes which are no UTF-8, as a shell or standard input may give."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        readable = text[:60].encode("ascii", "backslashreplace").decode()
-        raise ValueError(f"the text '{readable}' is not UTF-8; give it in UTF-8") from error
-
-
 def load_matching_vocoder(path: str, mel: MelSettings, owner: str) -> Vocoder | None:
     """The vocoder of a run or checkpoint folder, None for "".
 

@@ -16,7 +16,8 @@ from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import encode_caption
-from utils.generation.audio_diffusion import AudioPipeline, check_unicode
+from utils.generation.audio_diffusion import AudioPipeline
+from utils.generation.files import check_unicode
 from utils.generation.text_encoder import caption_states, load_text_encoder
 
 STRETCH = 1.25  # how far lengths may lie outside those of the training clips, a factor

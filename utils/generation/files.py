@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from dataset_loading.left_out import survey_folder
 from dataset_loading.sources import walk
 from dataset_loading.tables import decode_text
 from utils.checkpoints import provenance, write_json
@@ -90,7 +91,9 @@ def find_inputs(names: Iterable[str], suffixes: Collection[str]) -> dict[str, Pa
     for name in map(Path, names):
         if not name.exists():
             raise FileNotFoundError(f"{name} does not exist")
-        files = walk(name, suffixes) if name.is_dir() else [name]
+        files = list(walk(name, suffixes)) if name.is_dir() else [name]
+        if name.is_dir() and (left_out := survey_folder(name, used=files, suffixes=suffixes)):
+            logger.warning("left out of %s: %s", name, left_out)
         for file in files:
             # The path within the folder as a name; repeated names are numbered from 2.
             inside = file.relative_to(name) if name.is_dir() else Path(name.name)
@@ -100,6 +103,16 @@ def find_inputs(names: Iterable[str], suffixes: Collection[str]) -> dict[str, Pa
     if not inputs:
         raise FileNotFoundError(f"no inputs in {', '.join(names)}; known suffixes: {' '.join(sorted(suffixes))}")
     return inputs
+
+
+def check_unicode(*texts: str) -> None:
+    """Raises: ValueError: a text that came from bytes which are no UTF-8, as a shell or standard input may give."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            readable = text[:60].encode("ascii", "backslashreplace").decode()
+            raise ValueError(f"the text '{readable}' is not UTF-8; give it in UTF-8") from error
 
 
 def refuse_overwriting(inputs: Iterable[Path], outputs: Iterable[Path]) -> None:

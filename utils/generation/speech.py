@@ -16,8 +16,8 @@ from model.audio.diffusion import AudioDiffusion
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from model.text.phonemes import SpeechTokenizer, split_clauses
-from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments, check_unicode
-from utils.generation.files import read_lines
+from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments
+from utils.generation.files import check_unicode, read_lines
 from utils.options import option, suggest
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class VoiceArguments(AudioSamplingArguments):
     speaker: str = option("", "name of the speaker, for a model of several")
     language: str = option("", "language of the texts, for a model of several; default: that of its --language")
     speed: float = option(1.0, "tempo: 1 is that of the training data, 2 twice as fast", ge=0.25, le=4)
-    seed: int = option(0, "seed of the noise", ge=0)
+    seed: int = option(0, "seed of the noise", ge=0, lt=2**63)
     batch_size: int = option(1, "sentences that are spoken at once", gt=0)
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
 

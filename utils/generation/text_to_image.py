@@ -18,9 +18,10 @@ from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import TOKENS_MULTIPLE, encode_caption, pad_tokens
 from model.vae import VAE
 from utils.checkpoints import WeightsKind, data_of, load_model, read_stage, resolve_checkpoint
+from utils.generation.files import check_unicode
 from utils.generation.latents import find_vae, load_vae
 from utils.generation.sampling import check_interval, interval_option
-from utils.generation.text_encoder import load_text_encoder
+from utils.generation.text_encoder import load_text_encoder, lost_by_cut
 from utils.options import option, other_than_one
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,14 @@ class TextToImagePipeline:
     def device(self) -> torch.device:
         """The device of the models."""
         return self.model.device
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Warn of captions whose end is not read. Raises: ValueError: one is not UTF-8."""
+        check_unicode(*prompts)
+        limit = self.model.config.max_tokens
+        for prompt in prompts:
+            if lost_by_cut(prompt, limit, self.text_encoder):
+                logger.warning("%.60r has more tokens than the %d of the model; the rest is not read", prompt, limit)
 
     def text_inputs(self, prompts: Sequence[str]) -> dict[str, Tensor]:
         """The model's text inputs for captions: tokens (B, T) or frozen states (B, T, E), and their mask (B, T)."""

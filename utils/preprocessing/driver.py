@@ -96,7 +96,7 @@ class PreprocessArguments:
     # Output.
     output_dir: str = option("", "output folder; default: cached_datasets/<stage>")
     num_augmented_copies: int = option(0, "augmented copies of a training sample, in addition to the original", ge=0)
-    seed: int = option(42, "seed of the augmentation", ge=0)
+    seed: int = option(42, "seed of the augmentation", ge=0, lt=2**63)
     num_workers: int = option(-1, "worker processes; 0: the main process alone; -1: one per CPU", ge=-1)
     max_broken_fraction: float = option(0.01, "maximum fraction of broken raw files", ge=0, le=1)
     keep_duplicates: bool = option(False, "also train on files that equal one of the validation split")

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dataset_loading.text.sources import check_path
 from dataset_loading.text.tokenizers import document_ends
 from dataset_loading.text.windows import TextDataset, prepare_text
 from utils.checkpoints import read_stage, resolve_checkpoint
@@ -96,12 +97,14 @@ def tokenize_texts(args: Any, folder: Path) -> None:
 def untokenized(args: Any, folder: Path) -> str:
     """What `tokenize_texts` would write, in words; "" where the folder is there.
 
-    Raises: FileNotFoundError: no texts are named, and the folder is not there.
+    Raises: FileNotFoundError: no texts are named, or they do not exist, and the folder is not there.
     """
     if folder.exists():
         return ""
     if not args.text_dataset:
         raise FileNotFoundError(f"{folder} does not exist; name texts with --text_dataset, which are prepared there")
+    for name in filter(None, (args.text_dataset, args.validation_dataset)):
+        check_path(name)
     trained = f", which is trained for {args.tokenizer_vocab_size:,} tokens" if args.tokenizer == "bpe" else ""
     return f"{args.text_dataset}, tokenised by {args.tokenizer!r}{trained}, in {folder}"
 

@@ -115,3 +115,35 @@ def test_links_count_as_files_only_with_an_ending_that_is_read(tmp_path):
     left_out = open_text(str(tmp_path)).left_out
     assert left_out.unreadable() == [("link leads nowhere", "gone.txt.GZ")]
     assert left_out.counts["ending .pt is not read"] == left_out.counts["ending .gz is not read"] == 1
+
+
+def test_a_folder_of_held_out_texts_needs_no_split_in_its_names(tmp_path):
+    for folder, texts in (("raw", TEXTS), ("held out", ["One held-out text.", "Another."])):
+        (tmp_path / folder).mkdir()
+        for number, text in enumerate(texts):
+            (tmp_path / folder / f"{number}.txt").write_text(text)
+    manifest = prepare(tmp_path / "raw", tmp_path / "out", validation_source=str(tmp_path / "held out"))
+    assert [manifest["totals"][split]["documents"] for split in ("train", "validation")] == [40, 2]
+    with pytest.raises(ValueError, match="has no split 'test'; there is: train"):
+        prepare(
+            tmp_path / "raw",
+            tmp_path / "other",
+            validation_source=str(tmp_path / "held out"),
+            validation_split="test",
+        )
+
+
+def test_what_lies_beside_splits_counts_once(tmp_path):
+    raw = tmp_path / "raw"
+    for name, texts in (("train/a.txt", "one"), ("val/b.txt", "two"), ("photo.heic", "x")):
+        (raw / name).parent.mkdir(parents=True, exist_ok=True)
+        (raw / name).write_text(texts)
+    manifest = prepare(raw, tmp_path / "out")
+    assert manifest["left_out"] == {"ending .heic is not read": {"count": 1, "names": ["photo.heic"]}}
+
+
+def test_bytes_of_a_table_that_are_not_utf8_say_what_to_do(tmp_path):
+    (tmp_path / "t.csv").write_bytes(b"text\ncaf\xe9\n")
+    (tmp_path / "t.jsonl").write_bytes(b'{"text": "half \\ud83d"}\n')
+    assert "byte 0xe9 is not UTF-8; convert the file with iconv" in read(tmp_path / "t.csv")[0]
+    assert r"not UTF-8: character 6 is half of a pair, \ud83d; remove" in read(tmp_path / "t.jsonl")[0]

@@ -159,3 +159,15 @@ def test_later_forks_find_no_threads(monkeypatch):
     monkeypatch.setenv(PARALLEL, "false")
     train_bpe(CORPUS, 260)
     assert os.environ[PARALLEL] == "false"
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path):
+    (tmp_path / "spm.model").write_bytes(b"\x0a\x0e")
+    (tmp_path / "run/checkpoint-2").mkdir(parents=True)
+    for name, message in (
+        ("spm.model", r"is no tokenizer\.json; give that file, or its folder"),
+        ("nowhere/tokenizer.json", "does not exist"),
+        ("run", r"has no tokenizer\.json; name a checkpoint, such as .*checkpoint-2"),
+    ):
+        with pytest.raises(FileNotFoundError, match=message):
+            load_tokenizer(str(tmp_path / name))

@@ -50,6 +50,12 @@ def refused(run, caplog):
     return call
 
 
+def test_an_output_folder_gets_everything(run, checkpoint, tmp_path):
+    before = sorted(checkpoint.parent.rglob("events*"))
+    run()
+    assert list((tmp_path / "tensorboard").glob("events*")) and sorted(checkpoint.parent.rglob("events*")) == before
+
+
 def test_the_report_is_in_the_run_folder_and_complete(report, checkpoint, image_cache):
     written = json.loads((checkpoint.parent / "metrics.json").read_text())
     assert written == report and written["step"] == 4 and written["weights"] == "ema"
