@@ -85,10 +85,7 @@ class AudioVocoderPreprocess(AudioPreprocess, BatchedPreprocess):
 
     def encode_batch(self, examples: list[Example]) -> list[dict[str, torch.Tensor]]:
         """The waveforms with the VAE's log-mels, of latents sampled from the posterior by seed and key of a clip."""
-        if (
-            len(examples) > 1
-            and len(examples) * max(example.data["mel"].shape[1] for example in examples) > MAX_FRAMES
-        ):
+        if len(examples) > 1 and len(examples) * max(row.data["mel"].shape[1] for row in examples) > MAX_FRAMES:
             middle = len(examples) // 2
             return [*self.encode_batch(examples[:middle]), *self.encode_batch(examples[middle:])]
         return self.reconstruct(examples)
