@@ -29,6 +29,8 @@ from utils.preprocessing.driver import Preprocess
 from utils.preprocessing.samples import Example, SkipSampleError
 from utils.seeds import seed_of
 
+MAX_FRAMES = 1 << 16  # Mel frames of a batch with its padding; longer clips come in smaller batches.
+
 
 @dataclasses.dataclass
 class AudioVocoderPreprocessArguments(AudioPreprocessArguments, BatchedPreprocessArguments):
@@ -48,6 +50,7 @@ class AudioVocoderPreprocess(AudioPreprocess, BatchedPreprocess):
     name = "audio_vocoder"  # written to cached_datasets/audio_vocoder
     arguments_class = AudioVocoderPreprocessArguments
     models = ("vae",)
+    chunk = 1
 
     def __init__(self, args: AudioVocoderPreprocessArguments):
         self.vae: AudioVAE | None = None
@@ -80,9 +83,16 @@ class AudioVocoderPreprocess(AudioPreprocess, BatchedPreprocess):
             raise SkipSampleError(f"the VAE knows no speaker {speaker!r} (speakers: {', '.join(self.vae_speakers)})")
         return {"mel": log_mel(example.data, self.mel), "waveform": example.data}
 
-    @torch.inference_mode()
     def encode_batch(self, examples: list[Example]) -> list[dict[str, torch.Tensor]]:
         """The waveforms with the VAE's log-mels, of latents sampled from the posterior by seed and key of a clip."""
+        if len(examples) > 1 and len(examples) * max(row.data["mel"].shape[1] for row in examples) > MAX_FRAMES:
+            middle = len(examples) // 2
+            return [*self.encode_batch(examples[:middle]), *self.encode_batch(examples[middle:])]
+        return self.reconstruct(examples)
+
+    @torch.inference_mode()
+    def reconstruct(self, examples: list[Example]) -> list[dict[str, torch.Tensor]]:
+        """`encode_batch` of a batch that fits into memory."""
         assert self.vae is not None, "nothing is encoded in batches without a VAE"
         vae, names = self.vae.to(compute_device()), self.vae_speakers
         batch = collate_audio([example.data for example in examples], log_floor=self.mel.log_floor)

@@ -11,7 +11,7 @@ inference/text_to_audio.py.
 from functools import cached_property
 
 from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents, latent_settings
-from dataset_loading.audio.pieces import AudioLatentPieces
+from dataset_loading.audio.pieces import EVALUATED_LATENTS, AudioLatentPieces
 from model.audio.diffusion import AudioDiffusion, AudioDiffusionConfig
 from model.presets import AUDIO_DIFFUSION
 from utils.evaluation.spoken_error_rates import SpokenErrorRates
@@ -64,7 +64,9 @@ class AudioDiffusionStage(DiffusionStage):
 
     def build_dataset(self, split, config):
         max_frames = self.args.max_clip_frames if split == "train" else 0
-        return AudioLatentPieces(self.cache_dir, split, max_frames=max_frames)
+        dataset = AudioLatentPieces(self.cache_dir, split, max_frames=max_frames)
+        # Training leaves out what exceeds --batch_frames; the memory of evaluation is bounded, too.
+        return dataset if split == "train" else dataset.without_longer(EVALUATED_LATENTS)
 
     def build_collator(self, config):
         return collate_audio_latents

@@ -98,6 +98,24 @@ def test_neither_batches_nor_workers_nor_a_second_run_change_the_mels(raw, vae, 
     assert not torch.allclose(VocoderDataset(tmp_path / "seed", "train")[0]["mel"], alone[0]["mel"], atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "limit", ["preprocess_audio_vocoder_dataset.MAX_FRAMES", "utils.preprocessing.batched.MAX_BYTES"]
+)
+def test_long_clips_come_in_smaller_batches(raw, vae, caches, tmp_path, monkeypatch, limit):
+    reconstruct, n_frames = AudioVocoderPreprocess.reconstruct, []
+
+    def spy(self, examples):
+        n_frames.append([example.data["mel"].shape[1] for example in examples])
+        return reconstruct(self, examples)
+
+    monkeypatch.setattr(AudioVocoderPreprocess, "reconstruct", spy)
+    monkeypatch.setattr(limit, 1)
+    prepare(raw, tmp_path / "out", "--through_vae", str(vae))
+    small, through = (VocoderDataset(folder, "train") for folder in (tmp_path / "out", caches / "through"))
+    assert {len(lengths) for lengths in n_frames} == {1} and len(n_frames) >= len(through) > 1
+    assert all(torch.allclose(small[i]["mel"], through[i]["mel"], atol=1e-4) for i in range(len(through)))
+
+
 def test_a_vocoder_is_fine_tuned_and_says_on_what(caches, vae, tmp_path, capsys):
     base = save_stage_checkpoint(small_vocoder(), "vocoder", tmp_path / "base")
     flags = "--config tiny --override width=16 n_layers=2 --segment_frames 16 --gan_weight 0 --n_logged_samples 0"

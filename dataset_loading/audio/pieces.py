@@ -4,13 +4,18 @@ Batches by a budget of frames leave out what exceeds the budget, and a clip of a
 Pieces are clips like others: they begin and end with silence, and are whole latent frames.
 """
 
+import logging
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from dataset_loading.audio.latents import AudioLatentDataset
+
+logger = logging.getLogger(__name__)
+
+EVALUATED_LATENTS = 4096  # Latent frames of a validation clip; longer ones are left out.
 
 
 class Piece(NamedTuple):
@@ -70,6 +75,27 @@ class AudioLatentPieces(AudioLatentDataset):
                 self.pieces[clip] = (clip, first)
                 self.pieces += [(clip, piece) for piece in others]
         self.lengths = [-(-(piece.stop - piece.start) // self.multiple) for _, piece in self.pieces]
+
+    def without_longer(self, max_frames: int) -> Self:
+        """Leave out clips of more latent frames, with a warning; for data sets that are not cut.
+
+        Returns: this data set.
+        Raises: ValueError: none is left; names the folder and the longest clip.
+        """
+        longest = max(self.lengths)
+        if longest <= max_frames:
+            return self
+        entries = [entry for entry in self.entries if entry["length"] <= max_frames]
+        message = (
+            f"{self.folder}: {len(self.entries) - len(entries)} of {len(self.entries)} clips of {self.split} have "
+            f"more than {max_frames} latent frames, the longest {longest}"
+        )
+        if not entries:
+            raise ValueError(f"{message}; make the latents of shorter clips, see --segment_seconds")
+        logger.warning("%s; they are left out", message)
+        self.entries, self.lengths = entries, [entry["length"] for entry in entries]
+        self.pieces = [(clip, Piece(0, n)) for clip, n in enumerate(self.mel_lengths())]
+        return self
 
     @property
     def multiple(self) -> int:

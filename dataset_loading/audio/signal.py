@@ -12,7 +12,7 @@ import soundfile
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchaudio.functional import bandreject_biquad, loudness
+from torchaudio.functional import bandreject_biquad, highpass_biquad, loudness, treble_biquad
 from torchaudio.transforms import Resample
 
 from dataset_loading.audio.aac import AV_SUFFIXES
@@ -167,10 +167,37 @@ def measured_loudness(waveform: Tensor, rate: int, measure: LoudnessMeasure) -> 
         return active_level(waveform, rate)
     repeats = math.ceil(BLOCK_SECONDS * rate / len(waveform)) + 1 if len(waveform) < BLOCK_SECONDS * rate else 1
     # The package's filters clip at full scale: the waveform is scaled down and the result shifted back.
-    level = float(loudness(HEADROOM * waveform.repeat(repeats)[None], rate)) - 20 * math.log10(HEADROOM)
+    if len(waveform) > LONG_SAMPLES:
+        level = gated_loudness(block_energies(waveform, rate)) - 20 * math.log10(HEADROOM)
+    else:
+        level = float(loudness(HEADROOM * waveform.repeat(repeats)[None], rate)) - 20 * math.log10(HEADROOM)
     if not math.isfinite(level):
         raise TooQuietError(f"too quiet: no part reaches {LUFS_GATE:g} LUFS, below which BS.1770 measures nothing")
     return level
+
+
+def block_energies(waveform: Tensor, rate: int) -> Tensor:
+    """Mean squares of the K-weighted waveform, scaled by HEADROOM, in blocks of BLOCK_SECONDS that overlap by three
+    quarters (ITU-R BS.1770-4, annex 1), fp64. As `torchaudio.functional.loudness`, in bounded memory."""
+    size = round(BLOCK_SECONDS * rate)
+    step, context, energies = round(size / 4), round(SETTLE_SECONDS * rate), []
+    n_blocks, n_at_once = (len(waveform) - size) // step + 1, max(1, LONG_SAMPLES // size)
+    for start in range(0, n_blocks, n_at_once):
+        stop = min(start + n_at_once, n_blocks)
+        # The filters settle on what lies before the first block.
+        first, last = start * step, (stop - 1) * step + size
+        piece = HEADROOM * waveform[max(0, first - context) : last]
+        piece = highpass_biquad(treble_biquad(piece, rate, 4.0, 1500.0, 0.5**0.5), rate, 38.0, 0.5)
+        energies.append(piece[-(last - first) :].square().unfold(0, size, step).mean(1).double())
+    return torch.cat(energies)
+
+
+def gated_loudness(energies: Tensor) -> float:
+    """Loudness in LUFS of block energies: the mean of those above -70 LUFS, then of those at most 10 LU below it."""
+    levels = 10 * energies.log10() - 0.691
+    audible = energies[levels > LUFS_GATE]
+    gate = 10 * audible.mean().log10() - 0.691 - 10
+    return float(10 * energies[(levels > LUFS_GATE) & (levels > gate)].mean().log10() - 0.691)
 
 
 # ---- Conditioning.

@@ -180,7 +180,8 @@ class AudioVAE(VAE):
         mel = F.pad(mel.float(), (0, n_padded), value=self.config.mel.log_floor)
         mel = mel.where(valid_frames(n_frames, mel.shape[-1])[:, None], self.config.mel.log_floor)
         mask = self.latent_mask(n_frames, mel.shape[-1] // self.config.compression)
-        mean, logvar = self.encoder(self.to_patches(self.normalize_mel(mel)), mask, self.embed_speaker(speaker))
+        patches = self.to_patches(self.normalize_mel(mel))
+        mean, logvar = self.encoder.in_windows(patches, mask, self.embed_speaker(speaker))
         return (mean * mask).movedim(-1, 1), (logvar * mask).movedim(-1, 1)
 
     def decode(self, latents: Tensor, n_frames: Tensor | None = None, speaker: Tensor | None = None) -> Tensor:
@@ -209,7 +210,7 @@ class AudioVAE(VAE):
         """As `decode`, without checks and without cutting: (B, M, L * c)."""
         mask = self.latent_mask(n_frames, latents.shape[-1])
         # Latents of padding are zero, as those of `encode`.
-        patches = self.decoder(latents.movedim(1, -1) * mask, mask, self.embed_speaker(speaker))
+        (patches,) = self.decoder.in_windows(latents.movedim(1, -1) * mask, mask, self.embed_speaker(speaker))
         mel = self.denormalize_mel(self.from_patches(patches))
         return mel.where(valid_frames(n_frames, mel.shape[-1])[:, None], self.config.mel.log_floor)
 

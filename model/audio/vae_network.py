@@ -80,8 +80,14 @@ class PosteriorHead(ZeroLinear):
     LOGVAR = -5.0  # a std of 0.08
 
 
+MAX_VALUES = 1 << 25  # Hidden values of a pass without gradients, 128 MiB in fp32: an hour takes no more memory.
+
+
 class Network(nn.Module):
-    """Stem, blocks, norm: what encoder and decoder share."""
+    """Stem, blocks, norm: what encoder and decoder share.
+
+    Attributes: context: latent frames on either side that an output depends on.
+    """
 
     def __init__(self, config, in_width: int, n_blocks: int):
         super().__init__()
@@ -89,6 +95,7 @@ class Network(nn.Module):
         n_axes = 1 if config.architecture == "conv1d" else 2  # latent frames, or rows and frames
         self.blocks = nn.ModuleList(Block(config, n_axes) for _ in range(n_blocks))
         self.norm = nn.LayerNorm(config.width)
+        self.context = n_blocks * (config.kernel_size // 2)
 
     def hidden(self, x: Tensor, mask: Tensor, speaker: Tensor | None) -> Tensor:
         """(B, [m,] L, in_width) -> (B, [m,] L, D)."""
@@ -96,6 +103,25 @@ class Network(nn.Module):
         for block in self.blocks:
             x = block(x, mask, speaker)
         return F.gelu(self.norm(x.float()))  # norm in fp32
+
+    def in_windows(self, x: Tensor, mask: Tensor, speaker: Tensor | None) -> tuple[Tensor, ...]:
+        """The outputs of `forward`, a single one as a tuple. Those of long inputs come from several passes, each with
+        the context of its latent frames, and are the same but for rounding. Training has one pass.
+
+        Args: as of `forward`.
+        """
+        n_frames, per_frame = x.shape[-2], Block.EXPANSION * self.stem.out_features * x[..., 0, 0].numel()
+        size = max(MAX_VALUES // per_frame, self.context, 1)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or n_frames <= size:
+            size = n_frames
+        passes = []
+        for start in range(0, n_frames, size):
+            first, stop = max(start - self.context, 0), min(start + size, n_frames)
+            window = slice(first, stop + self.context)
+            outputs = self(x[..., window, :], mask[..., window, :], speaker)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            passes.append(tuple(output[..., start - first : stop - first, :] for output in outputs))
+        return passes[0] if len(passes) == 1 else tuple(torch.cat(pieces, -2) for pieces in zip(*passes))
 
 
 class Encoder(Network):

@@ -127,6 +127,7 @@ class AudioLatentsPreprocess(BatchedPreprocess):
     media = "audio"
     suffixes = (".pt",)
     encodes_captions = True
+    chunk = 1
 
     def __init__(self, args: AudioLatentsArguments, mel: MelSettings, *, compression: int, vae_name: str):
         super().__init__(args)

@@ -15,7 +15,9 @@ from torch import Tensor
 from utils.options import option
 from utils.preprocessing.driver import Preprocess, PreprocessArguments
 from utils.preprocessing.samples import Example, Outcome, Prepared, Task
-from utils.preprocessing.workers import map_in_workers
+from utils.preprocessing.workers import CHUNK, map_in_workers
+
+MAX_BYTES = 256 << 20  # Arrays that wait for a batch to be full; long clips come in smaller batches.
 
 
 @dataclasses.dataclass
@@ -31,6 +33,7 @@ class BatchedPreprocess(Preprocess):
 
     arguments_class = BatchedPreprocessArguments
     models: ClassVar[tuple[str, ...]] = ()  # Attributes that stay in the main process.
+    chunk: ClassVar[int] = CHUNK  # Tasks that a worker gets at once, whose arrays are in memory together.
 
     def block_of(self, number: int) -> int:
         # Padding and kernels, which choose by the size of a batch how they round, are those of one process.
@@ -48,7 +51,9 @@ class BatchedPreprocess(Preprocess):
         """As `Preprocess.work`; outcomes with nothing to write come at once, the others batch by batch."""
         # Tasks whose examples do not fill a batch yet, in the order of the source.
         waiting: list[Prepared] = []
-        for prepared in map_in_workers(self.prepare_arrays, tasks, self.args.num_workers):
+        size = 0
+        prepared_tasks = map_in_workers(self.prepare_arrays, tasks, self.args.num_workers, chunk=self.chunk)
+        for prepared in prepared_tasks:
             if not prepared.examples:
                 yield prepared.outcome
                 continue
@@ -57,9 +62,10 @@ class BatchedPreprocess(Preprocess):
                 yield from self.encode_and_write(waiting)
                 waiting = []
             waiting.append(prepared)
-            if sum(len(prepared.examples) for prepared in waiting) >= self.args.batch_size:
+            size += n_bytes(prepared)
+            if sum(len(prepared.examples) for prepared in waiting) >= self.args.batch_size or size >= MAX_BYTES:
                 yield from self.encode_and_write(waiting)
-                waiting = []
+                waiting, size = [], 0
         yield from self.encode_and_write(waiting)
 
     def prepare_arrays(self, task: Task) -> Prepared:
@@ -89,3 +95,8 @@ class BatchedPreprocess(Preprocess):
         remaining = iter(encoded)
         for prepared in waiting:
             yield self.write(prepared.outcome, list(itertools.islice(remaining, len(prepared.examples))))
+
+
+def n_bytes(prepared: Prepared) -> int:
+    """Size of the arrays of a task."""
+    return sum(array.nbytes for example in prepared.examples for array in example.data.values())

@@ -16,12 +16,15 @@ import torch
 CHUNK = 8  # Tasks that a worker gets at once.
 
 
-def map_in_workers(function: Callable[[Any], Any], tasks: Iterable[Any], n_workers: int) -> Iterator[Any]:
+def map_in_workers(
+    function: Callable[[Any], Any], tasks: Iterable[Any], n_workers: int, *, chunk: int = CHUNK
+) -> Iterator[Any]:
     """`map(function, tasks)` by worker processes; results come in the order of the tasks.
 
     Args:
         function: picklable; its results too.
         n_workers: processes; 0: this process does the work; -1: one per CPU.
+        chunk: tasks that a worker gets at once.
     Raises: ChildProcessError: a worker died. What the function raises is raised here.
     """
     n_workers = usable_cpus() if n_workers < 0 else n_workers
@@ -32,8 +35,8 @@ def map_in_workers(function: Callable[[Any], Any], tasks: Iterable[Any], n_worke
     tasks, pool = iter(tasks), ProcessPoolExecutor(n_workers, initializer=start_worker)
     pending: deque[Future] = deque()
     try:
-        while chunk := list(itertools.islice(tasks, CHUNK)):
-            pending.append(pool.submit(map_chunk, function, chunk))
+        while tasks_of_chunk := list(itertools.islice(tasks, chunk)):
+            pending.append(pool.submit(map_chunk, function, tasks_of_chunk))
             if len(pending) > 2 * n_workers:
                 yield from pending.popleft().result()
         while pending:

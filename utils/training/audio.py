@@ -29,6 +29,7 @@ from utils.training.stage import Stage
 logger = logging.getLogger(__name__)
 
 MAX_FRAMES = 1024  # Longer clips are cut.
+BATCH_FRAMES = 8192  # Mel frames of a validation batch with its padding, beyond which it is computed in parts.
 N_SCORED = 4  # Clips that PESQ and STOI are measured on.
 SCORES: dict[str, Callable[[Tensor, Tensor, int], float | None]] = {"pesq": pesq_wb, "stoi": stoi}
 
@@ -71,6 +72,36 @@ class AudioStage(Stage):
     def build_dataset(self, split, config):
         dataset = self.dataset_class(self.cache_dir, split).expect_mel(config.mel, "the model")
         return dataset if split == "train" else dataset.cut(EVALUATED_FRAMES)
+
+
+def terms_by_length(
+    terms_of: Callable[[dict[str, Tensor]], dict[str, Tensor]], batch: dict[str, Tensor], hop_length: int
+) -> dict[str, Tensor]:
+    """Terms per clip of a validation batch, computed for clips of like length together, so that one long clip does not
+    pad all others to its length. A batch of up to `BATCH_FRAMES` is computed at once.
+
+    Args:
+        terms_of: batch -> terms by name, each (B,), where a clip's depend on no other.
+        batch: as `collate_audio` makes it.
+    Returns: terms by name, (B,).
+    """
+    n_frames, groups = batch["n_frames"].tolist(), []
+    order = sorted(range(len(n_frames)), key=n_frames.__getitem__)
+    if len(order) * max(n_frames) <= BATCH_FRAMES:
+        return terms_of(batch)
+    for row in order:
+        if not groups or (len(groups[-1]) + 1) * n_frames[row] > BATCH_FRAMES:
+            groups.append([])
+        groups[-1].append(row)
+    results = []
+    for rows in groups:
+        part, longest = {name: values[rows] for name, values in batch.items()}, n_frames[rows[-1]]
+        for name, length in (("mel", longest), ("waveform", longest * hop_length)):
+            if name in part:
+                part[name] = part[name][..., :length]
+        results.append(terms_of(part))
+    back = torch.tensor(order).argsort()
+    return {name: torch.cat([result[name] for result in results])[back] for name in results[0]}
 
 
 class AudioCallback(EvaluationCallback):

@@ -5,7 +5,7 @@ B batch, M mel bins, F mel frames, Z latent channels, L latent frames, V charact
 
 import dataclasses
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from utils.generation.audio import load_vocoder
 from utils.metrics.latents import LatentHealth
 from utils.options import option
 from utils.training.adversary import WITH_ADVERSARY
-from utils.training.audio import AudioCallback
+from utils.training.audio import AudioCallback, terms_by_length
 from utils.training.gan import Generation, VAEGANArguments, VAEGANTrainer
 from utils.training.latent_statistics import sequence_moments
 
@@ -176,6 +176,10 @@ class AudioVAEGANTrainer(VAEGANTrainer):
         return terms
 
     def evaluation_terms(self, model, inputs):
+        return terms_by_length(partial(self.clip_terms, model), inputs, self.model.config.mel.hop_length)
+
+    def clip_terms(self, model, inputs):
+        """`evaluation_terms` of a batch that fits into memory."""
         mel, n_frames = inputs["mel"], inputs["n_frames"]
         # Whole clips; without noise the posterior mean is decoded.
         output = model(mel=mel, n_frames=n_frames, speaker=inputs.get("speaker"))

@@ -5,6 +5,7 @@ B batch, M mel bins, F frames, S samples.
 
 import dataclasses
 import statistics
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from utils.megatransformer_utils import StageArguments
 from utils.options import option
 from utils.timing import Stopwatch
 from utils.training.adversary import WITH_ADVERSARY, AdversaryArguments
-from utils.training.audio import AudioCallback
+from utils.training.audio import AudioCallback, terms_by_length
 from utils.training.gan import GANTrainer, Generation
 
 
@@ -152,6 +153,9 @@ class VocoderTrainer(GANTrainer):
         return Generation(model(mel=mel), target)
 
     def evaluation_terms(self, model, inputs):
+        return terms_by_length(partial(self.clip_terms, model), inputs, self.model.config.hop_length)
+
+    def clip_terms(self, model, inputs):
         """The loss's distances on whole clips, unweighted, and `loss`, their weighted sum. Padding does not count: a
         clip's numbers do not depend on the rest of the batch."""
         mel, target, hop_length = inputs["mel"], inputs["waveform"], self.model.config.hop_length

@@ -4,6 +4,7 @@ import json
 from itertools import pairwise
 from pathlib import Path
 
+import pytest
 import torch
 
 from dataset_loading.audio.pieces import AudioLatentPieces, Piece, cut_at_pauses
@@ -65,3 +66,16 @@ def test_pieces_are_the_whole_clip_in_order_with_silence_at_their_ends(tmp_path)
             assert len(piece["mean"]) == -(-piece["n_mel_frames"] // 2) == data.lengths[piece["index"]]
             assert torch.equal(piece["tokens"][[0, -1]], expected["tokens"][[0, 0]])
         assert all(before["durations"][-1] > 0 < after["durations"][0] for before, after in pairwise(pieces))
+
+
+def test_validation_leaves_long_clips_out_and_says_so(tmp_path, caplog):
+    folder = make_speech(tmp_path)
+    data = AudioLatentPieces(folder, "train", max_frames=0)
+    entries, limit = data.entries, sorted(data.lengths)[-2]
+    assert data.without_longer(max(data.lengths)) is data and data.entries == entries and not caplog.text
+    short = data.without_longer(limit)
+    assert len(short) == len(short.entries) == len(entries) - 1 and max(short.lengths) == limit
+    assert [len(short[index]["mean"]) for index in range(len(short))] == [entry["length"] for entry in short.entries]
+    assert f"1 of {len(entries)} clips of train have more than {limit} latent frames" in caplog.text
+    with pytest.raises(ValueError, match=r"--segment_seconds"):
+        AudioLatentPieces(folder, "train", max_frames=0).without_longer(1)

@@ -104,6 +104,19 @@ def test_silence_is_seen():
 # ---- Conditioning.
 
 
+def test_loudness_of_long_waveforms_is_measured_in_blocks(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(20 * RATE, generator=generator) * torch.linspace(0, 0.3, 20 * RATE)
+    noise[5 * RATE : 8 * RATE] = 0
+    for waveform in (noise, 0.1 + tone(100, 20.0)):
+        whole = measured_loudness(waveform, RATE, "bs1770")
+        with monkeypatch.context() as patch:
+            patch.setattr(signal, "LONG_SAMPLES", 50_000)
+            assert measured_loudness(waveform, RATE, "bs1770") == pytest.approx(whole, abs=1e-3)
+            with pytest.raises(TooQuietError):
+                measured_loudness(torch.zeros(20 * RATE), RATE, "bs1770")
+
+
 @pytest.mark.parametrize("measure", ["active", "bs1770"])
 def test_loudness_reaches_its_target(measure):
     waveform = torch.cat([tone(440, amplitude=0.02), torch.zeros(RATE)])

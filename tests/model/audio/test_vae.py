@@ -280,3 +280,18 @@ def test_latents_are_sequences_of_vectors_and_back(shape):
     assert sequence.shape == (2, 7, latents[0].numel() // 7)
     assert torch.equal(sequence[1, 3], latents[1, ..., 3].flatten())
     assert torch.equal(sequence_to_latents(sequence, 5), latents)
+
+
+def test_long_inputs_take_several_passes_with_the_same_result(model, monkeypatch):
+    mel, n_frames = mels(n_frames=301), torch.tensor([301, 77])
+    whole, lengths = model(mel, n_frames), []
+    model.decoder.register_forward_hook(lambda module, inputs, outputs: lengths.append(inputs[0].shape[-2]))
+    per_frame = 2 * 24 * 2 * model.config.n_rows
+    monkeypatch.setattr("model.audio.vae_network.MAX_VALUES", 20 * per_frame)
+    with torch.no_grad():
+        pieces = model(mel, n_frames)
+    assert len(lengths) > 3 and max(lengths) <= 20 + 2 * model.decoder.context
+    for name in ("reconstruction", "mean", "logvar"):
+        torch.testing.assert_close(getattr(pieces, name), getattr(whole, name), rtol=1e-4, atol=1e-4)
+    model(mel, n_frames)  # With gradients there is one pass.
+    assert lengths[-1] == -(-301 // model.config.compression)

@@ -11,6 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset_loading.audio.cached import VocoderDataset
+from dataset_loading.collators import collate_audio
 from model.audio.spectral import MelSettings
 from pretrain_audio_vae import AudioVAEStage
 from pretrain_vocoder import VocoderStage
@@ -20,6 +21,7 @@ from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocode
 from utils.checkpoints import load_model
 from utils.generation.audio import load_vocoder
 from utils.metrics.audio import not_measured
+from utils.training.audio import terms_by_length
 from utils.training.audio_vae import AudioReconstructionCallback
 from utils.training.vocoder import VocoderCallback
 
@@ -134,3 +136,24 @@ def test_broken_waveforms_are_shown_as_silence(listen):
     events = read(listen(VocoderStage, VOCODER, partial(Broken, n_clips=1), 1))
     assert not samples_of(events.Audio("sounds/00_generated")[0]).any()
     assert "listening/pesq" not in events.Tags()["scalars"]
+
+
+def test_terms_of_clips_do_not_depend_on_the_parts_of_a_batch(monkeypatch):
+    batch = collate_audio(
+        [{"mel": torch.randn(3, n), "waveform": torch.randn(10 * n), "index": torch.tensor(n)} for n in (9, 3, 30, 4)],
+        log_floor=-9.0,
+    )
+    shapes = []
+
+    def terms_of(part):
+        shapes.append(tuple(part["mel"].shape))
+        assert part["waveform"].shape == (len(part["mel"]), 10 * part["mel"].shape[2])
+        sums = [part["mel"][row, :, :n].sum() for row, n in enumerate(part["n_frames"])]
+        return {"sum": torch.stack(sums), "index": part["index"]}
+
+    whole = terms_by_length(terms_of, batch, 10)
+    monkeypatch.setattr("utils.training.audio.BATCH_FRAMES", 20)
+    parts = terms_by_length(terms_of, batch, 10)
+    # Shortest first: 3 and 4 frames share a pass, the long clip is alone, though it exceeds the budget.
+    assert shapes == [(4, 3, 30), (2, 3, 4), (1, 3, 9), (1, 3, 30)]
+    assert parts["index"].tolist() == [9, 3, 30, 4] and torch.equal(parts["sum"], whole["sum"])
