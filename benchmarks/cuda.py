@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import audio_vae, diffusion, image_vae, vocoder
 from benchmarks.cuda_capacity import SMALL_SHAPE, compare_generation, measure_batches, measure_multimodal
-from benchmarks.cuda_timing import ResultRows, free_memory
 from benchmarks.cuda_training import TrainedStage, train_stage
+from benchmarks.timing import ResultRows, free_memory
 from benchmarks.transformer import LARGE, compile_blocks, training_operations, training_step
 from benchmarks.transformer_peers import SIDES
 from benchmarks.vocoder_peers import Vocos, VocosRecipe

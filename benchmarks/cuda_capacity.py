@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cuda_timing import ResultRows, free_memory, measure
+from benchmarks.timing import ResultRows, free_memory, measure
 from benchmarks.transformer import LARGE
 from benchmarks.transformer_peers import SIDES, Shape
 from model.audio.vae import AudioVAE

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Literal
 
-from benchmarks.cuda_timing import ResultRows
+from benchmarks.timing import ResultRows
 
 ROOT = Path(__file__).resolve().parent.parent
 TrainedStage = Literal[
