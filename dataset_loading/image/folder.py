@@ -48,7 +48,7 @@ class ImageFolderDataset(Dataset):
         for key, row in self.source:
             self.media.append(row[self.source.media])
             self.entries.append(
-                {"key": key, "caption": captions_of(row.get("text"), key)[0] or str(row.get("label") or "")}
+                {"key": key, "caption": captions_of(row.get("text"))[0] or str(row.get("label") or "")}
             )
         self.image_size, self.background_color = image_size, background_color
         self.resize_mode: ResizeMode = resize_mode
