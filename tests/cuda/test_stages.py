@@ -15,7 +15,7 @@ import torch
 from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache
 from tests.helpers.audio_latent_cache import SMALL_SPEECH, make_speech
 from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
-from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, relative_distance
+from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, changed, relative_distance
 from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, make_stream_caches
 from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text, with_dropout
 
@@ -65,14 +65,17 @@ class StageRuns:
     def start(self, run: str, *flags: str) -> subprocess.Popen:
         """Start one run; its output goes to a file."""
         words = [*self.cache, "--output_dir", str(self.folder), "--run_name", run]
-        command = [sys.executable, f"pretrain_{self.stage}.py", *self.common, "--max_steps", str(STEPS)]
+        words = changed([*self.common, *words, "--max_steps", str(STEPS)], "--batch_size", "8", *flags)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MEGATRANSFORMER_TRACEBACK": "1"}
         if run == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         log = (self.folder / f"{run}.log").open("w")
-        flags = ("--batch_size", "8", *flags)
         return subprocess.Popen(
-            [*command, *words, *flags], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
+            [sys.executable, f"pretrain_{self.stage}.py", *words],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
         )
 
     def __getitem__(self, run: str) -> Run:
