@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -154,6 +155,22 @@ def test_a_dry_run_counts_and_writes_nothing(stream_caches, tmp_path, capsys):
     for part in ("modalities = ['text', 'image', 'audio']", "samples: train 103, validation 16", "parameters: "):
         assert part in shown
     assert not list(tmp_path.iterdir())
+
+
+def test_what_one_cache_holds_out_is_not_trained_on(stream_caches, tmp_path, capsys, caplog):
+    # The clip of item 4 is held out, its image is not.
+    folder = Path(shutil.copytree(stream_caches[stream_caches.index("--audio_latents") + 1], tmp_path / "audio"))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    training, validation = manifest["entries"]["train"], manifest["entries"]["validation"]
+    entry = next(entry for entry in training if entry["source"].startswith("004"))
+    validation.append(training.pop(training.index(entry)))
+    (folder / f"train/{entry['key']}.pt").rename(folder / f"validation/{entry['key']}.pt")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    words = changed([*SMALL_STREAMS, *stream_caches], "--audio_latents", str(folder))
+    MultimodalStage.main([*words, "--output_dir", str(tmp_path / "runs"), "--dry_run"])
+    assert "1 items are kept out of training" in caplog.text and "004" in caplog.text
+    # 11 images in 1 + 3 rows, 10 clips in 1 + 4; 4 and 5 held-out ones in two directions.
+    assert "samples: train 94, validation 18" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
