@@ -254,8 +254,9 @@ def open_local(
             )
         raise FileNotFoundError(f"no {kind} files under {root}; known endings: {' '.join(sorted(suffixes))}")
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    options = {"left_out": left_out, "splits": list(groups or splits)}
-    return Source(f"{path.resolve()}:{split}", read_licence(path), kind, columns, rows, root, **options)
+    source = Source(f"{path.resolve()}:{split}", read_licence(path), kind, columns, rows, root, left_out=left_out)
+    source.splits = list(groups or splits)
+    return source
 
 
 def files_beside(folder: Path, suffixes: Collection[str]) -> list[Path]:
@@ -429,8 +430,8 @@ def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: 
     rows = rows.remove_columns([column for column in kind_of if column != media])
     rows = rows.cast_column(media, feature(decode=False))
     identity = f"{Path(name).resolve() if Path(name).exists() else name}{f'/{config}' if config else ''}:{split}"
-    options = {"labels": labels, "has_named_rows": set(kind_of.values()) == set(KINDS), "splits": known}
-    return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, **options)
+    options = {"labels": labels, "has_named_rows": set(kind_of.values()) == set(KINDS)}
+    return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, splits=known, **options)
 
 
 def describe_unreadable(path: Path) -> str:

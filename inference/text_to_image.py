@@ -50,8 +50,8 @@ def generate(args: TextToImageArguments) -> None:
     checkpoint = resolve_checkpoint(args.checkpoint)
     weights = chosen_weights(checkpoint, args)  # averaged ones, if they were saved
     device = str(compute_device())
-    options = {"weights": weights, "device": device}
-    pipeline = TextToImagePipeline.load(checkpoint, args.vae_checkpoint, args.text_encoder, **options)
+    vae, encoder = args.vae_checkpoint, args.text_encoder
+    pipeline = TextToImagePipeline.load(checkpoint, vae, encoder, weights=weights, device=device)
     pipeline.check_prompts(prompts)
     folder = claim_folder(args.output_dir, args)
     # Every prompt with every seed, in batches; images of the first prompts are kept for the sheet.
