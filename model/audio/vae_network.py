@@ -80,7 +80,7 @@ class PosteriorHead(ZeroLinear):
     LOGVAR = -5.0  # a std of 0.08
 
 
-MAX_VALUES = 1 << 25  # Hidden values of a pass without gradients, 128 MiB in fp32: an hour takes no more memory.
+MAX_VALUES = 1 << 23  # Hidden values of a pass without gradients, 32 MiB in fp32: an hour takes no more memory.
 
 
 class Network(nn.Module):
