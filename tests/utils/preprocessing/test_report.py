@@ -99,5 +99,7 @@ def test_a_set_that_is_all_held_out_says_so(raw, tmp_path):
 
 def test_a_caption_that_is_no_text_is_named_with_its_file(tmp_path):
     rows = [{"file_name": "a.png", "text": {"en": "A"}}]
-    with pytest.raises(ValueError, match=r"a\.png, column 'text': a caption is \{'en': 'A'\}, no text; name .*--caption_column"):
+    with pytest.raises(
+        ValueError, match=r"a\.png, column 'text': a caption is \{'en': 'A'\}, no text; name .*--caption_column"
+    ):
         prepare(write_table(tmp_path / "raw", rows), tmp_path / "out")
