@@ -228,8 +228,9 @@ def dispatch(func, args: tuple, kwargs: dict) -> Any:
         result = func(*tree_map_only(Tensor, unwrap, args), **tree_map_only(Tensor, unwrap, kwargs))
     if not goes_here:
         return result
-    # Views of tensors from outside of inference mode are such tensors.
-    with torch.inference_mode(all(tensor.is_inference() for tensor in tensors)):
+    # Views of tensors from outside of inference mode are such tensors; what is new is as the mode says.
+    is_inference = all(tensor.is_inference() for tensor in tensors) if tensors else torch.is_inference_mode_enabled()
+    with torch.inference_mode(is_inference):
         result = tree_map_only(Tensor, wrap, result)
     if not here:
         return result

@@ -107,6 +107,6 @@ def test_prompts_and_seeds_and_folders_that_do_not_fit(run, tmp_path, caplog):
     with pytest.raises(ValueError, match=r"'caf\\udce9' is not UTF-8"):
         run("none", "--prompts", "a", "caf\udce9")
     (tmp_path / "file").touch()
-    with pytest.raises(FileExistsError, match=r"--output_dir .*file is a file; name a folder"):
+    with pytest.raises(FileExistsError, match=r"--output_dir .*file is a file; give a folder"):
         run("file", "--prompts", "a")
     assert not (tmp_path / "none").exists()

@@ -261,10 +261,15 @@ def test_texts_without_anything_to_say_get_no_file_and_are_named(say, caplog):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("", "--input - has no line"), ("  \n\n", "--input - has no line"), ("caf\udce9", "'caf.*not UTF-8")],
+    [
+        ("", "--input - has no line"),
+        ("  \n\n", "--input - has no line"),
+        ("caf\udce9", "--input -: line 1 is not UTF"),
+    ],
 )
 def test_standard_input_without_text_is_refused(say, monkeypatch, content, message):
-    monkeypatch.setattr("sys.stdin", io.StringIO(content))
+    stream = io.BytesIO(content.encode(errors="surrogateescape"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stream, encoding="utf-8"))
     with pytest.raises(ValueError, match=message):
         say("--input", "-", "--speaker", "ann")
 

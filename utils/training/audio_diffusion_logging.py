@@ -57,7 +57,8 @@ class SoundCallback(EvaluationCallback):
         for network in (pipeline.vae, pipeline.vocoder):
             if network is not None:
                 network.to(device)
-        return pipeline, {name: value.to(device) for name, value in self.batch.items()}
+        batch = {name: torch.as_tensor(value).to(device) for name, value in self.batch.items()}
+        return pipeline, batch
 
     def add_players(self, real: list[Tensor], generated: list[Tensor], step: int) -> None:
         """Players of log-mels (M, F): real ones the first time alone."""

@@ -189,7 +189,7 @@ def test_audio_sheet_and_tensorboard(report, vocoder, caches):
 def test_a_subset_of_metrics(run, vocoder, capsys, tmp_path):
     report = run(vocoder, *QUICK)
     assert report["scores"]["model"].keys() == {"mel_l1", "mcd_db", "stft_distance", "real_time_factor"}
-    assert {file.name for file in tmp_path.iterdir()} == {"metrics.json"}
+    assert {file.name for file in tmp_path.iterdir()} == {"metrics.json", "tensorboard"}
     text = capsys.readouterr().out
     for phrase in ("ground truth", "Griffin-Lim, 60", "this model", "mel-L1", "(low)", "RTF"):
         assert phrase in text

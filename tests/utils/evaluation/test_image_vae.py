@@ -110,7 +110,7 @@ def test_the_table_explains_itself(run, capsys):
 
 def test_two_samples_have_no_distance_of_sets(run, tmp_path):
     assert run("--contact_sheet", 8)["scores"]["model"]["kid"] is None
-    assert {file.name for file in tmp_path.iterdir()} == {"metrics.json", "contact_sheet.png"}
+    assert {file.name for file in tmp_path.iterdir()} == {"metrics.json", "contact_sheet.png", "tensorboard"}
 
 
 def test_raw_weights(run):
