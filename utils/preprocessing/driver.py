@@ -231,16 +231,16 @@ class Preprocess:
     def write_folder(self, sources: dict[str, Source]) -> dict[str, Any]:
         """Write the missing samples, then the manifest; the caller holds the lock of the folder."""
         # The head of the manifest, and what earlier runs have written, a file per sample.
-        unpack_in_place(self.folder)
         started = time.perf_counter()
         header = self.header(sources)
-        earlier_entries = read_entries(self.folder, header)
-
-        # Process what is missing. The journal gets every sample as soon as its file is written.
         total = sum(self.count(source) for source in sources.values())
         outcomes = [problem for source in sources.values() for problem in unreadable(source.left_out)]
         problems = list(outcomes)
         check_broken(problems, total, self.args.max_broken_fraction)
+        unpack_in_place(self.folder, header)
+        earlier_entries = read_entries(self.folder, header)
+
+        # Process what is missing. The journal gets every sample as soon as its file is written.
         with Journal(self.folder, header) as journal, ProgressReport(self.name, self.shard.n_samples(total)) as report:
             for outcome in once_per_row(self.work(self.plan(sources, earlier_entries))):
                 outcomes.append(outcome)
