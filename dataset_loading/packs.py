@@ -184,9 +184,7 @@ class Packs:
             return self.opened[number]
         file = self.folder / pack_name(number)
         try:
-            if self.remote:
-                self.remote.bring(file.name)
-            with open(file, "rb") as stream:
+            with self.remote.open(file.name) if self.remote else open(file, "rb") as stream:
                 content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             # safetensors: the length of a JSON header, the header with the place of each tensor, the tensors.
             start = 8 + int.from_bytes(content[:8], "little")
