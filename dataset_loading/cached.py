@@ -47,6 +47,7 @@ class CachedDataset(Dataset):
         fingerprint: identifies the settings that shaped the tensors, and the raw files.
         settings_fingerprint: identifies the settings alone; equal to `fingerprint` in folders of earlier versions.
         entries: one dict per sample in the order of the items: `key`, `source`, `copy`, `caption`, `length`, ...
+        places: of the items in the manifest.
     Raises:
         FileNotFoundError: the folder is missing, empty, incomplete, lacks the split, or lacks files.
         ValueError: the folder is of another stage or of another version of the layout, or its manifest is damaged.
@@ -87,8 +88,15 @@ class CachedDataset(Dataset):
         n_bytes = self.packs.total_bytes if self.packs else self.check_files()
         # Samples that stay in memory once they are read, by index; None: the split is too large for it.
         self.in_memory: dict[int, dict[str, Tensor]] | None = {} if n_bytes < IN_MEMORY_BYTES else None
-        # For each sample whether this process has checked it.
+        self.places: Sequence[int] = range(len(self.entries))
+        # For each place whether this process has checked the sample.
         self.checked = bytearray(len(self.entries))
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Leave out all samples but those."""
+        self.entries = [self.entries[index] for index in indices]
+        self.places = [self.places[index] for index in indices]
+        self.in_memory = None if self.in_memory is None else {}
 
     def check_files(self) -> int:
         """Whether every sample has its file. Returns: bytes of all files.
@@ -146,15 +154,16 @@ class CachedDataset(Dataset):
 
     def read(self, index: int) -> dict[str, Tensor]:
         """The tensors in a sample's file, which is checked when this process reads it for the first time."""
-        is_checked = bool(self.checked[index])
+        place = self.places[index]
+        is_checked = bool(self.checked[place])
         if self.packs:
-            kinds = None if is_checked else self.tensor_kinds(EntryRow(self.packs.entries, index))
-            sample = read_packed(self.packs, index, kinds=kinds)
+            kinds = None if is_checked else self.tensor_kinds(EntryRow(self.packs.entries, place))
+            sample = read_packed(self.packs, place, kinds=kinds)
         else:
             entry = self.entries[index]
             kinds = None if is_checked else self.tensor_kinds(entry)
             sample = read_sample(self.path_of(entry), entry, kinds=kinds, repair=self.repair())
-        self.checked[index] = True
+        self.checked[place] = True
         return sample
 
     def value(self, index: int, name: str, default: Any = None) -> Any:
@@ -179,7 +188,7 @@ class CachedDataset(Dataset):
 
     def n_empty_captions(self) -> int:
         """Number of samples without a caption."""
-        if self.packs:
+        if isinstance(self.entries, EntryColumns):
             return self.manifest[PACKS]["splits"][self.split]["empty_captions"]
         return sum(not entry["caption"].strip() for entry in self.entries)
 
@@ -189,7 +198,7 @@ class CachedDataset(Dataset):
 
     def file_of(self, index: int) -> Path:
         """The file of a sample, or the pack that holds it."""
-        return self.packs.path_of(index) if self.packs else self.path_of(self.entries[index])
+        return self.packs.path_of(self.places[index]) if self.packs else self.path_of(self.entries[index])
 
     def tensor_kinds(self, entry: Mapping[str, Any]) -> TensorKinds:
         """The tensors that a sample must have; further ones are allowed."""

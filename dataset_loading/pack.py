@@ -21,7 +21,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from dataset_loading.cache_writer import check_output, save_tensors, write_manifest
+from dataset_loading.cache_writer import check_no_fewer, check_output, check_same, save_tensors, write_manifest
 from dataset_loading.cached import read_sample
 from dataset_loading.columns import write_columns
 from dataset_loading.files import JOURNAL, MANIFEST, Record, digest_file, read_manifest, replace_file, replacing
@@ -242,7 +242,15 @@ def unpack(source: Path, target: Path, manifest: Record, *, is_repair: bool = Fa
     for name, value in manifest.items():
         if name == DUPLICATES:
             value = [
-                {**row, **{key: digests[row["key"]][key] for key in ("bytes", "crc32") if key in row}} for row in value
+                {
+                    **row,
+                    **{
+                        key: digests[row["key"]][key]
+                        for key in ("bytes", "crc32")
+                        if key in row and row["key"] in digests
+                    },
+                }
+                for row in value
             ]
         if name != "sha256":
             unpacked["entries" if name == PACKS else name] = entries if name == PACKS else value
@@ -254,7 +262,6 @@ def unpack(source: Path, target: Path, manifest: Record, *, is_repair: bool = Fa
 def samples_of(folder: Path, split: str, manifest: Record, *, is_repair: bool) -> Iterator[tuple[Any, Any]]:
     """The entries of a packed split with their tensors; None where a sample cannot be read and may be left out."""
     remedy = "the command that made the cache"
-    packs = None
     try:
         columns = open_columns(folder / f"{split}.arrow", manifest[PACKS]["splits"][split], remedy)
     except (OSError, ValueError) as error:
@@ -262,19 +269,18 @@ def samples_of(folder: Path, split: str, manifest: Record, *, is_repair: bool) -
             raise
         logger.warning("%s; all samples of this split are written again", error)
         return
-    try:
-        packs = Packs(folder, split, manifest, entries=columns, remedy=remedy)
-    except (OSError, ValueError):
-        if not is_repair:
-            raise
+    packs = Packs(folder, split, manifest, entries=columns, remedy=remedy, is_repair=is_repair)
+    damaged = set()
     for index, entry in enumerate(columns):
-        sample = None
+        sample, file = None, packs.path_of(index)
         try:
-            sample = packs and packs.read(index, check=True)
+            sample = packs.read(index, check=True)
         except ValueError as error:
             if not is_repair:
                 raise
-            logger.warning("%s", error)
+            if file not in damaged:
+                logger.warning("%s; all samples of this pack that cannot be read are written again", error)
+            damaged.add(file)
         yield entry, sample
 
 
@@ -308,9 +314,15 @@ def pack_in_place(folder: Path, samples_per_pack: int) -> None:
     logger.info("%s: packed into %d files", folder, n_packs)
 
 
-def unpack_in_place(folder: Path) -> None:
-    """Unpack a packed cache, so that samples can be added; the caller holds its lock."""
+def unpack_in_place(folder: Path, header: dict[str, Any]) -> None:
+    """Unpack a packed cache, so that samples can be added; the caller holds its lock.
+
+    Args: header: of the run that adds them.
+    Raises: ValueError: the cache was made with other settings, or has more samples than the run asks for.
+    """
     if (folder / MANIFEST).is_file() and is_packed(manifest := read_manifest(folder, None)):
+        check_same(folder, manifest, header)
+        check_no_fewer(folder, manifest, header)
         unpack(folder, folder, manifest, is_repair=True)
 
 

@@ -116,10 +116,20 @@ class Packs:
         manifest: of the cache.
         entries: of the split.
         remedy: the command that writes what is missing or damaged.
-    Raises: FileNotFoundError, ValueError: packs are missing, or have other sizes than were written.
+        is_repair: whether packs may be missing or damaged; reading a sample of theirs is then an error.
+    Raises: FileNotFoundError, ValueError: see `check_files`.
     """
 
-    def __init__(self, folder: Path, split: str, manifest: Record, *, entries: EntryColumns, remedy: str):
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        manifest: Record,
+        *,
+        entries: EntryColumns,
+        remedy: str,
+        is_repair: bool = False,
+    ):
         table = manifest[PACKS]["splits"][split]
         self.folder, self.entries, self.remedy = folder / split, entries, remedy
         self.samples_per_pack: int = manifest[PACKS]["samples_per_pack"]
@@ -129,21 +139,26 @@ class Packs:
         ]
         self.sizes: list[int] = table["files"]
         self.opened: OrderedDict[int, tuple[mmap.mmap, dict[str, int]]] = OrderedDict()
-        # One listing of the folder for all packs.
         self.remote = RemotePacks.of(self.folder)
+        if not is_repair:
+            self.check_files()
+
+    def check_files(self) -> None:
+        """Raises: FileNotFoundError, ValueError: packs are missing, or have other sizes than were written."""
+        # One listing of the folder for all packs.
         files = os.scandir(self.folder) if self.folder.is_dir() and not self.remote else ()
         present = self.remote.sizes if self.remote else {file.name: file.stat().st_size for file in files}
         missing = [number for number in range(len(self.sizes)) if pack_name(number) not in present]
         if missing:
             raise FileNotFoundError(
                 f"{self.folder} lacks {len(missing)} of {len(self.sizes)} packs, the first is "
-                f"{pack_name(missing[0])}; this writes them again: {remedy}"
+                f"{pack_name(missing[0])}; this writes them again: {self.remedy}"
             )
         for number, size in enumerate(self.sizes):
             if present[pack_name(number)] != size:
                 raise ValueError(
                     f"{self.folder / pack_name(number)} is damaged (it has {present[pack_name(number)]} bytes, {size} "
-                    f"were written); delete it and run: {remedy}"
+                    f"were written); delete it and run: {self.remedy}"
                 )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -169,9 +184,7 @@ class Packs:
             return self.opened[number]
         file = self.folder / pack_name(number)
         try:
-            if self.remote:
-                self.remote.bring(file.name)
-            with open(file, "rb") as stream:
+            with self.remote.open(file.name) if self.remote else open(file, "rb") as stream:
                 content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
             # safetensors: the length of a JSON header, the header with the place of each tensor, the tensors.
             start = 8 + int.from_bytes(content[:8], "little")
@@ -209,6 +222,10 @@ class Packs:
             offset = self.entries.number(spec.offset, index) if spec.offset else position * n_bytes
             if offset < 0:  # This sample has no such tensor.
                 continue
+            if spec.name not in begins:
+                raise ValueError(
+                    f"{self.path_of(index)} is damaged (no {spec.name!r}); delete it and run: {self.remedy}"
+                )
             start = begins[spec.name] + offset
             data = bytearray(content[start : start + n_bytes])
             crc = zlib.crc32(data, crc) if check else 0

@@ -13,8 +13,9 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
@@ -22,6 +23,8 @@ from dataset_loading.files import MANIFEST, fingerprint, read_record, replace_fi
 
 REMOTE = "remote.json"
 FOLDER = Path("cached_datasets/remote")
+LEFTOVER_SECONDS = 24 * 3600  # No pack takes so long to fetch.
+N_TRIES = 3
 SPLITS = ("train", "validation", "duplicates")
 
 
@@ -107,10 +110,20 @@ def is_pack(name: str) -> bool:
 
 
 def sizes_of(system: Any, folder: str) -> dict[str, int]:
-    """Bytes of the files in a folder by name, from one listing."""
+    """Bytes of the packs in a folder by name, from one listing.
+
+    Raises: ValueError: the server does not tell the size of one.
+    """
+    entries = []
     with contextlib.suppress(FileNotFoundError):
-        return {entry["name"].rpartition("/")[2]: entry["size"] for entry in system.ls(folder, detail=True)}
-    return {}
+        entries = [entry for entry in system.ls(folder, detail=True) if entry["name"].endswith(".safetensors")]
+    sizes = {entry["name"]: entry["size"] for entry in entries}
+    # Listings of a web server have none: each file is asked for.
+    unknown = [file for file, size in sizes.items() if size is None]
+    sizes.update(zip(unknown, system.sizes(unknown) if unknown else ()))
+    if untold := next((file for file, size in sizes.items() if size is None), ""):
+        raise ValueError(f"{untold}: the server does not tell its size; copy the cache's folder to this machine")
+    return {file.rpartition("/")[2]: size for file, size in sizes.items()}
 
 
 def fetch(system: Any, source: str, target: Path) -> None:
@@ -149,9 +162,27 @@ class RemotePacks:
         fetch(system, f"{root}/{name}", file)
         return file
 
+    def open(self, name: str) -> BinaryIO:
+        """An open local file with a pack. Another process may delete it between its coming and its opening.
+
+        Raises: OSError: it cannot be fetched.
+        """
+        for n_left in reversed(range(N_TRIES)):
+            try:
+                return open(self.bring(name), "rb")
+            except FileNotFoundError:
+                if not n_left:
+                    raise
+        raise AssertionError("the last try returns or raises")
+
     def make_room(self, n_bytes: int) -> None:
         """Delete the packs that were not used for longest, until there is room for so many bytes."""
         states = []
+        # What a process that was killed had begun to fetch.
+        for leftover in self.folder.parent.glob("*/.*.tmp"):
+            with contextlib.suppress(FileNotFoundError):
+                if leftover.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
+                    leftover.unlink()
         for file in self.folder.parent.glob("*/*.safetensors"):
             with contextlib.suppress(FileNotFoundError):  # Another process has deleted it.
                 if is_pack(f"{file.parent.name}/{file.name}"):

@@ -168,7 +168,7 @@ def find_splits(path: Path, suffixes: Collection[str], kind: str = "") -> dict[s
         split = split_of_name(child.stem) if is_index else SPLIT_NAMES.get(child.name.lower())
         if split and (child.is_dir() or (is_index and (not kind or lists_files(child, kind)))):
             first = splits.setdefault(split, child)
-            if child.is_dir() and first != child:
+            if child.is_dir() and first.is_dir() and first != child:
                 raise ValueError(f"{first} and {child} are both the split {split!r}; put their files into one of them")
         elif child.is_dir() and not child.name.startswith(".") and next(walk(child, suffixes), None):
             others.append(child.name)

@@ -85,15 +85,16 @@ class AudioLatentPieces(AudioLatentDataset):
         longest = max(self.lengths)
         if longest <= max_frames:
             return self
-        entries = [entry for entry in self.entries if entry["length"] <= max_frames]
+        short = [clip for clip, length in enumerate(self.numbers("length")) if length <= max_frames]
         message = (
-            f"{self.folder}: {len(self.entries) - len(entries)} of {len(self.entries)} clips of {self.split} have "
+            f"{self.folder}: {len(self.entries) - len(short)} of {len(self.entries)} clips of {self.split} have "
             f"more than {max_frames} latent frames, the longest {longest}"
         )
-        if not entries:
+        if not short:
             raise ValueError(f"{message}; make the latents of shorter clips, see --segment_seconds")
         logger.warning("%s; they are left out", message)
-        self.entries, self.lengths = entries, [entry["length"] for entry in entries]
+        self.keep(short)
+        self.lengths = self.numbers("length")
         self.pieces = [(clip, Piece(0, n)) for clip, n in enumerate(self.mel_lengths())]
         return self
 

@@ -11,7 +11,7 @@ import torch
 
 from dataset_loading.cache_writer import save_tensors, write_manifest
 from dataset_loading.cached import CachedDataset
-from dataset_loading.pack import main
+from dataset_loading.pack import main, unpack_in_place
 from dataset_loading.packs import pack_name
 
 CAPTIONS = ["a cat", "", "zwei Hunde, für «dich»", "\udcff no UTF-8", "tab\tand\nline"]
@@ -145,3 +145,20 @@ def test_what_cannot_be_packed_is_refused(cache, tmp_path, capsys, caplog):
     assert "is incomplete" in damaged(tmp_path / "packed")
     save_tensors(file, {"mean": torch.zeros(3, 1)})
     assert entries["train"][4]["key"] == "sample-4"
+
+
+def test_a_repair_keeps_what_can_be_read(cache, tmp_path, caplog):
+    packed = tmp_path / "packed"
+    main([str(cache), str(packed), "--pack", "4"])
+    expected = contents(cache)
+    # Of 11 samples: a pack that is gone, one without its last byte, and no index of the sample that equals another.
+    (packed / "train" / pack_name(0)).unlink()
+    (packed / "duplicates.arrow").unlink()
+    file = packed / "train" / pack_name(1)
+    file.write_bytes(file.read_bytes()[:-1])
+    unpack_in_place(packed, json.loads((cache / "manifest.json").read_text()))
+    lost = {f"train/sample-{n}.pt" for n in range(4)}
+    cut = {f"train/sample-{n}.pt" for n in range(4, 8)}
+    assert lost < expected.keys() - contents(packed).keys() < {*lost, *cut, "train/equal.pt"}
+    assert all(expected[name] == content for name, content in contents(packed).items())
+    assert caplog.text.count("of this pack") == 2 and "duplicates.arrow is missing" in caplog.text

@@ -1,17 +1,19 @@
 """Packed caches at a URL, by fsspec's file system in memory."""
 
 import json
+import os
 from pathlib import Path
 
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from dataset_loading.cache_writer import save_tensors, write_manifest
 from dataset_loading.cached import CachedDataset
 from dataset_loading.pack import convert
 from dataset_loading.packs import pack_name
-from dataset_loading.remote import local_path, open_remote
+from dataset_loading.remote import RemotePacks, local_path, open_remote
 
 URL = "memory://bucket/my_cache"
 N, N_BYTES = 40, 4096
@@ -88,6 +90,38 @@ def test_another_content_replaces_the_former_one(cache, tmp_path):
         data[20]
     with pytest.raises(FileNotFoundError, match=f"lacks 1 of 10 packs, the first is {pack_name(5)}"):
         CachedDataset(open_remote(URL, 1), "train")
+
+
+def test_sizes_that_a_listing_lacks_are_asked_for(cache, monkeypatch):
+    system, listing = fsspec.filesystem("memory"), MemoryFileSystem.ls
+    monkeypatch.setattr(
+        MemoryFileSystem, "ls", lambda *args, **kwargs: [{**entry, "size": None} for entry in listing(*args, **kwargs)]
+    )
+    assert system.ls("/bucket/my_cache/train", detail=True)[0]["size"] is None
+    data = CachedDataset(open_remote(URL, 1), "train")
+    assert torch.equal(data[9]["x"], CachedDataset(cache, "train")[9]["x"])
+
+
+def test_packs_that_others_delete_come_again_and_remains_go(cache, monkeypatch):
+    folder = open_remote(URL, 1)
+    data = CachedDataset(folder, "train")
+    (folder / "train").mkdir()
+    old, new = folder / "train/.00003.safetensors.1.tmp", folder / "train/.00003.safetensors.2.tmp"
+    old.touch(), new.touch()
+    os.utime(old, (1, 1))
+    # Another process makes room as soon as a pack has come, twice.
+    fetched, bring = [], RemotePacks.bring
+
+    def bring_and_lose(self, name):
+        file = bring(self, name)
+        fetched.append(name)
+        if len(fetched) < 3:
+            file.unlink()
+        return file
+
+    monkeypatch.setattr(RemotePacks, "bring", bring_and_lose)
+    assert torch.equal(data[0]["x"], CachedDataset(cache, "train")[0]["x"]) and fetched == [pack_name(0)] * 3
+    assert new.exists() and not old.exists()
 
 
 def test_what_is_no_packed_cache_is_refused(cache, tmp_path):

@@ -325,3 +325,10 @@ def test_a_file_that_is_no_table_asks_for_its_folder(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(FileNotFoundError, match=rf"{name} is no table or archive of image files .*; give its folder"):
         open_images(tmp_path / name)
+
+
+def test_a_folder_and_a_table_of_one_split_are_no_contradiction(tmp_path, image):
+    for name in ("train/a.png", "valid/b.png"):
+        image(name)
+    (tmp_path / "val.csv").write_text("file_name,text\nvalid/b.png,B\n")
+    assert names_and("text", open_images(tmp_path, "validation")) == [("valid/b.png", "B")]

@@ -24,7 +24,7 @@ def as_source(dataset: AudioDataset) -> Source:
             "name": entry["source"],
             "audio": {
                 "path": dataset.file_of(index),
-                **({"index": index} if dataset.packs else {}),
+                **({"index": dataset.places[index]} if dataset.packs else {}),
                 "entry": entry,
                 "kinds": dataset.tensor_kinds(entry),
                 "repair": repair,

@@ -60,7 +60,7 @@ class BatchedPreprocess(Preprocess):
             # Samples of two blocks never meet in a batch, so that batches do not depend on the shards.
             if waiting and self.block_of(waiting[0].outcome.number) != self.block_of(prepared.outcome.number):
                 yield from self.encode_and_write(waiting)
-                waiting = []
+                waiting, size = [], 0
             waiting.append(prepared)
             size += n_bytes(prepared)
             if sum(len(prepared.examples) for prepared in waiting) >= self.args.batch_size or size >= MAX_BYTES:

@@ -29,7 +29,7 @@ from dataset_loading.cache_writer import (
     sample_key,
     save_tensors,
 )
-from dataset_loading.content import describe_content, is_same_content, present_state
+from dataset_loading.content import describe_content, is_same_content
 from dataset_loading.files import SCHEMA, fingerprint
 from dataset_loading.integrity import changed_bytes, non_finite
 from dataset_loading.locks import only_writer
@@ -54,6 +54,7 @@ from utils.preprocessing.samples import (
     is_validation,
     named_cell,
     notes_of,
+    renewed,
     smallest_name,
     stem_of,
 )
@@ -231,16 +232,16 @@ class Preprocess:
     def write_folder(self, sources: dict[str, Source]) -> dict[str, Any]:
         """Write the missing samples, then the manifest; the caller holds the lock of the folder."""
         # The head of the manifest, and what earlier runs have written, a file per sample.
-        unpack_in_place(self.folder)
         started = time.perf_counter()
         header = self.header(sources)
-        earlier_entries = read_entries(self.folder, header)
-
-        # Process what is missing. The journal gets every sample as soon as its file is written.
         total = sum(self.count(source) for source in sources.values())
         outcomes = [problem for source in sources.values() for problem in unreadable(source.left_out)]
         problems = list(outcomes)
         check_broken(problems, total, self.args.max_broken_fraction)
+        unpack_in_place(self.folder, header)
+        earlier_entries = read_entries(self.folder, header)
+
+        # Process what is missing. The journal gets every sample as soon as its file is written.
         with Journal(self.folder, header) as journal, ProgressReport(self.name, self.shard.n_samples(total)) as report:
             for outcome in once_per_row(self.work(self.plan(sources, earlier_entries))):
                 outcomes.append(outcome)
@@ -370,8 +371,7 @@ class Preprocess:
                     continue
                 # Entries of the copies that earlier runs wrote, with the captions of now; the others are missing.
                 existing = {copy: self.find_entries(earlier, (split, key), raw) for copy, key in keys.items()}
-                entries = [{**entry, **notes_of(raw, len(parts))} for parts in existing.values() for entry in parts]
-                entries = [{**entry, **present_state(raw.media)} for entry in entries]
+                entries = [renewed(entry, raw, len(parts)) for parts in existing.values() for entry in parts]
                 missing = {copy: key for copy, key in keys.items() if not existing[copy]}
                 raw = raw if missing else Raw(None, raw.caption)
                 yield Task(number, split, name, raw, missing, entries, row)

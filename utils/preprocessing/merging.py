@@ -78,7 +78,6 @@ def merge_shards(stage: str, args: MergeArguments) -> dict[str, Any]:
         raise ValueError(f"--output_dir {output} is one of the shards; choose another folder")
     check_output(output)
     with only_writer(output, "wait until it has ended, or choose another --output_dir"):
-        unpack_in_place(output)
         manifest = write_whole(output, shards, given=args.output_dir)
         if args.pack:
             pack_in_place(output, args.pack)
@@ -139,7 +138,6 @@ def write_whole(output: Path, shards: list[tuple[Path, Record]], *, given: str) 
     """
     started, first = time.perf_counter(), shards[0][1]
     header = header_of_whole(first, given)
-    earlier = read_entries(output, header)
     # What the sources left out is the same in all shards.
     listings = list(map(LeftOut.from_dict, first["shard"]["listings"]))
     outcomes = [problem for listing in listings for problem in unreadable(listing)]
@@ -149,6 +147,8 @@ def write_whole(output: Path, shards: list[tuple[Path, Record]], *, given: str) 
     lost_texts = {id(outcome.entries[0]): lost_text for outcome, lost_text in pairs if outcome.entries}
     total, problems = first["shard"]["total"], [outcome for outcome in outcomes if outcome.broken]
     check_broken(problems, total, first["arguments"]["max_broken_fraction"])
+    unpack_in_place(output, header)
+    earlier = read_entries(output, header)
 
     # Samples, then what else a shard holds, such as an aligner: its fingerprint is one of the settings.
     n_samples = 0

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dataset_loading.content import CONTENT_FIELDS, DIGEST
+from dataset_loading.content import CONTENT_FIELDS, DIGEST, present_state
 from dataset_loading.files import fingerprint
 from dataset_loading.tables import captions_of
 
@@ -114,6 +114,13 @@ def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, Any]:
     if n_parts == 1:
         return {"caption": sample.caption, **sample.notes}
     return {"caption": "", **{name: note for name, note in sample.notes.items() if name != "captions"}}
+
+
+def renewed(entry: dict[str, Any], raw: Raw, n_parts: int) -> dict[str, Any]:
+    """The entry of a sample that is there, with the notes of now and the times of its file."""
+    # Notes that not every sample has: its row may have lost them.
+    former = {name: value for name, value in entry.items() if name not in ("captions", "language")}
+    return {**former, **notes_of(raw, n_parts), **present_state(raw.media)}
 
 
 def is_validation(name: str, fraction: float) -> bool:

@@ -9,6 +9,7 @@ import torch
 
 from dataset_loading.audio.pieces import AudioLatentPieces, Piece, cut_at_pauses
 from dataset_loading.cache_writer import save_tensors
+from dataset_loading.pack import pack_in_place
 from tests.helpers.audio_latent_cache import make_speech
 
 
@@ -79,3 +80,18 @@ def test_validation_leaves_long_clips_out_and_says_so(tmp_path, caplog):
     assert f"1 of {len(entries)} clips of train have more than {limit} latent frames" in caplog.text
     with pytest.raises(ValueError, match=r"--segment_seconds"):
         AudioLatentPieces(folder, "train", max_frames=0).without_longer(1)
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_clips_after_one_that_is_left_out_stay_the_same(tmp_path, is_packed):
+    folder = make_speech(tmp_path)
+    if is_packed:
+        pack_in_place(folder, 2)
+    data = AudioLatentPieces(folder, "train", max_frames=0)
+    longest = data.lengths.index(max(data.lengths))
+    whole = [data[index] for index in range(len(data)) if index != longest]
+    files = [data.file_of(index) for index in range(len(data)) if index != longest]
+    short = data.without_longer(max(data.lengths) - 1)
+    assert longest < len(short) == len(whole) and files == [short.file_of(index) for index in range(len(short))]
+    for index, sample in enumerate(whole):
+        assert torch.equal(short[index]["mean"], sample["mean"]) and short[index]["index"] == index

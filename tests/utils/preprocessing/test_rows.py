@@ -74,3 +74,14 @@ def test_a_file_with_a_row_for_each_caption_is_one_sample(tmp_path):
     first, second = prepare(ImageVAEPreprocess, raw, tmp_path / "out", *flags)["entries"]["train"]
     assert (first["source"], first["caption"], first["captions"]) == ("a.png", "red", ["red", "crimson"])
     assert (second["source"], second["caption"]) == ("b.png", "blue") and "captions" not in second
+
+
+def test_captions_that_a_row_has_lost_leave_the_manifest(tmp_path):
+    raw = write_rows(tmp_path / "raw", [("a.png", ["red", "crimson"]), ("b.png", ["blue", "navy"])])
+    flags = ("--validation_fraction", "0", "--num_workers", "0")
+    prepare(ImageVAEPreprocess, raw, tmp_path / "out", *flags)
+    rows = [{"file_name": "a.png", "text": "red"}, {"file_name": "b.png", "text": ["blue", "azure"]}]
+    (raw / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first, second = prepare(ImageVAEPreprocess, raw, tmp_path / "out", *flags)["entries"]["train"]
+    assert first["caption"] == "red" and "captions" not in first and second["captions"] == ["blue", "azure"]
+    assert [first, second] == prepare(ImageVAEPreprocess, raw, tmp_path / "fresh", *flags)["entries"]["train"]

@@ -194,8 +194,14 @@ def test_joined_shards_may_be_packed(raw, tmp_path):
     shards = shards_of(raw, out, 2)
     ImageVAEPreprocess.main(["--merge", *map(str, shards), "--output_dir", str(out), "--pack", "5"])
     assert contents(out) == expected
+    # Refused commands leave a packed cache as it is: flags that exclude each other, other settings, fewer samples.
+    for flags in (["--pack", "5", "--shard", "1/2"], ["--resize_mode", "pad"], ["--limit", "3"]):
+        with pytest.raises(SystemExit):
+            prepare(raw, out, *flags)
+    prepare(raw, tmp_path / "few", "--shard", "1/1", "--limit", "20")
     with pytest.raises(SystemExit):
-        prepare(raw, out, "--pack", "5", "--shard", "1/2")
+        merge(out, tmp_path / "few.shard-1-of-1")
+    assert contents(out) == expected
 
 
 @pytest.mark.slow

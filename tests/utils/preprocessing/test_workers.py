@@ -1,9 +1,11 @@
+import itertools
 import os
 
 import pytest
 import torch
 
 from utils.command_line import parse_arguments
+from utils.preprocessing import batched
 from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
 from utils.preprocessing.samples import Example
 from utils.preprocessing.workers import map_in_workers
@@ -83,6 +85,17 @@ def test_batches_follow_the_order_of_the_source(image_folder, tmp_path, n_worker
     expected = [[n // 20, 20 if n < 40 else 10] for n in range(50)]
     assert [sample["batch"].tolist() for sample in samples] == expected
     assert all((sample["reader"].item() == os.getpid()) == (n_workers == "0") for sample in samples)
+
+
+def test_bytes_of_a_full_block_do_not_cut_the_next_one(image_folder, tmp_path, monkeypatch):
+    # Of each block of 4 a sample is left out, as by an earlier run; the others have 16 bytes each.
+    monkeypatch.setattr(batched, "MAX_BYTES", 64)
+    preprocess = build(image_folder, tmp_path, "--batch_size", "4", "--num_workers", "0")
+    tasks = (task for task in preprocess.plan(preprocess.open_sources(), {}) if task.number % 4 != 3)
+    (tmp_path / "train").mkdir(exist_ok=True)
+    outcomes = list(itertools.islice(preprocess.work(tasks), 12))
+    files = [preprocess.path("train", entry["key"]) for outcome in outcomes for entry in outcome.entries]
+    assert [torch.load(file, weights_only=True)["batch"].tolist()[1] for file in files] == [3] * 12
 
 
 def test_information_is_shown_but_changes_no_fingerprint(image_folder, tmp_path):
