@@ -1,11 +1,16 @@
-"""Batches from samples."""
+"""Batches from samples, and how processes that make them meet signals."""
 
+import functools
+import os
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
 
 from model.text.tokenizer import TOKENS_MULTIPLE, pad_tokens
 
@@ -87,7 +92,8 @@ def collate_audio(samples: Sequence[dict[str, Tensor]], log_floor: float) -> dic
 
 
 class HostFields:
-    """A collator whose batches have some fields as numpy arrays, which no loader moves to a device.
+    """A collator whose batches have some fields as numpy arrays, which no loader moves to a device. A process that
+    loads data leaves signals to its parent from its first batch on.
 
     Args:
         collator: samples -> batch.
@@ -98,6 +104,8 @@ class HostFields:
         self.collator, self.names = collator, tuple(names)
 
     def __call__(self, samples: Any) -> dict[str, Any]:
+        if get_worker_info() is not None:
+            leave_signals_to_parent()
         return self.on_host(self.collator(samples))
 
     def on_host(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -108,6 +116,25 @@ class HostFields:
                 value = self.on_host(value)
             fields[name] = value.numpy() if name in self.names and isinstance(value, Tensor) else value
         return fields
+
+
+@functools.cache
+def leave_signals_to_parent() -> None:
+    """Let this loading process live on when its process group gets SIGTERM or SIGINT, so that the training process
+    can finish its step and save. A SIGTERM of the training process itself still ends it.
+
+    PyTorch's handler would end the loader. The signals are blocked instead of ignored, since the training process
+    ends its loaders by SIGTERM and waits for them.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
+    threading.Thread(target=end_with_parent_signal, daemon=True).start()  # It inherits the mask.
+
+
+def end_with_parent_signal() -> None:
+    """Wait for SIGTERM, and end this process where it comes from the parent."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def check_keys(samples: Sequence[dict[str, Tensor]]) -> None:

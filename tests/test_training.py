@@ -113,16 +113,16 @@ def test_killed_and_resumed_equals_straight_through(train, image_cache, tmp_path
 
 
 def test_sigterm_saves_and_ends_with_its_status(image_cache, tmp_path):
+    """Also where a process loads the data, which gets the signal too."""
     words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--run_name", "stopped"]
     script = "from pretrain_image_vae import ImageVAEStage; ImageVAEStage.main(argv)"
-    process = run_script(
-        script, *changed(SMALL_RUN, *words, "--max_steps", "100000", "--batch_size", "8", "--save_steps", "3")
-    )
+    words += ["--max_steps", "100000", "--batch_size", "8", "--save_steps", "3", "--num_workers", "1"]
+    process = run_script(script, *changed(SMALL_RUN, *words), start_new_session=True)
     run_dir = tmp_path / "image_vae" / "stopped"
     deadline = time.monotonic() + 100
     while not checkpoints_in(run_dir) and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)
     _, log = process.communicate(timeout=100)
     assert process.returncode == 128 + signal.SIGTERM, log[-2000:]
     assert "signal received: saving at step" in log and "stopped by SIGTERM" in log

@@ -91,6 +91,12 @@ def maximum_across_ranks(number: int, device: torch.device) -> int:
     return int(tensor.item())
 
 
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether ZeRO-3 shards the weights of a model, which numbers them by `ds_id`. Each forward gathers them from all
+    processes, which must therefore call it equally often."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def broadcast_tensors(tensors: list[torch.Tensor]) -> None:
     """Overwrite the tensors with those of rank 0, in place."""
     if world_size() > 1:

@@ -106,13 +106,15 @@ class Network(nn.Module):
 
     def in_windows(self, x: Tensor, mask: Tensor, speaker: Tensor | None) -> tuple[Tensor, ...]:
         """The outputs of `forward`, a single one as a tuple. Those of long inputs come from several passes, each with
-        the context of its latent frames, and are the same but for rounding. Training has one pass.
+        the context of its latent frames, and are the same but for rounding. Training has one pass, and so have weights
+        that ZeRO-3 shards: processes with other numbers of passes would wait for each other forever.
 
         Args: as of `forward`.
         """
         n_frames, per_frame = x.shape[-2], Block.EXPANSION * self.stem.out_features * x[..., 0, 0].numel()
         size = max(MAX_VALUES // per_frame, self.context, 1)
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or n_frames <= size:
+        is_sharded = hasattr(self.stem.weight, "ds_id")
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_sharded or n_frames <= size:
             size = n_frames
         passes = []
         for start in range(0, n_frames, size):

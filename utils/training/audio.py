@@ -75,7 +75,11 @@ class AudioStage(Stage):
 
 
 def terms_by_length(
-    terms_of: Callable[[dict[str, Tensor]], dict[str, Tensor]], batch: dict[str, Tensor], hop_length: int
+    terms_of: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    batch: dict[str, Tensor],
+    hop_length: int,
+    *,
+    at_once: bool = False,
 ) -> dict[str, Tensor]:
     """Terms per clip of a validation batch, computed for clips of like length together, so that one long clip does not
     pad all others to its length. A batch of up to `BATCH_FRAMES` is computed at once.
@@ -83,11 +87,13 @@ def terms_by_length(
     Args:
         terms_of: batch -> terms by name, each (B,), where a clip's depend on no other.
         batch: as `collate_audio` makes it.
+        at_once: compute any batch at once, as a model must whose weights ZeRO-3 shards: processes with other numbers
+            of parts would wait for each other forever.
     Returns: terms by name, (B,).
     """
     n_frames, groups = batch["n_frames"].tolist(), []
     order = sorted(range(len(n_frames)), key=n_frames.__getitem__)
-    if len(order) * max(n_frames) <= BATCH_FRAMES:
+    if at_once or len(order) * max(n_frames) <= BATCH_FRAMES:
         return terms_of(batch)
     for row in order:
         if not groups or (len(groups[-1]) + 1) * n_frames[row] > BATCH_FRAMES:

@@ -20,6 +20,7 @@ from model.audio.mel_discriminators import MelDiscriminatorKind
 from model.audio.spectral import check_same_mel
 from model.audio.vae import AudioVAEOutput
 from model.criteria import kl_divergence
+from utils.distributed import is_sharded
 from utils.drawing.audio import latent_image, strip_sheet
 from utils.drawing.images import Group
 from utils.generation.audio import load_vocoder
@@ -176,7 +177,8 @@ class AudioVAEGANTrainer(VAEGANTrainer):
         return terms
 
     def evaluation_terms(self, model, inputs):
-        return terms_by_length(partial(self.clip_terms, model), inputs, self.model.config.mel.hop_length)
+        hop_length, at_once = self.model.config.mel.hop_length, is_sharded(model)
+        return terms_by_length(partial(self.clip_terms, model), inputs, hop_length, at_once=at_once)
 
     def clip_terms(self, model, inputs):
         """`evaluation_terms` of a batch that fits into memory."""

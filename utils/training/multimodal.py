@@ -17,7 +17,7 @@ from model.dropout import has_dropout
 from model.multimodal.parameters import freeze, rate_factors, split_groups
 from model.thinking import sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
-from utils.distributed import mean_across_ranks, rank
+from utils.distributed import is_sharded, mean_across_ranks, rank
 from utils.generation.text import GenerationArguments, TextGenerator, split_windows
 from utils.megatransformer_utils import StageArguments
 from utils.metrics.text import model_inputs, ratios, window_sums, windows_at_once
@@ -282,8 +282,8 @@ class MultimodalTrainer(StageTrainer):
     def exits(self, model) -> bool:
         """Whether the evaluated model lets tokens leave its core early. It does not where ZeRO-3 shards it: processes
         that stop at different steps would wait for each other forever."""
-        is_sharded = self.stage_record["zero_stage"] == 3 and model is not self.ema_model
-        return self.is_recurrent and self.config.recurrent_exit_criterion != "none" and not is_sharded
+        has_exits = self.is_recurrent and self.config.recurrent_exit_criterion != "none"
+        return has_exits and not is_sharded(model)
 
     def evaluation_terms(self, model, inputs):
         """`window_sums` per sample without exits, bytes, nats at every depth, and where tokens exit early their nats

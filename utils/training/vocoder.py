@@ -14,6 +14,7 @@ from torch import Tensor
 from model.audio.lengths import crop_starts, valid_frames
 from model.audio.spectral import LogMel, MelSettings
 from model.audio.waveform_discriminators import WaveformDiscriminatorKind
+from utils.distributed import is_sharded
 from utils.drawing.audio import phase_image, waveform_image
 from utils.megatransformer_utils import StageArguments
 from utils.options import option
@@ -153,7 +154,8 @@ class VocoderTrainer(GANTrainer):
         return Generation(model(mel=mel), target)
 
     def evaluation_terms(self, model, inputs):
-        return terms_by_length(partial(self.clip_terms, model), inputs, self.model.config.hop_length)
+        hop_length, at_once = self.model.config.hop_length, is_sharded(model)
+        return terms_by_length(partial(self.clip_terms, model), inputs, hop_length, at_once=at_once)
 
     def clip_terms(self, model, inputs):
         """The loss's distances on whole clips, unweighted, and `loss`, their weighted sum. Padding does not count: a

@@ -13,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dataset_loading.audio.cached import VocoderDataset
 from dataset_loading.collators import collate_audio
 from model.audio.spectral import MelSettings
+from model.audio.vae import AudioVAE
 from pretrain_audio_vae import AudioVAEStage
 from pretrain_vocoder import VocoderStage
 from tests.helpers.audio_cache import make_audio_cache
@@ -22,8 +23,8 @@ from utils.checkpoints import load_model
 from utils.generation.audio import load_vocoder
 from utils.metrics.audio import not_measured
 from utils.training.audio import terms_by_length
-from utils.training.audio_vae import AudioReconstructionCallback
-from utils.training.vocoder import VocoderCallback
+from utils.training.audio_vae import AudioReconstructionCallback, AudioVAEGANTrainer
+from utils.training.vocoder import VocoderCallback, VocoderTrainer
 
 COMMON = "--config tiny --logging_steps 1 --eval_steps 1 --save_steps 1000 --gan_weight 0 --batch_size 4".split()  # noqa: SIM905
 VOCODER = [*COMMON, "--override", "width=16", "n_layers=1", "--segment_frames", "8"]
@@ -157,3 +158,29 @@ def test_terms_of_clips_do_not_depend_on_the_parts_of_a_batch(monkeypatch):
     # Shortest first: 3 and 4 frames share a pass, the long clip is alone, though it exceeds the budget.
     assert shapes == [(4, 3, 30), (2, 3, 4), (1, 3, 9), (1, 3, 30)]
     assert parts["index"].tolist() == [9, 3, 30, 4] and torch.equal(parts["sum"], whole["sum"])
+
+
+@pytest.mark.parametrize("trainer_class", [AudioVAEGANTrainer, VocoderTrainer])
+def test_weights_that_zero_3_shards_have_one_pass_per_batch(trainer_class, monkeypatch):
+    """The processes' clips differ in length, and each pass gathers the weights from all of them."""
+    monkeypatch.setattr("utils.training.audio.BATCH_FRAMES", 20)
+    clips = [{"mel": torch.randn(3, n), "index": torch.tensor(n)} for n in (9, 3, 30, 4)]
+    batch = collate_audio(clips, log_floor=-9.0)
+
+    class Counted(trainer_class):
+        def __init__(self, model):
+            self.model, self.passes = model, 0
+
+        def clip_terms(self, model, inputs):
+            self.passes += 1
+            return {"loss": inputs["n_frames"].float()}
+
+    model = small_vocoder() if trainer_class is VocoderTrainer else AudioVAE.from_preset("tiny", width=16)
+    passes = []
+    for is_sharded in (False, True):
+        if is_sharded:
+            next(model.parameters()).ds_id = 0
+        trainer = Counted(model)
+        assert trainer.evaluation_terms(model, batch)["loss"].tolist() == [9, 3, 30, 4]
+        passes.append(trainer.passes)
+    assert passes == [3, 1]
