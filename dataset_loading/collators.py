@@ -104,7 +104,7 @@ class HostFields:
         self.collator, self.names = collator, tuple(names)
 
     def __call__(self, samples: Any) -> dict[str, Any]:
-        if get_worker_info() is not None:
+        if get_worker_info() is not None and hasattr(signal, "sigwaitinfo"):  # Not on macOS and Windows.
             leave_signals_to_parent()
         return self.on_host(self.collator(samples))
 
