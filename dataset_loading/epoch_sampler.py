@@ -9,6 +9,8 @@ import torch
 from torch.utils.data import Sampler
 
 LISTED = 10_000_000  # From so many samples on the permutation is computed place by place, without a list.
+# How the permutation is computed, which `stage.json` says; records of earlier versions do not.
+ORDER, FORMER_ORDER = "list below 10 million, else cipher", "list"
 CHUNK = 1 << 16  # Places whose samples are computed at once.
 N_ROUNDS = 8
 
@@ -19,15 +21,18 @@ class EpochSampler(Sampler[int]):
     All processes compute the same permutation; accelerate distributes its batches in turn, so that a step sees the
     same samples on one process or on many, with or without gradient accumulation. Below 10 million samples it is
     drawn as a list, 8 bytes a sample; above it is a `Permutation`, which needs no memory.
+
+    Args: order: `"list"` for a list of any length, as in runs of earlier versions.
     """
 
-    def __init__(self, n_samples: int, samples_per_step: int, seed: int):
+    def __init__(self, n_samples: int, samples_per_step: int, seed: int, *, order: str = ORDER):
         if n_samples < samples_per_step:
             raise ValueError(
                 f"{n_samples} training samples make no optimizer step of {samples_per_step} (batch_size x "
                 "accumulation x processes); lower --batch_size or --gradient_accumulation_steps, or add data"
             )
         self.n_samples, self.seed, self.epoch = n_samples, seed, 0
+        self.is_listed = order == FORMER_ORDER or n_samples < LISTED
         # The samples that fill no optimizer step are left out; they are others in each epoch.
         self.length = n_samples - n_samples % samples_per_step
 
@@ -39,7 +44,7 @@ class EpochSampler(Sampler[int]):
         return self.length
 
     def __iter__(self) -> Iterator[int]:
-        if self.n_samples >= LISTED:
+        if not self.is_listed:
             permutation = Permutation(self.n_samples, f"{self.seed} {self.epoch}")
             for start in range(0, self.length, CHUNK):
                 yield from permutation(np.arange(start, min(start + CHUNK, self.length))).tolist()

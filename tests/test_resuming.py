@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dataset_loading.epoch_sampler import FORMER_ORDER
 from pretrain_image_vae import ImageVAEStage
 from pretrain_multimodal import MultimodalStage
 from tests.helpers.runs import SMALL_RUN, Run, changed, largest_difference, run_stage
@@ -298,7 +299,7 @@ def test_an_older_record_is_read(resume, whole, tmp_path, caplog):
     """Without the entries that came later, with former names, with a flag that is gone."""
 
     def age(content):
-        del content["run_lengths"], content["changes"]
+        del content["run_lengths"], content["changes"], content["sample_order"]
         arguments = content["arguments"]
         arguments["n_logged_pictures"] = arguments.pop("n_logged_samples")
         arguments["gone"] = 3
@@ -308,4 +309,5 @@ def test_an_older_record_is_read(resume, whole, tmp_path, caplog):
         resume(8, "--seed", "1")
     edit(checkpoint(tmp_path, 4), STAGE, age)
     assert resume(8).losses == whole.losses
+    assert json.loads((checkpoint(tmp_path, 8) / STAGE).read_text())["sample_order"] == FORMER_ORDER
     assert "this version has no flags {'gone': 3}" in caplog.text and "has no values of --adam_beta2" in caplog.text

@@ -20,7 +20,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer
 
 from dataset_loading.collators import HostFields
-from dataset_loading.epoch_sampler import EpochSampler
+from dataset_loading.epoch_sampler import ORDER, EpochSampler
 from model.layers import to_device
 from utils.checkpoints import (
     EMA,
@@ -136,7 +136,8 @@ class StageTrainer(Trainer):
     def _get_train_sampler(self, train_dataset=None) -> Sampler:
         dataset = train_dataset if train_dataset is not None else self.train_dataset
         accumulated = self._train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        self.epoch_sampler = EpochSampler(len(dataset), accumulated, self.args.seed)
+        order = self.stage_record.get("sample_order", ORDER)
+        self.epoch_sampler = EpochSampler(len(dataset), accumulated, self.args.seed, order=order)
         return self.epoch_sampler
 
     def _run_epoch(self, *, epoch: int, **kwargs):

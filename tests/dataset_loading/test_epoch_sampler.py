@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataset_loading import epoch_sampler
-from dataset_loading.epoch_sampler import LISTED, EpochSampler, Permutation
+from dataset_loading.epoch_sampler import FORMER_ORDER, LISTED, EpochSampler, Permutation
 
 
 def test_sampler_deals_whole_steps():
@@ -62,3 +62,10 @@ def test_large_sets_need_no_list():
     assert time.process_time() - started < 0.5
     # A resumed run skips to where it stopped.
     assert list(itertools.islice(first, 500, 1000)) == orders[0][500:]
+
+
+def test_runs_of_earlier_versions_keep_their_order(monkeypatch):
+    monkeypatch.setattr(epoch_sampler, "LISTED", 50)
+    generator = torch.Generator().manual_seed(5 * 1_000_003)
+    listed = torch.randperm(100, generator=generator)[:99].tolist()
+    assert list(EpochSampler(100, 3, 5, order=FORMER_ORDER)) == listed != list(EpochSampler(100, 3, 5))

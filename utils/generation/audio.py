@@ -93,16 +93,21 @@ def read_mel(file: Path, settings: MelSettings) -> Tensor:
 
 
 @functools.cache
-def check_cache(folder: Path, settings: MelSettings, name: str) -> None:
-    """Check that log-mels in a folder have the given definition, where a preprocessed folder says what theirs is.
+def cache_problem(folder: Path, settings: MelSettings, name: str) -> str:
+    """What is wrong with log-mels in a folder, where a preprocessed folder says what their definition is; `""` for
+    nothing. The folder is opened once, also where something is wrong.
 
     Args:
         folder: of the log-mels; a cache has its manifest one folder above.
         name: of the model that reads them, for the message.
-    Raises: ValueError: names both definitions, and the command that makes the right log-mels.
+    Returns: both definitions, and the command that makes the right log-mels.
     """
-    if (folder.parent / MANIFEST).is_file():
-        AudioDataset(folder.parent, folder.name).expect_mel(settings, name)
+    try:
+        if (folder.parent / MANIFEST).is_file():
+            AudioDataset(folder.parent, folder.name).expect_mel(settings, name)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 class Synthesizer:
@@ -140,7 +145,8 @@ class Synthesizer:
         Raises: OSError, ValueError: the file cannot be read.
         """
         if file.suffix == MEL_SUFFIX:
-            check_cache(file.parent, self.log_mel.settings, self.name)
+            if problem := cache_problem(file.parent, self.log_mel.settings, self.name):
+                raise ValueError(problem)
             mel = read_mel(file, self.log_mel.settings)
             return mel, mel.shape[1] * self.log_mel.settings.hop_length
         waveform = read_waveform(file, self.rate)

@@ -7,7 +7,7 @@ from typing import Any
 
 from dataset_loading.sources import Source
 from dataset_loading.tables import captions_of
-from utils.preprocessing.samples import Outcome, Raw
+from utils.preprocessing.samples import Outcome, Raw, named_cell
 
 
 def merge_rows(source: Source, caption: str, others: Sequence[str]) -> Source:
@@ -18,12 +18,13 @@ def merge_rows(source: Source, caption: str, others: Sequence[str]) -> Source:
         others: further columns in which rows of the same file must agree to be one, such as `offset`.
     Returns: the source itself where no file has two rows. Rows of hub data sets, which are known by their numbers, and
         rows without a file stay as they are.
-    Raises: ValueError: a caption is an object.
+    Raises: ValueError: a caption is an object; names the data set, the file and the column.
     """
     if not isinstance(source.rows, list):  # Reading the rows of a hub data set reads its files.
         return source
     rows: list[dict[str, Any]] = []
     places: dict[tuple[str, ...], int] = {}
+    merged: dict[int, dict[str, None]] = {}  # Captions of each place with several rows.
     for row in source.rows:
         media = row[source.media] or {}
         name = media.get("row") or media.get("path")
@@ -31,8 +32,12 @@ def merge_rows(source: Source, caption: str, others: Sequence[str]) -> Source:
         if place in (-1, len(rows)):
             rows.append(row)
         elif caption:
-            captions = [*captions_of(rows[place].get(caption)), *captions_of(row.get(caption))]
-            rows[place] = {**rows[place], caption: list(dict.fromkeys(filter(str.strip, captions)))}
+            with named_cell(source.identity, str(name), caption):
+                if place not in merged:
+                    merged[place] = dict.fromkeys(captions_of(rows[place].get(caption)))
+                merged[place].update(dict.fromkeys(captions_of(row.get(caption))))
+    for place, captions in merged.items():
+        rows[place] = {**rows[place], caption: list(filter(str.strip, captions))}
     return dataclasses.replace(source, rows=rows) if len(rows) < len(source.rows) else source
 
 

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import TrainerCallback, set_seed
 
 from dataset_loading.collators import collate_stack
-from dataset_loading.epoch_sampler import EpochSampler
+from dataset_loading.epoch_sampler import FORMER_ORDER, ORDER, EpochSampler
 from dataset_loading.remote import local_path, open_remote
 from utils.checkpoints import (
     check_files,
@@ -283,10 +283,12 @@ class Stage:
         past = {"arguments": dataclasses.asdict(self.args), "run_lengths": [[0, n_steps]], "changes": []}
         if self.resumption is not None:
             past = self.resumption.record_of(self.args, self.run_dir, n_steps)
+        order = ORDER if self.resumption is None else self.resumption.record.get("sample_order", FORMER_ORDER)
         return {
             "stage": self.name,
             "preset": self.args.config,
             **past,
+            "sample_order": order,
             "data": {
                 "folder": str(self.cache_dir),
                 "fingerprint": dataset.fingerprint,

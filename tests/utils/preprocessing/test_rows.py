@@ -1,13 +1,17 @@
 """Rows with several captions and several rows of one file: samples of stages that encode captions, and of others."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from dataset_loading.sources import Source
 from preprocess_image_vae_dataset import ImageVAEPreprocess
 from utils.command_line import parse_arguments
+from utils.preprocessing.rows import merge_rows
+from utils.preprocessing.samples import stem_of
 
 NAMES = [f"image {i}.png" for i in range(10)]
 
@@ -85,3 +89,23 @@ def test_captions_that_a_row_has_lost_leave_the_manifest(tmp_path):
     first, second = prepare(ImageVAEPreprocess, raw, tmp_path / "out", *flags)["entries"]["train"]
     assert first["caption"] == "red" and "captions" not in first and second["captions"] == ["blue", "azure"]
     assert [first, second] == prepare(ImageVAEPreprocess, raw, tmp_path / "fresh", *flags)["entries"]["train"]
+
+
+@pytest.mark.parametrize(("first", "second", "is_same"), [
+    ("a.wav", "a.MP3", True), ("x/a.b.png", "x/a.b.jpg", True), ("take.1", "take.2", False), ("No. 1", "No. 2", False),
+])  # fmt: skip
+def test_endings_of_media_alone_are_cut(first, second, is_same):
+    assert (stem_of(first) == stem_of(second)) == is_same
+
+
+def test_rows_of_one_file_name_it_and_take_linear_time(tmp_path):
+    media, n_rows = {"path": "a.png", "bytes": None}, 20_000
+    source = Source(
+        "folder", "", "image", ["image", "text"], [{"image": media, "text": f"{i}"} for i in range(n_rows)]
+    )
+    started = time.process_time()
+    (row,) = merge_rows(source, "text", ()).rows
+    assert row["text"] == [f"{i}" for i in range(n_rows)] and time.process_time() - started < 2  # Else minutes.
+    source.rows[1]["text"] = {"a": 1}
+    with pytest.raises(ValueError, match=r"folder: a\.png, column 'text': a caption is \{'a': 1\}"):
+        merge_rows(source, "text", ())
