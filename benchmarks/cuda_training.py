@@ -67,9 +67,11 @@ def train_stage(results: ResultRows) -> None:
         raise ValueError(
             f"--cached_dataset={args.cached_dataset!r} holds no cache for --stage {args.stage}; preprocess it first"
         )
-    cache = str(Path(args.cached_dataset).resolve())
+    # Streams are trained on caches that `--flags` name, and evaluated on those that their checkpoint names.
+    cache = ["--cached_dataset", str(Path(args.cached_dataset).resolve())] if args.cached_dataset else []
+    evaluated = [] if args.stage == "multimodal" else cache
     with tempfile.TemporaryDirectory() as folder:
-        words = ["--cached_dataset", cache, "--output_dir", folder, "--run_name", "benchmark", *FLAGS]
+        words = [*cache, "--output_dir", folder, "--run_name", "benchmark", *FLAGS]
         words += [*shlex.split(args.flags), *([] if results.is_small else ["--bf16"])]
         run = Path(folder, args.stage, "benchmark")
         run_script(results, f"pretrain_{args.stage}.py", *words, run=run)
@@ -80,9 +82,7 @@ def train_stage(results: ResultRows) -> None:
         lines = [line for line in state["log_history"] if "samples_per_second" in line]
         speed = {name: lines[-1][name] for name in ("samples_per_second", "memory_gib") if lines and name in lines[-1]}
         out = str(Path(folder, "metrics"))
-        run_script(
-            results, "evaluate.py", "--checkpoint", str(checkpoint), "--cached_dataset", cache, "--output_dir", out
-        )
+        run_script(results, "evaluate.py", "--checkpoint", str(checkpoint), *evaluated, "--output_dir", out)
         metrics = json.loads(Path(out, "metrics.json").read_text())
     row = {"what": f"{args.stage}, {args.minutes:g} minutes", "steps": state["global_step"], **speed}
     results.rows.append({**row, "scores": metrics.get("scores", {})})

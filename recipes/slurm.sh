@@ -20,11 +20,15 @@ set -uo pipefail
 # Variables that a launcher would set; the others are those of each process.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR=${MASTER:-$MASTER_ADDR} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) WORLD_SIZE=$SLURM_NTASKS
+LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-1} # may be "8(x2)"
+export LOCAL_WORLD_SIZE=${LOCAL_WORLD_SIZE%%(*}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 
 # The signal comes to this script alone, which sends the processes a SIGTERM: they save and end. A job that `scancel`
 # ends gets SIGTERM itself, and is not queued again.
-srun --kill-on-bad-exit=0 bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$@"' bash \
+# Since SLURM 22.05 srun does not take the CPUs of a process from the job.
+srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" --kill-on-bad-exit=0 \
+    bash -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec python "$@"' bash \
     "$@" --resume_from_checkpoint latest &
 processes=$!
 is_stopped=

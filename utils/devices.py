@@ -66,8 +66,8 @@ def feeding(num_workers: int, *, has_gpu: bool, n_cores: int, n_processes: int) 
 
 
 def local_processes() -> int:
-    """Training processes on this machine, as the launcher says."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    """Processes of this run on this machine, as the launcher says: torchrun, SLURM's recipe, or deepspeed."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)
 
 
 def peak_memory_gib() -> float:

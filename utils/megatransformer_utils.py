@@ -2,6 +2,7 @@
 `TrainingArguments`."""
 
 import dataclasses
+import logging
 import os
 import re
 import sys
@@ -15,6 +16,8 @@ from dataset_loading.remote import IS_REMOTE
 from utils.devices import feeding, local_processes, set_fp32_precision, use_deterministic_kernels
 from utils.distributed import launch_settings
 from utils.options import option
+
+logger = logging.getLogger(__name__)
 
 SchedulerKind = Literal["constant", "constant_with_warmup", "linear", "cosine"]  # of transformers' schedulers
 TrainerKind = Literal["default", "grokfast_ema", "grokfast_ma"]  # see `trainer_class_for`
@@ -146,7 +149,7 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
     # Newer transformers name gradient checkpointing so, and warn of the old name.
     kind = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"
     # The flags under transformers' names.
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(run_dir),
         run_name=args.run_name,
         num_train_epochs=args.num_train_epochs,
@@ -180,3 +183,11 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         **feed,
         **launch,
     )
+    # Without a launcher transformers would spread each batch over all GPUs by nn.DataParallel, unknown to the stages.
+    if arguments.n_gpu > 1:
+        logger.warning(
+            "one of %d GPUs is used; start one process per GPU by `torchrun --nproc_per_node` or `deepspeed`",
+            arguments.n_gpu,
+        )
+        arguments._n_gpu = 1
+    return arguments

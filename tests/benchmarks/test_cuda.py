@@ -1,6 +1,7 @@
 """The GPU's benchmark at tiny sizes on a CPU: every part runs and writes its rows."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +35,25 @@ def test_training_needs_a_cache(tmp_path):
     words = ["--part", "train", "--device", "cpu", "--cached_dataset", str(tmp_path)]
     with pytest.raises(ValueError, match=r"--cached_dataset=.*preprocess"):
         cuda.main(parse_arguments(cuda.BenchmarkArguments, words, ""))
+
+
+@pytest.mark.parametrize(
+    "stage, named, trained, evaluated",
+    [("multimodal", False, False, False), ("multimodal", True, True, False), ("vocoder", True, True, True)],
+)
+def test_caches_that_training_and_evaluation_are_given(stage, named, trained, evaluated, tmp_path, monkeypatch):
+    """Streams have caches of their own flags; of scripts that are not run, their command lines."""
+    commands = []
+
+    def note(results, script, *words, run=None):
+        commands.append(words)
+        folder = run / "checkpoint-1" if run else Path(words[words.index("--output_dir") + 1])
+        folder.mkdir(parents=True)
+        (folder / "trainer_state.json").write_text('{"global_step": 1, "log_history": []}')
+        (folder / "metrics.json").write_text("{}")
+
+    monkeypatch.setattr("benchmarks.cuda_training.run_script", note)
+    (tmp_path / "manifest.json").write_text("{}")
+    words = ["--part", "train", "--device", "cpu", "--stage", stage]
+    cuda.main(parse_arguments(cuda.BenchmarkArguments, [*words, *["--cached_dataset", str(tmp_path)] * named], ""))
+    assert ["--cached_dataset" in words for words in commands] == [trained, evaluated]

@@ -50,7 +50,7 @@ STAGES = {
     "streams": (MultimodalStreamStage, [*SMALL_STREAMS, "--batch_size", "6"], "stream_caches", GUARD),
 }
 # Their trainers are, but for their models, those of others.
-SLOW = ("recurrent_vae", "audio_vae", "text")
+SLOW = ("recurrent_vae", "vocoder", "audio_vae", "image_diffusion", "speech", "text")
 
 
 class WaitsOfSteps(TrainerCallback):

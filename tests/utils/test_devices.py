@@ -1,10 +1,12 @@
 """What a GPU is given and fed with, by what the settings become."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from utils import megatransformer_utils
-from utils.devices import feeding, set_fp32_precision
+from utils.devices import feeding, local_processes, set_fp32_precision
 from utils.megatransformer_utils import StageArguments, training_arguments
 
 
@@ -23,22 +25,36 @@ def test_loading_processes(num_workers, has_gpu, n_cores, n_processes, expected)
     assert settings["dataloader_pin_memory"] == settings["accelerator_config"]["non_blocking"] == has_gpu
 
 
+@pytest.mark.parametrize(
+    "variables, expected", [({"LOCAL_WORLD_SIZE": "8", "LOCAL_SIZE": "4"}, 8), ({"LOCAL_SIZE": "4"}, 4), ({}, 1)]
+)
+def test_processes_on_this_machine(variables, expected, monkeypatch):
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert local_processes() == expected
+
+
 @pytest.mark.parametrize("tf32", [False, True])
-def test_a_run_on_a_gpu_has_them(tf32, tmp_path, monkeypatch):
+def test_a_run_on_a_gpu_has_them(tf32, tmp_path, monkeypatch, caplog):
     """Of a run whose arguments are made where PyTorch sees a GPU."""
-    given = {}
+    given = SimpleNamespace(n_gpu=2)  # As of a machine with two, without a launcher.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(megatransformer_utils, "TrainingArguments", lambda **keywords: given.update(keywords))
+    monkeypatch.setattr(
+        megatransformer_utils, "TrainingArguments", lambda **keywords: vars(given).update(keywords) or given
+    )
     former = torch.backends.cudnn.conv.fp32_precision
     try:
-        training_arguments(StageArguments(tf32=tf32), tmp_path)
+        arguments = training_arguments(StageArguments(tf32=tf32), tmp_path)
         assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if tf32 else "ieee")
         assert torch.backends.cudnn.conv.fp32_precision == ("tf32" if tf32 else "ieee")
     finally:
         set_fp32_precision(use_tf32=False)
         torch.backends.cudnn.conv.fp32_precision = former
-    assert given["dataloader_pin_memory"] and given["accelerator_config"] == {"non_blocking": True}
-    assert given["optim"] == "adamw_torch_fused" and not given["use_cpu"]
+    assert given.dataloader_pin_memory and given.accelerator_config == {"non_blocking": True}
+    assert given.optim == "adamw_torch_fused" and not given.use_cpu
+    assert arguments._n_gpu == 1 and "torchrun" in caplog.text and "deepspeed" in caplog.text
 
 
 def test_a_run_on_a_cpu_loads_in_its_process(tmp_path):

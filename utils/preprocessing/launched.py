@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from utils.devices import local_processes
 from utils.distributed import barrier, ending_together, launched_rank
 from utils.preprocessing.merging import MergeArguments, merge_shards
 from utils.preprocessing.shards import Shard
@@ -27,7 +28,7 @@ def run_launched(stage: str, args: Any, run: Callable[[Any], dict[str, Any]]) ->
     Returns: the manifest, in the first process that of the whole.
     Raises: ValueError: `--shard` is given, or what preprocessing raises.
     """
-    count, n_local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
         return run(args)
     if args.shard:
@@ -38,7 +39,7 @@ def run_launched(stage: str, args: Any, run: Callable[[Any], dict[str, Any]]) ->
     args_of_shard = copy.copy(args)
     args_of_shard.shard, args_of_shard.pack = str(shard), 0
     if args.num_workers < 0:
-        args_of_shard.num_workers = max(usable_cpus() // n_local, 1)
+        args_of_shard.num_workers = max(usable_cpus() // local_processes(), 1)
     # One process may have much more to do than another.
     dist.init_process_group("gloo", timeout=timedelta(days=30))
     with ending_together():

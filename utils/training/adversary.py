@@ -413,7 +413,9 @@ class Adversary:
         """
         arguments = self.arguments
         betas = (arguments.discriminator_beta1, arguments.adam_beta2)
-        settings = [{"initial_lr": arguments.discriminator_learning_rate, "betas": betas}]
+        # The checkpoint holds which kernels its machine stepped with; this run has its own.
+        fused = self.optimizer.defaults["fused"]
+        settings = [{"initial_lr": arguments.discriminator_learning_rate, "betas": betas, "fused": fused}]
         n_warmup_steps = min(arguments.gan_warmup_steps, lengths[0][1] // 2)
         factor = rate_factor(lr_scheduler_type, n_warmup_steps=n_warmup_steps, lengths=lengths)
         return apply_settings(self.optimizer, self.scheduler, settings, factor)

@@ -115,3 +115,13 @@ def test_state_round_trip_continues_exactly():
         adversary.update()
     for a, b in zip(first.discriminator.parameters(), second.discriminator.parameters()):
         assert torch.equal(a, b)
+
+
+def test_a_resumed_run_steps_with_the_kernels_of_its_own_machine():
+    """A checkpoint of a CPU, resumed where AdamW has a kernel for many parameters."""
+    adversary, source = make(), make()
+    state = copy.deepcopy(source.state_dict())
+    adversary.optimizer.defaults["fused"] = True
+    adversary.load_state_dict(state)
+    adversary.apply_flags("constant", [[0, 10]])
+    assert [group["fused"] for group in adversary.optimizer.param_groups] == [True]
