@@ -18,7 +18,7 @@ from tests.helpers.runs import changed
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
-from utils.generation.audio import Synthesizer
+from utils.generation.audio import Synthesizer, cache_problem
 from utils.generation.files import claim_folder, find_inputs
 from utils.generation.vocoder_onnx import gliding_tones
 
@@ -217,6 +217,11 @@ def test_a_folder_of_another_log_mel_is_refused(checkpoint, run, tmp_path):
     with pytest.raises(ValueError, match="differ in sample_rate, n_fft") as error:
         run("--input", cache / "validation")
     assert str(checkpoint) in str(error.value) and "python preprocess_audio_vae_dataset.py" in str(error.value)
+    # It is opened once for all of its files.
+    n_opened = cache_problem.cache_info().misses
+    with pytest.raises(ValueError, match="differ in sample_rate, n_fft"):
+        run("--input", cache / "train")
+    assert len(list((cache / "train").iterdir())) > 1 and cache_problem.cache_info().misses == n_opened + 1
 
 
 def test_other_stages_and_missing_inputs_are_refused(run, tmp_path):
