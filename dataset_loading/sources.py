@@ -170,6 +170,8 @@ def find_splits(path: Path, suffixes: Collection[str], kind: str = "") -> dict[s
             first = splits.setdefault(split, child)
             if child.is_dir() and first.is_dir() and first != child:
                 raise ValueError(f"{first} and {child} are both the split {split!r}; put their files into one of them")
+            if first.is_dir() and not child.is_dir():
+                splits[split] = child  # Its rows name the files of the folder, and their texts.
         elif child.is_dir() and not child.name.startswith(".") and next(walk(child, suffixes), None):
             others.append(child.name)
     if (

@@ -332,3 +332,5 @@ def test_a_folder_and_a_table_of_one_split_are_no_contradiction(tmp_path, image)
         image(name)
     (tmp_path / "val.csv").write_text("file_name,text\nvalid/b.png,B\n")
     assert names_and("text", open_images(tmp_path, "validation")) == [("valid/b.png", "B")]
+    (tmp_path / "train.csv").write_text("file_name,text\ntrain/a.png,A\n")
+    assert names_and("text", open_images(tmp_path, "train")) == [("train/a.png", "A")]
