@@ -120,9 +120,10 @@ def notes_of(sample: Raw | Example, n_parts: int) -> dict[str, Any]:
 
 def renewed(entry: dict[str, Any], raw: Raw, n_parts: int) -> dict[str, Any]:
     """The entry of a sample that is there, with the notes of now and the times of its file."""
-    # Notes that not every sample has: its row may have lost them.
-    former = {name: value for name, value in entry.items() if name not in ("captions", "language")}
-    return {**former, **notes_of(raw, n_parts), **present_state(raw.media)}
+    # Notes that not every sample has: its row may have lost them. The others keep their places.
+    notes = notes_of(raw, n_parts)
+    former = {name: value for name, value in entry.items() if name in notes or name not in ("captions", "language")}
+    return {**former, **notes, **present_state(raw.media)}
 
 
 def is_validation(name: str, fraction: float) -> bool:
