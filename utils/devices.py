@@ -65,6 +65,12 @@ def feeding(num_workers: int, *, has_gpu: bool, n_cores: int, n_processes: int) 
     }
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    # The affinity, where the system knows it: a container may have fewer CPUs than the machine.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def local_processes() -> int:
     """Processes of this run on this machine, as the launcher says: torchrun, SLURM's recipe, or deepspeed."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or 1)

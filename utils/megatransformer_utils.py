@@ -3,7 +3,6 @@
 
 import dataclasses
 import logging
-import os
 import re
 import sys
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from dataset_loading.remote import IS_REMOTE
-from utils.devices import feeding, local_processes, set_fp32_precision, use_deterministic_kernels
+from utils.devices import feeding, local_processes, set_fp32_precision, usable_cpus, use_deterministic_kernels
 from utils.distributed import launch_settings
 from utils.options import option
 
@@ -143,8 +142,7 @@ def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments
         if args.deterministic:
             use_deterministic_kernels()
     launch = launch_settings(args.use_deepspeed, args.deepspeed_config, args.bf16)
-    n_cores = len(os.sched_getaffinity(0))
-    feed = feeding(args.num_workers, has_gpu=has_gpu, n_cores=n_cores, n_processes=local_processes())
+    feed = feeding(args.num_workers, has_gpu=has_gpu, n_cores=usable_cpus(), n_processes=local_processes())
     feed["accelerator_config"] |= launch.pop("accelerator_config", {})
     # Newer transformers name gradient checkpointing so, and warn of the old name.
     kind = "activation" if hasattr(TrainingArguments, "activation_checkpointing") else "gradient"

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from utils.devices import local_processes
+from utils.devices import local_processes, usable_cpus
 from utils.distributed import barrier, ending_together, launched_rank
 from utils.preprocessing.merging import MergeArguments, merge_shards
 from utils.preprocessing.shards import Shard
-from utils.preprocessing.workers import usable_cpus
 
 
 def run_launched(stage: str, args: Any, run: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:

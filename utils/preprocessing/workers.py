@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from utils.devices import usable_cpus
+
 CHUNK = 8  # Tasks that a worker gets at once.
 
 
@@ -47,12 +49,6 @@ def map_in_workers(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
-    # The affinity, where the system knows it: a container may have fewer CPUs than the machine.
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def start_worker() -> None:
