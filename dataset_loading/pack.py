@@ -76,16 +76,22 @@ def pack(source: Path, target: Path, manifest: Record, samples_per_pack: int) ->
             paths = folder_of(source, split)
             tables[split] = write_packs(target, split, entries, paths, samples_per_pack)
     table = {"samples_per_pack": samples_per_pack, "splits": tables}
-    packed = {
-        PACKS if name == "entries" else name: table if name == "entries" else value
-        for name, value in manifest.items()
-        if name != "sha256"
-    }
-    result = write_manifest(target, packed)
+    result = write_manifest(target, with_field(manifest, "entries", PACKS, table))
     for split in ("train", "validation"):
         for file in (target / split).glob("*.pt"):
             file.unlink()
     return result
+
+
+def with_field(manifest: Record, name: str, new_name: str, value: Any) -> dict[str, Any]:
+    """A manifest to be written, in which a field has another name and value at the same place."""
+    fields = {}
+    for key in manifest:
+        if key == name:
+            fields[new_name] = value
+        elif key != "sha256":
+            fields[key] = manifest[key]
+    return fields
 
 
 def folder_of(folder: Path, split: str) -> Path:
@@ -237,24 +243,12 @@ def unpack(source: Path, target: Path, manifest: Record, *, is_repair: bool = Fa
     if n_changed:
         logger.info("%s: %d files differ from those that were packed, as another version of torch wrote these; the "
                     "tensors are the same", target, n_changed)  # fmt: skip
+    # Duplicates stand in the manifest with digests of their own.
     digests = {entry["key"]: entry for entry in entries.pop(DUPLICATES, [])}
-    unpacked = {}
-    for name, value in manifest.items():
-        if name == DUPLICATES:
-            value = [
-                {
-                    **row,
-                    **{
-                        key: digests[row["key"]][key]
-                        for key in ("bytes", "crc32")
-                        if key in row and row["key"] in digests
-                    },
-                }
-                for row in value
-            ]
-        if name != "sha256":
-            unpacked["entries" if name == PACKS else name] = entries if name == PACKS else value
-    result = write_manifest(target, unpacked)
+    for row in manifest.get(DUPLICATES, []):
+        digest = digests.get(row["key"], {})
+        row.update({name: digest[name] for name in ("bytes", "crc32") if name in row and name in digest})
+    result = write_manifest(target, with_field(manifest, PACKS, "entries", entries))
     remove_packs(target)
     return result
 

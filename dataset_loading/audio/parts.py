@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dataset_loading.audio.decoding import BLOCK_SAMPLES, AudioReader
+from dataset_loading.layouts import is_missing
 
 COLUMNS = ("offset", "duration")
 TOLERANCE = 0.1  # Seconds that a part may reach beyond the end of its recording: durations are rounded.
@@ -24,7 +25,7 @@ def part_of_row(row: Mapping[str, Any]) -> dict[str, Any]:
     part = {}
     for column in COLUMNS:
         value = row.get(column)
-        if value is None or value != value or (isinstance(value, str) and not value.strip()):
+        if is_missing(value):
             continue
         with contextlib.suppress(TypeError, ValueError):
             value = value if isinstance(value, bool) else float(value)
