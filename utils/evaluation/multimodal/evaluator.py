@@ -239,11 +239,12 @@ class MultimodalEvaluator(Evaluator):
         args = self.args
         chosen = [dataset[index] for index in indices]
         meter = self.meter(chosen)
-        scores = {
-            direction.name: rows
-            for direction in self.directions
-            if (rows := meter.measure(direction, self.generator, self.beside))
-        }
+        scores, seconds = {}, {}
+        for direction in self.directions:
+            self.generator.stopwatch.calls.clear()
+            if rows := meter.measure(direction, self.generator, self.beside):
+                scores[direction.name] = rows
+                seconds[direction.name] = 1 / self.generator.stopwatch.per_second()
         metrics: dict[str, Any] = {
             "scores": scores,
             "losses": self.losses(chosen) if "losses" in args.metrics else {},
@@ -263,7 +264,10 @@ class MultimodalEvaluator(Evaluator):
         if args.thinking_steps:
             metrics["thinking_steps"] = [self.depth(n, chosen) for n in sorted(set(args.thinking_steps))]
         if args.carried_steps:
-            metrics["carried_steps"] = [self.carried(n, chosen) for n in (None, *sorted(set(args.carried_steps)))]
+            names = [direction.name for direction in self.generated if direction.name in scores]
+            own = {name: {**scores[name]["model"], "seconds": seconds[name]} for name in names}
+            others = [self.carried(n, chosen) for n in sorted(set(args.carried_steps))]
+            metrics["carried_steps"] = [{"at": None, "directions": own}, *others]
         if args.exit_thresholds:
             metrics["exits"] = [
                 {"at": threshold, "directions": self.losses(chosen, exit_threshold=threshold)}
@@ -323,9 +327,9 @@ class MultimodalEvaluator(Evaluator):
         }
         return {"at": n_steps, "directions": rows}
 
-    def carried(self, n_steps: int | None, chosen: Sequence[Item]) -> dict[str, Any]:
+    def carried(self, n_steps: int, chosen: Sequence[Item]) -> dict[str, Any]:
         """Scores of what is generated, and seconds per item, with a core's state that is carried over the sampler's
-        steps; None: each of them begins anew."""
+        steps."""
         rows = {}
         for direction in self.generated:
             generator = self.generator_at(n_carried_steps=n_steps)
