@@ -92,7 +92,7 @@ def training_memory(model: nn.Module, forward: Callable[[int], Tensor], B: int) 
         loss.float().backward()
         optimizer.step()
         optimizer.zero_grad()
-        torch._foreach_lerp_([each.data for each in average], [each.data for each in model.parameters()], 1e-3)
+        torch._foreach_lerp_([mean.data for mean in average], [weight.data for weight in model.parameters()], 1e-3)
 
     return measure(run, 2, n_warm=1)
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import Sampler
 
-LISTED = 10_000_000  # From so many samples on the permutation is computed place by place, without a list.
+LISTED = 10_000_000  # From this number of samples on the permutation is computed place by place, without a list.
 # How the permutation is computed, which `stage.json` says; records of earlier versions do not.
 ORDER, FORMER_ORDER = "list below 10 million, else cipher", "list"
 CHUNK = 1 << 16  # Places whose samples are computed at once.

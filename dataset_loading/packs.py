@@ -31,7 +31,7 @@ PACKS = "packs"  # The manifest's key, in place of "entries".
 CRC = "@crc32"
 MAX_OPEN = 1024  # Packs that are mapped at the same time by a process.
 MAX_FETCHED = 8  # The same of a cache elsewhere: a mapped pack fills the disk, also where it was deleted.
-CHECKED_BYTES = 64 << 20  # The digest of an index of at most so many bytes is compared when it is opened.
+CHECKED_BYTES = 64 << 20  # The digest of an index is compared when it is opened, unless it is larger.
 
 
 def is_packed(manifest: Record) -> bool:

@@ -176,7 +176,7 @@ class RemotePacks:
         raise AssertionError("the last try returns or raises")
 
     def make_room(self, n_bytes: int) -> None:
-        """Delete the packs that were not used for longest, until there is room for so many bytes."""
+        """Delete the packs that were not used for longest, until there is room for a number of bytes."""
         states = []
         # What a process that was killed had begun to fetch.
         for leftover in self.folder.parent.glob("*/.*.tmp"):

@@ -17,7 +17,8 @@
 #SBATCH --output=slurm-%j.log
 set -uo pipefail
 
-# Variables that a launcher would set; the others are those of each process.
+# Variables that a launcher would set; the others are those of each process. MASTER is the address of the first node
+# where its name is not known to the others.
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR=${MASTER:-$MASTER_ADDR} MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) WORLD_SIZE=$SLURM_NTASKS
 LOCAL_WORLD_SIZE=${SLURM_NTASKS_PER_NODE:-1} # may be "8(x2)"

@@ -52,7 +52,7 @@ def test_every_direction_has_its_command(folder, capsys):
     assert {answer["prompt"] for answer in answers[2:]} <= {image, sound}
     assert "a red bear  ->  " in capsys.readouterr().out
     again = call(folder, "--draw", "a red bear")
-    # The same picture, in a folder of its own: earlier answers stay.
+    # The same image, in a folder of its own: earlier answers stay.
     assert again[0]["answer"] != answers[0]["answer"]
     first, second = (Path(found[0]["answer"]) for found in (answers, again))
     assert (second.name, second.read_bytes()) == (first.name, first.read_bytes())

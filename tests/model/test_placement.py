@@ -315,8 +315,8 @@ def test_on_a_device_of_its_own(name):
         notes.clear()
         results = run(module, inputs)
         waits = dict(notes)
-        found = [[tensor.detach().cpu() for tensor in tensors] for tensors in results]
+        values = [[tensor.detach().cpu() for tensor in tensors] for tensors in results]
     assert waits == {}
-    for first, second in zip(expected, found, strict=True):
-        for one, other in zip(first, second, strict=True):
-            assert (one - other).abs().max() <= 1e-4 * one.abs().max() + 1e-6
+    for first, second in zip(expected, values, strict=True):
+        for on_cpu, on_device in zip(first, second, strict=True):
+            assert (on_cpu - on_device).abs().max() <= 1e-4 * on_cpu.abs().max() + 1e-6

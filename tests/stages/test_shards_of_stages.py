@@ -40,8 +40,8 @@ def check_shards(run: Callable[..., dict], stage: type[Preprocess], out: Path, n
         shards.append(out.with_name(f"{out.name}.shard-{i}-of-{n}"))
     joined = stage.main(["--merge", *map(str, reversed(shards)), "--output_dir", str(out)])
     assert joined["fingerprint"] == fingerprint
-    found = contents(out)
-    different = [name for name in found.keys() | expected.keys() if found.get(name) != expected.get(name)]
+    files = contents(out)
+    different = [name for name in files.keys() | expected.keys() if files.get(name) != expected.get(name)]
     assert not different, different
     return shards
 

@@ -93,7 +93,7 @@ class Stage:
         return []
 
     def count_steps(self, dataset: Dataset, n_ranks: int) -> tuple[int, str]:
-        """Optimizer steps of a run on so many processes, and what one of them holds, in words.
+        """Optimizer steps of a run on `n_ranks` processes, and what one of them holds, in words.
 
         Raises: ValueError: a step has more samples than there are.
         """
