@@ -225,8 +225,9 @@ def test_another_vae_is_refused(train, tmp_path):
             "ds_config_zero-3.json",
             ["--batch_size", "1", "--freeze", "decoders.image", "--learning_rates", "trunk:0.5"],
         ),
+        pytest.param("ds_config_zero-2.json", ["--batch_size", "1"], marks=pytest.mark.slow),
     ],
-    ids=["torchrun_by_tokens", "zero_3"],
+    ids=["torchrun_by_tokens", "zero_3", "zero_2"],
 )
 def test_two_processes_equal_one_also_where_one_lacks_a_modality(launcher, flags, stream_caches, tmp_path, train):
     """Batches of one or two rows: most of the time a process has no image, or no audio."""
