@@ -33,6 +33,7 @@ from utils.evaluation.multimodal.arguments import AnyMetricArguments, Multimodal
 from utils.evaluation.recurrent_vae import RecurrentVAEEvaluator
 from utils.evaluation.text import TextEvaluationArguments, TextEvaluator
 from utils.evaluation.vocoder import VocoderEvaluator
+from utils.generation.exported import home_of
 
 logger = logging.getLogger("evaluate")
 
@@ -95,7 +96,7 @@ def evaluate(args: EvaluateArguments) -> dict:
 
 def write(evaluator: Evaluator, evaluation: Evaluation, report: dict) -> list[Path]:
     """Write metrics.json, images, audio and TensorBoard; returns the paths."""
-    output_dir = Path(evaluator.args.output_dir or evaluator.checkpoint.parent)
+    output_dir = Path(evaluator.args.output_dir or home_of(evaluator.checkpoint))
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "metrics.json", report)
     saved = evaluation.save(output_dir)

@@ -36,9 +36,10 @@ ALLOWED = {
     "utils/resuming": LIBRARY | {"utils/resuming"},
 }
 ALLOWED["utils/generation"] = ALLOWED["utils/drawing"] | ALLOWED["utils/metrics"] | {"utils/generation"}
+ALLOWED["utils/exporting"] = ALLOWED["utils/generation"] | {"utils/exporting"}
 ALLOWED["utils/evaluation"] = ALLOWED["utils/generation"] | {"utils/evaluation"}
 ALLOWED["utils/training"] = ALLOWED["utils/evaluation"] | {"utils/resuming", "utils/training"}
-ALLOWED["script"] = ALLOWED["utils/training"] | {"utils/preprocessing"}
+ALLOWED["script"] = ALLOWED["utils/training"] | {"utils/preprocessing", "utils/exporting"}
 ALLOWED["inference"] = ALLOWED["script"] | {"inference"}
 ALLOWED["benchmarks"] = ALLOWED["script"] | {"benchmarks", "script"}
 MODULES = {".".join(path.with_suffix("").parts): path for path in CODE}

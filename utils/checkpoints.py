@@ -38,7 +38,8 @@ STAGE = "stage.json"
 EMA = "ema.safetensors"
 CARD = "README.md"
 # Types of what a record holds, where it holds it.
-RECORD_TYPES = {"stage": str, "preset": str, "arguments": dict, "data": dict, "latents": dict}
+EXPORTED = "exported"  # In the record of a folder that inference/export_model.py wrote.
+RECORD_TYPES = {"stage": str, "preset": str, "arguments": dict, "data": dict, "latents": dict, EXPORTED: dict}
 # Averaged weights, where a checkpoint has them, or those that were trained.
 WeightsKind = Literal["ema", "raw"]
 
@@ -425,6 +426,11 @@ def chosen_weights(checkpoint: Path, args: Any) -> WeightsKind:
 
     Raises: ValueError: `--weights ema` was given and there are none.
     """
+    # An exported folder holds either kind, as model.safetensors.
+    if exported := (checkpoint / STAGE).is_file() and read_stage(checkpoint).get(EXPORTED):
+        if args.weights != exported["weights"] and "weights" in args.given:
+            raise ValueError(f"{checkpoint} holds its {exported['weights']} weights alone; leave --weights out")
+        return exported["weights"]
     averaged = (checkpoint / EMA).is_file()
     if not averaged and args.weights == "ema" and "weights" in args.given:
         raise ValueError(f"{checkpoint} has no averaged weights ({EMA}); use --weights raw")

@@ -260,6 +260,7 @@ class MegaTransformerConfig(StrictConfig):
                 if getattr(self, name) == former:
                     setattr(self, name, default_value(type(self).__dataclass_fields__[name]))
         super().__post_init__(**{name: value for name, value in kwargs.items() if name not in removed})
+        self.architectures = self.architectures or []  # AutoModel, which has two models of it, reads a list.
 
     @property
     def groups(self) -> int:

@@ -24,6 +24,7 @@ from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
 from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator
 from utils.evaluation.tables import Column, score_table
+from utils.generation.exported import home_of
 from utils.metrics.audio import (
     N_CEPSTRA,
     PACKAGES,
@@ -367,7 +368,7 @@ class AudioEvaluator(Evaluator):
             caption = "  ".join([*shown, clip.entry["caption"] or clip.entry["key"]])
             images = mel_triple(clip.predicted, clip.mel, self.settings.log_floor, max_frames=max_frames)
             groups.append(Group(images, caption))
-        title = f"{self.checkpoint.parent.name}, step {self.step}: log-mels of {len(examples)} of {n_clips} clips"
+        title = f"{home_of(self.checkpoint).name}, step {self.step}: log-mels of {len(examples)} of {n_clips} clips"
         return strip_sheet(groups, TRIPLE, title=title)
 
 

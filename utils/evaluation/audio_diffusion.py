@@ -35,6 +35,7 @@ from utils.evaluation.captioned_sounds import CaptionEvaluator
 from utils.evaluation.evaluator import Evaluation
 from utils.evaluation.recordings import Recordings
 from utils.evaluation.speech_scores import SpeechScorer, Utterance, is_english, next_texts, recognition_scores
+from utils.generation.exported import home_of
 from utils.generation.speech import AudioSamplingArguments, SpeechPipeline
 from utils.metrics.pitch import pitch_statistics, track_pitch
 from utils.metrics.words import normalize_text
@@ -344,9 +345,8 @@ class AudioDiffusionEvaluator(AudioPipelineEvaluator):
             Group([aligned_mel(*utterance.mels[name], floor, max_frames=longest) for name in SHEET], utterance.text)
             for utterance in examples
         ]
-        title = (
-            f"{self.checkpoint.parent.name}, step {self.step}: log-mels of {len(examples)} of {n_clips} clips; {MARKS}"
-        )
+        run = home_of(self.checkpoint).name
+        title = f"{run}, step {self.step}: log-mels of {len(examples)} of {n_clips} clips; {MARKS}"
         return strip_sheet(groups, [ROW_NAMES[name] for name in SHEET], title=title)
 
     def measure_curve(self, evaluation: Evaluation, spoken: Sequence[Utterance]) -> None:

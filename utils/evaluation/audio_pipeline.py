@@ -7,6 +7,7 @@ from model.audio.diffusion import AudioDiffusion
 from utils.checkpoints import resolve_checkpoint
 from utils.evaluation.evaluator import ContactSheetArguments, EvaluationArguments, Evaluator, expect_values
 from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments
+from utils.generation.exported import vocoder_of
 from utils.options import option
 
 WITH_CURVE = ("curve", True)
@@ -41,7 +42,8 @@ class AudioPipelineEvaluator(Evaluator):
         """
         args = self.args
         # Paths given on the command line may be run folders.
-        vocoder = str(resolve_checkpoint(args.vocoder_checkpoint)) if args.vocoder_checkpoint else ""
+        vocoder = vocoder_of(self.checkpoint, args.vocoder_checkpoint)
+        vocoder = str(resolve_checkpoint(vocoder)) if vocoder else ""
         self.pipeline = self.pipeline_class.load(
             self.checkpoint,
             vae_checkpoint=args.vae_checkpoint,

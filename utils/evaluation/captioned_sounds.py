@@ -24,6 +24,7 @@ from utils.evaluation.evaluator import Evaluation
 from utils.evaluation.generated_images import agreement_scores
 from utils.generation.audio_diffusion import AudioSamplingArguments
 from utils.generation.captions import CaptionPipeline
+from utils.generation.exported import home_of
 from utils.metrics.caption_agreement import TextProbe, UnusableCaptionsError, other_captions
 from utils.metrics.feature_sets import compare_sets, memorisation
 from utils.metrics.sounds import sound_blocks, sound_features
@@ -214,7 +215,7 @@ class CaptionEvaluator(AudioPipelineEvaluator):
             )
             for position in on_sheet
         ]
-        title = f"{self.checkpoint.parent.name}, step {self.step}: sounds of {len(on_sheet)} held-out captions"
+        title = f"{home_of(self.checkpoint).name}, step {self.step}: sounds of {len(on_sheet)} held-out captions"
         return strip_sheet(groups, [ROW_NAMES[name] for name in mels], title=title)
 
     def measure_curve(self, evaluation: Evaluation, entries: Sequence[dict[str, Any]], target: Tensor) -> None:

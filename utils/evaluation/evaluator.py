@@ -21,10 +21,11 @@ from dataset_loading.files import read_manifest
 from dataset_loading.image.folder import ImageFolderDataset
 from dataset_loading.image.pixels import ResizeMode, check_color
 from dataset_loading.remote import IS_REMOTE, open_remote
-from utils.checkpoints import WeightsKind, chosen_weights, data_of, load_model, read_stage, step_of
+from utils.checkpoints import WeightsKind, chosen_weights, data_of, load_model, read_stage
 from utils.devices import compute_device
 from utils.drawing.images import save_image
 from utils.drawing.playback import add_audio, playable
+from utils.generation.exported import trained_steps
 from utils.options import check_effects, declared_fields, option, validate_fields
 
 logger = logging.getLogger(__name__)
@@ -175,7 +176,7 @@ class Evaluator:
             raise ValueError(f"{foreign}: no effect on {checkpoint}, which is of stage {self.record['stage']!r}")
         self.args = args = own_arguments(self.arguments_class, args)
         # The model with the chosen weights, on the device.
-        self.step = step_of(checkpoint)
+        self.step = trained_steps(checkpoint)
         self.device = compute_device()
         self.weights = chosen_weights(checkpoint, args)
         self.model = self.load_model()

@@ -35,6 +35,7 @@ from utils.evaluation.image_diffusion_report import (
     generation_table,
 )
 from utils.evaluation.source_images import SourceImageDataset
+from utils.generation.exported import home_of
 from utils.generation.text_to_image import PipelineArguments, SamplingArguments, TextToImagePipeline
 from utils.metrics.caption_agreement import (
     N_POOLED,
@@ -284,7 +285,7 @@ class ImageDiffusionEvaluator(ImageEvaluator):
             for row, position in enumerate(on_sheet)
         ]
         title = (
-            f"{self.checkpoint.parent.name}, step {self.step}: held-out captions; {self.args.sampler}, "
+            f"{home_of(self.checkpoint).name}, step {self.step}: held-out captions; {self.args.sampler}, "
             f"{self.args.n_steps} steps, guidance {self.args.guidance_scale:g}"
         )
         return draw_sheet(groups, labels, n_across=min(2, len(groups)), title=title)

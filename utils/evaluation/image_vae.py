@@ -29,6 +29,7 @@ from utils.evaluation.evaluator import (
     ImageEvaluator,
 )
 from utils.evaluation.tables import Column, fact_table, latent_table, score_table
+from utils.generation.exported import home_of
 from utils.metrics.images import FeatureMoments, KernelDistance, SharedFeatures, frechet_distance, psnr, ssim
 from utils.metrics.latents import LATENT_DEFINITION, LatentHealth, normalized_std
 from utils.options import option
@@ -180,7 +181,7 @@ class ImageVAEEvaluator(ImageEvaluator):
         Args: examples: index -> input, reconstruction, and its PSNR.
         """
         title = (
-            f"{self.checkpoint.parent.name}, step {self.step}: input and reconstruction of {len(examples)} images, "
+            f"{home_of(self.checkpoint).name}, step {self.step}: input and reconstruction of {len(examples)} images, "
             f"mean PSNR of all {evaluation.metrics['scores']['model']['psnr_db']:.1f} dB"
         )
         groups = [

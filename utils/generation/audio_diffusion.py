@@ -24,6 +24,7 @@ from model.audio.vocoders import Vocoder
 from model.text.phonemes import SpeechTokenizer
 from utils.checkpoints import WeightsKind, data_of, load_model, read_stage, resolve_checkpoint
 from utils.generation.audio import load_vocoder
+from utils.generation.exported import home_of, vocoder_of
 from utils.generation.latents import find_vae, load_vae
 from utils.generation.sampling import check_interval, interval_option
 from utils.options import option, suggest
@@ -87,7 +88,7 @@ class AudioPipeline:
 
         Args:
             vae_checkpoint: path of the VAE; empty: its copy in the run or the cache, or the recorded path.
-            vocoder_checkpoint: path of a vocoder; empty: Griffin-Lim.
+            vocoder_checkpoint: path of a vocoder; empty: that of an exported folder, or Griffin-Lim.
             options: of `text_parts`.
         Raises:
             FileNotFoundError: a checkpoint is missing.
@@ -105,10 +106,10 @@ class AudioPipeline:
             )
         # Latents of another VAE would decode to noise, so the VAE is identified by its fingerprint.
         name = f"the latents that {checkpoint} was trained on"
-        folders = (folder.absolute().parent, data_of(folder))
+        folders = (home_of(folder), data_of(folder))
         path = find_vae(record["latents"], name, given=vae_checkpoint, folders=folders, media="audio")
         vae = load_vae(path, media="audio").requires_grad_(False)
-        vocoder = load_matching_vocoder(vocoder_checkpoint, vae.config.mel, f"the VAE {path}")
+        vocoder = load_matching_vocoder(vocoder_of(folder, vocoder_checkpoint), vae.config.mel, f"the VAE {path}")
         for network in (model, vae, vocoder):
             if network is not None:
                 network.to(device)

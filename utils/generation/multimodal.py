@@ -33,6 +33,7 @@ from model.vae import VAE
 from utils.checkpoints import WeightsKind, load_model, read_stage, resolve_checkpoint
 from utils.generation.audio import read_waveform
 from utils.generation.audio_diffusion import AudioPipeline, load_matching_vocoder
+from utils.generation.exported import home_of, vocoder_of
 from utils.generation.latents import Media, find_vae, load_vae, standardized_posterior
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class MultimodalPipeline:
 
         Args:
             vae_checkpoints: modality -> path of its VAE; default: the copies in the run, or as recorded.
-            vocoder_checkpoint: path of a vocoder; empty: Griffin-Lim.
+            vocoder_checkpoint: path of a vocoder; empty: that of an exported folder, or Griffin-Lim.
         Raises:
             FileNotFoundError: a checkpoint is missing.
             ValueError: the checkpoint is of another stage or of text alone, a VAE is not that of its latents, or the
@@ -101,10 +102,10 @@ class MultimodalPipeline:
                 continue
             # Latents of another VAE would decode to noise, so it is identified by its fingerprint.
             owner = f"the {name} latents that {checkpoint} was trained on"
-            given, near = (vae_checkpoints or {}).get(name, ""), (folder.absolute().parent / name,)
+            given, near = (vae_checkpoints or {}).get(name, ""), (home_of(folder) / name,)
             path = find_vae(record["latents"][name], owner, given=given, folders=near, media=name)
             vaes[name] = load_vae(path, media=name).requires_grad_(False).to(device)
-        vocoder = None
+        vocoder, vocoder_checkpoint = None, vocoder_of(folder, vocoder_checkpoint)
         if vocoder_checkpoint:
             if "audio" not in vaes:
                 raise ValueError(f"vocoder_checkpoint={vocoder_checkpoint!r} has no effect: {checkpoint} has no audio")

@@ -18,6 +18,7 @@ from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import TOKENS_MULTIPLE, encode_caption, pad_tokens
 from model.vae import VAE
 from utils.checkpoints import WeightsKind, data_of, load_model, read_stage, resolve_checkpoint
+from utils.generation.exported import home_of
 from utils.generation.files import check_unicode
 from utils.generation.latents import find_vae, load_vae
 from utils.generation.sampling import check_interval, interval_option
@@ -97,7 +98,7 @@ class TextToImagePipeline:
         # Latents of another VAE would decode to noise, so the VAE is identified by its fingerprint.
         latents, cache = record["latents"], data_of(folder)
         name = f"the latents that {checkpoint} was trained on"
-        path = find_vae(latents, name, given=vae_checkpoint, folders=(folder.absolute().parent, cache))
+        path = find_vae(latents, name, given=vae_checkpoint, folders=(home_of(folder), cache))
         logger.info("the VAE of the latents is %s", path)
         # The frozen networks, on the device.
         model = load_model(ImageDiffusion, checkpoint, weights).requires_grad_(False).to(device)

@@ -15,6 +15,7 @@ from model.layers import to_device
 from model.text.feature_extractors import FrozenTextEncoder
 from utils.checkpoints import checkpoints_in, lasting_name, read_stage, resolve_checkpoint
 from utils.distributed import from_main, launched_rank, rank
+from utils.generation.exported import home_of
 from utils.generation.latents import PINNED, Media, checkpoints_at, find_vae, latents_script, load_vae, pin_vae
 from utils.generation.text_encoder import load_text_encoder
 from utils.megatransformer_utils import StageArguments
@@ -162,7 +163,7 @@ def check_init_from(path: str, latents: Mapping[str, Any], cache: Path, *, media
         other, expected = record["latents"][name], latents[name]
         if other != expected:
             # The copy of the VAE that the run keeps, else the recorded path or name.
-            pinned = checkpoints_at(resolve_checkpoint(path).parent / PINNED) if flag == "vae_checkpoint" else []
+            pinned = checkpoints_at(home_of(resolve_checkpoint(path)) / PINNED) if flag == "vae_checkpoint" else []
             value = next(map(str, pinned), record["latents"][flag]) or '""'
             raise ValueError(
                 f"--init_from {path} was trained on {name}={other!r}, the latents in {cache} have {expected!r}, which "

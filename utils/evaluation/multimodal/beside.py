@@ -15,6 +15,7 @@ from utils.evaluation.multimodal.items import MARGIN, Direction, HeldOutItems, d
 from utils.evaluation.multimodal.outputs import AnswerGenerator, Outputs
 from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments
 from utils.generation.captions import CaptionPipeline
+from utils.generation.exported import home_of
 from utils.generation.latents import standardized_posterior
 from utils.generation.multimodal import MultimodalPipeline
 from utils.generation.speech import SpeechPipeline
@@ -40,7 +41,7 @@ class Beside:
     def __init__(self, path: str, generator: AnswerGenerator, record: Mapping[str, Any]):
         self.checkpoint, self.generator = resolve_checkpoint(path), generator
         self.record = read_stage(self.checkpoint)
-        self.stage, self.name = self.record["stage"], f"{self.record['stage']} {self.checkpoint.parent.name}"
+        self.stage, self.name = self.record["stage"], f"{self.record['stage']} {home_of(self.checkpoint).name}"
         if self.stage not in STAGES or (self.stage == "multimodal" and not self.record.get("latents")):
             kind = f"stage {self.stage!r}" if self.stage not in STAGES else "text alone"
             raise ValueError(f"--beside {path}: a run of {kind}; give one of {', '.join(STAGES)}")

@@ -30,6 +30,7 @@ from utils.evaluation.multimodal.losses import TeacherForcing
 from utils.evaluation.multimodal.outputs import AnswerGenerator
 from utils.evaluation.multimodal.report import DEFINITIONS, tables_of
 from utils.evaluation.recordings import Recordings
+from utils.generation.exported import home_of, vocoder_of
 from utils.generation.multimodal import MultimodalPipeline
 from utils.metrics.caption_agreement import UnusableCaptionsError
 from utils.metrics.latent_readers import LatentReader, labels_of, saved_reader
@@ -53,7 +54,8 @@ class MultimodalEvaluator(Evaluator):
                 "--cached_dataset has no effect on a multimodal run: give --image_latents, --audio_latents"
             )
         vaes = {name: getattr(args, f"{name}_vae_checkpoint") for name in CACHES}
-        vocoder = str(resolve_checkpoint(args.vocoder_checkpoint)) if args.vocoder_checkpoint else ""
+        vocoder = vocoder_of(self.checkpoint, args.vocoder_checkpoint)
+        vocoder = str(resolve_checkpoint(vocoder)) if vocoder else ""
         self.vocoder_name = vocoder or "Griffin-Lim"
         self.pipeline = MultimodalPipeline.load(
             self.checkpoint,
@@ -227,7 +229,7 @@ class MultimodalEvaluator(Evaluator):
         def load() -> tuple[list[torch.Tensor], list[str]]:
             return [cache[index]["mean"] for index in indices], texts
 
-        file = Path(self.args.output_dir or self.checkpoint.parent) / "readers" / f"{name}.safetensors"
+        file = Path(self.args.output_dir or home_of(self.checkpoint)) / "readers" / f"{name}.safetensors"
         identity = {"data": cache.fingerprint, "n_training": len(indices)}
         with torch.inference_mode(False):
             reader = LatentReader(name, labels, n_channels).to(self.device)  # type: ignore[arg-type]
@@ -388,7 +390,7 @@ class MultimodalEvaluator(Evaluator):
 
     def add_examples(self, evaluation: Evaluation, meter: DirectionMeter) -> None:
         """The sheets of generated images and log-mels beside the real ones, and clips as wav files."""
-        title = f"{self.checkpoint.parent.name}, step {self.step}"
+        title = f"{home_of(self.checkpoint).name}, step {self.step}"
         for direction, outputs in meter.spans.items():
             items = meter.of(direction)
             if not (numbers := evenly_spaced(len(items), self.args.contact_sheet)):

@@ -3,7 +3,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model.causal import MegaTransformerForCausalLM
-from model.llama_weights import neighbouring_pairs, rename_llama_weights
+from model.text.llama_weights import neighbouring_pairs, rename_llama_weights
 
 SIZES = {"hidden_size": 48, "vocab_size": 61, "max_position_embeddings": 64}
 
