@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 
-def philox_key(seed: int, step: int, index: int, stream: str) -> tuple[int, int]:
+def philox_key(seed: int, step: int, index: int, stream: str) -> np.ndarray:
     """The 128 bits of a Philox key: seed and stream (32 bits each), step (24 bits) and sample (40 bits). Different
     keys give independent sequences."""
-    return (seed & 0xFFFFFFFF) << 32 | zlib.crc32(stream.encode()), step << 40 | index
+    # NumPy would make floats, which round, of a list with numbers below and above 2 ** 63.
+    return np.array([(seed & 0xFFFFFFFF) << 32 | zlib.crc32(stream.encode()), step << 40 | index], np.uint64)
 
 
 def generators(seed: int, step: int, indices: Tensor | np.ndarray, *, stream: str) -> list[np.random.Generator]:

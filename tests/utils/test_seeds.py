@@ -21,9 +21,12 @@ def test_every_part_of_the_key_matters():
             (1, 6, 3, "a"),
             (1, 5, 4, "a"),
             (1, 5, 3, "b"),
+            # The largest seed, late in a run: the key has more bits than a float.
+            (2**32 - 1, 2**20, 1, "a"),
+            (2**32 - 1, 2**20, 2, "a"),
         ]
     ]
-    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 5
+    assert len({tuple(draw.flatten().tolist()) for draw in draws}) == 7
 
 
 def test_moments():
