@@ -1,5 +1,5 @@
-"""Trainers: transformers' `Trainer` plus what every stage needs (exact data order, optimizer hooks, complete
-checkpoints, evaluation on averaged weights, named loss terms), and the GrokFast mixins.
+"""Trainers: transformers' `Trainer` plus what every stage needs (exact data order, optimizer hooks, evaluation on
+averaged weights, named loss terms; complete checkpoints are in `utils/saving.py`), and the GrokFast mixins.
 
 The trainers of the stages are in `utils/training/` and can be imported from here.
 """
@@ -7,38 +7,22 @@ The trainers of the stages are in `utils/training/` and can be imported from her
 import importlib
 import logging
 import math
-import shutil
 import time
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import Trainer
 
 from dataset_loading.collators import HostFields
 from dataset_loading.epoch_sampler import ORDER, EpochSampler
 from model.layers import to_device
-from utils.checkpoints import (
-    EMA,
-    STAGE,
-    checkpoints_in,
-    explained_loading,
-    is_complete,
-    mark_complete,
-    rotate,
-    set_aside,
-    step_of,
-    without_copies,
-    write_card,
-    write_json,
-)
+from utils.checkpoints import checkpoints_in, is_complete, step_of
 from utils.devices import peak_memory_gib
-from utils.distributed import any_across_ranks, barrier, mean_across_ranks, rank
+from utils.distributed import any_across_ranks, mean_across_ranks
 from utils.optimizer_hooks import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook, WeightEMA
+from utils.saving import SavingTrainer
 from utils.seeds import sample_keys, sample_normal, sample_uniform
 
 logger = logging.getLogger(__name__)
@@ -86,6 +70,7 @@ RELIES_ON: dict[str, tuple[str | None, str]] = {
     "evaluate": ("eval_dataset, ignore_keys, metric_key_prefix", "averaged weights, each sample once"),
     "_save_checkpoint": ("model, trial", "a checkpoint is complete or absent"),
     "_save": ("output_dir, state_dict", "tied weights are written once"),
+    "_save_optimizer_and_scheduler": ("output_dir", "a thread can write them"),
     "_load_optimizer_and_scheduler": ("checkpoint", "the stage's own state is loaded with them"),
     "_load_rng_state": ("checkpoint", "a damaged file is named"),
 }
@@ -98,7 +83,7 @@ def __getattr__(name: str) -> type:
     return getattr(importlib.import_module(f"utils.training.{TRAINERS[name]}"), name)
 
 
-class StageTrainer(Trainer):
+class StageTrainer(SavingTrainer):
     """The Trainer of a stage.
 
     Attributes:
@@ -277,6 +262,7 @@ class StageTrainer(Trainer):
             self.term_counts[name] = self.term_counts.get(name, 0) + 1
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs) -> None:
+        self.background.check()
         self.check_hooks_fired()
         self.check_skipped_steps(tr_loss)
         total = self._total_loss_scalar
@@ -338,12 +324,6 @@ class StageTrainer(Trainer):
         self.ema_model_step = self.state.global_step
         return self.ema_model
 
-    def averaged_weights(self) -> dict[str, Tensor] | None:
-        """The averaged weights as a state dict; None where there are none yet. Every process must call it."""
-        if self.ema is None or self.ema.optimizer is None:
-            return None
-        return self.ema.state_dict_of(self.model, self.model_wrapped if self.is_deepspeed_enabled else None)
-
     def evaluation_terms(self, model, inputs: dict) -> dict[str, Tensor]:
         """Metrics per sample of one validation batch, name -> (B,); `loss` must be among them."""
         raise NotImplementedError
@@ -384,89 +364,6 @@ class StageTrainer(Trainer):
             if line["step"] == self.state.global_step and "eval_loss" in line:
                 return {name: value for name, value in line.items() if name.startswith("eval_")}
         return self.evaluate()
-
-    # ---- Checkpoints.
-
-    def before_saving(self) -> None:
-        """Called on every process before a checkpoint is written."""
-
-    def extra_state(self) -> dict | None:
-        """State of the stage beyond model, optimizer and schedule, equal on all processes; saved as
-        `stage_state.pt`."""
-        return None
-
-    def load_extra_state(self, state: dict) -> None:
-        """Restore the state that `extra_state` returned."""
-
-    def _save_checkpoint(self, model, trial) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.saved_step == self.state.global_step:
-            return
-        # Rank 0 makes room: another run's checkpoint is set aside, an interrupted one removed; the others wait for it.
-        if rank() == 0:
-            set_aside(folder.parent, [folder])
-            if folder.exists():
-                shutil.rmtree(folder)
-        barrier()
-        self.before_saving()
-        try:
-            # Files of transformers and of the stage; the mark comes once every process has written its own.
-            super()._save_checkpoint(model, trial)
-            self.save_extras(folder)
-            barrier()
-            if rank() == 0:
-                mark_complete(folder)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(
-                f"could not write {folder}: {error}. The half-written folder is removed and earlier checkpoints are "
-                "kept; free disk space and go on with --resume_from_checkpoint latest"
-            ) from error
-        self.saved_step = self.state.global_step
-        self.guard.mark_saved()
-        # Old checkpoints go once the new one is complete.
-        # Not while steps are skipped: the checkpoints before may be the ones to go back to.
-        if rank() == 0 and not self.guard.in_a_row:
-            rotate(Path(self.args.output_dir), self.stage_arguments.save_total_limit)
-        barrier()
-        self.last_log = (self.state.global_step, time.perf_counter())
-
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        # DeepSpeed hands over copies, in which transformers does not see that tied weights are the same.
-        super()._save(output_dir, state_dict and without_copies(self.model, state_dict))
-
-    def save_extras(self, folder: Path) -> None:
-        """Averaged weights, the stage's own state and its record."""
-        # Gathering shards is collective, so every process takes part; rank 0 alone writes.
-        averaged = self.averaged_weights()
-        state = {"guard": self.guard.state_dict(), **(self.extra_state() or {})}
-        if rank() == 0:
-            if averaged is not None:
-                averaged = without_copies(self.model, averaged)
-                averaged = {name: tensor.cpu().contiguous() for name, tensor in averaged.items()}
-                save_file(averaged, folder / EMA, {"format": "pt"})
-            torch.save(state, folder / "stage_state.pt")
-            skipped = {"total": self.guard.skipped, "at_the_end": self.guard.in_a_row}
-            write_json(folder / STAGE, {**self.stage_record, "skipped_steps": skipped})
-            write_card(folder, type(self.model), self.stage_record.get("stage", ""))
-
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        if not checkpoint:
-            return
-        with explained_loading(Path(checkpoint), "the state of the optimizer or of its schedule"):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        file = Path(checkpoint) / "stage_state.pt"
-        if file.is_file():  # Older checkpoints have none where the stage has no state of its own.
-            with explained_loading(file):
-                state = torch.load(file, map_location=self.args.device, weights_only=True)
-                if guard := state.pop("guard", None):  # Older checkpoints do not count skipped steps.
-                    self.guard.load_state_dict(guard)
-                if state or self.extra_state() is not None:
-                    self.load_extra_state(state)
-
-    def _load_rng_state(self, checkpoint) -> None:
-        with explained_loading(Path(checkpoint), "the states of the random number generators (rng_state*.pth)"):
-            super()._load_rng_state(checkpoint)
 
 
 class GrokfastEMATrainer(StageTrainer):

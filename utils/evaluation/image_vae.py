@@ -31,8 +31,8 @@ from utils.evaluation.evaluator import (
 from utils.evaluation.tables import Column, fact_table, latent_table, score_table
 from utils.metrics.images import FeatureMoments, KernelDistance, SharedFeatures, frechet_distance, psnr, ssim
 from utils.metrics.latents import LATENT_DEFINITION, LatentHealth, normalized_std
+from utils.metrics.timing import Stopwatch
 from utils.options import option
-from utils.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from model.audio.waveform_discriminators import WaveformDiscriminatorKind
 from utils.distributed import is_sharded
 from utils.drawing.audio import phase_image, waveform_image
 from utils.megatransformer_utils import StageArguments
+from utils.metrics.timing import Stopwatch
 from utils.options import option
-from utils.timing import Stopwatch
 from utils.training.adversary import WITH_ADVERSARY, AdversaryArguments
 from utils.training.audio import AudioCallback, terms_by_length
 from utils.training.gan import GANTrainer, Generation
