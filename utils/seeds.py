@@ -3,7 +3,8 @@
 import hashlib
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -65,6 +66,48 @@ def sample_keys(seed: int, step: int, indices: Tensor | np.ndarray, *, stream: s
         for generator in generators_in_turn(seed, step, indices, stream=stream)
     ]
     return torch.from_numpy(np.stack(rows))
+
+
+Sampler = Callable[..., Tensor]
+
+
+class NoiseAhead:
+    """Random numbers of samples, made by a thread one optimizer step before they are asked for, while the device
+    computes. They are those of the functions above, whoever makes them.
+
+    What was asked for at this step, by stream and shape, is made for the samples of the next one; what has another
+    shape there is made when it is asked for.
+
+    Args: seed: of the run.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.pool = ThreadPoolExecutor(1, "noise")
+        self.asked: dict[tuple[Sampler, str, tuple[int, ...]], None] = {}  # At this step, in order.
+        self.made: dict[tuple, Future[Tensor]] = {}
+
+    def prepare(self, step: int, batches: Sequence[np.ndarray]) -> None:
+        """Begin to make the numbers of a step.
+
+        Args: batches: numbers of the samples of each of its micro-batches, (B,).
+        """
+        self.made = {key: future for key, future in self.made.items() if key[0] == step - 1}
+        asked, self.asked = self.asked, {}
+        for indices in batches:
+            for sampler, stream, shape in asked:
+                keywords = {"stream": stream, "shape": shape}
+                future = self.pool.submit(sampler, self.seed, step, indices, **keywords)
+                self.made[step, indices.tobytes(), sampler, stream, shape] = future
+
+    def __call__(
+        self, sampler: Sampler, step: int, indices: np.ndarray, *, stream: str, shape: Sequence[int]
+    ) -> Tensor:
+        """`sampler(seed, step, indices, stream=stream, shape=shape)`, (B, *shape) on the CPU."""
+        shape = tuple(shape)
+        self.asked[sampler, stream, shape] = None
+        made = self.made.pop((step, indices.tobytes(), sampler, stream, shape), None)
+        return made.result() if made else sampler(self.seed, step, indices, stream=stream, shape=shape)
 
 
 def seed_of(seed: int, key: str) -> int:

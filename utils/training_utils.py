@@ -8,6 +8,7 @@ import importlib
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -23,7 +24,7 @@ from utils.devices import peak_memory_gib
 from utils.distributed import any_across_ranks, mean_across_ranks
 from utils.optimizer_hooks import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook, WeightEMA
 from utils.saving import SavingTrainer
-from utils.seeds import sample_keys, sample_normal, sample_uniform
+from utils.seeds import NoiseAhead, sample_keys, sample_normal, sample_uniform
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,10 @@ RELIES_ON: dict[str, tuple[str | None, str]] = {
         "start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",
         "the sampler is told its epoch, and a finished run makes no step more",
     ),
-    "get_batch_samples": ("epoch_iterator, num_batches, device", "the targets of an optimizer step are counted"),
+    "get_batch_samples": (
+        "epoch_iterator, num_batches, device",
+        "the targets of an optimizer step are counted, and noise is made a step ahead",
+    ),
     "_prepare_inputs": ("inputs", "batches of our own steps go to the device"),
     "training_step": ("model, inputs, num_items_in_batch", "a stage does its own forward and backward"),
     "compute_loss": ("model, inputs, return_outputs, num_items_in_batch", "the loss of a stage without adversary"),
@@ -114,6 +118,9 @@ class StageTrainer(SavingTrainer):
         self.last_log = (0, time.perf_counter())
         self.has_trained = False  # Not where a finished run is resumed.
         self.saved_step = -1  # The step of the last checkpoint that this run wrote.
+        # On a CPU the thread would take the cores that compute.
+        self.noise_ahead = None if self.args.device.type == "cpu" else NoiseAhead(self.args.seed)
+        self.next_batches: tuple = (None, [])  # The iterator of the epoch, and its micro-batches of the next step.
         self.optimizer_settings: list[dict] = []  # Of each parameter group, as the flags say.
 
     # ---- Data order.
@@ -136,15 +143,36 @@ class StageTrainer(SavingTrainer):
         self.has_trained = True
         super()._run_epoch(epoch=epoch, **kwargs)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimizer step. Beside a device, those of the next one are loaded, too, and a thread
+        makes their noise."""
+        if self.noise_ahead is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Those that were loaded a step ago, unless another epoch has begun.
+        iterator, batches = self.next_batches
+        if iterator is not epoch_iterator:
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        following, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.next_batches = (epoch_iterator, following)
+        self.noise_ahead.prepare(self.state.global_step + 1, [batch["index"] for batch in following])
+        return batches, None
+
+    def sample_numbers(self, sampler: Callable, inputs: dict, stream: str, shape) -> Tensor:
+        """Random numbers (B, *shape) that belong to this step's samples, on the training device."""
+        step, index = self.state.global_step, inputs["index"]
+        if self.noise_ahead is None:
+            numbers = sampler(self.args.seed, step, index, stream=stream, shape=shape)
+        else:
+            numbers = self.noise_ahead(sampler, step, index, stream=stream, shape=shape)
+        return to_device(numbers, self.args.device)
+
     def sample_noise(self, inputs: dict, stream: str, shape) -> Tensor:
         """Standard normal noise (B, *shape) that belongs to this step's samples, on the training device."""
-        noise = sample_normal(self.args.seed, self.state.global_step, inputs["index"], stream=stream, shape=shape)
-        return to_device(noise, self.args.device)
+        return self.sample_numbers(sample_normal, inputs, stream, shape)
 
     def sample_uniforms(self, inputs: dict, stream: str, shape) -> Tensor:
         """Uniform numbers in [0, 1), (B, *shape), that belong to this step's samples, on the training device."""
-        numbers = sample_uniform(self.args.seed, self.state.global_step, inputs["index"], stream=stream, shape=shape)
-        return to_device(numbers, self.args.device)
+        return self.sample_numbers(sample_uniform, inputs, stream, shape)
 
     def dropout_keys(self, inputs: dict) -> Tensor:
         """Keys (B,) int64 of this step's samples for `model.dropout`, on the training device."""
