@@ -47,6 +47,7 @@ TRAINERS = {
 RELIES_ON: dict[str, tuple[str | None, str]] = {
     "get_train_dataloader": ("", "batches by a budget of frames"),
     "_get_train_sampler": ("train_dataset", "the data order is that of EpochSampler"),
+    "get_eval_dataloader": ("eval_dataset", "clips of like length come in one batch"),
     "_run_epoch": (
         "model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, ignore_keys_for_eval, "
         "start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",

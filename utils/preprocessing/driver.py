@@ -29,7 +29,7 @@ from dataset_loading.cache_writer import (
     sample_key,
     save_tensors,
 )
-from dataset_loading.content import describe_content, is_same_content
+from dataset_loading.content import describe_content, is_same_content, stem_of
 from dataset_loading.files import SCHEMA, fingerprint
 from dataset_loading.integrity import changed_bytes, non_finite
 from dataset_loading.locks import only_writer
@@ -56,7 +56,6 @@ from utils.preprocessing.samples import (
     notes_of,
     renewed,
     smallest_name,
-    stem_of,
 )
 from utils.preprocessing.shards import HOW_WRITTEN, Shard, arguments_of
 from utils.preprocessing.workers import map_in_workers

@@ -4,14 +4,11 @@ entries."""
 import contextlib
 import dataclasses
 import hashlib
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dataset_loading.audio.signal import AUDIO_SUFFIXES
 from dataset_loading.content import CONTENT_FIELDS, DIGEST, present_state
 from dataset_loading.files import fingerprint
-from dataset_loading.image.pixels import IMAGE_SUFFIXES
 from dataset_loading.tables import captions_of
 
 # Numbers of a manifest's entries whose sum over all samples means nothing.
@@ -129,13 +126,6 @@ def renewed(entry: dict[str, Any], raw: Raw, n_parts: int) -> dict[str, Any]:
 def is_validation(name: str, fraction: float) -> bool:
     """Whether a raw file's name falls into the validation share; independent of seed, order and other files."""
     return split_hash(name) < fraction * 2**64
-
-
-def stem_of(name: str) -> str:
-    """A raw file's name without the ending of images and recordings: `a.wav` and `a.mp3` are taken for the same one,
-    `a.1` and `a.2` are not."""
-    stem, ending = os.path.splitext(name)
-    return stem if ending.lower() in AUDIO_SUFFIXES | IMAGE_SUFFIXES else name
 
 
 def smallest_name(names: Iterable[str]) -> str:
