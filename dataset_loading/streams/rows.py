@@ -1,0 +1,53 @@
+"""Rows that are read in their order, one by one, and never listed."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+POINT_ROWS = 64  # Between two places that an interrupted reading goes on from.
+
+
+class RowStream:
+    """Rows of a data set that is not listed. A subclass defines `read` and `state`.
+
+    Attributes:
+        content: identifies the files that are read; rows after a place are the same while it is.
+        limit: number of rows to read, from the first one; -1: all.
+        n_rows: rows that were read, those before the place of the start included.
+        first_number: rows from here on have at least this number in their order.
+        has_shares: whether the files of a shard are read alone; else all rows are, and shards take every n-th one.
+        at_point: called where reading may go on another time, every `POINT_ROWS` rows and at the end.
+    """
+
+    content = ""
+    first_number = 0
+    has_shares = False
+
+    def __init__(self) -> None:
+        self.limit, self.n_rows = -1, 0
+        self.start: dict[str, Any] | None = None
+        self.at_point: Callable[[], None] = lambda: None
+
+    def read(self, start: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+        """The rows, from the place that `state` told, or the first one. Raises: OSError: they cannot be read."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Any]:
+        """The place after the row that was read last, as JSON values."""
+        raise NotImplementedError
+
+    def go_to(self, start: dict[str, Any] | None, n_rows: int) -> None:
+        """Have the next reading begin after `n_rows` rows."""
+        self.start, self.n_rows = start, n_rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        if self.n_rows == self.limit:  # Not even the next row is fetched.
+            return
+        for row in self.read(self.start):
+            yield row
+            self.n_rows += 1
+            # Whoever reads has done with the row.
+            if self.n_rows == self.limit:
+                break
+            if self.n_rows % POINT_ROWS == 0:
+                self.at_point()
+        self.at_point()
