@@ -145,8 +145,10 @@ def load_rows(name: str, split: str, kind: str, *, media: str, config: str, is_s
     labels = {column: type_of.names for column, type_of in types if isinstance(type_of, datasets.ClassLabel)}
     # Other files are not read at all.
     kind_of = {column: k for column, type_of in types for k in KINDS if isinstance(type_of, features[k])}
-    rows = rows.remove_columns([column for column in kind_of if column != media])
-    rows = rows.cast_column(media, feature(decode=False))
+    for column, other in {**kind_of, media: kind}.items():  # Before columns go: a stream decodes them on the way.
+        rows = rows.cast_column(column, features[other](decode=False))
+    if others := [column for column in kind_of if column != media]:
+        rows = rows.remove_columns(others)
     identity = f"{Path(name).resolve() if Path(name).exists() else name}{f'/{config}' if config else ''}:{split}"
     columns, licence = list(rows.column_names), rows.info.license or ""
     rows = HubStream(rows, f"{name}:{split}", fingerprint([content, split])) if is_streaming else rows

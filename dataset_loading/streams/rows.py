@@ -1,7 +1,8 @@
 """Rows that are read in their order, one by one, and never listed."""
 
+import copy
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 POINT_ROWS = 64  # Between two places that an interrupted reading goes on from.
 
@@ -38,6 +39,14 @@ class RowStream:
     def go_to(self, start: dict[str, Any] | None, n_rows: int) -> None:
         """Have the next reading begin after `n_rows` rows."""
         self.start, self.n_rows = start, n_rows
+
+    def beginning(self, n_rows: int) -> Self:
+        """The first rows of the stream for another reader, at most so many."""
+        stream = copy.copy(self)
+        stream.go_to(None, 0)
+        stream.limit = n_rows if self.limit < 0 else min(n_rows, self.limit)
+        stream.at_point = lambda: None
+        return stream
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         if self.n_rows == self.limit:  # Not even the next row is fetched.

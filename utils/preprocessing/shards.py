@@ -20,8 +20,8 @@ from dataset_loading.sources import has_file
 from utils.options import declared_fields
 from utils.preprocessing.samples import Outcome, Raw
 
-# Flags that say where and how samples are written, not which ones: the manifest does not hold them.
-HOW_WRITTEN = ("shard", "merge", "pack")
+# Flags that say how rows are read, where and how samples are written, not which ones: the manifest does not hold them.
+HOW_WRITTEN = ("shard", "merge", "pack", "streaming")
 
 
 @dataclasses.dataclass
