@@ -15,16 +15,30 @@ class RowStream:
         limit: number of rows to read, from the first one; -1: all.
         n_rows: rows that were read, those before the place of the start included.
         first_number: rows from here on have at least this number in their order.
-        has_shares: whether the files of a shard are read alone; else all rows are, and shards take every n-th one.
+        has_shares: whether shards are divided by files, and read their own alone; else they read all rows, and take
+            every n-th one.
+        share: index (from 1) and number of the shards, where they are divided by files.
+        is_own: whether the row that was read last is of this shard.
+        n_own: rows of this shard that were read.
+        n_files: that are read, where shards are divided by files.
+        base: files of sources before this one.
+        listing: of the files, on any machine.
+        max_broken_fraction: of the files that may be damaged.
         at_point: called where reading may go on another time, every `POINT_ROWS` rows and at the end.
     """
 
     content = ""
+    listing = ""
     first_number = 0
     has_shares = False
+    share = (1, 1)
+    is_own = True
+    n_files = 0
+    base = 0
+    max_broken_fraction = 0.0
 
     def __init__(self) -> None:
-        self.limit, self.n_rows = -1, 0
+        self.limit, self.n_rows, self.n_own = -1, 0, 0
         self.start: dict[str, Any] | None = None
         self.at_point: Callable[[], None] = lambda: None
 
@@ -52,8 +66,10 @@ class RowStream:
         if self.n_rows == self.limit:  # Not even the next row is fetched.
             return
         for row in self.read(self.start):
+            is_own = self.is_own
             yield row
             self.n_rows += 1
+            self.n_own += is_own
             # Whoever reads has done with the row.
             if self.n_rows == self.limit:
                 break

@@ -12,14 +12,17 @@ class PreprocessArguments:
     """Flags of all preprocessing. A stage declares its further flags in a subclass."""
 
     # Raw data.
-    dataset_name: str = option("", "raw data set: hub name, folder, or index file (.csv, .jsonl)")
+    dataset_name: str = option(
+        "", "raw data set: hub name, folder, index file (.csv, .jsonl), or tars by folder, pattern or address"
+    )
     dataset_config: str = option("", "configuration of a hub data set")
     dataset_split: str = option("train", "split of the raw data set")
     allow_outside: bool = option(False, "read files outside of the data set's folder, where its metadata names them")
     media_column: str = option("", "column of a hub data set with the media files; default: the only one of its type")
     caption_column: str = option("text", "column with the captions; default: text, caption or captions")
     streaming: bool = option(
-        False, "read the rows of a hub data set or of parquet files one by one, without downloading or listing them"
+        False,
+        "read the rows of a hub data set or of parquet files one by one, without downloading or listing them; tars always are",
     )
     limit: int = option(-1, "number of rows to read, from the first one; -1: all", ge=-1)
 

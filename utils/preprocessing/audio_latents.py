@@ -51,7 +51,9 @@ TEXT_FLAGS = ("conditioning", "units", "language", "gaps", "max_tokens")
 class AudioLatentsArguments(AudioPreprocessArguments, BatchedPreprocessArguments):
     """Flags of preprocessing audio latents, without those of the models that encode."""
 
-    dataset_name: str = option("", "raw data set: hub name, folder, or index file (.csv, .jsonl)")
+    dataset_name: str = option(
+        "", "raw data set: hub name, folder, index file (.csv, .jsonl), or tars by folder, pattern or address"
+    )
     audio_cache: str = option("", "folder of preprocessed audio instead of a raw data set: nothing is decoded again")
     conditioning: Conditioning = option(
         "speech", "speech: transcripts as tokens with durations; caption: texts that describe a clip"

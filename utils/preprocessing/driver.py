@@ -33,7 +33,8 @@ from dataset_loading.files import SCHEMA, fingerprint
 from dataset_loading.integrity import changed_bytes, non_finite
 from dataset_loading.locks import only_writer
 from dataset_loading.pack import pack_in_place, unpack_in_place
-from dataset_loading.sources import Source, has_file, open_source
+from dataset_loading.sources import Source, has_file
+from dataset_loading.streams.opening import open_any
 from dataset_loading.tables import captions_of
 from utils.command_line import explained_errors, parse_arguments
 from utils.preprocessing.arguments import PreprocessArguments, command_words
@@ -238,9 +239,9 @@ class Preprocess:
         args = self.args
         options = {"suffixes": self.suffixes, "media": args.media_column, "config": args.dataset_config}
         options |= {"allow_outside": args.allow_outside, "is_streaming": args.streaming}
-        sources = {"train": open_source(args.dataset_name, args.dataset_split, self.media, **options)}
+        sources = {"train": open_any(args.dataset_name, args.dataset_split, self.media, **options)}
         if args.validation_dataset:
-            sources["validation"] = open_source(args.validation_dataset, args.validation_split, self.media, **options)
+            sources["validation"] = open_any(args.validation_dataset, args.validation_split, self.media, **options)
             if sources["validation"].identity == sources["train"].identity:
                 raise ValueError(
                     f"training and validation would both read {sources['train'].identity}; see --validation_split"
@@ -307,7 +308,7 @@ class Preprocess:
     def count(self, source: Source) -> int:
         """Raw samples that are read from a source; of a stream, those that were."""
         if source.is_stream:
-            return source.rows.n_rows
+            return source.rows.n_own if source.rows.has_shares else source.rows.n_rows
         return len(source) if self.args.limit < 0 else min(len(source), self.args.limit)
 
     def total(self, sources: dict[str, Source]) -> int | float:
@@ -343,7 +344,10 @@ class Preprocess:
                 number = max(number + 1, source.rows.first_number if source.is_stream else 0)
                 row = row if raw.place else number
                 split, keys = naming.assign(name)
-                is_taken = self.shard.takes(self.block_of(number), split, name, raw)
+                if source.is_stream and source.rows.has_shares:
+                    is_taken = source.rows.is_own
+                else:
+                    is_taken = self.shard.takes(self.block_of(number), split, name, raw)
                 rows.add(source_split, number, name, place=raw.place, is_taken=is_taken)
                 if not is_taken:
                     continue
@@ -440,6 +444,8 @@ class Preprocess:
         try:
             if not has_file(task.raw.media):
                 raise SkipSampleError(f"the row has no {self.media}")
+            if problem := (task.raw.media or {}).get("problem"):
+                raise ValueError(problem)
             outcome.content = describe_content(task.raw.media)
             data = self.decode(task.raw.media)
             for copy, key in task.missing.items():

@@ -84,8 +84,13 @@ class RowLog:
         if next(lines, None) == log.head:
             for line in lines:
                 log.lines.setdefault(line[1], []).append(line)
+        n_files = 0
         for split, source in streams.items():
-            source.rows.limit = limit
+            source.rows.limit, source.rows.max_broken_fraction = limit, flags["max_broken_fraction"]
+            source.rows.base, n_files = n_files, n_files + source.rows.n_files
+            if source.rows.has_shares and not shard.is_whole:
+                source.rows.share = shard.index, shard.count
+                shard.add_files(source.rows.listing)
             source.rows.at_point = lambda split=split, source=source: log.note_point(split, source, shard)
         return log
 
