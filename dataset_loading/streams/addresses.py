@@ -1,25 +1,8 @@
 """Files at addresses that fsspec knows, read from their beginning, also over a connection that breaks."""
 
-import time
 from typing import Any
 
-from dataset_loading.remote import N_TRIES, open_url
-
-SECONDS = 0.5  # Before the second try; twice as long before the third.
-REFUSALS = ("credential", "access denied", "accessdenied", "forbidden", "permission", "signature", "invalidaccesskey")
-
-
-def describe_refusal(url: str, error: Exception) -> OSError:
-    """The error of a file system as one that names the address and what to do."""
-    text = f"{type(error).__name__}: {error}"
-    if isinstance(error, FileNotFoundError):
-        return FileNotFoundError(f"{url} does not exist ({error}); check the names of bucket, folder and file")
-    if isinstance(error, PermissionError) or any(word in text.lower() for word in REFUSALS):
-        remedy = (
-            "give credentials as its program does, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
-        )
-        return PermissionError(f"{url} may not be read ({text}); {remedy}")
-    return OSError(f"{url} cannot be read ({text})")
+from dataset_loading.remote import N_TRIES, describe_refusal, is_final, open_url, wait_for_retry
 
 
 class RetriedFile:
@@ -50,14 +33,14 @@ class RetriedFile:
             except Exception as error:  # Each protocol has its own.
                 self.close()
                 refusal = describe_refusal(self.url, error)
-                if isinstance(refusal, FileNotFoundError | PermissionError):
+                if is_final(refusal):
                     raise refusal from error
                 if not n_left:
                     raise OSError(
                         f"{self.url} cannot be read after {N_TRIES} tries, at byte {self.position} "
                         f"({type(error).__name__}: {error}); the same command continues from there"
                     ) from error
-                time.sleep(SECONDS * 2 ** (N_TRIES - 1 - n_left))
+                wait_for_retry(n_left)
         raise AssertionError("the last try returns or raises")
 
     def open(self) -> None:

@@ -21,10 +21,10 @@ from typing import Any, NamedTuple
 from dataset_loading.files import fingerprint
 from dataset_loading.layouts import SIDECARS, is_missing
 from dataset_loading.left_out import LeftOut
-from dataset_loading.remote import is_remote, open_url
+from dataset_loading.remote import describe_refusal, is_remote, open_url
 from dataset_loading.sources import Source, find_splits
 from dataset_loading.splits import choose_split, group_by_split
-from dataset_loading.streams.addresses import RetriedFile, describe_refusal
+from dataset_loading.streams.addresses import RetriedFile
 from dataset_loading.streams.rows import RowStream
 from dataset_loading.tables import CAPTION_COLUMNS, SPEAKER_COLUMNS, decode_text
 from dataset_loading.walking import walk

@@ -22,7 +22,7 @@ class PreprocessArguments:
     caption_column: str = option("text", "column with the captions; default: text, caption or captions")
     streaming: bool = option(
         False,
-        "read the rows of a hub data set or of parquet files one by one, without downloading or listing them; tars always are",
+        "read rows of hub data sets and parquet files one by one, not downloaded or listed first; tars always are",
     )
     limit: int = option(-1, "number of rows to read, from the first one; -1: all", ge=-1)
 
