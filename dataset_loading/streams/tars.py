@@ -77,13 +77,14 @@ def expand_braces(pattern: str) -> list[str]:
 
 def is_tars(name: str, suffixes: Collection[str], kind: str) -> bool:
     """Whether a name means tar files: an address, a pattern that ends so, a file, or a folder of them without files of
-    the kind."""
+    the kind and parquet files."""
     if is_remote(name) or (name.lower().endswith(TAR) and (RANGE.search(name) or any(c in name for c in "*?["))):
         return True
     path = Path(name).expanduser()
     if path.is_file():
         return path.suffix.lower() == TAR
-    return path.is_dir() and next(walk(path, [TAR]), None) is not None and not find_splits(path, suffixes, kind)
+    has_tars = path.is_dir() and next(walk(path, [TAR]), None) and not next(walk(path, [".parquet"]), None)
+    return bool(has_tars) and not find_splits(path, suffixes, kind)
 
 
 def find_tars(name: str) -> list[Tar]:

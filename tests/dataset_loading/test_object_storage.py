@@ -126,7 +126,8 @@ def test_what_a_server_refuses_names_the_address(bucket, monkeypatch):
     ):
         with pytest.raises(FileNotFoundError, match="s3://nowhere/a"):
             read("s3://nowhere/a.tar")
-    monkeypatch.delenv("AWS_ACCESS_KEY_ID"), monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
     bucket.connect()
     for read in (
         lambda url: open_any(url, "train", "image", suffixes=IMAGE_SUFFIXES),
