@@ -5,8 +5,9 @@
     python benchmarks/cuda.py --part fits
     python benchmarks/cuda.py --part train --stage image_vae --cached_dataset cached_datasets/scenes_64 --minutes 6
 
-Each part takes at most eight minutes and writes its rows as JSON. A peer whose package is missing is left out. `fits`
-finds the largest batch of every preset in 24, 40 and 80 GiB; `train` trains a stage for some minutes and evaluates it.
+Each part ends after --limit_minutes, eight by default, at the latest, and writes its rows as JSON; so does a part that
+SIGTERM or an error cuts off (`is_complete` is false). A peer whose package is missing is left out. `fits` finds the
+largest batch of every preset in 24, 40 and 80 GiB; `train` trains a stage for some minutes and evaluates it.
 `--device cpu` runs the same code at tiny sizes, to see that it runs; its figures mean nothing.
 
 Steps are forward and backward under bf16 autocast unless a row says otherwise; those of the vocoder are whole
@@ -14,11 +15,13 @@ adversarial steps of generator and discriminator. Rows `compiled` use torch.comp
 deterministic kernels. Times are medians of synchronised repeats.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -60,6 +63,7 @@ class BenchmarkArguments:
     cached_dataset: str = option("", "cache that it is trained on", only_with=("part", "train"))
     flags: str = option("", "further flags of its training script, in one string", only_with=("part", "train"))
     minutes: float = option(6.0, "minutes of its training", gt=0, only_with=("part", "train"))
+    limit_minutes: float = option(8.0, "minutes after which the part ends with the rows that it has", gt=0)
     output: str = option("", "JSON file for the rows")
 
     def validate_gpu(self):
@@ -210,8 +214,25 @@ PARTS: dict[Part, Callable[[ResultRows], None]] = {
 }
 
 
+@contextlib.contextmanager
+def time_limit(minutes: float) -> Iterator[None]:
+    """Raises: SystemExit: the time is over, or SIGTERM came, with the status of a process that the signal ends."""
+
+    def end(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    former = {number: signal.signal(number, end) for number in (signal.SIGALRM, signal.SIGTERM)}
+    signal.setitimer(signal.ITIMER_REAL, 60 * minutes)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
 def main(args: BenchmarkArguments) -> None:
-    """Measure one part, and write its rows."""
+    """Measure one part, and write its rows; those of a part that was cut off too."""
     set_fp32_precision(use_tf32=False)
     torch._dynamo.config.recompile_limit = 64
     torch.manual_seed(0)
@@ -219,10 +240,19 @@ def main(args: BenchmarkArguments) -> None:
     name = "none" if results.is_small else torch.cuda.get_device_name()
     machine = {"gpu": name, "torch": torch.__version__, "cuda": torch.version.cuda}
     print(json.dumps(machine))
-    PARTS[args.part](results)
-    if args.output:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(args.output), {"part": args.part, **machine, "rows": results.rows})
+    end: BaseException | None = None
+    try:
+        with time_limit(args.limit_minutes):
+            PARTS[args.part](results)
+    except BaseException as error:
+        end = error
+        raise
+    finally:
+        # An error before the first row, such as a wrong flag, leaves an earlier file as it is.
+        if args.output and (results.rows or end is None or isinstance(end, SystemExit)):
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+            content = {"part": args.part, **machine, "is_complete": end is None, "rows": results.rows}
+            write_json(Path(args.output), content)
 
 
 if __name__ == "__main__":

@@ -50,6 +50,7 @@ def run_script(results: ResultRows, script: str, *words: str, run: Path | None =
             process.wait(120)
         finally:
             process.kill()
+            process.wait()
         log.seek(0)
         text = log.read()
     if process.returncode not in (0, -signal.SIGTERM, 128 + signal.SIGTERM):
@@ -81,9 +82,11 @@ def train_stage(results: ResultRows) -> None:
         state = json.loads((checkpoint / "trainer_state.json").read_text())
         lines = [line for line in state["log_history"] if "samples_per_second" in line]
         speed = {name: lines[-1][name] for name in ("samples_per_second", "memory_gib") if lines and name in lines[-1]}
+        # The row is there before the evaluation, which the end of the time may cut off.
+        row = {"what": f"{args.stage}, {args.minutes:g} minutes", "steps": state["global_step"], **speed}
+        results.rows.append(row)
         out = str(Path(folder, "metrics"))
         run_script(results, "evaluate.py", "--checkpoint", str(checkpoint), *evaluated, "--output_dir", out)
         metrics = json.loads(Path(out, "metrics.json").read_text())
-    row = {"what": f"{args.stage}, {args.minutes:g} minutes", "steps": state["global_step"], **speed}
-    results.rows.append({**row, "scores": metrics.get("scores", {})})
-    print(json.dumps(results.rows[-1], indent=1), flush=True)
+    row["scores"] = metrics.get("scores", {})
+    print(json.dumps(row, indent=1), flush=True)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from benchmarks.vocoder_peers import Vocos, VocosRecipe
-from dataset_loading.audio.cached import VocoderDataset
+from dataset_loading.audio.cached import Crop, VocoderDataset
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_audio
 from dataset_loading.epoch_sampler import EpochSampler
@@ -34,7 +34,7 @@ from utils.checkpoints import checkpoints_in, is_complete, load_model, step_of, 
 from utils.evaluation.tables import Column, score_table
 from utils.metrics.audio import mel_l1, pesq_wb_and_mean, stoi
 from utils.options import option
-from utils.training.vocoder import crop_pairs
+from utils.training.vocoder import pad_crops
 
 logger = logging.getLogger("benchmark")
 SECONDS_PER_MINUTE = 60
@@ -179,15 +179,14 @@ def train_vocos(args: QualityArguments) -> None:
         sampler.set_epoch(epoch)
         order = list(sampler)
         for first in range(0, len(order), args.peer_batch_size):
-            samples = [dataset[i] for i in order[first : first + args.peer_batch_size]]
-            batch = collate_audio(samples, dataset.mel.log_floor)
+            indices = order[first : first + args.peer_batch_size]
             # Random crops of log-mel and waveform, and a step at the learning rate of the current time.
-            uniforms = torch.rand(len(samples), generator=generator)
-            _, waveform = crop_pairs(
+            uniforms = torch.rand(len(indices), generator=generator).tolist()
+            crops = [Crop(i, args.peer_segment_frames, uniform) for i, uniform in zip(indices, uniforms)]
+            batch = collate_audio([dataset[crop] for crop in crops], dataset.mel.log_floor)
+            _, waveform = pad_crops(
                 batch["mel"],
                 batch["waveform"],
-                batch["n_frames"],
-                uniforms=uniforms,
                 segment_frames=args.peer_segment_frames,
                 hop_length=dataset.mel.hop_length,
                 log_floor=dataset.mel.log_floor,

@@ -152,6 +152,22 @@ class CachedDataset(Dataset):
             self.in_memory[index] = sample
         return dict(sample)
 
+    def window(self, index: int, windows: Mapping[str, slice]) -> dict[str, Tensor]:
+        """An item of which some tensors are cut along their last axis: copies, so that nothing holds the rest of a
+        long sample in memory, unless the whole split stays there.
+
+        Args: windows: what is left of a tensor's last axis, by name.
+        """
+        index = range(len(self.entries))[index]
+        place = self.places[index]
+        # Of a sample that is not checked any more, only the window is read; a file of its own is mapped.
+        if self.packs and self.in_memory is None and self.checked[place]:
+            return {**self.packs.read(place, check=False, windows=windows), "index": torch.tensor(index)}
+        sample = CachedDataset.__getitem__(self, index)
+        return {
+            name: tensor[..., windows[name]].clone() if name in windows else tensor for name, tensor in sample.items()
+        }
+
     def read(self, index: int) -> dict[str, Tensor]:
         """The tensors in a sample's file, which is checked when this process reads it for the first time."""
         place = self.places[index]

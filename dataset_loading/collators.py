@@ -76,11 +76,12 @@ def collate_audio(samples: Sequence[dict[str, Tensor]], log_floor: float) -> dic
     padded = ("mel", "waveform", "tokens")
     batch = collate_stack([{name: sample[name] for name in sample if name not in padded} for sample in samples])
 
-    # Log-mels: pad_sequence pads the first axis, so (M, F) -> (F, M) -> (B, F, M) -> (B, M, F).
-    mels = [sample["mel"] for sample in samples]
-    mel = pad_sequence([mel.T for mel in mels], batch_first=True, padding_value=log_floor).transpose(1, 2)
-    batch["mel"] = mel.contiguous()
-    batch["n_frames"] = torch.tensor([mel.shape[1] for mel in mels])
+    # Log-mels, in place: a long clip makes the batch large, which should not be there twice.
+    lengths = [sample["mel"].shape[1] for sample in samples]
+    batch["mel"] = samples[0]["mel"].new_full((len(samples), samples[0]["mel"].shape[0], max(lengths)), log_floor)
+    for row, sample in zip(batch["mel"], samples):
+        row[:, : sample["mel"].shape[1]] = sample["mel"]
+    batch["n_frames"] = torch.tensor(lengths)
 
     # Waveforms (B, S) and transcripts (B, T), where the samples have them. Their zeros are silence and no token.
     if "waveform" in samples[0]:
@@ -89,6 +90,28 @@ def collate_audio(samples: Sequence[dict[str, Tensor]], log_floor: float) -> dic
         batch["tokens"] = pad_sequence([sample["tokens"].long() for sample in samples], batch_first=True)
         batch["token_lengths"] = torch.tensor([len(sample["tokens"]) for sample in samples])
     return batch
+
+
+def collate_by_length(samples: Sequence[dict[str, Tensor]], log_floor: float, max_frames: int) -> dict[str, Any]:
+    """Clips as batches of `collate_audio`, each of clips of like length, so that one long clip does not pad all others
+    to its length.
+
+    Args:
+        samples, log_floor: as for `collate_audio`.
+        max_frames: of a batch with its padding, unless a single clip has more; clips that have no more together come
+            in one batch, in their order.
+    Returns: `batches`, a dict by their number; `rows`, the places of their clips in `samples`, (B,) int64.
+    """
+    lengths = [sample["mel"].shape[1] for sample in samples]
+    groups: list[list[int]] = [list(range(len(samples)))]
+    if len(samples) * max(lengths) > max_frames:
+        groups = []
+        for row in sorted(range(len(samples)), key=lengths.__getitem__):
+            if not groups or (len(groups[-1]) + 1) * lengths[row] > max_frames:
+                groups.append([])
+            groups[-1].append(row)
+    batches = {number: collate_audio([samples[row] for row in rows], log_floor) for number, rows in enumerate(groups)}
+    return {"batches": batches, "rows": torch.tensor([row for rows in groups for row in rows])}
 
 
 class HostFields:

@@ -3,10 +3,13 @@ the file has changed since."""
 
 import functools
 import hashlib
+import os
 from collections.abc import Mapping
 from typing import Any
 
+from dataset_loading.audio.signal import AUDIO_SUFFIXES
 from dataset_loading.files import digest_file, fingerprint
+from dataset_loading.image.pixels import IMAGE_SUFFIXES
 from dataset_loading.sources import has_file, read_media
 from dataset_loading.walking import regular_state
 
@@ -14,6 +17,13 @@ N_DIGITS = 32  # of the SHA-256 that are kept
 DIGEST = "source_sha256"
 STATE = ("source_bytes", "source_mtime_ns", "source_ctime_ns")
 CONTENT_FIELDS = (*STATE, DIGEST)  # Fields of an entry.
+
+
+def stem_of(name: str) -> str:
+    """A raw file's name without the ending of images and recordings: `a.wav` and `a.mp3` are taken for the same one,
+    `a.1` and `a.2` are not."""
+    stem, ending = os.path.splitext(name)
+    return stem if ending.lower() in AUDIO_SUFFIXES | IMAGE_SUFFIXES else name
 
 
 def is_local(media: Mapping[str, Any]) -> bool:

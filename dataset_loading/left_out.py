@@ -11,7 +11,7 @@ from dataset_loading.walking import LinkedFolders
 
 NAMES = 20  # Names that are kept of each reason.
 # Reasons that are errors of reading, and count for --max_broken_fraction.
-UNREADABLE = ("folder cannot be read", "link leads nowhere")
+UNREADABLE = ("folder cannot be read", "link leads nowhere", "tar is damaged")
 # Files that describe a dataset or belong to a file system, and are never samples.
 DESCRIPTIONS = re.compile(
     r"(readme|licen[cs]e|copying|citation|changelog|dataset_infos?|checksums?|md5sums?|sha256sums?)\b.*"

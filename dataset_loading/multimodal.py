@@ -8,7 +8,6 @@ import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from pathlib import PurePosixPath
 from typing import Any, cast, get_args
 
 import torch
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerFast
 
 from dataset_loading.audio.latents import AudioLatentDataset
+from dataset_loading.content import stem_of
 from dataset_loading.files import fingerprint_of_bytes
 from dataset_loading.image.latents import ImageLatentDataset
 from dataset_loading.text.tokenizers import document_encoder, tokenizer_hash
@@ -82,9 +82,10 @@ class Item:
 
 
 def join_items(caches: Caches) -> list[Item]:
-    """The items of some caches: entries belong together where their sources have the same name without a suffix, and
-    they are the same copy and part of it. Of several such entries in one cache, such as a source with several captions
-    or a recording in pieces, each is an item, with those of the same text in the other caches.
+    """The items of some caches: entries belong together where their sources have the same name without the ending of a
+    file (`v1.5_take.png` and `v1.5_take.wav`), and they are the same copy and part of it. Of several such entries in
+    one cache, such as a source with several captions or a recording in pieces, each is an item, with those of the same
+    text in the other caches.
 
     Raises: ValueError: entries that belong together have different texts.
     """
@@ -92,7 +93,7 @@ def join_items(caches: Caches) -> list[Item]:
     for name, cache in caches.items():
         groups: dict[tuple, list[int]] = {}
         for index, entry in enumerate(cache.entries):
-            groups.setdefault((stem_of(entry), entry.get("copy", 0), entry.get("part", 0)), []).append(index)
+            groups.setdefault((stem_of_entry(entry), entry.get("copy", 0), entry.get("part", 0)), []).append(index)
         for key, indices in groups.items():
             texts = [cache.entries[index]["caption"].strip() for index in indices]
             known = items.setdefault(key, [])
@@ -113,9 +114,9 @@ def join_items(caches: Caches) -> list[Item]:
     return [item for known in items.values() for item in known]
 
 
-def stem_of(entry: Mapping[str, Any]) -> str:
-    """The name of an entry's source without a suffix."""
-    return str(PurePosixPath(entry.get("source") or entry["key"]).with_suffix(""))
+def stem_of_entry(entry: Mapping[str, Any]) -> str:
+    """The name of an entry's source without the ending of its file."""
+    return stem_of(entry.get("source") or entry["key"])
 
 
 def torn_items(training: Caches, held_out: Caches) -> set[str]:
@@ -124,7 +125,7 @@ def torn_items(training: Caches, held_out: Caches) -> set[str]:
     things, such as `train/1.png` and `test/1.png`."""
     trained, validated = set[str](), set[str]()
     for name, cache in training.items():
-        stems, held_out_stems = ({stem_of(entry) for entry in part.entries} for part in (cache, held_out[name]))
+        stems, held_out_stems = ({stem_of_entry(entry) for entry in part.entries} for part in (cache, held_out[name]))
         trained |= stems - held_out_stems
         validated |= held_out_stems - stems
     return trained & validated

@@ -16,10 +16,11 @@ import mmap
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -203,12 +204,16 @@ class Packs:
             self.opened.popitem(last=False)
         return content, begins
 
-    def read(self, index: int, *, check: bool) -> dict[str, Tensor]:
+    def read(self, index: int, *, check: bool, windows: Mapping[str, slice] | None = None) -> dict[str, Tensor]:
         """The tensors of a sample, copied out of the pack.
 
-        Args: check: whether to compare the CRC.
+        Args:
+            check: whether to compare the CRC.
+            windows: the part of a tensor's last axis that is read, by name; the others are read whole. Not with
+                `check`, which needs all bytes.
         Raises: ValueError: the pack is damaged or cannot be read; names it and the command.
         """
+        assert not (check and windows), "a CRC is that of whole tensors"
         number, position = divmod(index, self.samples_per_pack)
         content, begins = self.open_pack(number)
         sample, crc = {}, 0
@@ -227,7 +232,11 @@ class Packs:
                     f"{self.path_of(index)} is damaged (no {spec.name!r}); delete it and run: {self.remedy}"
                 )
             start = begins[spec.name] + offset
-            data = bytearray(content[start : start + n_bytes])
+            if windows and spec.name in windows:
+                sample[spec.name] = read_window(content, start, shape, spec.dtype, windows[spec.name])
+                continue
+            with memoryview(content)[start : start + n_bytes] as view:
+                data = bytearray(view)
             crc = zlib.crc32(data, crc) if check else 0
             if len(data) == n_bytes:
                 flat = torch.frombuffer(data, dtype=spec.dtype) if n_bytes else torch.empty(0, dtype=spec.dtype)
@@ -238,3 +247,18 @@ class Packs:
                 f"{crc:08x}, {expected:08x} was written); delete it and run: {self.remedy}"
             )
         return sample
+
+
+def read_window(content: mmap.mmap, start: int, shape: Sequence[int], dtype: torch.dtype, window: slice) -> Tensor:
+    """A copy of a part of a mapped tensor; only the pages with it are read.
+
+    Args:
+        start: place of its first byte.
+        shape: of the whole tensor.
+        window: of its last axis.
+    """
+    # As bytes, since a tensor may begin at any of them.
+    size = dtype.itemsize
+    rows = np.frombuffer(content, np.uint8, math.prod(shape) * size, start).reshape(*shape[:-1], shape[-1] * size)
+    first, stop, _ = window.indices(shape[-1])
+    return torch.from_numpy(rows[..., first * size : stop * size].copy()).view(dtype)

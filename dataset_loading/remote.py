@@ -9,6 +9,7 @@ were not used for longest are deleted. Processes of one machine share the folder
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -25,6 +26,8 @@ REMOTE = "remote.json"
 FOLDER = Path("cached_datasets/remote")
 LEFTOVER_SECONDS = 24 * 3600  # No pack takes so long to fetch.
 N_TRIES = 3
+SECONDS = 0.5  # Before the second try; twice as long before the third.
+REFUSALS = ("credential", "access denied", "accessdenied", "forbidden", "permission", "signature", "invalidaccesskey")
 SPLITS = ("train", "validation", "duplicates")
 
 
@@ -62,6 +65,8 @@ def open_remote(cache: str, max_gigabytes: float) -> Path:
         content = system.cat_file(f"{root}/{MANIFEST}")
     except FileNotFoundError:
         raise FileNotFoundError(f"{cache} holds no {MANIFEST}: it is no complete cache") from None
+    except Exception as error:  # Each protocol has its own.
+        raise describe_refusal(cache, error) from error
     folder.mkdir(parents=True, exist_ok=True)
     # One process of a machine copies, the others wait.
     with open(folder / ".fetching", "w") as lock:
@@ -126,11 +131,49 @@ def sizes_of(system: Any, folder: str) -> dict[str, int]:
     return {file.rpartition("/")[2]: size for file, size in sizes.items()}
 
 
-def fetch(system: Any, source: str, target: Path) -> None:
-    """Copy a file; several processes may do so at once."""
+def describe_refusal(url: str, error: Exception) -> OSError:
+    """The error of a file system as one that names the address and what to do."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(f"{url} does not exist ({error}); check the names of bucket, folder and file")
+    if isinstance(error, PermissionError) or any(word in text.lower() for word in REFUSALS):
+        remedy = (
+            "give credentials as its program does, such as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or a profile"
+        )
+        return PermissionError(f"{url} may not be read ({text}); {remedy}")
+    return OSError(f"{url} cannot be read ({text})")
+
+
+def is_final(error: OSError) -> bool:
+    """Whether another try would end the same way."""
+    return isinstance(error, FileNotFoundError | PermissionError) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def wait_for_retry(n_left: int) -> None:
+    """Wait before one of the last `n_left` tries, each time twice as long."""
+    time.sleep(SECONDS * 2 ** (N_TRIES - 1 - n_left))
+
+
+def fetch(system: Any, source: str, target: Path, n_bytes: int | None = None) -> None:
+    """Copy a file, with a few tries; several processes may do so at once.
+
+    Args: n_bytes: its size, where it is known.
+    Raises: OSError: it cannot be read, or the disk is full.
+    """
     target.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(target) as temporary:
-        system.get_file(source, str(temporary))
+    for n_left in reversed(range(N_TRIES)):
+        try:
+            with replacing(target) as temporary:
+                system.get_file(source, str(temporary))
+                size = temporary.stat().st_size
+                if n_bytes is not None and size != n_bytes:
+                    raise ConnectionError(f"{size} of {n_bytes} bytes came")
+            return
+        except Exception as error:  # Each protocol has its own.
+            refusal = error if isinstance(error, OSError) and error.errno else describe_refusal(source, error)
+            if is_final(refusal) or not n_left:
+                raise refusal from error
+            wait_for_retry(n_left)
 
 
 class RemotePacks:
@@ -159,7 +202,7 @@ class RemotePacks:
                 return file
         self.make_room(self.sizes[name])
         system, root = open_url(self.url)
-        fetch(system, f"{root}/{name}", file)
+        fetch(system, f"{root}/{name}", file, self.sizes[name])
         return file
 
     def open(self, name: str) -> BinaryIO:

@@ -25,7 +25,6 @@ import dataclasses
 import io
 import logging
 import os
-import zipfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
@@ -44,22 +43,21 @@ from dataset_loading.layouts import (
 from dataset_loading.left_out import LeftOut, survey_folder
 from dataset_loading.splits import (
     SPLIT_NAMES,
+    choose_split,
     group_by_column,
     group_by_split,
     held_out_folders,
     is_held_out,
     split_of_name,
 )
+from dataset_loading.streams.hub import FILE_BUILDERS, KINDS, load_rows
+from dataset_loading.streams.rows import RowStream
 from dataset_loading.tables import suffix_of
 from dataset_loading.walking import is_outside, regular_state, walk
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("image", "audio")  # Columns of files; a table with all of them has its rows named by number.
 INDEX_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-# Readers of the datasets package for single files, by kind of data and ending.
-FILE_BUILDERS = {(kind, ".parquet"): "parquet" for kind in KINDS}
-FILE_BUILDERS |= {("image", ".zip"): "imagefolder", ("audio", ".zip"): "audiofolder"}
 SPLIT_INDEX_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")  # A file train.parquet holds the samples themselves.
 
 
@@ -92,13 +90,18 @@ class Source:
     has_named_rows: bool = False
     splits: Sequence[str] = ()
 
+    @property
+    def is_stream(self) -> bool:
+        """Whether rows are read one by one, their number not being known."""
+        return isinstance(self.rows, RowStream)
+
     def __len__(self) -> int:
         return len(self.rows)
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yields (name, row). Rows of the same file have the same name, unless rows have names of their own; names do
         not depend on the machine."""
-        for index, row in enumerate(self.rows):
+        for index, row in enumerate(self.rows, start=self.rows.n_rows if self.is_stream else 0):
             # Relative to the root, else the path within an archive, else the row's number.
             media = {} if self.has_named_rows and not self.root else row[self.media] or {}
             path = media.get("row") or media.get("path")
@@ -122,6 +125,7 @@ def open_source(
     media: str = "",
     config: str = "",
     allow_outside: bool = False,
+    is_streaming: bool = False,
 ) -> Source:
     """Open one split of a hub dataset or of a local folder or index file.
 
@@ -133,6 +137,7 @@ def open_source(
         media: column with the files of a hub dataset; `""` takes the only one of that kind.
         config: configuration of a hub dataset.
         allow_outside: whether metadata may name files outside of the folder.
+        is_streaming: whether rows that the `datasets` package reads are neither downloaded nor listed.
     Raises:
         FileNotFoundError: nothing is there, or it holds no files of that kind.
         ValueError: the split or the column does not exist, or an index cannot be read; the message lists what exists.
@@ -142,6 +147,10 @@ def open_source(
     if path.exists():
         regular_state(path)
         splits = find_splits(path, suffixes, kind)
+        if splits and is_streaming:
+            raise ValueError(
+                f"--streaming has no effect on {name}, whose files are listed and read one by one anyway; leave it out"
+            )
         if splits:
             return open_local(path, splits, split, kind=kind, suffixes=suffixes, allow_outside=allow_outside)
         if path.is_file() and (kind, path.suffix.lower()) not in FILE_BUILDERS:
@@ -149,7 +158,7 @@ def open_source(
             raise FileNotFoundError(f"{name} is no table or archive of {kind} files ({endings}); give its folder")
     elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in INDEX_SUFFIXES:
         raise FileNotFoundError(f"{name} does not exist")
-    return open_with_datasets(name, split, kind, media=media, config=config)
+    return open_with_datasets(name, split, kind, media=media, config=config, is_streaming=is_streaming)
 
 
 def find_splits(path: Path, suffixes: Collection[str], kind: str = "") -> dict[str, Path]:
@@ -318,21 +327,6 @@ def check_inside(rows: list[dict[str, Any]], kind: str, folder: Path, *, allow_o
             )
 
 
-def choose_split(name: str, split: str, known: list[str]) -> str:
-    """The named split, or the only one where none is named.
-
-    Args: known: names of the splits that there are.
-
-    Raises: ValueError: the split does not exist, or none is named and there are several.
-    """
-    if split in known:
-        return split
-    if not split and len(known) == 1:
-        return known[0]
-    problem = f"has no split {split!r}" if split else "has several splits, and none is named"
-    raise ValueError(f"{name} {problem}; there is: {', '.join(known)}")
-
-
 def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[list[dict[str, Any]], LeftOut]:
     """Rows of a folder's metadata files, or of its files where there is no metadata; and what is left out."""
     files = list(walk(folder, suffixes))
@@ -387,74 +381,12 @@ def read_licence(folder: Path) -> str:
     return files[0].read_text(encoding="utf-8", errors="replace").strip().partition("\n")[0] if files else ""
 
 
-def open_with_datasets(name: str, split: str, kind: str, *, media: str, config: str) -> Source:
+def open_with_datasets(
+    name: str, split: str, kind: str, *, media: str, config: str, is_streaming: bool = False
+) -> Source:
     """Open a hub dataset, or a folder of parquet files or archives, with the `datasets` package."""
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    # Load all splits, and choose one.
-    features = {"image": datasets.Image, "audio": datasets.Audio}
-    if kind not in features:
-        raise ValueError(
-            f"{name!r} is no local folder of {kind} files, and hub data sets are read for {' and '.join(features)} "
-            f"alone: media={kind!r} of the stage needs a folder or an index file"
-        )
-    feature = features[kind]
-    try:
-        if Path(name, "state.json").exists() or Path(name, "dataset_dict.json").exists():
-            loaded = datasets.load_from_disk(name)
-        elif builder := FILE_BUILDERS.get((kind, Path(name).suffix.lower())) if Path(name).is_file() else "":
-            loaded = datasets.load_dataset(builder, data_files={"train": name})
-        else:
-            loaded = datasets.load_dataset(name, config or None)
-    except (OSError, ValueError, zipfile.BadZipFile, DatasetsError) as error:
-        place = f"no {kind} files under {name}" if Path(name).exists() else f"{name!r} is no local folder"
-        reason = describe_unreadable(Path(name)) or str(error.__cause__ or error).partition("\n")[0]
-        raise FileNotFoundError(f"{place}, and the datasets package cannot load it: {reason}") from error
-    splits = {str(loaded.split or "train"): loaded} if isinstance(loaded, datasets.Dataset) else loaded
-    known = list(map(str, splits))
-    split = choose_split(name, split, known)
-    rows = splits[split]
-    # The column with the files, by its type; tables of other programs have bytes there, or structs with bytes.
-    candidates = [column for column, type_of in rows.features.items() if isinstance(type_of, feature)]
-    candidates = candidates or [column for column, type_of in rows.features.items() if has_bytes(type_of)]
-    if media and media not in rows.column_names:
-        raise ValueError(f"--media_column={media!r} is no column of {name}; there is: {', '.join(rows.column_names)}")
-    if not media and len(candidates) != 1:
-        counts = f"{len(candidates)} {kind} columns among {', '.join(rows.column_names)}"
-        raise ValueError(f"{name} has {counts}; name the one to use with --media_column")
-    media = media or candidates[0]
-    # Class numbers become names; files stay undecoded, so that a broken one stops nothing.
-    types = rows.features.items()
-    labels = {column: type_of.names for column, type_of in types if isinstance(type_of, datasets.ClassLabel)}
-    # Other files are not read at all.
-    kind_of = {column: k for column, type_of in types for k in KINDS if isinstance(type_of, features[k])}
-    rows = rows.remove_columns([column for column in kind_of if column != media])
-    rows = rows.cast_column(media, feature(decode=False))
-    identity = f"{Path(name).resolve() if Path(name).exists() else name}{f'/{config}' if config else ''}:{split}"
-    options = {"labels": labels, "has_named_rows": set(kind_of.values()) == set(KINDS)}
-    return Source(identity, rows.info.license or "", media, rows.column_names, rows, None, splits=known, **options)
-
-
-def describe_unreadable(path: Path) -> str:
-    """Why a local folder or file holds nothing that can be read: .parquet and .zip files that are damaged, or what is
-    there instead; `""` where that says nothing."""
-    from pyarrow import ArrowException, parquet
-
-    problems = []
-    endings = (".parquet", ".zip")
-    for file in walk(path, endings) if path.is_dir() else [path] * (path.suffix.lower() in endings):
-        try:
-            zipfile.ZipFile(file).close() if file.suffix.lower() == ".zip" else parquet.read_metadata(file)
-        except (OSError, zipfile.BadZipFile, ArrowException) as error:
-            problems.append(f"{file} is damaged ({error}); copy it again, or remove it")
-    return "; ".join(problems[:5]) or (str(survey_folder(path, used=(), suffixes=())) if path.is_dir() else "")
-
-
-def has_bytes(type_of: Any) -> bool:
-    """Whether a column of the `datasets` package holds files as bytes, or as structs with `bytes`."""
-    type_of = type_of.get("bytes") if isinstance(type_of, dict) else type_of
-    return getattr(type_of, "dtype", "") in ("binary", "large_binary")
+    loaded = load_rows(name, split, kind, media=media, config=config, is_streaming=is_streaming)._asdict()
+    return Source(**loaded)
 
 
 def read_media(media: dict[str, Any] | None) -> io.BytesIO:

@@ -122,3 +122,18 @@ def held_out_folders(root: Path) -> dict[str, Path]:
 def is_held_out(path: str) -> bool:
     """Whether a path below a folder of training files lies in a folder that is named like another split."""
     return split_of_folders(path) in HELD_OUT
+
+
+def choose_split(name: str, split: str, known: list[str]) -> str:
+    """The named split, or the only one where none is named.
+
+    Args: known: names of the splits that there are.
+
+    Raises: ValueError: the split does not exist, or none is named and there are several.
+    """
+    if split in known:
+        return split
+    if not split and len(known) == 1:
+        return known[0]
+    problem = f"has no split {split!r}" if split else "has several splits, and none is named"
+    raise ValueError(f"{name} {problem}; there is: {', '.join(known)}")

@@ -77,3 +77,29 @@ def test_int8_that_could_not_take_effect_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match="take effect at stage 3 only, not at stage=2"):
         read_deepspeed_config(str(file), bf16=False)
+
+
+@pytest.mark.parametrize("n_processes, keys", [("16", []), ("8", ["zero_quantized_weights"]), ("8", [])])
+def test_int8_gradients_need_two_nodes(n_processes, keys, tmp_path, monkeypatch, caplog):
+    """Eight GPUs on each node; with int8 weights it is a warning, as those take effect."""
+    file = tmp_path / "config.json"
+    settings = {"stage": 3, **dict.fromkeys([*keys, "zero_quantized_gradients"], True)}
+    file.write_text(json.dumps({"zero_optimization": settings}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setenv("WORLD_SIZE", n_processes)
+    message = "zero_quantized_gradients has no effect on one node"
+    if n_processes == "8" and not keys:
+        with pytest.raises(ValueError, match=f"{file}: {message}.*use ds_config_zero-3"):
+            read_deepspeed_config(str(file), bf16=False)
+        return
+    read_deepspeed_config(str(file), bf16=False)
+    assert (message in caplog.text) == bool(keys)
+
+
+@pytest.mark.parametrize("content", ["{'stage': 2}", "[]", ""])
+def test_a_file_that_is_no_json_object_is_named(content, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=rf"--deepspeed_config={file} .*JSON.*ds_config_zero-2"):
+        read_deepspeed_config(str(file), bf16=False)

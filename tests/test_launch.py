@@ -143,7 +143,7 @@ def one_process(image_cache, tmp_path_factory):
 
 def test_two_ddp_processes_equal_one_and_resume_on_two_and_on_one(train, image_cache, tmp_path):
     one = train("one", 10, *EIGHT, *NOISY)
-    two = launch("torchrun", image_cache, tmp_path, 10, *FOUR, *NOISY, "--save_steps", "4")
+    two = launch("torchrun", image_cache, tmp_path, 10, *FOUR, *NOISY, "--save_steps", "4", "--async_save")
     assert_same(one, two)
     half, resumed_dir = tmp_path / "again" / "image_vae" / "two", tmp_path / "image_vae" / "resumed"
     for folder in (half, resumed_dir):
@@ -367,9 +367,10 @@ def test_speech_on_two_processes_equals_one(tmp_path, fresh_logging):
 
 
 def launch_and_resume(stage: str, cache: Path, output_dir: Path, flags: list[str]) -> tuple[Run, Run]:
-    """8 steps under ZeRO-2 on two processes, and the last 4 of them again from a copy of the checkpoint between."""
+    """8 steps under ZeRO-2 on two processes, whose checkpoints threads write, and the last 4 of them again from a copy
+    of the checkpoint between."""
     flags = [*flags, "--save_steps", "4"]
-    straight = launch("ds_config_zero-2.json", cache, output_dir / "a", 8, *flags, stage=stage)
+    straight = launch("ds_config_zero-2.json", cache, output_dir / "a", 8, *flags, "--async_save", stage=stage)
     half = output_dir / "b" / stage / "two"
     half.mkdir(parents=True)
     (straight.folder.parent / "checkpoint-4").rename(half / "checkpoint-4")

@@ -80,7 +80,7 @@ from utils.training_utils import ImageVAEGANTrainer
 class Dies(ImageVAEGANTrainer):
     def save_extras(self, folder):
         if self.state.global_step == 6:
-            os.kill(os.getpid(), signal.SIGKILL)
+            self.write(os.kill, os.getpid(), signal.SIGKILL)  # After model and optimizer.
         super().save_extras(folder)
 
 class DyingStage(ImageVAEStage):
@@ -90,9 +90,11 @@ DyingStage.main(argv)
 """
 
 
-def test_killed_and_resumed_equals_straight_through(train, image_cache, tmp_path):
+@pytest.mark.parametrize("saving", [[], ["--async_save"]])
+def test_killed_and_resumed_equals_straight_through(saving, train, image_cache, tmp_path):
     flags = ["--batch_size", "8", "--save_steps", "2", "--save_total_limit", "9", "--trainer", "grokfast_ema"]
     straight = train("straight", 10, *flags)
+    flags = [*flags, *saving]
     words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--run_name", "killed"]
     process = run_script(KILLED_WHILE_SAVING, *changed(SMALL_RUN, *words, "--max_steps", "10", *flags))
     process.communicate(timeout=120)

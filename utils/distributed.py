@@ -9,6 +9,7 @@ import socket
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ def rank() -> int:
 def launched_rank() -> int:
     """The rank that the launcher set in the environment, known before the process group exists."""
     return int(os.environ.get("RANK", 0))
+
+
+def world_size_launched() -> int:
+    """The number of processes that the launcher set in the environment."""
+    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def barrier() -> None:
@@ -113,15 +119,26 @@ def from_main(value: Any) -> Any:
     return box[0]
 
 
+def load_deepspeed_config(file: str) -> dict[str, Any]:
+    """The content of a DeepSpeed configuration file. Raises: ValueError: it is no JSON object; names the file."""
+    try:
+        config = json.loads(Path(file).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--deepspeed_config={file} is no JSON ({error}); see ds_config_zero-2.json") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"--deepspeed_config={file} holds no JSON object; see ds_config_zero-2.json")
+    return config
+
+
 def read_deepspeed_config(file: str, bf16: bool) -> dict:
     """The DeepSpeed configuration with the autocast section that `--bf16` means.
 
     Raises:
         ValueError: the file declares what the command line owns (optimizer, scheduler, precision), computes no
-            gradient norm, or asks for int8 communication where no GPU is.
+            gradient norm, or asks for int8 communication that cannot take effect: without a GPU, below stage 3, or
+            of gradients alone on one node.
     """
-    with open(file) as stream:
-        config = json.load(stream)
+    config = load_deepspeed_config(file)
     for section in ("optimizer", "scheduler", "fp16", "bf16", "torch_autocast"):
         if section in config:
             raise ValueError(f"{file} declares {section!r}, which the stage's own flags set; remove it from the file")
@@ -142,6 +159,13 @@ def read_deepspeed_config(file: str, bf16: bool) -> dict:
         raise ValueError(
             f"{file}: {', '.join(int8_keys)} take effect at stage 3 only, not at stage={zero.get('stage')}"
         )
+    # DeepSpeed quantizes gradients between nodes, which it counts so.
+    if "zero_quantized_gradients" in int8_keys and world_size_launched() // torch.cuda.device_count() < 2:
+        problem = f"{file}: zero_quantized_gradients has no effect on one node, where gradients stay in full precision"
+        if int8_keys == ["zero_quantized_gradients"]:
+            raise ValueError(f"{problem}; use ds_config_zero-3.json")
+        if launched_rank() == 0:
+            logger.warning("%s; the weights are gathered in int8", problem)
     # Autocast over fp32 weights, as without DeepSpeed; its own bf16 section would train and save bfloat16 weights.
     if bf16:
         config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}

@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from dataset_loading.remote import IS_REMOTE
 from utils.devices import feeding, local_processes, set_fp32_precision, usable_cpus, use_deterministic_kernels
-from utils.distributed import launch_settings
+from utils.distributed import launch_settings, load_deepspeed_config
 from utils.options import option
 
 logger = logging.getLogger(__name__)
@@ -101,6 +101,9 @@ class StageArguments:
     eval_steps: int = option(500, "steps between evaluations", gt=0)
     save_steps: int = option(500, "steps between checkpoints", gt=0)
     save_total_limit: int = option(3, "number of complete checkpoints to keep", gt=0)
+    async_save: bool = option(
+        False, "copy a checkpoint to host memory, and write it by a thread while training goes on"
+    )
 
     def validate_length(self):
         if self.max_steps == 0:
@@ -127,6 +130,17 @@ class StageArguments:
     def validate_files(self):
         if self.use_deepspeed and not Path(self.deepspeed_config).is_file():
             raise ValueError(f"--deepspeed_config={self.deepspeed_config!r} does not exist")
+
+    def validate_async_save(self):
+        if not (self.async_save and self.use_deepspeed and Path(self.deepspeed_config).is_file()):
+            return
+        config = load_deepspeed_config(self.deepspeed_config)
+        for section in ("nebula", "datastates_ckpt", "checkpoint"):
+            if section in config and (section != "checkpoint" or "writer" in config[section]):
+                raise ValueError(
+                    f"--async_save: {self.deepspeed_config} chooses a writer of DeepSpeed's own by {section!r}; "
+                    "leave one of the two out"
+                )
 
 
 def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments:

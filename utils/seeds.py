@@ -1,12 +1,21 @@
 """Random numbers that belong to a sample, not to a process."""
 
 import hashlib
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+def philox_key(seed: int, step: int, index: int, stream: str) -> np.ndarray:
+    """The 128 bits of a Philox key: seed and stream (32 bits each), step (24 bits) and sample (40 bits). Different
+    keys give independent sequences."""
+    # NumPy would make floats, which round, of a list with numbers below and above 2 ** 63.
+    return np.array([(seed & 0xFFFFFFFF) << 32 | zlib.crc32(stream.encode()), step << 40 | index], np.uint64)
 
 
 def generators(seed: int, step: int, indices: Tensor | np.ndarray, *, stream: str) -> list[np.random.Generator]:
@@ -16,25 +25,37 @@ def generators(seed: int, step: int, indices: Tensor | np.ndarray, *, stream: st
         indices: (B,) numbers of the samples in the data set.
         stream: name of the use, so that two uses never share numbers.
     """
-    # The 128 bits of a Philox key: seed and stream (32 bits each), step (24 bits) and sample (40 bits). Different keys
-    # give independent sequences.
-    key = (seed & 0xFFFFFFFF) << 32 | zlib.crc32(stream.encode())
-    return [np.random.Generator(np.random.Philox(key=[key, step << 40 | int(index)])) for index in indices.tolist()]
+    keys = [philox_key(seed, step, int(index), stream) for index in indices.tolist()]
+    return [np.random.Generator(np.random.Philox(key=key)) for key in keys]
+
+
+def generators_in_turn(
+    seed: int, step: int, indices: Tensor | np.ndarray, *, stream: str
+) -> Iterator[np.random.Generator]:
+    """The `generators` one after another, as one object that the next sample's key is set in: a new object costs ten
+    times as much, since it first gathers entropy that nobody uses."""
+    philox = np.random.Philox(key=(0, 0))
+    generator, state = np.random.Generator(philox), philox.state
+    for index in indices.tolist():
+        state["state"]["key"][:] = philox_key(seed, step, int(index), stream)
+        philox.state = state  # A copy, at the beginning of the key's sequence.
+        yield generator
 
 
 def sample_normal(seed: int, step: int, indices: Tensor | np.ndarray, *, stream: str, shape: Sequence[int]) -> Tensor:
     """Standard normal noise, (B, *shape) float32 on the CPU; row b belongs to sample `indices[b]` at this step."""
-    rows = [
-        generator.standard_normal(shape, dtype=np.float32)
-        for generator in generators(seed, step, indices, stream=stream)
-    ]
-    return torch.from_numpy(np.stack(rows))
+    noise = np.empty((len(indices), math.prod(shape)), np.float32)
+    for row, generator in zip(noise, generators_in_turn(seed, step, indices, stream=stream)):
+        generator.standard_normal(out=row, dtype=np.float32)
+    return torch.from_numpy(noise).view(len(indices), *shape)
 
 
 def sample_uniform(seed: int, step: int, indices: Tensor | np.ndarray, *, stream: str, shape: Sequence[int]) -> Tensor:
     """Uniform numbers in [0, 1), (B, *shape) float32 on the CPU; row b belongs to sample `indices[b]` at this step."""
-    rows = [generator.random(shape, dtype=np.float32) for generator in generators(seed, step, indices, stream=stream)]
-    return torch.from_numpy(np.stack(rows))
+    numbers = np.empty((len(indices), math.prod(shape)), np.float32)
+    for row, generator in zip(numbers, generators_in_turn(seed, step, indices, stream=stream)):
+        generator.random(out=row, dtype=np.float32)
+    return torch.from_numpy(numbers).view(len(indices), *shape)
 
 
 def sample_keys(seed: int, step: int, indices: Tensor | np.ndarray, *, stream: str) -> Tensor:
@@ -42,9 +63,51 @@ def sample_keys(seed: int, step: int, indices: Tensor | np.ndarray, *, stream: s
     limits = np.iinfo(np.int64)
     rows = [
         generator.integers(limits.min, limits.max, endpoint=True, dtype=np.int64)
-        for generator in generators(seed, step, indices, stream=stream)
+        for generator in generators_in_turn(seed, step, indices, stream=stream)
     ]
     return torch.from_numpy(np.stack(rows))
+
+
+Sampler = Callable[..., Tensor]
+
+
+class NoiseAhead:
+    """Random numbers of samples, made by a thread one optimizer step before they are asked for, while the device
+    computes. They are those of the functions above, whoever makes them.
+
+    What was asked for at this step, by stream and shape, is made for the samples of the next one; what has another
+    shape there is made when it is asked for.
+
+    Args: seed: of the run.
+    """
+
+    def __init__(self, seed: int):
+        self.seed = seed
+        self.pool = ThreadPoolExecutor(1, "noise")
+        self.asked: dict[tuple[Sampler, str, tuple[int, ...]], None] = {}  # At this step, in order.
+        self.made: dict[tuple, Future[Tensor]] = {}
+
+    def prepare(self, step: int, batches: Sequence[np.ndarray]) -> None:
+        """Begin to make the numbers of a step.
+
+        Args: batches: numbers of the samples of each of its micro-batches, (B,).
+        """
+        self.made = {key: future for key, future in self.made.items() if key[0] == step - 1}
+        asked, self.asked = self.asked, {}
+        for indices in batches:
+            for sampler, stream, shape in asked:
+                keywords = {"stream": stream, "shape": shape}
+                future = self.pool.submit(sampler, self.seed, step, indices, **keywords)
+                self.made[step, indices.tobytes(), sampler, stream, shape] = future
+
+    def __call__(
+        self, sampler: Sampler, step: int, indices: np.ndarray, *, stream: str, shape: Sequence[int]
+    ) -> Tensor:
+        """`sampler(seed, step, indices, stream=stream, shape=shape)`, (B, *shape) on the CPU."""
+        shape = tuple(shape)
+        self.asked[sampler, stream, shape] = None
+        made = self.made.pop((step, indices.tobytes(), sampler, stream, shape), None)
+        return made.result() if made else sampler(self.seed, step, indices, stream=stream, shape=shape)
 
 
 def seed_of(seed: int, key: str) -> int:

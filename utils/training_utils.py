@@ -1,5 +1,5 @@
-"""Trainers: transformers' `Trainer` plus what every stage needs (exact data order, optimizer hooks, complete
-checkpoints, evaluation on averaged weights, named loss terms), and the GrokFast mixins.
+"""Trainers: transformers' `Trainer` plus what every stage needs (exact data order, optimizer hooks, evaluation on
+averaged weights, named loss terms; complete checkpoints are in `utils/saving.py`), and the GrokFast mixins.
 
 The trainers of the stages are in `utils/training/` and can be imported from here.
 """
@@ -7,39 +7,24 @@ The trainers of the stages are in `utils/training/` and can be imported from her
 import importlib
 import logging
 import math
-import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import Trainer
 
 from dataset_loading.collators import HostFields
 from dataset_loading.epoch_sampler import ORDER, EpochSampler
 from model.layers import to_device
-from utils.checkpoints import (
-    EMA,
-    STAGE,
-    checkpoints_in,
-    explained_loading,
-    is_complete,
-    mark_complete,
-    rotate,
-    set_aside,
-    step_of,
-    without_copies,
-    write_card,
-    write_json,
-)
+from utils.checkpoints import checkpoints_in, is_complete, step_of
 from utils.devices import peak_memory_gib
-from utils.distributed import any_across_ranks, barrier, mean_across_ranks, rank
+from utils.distributed import any_across_ranks, mean_across_ranks
 from utils.optimizer_hooks import GradientEMA, GradientMA, NonFiniteGuard, OptimizerHook, WeightEMA
-from utils.seeds import sample_keys, sample_normal, sample_uniform
+from utils.saving import SavingTrainer
+from utils.seeds import NoiseAhead, sample_keys, sample_normal, sample_uniform
 
 logger = logging.getLogger(__name__)
 
@@ -62,12 +47,16 @@ TRAINERS = {
 RELIES_ON: dict[str, tuple[str | None, str]] = {
     "get_train_dataloader": ("", "batches by a budget of frames"),
     "_get_train_sampler": ("train_dataset", "the data order is that of EpochSampler"),
+    "get_eval_dataloader": ("eval_dataset", "clips of like length come in one batch"),
     "_run_epoch": (
         "model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, ignore_keys_for_eval, "
         "start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch",
         "the sampler is told its epoch, and a finished run makes no step more",
     ),
-    "get_batch_samples": ("epoch_iterator, num_batches, device", "the targets of an optimizer step are counted"),
+    "get_batch_samples": (
+        "epoch_iterator, num_batches, device",
+        "the targets of an optimizer step are counted, and noise is made a step ahead",
+    ),
     "_prepare_inputs": ("inputs", "batches of our own steps go to the device"),
     "training_step": ("model, inputs, num_items_in_batch", "a stage does its own forward and backward"),
     "compute_loss": ("model, inputs, return_outputs, num_items_in_batch", "the loss of a stage without adversary"),
@@ -86,6 +75,7 @@ RELIES_ON: dict[str, tuple[str | None, str]] = {
     "evaluate": ("eval_dataset, ignore_keys, metric_key_prefix", "averaged weights, each sample once"),
     "_save_checkpoint": ("model, trial", "a checkpoint is complete or absent"),
     "_save": ("output_dir, state_dict", "tied weights are written once"),
+    "_save_optimizer_and_scheduler": ("output_dir", "a thread can write them"),
     "_load_optimizer_and_scheduler": ("checkpoint", "the stage's own state is loaded with them"),
     "_load_rng_state": ("checkpoint", "a damaged file is named"),
 }
@@ -98,7 +88,7 @@ def __getattr__(name: str) -> type:
     return getattr(importlib.import_module(f"utils.training.{TRAINERS[name]}"), name)
 
 
-class StageTrainer(Trainer):
+class StageTrainer(SavingTrainer):
     """The Trainer of a stage.
 
     Attributes:
@@ -129,6 +119,9 @@ class StageTrainer(Trainer):
         self.last_log = (0, time.perf_counter())
         self.has_trained = False  # Not where a finished run is resumed.
         self.saved_step = -1  # The step of the last checkpoint that this run wrote.
+        # On a CPU the thread would take the cores that compute.
+        self.noise_ahead = None if self.args.device.type == "cpu" else NoiseAhead(self.args.seed)
+        self.next_batches: tuple = (None, [])  # The iterator of the epoch, and its micro-batches of the next step.
         self.optimizer_settings: list[dict] = []  # Of each parameter group, as the flags say.
 
     # ---- Data order.
@@ -151,15 +144,36 @@ class StageTrainer(Trainer):
         self.has_trained = True
         super()._run_epoch(epoch=epoch, **kwargs)
 
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of an optimizer step. Beside a device, those of the next one are loaded, too, and a thread
+        makes their noise."""
+        if self.noise_ahead is None:
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        # Those that were loaded a step ago, unless another epoch has begun.
+        iterator, batches = self.next_batches
+        if iterator is not epoch_iterator:
+            batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        following, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.next_batches = (epoch_iterator, following)
+        self.noise_ahead.prepare(self.state.global_step + 1, [batch["index"] for batch in following])
+        return batches, None
+
+    def sample_numbers(self, sampler: Callable, inputs: dict, stream: str, shape) -> Tensor:
+        """Random numbers (B, *shape) that belong to this step's samples, on the training device."""
+        step, index = self.state.global_step, inputs["index"]
+        if self.noise_ahead is None:
+            numbers = sampler(self.args.seed, step, index, stream=stream, shape=shape)
+        else:
+            numbers = self.noise_ahead(sampler, step, index, stream=stream, shape=shape)
+        return to_device(numbers, self.args.device)
+
     def sample_noise(self, inputs: dict, stream: str, shape) -> Tensor:
         """Standard normal noise (B, *shape) that belongs to this step's samples, on the training device."""
-        noise = sample_normal(self.args.seed, self.state.global_step, inputs["index"], stream=stream, shape=shape)
-        return to_device(noise, self.args.device)
+        return self.sample_numbers(sample_normal, inputs, stream, shape)
 
     def sample_uniforms(self, inputs: dict, stream: str, shape) -> Tensor:
         """Uniform numbers in [0, 1), (B, *shape), that belong to this step's samples, on the training device."""
-        numbers = sample_uniform(self.args.seed, self.state.global_step, inputs["index"], stream=stream, shape=shape)
-        return to_device(numbers, self.args.device)
+        return self.sample_numbers(sample_uniform, inputs, stream, shape)
 
     def dropout_keys(self, inputs: dict) -> Tensor:
         """Keys (B,) int64 of this step's samples for `model.dropout`, on the training device."""
@@ -277,6 +291,7 @@ class StageTrainer(Trainer):
             self.term_counts[name] = self.term_counts.get(name, 0) + 1
 
     def _maybe_log_save_evaluate(self, tr_loss, *args, **kwargs) -> None:
+        self.background.check()
         self.check_hooks_fired()
         self.check_skipped_steps(tr_loss)
         total = self._total_loss_scalar
@@ -338,12 +353,6 @@ class StageTrainer(Trainer):
         self.ema_model_step = self.state.global_step
         return self.ema_model
 
-    def averaged_weights(self) -> dict[str, Tensor] | None:
-        """The averaged weights as a state dict; None where there are none yet. Every process must call it."""
-        if self.ema is None or self.ema.optimizer is None:
-            return None
-        return self.ema.state_dict_of(self.model, self.model_wrapped if self.is_deepspeed_enabled else None)
-
     def evaluation_terms(self, model, inputs: dict) -> dict[str, Tensor]:
         """Metrics per sample of one validation batch, name -> (B,); `loss` must be among them."""
         raise NotImplementedError
@@ -384,89 +393,6 @@ class StageTrainer(Trainer):
             if line["step"] == self.state.global_step and "eval_loss" in line:
                 return {name: value for name, value in line.items() if name.startswith("eval_")}
         return self.evaluate()
-
-    # ---- Checkpoints.
-
-    def before_saving(self) -> None:
-        """Called on every process before a checkpoint is written."""
-
-    def extra_state(self) -> dict | None:
-        """State of the stage beyond model, optimizer and schedule, equal on all processes; saved as
-        `stage_state.pt`."""
-        return None
-
-    def load_extra_state(self, state: dict) -> None:
-        """Restore the state that `extra_state` returned."""
-
-    def _save_checkpoint(self, model, trial) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        if self.saved_step == self.state.global_step:
-            return
-        # Rank 0 makes room: another run's checkpoint is set aside, an interrupted one removed; the others wait for it.
-        if rank() == 0:
-            set_aside(folder.parent, [folder])
-            if folder.exists():
-                shutil.rmtree(folder)
-        barrier()
-        self.before_saving()
-        try:
-            # Files of transformers and of the stage; the mark comes once every process has written its own.
-            super()._save_checkpoint(model, trial)
-            self.save_extras(folder)
-            barrier()
-            if rank() == 0:
-                mark_complete(folder)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(
-                f"could not write {folder}: {error}. The half-written folder is removed and earlier checkpoints are "
-                "kept; free disk space and go on with --resume_from_checkpoint latest"
-            ) from error
-        self.saved_step = self.state.global_step
-        self.guard.mark_saved()
-        # Old checkpoints go once the new one is complete.
-        # Not while steps are skipped: the checkpoints before may be the ones to go back to.
-        if rank() == 0 and not self.guard.in_a_row:
-            rotate(Path(self.args.output_dir), self.stage_arguments.save_total_limit)
-        barrier()
-        self.last_log = (self.state.global_step, time.perf_counter())
-
-    def _save(self, output_dir=None, state_dict=None) -> None:
-        # DeepSpeed hands over copies, in which transformers does not see that tied weights are the same.
-        super()._save(output_dir, state_dict and without_copies(self.model, state_dict))
-
-    def save_extras(self, folder: Path) -> None:
-        """Averaged weights, the stage's own state and its record."""
-        # Gathering shards is collective, so every process takes part; rank 0 alone writes.
-        averaged = self.averaged_weights()
-        state = {"guard": self.guard.state_dict(), **(self.extra_state() or {})}
-        if rank() == 0:
-            if averaged is not None:
-                averaged = without_copies(self.model, averaged)
-                averaged = {name: tensor.cpu().contiguous() for name, tensor in averaged.items()}
-                save_file(averaged, folder / EMA, {"format": "pt"})
-            torch.save(state, folder / "stage_state.pt")
-            skipped = {"total": self.guard.skipped, "at_the_end": self.guard.in_a_row}
-            write_json(folder / STAGE, {**self.stage_record, "skipped_steps": skipped})
-            write_card(folder, type(self.model), self.stage_record.get("stage", ""))
-
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        if not checkpoint:
-            return
-        with explained_loading(Path(checkpoint), "the state of the optimizer or of its schedule"):
-            super()._load_optimizer_and_scheduler(checkpoint)
-        file = Path(checkpoint) / "stage_state.pt"
-        if file.is_file():  # Older checkpoints have none where the stage has no state of its own.
-            with explained_loading(file):
-                state = torch.load(file, map_location=self.args.device, weights_only=True)
-                if guard := state.pop("guard", None):  # Older checkpoints do not count skipped steps.
-                    self.guard.load_state_dict(guard)
-                if state or self.extra_state() is not None:
-                    self.load_extra_state(state)
-
-    def _load_rng_state(self, checkpoint) -> None:
-        with explained_loading(Path(checkpoint), "the states of the random number generators (rng_state*.pth)"):
-            super()._load_rng_state(checkpoint)
 
 
 class GrokfastEMATrainer(StageTrainer):

@@ -2,21 +2,36 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
 
 from dataset_loading.cached import CachedDataset
 from dataset_loading.files import MANIFEST, Record
+from model.audio.lengths import crop_starts
 from model.audio.spectral import MEL_PRESETS, MelSettings, check_same_mel
 
 EVALUATED_FRAMES = 2048  # Of a validation clip: half a minute of speech, more tells no more.
 MEL_TYPES = {field.name: (int, float) for field in dataclasses.fields(MelSettings)}
 
 
+class Crop(NamedTuple):
+    """What is asked of a data set in place of an index: a part of a clip, all of it where it is shorter.
+
+    Attributes:
+        index: of the clip.
+        n_frames: of the part.
+        uniform: in [0, 1): where it begins, of all places that fit; 0: with the clip.
+    """
+
+    index: int
+    n_frames: int
+    uniform: float = 0.0
+
+
 class AudioDataset(CachedDataset):
-    """Preprocessed audio clips: items with
+    """Preprocessed audio clips: items, at an index or a `Crop`, with
 
     mel: natural-log mel, (M, F) float32, see `model.audio.spectral`.
     waveform: (S,) float32 in [-1, 1], S = F * hop_length, where the folder has it.
@@ -44,13 +59,20 @@ class AudioDataset(CachedDataset):
         self.max_frames = max_frames
         return self
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        sample = super().__getitem__(index)
-        n_frames = self.max_frames
-        if n_frames is None or sample["mel"].shape[1] <= n_frames:
-            return sample
-        lengths = {"mel": n_frames, "waveform": n_frames * self.mel.hop_length}
-        return {name: tensor[..., : lengths[name]] if name in lengths else tensor for name, tensor in sample.items()}
+    def __getitem__(self, index: int | Crop) -> dict[str, Tensor]:
+        if not isinstance(index, Crop):
+            if self.max_frames is None:
+                return super().__getitem__(index)
+            index = Crop(index, self.max_frames)
+        place = range(len(self.entries))[index.index]
+        n_frames, length, hop_length = index.n_frames, self.value(place, "length"), self.mel.hop_length
+        if length <= n_frames:
+            return super().__getitem__(place)
+        start = int(crop_starts(torch.tensor(length), n_frames, torch.tensor(index.uniform)))
+        stop = start + n_frames
+        return self.window(
+            place, {"mel": slice(start, stop), "waveform": slice(start * hop_length, stop * hop_length)}
+        )
 
     def check_kind(self):
         # Caches of audio latents name the log-mel of their VAE, and hold none.
@@ -139,6 +161,6 @@ class AudioVAEDataset(AudioDataset):
         super().__init__(folder, split)
         self.expect_recorded("an audio VAE")
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int | Crop) -> dict[str, Tensor]:
         sample = super().__getitem__(index)
         return {name: tensor for name, tensor in sample.items() if name != "waveform"}

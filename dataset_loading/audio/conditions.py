@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dataset_loading.audio.cached import AudioVAEDataset
+from dataset_loading.audio.cached import AudioVAEDataset, Crop
 from dataset_loading.files import fingerprint
 from model.text.tokenizer import encode_caption
 
@@ -61,7 +61,7 @@ class DescribedAudioDataset(AudioVAEDataset):
             transcript=entry["caption"].strip().lower() if self.use_tokens else None,
         )
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int | Crop) -> dict[str, Tensor]:
         sample = super().__getitem__(index)
         speaker, transcript = self.conditions(self.entries[int(sample["index"])])
         conditions = {}

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dataset_loading.collators import collate_captioned, collate_stack
+from dataset_loading.collators import collate_audio, collate_by_length, collate_captioned, collate_stack
 
 
 def test_samples_are_stacked_along_a_new_axis():
@@ -57,3 +57,17 @@ def test_captions_of_different_folders_do_not_mix():
         collate_captioned([*captioned((2,)), *captioned((2,), text_states=[torch.ones(1, 4)])])
     with pytest.raises(ValueError, match="without tokens"):
         collate_captioned(captioned((2, 0)))
+
+
+def test_clips_of_like_length_share_a_batch():
+    lengths = (9, 3, 30, 4)
+    clips = [{"mel": torch.full((2, n), float(n)), "waveform": torch.ones(10 * n)} for n in lengths]
+    parts = collate_by_length(clips, -9.0, 20)
+    # Shortest first: 3 and 4 frames share a batch, the long clip is alone, though it exceeds the budget.
+    assert [batch["n_frames"].tolist() for batch in parts["batches"].values()] == [[3, 4], [9], [30]]
+    assert [batch["waveform"].shape[1] for batch in parts["batches"].values()] == [40, 90, 300]
+    assert parts["rows"].tolist() == [1, 3, 0, 2]
+    # A batch that is small enough is what it was.
+    (whole,) = (together := collate_by_length(clips, -9.0, 120))["batches"].values()
+    assert together["rows"].tolist() == [0, 1, 2, 3]
+    assert all(torch.equal(value, whole[name]) for name, value in collate_audio(clips, -9.0).items())

@@ -73,6 +73,18 @@ def test_entries_of_one_source_are_items_of_their_own():
         join_items({"image": images, "audio": fake_cache("sounds", ("a.wav", "low"), ("a.wav", "high"))})
 
 
+def test_only_the_endings_of_files_are_no_part_of_a_name():
+    images = fake_cache("images", ("v1.5_take.png", "a"), ("v1.6_take.JPG", "b"), ("no.1", "c"))
+    sounds = fake_cache("sounds", ("v1.6_take.wav", "b"), ("v1.5_take.flac", "a"), ("no.2", "d"))
+    items = join_items({"image": images, "audio": sounds})
+    assert [(item.text, item.places) for item in items] == [
+        ("a", {"image": 0, "audio": 1}),
+        ("b", {"image": 1, "audio": 0}),
+        ("c", {"image": 2}),
+        ("d", {"audio": 2}),
+    ]
+
+
 def test_items_that_one_cache_holds_out_are_found():
     training = {"image": fake_cache("i", ("a.png", ""), ("b.png", ""), ("1.png", ""))}
     training["audio"] = fake_cache("s", ("b.wav", ""), ("c.wav", ""), ("1.wav", ""))

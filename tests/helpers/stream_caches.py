@@ -34,7 +34,13 @@ def write_cache(folder: Path, stage: str, settings: dict, samples: dict[int, dic
         (folder / split).mkdir(parents=True, exist_ok=True)
         key = f"{number:03}-{stage}"
         digest = save_tensors(folder / split / f"{key}.pt", tensors)
-        entry = {"key": key, "source": f"{number:03}.{stage}", "copy": 0, "caption": text_of(number), **digest}
+        entry = {
+            "key": key,
+            "source": f"{number:03}.{'png' if stage.startswith('image') else 'flac'}",
+            "copy": 0,
+            "caption": text_of(number),
+            **digest,
+        }
         kinds = {name: value(tensors) for name, value in fields.items()}
         entries[split].append({**entry, **kinds})
     command = [f"preprocess_{stage}_dataset.py", "--output_dir", str(folder)]

@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 import torch
-import torch.nn.functional as F
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset_loading.audio.cached import AudioVAEDataset
@@ -24,7 +23,7 @@ from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, s
 from utils.checkpoints import load_model, read_stage
 from utils.command_line import parse_arguments
 from utils.evaluation.audio_vae import AudioVAEEvaluator
-from utils.training.audio_vae import AudioVAEArguments, AudioVAEGANTrainer, SpreadMels, crop_segments
+from utils.training.audio_vae import AudioVAEArguments, AudioVAEGANTrainer, SpreadMels
 
 
 @pytest.fixture(scope="module")
@@ -46,18 +45,6 @@ def whole(train):
 
 
 # ---- Segments and losses.
-
-
-def test_segments_lie_inside_their_clips_and_short_clips_are_padded():
-    mel = torch.arange(3 * 2 * 20.0).view(3, 2, 20)
-    lengths, uniforms = torch.tensor([20, 12, 5]), torch.tensor([0.999, 0.0, 0.7])
-    segments, valid = crop_segments(mel, lengths, uniforms, length=8, log_floor=-11.0)
-    assert valid.tolist() == [8, 8, 5]
-    assert torch.equal(segments[0], mel[0, :, 12:20]) and torch.equal(segments[1], mel[1, :, :8])
-    assert torch.equal(segments[2], F.pad(mel[2, :, :5], (0, 3), value=-11.0))
-    for uniform, start in ((0, 0), (0.39, 1), (0.99, 4)):
-        segments, _ = crop_segments(mel, lengths, torch.full((3,), uniform), length=8, log_floor=0.0)
-        assert segments[1, 0, 0] == 40 + start
 
 
 def test_a_step_leaves_its_batch_as_it_was(train, monkeypatch):

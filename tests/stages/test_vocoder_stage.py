@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from dataset_loading.audio.cached import VocoderDataset
-from dataset_loading.collators import collate_audio
+from dataset_loading.collators import collate_by_length
 from model.audio.lengths import crop_starts
 from model.audio.spectral import LogMel, MelSettings
 from model.audio.vocoders import Vocoder
@@ -17,7 +17,8 @@ from pretrain_vocoder import VocoderArguments, VocoderStage
 from tests.helpers.audio_cache import SMALL_VOCODER, make_audio_cache, spoil
 from tests.helpers.runs import changed, largest_difference, named_runs, run_stage
 from utils.checkpoints import load_model
-from utils.training.vocoder import VocoderTrainer, crop_pairs
+from utils.seeds import sample_uniform
+from utils.training.vocoder import VocoderTrainer, pad_crops
 
 
 @pytest.fixture(scope="module")
@@ -38,35 +39,6 @@ def whole(runs):
 # ---- Crops.
 
 
-def crop(mel, waveform, n_frames, uniforms, segment_frames, hop_length=16):
-    settings = {"segment_frames": segment_frames, "hop_length": hop_length, "log_floor": -9.0}
-    return crop_pairs(mel, waveform, n_frames, uniforms=uniforms, **settings)
-
-
-def test_crops_are_aligned_slices_at_the_drawn_places():
-    generator = torch.Generator().manual_seed(0)
-    n_frames = torch.tensor([20, 9, 5])
-    mel = torch.randn(3, 4, 20, generator=generator)
-    waveform = torch.randn(3, 20 * 16, generator=generator)
-    for row, count in enumerate(n_frames):
-        mel[row, :, count:], waveform[row, 16 * count :] = -9.0, 0.0
-    for uniforms in ([0.0, 0.0, 0.0], [0.999999, 0.5, 0.7], [1 - 2**-24] * 3):
-        crops, sounds = crop(mel, waveform, n_frames, torch.tensor(uniforms), 8)
-        for row, (count, uniform) in enumerate(zip(n_frames.tolist(), uniforms)):
-            start = math.floor(uniform * max(1, count - 8 + 1))
-            assert torch.equal(crops[row], mel[row, :, start : start + 8])
-            assert torch.equal(sounds[row], waveform[row, 16 * start : 16 * (start + 8)])
-    crops, sounds = crop(mel, waveform, n_frames, torch.zeros(3), 32)
-    assert crops.shape == (3, 4, 32) and sounds.shape == (3, 32 * 16)
-    assert (crops[..., 20:] == -9).all() and not sounds[:, 320:].any() and torch.equal(crops[..., :20], mel)
-
-
-def test_waveforms_of_another_length_are_refused():
-    mel, waveform, n_frames = torch.zeros(1, 4, 20), torch.zeros(1, 20 * 16 + 5), torch.tensor([20])
-    with pytest.raises(ValueError, match=r"waveforms of 325 samples .* 20 frames, which are 320 samples"):
-        crop(mel, waveform, n_frames, torch.zeros(1), 8)
-
-
 def test_crops_never_begin_beyond_the_last_place():
     last = torch.arange(100_000)
     assert torch.equal(crop_starts(last + 8, 8, torch.full((len(last),), 1 - 2**-24)), last)
@@ -74,10 +46,40 @@ def test_crops_never_begin_beyond_the_last_place():
 
 def test_every_place_is_as_likely():
     uniforms = torch.rand(4000, generator=torch.Generator().manual_seed(0))
-    places = torch.arange(12.0).expand(4000, 1, 12).contiguous()
-    starts = crop(places, torch.zeros(4000, 12), torch.full((4000,), 12), uniforms, 8, hop_length=1)[0][:, 0, 0]
-    counts = torch.bincount(starts.long())
+    counts = torch.bincount(crop_starts(torch.full((4000,), 12), 8, uniforms))
     assert len(counts) == 5 and (counts / 800 - 1).abs().max() < 0.15
+
+
+def test_short_crops_end_in_silence():
+    mel, waveform = torch.ones(3, 4, 5), torch.ones(3, 5 * 16)
+    mels, sounds = pad_crops(mel, waveform, segment_frames=8, hop_length=16, log_floor=-9.0)
+    assert mels.shape == (3, 4, 8) and (mels[..., :5] == 1).all() and (mels[..., 5:] == -9).all()
+    assert sounds.shape == (3, 128) and (sounds[:, :80] == 1).all() and not sounds[:, 80:].any()
+
+
+@pytest.mark.parametrize("parts", [("4", "1"), ("2", "2")], ids=["one batch", "accumulation"])
+def test_every_step_has_the_crops_of_its_seed_step_and_samples(parts, cache, whole, tmp_path, monkeypatch):
+    """In every epoch, and after a resume."""
+    batches, generate = [], VocoderTrainer.generate
+
+    def compare(self, model, inputs):
+        batches.append((self.state.global_step, inputs["index"].tolist()))
+        dataset, seed = VocoderDataset(cache, "train"), self.args.seed
+        uniforms = sample_uniform(seed, self.state.global_step, inputs["index"], stream="crop", shape=(1,))[:, 0]
+        for row, index in enumerate(inputs["index"].tolist()):
+            clip = dataset[index]
+            start = int(crop_starts(torch.tensor(clip["mel"].shape[1]), 8, uniforms[row]))
+            assert torch.equal(inputs["mel"][row], clip["mel"][:, start : start + 8])
+            assert torch.equal(inputs["waveform"][row], clip["waveform"][start * 256 : (start + 8) * 256])
+        return generate(self, model, inputs)
+
+    monkeypatch.setattr(VocoderTrainer, "generate", compare)
+    words = ["--gan_weight", "0", "--batch_size", parts[0], "--gradient_accumulation_steps", parts[1]]
+    words += ["--save_steps", "9", "--lr_scheduler_type", "constant"]
+    run_stage(VocoderStage, SMALL_VOCODER, cache, tmp_path, "crops", 9, *words)
+    run_stage(VocoderStage, SMALL_VOCODER, cache, tmp_path, "crops", 11, *words, "--resume_from_checkpoint")
+    # Epochs have seven steps.
+    assert len(batches) == 11 * int(parts[1]) and [step for step, _ in batches][-1] == 10
 
 
 # ---- Exactness.
@@ -161,8 +163,8 @@ def test_evaluation_is_of_whole_clips_and_padding_does_not_count(cache, whole):
     floor = dataset.mel.log_floor
     samples = sorted((dataset[i] for i in range(len(dataset))), key=lambda sample: sample["mel"].shape[1])
     with torch.no_grad():
-        together = trainer.evaluation_terms(model, collate_audio(samples, floor))
-        alone = trainer.evaluation_terms(model, collate_audio(samples[:1], floor))
+        together = trainer.evaluation_terms(model, collate_by_length(samples, floor, 300))
+        alone = trainer.evaluation_terms(model, collate_by_length(samples[:1], floor, 300))
         generated = model(mel=samples[-1]["mel"][None])
     for name, values in together.items():
         assert values.shape == (len(samples),)

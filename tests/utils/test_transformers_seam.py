@@ -87,6 +87,7 @@ def test_the_tables_name_all_overrides_of_the_model():
 def test_the_table_names_all_private_parts_that_are_read():
     files = [
         ROOT / "utils/training_utils.py",
+        ROOT / "utils/saving.py",
         *(ROOT / "utils/training").glob("*.py"),
         *(ROOT / "utils/resuming").glob("*.py"),
     ]

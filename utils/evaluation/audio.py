@@ -39,9 +39,9 @@ from utils.metrics.audio import (
     stoi,
 )
 from utils.metrics.pitch import pitch_scores, track_pitch
+from utils.metrics.timing import RealTime
 from utils.metrics.words import RECOGNIZER_NAME, Recognizer, knows_language, normalize_text, word_error_rate
 from utils.options import option
-from utils.timing import RealTime
 
 logger = logging.getLogger(__name__)
 

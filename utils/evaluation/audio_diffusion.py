@@ -38,10 +38,10 @@ from utils.evaluation.speech_scores import SpeechScorer, Utterance, is_english, 
 from utils.generation.exported import home_of
 from utils.generation.speech import AudioSamplingArguments, SpeechPipeline
 from utils.metrics.pitch import pitch_statistics, track_pitch
+from utils.metrics.timing import RealTime
 from utils.metrics.words import normalize_text
 from utils.options import option
 from utils.seeds import seed_of
-from utils.timing import RealTime
 
 logger = logging.getLogger(__name__)
 

@@ -28,9 +28,9 @@ from utils.generation.exported import home_of
 from utils.metrics.caption_agreement import TextProbe, UnusableCaptionsError, other_captions
 from utils.metrics.feature_sets import compare_sets, memorisation
 from utils.metrics.sounds import sound_blocks, sound_features
+from utils.metrics.timing import Stopwatch
 from utils.options import option
 from utils.seeds import seed_of
-from utils.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from utils.evaluation.source_images import SourceImageDataset
 from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
 from utils.metrics.caption_agreement import N_POOLED, ImageFeatures, TextProbe, UnusableCaptionsError
 from utils.metrics.feature_sets import compare_sets
+from utils.metrics.timing import Stopwatch
 from utils.seeds import seed_of
-from utils.timing import Stopwatch
 
 
 class PairedLatentDataset(Dataset):

@@ -46,8 +46,8 @@ from utils.metrics.caption_agreement import (
     words_of,
 )
 from utils.metrics.feature_sets import compare_sets, memorisation
+from utils.metrics.timing import Stopwatch
 from utils.options import option
-from utils.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
 

@@ -32,8 +32,8 @@ from utils.evaluation.tables import Column, fact_table, latent_table, score_tabl
 from utils.generation.exported import home_of
 from utils.metrics.images import FeatureMoments, KernelDistance, SharedFeatures, frechet_distance, psnr, ssim
 from utils.metrics.latents import LATENT_DEFINITION, LatentHealth, normalized_std
+from utils.metrics.timing import Stopwatch
 from utils.options import option
-from utils.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
 

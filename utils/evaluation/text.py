@@ -25,8 +25,8 @@ from utils.metrics.text import (
     window_sums,
     windows_at_once,
 )
+from utils.metrics.timing import Stopwatch
 from utils.options import option
-from utils.timing import Stopwatch
 
 SPEED_PROMPTS = 4  # prompts continued one after another to time generation; the first one is the warm-up
 COMPRESSED_BYTES = 16_000_000  # of the evaluated text, for gzip and lzma

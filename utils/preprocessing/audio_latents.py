@@ -27,10 +27,10 @@ from model.audio.spectral import MelSettings
 from model.text.phonemes import SpeechTokenizer, Units
 from model.text.tokenizer import encode_caption
 from utils.options import declared_fields, option
+from utils.preprocessing.arguments import command_words
 from utils.preprocessing.audio import AudioPreprocess, AudioPreprocessArguments, log_mel, with_mel
 from utils.preprocessing.audio_cache import as_source, describe_speakers, earlier_settings, fit_tokenizer
 from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
-from utils.preprocessing.driver import command_words
 from utils.preprocessing.samples import Example, Outcome, Raw, SkipSampleError, Task, describe_problems
 from utils.preprocessing.shards import HOW_WRITTEN, arguments_of
 
@@ -51,7 +51,9 @@ TEXT_FLAGS = ("conditioning", "units", "language", "gaps", "max_tokens")
 class AudioLatentsArguments(AudioPreprocessArguments, BatchedPreprocessArguments):
     """Flags of preprocessing audio latents, without those of the models that encode."""
 
-    dataset_name: str = option("", "raw data set: hub name, folder, or index file (.csv, .jsonl)")
+    dataset_name: str = option(
+        "", "raw data set: hub name, folder, index file (.csv, .jsonl), or tars by folder, pattern or address"
+    )
     audio_cache: str = option("", "folder of preprocessed audio instead of a raw data set: nothing is decoded again")
     conditioning: Conditioning = option(
         "speech", "speech: transcripts as tokens with durations; caption: texts that describe a clip"
@@ -91,7 +93,7 @@ class AudioLatentsArguments(AudioPreprocessArguments, BatchedPreprocessArguments
 
     def validate_cache(self):
         used = {"dataset_name", "limit", "validation_fraction", "output_dir", "num_workers"}
-        used |= {"max_broken_fraction", "keep_duplicates", *HOW_WRITTEN}
+        used |= {"max_broken_fraction", "keep_duplicates", *HOW_WRITTEN} - {"streaming"}
         unused = {field.name for field in declared_fields(AudioPreprocessArguments)} - used
         given = sorted(unused & set(getattr(self, "given", ())))
         if self.audio_cache and given:

@@ -6,14 +6,14 @@ seed, the sample and the copy only, never on the number of workers.
 """
 
 import dataclasses
-import itertools
 import json
 import logging
+import math
 import signal
 import sys
 import time
-from collections import Counter
 from collections.abc import Collection, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,18 +26,18 @@ from dataset_loading.cache_writer import (
     check_output,
     part_key,
     read_entries,
-    sample_key,
     save_tensors,
 )
-from dataset_loading.content import describe_content, is_same_content
+from dataset_loading.content import describe_content, is_same_content, stem_of
 from dataset_loading.files import SCHEMA, fingerprint
 from dataset_loading.integrity import changed_bytes, non_finite
 from dataset_loading.locks import only_writer
 from dataset_loading.pack import pack_in_place, unpack_in_place
-from dataset_loading.sources import Source, has_file, open_source
+from dataset_loading.sources import Source, has_file
+from dataset_loading.streams.opening import open_any
 from dataset_loading.tables import captions_of
 from utils.command_line import explained_errors, parse_arguments
-from utils.options import declared_fields, option
+from utils.preprocessing.arguments import PreprocessArguments, command_words
 from utils.preprocessing.finishing import finish_folder, report_totals
 from utils.preprocessing.launched import run_launched
 from utils.preprocessing.merging import MergeArguments, asks_to_merge, check_broken, merge_shards
@@ -45,7 +45,9 @@ from utils.preprocessing.progress import ProgressReport
 from utils.preprocessing.report import report_unread_validation, unreadable
 from utils.preprocessing.rows import first_rows, merge_rows, once_per_row
 from utils.preprocessing.samples import (
+    FEW_SAMPLES,
     Example,
+    Naming,
     Outcome,
     Prepared,
     Raw,
@@ -56,66 +58,15 @@ from utils.preprocessing.samples import (
     notes_of,
     renewed,
     smallest_name,
-    stem_of,
 )
-from utils.preprocessing.shards import HOW_WRITTEN, Shard, arguments_of
+from utils.preprocessing.shards import Shard, arguments_of
+from utils.preprocessing.streaming import RowLog, beginning
 from utils.preprocessing.workers import map_in_workers
 from utils.seeds import seed_of
 
 logger = logging.getLogger(__name__)
 
-FEW_SAMPLES = 1000  # Of more, some fall into any usual validation share.
 PACKAGES = ("torch", "numpy", "pillow", "datasets")
-
-
-@dataclasses.dataclass
-class PreprocessArguments:
-    """Flags of all preprocessing. A stage declares its further flags in a subclass."""
-
-    # Raw data.
-    dataset_name: str = option("", "raw data set: hub name, folder, or index file (.csv, .jsonl)")
-    dataset_config: str = option("", "configuration of a hub data set")
-    dataset_split: str = option("train", "split of the raw data set")
-    allow_outside: bool = option(False, "read files outside of the data set's folder, where its metadata names them")
-    media_column: str = option("", "column of a hub data set with the media files; default: the only one of its type")
-    caption_column: str = option("text", "column with the captions; default: text, caption or captions")
-    limit: int = option(-1, "number of rows to read, from the first one; -1: all", ge=-1)
-
-    # Validation split.
-    validation_fraction: float = option(
-        0.05,
-        "fraction of the validation split, chosen by a hash of the raw file's name",
-        ge=0,
-        lt=1,
-        only_with=("validation_dataset", ""),
-    )
-    validation_dataset: str = option("", "hub name or folder of a separate validation set")
-    validation_split: str = option(
-        "", "split of the validation set; default: its only one", only_with=("validation_dataset", bool)
-    )
-
-    # Output.
-    output_dir: str = option("", "output folder; default: cached_datasets/<stage>")
-    num_augmented_copies: int = option(0, "augmented copies of a training sample, in addition to the original", ge=0)
-    seed: int = option(42, "seed of the augmentation", ge=0, lt=2**63)
-    num_workers: int = option(-1, "worker processes; 0: the main process alone; -1: one per CPU", ge=-1)
-    max_broken_fraction: float = option(0.01, "maximum fraction of broken raw files", ge=0, le=1)
-    keep_duplicates: bool = option(False, "also train on files that equal one of the validation split")
-
-    # Several processes or machines.
-    shard: str = option("", "i/n: only the i-th of n shards, 1/n to n/n, written to <output_dir>.shard-i-of-n")
-    merge: list[str] = option([], "folders of all shards to join in --output_dir; other flags are those of the shards")
-
-    pack: int = option(0, "samples per file of a packed cache; 0: a file per sample", ge=0, only_with=("shard", ""))
-
-    def validate_shard(self):
-        Shard.parse(self.shard)
-
-    def validate_source(self):
-        if not self.dataset_name:
-            raise ValueError("--dataset_name is missing: give a hub name, a folder, or an index file (.csv, .jsonl)")
-        if self.limit == 0:
-            raise ValueError("--limit=0 reads nothing; give a positive number, or -1 for all")
 
 
 class Preprocess:
@@ -234,16 +185,18 @@ class Preprocess:
         # The head of the manifest, and what earlier runs have written, a file per sample.
         started = time.perf_counter()
         header = self.header(sources)
-        total = sum(self.count(source) for source in sources.values())
+        total = self.total(sources)
         outcomes = [problem for source in sources.values() for problem in unreadable(source.left_out)]
         problems = list(outcomes)
         check_broken(problems, total, self.args.max_broken_fraction)
         unpack_in_place(self.folder, header)
         earlier_entries = read_entries(self.folder, header)
+        rows = RowLog.open(self.folder, header, sources, shard=self.shard)
 
         # Process what is missing. The journal gets every sample as soon as its file is written.
-        with Journal(self.folder, header) as journal, ProgressReport(self.name, self.shard.n_samples(total)) as report:
-            for outcome in once_per_row(self.work(self.plan(sources, earlier_entries))):
+        n_rows = self.shard.n_samples(total) if total != math.inf else None
+        with Journal(self.folder, header) as journal, rows, ProgressReport(self.name, n_rows) as report:
+            for outcome in once_per_row(rows.noted(self.work(self.plan(sources, earlier_entries, rows)))):
                 outcomes.append(outcome)
                 if outcome.broken:
                     problems.append(outcome)
@@ -252,6 +205,14 @@ class Preprocess:
                 journal.add(outcome.split, outcome.entries if outcome.n_written else [])
                 if outcome.number == outcome.row:
                     report.advance()
+        # What streams counted on the way.
+        if total == math.inf or any(source.is_stream for source in sources.values()):
+            total = sum(self.count(source) for source in sources.values())
+            lost = [
+                problem for source in sources.values() if source.is_stream for problem in unreadable(source.left_out)
+            ]
+            outcomes, problems = [*lost, *outcomes], [*lost, *problems]
+            check_broken(problems, total, self.args.max_broken_fraction)
 
         # The manifest of the whole, or of a shard with what the whole needs.
         manifest = finish_folder(
@@ -276,10 +237,10 @@ class Preprocess:
         """The training source and, where --validation_dataset names one, the validation source."""
         args = self.args
         options = {"suffixes": self.suffixes, "media": args.media_column, "config": args.dataset_config}
-        options["allow_outside"] = args.allow_outside
-        sources = {"train": open_source(args.dataset_name, args.dataset_split, self.media, **options)}
+        options |= {"allow_outside": args.allow_outside, "is_streaming": args.streaming}
+        sources = {"train": open_any(args.dataset_name, args.dataset_split, self.media, **options)}
         if args.validation_dataset:
-            sources["validation"] = open_source(args.validation_dataset, args.validation_split, self.media, **options)
+            sources["validation"] = open_any(args.validation_dataset, args.validation_split, self.media, **options)
             if sources["validation"].identity == sources["train"].identity:
                 raise ValueError(
                     f"training and validation would both read {sources['train'].identity}; see --validation_split"
@@ -321,7 +282,7 @@ class Preprocess:
     def header(self, sources: dict[str, Source]) -> dict[str, Any]:
         """The manifest without the samples: settings, fingerprint, command, versions."""
         separate = sources.get("validation")
-        validation = separate.identity if separate else f"{self.args.validation_fraction} of the source"
+        validation = separate.identity if separate is not None else f"{self.args.validation_fraction} of the source"
         # Everything that shapes the tensors or the split, and nothing else, is in the fingerprint.
         settings = {
             **self.settings(),
@@ -331,7 +292,7 @@ class Preprocess:
         }
         settings = json.loads(json.dumps(settings))  # As it will be read again: lists instead of tuples.
         identity = {"schema": SCHEMA, "stage": self.name, **settings}
-        self.shard.settings = fingerprint({**identity, "source": "", "validation": bool(separate)})
+        self.shard.settings = fingerprint({**identity, "source": "", "validation": separate is not None})
         return {
             "schema": SCHEMA,
             "stage": self.name,
@@ -344,30 +305,50 @@ class Preprocess:
         }
 
     def count(self, source: Source) -> int:
-        """Raw samples that are read from a source."""
+        """Raw samples that are read from a source; of a stream, those that were."""
+        if source.is_stream:
+            return source.rows.n_own if source.rows.has_shares else source.rows.n_rows
         return len(source) if self.args.limit < 0 else min(len(source), self.args.limit)
 
-    def plan(self, sources: dict[str, Source], earlier: dict[tuple[str, str], dict[str, Any]]) -> Iterator[Task]:
+    def total(self, sources: dict[str, Source]) -> int | float:
+        """Raw samples that are to be read, or the maximum of them where a source is a stream."""
+        limit = self.args.limit if self.args.limit >= 0 else math.inf
+        return sum(limit if source.is_stream else self.count(source) for source in sources.values())
+
+    def plan(
+        self,
+        sources: dict[str, Source],
+        earlier: dict[tuple[str, str], dict[str, Any]],
+        rows: RowLog | None = None,
+    ) -> Iterator[Task]:
         """The tasks in the order of the sources; those with nothing missing carry no raw file.
 
-        Args: earlier: entries of earlier runs by split and key.
+        Args:
+            earlier: entries of earlier runs by split and key.
+            rows: what earlier runs noted of the rows of streams, which are not read again.
         """
-        numbers, row = itertools.count(), 0
+        number, row, rows = -1, 0, rows or RowLog()
         for source_split, source in sources.items():
-            seen: Counter[str] = Counter()
-            firsts: dict[str, str] = {}  # By their stems: a.wav and a.mp3 are the same recording, on one side.
-            held_out = self.only_held_out(source) if len(sources) == 1 else ""
-            for name, raw in first_rows(self.examples(source), self.args.limit):
-                number = next(numbers)
+            naming = self.naming(source_split, source, is_only=len(sources) == 1)
+            for note in rows.replay(
+                source_split, source, naming, shard=self.shard, find=partial(self.intact_entry, earlier)
+            ):
+                number = note.number_after(number)
+                row = row if note.place else number
+                if note.outcome:
+                    outcome = dataclasses.replace(note.outcome, number=number, row=row)
+                    yield Task(number, outcome.split, outcome.name, Raw(None, ""), {}, [], row, outcome=outcome)
+            limit = -1 if source.is_stream else self.args.limit
+            for name, raw in first_rows(self.examples(source), limit):
+                number = max(number + 1, source.rows.first_number if source.is_stream else 0)
                 row = row if raw.place else number
-                # Split and keys of the sample's copies; validation has the plain copy alone.
-                split, first = source_split, firsts.setdefault(stem_of(name), name)
-                if len(sources) == 1 and (first == held_out or is_validation(first, self.args.validation_fraction)):
-                    split = "validation"
-                n_copies = self.args.num_augmented_copies if split == "train" else 0
-                keys = {copy: sample_key(name, seen[name], copy) for copy in range(1 + n_copies)}
-                seen[name] += 1
-                if not self.shard.takes(self.block_of(number), split, name, raw):
+                split, keys = naming.assign(name)
+                if source.is_stream and source.rows.has_shares:
+                    is_taken = source.rows.is_own
+                else:
+                    is_taken = self.shard.takes(self.block_of(number), split, name, raw)
+                rows.add(source_split, number, name, place=raw.place, is_taken=is_taken)
+                if not is_taken:
                     continue
                 # Entries of the copies that earlier runs wrote, with the captions of now; the others are missing.
                 existing = {copy: self.find_entries(earlier, (split, key), raw) for copy, key in keys.items()}
@@ -376,15 +357,37 @@ class Preprocess:
                 raw = raw if missing else Raw(None, raw.caption)
                 yield Task(number, split, name, raw, missing, entries, row)
 
+    def naming(self, source_split: str, source: Source, *, is_only: bool) -> Naming:
+        """The splits and keys of the raw samples of a source.
+
+        Args: is_only: whether validation samples are held out of it.
+        """
+        fraction = self.args.validation_fraction if is_only else 0.0
+        return Naming(
+            source_split, fraction, self.only_held_out(source) if is_only else "", self.args.num_augmented_copies
+        )
+
     def only_held_out(self, source: Source) -> str:
         """The name to hold out of a small source none of whose names falls into the validation share: the one with
         the smallest hash; `""` where it is not needed, or nothing would be left."""
-        fraction, n_samples = self.args.validation_fraction, self.count(source)
-        if not fraction or n_samples > FEW_SAMPLES:
+        fraction = self.args.validation_fraction
+        if not fraction or (not source.is_stream and self.count(source) > FEW_SAMPLES):
             return ""
-        names = [name for name, _ in first_rows(self.examples(source), self.args.limit)]
-        names = {stem_of(name): name for name in reversed(names)}.values()  # The first of each stem, as in `plan`.
-        return smallest_name(names) if len(names) > 1 and not any(is_validation(n, fraction) for n in names) else ""
+        names = {}  # The first of each stem, as in `Naming`.
+        source = beginning(source, FEW_SAMPLES + 1)
+        for name, _ in first_rows(self.examples(source), self.args.limit):
+            first = names.setdefault(stem_of(name), name)
+            if is_validation(first, fraction):
+                return ""
+        is_large = source.is_stream and source.rows.n_rows > FEW_SAMPLES
+        return "" if is_large or len(names) < 2 else smallest_name(names.values())
+
+    def intact_entry(
+        self, earlier: dict[tuple[str, str], dict[str, Any]], split: str, key: str
+    ) -> dict[str, Any] | None:
+        """The entry of a sample that an earlier run wrote and whose file is intact; None for others."""
+        entry = earlier.get((split, key))
+        return entry if entry and self.is_intact(entry, split) else None
 
     def find_entries(
         self, earlier: dict[tuple[str, str], dict[str, Any]], name: tuple[str, str], raw: Raw
@@ -412,6 +415,10 @@ class Preprocess:
         languages = entry.get("language", ""), raw.notes.get("language", "")
         if self.encodes_captions and (entry["caption"] != raw.caption or languages[0] != languages[1]):
             return False
+        return self.is_intact(entry, split)
+
+    def is_intact(self, entry: dict[str, Any], split: str) -> bool:
+        """Whether the file of a sample is there, and is what was written."""
         file = self.path(split, entry["key"])
         if not file.exists():
             return False
@@ -426,6 +433,8 @@ class Preprocess:
 
     def prepare(self, task: Task) -> Prepared:
         """Decode one raw file and encode its missing copies; a file that cannot be is an outcome without entries."""
+        if task.outcome:
+            return Prepared(task.outcome, [])
         has_text = bool(task.raw.caption.strip())
         outcome = Outcome(task.number, task.split, task.name, list(task.entries), has_text=has_text, row=task.row)
         if not task.missing:  # Earlier runs wrote all copies.
@@ -434,6 +443,8 @@ class Preprocess:
         try:
             if not has_file(task.raw.media):
                 raise SkipSampleError(f"the row has no {self.media}")
+            if problem := (task.raw.media or {}).get("problem"):
+                raise ValueError(problem)
             outcome.content = describe_content(task.raw.media)
             data = self.decode(task.raw.media)
             for copy, key in task.missing.items():
@@ -483,17 +494,3 @@ class Preprocess:
 def interrupt(number: int, _: Any) -> None:
     """Signal handler. Raises: KeyboardInterrupt: with the number of the signal."""
     raise KeyboardInterrupt(number)
-
-
-def command_words(script: str, args: Any) -> list[str]:
-    """The command line that gives these arguments: flags that differ from their defaults."""
-    words = [script]
-    for field in declared_fields(args):
-        value, default = getattr(args, field.name), getattr(type(args)(), field.name)
-        if value == default or field.name in HOW_WRITTEN:
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{field.name}" if value else f"--no_{field.name}")
-        else:
-            words += [f"--{field.name}", *map(str, value if isinstance(value, list) else [value])]
-    return words

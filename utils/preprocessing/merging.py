@@ -110,7 +110,9 @@ def order_shards(shards: list[tuple[Path, Record]]) -> list[tuple[Path, Record]]
                 f"{folder} is one of {shard['count']} shards, {first_folder} one of {shard_of_first['count']}; make "
                 "all with the same n of --shard i/n"
             )
-        if any(shard[name] != shard_of_first[name] for name in ("total", "listing")):
+        # Shards of files know their own raw samples alone.
+        compared = ("listing",) if "is_of_files" in shard else ("total", "listing")
+        if any(shard[name] != shard_of_first[name] for name in compared):
             raise ValueError(
                 f"{folder} was made of other raw files than {first_folder} ({shard['total']} and "
                 f"{shard_of_first['total']} samples, whose names, sizes or texts differ); run the commands of the "
@@ -138,14 +140,15 @@ def write_whole(output: Path, shards: list[tuple[Path, Record]], *, given: str) 
     """
     started, first = time.perf_counter(), shards[0][1]
     header = header_of_whole(first, given)
-    # What the sources left out is the same in all shards.
-    listings = list(map(LeftOut.from_dict, first["shard"]["listings"]))
+    # What the sources left out is the same in all shards, unless each has read other files.
+    listed = [manifest["shard"] for _, manifest in (shards if "is_of_files" in first["shard"] else shards[:1])]
+    listings = [LeftOut.from_dict(listing) for shard in listed for listing in shard["listings"]]
     outcomes = [problem for listing in listings for problem in unreadable(listing)]
     pairs = [pair for _, manifest in shards for pair in outcomes_of(manifest)]
     outcomes += once_per_row(sorted((outcome for outcome, _ in pairs), key=lambda outcome: outcome.number))
     # By the identity of an outcome's first entry.
     lost_texts = {id(outcome.entries[0]): lost_text for outcome, lost_text in pairs if outcome.entries}
-    total, problems = first["shard"]["total"], [outcome for outcome in outcomes if outcome.broken]
+    total, problems = sum(shard["total"] for shard in listed), [outcome for outcome in outcomes if outcome.broken]
     check_broken(problems, total, first["arguments"]["max_broken_fraction"])
     unpack_in_place(output, header)
     earlier = read_entries(output, header)

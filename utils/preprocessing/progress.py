@@ -11,9 +11,12 @@ logger = logging.getLogger(__name__)
 
 
 class ProgressReport:
-    """A progress bar on a terminal, a log line every half minute elsewhere."""
+    """A progress bar on a terminal, a log line every half minute elsewhere.
 
-    def __init__(self, name: str, total: int):
+    Args: total: rows; None where their number is not known.
+    """
+
+    def __init__(self, name: str, total: int | None):
         console = Console(stderr=True)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         # No refreshing thread: worker processes are forked later, and a forked process has the locks of its parent's
@@ -38,7 +41,8 @@ class ProgressReport:
         if time.monotonic() > self.shown + self.interval:
             self.show()
             if self.bar.disable:
-                logger.info("%s: %d of %d rows", self.name, self.done, self.total)
+                of_total = f" of {self.total}" if self.total is not None else ""
+                logger.info("%s: %d%s rows", self.name, self.done, of_total)
 
     def show(self) -> None:
         """Redraw the bar."""

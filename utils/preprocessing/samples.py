@@ -4,16 +4,16 @@ entries."""
 import contextlib
 import dataclasses
 import hashlib
-import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from dataset_loading.audio.signal import AUDIO_SUFFIXES
-from dataset_loading.content import CONTENT_FIELDS, DIGEST, present_state
+from dataset_loading.cache_writer import sample_key
+from dataset_loading.content import CONTENT_FIELDS, DIGEST, present_state, stem_of
 from dataset_loading.files import fingerprint
-from dataset_loading.image.pixels import IMAGE_SUFFIXES
 from dataset_loading.tables import captions_of
 
+FEW_SAMPLES = 1000  # Of more, some fall into any usual validation share.
 # Numbers of a manifest's entries whose sum over all samples means nothing.
 NOT_SUMMED = (
     *("bytes", "copy", "length", "part", "parts", "log_likelihood", "likelihood_ratio", "offset", "duration"),
@@ -67,6 +67,7 @@ class Task:
     missing: dict[int, str]
     entries: list[dict[str, Any]]
     row: int  # number of the first sample of its row
+    outcome: "Outcome | None" = None  # of an earlier run, whose row is not read again
 
 
 @dataclasses.dataclass
@@ -126,16 +127,35 @@ def renewed(entry: dict[str, Any], raw: Raw, n_parts: int) -> dict[str, Any]:
     return {**former, **notes, **present_state(raw.media)}
 
 
+class Naming:
+    """Splits and keys of the raw samples of a source, by their names in their order.
+
+    Args:
+        split: of the source.
+        fraction: of the validation split that is held out of it.
+        held_out: the name that is held out whatever its hash; `""`: none.
+        n_copies: augmented copies of a training sample.
+    """
+
+    def __init__(self, split: str, fraction: float, held_out: str, n_copies: int):
+        self.split, self.fraction, self.held_out, self.n_copies = split, fraction, held_out, n_copies
+        self.seen: Counter[str] = Counter()
+        self.firsts: dict[str, str] = {}  # By their stems: a.wav and a.mp3 are the same recording, on one side.
+
+    def assign(self, name: str) -> tuple[str, dict[int, str]]:
+        """Split of the next raw sample, and keys of its copies by number; validation has the plain one alone."""
+        split, first = self.split, self.firsts.setdefault(stem_of(name), name)
+        if (self.held_out and first == self.held_out) or is_validation(first, self.fraction):
+            split = "validation"
+        n_copies = self.n_copies if split == "train" else 0
+        keys = {copy: sample_key(name, self.seen[name], copy) for copy in range(1 + n_copies)}
+        self.seen[name] += 1
+        return split, keys
+
+
 def is_validation(name: str, fraction: float) -> bool:
     """Whether a raw file's name falls into the validation share; independent of seed, order and other files."""
     return split_hash(name) < fraction * 2**64
-
-
-def stem_of(name: str) -> str:
-    """A raw file's name without the ending of images and recordings: `a.wav` and `a.mp3` are taken for the same one,
-    `a.1` and `a.2` are not."""
-    stem, ending = os.path.splitext(name)
-    return stem if ending.lower() in AUDIO_SUFFIXES | IMAGE_SUFFIXES else name
 
 
 def smallest_name(names: Iterable[str]) -> str:

@@ -20,8 +20,8 @@ from dataset_loading.sources import has_file
 from utils.options import declared_fields
 from utils.preprocessing.samples import Outcome, Raw
 
-# Flags that say where and how samples are written, not which ones: the manifest does not hold them.
-HOW_WRITTEN = ("shard", "merge", "pack")
+# Flags that say how rows are read, where and how samples are written, not which ones: the manifest does not hold them.
+HOW_WRITTEN = ("shard", "merge", "pack", "streaming")
 
 
 @dataclasses.dataclass
@@ -37,6 +37,7 @@ class Shard:
 
     def __post_init__(self):
         self.listing = b""  # Digest of all raw samples so far.
+        self.is_of_files = False  # Whether raw samples are divided by their files.
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -74,6 +75,10 @@ class Shard:
         self.listing = hashlib.sha256(self.listing + json.dumps(row, sort_keys=True).encode()).digest()
         return block % self.count == self.index - 1
 
+    def add_files(self, listing: str) -> None:
+        """Divide a source by its files: each shard reads its own alone. Their listing is that of the raw samples."""
+        self.listing, self.is_of_files = hashlib.sha256(self.listing + listing.encode()).digest(), True
+
     def n_samples(self, total: int) -> int:
         """About how many of all raw samples are of this shard."""
         return -(-total // max(self.count, 1))
@@ -106,6 +111,7 @@ class Shard:
             "count": self.count,
             "settings": self.settings,
             "total": total,
+            **({"is_of_files": True} if self.is_of_files else {}),
             "listing": self.listing.hex(),
             "has_texts": has_texts,
             "listings": [listing.as_dict() for listing in listings],

@@ -82,7 +82,7 @@ ON_RESUME: dict[str, str] = {
             *("deepspeed_config", "num_workers", "eval_batch_size", "flex_attention"),
             # Logs, evaluation, checkpoints.
             *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "n_logged_samples", "n_samples"),
-            *("wer_samples",),
+            *("async_save", "wer_samples"),
             *("latent_statistics_samples", "sample_tokens", "eval_thinking_steps", "n_time_buckets", "prompts"),
             *("n_prompts", "eval_images", "grid_scales", "sampler", "n_steps", "guidance_scale", "guidance_interval"),
             *("guidance_rescale", "temperature", "text_encoder"),

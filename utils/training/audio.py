@@ -4,32 +4,39 @@ checkpoints; validation clips in TensorBoard.  S samples, M mel bins, F frames."
 import importlib.util
 import logging
 import statistics
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
+from itertools import islice
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 
-from dataset_loading.audio.cached import EVALUATED_FRAMES, AudioDataset
+from dataset_loading.audio.cached import EVALUATED_FRAMES, AudioDataset, Crop
 from dataset_loading.cached import evenly_spaced
-from dataset_loading.collators import collate_audio
+from dataset_loading.collators import HostFields, collate_audio, collate_by_length
+from dataset_loading.epoch_sampler import EpochSampler
 from model.audio.configuration import MEL_FIELDS, AudioConfig
 from model.audio.spectral import MelSettings
 from utils.checkpoints import load_config, read_stage
 from utils.command_line import parse_overrides
+from utils.distributed import is_sharded
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
 from utils.drawing.playback import add_audio
 from utils.metrics.audio import PACKAGES, not_measured, pesq_wb, stoi
 from utils.options import declared_fields, from_preset
+from utils.seeds import sample_uniform
 from utils.training.callbacks import EvaluationCallback
 from utils.training.stage import Stage
+from utils.training_utils import StageTrainer
 
 logger = logging.getLogger(__name__)
 
 MAX_FRAMES = 1024  # Longer clips are cut.
-BATCH_FRAMES = 8192  # Mel frames of a validation batch with its padding, beyond which it is computed in parts.
+BATCH_FRAMES = 8192  # Mel frames of a batch of whole clips with its padding, beyond which it comes in parts.
 N_SCORED = 4  # Clips that PESQ and STOI are measured on.
 SCORES: dict[str, Callable[[Tensor, Tensor, int], float | None]] = {"pesq": pesq_wb, "stoi": stoi}
 
@@ -74,40 +81,86 @@ class AudioStage(Stage):
         return dataset if split == "train" else dataset.cut(EVALUATED_FRAMES)
 
 
-def terms_by_length(
-    terms_of: Callable[[dict[str, Tensor]], dict[str, Tensor]],
-    batch: dict[str, Tensor],
-    hop_length: int,
-    *,
-    at_once: bool = False,
-) -> dict[str, Tensor]:
-    """Terms per clip of a validation batch, computed for clips of like length together, so that one long clip does not
-    pad all others to its length. A batch of up to `BATCH_FRAMES` is computed at once.
+class CropSampler(Sampler[Crop]):
+    """A training crop of each clip in the order of another sampler, at the place that belongs to (seed, step, sample).
 
     Args:
-        terms_of: batch -> terms by name, each (B,), where a clip's depend on no other.
-        batch: as `collate_audio` makes it.
-        at_once: compute any batch at once, as a model must whose weights ZeRO-3 shards: processes with other numbers
-            of parts would wait for each other forever.
-    Returns: terms by name, (B,).
+        order: of the clips.
+        samples_per_step: clips of an optimizer step.
+        n_frames: of a crop.
+        uniforms_of: (step, clips (B,)) -> uniform numbers in [0, 1), (B,).
     """
-    n_frames, groups = batch["n_frames"].tolist(), []
-    order = sorted(range(len(n_frames)), key=n_frames.__getitem__)
-    if at_once or len(order) * max(n_frames) <= BATCH_FRAMES:
-        return terms_of(batch)
-    for row in order:
-        if not groups or (len(groups[-1]) + 1) * n_frames[row] > BATCH_FRAMES:
-            groups.append([])
-        groups[-1].append(row)
-    results = []
-    for rows in groups:
-        part, longest = {name: values[rows] for name, values in batch.items()}, n_frames[rows[-1]]
-        for name, length in (("mel", longest), ("waveform", longest * hop_length)):
-            if name in part:
-                part[name] = part[name][..., :length]
-        results.append(terms_of(part))
-    back = torch.tensor(order).argsort()
-    return {name: torch.cat([result[name] for result in results])[back] for name in results[0]}
+
+    def __init__(
+        self,
+        order: EpochSampler,
+        *,
+        samples_per_step: int,
+        n_frames: int,
+        uniforms_of: Callable[[int, Tensor], Tensor],
+    ):
+        self.order, self.samples_per_step, self.n_frames = order, samples_per_step, n_frames
+        self.uniforms_of = uniforms_of
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch of the next iteration."""
+        self.order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[Crop]:
+        # Epochs have whole steps, and as many each. A resumed run skips those of the present epoch that were made.
+        clips, step = iter(self.order), self.order.epoch * (len(self.order) // self.samples_per_step)
+        while indices := list(islice(clips, self.samples_per_step)):
+            uniforms = self.uniforms_of(step, torch.tensor(indices)).tolist()
+            yield from (Crop(index, self.n_frames, uniform) for index, uniform in zip(indices, uniforms))
+            step += 1
+
+
+class ClipTrainer(StageTrainer):
+    """A trainer on clips: training loads crops of `segment_frames` frames, whole clips are computed in batches of like
+    length. The batches of an evaluation are those of `collate_by_length`.
+
+    Attributes: crop_stream: name of the random numbers of the crops' places.
+    """
+
+    crop_stream: ClassVar[str]
+
+    def _get_train_sampler(self, train_dataset=None):
+        order, args = super()._get_train_sampler(train_dataset), self.args
+        if not self.stage_arguments.segment_frames:
+            return order
+        return CropSampler(
+            order,  # type: ignore[arg-type]
+            samples_per_step=self._train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            n_frames=self.stage_arguments.segment_frames,
+            uniforms_of=partial(sample_uniform, args.seed, stream=self.crop_stream, shape=()),
+        )
+
+    @property
+    def whole_collator(self) -> Callable[[Sequence[dict[str, Tensor]]], dict[str, Any]]:
+        """Joins whole clips into batches of like length; into one where ZeRO-3 shards the weights, since processes
+        with other numbers of forwards would wait for each other forever."""
+        model = self.model if self.ema_model is None else self.ema_model
+        max_frames = sys.maxsize if is_sharded(model) else BATCH_FRAMES
+        return partial(collate_by_length, log_floor=self.model.config.mel.log_floor, max_frames=max_frames)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        collator, self.data_collator = self.data_collator, HostFields(self.whole_collator, self.host_fields)
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = collator
+
+    def evaluation_terms(self, model, inputs):
+        terms = [self.clip_terms(model, batch) for batch in inputs["batches"].values()]
+        back = inputs["rows"].argsort()
+        return {name: torch.cat([batch_terms[name] for batch_terms in terms])[back] for name in terms[0]}
+
+    def clip_terms(self, model, inputs: dict) -> dict[str, Tensor]:
+        """`evaluation_terms` of one batch of whole clips."""
+        raise NotImplementedError
 
 
 class AudioCallback(EvaluationCallback):
@@ -135,15 +188,8 @@ class AudioCallback(EvaluationCallback):
     @cached_property
     def samples(self) -> list[dict[str, Tensor]]:
         """The clips, at most `MAX_FRAMES` frames of each."""
-        dataset, hop_length, samples = self.trainer.eval_dataset, self.settings.hop_length, []
-        for index in evenly_spaced(len(dataset), self.n_clips):
-            sample = dict(dataset[index])
-            sample["mel"] = sample["mel"][:, :MAX_FRAMES]
-            # The waveform ends with the last frame that is left.
-            if "waveform" in sample:
-                sample["waveform"] = sample["waveform"][: MAX_FRAMES * hop_length]
-            samples.append(sample)
-        return samples
+        dataset = self.trainer.eval_dataset
+        return [dataset[Crop(index, MAX_FRAMES)] for index in evenly_spaced(len(dataset), self.n_clips)]
 
     @cached_property
     def names(self) -> list[str]:

@@ -5,7 +5,7 @@ B batch, M mel bins, F mel frames, Z latent channels, L latent frames, V charact
 
 import dataclasses
 from collections.abc import Iterator
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -14,20 +14,19 @@ from torch.utils.data import Dataset
 
 from dataset_loading.cached import evenly_spaced
 from model.audio.griffin_lim import griffin_lim
-from model.audio.lengths import crop_starts, masked_mean
+from model.audio.lengths import masked_mean
 from model.audio.mel_criteria import character_loss
 from model.audio.mel_discriminators import MelDiscriminatorKind
 from model.audio.spectral import check_same_mel
 from model.audio.vae import AudioVAEOutput
 from model.criteria import kl_divergence
-from utils.distributed import is_sharded
 from utils.drawing.audio import latent_image, strip_sheet
 from utils.drawing.images import Group
 from utils.generation.audio import load_vocoder
 from utils.metrics.latents import LatentHealth
 from utils.options import option
 from utils.training.adversary import WITH_ADVERSARY
-from utils.training.audio import AudioCallback, terms_by_length
+from utils.training.audio import AudioCallback, ClipTrainer
 from utils.training.gan import Generation, VAEGANArguments, VAEGANTrainer
 from utils.training.latent_statistics import sequence_moments
 
@@ -103,25 +102,7 @@ class SpreadMels:
             yield self.dataset[index]["mel"]
 
 
-def crop_segments(
-    mel: Tensor, n_frames: Tensor, uniforms: Tensor, *, length: int, log_floor: float
-) -> tuple[Tensor, Tensor]:
-    """One segment of each clip.
-
-    Args:
-        mel: (B, M, F).
-        n_frames: valid frames, (B,).
-        uniforms: in [0, 1), (B,): where a segment starts, of all places that fit.
-        length: frames of the segments; a shorter clip is taken whole and padded with `log_floor`.
-    Returns: segments (B, M, length) and their valid frames (B,).
-    """
-    frames = crop_starts(n_frames, length, uniforms)[:, None] + torch.arange(length, device=mel.device)  # (B, length)
-    valid = frames < n_frames[:, None]
-    frames = frames.clamp_max(mel.shape[-1] - 1)[:, None].expand(-1, mel.shape[1], -1)  # (B, M, length)
-    return mel.gather(-1, frames).where(valid[:, None], log_floor), n_frames.clamp_max(length)
-
-
-class AudioVAEGANTrainer(VAEGANTrainer):
+class AudioVAEGANTrainer(ClipTrainer, VAEGANTrainer):
     """Trains an `AudioVAE` on log-mels x (B, M, F), reconstructed as x_hat.
 
         loss = l1_weight * |x_hat - x| + l2_weight * (x_hat - x)^2 + gradient_weight * |gradient of x_hat - x|
@@ -133,6 +114,8 @@ class AudioVAEGANTrainer(VAEGANTrainer):
     real and generated mels alike, so that the adversary sees no difference there. `VAEGANTrainer` says which latents
     are decoded, and read by the CTC head.
     """
+
+    crop_stream = "segment"
 
     def generate(self, model, inputs):
         # The segments (B, M, F) of this step, and the noise (B, Z, ..., L) of their posteriors.
@@ -153,13 +136,10 @@ class AudioVAEGANTrainer(VAEGANTrainer):
 
     def segments(self, inputs: dict) -> tuple[Tensor, Tensor]:
         """The part of each clip that this step trains on, and its valid frames."""
-        args, mel, n_frames = self.stage_arguments, inputs["mel"], inputs["n_frames"]
-        log_floor = self.model.config.mel.log_floor
-        if not args.segment_frames:
-            # The discriminator needs a few frames, which a batch of short clips may not have.
-            return F.pad(mel, (0, max(0, 2**args.discriminator_layers - mel.shape[-1])), value=log_floor), n_frames
-        uniforms = self.sample_uniforms(inputs, "segment", ())
-        return crop_segments(mel, n_frames, uniforms, length=args.segment_frames, log_floor=log_floor)
+        # All segments have their full length. The discriminator needs a few frames of whole clips, too.
+        args, mel = self.stage_arguments, inputs["mel"]
+        missing = max(0, (args.segment_frames or 2**args.discriminator_layers) - mel.shape[-1])
+        return F.pad(mel, (0, missing), value=self.model.config.mel.log_floor), inputs["n_frames"]
 
     def sample_terms(self, leaf, generation):
         return self.criterion(leaf, generation.target, generation.n_frames)
@@ -176,12 +156,7 @@ class AudioVAEGANTrainer(VAEGANTrainer):
             )
         return terms
 
-    def evaluation_terms(self, model, inputs):
-        hop_length, at_once = self.model.config.mel.hop_length, is_sharded(model)
-        return terms_by_length(partial(self.clip_terms, model), inputs, hop_length, at_once=at_once)
-
     def clip_terms(self, model, inputs):
-        """`evaluation_terms` of a batch that fits into memory."""
         mel, n_frames = inputs["mel"], inputs["n_frames"]
         # Whole clips; without noise the posterior mean is decoded.
         output = model(mel=mel, n_frames=n_frames, speaker=inputs.get("speaker"))
@@ -190,6 +165,9 @@ class AudioVAEGANTrainer(VAEGANTrainer):
         terms = self.latent_terms(output, inputs)
         # The loss has the weighted terms of the latents, and no adversarial one.
         return {"mel_l1": mel_l1, **terms, "loss": sum(self.weighted(terms).values(), mel_l1)}
+
+    def statistics_batches(self, samples):
+        return list(self.whole_collator(samples)["batches"].values())
 
     def latent_moments(self, model, inputs):
         output = model(mel=inputs["mel"], n_frames=inputs["n_frames"], speaker=inputs.get("speaker"))

@@ -197,7 +197,14 @@ class VAEGANTrainer(GANTrainer):
 
     def before_saving(self):
         """Measure the statistics of the latents, for the next stage."""
-        self.model.set_latent_statistics(*measure_latent_statistics(self, self.latent_moments))
+        self.model.set_latent_statistics(
+            *measure_latent_statistics(self, self.latent_moments, self.statistics_batches)
+        )
+
+    def statistics_batches(self, samples: list[dict]) -> list[dict]:
+        """Training samples as batches to measure the statistics of the latents with, as many on every process where
+        ZeRO-3 shards the weights."""
+        return [self.data_collator(samples)]
 
     def latent_moments(self, model, inputs: dict) -> Tensor:
         """What a batch adds to the statistics, (3, Z)."""

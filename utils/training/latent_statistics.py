@@ -17,12 +17,15 @@ from utils.training_utils import StageTrainer
 
 
 @torch.no_grad()
-def measure_latent_statistics(trainer: StageTrainer, moments_of: Callable[..., Tensor]) -> tuple[Tensor, Tensor]:
+def measure_latent_statistics(
+    trainer: StageTrainer, moments_of: Callable[..., Tensor], batches_of: Callable[[list[dict]], list[dict]]
+) -> tuple[Tensor, Tensor]:
     """Statistics of the latents of `--latent_statistics_samples` training samples. Every process must call it.
 
     Args:
         trainer: of a VAE; its evaluation model encodes.
         moments_of: (model, batch) -> (3, Z) float64, the batch's sums of mu, of mu^2 + sigma^2, and of 1.
+        batches_of: samples -> batches with each of them.
     Returns: mean and std, each (Z,) fp32.
     Raises: ValueError: latents are not finite, on every process; names a batch of samples that gave some. A sample
         with values that are not finite is refused by its dataset.
@@ -32,7 +35,9 @@ def measure_latent_statistics(trainer: StageTrainer, moments_of: Callable[..., T
     # Sums over the samples of this process, then over all processes.
     names: list[str] = []  # of the samples in the first batch whose latents are not finite
     for samples, counts in batches_of_rank(trainer, trainer.stage_arguments.latent_statistics_samples):
-        batch_moments = moments_of(model, trainer._prepare_inputs(trainer.data_collator(samples)))
+        batch_moments = torch.zeros_like(moments)
+        for batch in batches_of(samples):
+            batch_moments += moments_of(model, trainer._prepare_inputs(batch))
         if counts:
             moments += batch_moments
             if not names and not batch_moments.isfinite().all():

@@ -176,13 +176,14 @@ class Stage:
         # Train, save the last step, and evaluate it.
         if self.resumption is not None and self.resumption.step < n_steps:
             self.abandon_checkpoints_after(self.resumption.step)
-        trainer.train(resume_from_checkpoint=checkpoint)
-        if trainer.has_trained:
-            trainer._save_checkpoint(trainer.model_wrapped, None)
-            trainer.warn_of_skipped_steps()
-        else:
-            logger.info("%s has made all its steps; nothing is trained or saved", checkpoint)
-        metrics = {} if self.stopping.stopped_by else trainer.final_metrics()
+        with trainer.background:
+            trainer.train(resume_from_checkpoint=checkpoint)
+            if trainer.has_trained:
+                trainer._save_checkpoint(trainer.model_wrapped, None)
+                trainer.warn_of_skipped_steps()
+            else:
+                logger.info("%s has made all its steps; nothing is trained or saved", checkpoint)
+            metrics = {} if self.stopping.stopped_by else trainer.final_metrics()
         logger.info("%s", {name: round(value, 4) for name, value in metrics.items()})
         if self.writer is not None:
             self.writer.close()  # Its thread must not outlive the run.

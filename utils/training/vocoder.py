@@ -5,22 +5,19 @@ B batch, M mel bins, F frames, S samples.
 
 import dataclasses
 import statistics
-from functools import partial
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.audio.lengths import crop_starts, valid_frames
+from model.audio.lengths import valid_frames
 from model.audio.spectral import LogMel, MelSettings
 from model.audio.waveform_discriminators import WaveformDiscriminatorKind
-from utils.distributed import is_sharded
 from utils.drawing.audio import phase_image, waveform_image
 from utils.megatransformer_utils import StageArguments
+from utils.metrics.timing import Stopwatch
 from utils.options import option
-from utils.timing import Stopwatch
 from utils.training.adversary import WITH_ADVERSARY, AdversaryArguments
-from utils.training.audio import AudioCallback, terms_by_length
+from utils.training.audio import AudioCallback, ClipTrainer
 from utils.training.gan import GANTrainer, Generation
 
 
@@ -87,47 +84,22 @@ def check_segment(segment_frames: int, mel: MelSettings, *, min_samples: int, fl
         )
 
 
-def crop_pairs(
-    mel: Tensor,
-    waveform: Tensor,
-    n_frames: Tensor,
-    *,
-    uniforms: Tensor,
-    segment_frames: int,
-    hop_length: int,
-    log_floor: float,
+def pad_crops(
+    mel: Tensor, waveform: Tensor, *, segment_frames: int, hop_length: int, log_floor: float
 ) -> tuple[Tensor, Tensor]:
-    """Aligned crops of log-mels and their waveforms, at places uniform over each clip.
-
-    Clips that are shorter than a crop are taken whole, with silence after them.
+    """Crops with silence after those that are shorter than a segment.
 
     Args:
-        mel: (B, M, F), the first `n_frames` (B,) of which count.
+        mel: (B, M, F) with F <= segment_frames.
         waveform: (B, F * hop_length).
-        uniforms: (B,) in [0, 1).
         log_floor: the log-mel of silence.
     Returns: (B, M, segment_frames), (B, segment_frames * hop_length).
-    Raises: ValueError: the waveform has another length than the log-mel.
     """
-    B, M, n_padded = mel.shape
-    if waveform.shape[1] != n_padded * hop_length:
-        raise ValueError(
-            f"waveforms of {waveform.shape[1]} samples do not belong to log-mels of {n_padded} frames, which are "
-            f"{n_padded * hop_length} samples at hop_length={hop_length}; preprocess the audio again"
-        )
-    # Even the longest clip of the batch may be shorter than a crop.
-    missing = max(0, segment_frames - n_padded)
-    if missing:
-        mel = F.pad(mel, (0, missing), value=log_floor)
-        waveform = F.pad(waveform, (0, missing * hop_length))
-    # The same start in frames and in samples.
-    start = crop_starts(n_frames, segment_frames, uniforms)[:, None]  # (B, 1)
-    frames = start + torch.arange(segment_frames, device=mel.device)
-    samples = start * hop_length + torch.arange(segment_frames * hop_length, device=mel.device)
-    return mel.gather(2, frames[:, None].expand(B, M, segment_frames)), waveform.gather(1, samples)
+    missing = segment_frames - mel.shape[-1]
+    return F.pad(mel, (0, missing), value=log_floor), F.pad(waveform, (0, missing * hop_length))
 
 
-class VocoderTrainer(GANTrainer):
+class VocoderTrainer(ClipTrainer, GANTrainer):
     """Trains a vocoder from log-mels to waveforms x_hat, compared with recordings x.
 
         loss = mel_weight * |mel(x_hat) - mel(x)|
@@ -140,22 +112,18 @@ class VocoderTrainer(GANTrainer):
     clips. `criterion` is a `VocoderLoss`.
     """
 
+    crop_stream = "crop"
+
     def generate(self, model, inputs):
-        # Crops (B, M, segment_frames) and (B, segment_frames * hop_length).
-        mel, target = crop_pairs(
+        # (B, M, segment_frames) and (B, segment_frames * hop_length).
+        mel, target = pad_crops(
             inputs["mel"],
             inputs["waveform"],
-            inputs["n_frames"],
-            uniforms=self.sample_uniforms(inputs, "crop", (1,))[:, 0],
             segment_frames=self.stage_arguments.segment_frames,
             hop_length=self.model.config.hop_length,
             log_floor=self.model.config.mel.log_floor,
         )
         return Generation(model(mel=mel), target)
-
-    def evaluation_terms(self, model, inputs):
-        hop_length, at_once = self.model.config.hop_length, is_sharded(model)
-        return terms_by_length(partial(self.clip_terms, model), inputs, hop_length, at_once=at_once)
 
     def clip_terms(self, model, inputs):
         """The loss's distances on whole clips, unweighted, and `loss`, their weighted sum. Padding does not count: a

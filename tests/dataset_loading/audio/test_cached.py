@@ -7,9 +7,11 @@ import pytest
 import soundfile
 import torch
 
-from dataset_loading.audio.cached import AudioDataset, AudioVAEDataset, VocoderDataset
+from dataset_loading import cached
+from dataset_loading.audio.cached import AudioDataset, AudioVAEDataset, Crop, VocoderDataset
 from dataset_loading.collators import collate_audio
 from dataset_loading.image.pixels import ImageDataset
+from dataset_loading.pack import main as pack
 from model.audio.spectral import LogMel, MelSettings, mel_preset
 from preprocess_audio_vae_dataset import AudioVAEPreprocess
 from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
@@ -109,6 +111,34 @@ def test_other_folders_are_refused(image_folder, tmp_path):
         AudioVAEDataset(tmp_path / "p", "train")
     with pytest.raises(FileNotFoundError, match=r"preprocess_audio_vae_dataset\.py"):
         AudioVAEDataset(tmp_path / "nothing", "train")
+
+
+@pytest.mark.parametrize("form", ["files", "mapped files", "packs"])
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_crops_are_aligned_windows_at_their_places(form, in_memory, caches, tmp_path, monkeypatch):
+    folder = caches / "audio_vocoder"
+    if form == "packs":
+        folder = tmp_path / "packed"
+        pack([str(caches / "audio_vocoder"), str(folder)])
+    monkeypatch.setattr(cached, "MMAP_BYTES", 0 if form == "mapped files" else 1 << 30)
+    if not in_memory:
+        monkeypatch.setattr(cached, "IN_MEMORY_BYTES", 0)
+    data, vae_data = VocoderDataset(folder, "train"), AudioVAEDataset(folder, "train")
+    for _ in range(2):  # A sample is checked when it is read for the first time.
+        for index, n in ((0, 8), (1, 20), (-1, 20)):
+            whole = data[index]
+            length = whole["mel"].shape[1]
+            for uniform in (0.0, 0.37, 1 - 2**-24):
+                start = math.floor(uniform * (length - n + 1))
+                crop = data[Crop(index, n, uniform)]
+                assert torch.equal(crop["mel"], whole["mel"][:, start : start + n])
+                assert torch.equal(crop["waveform"], whole["waveform"][start * 256 : (start + n) * 256])
+                assert crop["index"] == whole["index"] and crop["mel"].untyped_storage().nbytes() == 80 * n * 4
+                assert vae_data[Crop(index, n, uniform)].keys() == {"mel", "index"}
+            # A shorter clip is taken whole; a data set that is cut gives the beginning.
+            assert torch.equal(data[Crop(index, length, 0.9)]["mel"], whole["mel"])
+            assert torch.equal(data[Crop(index, length + 5, 0.9)]["waveform"], whole["waveform"])
+    assert torch.equal(data.cut(n)[1]["mel"], whole["mel"][:, :n])
 
 
 # ---- Batches.

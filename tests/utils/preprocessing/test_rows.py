@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from dataset_loading.content import stem_of
 from dataset_loading.sources import Source
 from preprocess_image_vae_dataset import ImageVAEPreprocess
 from utils.command_line import parse_arguments
 from utils.preprocessing.rows import merge_rows
-from utils.preprocessing.samples import stem_of
 
 NAMES = [f"image {i}.png" for i in range(10)]
 

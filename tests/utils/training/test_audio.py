@@ -11,7 +11,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset_loading.audio.cached import VocoderDataset
-from dataset_loading.collators import collate_audio
+from dataset_loading.collators import collate_by_length
 from model.audio.spectral import MelSettings
 from model.audio.vae import AudioVAE
 from pretrain_audio_vae import AudioVAEStage
@@ -22,7 +22,6 @@ from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocode
 from utils.checkpoints import load_model
 from utils.generation.audio import load_vocoder
 from utils.metrics.audio import not_measured
-from utils.training.audio import terms_by_length
 from utils.training.audio_vae import AudioReconstructionCallback, AudioVAEGANTrainer
 from utils.training.vocoder import VocoderCallback, VocoderTrainer
 
@@ -139,48 +138,33 @@ def test_broken_waveforms_are_shown_as_silence(listen):
     assert "listening/pesq" not in events.Tags()["scalars"]
 
 
-def test_terms_of_clips_do_not_depend_on_the_parts_of_a_batch(monkeypatch):
-    batch = collate_audio(
-        [{"mel": torch.randn(3, n), "waveform": torch.randn(10 * n), "index": torch.tensor(n)} for n in (9, 3, 30, 4)],
-        log_floor=-9.0,
-    )
-    shapes = []
+def test_terms_come_back_in_the_order_of_the_clips():
+    clips = [{"mel": torch.randn(3, n), "index": torch.tensor(n)} for n in (9, 3, 30, 4)]
 
-    def terms_of(part):
-        shapes.append(tuple(part["mel"].shape))
-        assert part["waveform"].shape == (len(part["mel"]), 10 * part["mel"].shape[2])
-        sums = [part["mel"][row, :, :n].sum() for row, n in enumerate(part["n_frames"])]
-        return {"sum": torch.stack(sums), "index": part["index"]}
+    class Summing(AudioVAEGANTrainer):
+        def __init__(self):
+            pass
 
-    whole = terms_by_length(terms_of, batch, 10)
-    monkeypatch.setattr("utils.training.audio.BATCH_FRAMES", 20)
-    parts = terms_by_length(terms_of, batch, 10)
-    # Shortest first: 3 and 4 frames share a pass, the long clip is alone, though it exceeds the budget.
-    assert shapes == [(4, 3, 30), (2, 3, 4), (1, 3, 9), (1, 3, 30)]
-    assert parts["index"].tolist() == [9, 3, 30, 4] and torch.equal(parts["sum"], whole["sum"])
+        def clip_terms(self, model, inputs):
+            sums = [mel[:, :n].sum() for mel, n in zip(inputs["mel"], inputs["n_frames"])]
+            return {"sum": torch.stack(sums), "index": inputs["index"]}
+
+    whole, parts = (Summing().evaluation_terms(None, collate_by_length(clips, -9.0, size)) for size in (200, 20))
+    assert whole["index"].tolist() == parts["index"].tolist() == [9, 3, 30, 4]
+    torch.testing.assert_close(parts["sum"], whole["sum"])
 
 
 @pytest.mark.parametrize("trainer_class", [AudioVAEGANTrainer, VocoderTrainer])
 def test_weights_that_zero_3_shards_have_one_pass_per_batch(trainer_class, monkeypatch):
     """The processes' clips differ in length, and each pass gathers the weights from all of them."""
     monkeypatch.setattr("utils.training.audio.BATCH_FRAMES", 20)
-    clips = [{"mel": torch.randn(3, n), "index": torch.tensor(n)} for n in (9, 3, 30, 4)]
-    batch = collate_audio(clips, log_floor=-9.0)
-
-    class Counted(trainer_class):
-        def __init__(self, model):
-            self.model, self.passes = model, 0
-
-        def clip_terms(self, model, inputs):
-            self.passes += 1
-            return {"loss": inputs["n_frames"].float()}
-
+    clips = [{"mel": torch.randn(80, n), "index": torch.tensor(n)} for n in (9, 3, 30, 4)]
     model = small_vocoder() if trainer_class is VocoderTrainer else AudioVAE.from_preset("tiny", width=16)
-    passes = []
-    for is_sharded in (False, True):
-        if is_sharded:
-            next(model.parameters()).ds_id = 0
-        trainer = Counted(model)
-        assert trainer.evaluation_terms(model, batch)["loss"].tolist() == [9, 3, 30, 4]
-        passes.append(trainer.passes)
-    assert passes == [3, 1]
+    trainer = trainer_class.__new__(trainer_class)
+    trainer.model, trainer.ema_model = model, None
+    assert len(trainer.whole_collator(clips)["batches"]) == 3
+    next(model.parameters()).ds_id = 0
+    assert len(trainer.whole_collator(clips)["batches"]) == 1
+    # Averaged weights are on every process.
+    trainer.ema_model = small_vocoder()
+    assert len(trainer.whole_collator(clips)["batches"]) == 3

@@ -15,8 +15,8 @@ from torch import Tensor
 from model.multimodal.generation import Sampling
 from model.multimodal.layout import Modality, Part, audio_latents, image_latents
 from utils.generation.multimodal import MultimodalPipeline
+from utils.metrics.timing import Stopwatch
 from utils.seeds import seed_of
-from utils.timing import Stopwatch
 
 
 @dataclass
