@@ -33,10 +33,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import audio_vae, diffusion, image_vae, vocoder
 from benchmarks.cuda_capacity import SMALL_SHAPE, compare_generation, measure_batches, measure_multimodal
 from benchmarks.cuda_training import TrainedStage, train_stage
+from benchmarks.peers.transformer import SIDES
+from benchmarks.peers.vocoder import Vocos, VocosRecipe
 from benchmarks.timing import ResultRows, free_memory
 from benchmarks.transformer import LARGE, compile_blocks, training_operations, training_step
-from benchmarks.transformer_peers import SIDES
-from benchmarks.vocoder_peers import Vocos, VocosRecipe
 from model.audio.spectral import mel_preset
 from model.audio.vae import AudioVAE
 from model.image.vae import ImageVAE

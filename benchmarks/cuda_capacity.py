@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.peers.transformer import SIDES, Shape
 from benchmarks.timing import ResultRows, free_memory, measure
 from benchmarks.transformer import LARGE
-from benchmarks.transformer_peers import SIDES, Shape
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from model.causal import MegaTransformerForCausalLM

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.speech_peers import MatchaDecoder
+from benchmarks.peers.speech import MatchaDecoder
 from benchmarks.timing import cpu_seconds, interleave, report
 from dataset_loading.embedded.sentences import SENTENCES
 from model.audio.diffusion import AudioDiffusion
@@ -88,44 +88,80 @@ def masked_error(prediction: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     return ((prediction.float() - target).square() * mask).sum() / mask.sum()
 
 
+@dataclasses.dataclass
+class Clips:
+    """Random clips of speech.
+
+    Args:
+        text: tokens (B, T, 3), n_tokens (B,) and durations (B, T), as `AudioDiffusion.forward` takes them.
+        n_latents: latent frames of each clip, (B,); `mask` (B, L) is True in them.
+        time: (B,) in [0, 1].
+        latents, target: (B, L, Z).
+        frames: conditioning vectors of the network alone, (B, L, D + Z).
+    """
+
+    text: dict[str, Tensor]
+    n_latents: Tensor
+    mask: Tensor
+    time: Tensor
+    latents: Tensor
+    target: Tensor
+    frames: Tensor
+
+
+def random_clips(args: BenchmarkArguments, model: AudioDiffusion) -> Clips:
+    """Clips of like length: all their tokens last as long."""
+    Z, D, B = model.config.latent_channels, model.config.frame_width, args.batch_size
+    n_tokens = args.frames // PHONE_FRAMES - torch.randint(0, 4, (B,))
+    is_token = torch.arange(int(n_tokens.max())) < n_tokens[:, None]
+    durations = PHONE_FRAMES * is_token.long()
+    tokens = torch.stack([torch.randint(4, 60, is_token.shape)] + [torch.zeros_like(durations)] * 2, dim=-1)
+    n_latents = model.latent_frames(durations.sum(1))
+    mask = torch.arange(int(n_latents.max())) < n_latents[:, None]
+    time, latents, target = torch.rand(B), torch.randn(B, mask.shape[1], Z), torch.randn(B, mask.shape[1], Z)
+    text = {"tokens": tokens, "n_tokens": n_tokens, "durations": durations}
+    return Clips(text, n_latents, mask, time, latents, target, torch.randn(B, mask.shape[1], D + Z))
+
+
+def whole_loss(model: AudioDiffusion, clips: Clips) -> Tensor:
+    """The loss of the whole model: flow, prior and durations."""
+    output = model(clips.latents, clips.time, clips.n_latents, **clips.text)
+    mask = clips.mask[..., None]
+    flow, prior = (masked_error(value, clips.target, mask) for value in (output.prediction, output.prior))
+    durations, n_tokens = clips.text["durations"], clips.text["n_tokens"]
+    return flow + prior + duration_errors(output.log_durations, durations, n_tokens).sum()
+
+
 def training_steps(args: BenchmarkArguments, size: str, bf16: bool) -> dict[str, Callable[[], None]]:
     """Steps of our whole model, of its network, and of the peer."""
     widths, width = SIZES[size]
     ours, theirs = AudioDiffusion.from_preset("tiny", widths=widths), MatchaDecoder(width)
-    Z, D, B = ours.config.latent_channels, ours.config.frame_width, args.batch_size
     n_parameters = {
         "ours, network": sum(p.numel() for p in ours.network.parameters()),
         "Matcha-TTS": sum(p.numel() for p in theirs.parameters()),
         "ours, whole": sum(p.numel() for p in ours.parameters()),
     }
     print(size, ", ".join(f"{name} {number:,}" for name, number in n_parameters.items()), "parameters")
-
-    # Clips of like length: all their tokens last as long.
-    n_tokens = args.frames // PHONE_FRAMES - torch.randint(0, 4, (B,))
-    is_token = torch.arange(int(n_tokens.max())) < n_tokens[:, None]
-    durations = PHONE_FRAMES * is_token.long()
-    tokens = torch.stack([torch.randint(4, 60, is_token.shape)] + [torch.zeros_like(durations)] * 2, dim=-1)
-    n_frames = durations.sum(1)
-    n_latents, n_all = ours.latent_frames(n_frames), int(n_frames.max())
-    mask = torch.arange(int(n_latents.max())) < n_latents[:, None]
-    time, latents, target = torch.rand(B), torch.randn(B, mask.shape[1], Z), torch.randn(B, mask.shape[1], Z)
-    frames = torch.randn(B, mask.shape[1], D + Z)
-    mel_mask = (torch.arange(n_all) < n_frames[:, None])[:, None]
-    mels, means, mel_target = (torch.randn(B, 80, n_all) for _ in range(3))
-
-    def whole() -> Tensor:
-        text = {"tokens": tokens, "n_tokens": n_tokens, "durations": durations}
-        output = ours(latents, time, n_latents, **text)
-        flow, prior = (masked_error(value, target, mask[..., None]) for value in (output.prediction, output.prior))
-        return flow + prior + duration_errors(output.log_durations, durations, n_tokens).sum()
+    # The same seconds of speech on both sides, for the peer as log-mels (B, 80, F).
+    clips = random_clips(args, ours)
+    n_frames = clips.text["durations"].sum(1)
+    mel_mask = (torch.arange(int(n_frames.max())) < n_frames[:, None])[:, None]
+    mels, means, mel_target = (torch.randn(args.batch_size, 80, mel_mask.shape[-1]) for _ in range(3))
 
     def network() -> Tensor:
-        return masked_error(ours.network(latents, 1000 * time, AudioCondition(mask, frames)), target, mask[..., None])
+        condition = AudioCondition(clips.mask, clips.frames)
+        return masked_error(
+            ours.network(clips.latents, 1000 * clips.time, condition), clips.target, clips.mask[..., None]
+        )
 
     def peer() -> Tensor:
-        return masked_error(theirs(mels, means, mel_mask, time), mel_target, mel_mask)
+        return masked_error(theirs(mels, means, mel_mask, clips.time), mel_target, mel_mask)
 
-    losses = {"ours, network": (network, ours), "ours, whole": (whole, ours), "Matcha-TTS": (peer, theirs)}
+    losses = {
+        "ours, network": (network, ours),
+        "ours, whole": (lambda: whole_loss(ours, clips), ours),
+        "Matcha-TTS": (peer, theirs),
+    }
     return {name: step_of(loss, model.train(), bf16) for name, (loss, model) in losses.items()}
 
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.transformer_peers import SIDES, Shape
+from benchmarks.peers.transformer import SIDES, Shape
 from model.causal import MegaTransformerForCausalLM
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import option

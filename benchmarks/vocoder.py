@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.peers.vocoder import HifiGANRecipe, TransposedInput, Vocos, VocosRecipe
 from benchmarks.timing import interleave, report
-from benchmarks.vocoder_peers import HifiGANRecipe, TransposedInput, Vocos, VocosRecipe
 from benchmarks.vocoder_quality import MEASURING_FLAGS, QualityArguments, quality
 from model.audio.spectral import LogMel, mel_preset
 from model.audio.vocoders import Vocoder
@@ -123,7 +123,9 @@ class OurStep:
     def step(self, waveform: Tensor) -> None:
         """One step on waveforms (B, S). Training reads log-mels from the cache; computing them here costs little."""
         # Gradients of all losses with respect to the generated waveform, (B, S).
-        fake = self.model(self.log_mel(waveform))
+        mel = self.log_mel(waveform)
+        with torch.autocast(mel.device.type, torch.bfloat16, enabled=self.arguments.bf16):
+            fake = self.model(mel)
         leaf = fake.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(sum(self.criterion(leaf, waveform).values()), leaf)
         trains, weight = self.adversary.updates_at(self.step_number), self.arguments.gan_weight

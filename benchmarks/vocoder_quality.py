@@ -20,7 +20,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import TrainerCallback
 
-from benchmarks.vocoder_peers import Vocos, VocosRecipe
+from benchmarks.peers.vocoder import Vocos, VocosRecipe
 from dataset_loading.audio.cached import Crop, VocoderDataset
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_audio

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from benchmarks.peers.speech import MatchaDecoder
 from benchmarks.speech import SIZES, BenchmarkArguments, load_pipeline, speak, training_steps
-from benchmarks.speech_peers import MatchaDecoder
 from model.audio.diffusion import AudioDiffusion
 
 
