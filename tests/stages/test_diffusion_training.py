@@ -104,6 +104,7 @@ def test_half_of_the_mirrored_latents_are_used(train_diffusion, latent_cache):
     trainer = object.__new__(DiffusionTrainer)
     trainer.args = type("Args", (), {"seed": 1, "device": torch.device("cpu")})
     trainer.state = type("State", (), {"global_step": 3})
+    trainer.noise_ahead = None
     names = ("mean", "std", "flipped_mean", "flipped_std", "index")
     batch = {name: torch.stack([data[i][name] for i in range(len(data))]) for name in names}
     draws = trainer.draw_latents(batch)
