@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -35,10 +34,9 @@ from tests.helpers.runs import (
     run_stage,
 )
 from tests.helpers.text_cache import SMALL_CORE, make_text, with_dropout
+from tests.helpers.two_processes import BIN, LIMIT, ROOT, TWO_PROCESSES, WaitingProcesses, environment
 from utils.checkpoints import load_model
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
 pytestmark = pytest.mark.launch
 
 
@@ -61,26 +59,44 @@ def launch(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str
     return Run(output_dir / stage / "two", steps)
 
 
-def launch_together(stage: str, cache: Path, output_dir: Path, runs: dict[str, tuple[str, int, list[str]]]) -> dict:
-    """Several runs of a stage on two processes that start once: name -> (launcher as in `launch`, steps, flags).
+@pytest.fixture(scope="module")
+def launch_together(tmp_path_factory):
+    """launch_together(stage, cache, output_dir, {name: (launcher as in `launch`, steps, flags)}): name -> Run, on two
+    processes that start once for this module."""
+    waiting = {
+        has_deepspeed: WaitingProcesses(lambda: tmp_path_factory.mktemp("two")) for has_deepspeed in (False, True)
+    }
 
-    Returns: name -> Run.
-    """
-    commands = []
-    for name, (launcher, steps, flags) in runs.items():
-        engine = [] if launcher == "torchrun" else ["--use_deepspeed", "--deepspeed_config", launcher]
-        words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", name, *engine]
-        commands.append(changed([*COMMON[stage], "--max_steps", str(steps), *words], *flags))
-    program = ["tests/launched/several_runs.py", f"pretrain_{stage}", json.dumps(commands)]
-    done = start([BIN / "torchrun", "--standalone", "--nproc_per_node=2", *program])
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return {name: Run(output_dir / stage / name, steps) for name, (_, steps, _) in runs.items()}
+    def run(stage: str, cache: Path, output_dir: Path, runs: dict[str, tuple[str, int, list[str]]]) -> dict[str, Run]:
+        commands: dict[bool, list[list[str]]] = {False: [], True: []}
+        for name, (launcher, steps, flags) in runs.items():
+            engine = [] if launcher == "torchrun" else ["--use_deepspeed", "--deepspeed_config", launcher]
+            words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", name, *engine]
+            words = changed([*COMMON[stage], "--max_steps", str(steps), *words], *flags)
+            commands[bool(engine)].append(words)
+        for has_deepspeed, listed in commands.items():
+            if listed:
+                waiting[has_deepspeed].run(f"pretrain_{stage}", listed)
+        return {name: Run(output_dir / stage / name, steps) for name, (_, steps, _) in runs.items()}
+
+    yield run
+    for processes in waiting.values():
+        processes.end()
+
+
+@pytest.fixture(scope="module")
+def launch_waiting(launch_together):
+    """As `launch`, by the processes of `launch_together`."""
+
+    def run(launcher: str, cache: Path, output_dir: Path, steps: int, *flags: str, stage: str) -> Run:
+        return launch_together(stage, cache, output_dir, {"two": (launcher, steps, list(flags))})["two"]
+
+    return run
 
 
 def start(command: list) -> subprocess.CompletedProcess:
     """The ended process of a command."""
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
 
 
 def launched(
@@ -91,7 +107,7 @@ def launched(
     words = changed(words, *flags)
     program = [f"pretrain_{stage}.py", *changed([*COMMON[stage], "--max_steps", str(steps)], *words)]
     if launcher == "torchrun":
-        command = [BIN / "torchrun", "--standalone", "--nproc_per_node=2", "tests/launched/ends_alone.py", *program]
+        command = [*TWO_PROCESSES, "tests/launched/ends_alone.py", *program]
     else:
         port = str(20000 + os.getpid() % 20000)
         head = [BIN / "deepspeed", "--num_gpus=2", "--master_port", port]
@@ -124,7 +140,7 @@ IMAGE_VAE_RUNS = {
 
 
 @pytest.fixture(scope="module")
-def image_vaes(image_cache, tmp_path_factory) -> dict[str, Run]:
+def image_vaes(image_cache, tmp_path_factory, launch_together) -> dict[str, Run]:
     """The runs of `IMAGE_VAE_RUNS` on two processes."""
     runs = {name: (launcher, steps, flags) for name, (launcher, steps, flags, _) in IMAGE_VAE_RUNS.items()}
     return launch_together("image_vae", image_cache, tmp_path_factory.mktemp("image_vaes"), runs)
@@ -166,8 +182,8 @@ def test_bf16_keeps_fp32_weights(image_vaes, one_process):
     assert all(value.dtype == torch.float32 for value in [*two.weights().values(), *two.weights("ema").values()])
 
 
-def test_resume_under_zero_2_is_exact_and_changed_flags_take_effect(train, image_cache, tmp_path):
-    straight, resumed = launch_and_resume("image_vae", image_cache, tmp_path, ["--batch_size", "4"])
+def test_resume_under_zero_2_is_exact_and_changed_flags_take_effect(train, image_cache, tmp_path, launch_waiting):
+    straight, resumed = launch_and_resume(launch, "image_vae", image_cache, tmp_path, ["--batch_size", "4"])
     for name in ("model", "ema"):
         assert largest_difference(straight.weights(name), resumed.weights(name)) == 0
     assert largest_difference(straight.adversary["discriminator"], resumed.adversary["discriminator"]) == 0
@@ -177,9 +193,8 @@ def test_resume_under_zero_2_is_exact_and_changed_flags_take_effect(train, image
     words += ["--discriminator_learning_rate", "3e-4", "--resume_from_checkpoint"]
     one = train("one", 8, "--batch_size", "8", "--save_steps", "4")
     changed = train("one", 8, *words, str(one.folder.parent / "checkpoint-4"))
-    again = launch(
-        "ds_config_zero-2.json", image_cache, tmp_path / "b", 8, *words, str(resumed.folder.parent / "checkpoint-4")
-    )
+    path = str(resumed.folder.parent / "checkpoint-4")
+    again = launch_waiting("ds_config_zero-2.json", image_cache, tmp_path / "b", 8, *words, path, stage="image_vae")
     assert_same(changed, again)
     assert changed.losses[5:] != pytest.approx(straight.losses[5:], rel=1e-4)
     assert (resumed.folder.parent / "abandoned-1" / "checkpoint-8").is_dir()
@@ -203,7 +218,7 @@ def test_flags_changed_on_resume_act_under_every_engine_as_in_one_process(launch
     assert (two.folder / "ema.safetensors").exists()
 
 
-def test_diffusion_on_two_processes_equals_one(train_diffusion, latent_cache, tmp_path):
+def test_diffusion_on_two_processes_equals_one(train_diffusion, latent_cache, tmp_path, launch_together):
     one = train_diffusion("one", 8, "--batch_size", "8")
     flags = ["--batch_size", "4", "--eval_steps", "4", "--eval_images", "4"]
     launchers = {"ddp": ("torchrun", 8, flags), "sharded": (sharding_all(tmp_path), 8, flags)}
@@ -222,10 +237,12 @@ def sharding_all(folder: Path) -> str:
 
 
 @pytest.mark.slow
-def test_diffusion_under_zero_2_equals_one_process_and_resumes_exactly(train_diffusion, latent_cache, tmp_path):
+def test_diffusion_under_zero_2_equals_one_process_and_resumes_exactly(
+    train_diffusion, latent_cache, tmp_path, launch_waiting
+):
     one = train_diffusion("one", 8, "--batch_size", "8")
     flags = ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--use_gradient_checkpointing"]
-    straight, resumed = launch_and_resume("image_diffusion", latent_cache, tmp_path, flags)
+    straight, resumed = launch_and_resume(launch_waiting, "image_diffusion", latent_cache, tmp_path, flags)
     assert straight.losses == pytest.approx(one.losses, rel=1e-5)
     for name in ("model", "ema"):
         assert largest_difference(one.weights(name), straight.weights(name)) <= 1e-4
@@ -233,10 +250,14 @@ def test_diffusion_under_zero_2_equals_one_process_and_resumes_exactly(train_dif
     assert straight.losses[4:] == resumed.losses[4:]
 
 
-def test_recurrent_vae_under_zero_2_equals_one_process_and_resumes_exactly(image_cache, tmp_path, fresh_logging):
+def test_recurrent_vae_under_zero_2_equals_one_process_and_resumes_exactly(
+    image_cache, tmp_path, fresh_logging, launch_waiting
+):
     steps = ["--mean_decoder_steps", "3", "--max_decoder_steps", "4", "--n_backprop_steps", "2", *NOISY]
     one = run_stage(RecurrentVAEStage, SMALL_RUN, image_cache, tmp_path, "one", 8, "--batch_size", "8", *steps)
-    straight, resumed = launch_and_resume("recurrent_vae", image_cache, tmp_path, ["--batch_size", "4", *steps])
+    straight, resumed = launch_and_resume(
+        launch_waiting, "recurrent_vae", image_cache, tmp_path, ["--batch_size", "4", *steps]
+    )
     # Rounding grows along the decoder's steps.
     assert straight.losses == pytest.approx(one.losses, rel=1e-4)
     for name in ("model", "ema"):
@@ -245,11 +266,12 @@ def test_recurrent_vae_under_zero_2_equals_one_process_and_resumes_exactly(image
     assert straight.losses[4:] == resumed.losses[4:]
 
 
-def test_audio_vae_on_two_ddp_processes_equals_one_and_resumes_on_one(tmp_path, fresh_logging):
+def test_audio_vae_on_two_ddp_processes_equals_one_and_resumes_on_one(tmp_path, fresh_logging, launch_waiting):
     cache = write_mel_cache(tmp_path / "cache", SETTINGS)
     train = partial(run_stage, AudioVAEStage, SMALL_AUDIO_VAE, cache, tmp_path)
     one = train("one", 8, *EIGHT, *NOISY)
-    two = launch("torchrun", cache, tmp_path, 8, *FOUR, *NOISY, "--save_steps", "4", stage="audio_vae")
+    flags = [*FOUR, *NOISY, "--save_steps", "4"]
+    two = launch_waiting("torchrun", cache, tmp_path, 8, *flags, stage="audio_vae")
     (tmp_path / "audio_vae" / "resumed").mkdir()
     (two.folder.parent / "checkpoint-4").rename(tmp_path / "audio_vae" / "resumed" / "checkpoint-4")
     resumed = train("resumed", 8, "--batch_size", "8", "--resume_from_checkpoint")
@@ -260,11 +282,11 @@ def test_audio_vae_on_two_ddp_processes_equals_one_and_resumes_on_one(tmp_path, 
 
 
 @pytest.mark.slow
-def test_audio_vae_under_zero_2_equals_one_process_and_resumes_exactly(tmp_path, fresh_logging):
+def test_audio_vae_under_zero_2_equals_one_process_and_resumes_exactly(tmp_path, fresh_logging, launch_waiting):
     cache = write_mel_cache(tmp_path / "cache", SETTINGS)
     one = run_stage(AudioVAEStage, SMALL_AUDIO_VAE, cache, tmp_path, "one", 8, "--batch_size", "8")
     flags = ["--batch_size", "2", "--gradient_accumulation_steps", "2"]
-    straight, resumed = launch_and_resume("audio_vae", cache, tmp_path, flags)
+    straight, resumed = launch_and_resume(launch_waiting, "audio_vae", cache, tmp_path, flags)
     assert straight.losses == pytest.approx(one.losses, rel=1e-5)
     for name in ("model", "ema"):
         assert largest_difference(one.weights(name), straight.weights(name)) <= 1e-4
@@ -272,13 +294,15 @@ def test_audio_vae_under_zero_2_equals_one_process_and_resumes_exactly(tmp_path,
     assert straight.losses[4:] == resumed.losses[4:]
 
 
-def test_vocoder_on_two_processes_equals_one_and_resumes_exactly_within_a_later_epoch(tmp_path, fresh_logging):
+def test_vocoder_on_two_processes_equals_one_and_resumes_exactly_within_a_later_epoch(
+    tmp_path, fresh_logging, launch_waiting
+):
     cache = make_audio_cache(tmp_path / "cache")  # 3 steps per epoch: the resumed run begins within the second.
     flags = ["--eval_steps", "4"]
     one = run_stage(VocoderStage, SMALL_VOCODER, cache, tmp_path, "one", 8, "--batch_size", "8", *flags)
-    ddp = launch("torchrun", cache, tmp_path / "ddp", 8, "--batch_size", "4", *flags, stage="vocoder")
+    ddp = launch_waiting("torchrun", cache, tmp_path / "ddp", 8, *FOUR, *flags, stage="vocoder")
     flags += ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--use_gradient_checkpointing"]
-    straight, resumed = launch_and_resume("vocoder", cache, tmp_path, flags)
+    straight, resumed = launch_and_resume(launch_waiting, "vocoder", cache, tmp_path, flags)
     for two in (ddp, straight):
         assert two.losses == pytest.approx(one.losses, rel=1e-5)
         assert two.logged("eval_loss") == pytest.approx(one.logged("eval_loss"), rel=1e-5)
@@ -305,11 +329,11 @@ def same_vocoder(one: Run, two: Run) -> None:
 
 
 @pytest.mark.parametrize("stage", [VocoderStage, AudioVAEStage], ids=lambda stage: stage.name)
-def test_audio_stages_under_zero_3_equal_one_process(stage, tmp_path, fresh_logging):
+def test_audio_stages_under_zero_3_equal_one_process(stage, tmp_path, fresh_logging, launch_waiting):
     cache = make_audio_cache(tmp_path / "cache")
     one = run_stage(stage, COMMON[stage.name], cache, tmp_path, "one", 6, "--batch_size", "8")
     flags = ["--batch_size", "4", "--eval_steps", "3", "--n_logged_samples", "1"]
-    two = launch(sharding_all(tmp_path), cache, tmp_path / "sharded", 6, *flags, stage=stage.name)
+    two = launch_waiting(sharding_all(tmp_path), cache, tmp_path / "sharded", 6, *flags, stage=stage.name)
     assert two.losses == pytest.approx(one.losses, rel=1e-5)
     if stage is VocoderStage:
         same_vocoder(one, two)
@@ -318,7 +342,7 @@ def test_audio_stages_under_zero_3_equal_one_process(stage, tmp_path, fresh_logg
     assert largest_difference(one.adversary["discriminator"], two.adversary["discriminator"]) <= 1e-4
 
 
-def test_text_on_two_processes_equals_one(tmp_path, fresh_logging):
+def test_text_on_two_processes_equals_one(tmp_path, fresh_logging, launch_together):
     """With unequal numbers of targets, a recurrent core of drawn depth, a noisy first state, dropout, tied weights."""
     cache = make_text(tmp_path / "cache")
     one = run_stage(MultimodalStage, TEXT, cache, tmp_path, "one", 6, "--batch_size", "8", "--eval_steps", "3")
@@ -340,18 +364,18 @@ def same_text(one: Run, two: Run) -> None:
         assert torch.equal(second["lm_head.weight"], second["model.embed_tokens.weight"])
 
 
-def test_text_under_zero_2_equals_one_process_and_resumes_exactly(tmp_path, fresh_logging):
+def test_text_under_zero_2_equals_one_process_and_resumes_exactly(tmp_path, fresh_logging, launch_waiting):
     cache = make_text(tmp_path / "cache")
     flags = ["--trainer", "grokfast_ema", "--eval_steps", "4"]
     one = run_stage(MultimodalStage, TEXT, cache, tmp_path, "one", 8, "--batch_size", "8", *flags)
     flags += ["--batch_size", "2", "--gradient_accumulation_steps", "2", "--use_gradient_checkpointing"]
-    straight, resumed = launch_and_resume("multimodal", cache, tmp_path, flags)
+    straight, resumed = launch_and_resume(launch_waiting, "multimodal", cache, tmp_path, flags)
     same_text(one, straight)
     assert all(largest_difference(straight.weights(name), resumed.weights(name)) == 0 for name in ("model", "ema"))
     assert straight.losses == resumed.losses and straight.logged("eval_loss") == resumed.logged("eval_loss")
 
 
-def test_speech_on_two_processes_equals_one(tmp_path, fresh_logging):
+def test_speech_on_two_processes_equals_one(tmp_path, fresh_logging, launch_together):
     """Batches by a budget of frames: the two processes have clips of unequal lengths in unequal numbers."""
     cache = make_speech(tmp_path / "cache")
     one = run_stage(AudioDiffusionStage, SMALL_SPEECH, cache, tmp_path, "one", 4)
@@ -366,7 +390,7 @@ def test_speech_on_two_processes_equals_one(tmp_path, fresh_logging):
         assert all(relative_distance(one.weights(name), two.weights(name)) <= 1e-5 for name in ("model", "ema"))
 
 
-def launch_and_resume(stage: str, cache: Path, output_dir: Path, flags: list[str]) -> tuple[Run, Run]:
+def launch_and_resume(launch, stage: str, cache: Path, output_dir: Path, flags: list[str]) -> tuple[Run, Run]:
     """8 steps under ZeRO-2 on two processes, whose checkpoints threads write, and the last 4 of them again from a copy
     of the checkpoint between."""
     flags = [*flags, "--save_steps", "4"]
