@@ -26,7 +26,7 @@ REMOTE = "remote.json"
 FOLDER = Path("cached_datasets/remote")
 LEFTOVER_SECONDS = 24 * 3600  # No pack takes so long to fetch.
 N_TRIES = 3
-SECONDS = 0.5  # Before the second try; twice as long before the third.
+RETRY_SECONDS = 0.5  # Before the second try; twice as long before the third.
 REFUSALS = ("credential", "access denied", "accessdenied", "forbidden", "permission", "signature", "invalidaccesskey")
 SPLITS = ("train", "validation", "duplicates")
 
@@ -151,7 +151,7 @@ def is_final(error: OSError) -> bool:
 
 def wait_for_retry(n_left: int) -> None:
     """Wait before one of the last `n_left` tries, each time twice as long."""
-    time.sleep(SECONDS * 2 ** (N_TRIES - 1 - n_left))
+    time.sleep(RETRY_SECONDS * 2 ** (N_TRIES - 1 - n_left))
 
 
 def fetch(system: Any, source: str, target: Path, n_bytes: int | None = None) -> None:

@@ -34,7 +34,14 @@ from tests.helpers.runs import (
     run_stage,
 )
 from tests.helpers.text_cache import SMALL_CORE, make_text, with_dropout
-from tests.helpers.two_processes import BIN, LIMIT, ROOT, TWO_PROCESSES, WaitingProcesses, environment
+from tests.helpers.two_processes import (
+    LIMIT,
+    ROOT,
+    TWO_PROCESSES,
+    WaitingProcesses,
+    deepspeed_launcher,
+    environment,
+)
 from utils.checkpoints import load_model
 
 pytestmark = pytest.mark.launch
@@ -109,9 +116,7 @@ def launched(
     if launcher == "torchrun":
         command = [*TWO_PROCESSES, "tests/launched/ends_alone.py", *program]
     else:
-        port = str(20000 + os.getpid() % 20000)
-        head = [BIN / "deepspeed", "--num_gpus=2", "--master_port", port]
-        command = [*head, *program, "--use_deepspeed", "--deepspeed_config", launcher]
+        command = [*deepspeed_launcher(), *program, "--use_deepspeed", "--deepspeed_config", launcher]
     return start(command)
 
 

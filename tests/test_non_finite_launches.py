@@ -2,19 +2,16 @@
 weights and end as in one process."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers.runs import largest_difference
+from tests.helpers.two_processes import ROOT, TWO_PROCESSES, environment
 from tests.launched.non_finite_runs import CASES, run_case
 
-ROOT = Path(__file__).resolve().parent.parent
-BIN = Path(sys.executable).parent
 # ZeRO stage 0 judges before the engine steps, stages 1 and 2 are one optimizer, stage 3 has norms in fp64.
 CONFIGS = ["ds_config.json", "ds_config_zero-2.json", "ds_config_zero-3.json"]
 pytestmark = pytest.mark.launch
@@ -26,17 +23,8 @@ def launch(
     """Run the cases under the engines on two processes, the last of which fails unless `status` is 0; returns what
     was printed."""
     program = ["tests/launched/non_finite_runs.py", str(output_dir), ",".join(engines), ",".join(cases)]
-    command = [
-        BIN / "torchrun",
-        "--standalone",
-        "--nproc_per_node=2",
-        *program,
-        "--cached_dataset",
-        str(cache),
-        *flags,
-    ]
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    command = [*TWO_PROCESSES, *program, "--cached_dataset", str(cache), *flags]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == status, (done.stdout + done.stderr)[-4000:]
     return done.stderr
 

@@ -39,7 +39,7 @@ def launched_rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def world_size_launched() -> int:
+def launched_world_size() -> int:
     """The number of processes that the launcher set in the environment."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
@@ -160,7 +160,7 @@ def read_deepspeed_config(file: str, bf16: bool) -> dict:
             f"{file}: {', '.join(int8_keys)} take effect at stage 3 only, not at stage={zero.get('stage')}"
         )
     # DeepSpeed quantizes gradients between nodes, which it counts so.
-    if "zero_quantized_gradients" in int8_keys and world_size_launched() // torch.cuda.device_count() < 2:
+    if "zero_quantized_gradients" in int8_keys and launched_world_size() // torch.cuda.device_count() < 2:
         problem = f"{file}: zero_quantized_gradients has no effect on one node, where gradients stay in full precision"
         if int8_keys == ["zero_quantized_gradients"]:
             raise ValueError(f"{problem}; use ds_config_zero-3.json")

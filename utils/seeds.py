@@ -84,30 +84,30 @@ class NoiseAhead:
     def __init__(self, seed: int):
         self.seed = seed
         self.pool = ThreadPoolExecutor(1, "noise")
-        self.asked: dict[tuple[Sampler, str, tuple[int, ...]], None] = {}  # At this step, in order.
-        self.made: dict[tuple, Future[Tensor]] = {}
+        self.requests: dict[tuple[Sampler, str, tuple[int, ...]], None] = {}  # Of this step, in order.
+        self.futures: dict[tuple, Future[Tensor]] = {}
 
     def prepare(self, step: int, batches: Sequence[np.ndarray]) -> None:
         """Begin to make the numbers of a step.
 
         Args: batches: numbers of the samples of each of its micro-batches, (B,).
         """
-        self.made = {key: future for key, future in self.made.items() if key[0] == step - 1}
-        asked, self.asked = self.asked, {}
+        self.futures = {key: future for key, future in self.futures.items() if key[0] == step - 1}
+        requests, self.requests = self.requests, {}
         for indices in batches:
-            for sampler, stream, shape in asked:
+            for sampler, stream, shape in requests:
                 keywords = {"stream": stream, "shape": shape}
                 future = self.pool.submit(sampler, self.seed, step, indices, **keywords)
-                self.made[step, indices.tobytes(), sampler, stream, shape] = future
+                self.futures[step, indices.tobytes(), sampler, stream, shape] = future
 
     def __call__(
         self, sampler: Sampler, step: int, indices: np.ndarray, *, stream: str, shape: Sequence[int]
     ) -> Tensor:
         """`sampler(seed, step, indices, stream=stream, shape=shape)`, (B, *shape) on the CPU."""
         shape = tuple(shape)
-        self.asked[sampler, stream, shape] = None
-        made = self.made.pop((step, indices.tobytes(), sampler, stream, shape), None)
-        return made.result() if made else sampler(self.seed, step, indices, stream=stream, shape=shape)
+        self.requests[sampler, stream, shape] = None
+        future = self.futures.pop((step, indices.tobytes(), sampler, stream, shape), None)
+        return future.result() if future else sampler(self.seed, step, indices, stream=stream, shape=shape)
 
 
 def seed_of(seed: int, key: str) -> int:

@@ -55,7 +55,7 @@ class RowStream:
         self.start, self.n_rows = start, n_rows
 
     def beginning(self, n_rows: int) -> Self:
-        """The first rows of the stream for another reader, at most so many."""
+        """The first rows of the stream, at most `n_rows`, for another reader."""
         stream = copy.copy(self)
         stream.go_to(None, 0)
         stream.limit = n_rows if self.limit < 0 else min(n_rows, self.limit)

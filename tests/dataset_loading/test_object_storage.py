@@ -19,7 +19,7 @@ s3fs = pytest.importorskip("s3fs", reason="s3:// needs s3fs, see requirements-de
 
 
 class CuttingProxy:
-    """Passes connections on to a port; the first few bring so many bytes and end."""
+    """Passes connections on to a port; the first `n_cuts` answers of more than `n_bytes` bytes are cut off."""
 
     def __init__(self, port: int, *, n_bytes: int, n_cuts: int):
         self.target, self.n_bytes, self.n_left = port, n_bytes, n_cuts
@@ -75,7 +75,7 @@ def bucket(server, monkeypatch, tmp_path):
         "AWS_CONFIG_FILE": str(tmp_path / "none"),
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("dataset_loading.remote.SECONDS", 0.001)
+    monkeypatch.setattr("dataset_loading.remote.RETRY_SECONDS", 0.001)
 
     def connect(port: int = server):
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")

@@ -227,7 +227,7 @@ def test_connections_that_break_are_opened_again_a_few_times(monkeypatch):
     content = bytes(range(256)) * 16
     system = fsspec.filesystem("memory")
     system.pipe_file("/broken/a.tar", content)
-    monkeypatch.setattr("dataset_loading.remote.SECONDS", 0.001)
+    monkeypatch.setattr("dataset_loading.remote.RETRY_SECONDS", 0.001)
     opened = []
 
     def opening(*_, last=1500, **__):

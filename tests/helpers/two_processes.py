@@ -20,6 +20,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
+def deepspeed_launcher() -> list:
+    """The command of DeepSpeed's launcher for two processes, at a port of this test process."""
+    return [BIN / "deepspeed", "--num_gpus=2", "--master_port", str(20000 + os.getpid() % 20000)]
+
+
 class WaitingProcesses:
     """Two processes of torchrun that wait for runs, see tests/launched/several_runs.py.
 

@@ -1,11 +1,9 @@
 """The multimodal stage on text, images and audio: exactness under accumulation and resume, refusals, losses."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +20,7 @@ from model.multimodal.layout import Part
 from pretrain_multimodal import MultimodalStage
 from tests.helpers.runs import Run, changed, equal, largest_difference, relative_distance
 from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, save_vaes
+from tests.helpers.two_processes import LIMIT, ROOT, TWO_PROCESSES, deepspeed_launcher, environment
 from tests.helpers.vocoder_checkpoint import save_stage_checkpoint
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
@@ -32,7 +31,6 @@ from utils.training.streams.stage import channel_scales, check_flex_attention, c
 from utils.training.streams.trainer import MultimodalStreamTrainer, compared_rows
 
 MODELS = pytest.mark.parametrize("common", [SMALL_STREAMS, SMALL_RECURRENT], ids=["flat", "recurrent"])
-ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @MODELS
@@ -234,15 +232,12 @@ def test_two_processes_equal_one_also_where_one_lacks_a_modality(launcher, flags
     one = train(SMALL_RECURRENT, "one", 3, *flags, "--gradient_accumulation_steps", "4")
     words = [*SMALL_RECURRENT, *stream_caches, "--output_dir", str(tmp_path), "--run_name", "two", "--max_steps", "3"]
     words += [*flags, "--gradient_accumulation_steps", "2"]
-    binaries = Path(sys.executable).parent
-    if launcher == "torchrun":
-        head = [binaries / "torchrun", "--standalone", "--nproc_per_node=2"]
-    else:
-        head = [binaries / "deepspeed", "--num_gpus=2", "--master_port", str(20000 + os.getpid() % 20000)]
+    head = TWO_PROCESSES
+    if launcher != "torchrun":
+        head = deepspeed_launcher()
         words += ["--use_deepspeed", "--deepspeed_config", launcher]
-    environment = {**os.environ, "PATH": f"{binaries}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     command = [*head, "pretrain_multimodal.py", *words]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     two = Run(tmp_path / "multimodal" / "two", 3)
     assert two.losses == pytest.approx(one.losses, rel=1e-5)

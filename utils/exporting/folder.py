@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,8 +32,6 @@ from utils.generation.audio import load_vocoder
 from utils.generation.exported import TEXT_ENCODER, VOCODER, home_of, trained_steps
 from utils.generation.latents import PINNED, Media, find_vae
 from utils.generation.text_encoder import load_text_encoder
-
-logger = logging.getLogger(__name__)
 
 DType = Literal["float32", "bfloat16", "float16"]
 # Files beside the weights that a model is opened with, of those that have them.

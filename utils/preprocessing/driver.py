@@ -206,11 +206,9 @@ class Preprocess:
                 if outcome.number == outcome.row:
                     report.advance()
         # What streams counted on the way.
-        if total == math.inf or any(source.is_stream for source in sources.values()):
+        if streams := [source for source in sources.values() if source.is_stream]:
             total = sum(self.count(source) for source in sources.values())
-            lost = [
-                problem for source in sources.values() if source.is_stream for problem in unreadable(source.left_out)
-            ]
+            lost = [problem for stream in streams for problem in unreadable(stream.left_out)]
             outcomes, problems = [*lost, *outcomes], [*lost, *problems]
             check_broken(problems, total, self.args.max_broken_fraction)
 

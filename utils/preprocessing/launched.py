@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from utils.devices import local_processes, usable_cpus
-from utils.distributed import barrier, ending_together, launched_rank
+from utils.distributed import barrier, ending_together, launched_rank, launched_world_size
 from utils.preprocessing.merging import MergeArguments, merge_shards
 from utils.preprocessing.shards import Shard
 
@@ -27,7 +27,7 @@ def run_launched(stage: str, args: Any, run: Callable[[Any], dict[str, Any]]) ->
     Returns: the manifest, in the first process that of the whole.
     Raises: ValueError: `--shard` is given, or what preprocessing raises.
     """
-    count = int(os.environ.get("WORLD_SIZE", 1))
+    count = launched_world_size()
     if count == 1:
         return run(args)
     if args.shard:

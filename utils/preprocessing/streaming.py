@@ -3,7 +3,7 @@
     <folder>/.rows.jsonl   a header that says of which files and flags the notes are; then lines
         ["row", split, name, place, number]     a raw sample in the order of its source, as it was planned
         ["done", split, index, {...}]           its outcome, with the keys of its samples
-        ["point", split, {...}]                 a place to go on from, after so many rows
+        ["point", split, {...}]                 a place to go on from, and the number of rows before it
 
 A kill costs the reading of a few rows. Samples themselves are in the journal and the manifest, as always.
 """
@@ -220,6 +220,6 @@ def read_lines(file: Path) -> Iterator[Any]:
 
 
 def beginning(source: Source, n_rows: int) -> Source:
-    """A source whose first rows are to be read beforehand; those of a stream are read anew for that, at most so
-    many."""
+    """A source whose first rows are to be read beforehand; those of a stream are read anew for that, at most
+    `n_rows`."""
     return dataclasses.replace(source, rows=source.rows.beginning(n_rows)) if source.is_stream else source

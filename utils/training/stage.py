@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import logging
-import os
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -34,7 +33,7 @@ from utils.checkpoints import (
 )
 from utils.command_line import explained_errors, parse_arguments, parse_overrides
 from utils.devices import compile_in_place
-from utils.distributed import barrier, ending_together, from_main, launched_rank, rank, world_size
+from utils.distributed import barrier, ending_together, from_main, launched_rank, launched_world_size, rank, world_size
 from utils.megatransformer_utils import StageArguments, training_arguments
 from utils.options import StrictConfig, declared_fields, from_preset
 from utils.resuming.callback import ResumeCallback
@@ -322,7 +321,7 @@ class Stage:
 
         # Optimizer steps, and the memory per parameter: fp32 weights, gradients, two Adam moments, and the average.
         n_parameters = sum(p.numel() for p in model.parameters())
-        n_ranks = int(os.environ.get("WORLD_SIZE", 1))
+        n_ranks = launched_world_size()
         n_steps, content = self.count_steps(datasets["train"], n_ranks)
         gib = n_parameters * 4 * (4 + self.args.use_ema) / 2**30
         # The report of the counts.
