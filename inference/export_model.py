@@ -1,4 +1,4 @@
-"""Export a checkpoint of any stage to a folder that opens with `from_pretrained`, with a model card.
+r"""Export a checkpoint of any stage to a folder that opens with `from_pretrained`, with a model card.
 
     python inference/export_model.py --checkpoint runs/image_vae/demo --output my_vae
     python inference/export_model.py --checkpoint runs/multimodal/demo --output my_model --dtype bfloat16

@@ -13,6 +13,7 @@ import pytest
 import evaluate
 from utils import training_utils
 from utils.command_line import parse_arguments
+from utils.exporting.stages import MODELS
 from utils.options import declared_fields
 from utils.preprocessing.merging import MergeArguments, asks_to_merge
 
@@ -152,13 +153,14 @@ def with_defaults(text: str) -> str:
 
 
 def stage_commands() -> list[tuple[str, list[str]]]:
-    found = []
+    """Scripts and their words in documents, recipes, and the cards of exported models."""
+    found, lines = [], [kind.command for kind in MODELS.values()]
     for document in [*DOCUMENTS, *sorted((ROOT / "recipes").glob("*.sh"))]:
-        for line in commands(with_defaults(document.read_text())):
-            words = shlex.split(line)
-            for position, word in enumerate(words):
-                if word in SCRIPTS:
-                    found.append((word, words[position + 1 :]))
+        lines += commands(with_defaults(document.read_text()))
+    for words in map(shlex.split, lines):
+        for position, word in enumerate(words):
+            if word in SCRIPTS:
+                found.append((word, words[position + 1 :]))
     return found
 
 

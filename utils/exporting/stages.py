@@ -46,7 +46,7 @@ def image_vae(model_class: type[PreTrainedModel], decoder: str) -> ExportedModel
         model_class,
         f"A variational autoencoder of images{decoder}: images in [-1, 1] to latents and back.",
         "image-to-image",
-        "python inference/reconstruct_image.py --checkpoint FOLDER --images my_images",
+        "python inference/reconstruct_image.py --checkpoint FOLDER --input my_images",
         "mean, logvar = model.encode(images)  # (B, 3, Y, X) in [-1, 1]\nreconstruction = model.decode(mean)",
     )
 
@@ -59,7 +59,7 @@ MODELS: dict[str, ExportedModel] = {
         AudioVAE,
         "A variational autoencoder of log-mels: log-mels to latents and back.",
         "audio-to-audio",
-        "python inference/reconstruct_audio.py --checkpoint FOLDER --vocoder_checkpoint my_vocoder --audio my_audio",
+        "python inference/reconstruct_audio.py --vae_checkpoint FOLDER --vocoder_checkpoint my_vocoder --input audio",
         "mean, logvar = model.encode(mel)  # log-mel (B, M, F)\nreconstruction = model.decode(mean)",
     ),
     "vocoder": ExportedModel(
