@@ -1,14 +1,20 @@
-"""Kernels that are faster on a CPU than the library's: causal attention in blocks, and products with a few rows.
+"""Kernels that are faster on a CPU than the library's: causal attention in blocks, attention to short sequences under
+bf16, and products with a few rows.
 
 B batch, L positions, H query heads, G key/value groups, K head width, r = H / G heads per group. Both are exact: they
 change the order of sums alone. benchmarks/README.md has the measurements.
 """
 
+import contextlib
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK = 128  # queries that are worked on together
 KEPT_BYTES = 48 << 20  # Attention weights of a layer beyond this are computed again in the backward pass.
+FEW_PAIRS = 1 << 16  # The backward pass of attention in bf16 takes longer than in fp32 up to so many queries x keys.
 FEW_ROWS = 8  # up to here reading the weight takes longest
 SPLITS = 4  # A product with few rows goes faster as so many smaller ones.
 
@@ -136,6 +142,25 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = N
     n_bytes = q.shape[0] * q.shape[1] * q.shape[2] * (q.shape[2] + BLOCK) // 2 * q.element_size()
     keep = torch.is_grad_enabled() and q.requires_grad and n_bytes <= KEPT_BYTES
     return blockwise_attention(q, k, v, mask, keep)[0]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """`F.scaled_dot_product_attention`, in fp32 where it is trained in bf16 on a CPU with few queries and keys.
+
+    Args:
+        q: (B, H, L, K). k, v: (B, G, S, K).
+        mask: (B or 1, H or 1, L or 1, S), bool (true: visible) or what is added to the scores.
+        options: others of the library's function.
+    Returns: (B, H, L, K), of the type of q.
+    """
+    is_short = q.shape[2] * k.shape[2] <= FEW_PAIRS
+    is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and torch.is_grad_enabled()
+    dtype = torch.float32 if is_short and is_slow else q.dtype
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
+    with torch.autocast("cpu", enabled=False) if dtype != q.dtype else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, **options)
+    return out.to(q.dtype)
 
 
 class Linear(nn.Linear):

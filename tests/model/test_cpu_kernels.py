@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.cpu_kernels import BLOCK, FEW_ROWS, Linear, blockwise_attention, causal_attention
+from model.cpu_kernels import BLOCK, FEW_ROWS, Linear, attention, blockwise_attention, causal_attention
 from model.positions import visible_keys
 
 
@@ -67,3 +67,22 @@ def test_few_rows_equal_many(n_rows, n_outputs, bias):
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "bool", "added", "causal"])
+def test_short_attention_in_bf16_is_computed_in_fp32_when_it_is_trained(mask_kind):
+    q, k, v, grad = (part.bfloat16() for part in tensors(40, 2))
+    mask = {"bool": torch.rand(2, 1, 40, 40) < 0.8, "added": torch.randn(2, 1, 40, 40)}.get(mask_kind)
+    options = {"mask": mask, "is_causal": mask_kind == "causal", "enable_gqa": True}
+    inputs, exact = (
+        [part.to(dtype).requires_grad_() for part in (q, k, v)] for dtype in (torch.bfloat16, torch.double)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*inputs, **options)
+    expected = attention(*exact, **options)
+    # A result in fp32 is rounded once, when it is returned.
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected.float().bfloat16(), rtol=2**-7, atol=1e-5)
+    gradients = torch.autograd.grad(expected, exact, grad.double())
+    for ours, theirs in zip(torch.autograd.grad(out, inputs, grad), gradients):
+        torch.testing.assert_close(ours, theirs.float().bfloat16(), rtol=2**-7, atol=1e-5)
