@@ -2,7 +2,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.cpu_kernels import BLOCK, FEW_ROWS, Linear, attention, blockwise_attention, causal_attention
+from model.cpu_kernels import (
+    BLOCK,
+    FEW_ROWS,
+    SPLITS,
+    Linear,
+    attention,
+    blockwise_attention,
+    causal_attention,
+    is_split_faster,
+    split_product,
+)
 from model.positions import visible_keys
 
 
@@ -62,11 +72,22 @@ def test_few_rows_equal_many(n_rows, n_outputs, bias):
     expected = F.linear(x, layer.weight, layer.bias)
     with torch.no_grad():
         found = layer(x)
+        if n_outputs % SPLITS == 0:
+            split = split_product(x[:, 0], layer.weight)
+            assert split.is_contiguous() and (split - F.linear(x[:, 0], layer.weight)).abs().max() <= 1e-5
         assert found.is_contiguous() and (found - expected).abs().max() <= 1e-5
         assert layer(x[:0]).shape == (0, 1, n_outputs)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_faster_of_both_products_is_chosen_once_without_random_numbers():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    choice = is_split_faster(torch.get_num_threads())
+    assert torch.rand(1) == expected and is_split_faster(torch.get_num_threads()) is choice
 
 
 @pytest.mark.parametrize("mask_kind", ["none", "bool", "added", "causal"])
