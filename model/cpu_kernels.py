@@ -147,7 +147,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = N
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
-    """`F.scaled_dot_product_attention`, in fp32 where it is trained in bf16 on a CPU with few queries and keys.
+    """`F.scaled_dot_product_attention`, in fp32 instead of bf16 on a CPU with few queries and keys, with and without
+    gradients; a single query, as in generation, keeps its type.
 
     Args:
         q: (B, H, L, K). k, v: (B, G, S, K).
@@ -155,9 +156,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **
         options: others of the library's function.
     Returns: (B, H, L, K), of the type of q.
     """
-    is_short = q.shape[2] * k.shape[2] <= FEW_PAIRS
-    is_slow = q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.requires_grad and torch.is_grad_enabled()
-    dtype = torch.float32 if is_short and is_slow else q.dtype
+    is_short = q.shape[2] > 1 and q.shape[2] * k.shape[2] <= FEW_PAIRS
+    dtype = torch.float32 if is_short and q.device.type == "cpu" and q.dtype == torch.bfloat16 else q.dtype
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(dtype)
     with torch.autocast("cpu", enabled=False) if dtype != q.dtype else contextlib.nullcontext():
