@@ -5,8 +5,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset_loading.embedded import openmoji
-from inference.text_to_image import TextToImageArguments
 from utils.command_line import explained_errors, parse_arguments, parse_overrides
+from utils.generation.arguments.image import TextToImageArguments
 from utils.megatransformer_utils import StageArguments
 
 
