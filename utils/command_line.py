@@ -122,7 +122,7 @@ def read_config_file(parser: StrictParser, arguments_class: type, file: str) -> 
     try:
         settings = read_settings(file, getattr(arguments_class, "stage", ""), defaults)
     except (ValueError, OSError) as error:
-        parser.error(f"--config_file: {error}")
+        parser.error(str(error))
     parser.source = f"{file}: "
     known = [*defaults, *(name.removeprefix("--") for name in parser.renamed)]
     for name in settings:
@@ -147,22 +147,17 @@ def left_by_command(arguments_class: type, settings: dict[str, Any], given: dict
     # A given length replaces the other one.
     if "num_train_epochs" in given:
         left.pop("max_steps", None)
-    # What the command line switches off, and what that switches off.
-    defaults = dataclasses.asdict(arguments_class())
-    values = {**defaults, **left, **given}
-    conditions = effect_conditions(arguments_class)
+    # What the command line switches off, and what that switches off in turn.
+    defaults, conditions = dataclasses.asdict(arguments_class()), effect_conditions(arguments_class)
     decided = set(given)
-    while off := [
+    while off := {
         name
         for name in left.keys() - decided
-        if any(
-            other in decided and not is_met(required, values[other]) for other, required in conditions.get(name, [])
-        )
-    ]:
-        for name in off:
-            decided.add(name)
-            values[name] = defaults[name]
-            del left[name]
+        for other, required in conditions.get(name, [])
+        if other in decided and not is_met(required, {**defaults, **left, **given}[other])
+    }:
+        left = {name: value for name, value in left.items() if name not in off}
+        decided |= off
     return left
 
 

@@ -134,3 +134,28 @@ def test_an_error_of_a_loading_process_is_one_message(caplog):
         list(DataLoader(UnreadableDataset(), num_workers=1))
     assert stop.value.code == 2
     assert caplog.messages == ["a/b.pt is damaged (why);\nthis writes it: python x.py"]
+
+
+# ---- Booleans with a value.
+
+
+@pytest.mark.parametrize("text", ["false", "no", "0", "False", "off"])
+def test_a_boolean_takes_a_value(text):
+    assert parse("--use_ema", text).use_ema is False and parse(f"--use_ema={text}").use_ema is False
+    assert parse("--bf16", {"0": "1", "no": "yes", "off": "on"}.get(text, "True")).bf16 is True
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--use_ema maybe", "--use_ema='maybe' must be true or false"),
+        ("--no_use_ema=false", "--no_use_ema takes no value, not 'false'"),
+        ("--use_ema false --use_ema true", "--use_ema is given twice: --no_use_ema and --use_ema"),
+        ("--use_ema 0 --ema_decay 0.9", "--ema_decay has no effect with use_ema=False"),
+        ("--config run.yaml", "--config_file"),
+    ],
+)
+def test_wrong_values_of_booleans_and_presets(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(*words.split())
+    assert message in capsys.readouterr().err

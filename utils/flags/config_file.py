@@ -44,7 +44,9 @@ def read_settings(file: str, stage: str, defaults: dict[str, Any]) -> dict[str, 
     """
     path = Path(file)
     if path.is_dir():
-        raise ValueError(f"{file} is a folder; give a file, such as {path / 'checkpoint-1000' / 'stage.json'}")
+        raise ValueError(f"--config_file={file!r} is a folder; give a file, such as checkpoint-1000/stage.json in it")
+    if not path.is_file():
+        raise ValueError(f"--config_file={file!r} does not exist")
     text = path.read_text(encoding="utf-8")
     try:
         is_json = path.suffix == ".json"

@@ -25,6 +25,9 @@ SWITCH = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no"
 # Placeholders of values in --help.
 PLACEHOLDERS = {int: "N", float: "X", str: "TEXT"}
 
+# Flags that launchers append.
+LAUNCHERS = ("--local_rank", "--local-rank")
+
 CONFIG_FILE = """YAML or JSON file with names of flags as keys, and values as on the command line, which wins over the
 file; of the stage.json of a run its arguments, without run_name, output_dir, resume_from_checkpoint and dry_run: the
 new run has a name of its own"""
@@ -63,9 +66,8 @@ class StrictParser(argparse.ArgumentParser):
         parsed, unknown = self.parse_known_args(words, namespace or GivenFlags())
         # argparse would only name the unknown flag; the closest known one helps more.
         if unknown:
-            self.error(
-                f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], self._option_string_actions)}"
-            )
+            flags = [flag for flag in self._option_string_actions if flag not in LAUNCHERS]
+            self.error(f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], flags)}")
         return parsed
 
     def refuse_foreign(self, word: str) -> None:
@@ -137,7 +139,7 @@ def build_parser(arguments_class: type, description: str) -> StrictParser:
         parser.renamed |= {f"--{alias}": f"--{name}" for alias in aliases}
     # A file of flags, and the flag that launchers append.
     parser.add_argument("--config_file", metavar="FILE", help=CONFIG_FILE)
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument(*LAUNCHERS, type=int, help=argparse.SUPPRESS)
     return parser
 
 

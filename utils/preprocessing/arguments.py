@@ -64,6 +64,10 @@ class PreprocessArguments:
     def validate_shard(self):
         read_shard(self.shard)
 
+    def validate_merge(self):
+        if self.merge:
+            raise ValueError(f"--merge={self.merge} in a file of flags: give --merge on the command line")
+
     def validate_source(self):
         if not self.dataset_name:
             raise ValueError("--dataset_name is missing: give a hub name, a folder, or an index file (.csv, .jsonl)")
