@@ -115,27 +115,6 @@ def test_commands_of_embedded_data_take_a_flag_once(tmp_path, capsys):
     assert stop.value.code == 2 and "--limit 2 and --limit 3" in message and not (tmp_path / "out").exists()
 
 
-# ---- Errors of workers.
-
-
-class UnreadableDataset(torch.utils.data.Dataset):
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        try:
-            raise KeyError(index)
-        except KeyError as error:
-            raise ValueError("a/b.pt is damaged (why);\nthis writes it: python x.py") from error
-
-
-def test_an_error_of_a_loading_process_is_one_message(caplog):
-    with pytest.raises(SystemExit) as stop, explained_errors(logging.getLogger("test")):
-        list(DataLoader(UnreadableDataset(), num_workers=1))
-    assert stop.value.code == 2
-    assert caplog.messages == ["a/b.pt is damaged (why);\nthis writes it: python x.py"]
-
-
 # ---- Booleans with a value.
 
 
@@ -159,3 +138,24 @@ def test_wrong_values_of_booleans_and_presets(words, message, capsys):
     with pytest.raises(SystemExit):
         parse(*words.split())
     assert message in capsys.readouterr().err
+
+
+# ---- Errors of workers.
+
+
+class UnreadableDataset(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        try:
+            raise KeyError(index)
+        except KeyError as error:
+            raise ValueError("a/b.pt is damaged (why);\nthis writes it: python x.py") from error
+
+
+def test_an_error_of_a_loading_process_is_one_message(caplog):
+    with pytest.raises(SystemExit) as stop, explained_errors(logging.getLogger("test")):
+        list(DataLoader(UnreadableDataset(), num_workers=1))
+    assert stop.value.code == 2
+    assert caplog.messages == ["a/b.pt is damaged (why);\nthis writes it: python x.py"]
