@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dataset_loading.remote import IS_REMOTE
-from utils.options import Section, option
+from utils.options import Section, expect_preset, option
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -113,6 +113,8 @@ class StageArguments:
     def validate_config(self):
         if Path(self.config).suffix in (".yaml", ".yml", ".json"):
             raise ValueError(f"--config={self.config!r} names a preset of the model; a file is given by --config_file")
+        if self.presets:
+            expect_preset(self.config, self.presets)
 
     def validate_length(self):
         if self.max_steps == 0:

@@ -15,7 +15,7 @@ import logging
 import math
 import types
 import typing
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
@@ -286,6 +286,13 @@ def is_literal_typo(value: Any, annotation: Any) -> bool:
     return isinstance(value, str) and typing.get_origin(annotation) is Literal
 
 
+def expect_preset(name: str, presets: Mapping[str, Any]) -> None:
+    """Raises: ValueError: the name is not in the table; the message lists the names and suggests one."""
+    if name not in presets:
+        names = [key for key, row in presets.items() if isinstance(row, dict)]
+        raise ValueError(f"unknown preset {name!r}{suggest(name, names)} (presets: {', '.join(names)})")
+
+
 def from_preset(config_class: type, presets: dict[str, Any], name: str, **overrides: Any) -> Any:
     """Build `config_class` from a row of a preset table, with some fields replaced.
 
@@ -295,9 +302,7 @@ def from_preset(config_class: type, presets: dict[str, Any], name: str, **overri
     Raises:
         ValueError: the name is not in the table; the message lists the names and suggests one.
     """
-    if name not in presets:
-        names = [key for key, row in presets.items() if isinstance(row, dict)]
-        raise ValueError(f"unknown preset {name!r}{suggest(name, names)} (presets: {', '.join(names)})")
+    expect_preset(name, presets)
     # The value of a former name is the new one.
     if isinstance(new_name := presets[name], str):
         logger.warning("preset %r has been renamed to %r", name, new_name)

@@ -129,7 +129,7 @@ def build_parser(arguments_class: type, description: str) -> StrictParser:
         names = [field.name for field in fields]
         shared = shared_conditions(names, conditions)
         about = f"only with {', '.join(map(condition_text, shared))}" if shared else ""
-        group = parser.add_argument_group(section.title or "Flags", presets if "config" in names else about)
+        group = parser.add_argument_group(section.title or "Flags", (presets if "config" in names else about) or None)
         for field in fields:
             own = [condition for condition in conditions.get(field.name, []) if condition not in shared]
             add_flag(group, field, meaning_of(field, getattr(defaults, field.name), own))
