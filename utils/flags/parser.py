@@ -71,11 +71,13 @@ class StrictParser(argparse.ArgumentParser):
         return parsed
 
     def refuse_foreign(self, word: str) -> None:
-        """End with our name of a flag of another trainer, which may also be the beginning of one of ours."""
+        """End with our name of a flag of another trainer, which may also be the beginning of another one of ours."""
         if not word.startswith("--") or word in self._option_string_actions:
             return
         known = {action.dest: action for action in self._actions}
-        if name := our_flag(word, known):
+        name = our_flag(word, known)
+        # An abbreviation of the very flag is taken: --lr_scheduler for --lr_scheduler_type.
+        if name and [flag for flag in self._option_string_actions if flag.startswith(word)] != [f"--{name}"]:
             self.error(f"unknown argument {word}; here it is --{name}: {(known[name].help or '').replace('%%', '%')}")
 
     def error(self, message: str) -> typing.NoReturn:

@@ -32,10 +32,8 @@ def error(arguments: type, words: str, capsys) -> str:
         (ImageDiffusionArguments, "--train_batch_size 16", "--batch_size"),
         (ImageDiffusionArguments, "--lr 1e-4", "--learning_rate"),
         (ImageDiffusionArguments, "--lr=1e-4", "--learning_rate"),
-        (ImageDiffusionArguments, "--lr_scheduler cosine", "--lr_scheduler_type"),
         (ImageDiffusionArguments, "--warmup_steps 500", "--warmup_ratio"),
         (ImageDiffusionArguments, "--lr_warmup_steps 500", "--warmup_ratio"),
-        (ImageDiffusionArguments, "--warmup 500", "--warmup_ratio"),
         (ImageDiffusionArguments, "--train_data_dir images", "--cached_dataset"),
         (ImageDiffusionArguments, "--dataset_name images", "--cached_dataset"),
         (ImageDiffusionArguments, "--checkpointing_steps 500", "--save_steps"),
@@ -75,6 +73,12 @@ def test_a_peers_flag_is_answered_with_ours(arguments, words, ours, capsys):
     message = error(arguments, words, capsys)
     flag = words.split()[0].partition("=")[0]
     assert f"unknown argument {flag}; here it is {ours}: " in message
+
+
+def test_abbreviations_of_the_very_flag_are_taken(capsys):
+    args = parse_arguments(ImageDiffusionArguments, ["--lr_scheduler", "linear", "--max_grad", "2"], "")
+    assert (args.lr_scheduler_type, args.max_grad_norm) == ("linear", 2)
+    assert "--warmup_ratio=500.0 must be < 1" in error(ImageDiffusionArguments, "--warmup 500", capsys)
 
 
 def test_what_ours_means_is_said(capsys):
