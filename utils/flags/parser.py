@@ -72,7 +72,7 @@ class StrictParser(argparse.ArgumentParser):
 
     def refuse_foreign(self, word: str) -> None:
         """End with our name of a flag of another trainer, which may also be the beginning of another one of ours."""
-        if not word.startswith("--") or word in self._option_string_actions:
+        if not word.startswith("--") or " " in word or word in self._option_string_actions:
             return
         known = {action.dest: action for action in self._actions}
         name = our_flag(word, known)

@@ -105,8 +105,8 @@ def our_flag(flag: str, known: Collection[str]) -> str:
         known: names of the script's flags.
     """
     name = flag.lstrip("-").replace("-", "_").lower()
-    last = name.rpartition(".")[2]
-    for candidates in (PEERS.get(name, ""), PEERS.get(last, ""), last):
+    _, dot, last = name.rpartition(".")
+    for candidates in (PEERS.get(name, ""), PEERS.get(last, ""), last if dot else ""):
         for candidate in candidates.split():
             if candidate in known:
                 return candidate

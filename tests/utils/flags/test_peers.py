@@ -54,7 +54,6 @@ def error(arguments: type, words: str, capsys) -> str:
         (MultimodalArguments, "--num_iterations 4", "--max_steps"),
         (MultimodalArguments, "--block_size 256", "--sequence_length"),
         (MultimodalArguments, "--train_file texts.txt", "--text_dataset"),
-        (AudioVAEArguments, "--batch-size 8", "--batch_size"),
         (AudioVAEArguments, "--accum-batches 8", "--gradient_accumulation_steps"),
         (AudioVAEArguments, "--checkpoint-every 8", "--save_steps"),
         (AudioDiffusionArguments, "--exp_name a", "--run_name"),
@@ -79,6 +78,11 @@ def test_abbreviations_of_the_very_flag_are_taken(capsys):
     args = parse_arguments(ImageDiffusionArguments, ["--lr_scheduler", "linear", "--max_grad", "2"], "")
     assert (args.lr_scheduler_type, args.max_grad_norm) == ("linear", 2)
     assert "--warmup_ratio=500.0 must be < 1" in error(ImageDiffusionArguments, "--warmup 500", capsys)
+
+
+def test_another_spelling_of_ours_is_suggested(capsys):
+    assert "did you mean '--batch_size'" in error(AudioVAEArguments, "--batch-size 8", capsys)
+    assert "did you mean '--batch_size'" in error(AudioVAEArguments, "--batch_Size 8", capsys)
 
 
 def test_what_ours_means_is_said(capsys):
