@@ -184,5 +184,6 @@ def test_every_stage_is_named_and_registered():
     for script in ROOT.glob("pretrain_*.py"):
         module = importlib.import_module(script.stem)
         (stage,) = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == script.stem]
-        assert stage.name in evaluate.EVALUATORS
+        assert stage.name in evaluate.EVALUATORS and stage.name == stage.arguments_class.stage
+        assert stage.presets.items() <= stage.arguments_class.presets.items()
         assert stage.trainer_class is getattr(training_utils, stage.trainer_class.__name__)

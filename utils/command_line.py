@@ -11,14 +11,7 @@ from typing import Any
 
 from utils.flags.config_file import read_settings, words_of
 from utils.flags.parser import StrictParser, build_parser
-from utils.options import (
-    check_effects,
-    declared_fields,
-    effect_conditions,
-    is_met,
-    suggest,
-    validate_fields,
-)
+from utils.options import check_effects, declared_fields, effect_conditions, is_met, suggest, validate_fields
 
 logger = logging.getLogger(__name__)
 

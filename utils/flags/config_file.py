@@ -47,8 +47,8 @@ def read_settings(file: str, stage: str, defaults: dict[str, Any]) -> dict[str, 
         raise ValueError(f"--config_file={file!r} is a folder; give a file, such as checkpoint-1000/stage.json in it")
     if not path.is_file():
         raise ValueError(f"--config_file={file!r} does not exist")
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         is_json = path.suffix == ".json"
         settings = json.loads(text, object_pairs_hook=unique) if is_json else yaml.load(text, TextLoader)
     except (ValueError, yaml.YAMLError) as error:

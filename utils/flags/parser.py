@@ -110,11 +110,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Texts as they are, and a boolean flag with its `--no_` form."""
 
     def _format_action_invocation(self, action):
-        return (
-            ", ".join(action.option_strings)
-            if isinstance(action, Switch)
-            else super()._format_action_invocation(action)
-        )
+        if isinstance(action, Switch):
+            return ", ".join(action.option_strings)
+        return super()._format_action_invocation(action)
 
 
 def build_parser(arguments_class: type, description: str) -> StrictParser:
@@ -135,10 +133,9 @@ def build_parser(arguments_class: type, description: str) -> StrictParser:
         for field in fields:
             own = [condition for condition in conditions.get(field.name, []) if condition not in shared]
             add_flag(group, field, meaning_of(field, getattr(defaults, field.name), own))
-    for name in (field.name for field in dataclasses.fields(arguments_class)):
-        # Former names are not flags of their own, which would make abbreviations ambiguous.
-        aliases = inherited(arguments_class, name, "aliases") or ()
-        parser.renamed |= {f"--{alias}": f"--{name}" for alias in aliases}
+            # Former names are not flags of their own, which would make abbreviations ambiguous.
+            aliases = inherited(arguments_class, field.name, "aliases") or ()
+            parser.renamed |= {f"--{alias}": f"--{field.name}" for alias in aliases}
     # A file of flags, and the flag that launchers append.
     parser.add_argument("--config_file", metavar="FILE", help=CONFIG_FILE)
     parser.add_argument(*LAUNCHERS, type=int, help=argparse.SUPPRESS)
