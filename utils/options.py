@@ -1,8 +1,7 @@
 """Declared options: each field of a configuration states its type, default, meaning, bounds and conditions once.
 
 `option()` declares a field, `validate_fields()` checks a whole object, `check_effects()` refuses options that the
-others switch off, `GivenFlags` refuses flags that are given twice, and `StrictConfig` is the base of every model
-configuration: a transformers `PreTrainedConfig` that refuses unknown names instead of storing them.
+others switch off, and `GivenFlags` refuses flags that are given twice.
 The stages' command-line flags (`megatransformer_utils.StageArguments`) are declared with the same `option()`.
 """
 

@@ -1,4 +1,5 @@
-"""The base of every model configuration."""
+"""The base of every model configuration: a transformers `PreTrainedConfig` that refuses unknown names instead of
+storing them."""
 
 import dataclasses
 from typing import Any, ClassVar, Self

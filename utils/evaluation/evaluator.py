@@ -1,4 +1,4 @@
-"""Base of the evaluations of all stages: flags, loading of checkpoint and data, and the form of the results.
+"""Base of the evaluations of all stages: loading of checkpoint and data, and the form of the results.
 
 The evaluator of a stage is a subclass of `Evaluator` in its own module, registered in `evaluate.py`.
 """

@@ -1,5 +1,5 @@
-"""Names that flags and configurations may take, of tables in `model/` and `dataset_loading/`. They lie beside their
-tables' modules, whose imports take seconds that `--help` and a mistyped flag need not wait for."""
+"""Names that flags and configurations may take, of tables in `model/` and `dataset_loading/`. They are apart from
+their tables, whose modules take seconds to import: `--help` and a mistyped flag need not wait for that."""
 
 from typing import Literal
 

@@ -1,4 +1,4 @@
-"""Shared by the preprocessing stages that read audio: flags, and the way from a file to conditioned waveforms."""
+"""Shared by the preprocessing stages that read audio: the way from a file to conditioned waveforms."""
 
 import dataclasses
 import functools

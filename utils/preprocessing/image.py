@@ -1,4 +1,4 @@
-"""Shared by the preprocessing stages that read images: flags of how an image becomes square, and decoding."""
+"""Shared by the preprocessing stages that read images: decoding."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Text to speech, and captions to sound: flags and trainer.  B batch, L latent frames, Z latent channels, T tokens."""
+"""Text to speech, and captions to sound: the trainer.  B batch, L latent frames, Z latent channels, T tokens."""
 
 from functools import cached_property
 from typing import Any

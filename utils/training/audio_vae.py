@@ -1,4 +1,4 @@
-"""The audio VAE: flags, segments of clips, losses over valid frames, characters predicted from latents, logged clips.
+"""The audio VAE: segments of clips, losses over valid frames, characters predicted from latents, logged clips.
 
 B batch, M mel bins, F mel frames, Z latent channels, L latent frames, V characters, T text tokens.
 """

@@ -1,4 +1,4 @@
-"""Flags, trainer and stage of latent diffusion, for images and audio.  B batch, Z latent channels, K time buckets."""
+"""Trainer and stage of latent diffusion, for images and audio.  B batch, Z latent channels, K time buckets."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property

@@ -1,4 +1,4 @@
-"""Text to image: flags, images of prompts in TensorBoard, and metrics of generated images during training."""
+"""Text to image: images of prompts in TensorBoard, and metrics of generated images during training."""
 
 import dataclasses
 import logging

@@ -1,4 +1,4 @@
-"""The image VAE-GAN: flags, data, losses, adversary, trainer and logged images, most of which the recurrent VAE
+"""The image VAE-GAN: data, losses, adversary, trainer and logged images, most of which the recurrent VAE
 shares.  B batch, C channels, Y X rows and columns, Z latent channels."""
 
 import functools

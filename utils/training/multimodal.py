@@ -1,4 +1,4 @@
-"""The multimodal transformer: flags; a trainer with a loss over all targets of an optimizer step, each of which
+"""The multimodal transformer: a trainer with a loss over all targets of an optimizer step, each of which
 samples its number of thinking steps; continuations and histograms in TensorBoard.  B batch, L sequence."""
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""The recurrent VAE: its flags, and its trainer with a number of decoder steps per optimizer step, losses on the
+"""The recurrent VAE: its trainer with a number of decoder steps per optimizer step, losses on the
 images in between, and evaluation at several depths."""
 
 import torch

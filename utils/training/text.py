@@ -1,4 +1,4 @@
-"""Texts of a stage: flags, tokenisation, and checks that model, tokenizer and data belong together."""
+"""Texts of a stage: tokenisation, and checks that model, tokenizer and data belong together."""
 
 import dataclasses
 from collections.abc import Sequence

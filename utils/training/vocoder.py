@@ -1,4 +1,4 @@
-"""The vocoder: flags, random crops, losses on waveforms, evaluation on whole clips, logged clips.
+"""The vocoder: random crops, losses on waveforms, evaluation on whole clips, logged clips.
 
 B batch, M mel bins, F frames, S samples.
 """
