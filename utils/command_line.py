@@ -111,13 +111,13 @@ def read_flags(arguments_class: type, argv: list[str] | None, description: str) 
 
 def read_config_file(parser: StrictParser, arguments_class: type, file: str) -> dict[str, Any]:
     """The flags of a file, by the rules of the command line."""
-    defaults = dataclasses.asdict(arguments_class())
     try:
-        settings = read_settings(file, getattr(arguments_class, "stage", ""), defaults)
+        settings = read_settings(file, arguments_class)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     parser.source = f"{file}: "
-    known = [*defaults, *(name.removeprefix("--") for name in parser.renamed)]
+    known = [field.name for field in declared_fields(arguments_class)]
+    known += [name.removeprefix("--") for name in parser.renamed]
     for name in settings:
         if name not in known:
             parser.refuse_foreign(f"--{name}")

@@ -1,10 +1,13 @@
 """Files of flags: YAML or JSON with names of flags as keys, or the `stage.json` of a run."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from utils.options import effect_conditions, is_met
 
 # What belongs to one command, not to what it trains: it is not taken from the record of a run.
 OF_THE_COMMAND = ("run_name", "output_dir", "resume_from_checkpoint", "dry_run")
@@ -32,12 +35,9 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def read_settings(file: str, stage: str, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a file by flag; of a run's record those that are not the defaults.
+def read_settings(file: str, arguments_class: type) -> dict[str, Any]:
+    """The settings of a file by flag; of a run's record those that are not the defaults and have an effect.
 
-    Args:
-        stage: whose flags they are, empty for scripts that train nothing.
-        defaults: flag -> value without a setting.
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no mapping, has a key twice, or is the record of another stage.
@@ -58,16 +58,19 @@ def read_settings(file: str, stage: str, defaults: dict[str, Any]) -> dict[str, 
     # The record of a run.
     if not ("stage" in settings and isinstance(settings.get("arguments"), dict)):
         return settings
-    if settings["stage"] != stage:
+    if settings["stage"] != getattr(arguments_class, "stage", ""):
         raise ValueError(
             f"{file} is the record of a run of stage {settings['stage']!r}, whose flags are those of "
             f"pretrain_{settings['stage']}.py"
         )
-    # Flags with their default values were not set, and may be without effect.
+    defaults, conditions = dataclasses.asdict(arguments_class()), effect_conditions(arguments_class)
+    recorded = {**defaults, **settings["arguments"]}
     return {
         name: value
         for name, value in settings["arguments"].items()
-        if name not in OF_THE_COMMAND and not (name in defaults and value == defaults[name])
+        if name not in OF_THE_COMMAND
+        and not (name in defaults and value == defaults[name])
+        and all(is_met(required, recorded[other]) for other, required in conditions.get(name, []))
     }
 
 

@@ -145,6 +145,11 @@ def test_a_run_is_repeated_from_its_record(parse):
     assert (args.run_name, args.use_ema, args.ema_decay, args.learning_rate) == ("second", True, 0.9, 2e-4)
 
 
+def test_a_record_of_another_version_may_hold_other_defaults(parse):
+    args = parse(record_of(grokfast_window=50, max_grad_norm=3.0), name="stage.json")  # The former has no effect.
+    assert args.given == ["max_grad_norm"] and args.max_grad_norm == 3
+
+
 def test_records_of_other_stages_and_versions_are_refused(error):
     message = error(record_of(), name="stage.json", arguments=RecurrentVAEArguments)
     assert "stage.json" in message and "'image_vae'" in message and "pretrain_image_vae.py" in message
