@@ -55,6 +55,11 @@ def test_tars_at_addresses_and_of_patterns_have_splits_and_a_damaged_one_is_a_pr
         open_text(f"{tmp_path}/none-*.tar")
 
 
+def test_a_server_that_does_not_answer_is_no_missing_file():
+    with pytest.raises(ConnectionError, match=r"127\.0\.0\.1:1/a\.tar cannot be reached.*network"):
+        open_text("http://127.0.0.1:1/a.tar")
+
+
 def test_texts_beside_tars_are_read_instead_of_them(tmp_path):
     (tmp_path / "a.tar").write_bytes(tar_bytes(MEMBERS))
     (tmp_path / "b.txt").write_text("plain")
