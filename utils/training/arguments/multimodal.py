@@ -17,7 +17,7 @@ class TextArguments:
     SECTION_TEXTS: ClassVar = Section("Texts")
     text_dataset: str = option(
         "",
-        "text file, folder, .jsonl, .csv, .tsv, .parquet, .tar, hub name, or python-topics; default: the existing cache",
+        "file, folder, .jsonl, .csv, .tsv, .parquet, .tar, hub name, or python-topics; default: the existing cache",
     )
     text_column: str = option("text", "text column of a table or hub data set", only_with=("text_dataset", bool))
     text_config: str = option("", "configuration of a hub data set", only_with=("text_dataset", bool))
