@@ -40,14 +40,16 @@ LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote
 
 # Flags that limit what is in memory at once, and a limit that is low for most models.
 LIMITS = {
-    
-        "segment_frames": 64,
-        "sequence_length": 256,
-        "max_clip_frames": 250,
-        "chunk_frames": 500,
-        "max_new_tokens": 256
-    ,
-    "max_pixels": 1_000_000, "n_beams": 1, "contact_sheet": 0, "num_workers": 0, "max_samples": 256,
+    "segment_frames": 64,
+    "sequence_length": 256,
+    "max_clip_frames": 250,
+    "chunk_frames": 500,
+    "max_new_tokens": 256,
+    "max_pixels": 1_000_000,
+    "n_beams": 1,
+    "contact_sheet": 0,
+    "num_workers": 0,
+    "max_samples": 256,
 }
 
 

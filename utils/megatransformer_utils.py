@@ -42,6 +42,13 @@ class StageArguments:
     )
     init_from: str = option("", "checkpoint or run folder whose weights initialise a new run")
     dry_run: bool = option(False, "print configuration, parameter and data counts and a memory estimate, then exit")
+    measure: int = option(
+        0,
+        "real steps of each phase that are made and timed to print peak memory, speed and hours, then exit; 0: train",
+        ge=0,
+        bare=10,
+        only_with=("dry_run", False),
+    )
 
     # Length of the training, and batches.
     num_train_epochs: float = option(100.0, "passes over the training set; ignored where max_steps is given", gt=0)

@@ -40,6 +40,7 @@ from utils.resuming.run_lock import learn_refusal, only_run
 from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
 from utils.training.initial_weights import model_with_weights
 from utils.training.planning.dry_run import describe
+from utils.training.planning.measure import report
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
 logger = logging.getLogger(__name__)
@@ -129,10 +130,13 @@ class Stage:
         args.resumption = resume_arguments(args, folder, cls.name, cls.config_class) if folder else None
 
     def run(self) -> dict[str, float]:
-        """A dry run, or one that no other run disturbs."""
+        """A dry run, measured steps, or a run that no other one disturbs."""
         open_remote(self.args.cached_dataset, self.args.remote_cache_gb)
         if self.args.dry_run:
             describe(self)
+            return {}
+        if self.args.measure:
+            report(self)
             return {}
         with only_run(self.run_dir, lambda: training_arguments(self.args, self.run_dir)):
             return self.run_alone()
