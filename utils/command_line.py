@@ -111,7 +111,7 @@ def memory_flags(args: Any, *, is_evaluation: bool = False) -> list[str]:
     if name := next((name for name in names if values.get(name)), None):
         n_parts = 2 * values.get("gradient_accumulation_steps", 0)
         parts = f" --gradient_accumulation_steps {n_parts}" if n_parts and not is_evaluation else ""
-        flags += [f"--{name} {values[name] // 2}{parts}"] if values[name] > 1 else []
+        flags += [f"--{name} {values[name] // 2}{parts}"] if values[name] not in (1, "auto") else []
     # Fewer numbers of each sample; 0 is no limit.
     switches = ("bf16",) if is_evaluation else ("use_gradient_checkpointing", "bf16")
     flags += [f"--{name}" for name in switches if values.get(name) is False]
@@ -235,11 +235,23 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, default:
         action = AddUp if field.metadata["adds_up"] else "store"
         parser.add_argument(f"--{field.name}", nargs="*", type=item, help=text, action=action)
     else:
+        words = [word for part in kinds if typing.get_origin(part) is Literal for word in typing.get_args(part)]
+        kind = number_or(words, kind) if optional and words else kind
         # A flag that is given without a value takes `bare`, where the option has one.
         bare = field.metadata["bare"]
         parser.add_argument(
             f"--{field.name}", type=kind, help=text, **({} if bare is None else {"nargs": "?", "const": bare})
         )
+
+
+def number_or(words: list[str], kind: type) -> Callable[[str], Any]:
+    """A parser of numbers or some words, named as argparse's errors call what it reads."""
+
+    def parse(text: str) -> Any:
+        return text if text in words else kind(text)
+
+    parse.__name__ = f"{kind.__name__} or {' or '.join(words)}"
+    return parse
 
 
 class AddUp(argparse.Action):

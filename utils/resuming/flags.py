@@ -180,6 +180,8 @@ def resume_arguments(args: Any, folder: Path, stage: str, config_class: type[Str
     record = read_run(folder, stage)
     check_states(folder, record, config_class)
     old = recorded_arguments(type(args), record["arguments"], folder / STAGE)
+    if args.batch_size == "auto":  # The run goes on with what it has found.
+        args.given = [name for name in args.given if name != "batch_size"]
     take_over(args, old, folder / STAGE)
     changes = {name: (value, getattr(args, name)) for name, value in old.items() if getattr(args, name) != value}
     resumption = Resumption(folder, record, old, {})

@@ -13,7 +13,7 @@ from model.audio.text_conditioning import duration_errors
 from model.dropout import has_dropout
 from utils.distributed import mean_across_ranks
 from utils.generation.audio_diffusion import AudioSamplingArguments
-from utils.megatransformer_utils import SchedulerKind
+from utils.megatransformer_utils import BatchSize, SchedulerKind
 from utils.options import option
 from utils.training.budget_batches import budget_dataloader, budget_sampler, count_budget_steps
 from utils.training.diffusion import DiffusionArguments, DiffusionTrainer
@@ -50,7 +50,9 @@ class AudioDiffusionArguments(AudioSamplingArguments, DiffusionArguments):
     max_clip_frames: int = option(
         250, "latent frames of a training clip of speech; longer ones are cut at pauses; 0: not at all", ge=0
     )
-    batch_size: int = option(16, "clips per micro-batch and process", gt=0, only_with=("batch_frames", 0))
+    batch_size: BatchSize = option(
+        16, "clips per micro-batch and process; auto: as many as fit", gt=0, only_with=("batch_frames", 0)
+    )
 
     # Losses.
     prior_weight: float = option(1.0, "weight of the squared error of the prior, speech only", ge=0)

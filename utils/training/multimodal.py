@@ -19,7 +19,7 @@ from model.thinking import sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
 from utils.distributed import is_sharded, mean_across_ranks, rank
 from utils.generation.text import GenerationArguments, TextGenerator, split_windows
-from utils.megatransformer_utils import StageArguments
+from utils.megatransformer_utils import BatchSize, StageArguments
 from utils.metrics.text import model_inputs, ratios, window_sums, windows_at_once
 from utils.options import option
 from utils.resuming.schedules import position
@@ -67,7 +67,9 @@ class MultimodalArguments(TextArguments, StageArguments):
         "included, with texts text:1, with batch_tokens text-image-text:0.2 text-audio-text:0.2",
         only_with=HAS_SPANS,
     )
-    batch_size: int = option(16, "samples per micro-batch and process", gt=0, only_with=("batch_tokens", 0))
+    batch_size: BatchSize = option(
+        16, "samples per micro-batch and process; auto: as many as fit", gt=0, only_with=("batch_tokens", 0)
+    )
     batch_tokens: int = option(
         0, "tokens of a micro-batch and process, streams of like length; 0: batch_size", ge=0, only_with=HAS_SPANS
     )

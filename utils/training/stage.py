@@ -39,8 +39,9 @@ from utils.resuming.flags import Resumption, check_resumable, resume_arguments
 from utils.resuming.run_lock import learn_refusal, only_run
 from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
 from utils.training.initial_weights import model_with_weights
+from utils.training.planning.batch_size import settle_batch_size
 from utils.training.planning.dry_run import describe
-from utils.training.planning.measure import report
+from utils.training.planning.measure import report, try_batch_size
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
 logger = logging.getLogger(__name__)
@@ -148,6 +149,7 @@ class Stage:
         self.prepare()
         config = self.build_config()
         datasets = self.build_datasets(config)
+        settle_batch_size(self, len(datasets["train"]), try_batch_size)
 
         # The random numbers of a run begin at `set_seed`: weights come first, then the trainer's parts.
         training = training_arguments(self.args, self.run_dir)

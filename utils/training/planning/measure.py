@@ -1,7 +1,10 @@
 """Does a run fit, and how long does it take: real steps of each of its phases, measured and extrapolated."""
 
+import contextlib
 import copy
 import dataclasses
+import io
+import logging
 import math
 import tempfile
 from pathlib import Path
@@ -15,6 +18,7 @@ from utils.devices import compile_in_place, peak_memory_gib
 from utils.distributed import maximum_across_ranks, rank, world_size
 from utils.megatransformer_utils import training_arguments
 from utils.metrics.timing import Stopwatch
+from utils.training.planning.batch_size import settle_batch_size
 from utils.training.planning.dry_run import show_phases
 from utils.training.planning.phases import Phase
 
@@ -140,13 +144,15 @@ def measure(stage: Any, n_counted: int) -> Measurement:
     Raises: ValueError, OSError: what a run would raise.
     """
     with tempfile.TemporaryDirectory(prefix="measure-") as folder:
-        stage.run_dir, args = Path(folder), copy.copy(stage.args)
-        args.eval_steps = args.save_steps = args.logging_steps = NEVER
+        stage.run_dir = Path(folder)
         # As in `Stage.run_alone`, without what belongs to the run's folder.
         stage.check_run()
         stage.prepare()
         config = stage.build_config()
         datasets = stage.build_datasets(config)
+        settle_batch_size(stage, len(datasets["train"]), try_batch_size)
+        args = copy.copy(stage.args)
+        args.eval_steps = args.save_steps = args.logging_steps = NEVER
         training = training_arguments(args, stage.run_dir)
         n_steps, _ = stage.count_steps(datasets["train"], world_size())
         first = stage.resumption.step if stage.resumption is not None else 0
@@ -173,6 +179,17 @@ def measure(stage: Any, n_counted: int) -> Measurement:
             math.ceil(n_steps / stage.args.eval_steps) - first // stage.args.eval_steps,
             maximum_across_ranks(round(peak_memory_gib() * 2**30), device) / 2**30,
         )
+
+
+def try_batch_size(stage_class: type, args: Any, batch_size: int) -> None:
+    """Make the steps of `--measure 1` with a batch size, silently; for a process of its own.
+
+    Raises: what a run raises, also where memory is full.
+    """
+    logging.disable(logging.ERROR)
+    args.batch_size = batch_size
+    with contextlib.redirect_stdout(io.StringIO()):
+        measure(stage_class(args), 1)
 
 
 def samples_of_step(trainer: Any) -> float:
