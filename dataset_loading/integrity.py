@@ -21,7 +21,13 @@ TensorKinds = Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]]
 # What allocators of torch, of CUDA and of C++ say when memory is full, oneDNN, and torch of a loader that was killed.
 FULL = (
     *("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc"),
-    *("bad allocation", "ALLOC_FAILED", "could not create a primitive", "is killed by signal: Killed"),
+    *(
+        "bad allocation",
+        "ALLOC_FAILED",
+        "could not create a primitive",
+        "failed to map segment",
+        "is killed by signal: Killed",
+    ),
 )
 
 

@@ -23,6 +23,7 @@ from utils.training.planning.dry_run import show_phases
 from utils.training.planning.phases import Phase
 
 N_WARM_UP = 3  # Steps of each phase that are not counted: kernels are chosen and states allocated in them.
+RESERVE = 0.1  # Share of the peak memory that a batch size leaves for longer samples, checkpoints and fragments.
 NEVER = 10**9  # Steps between log lines, evaluations and checkpoints of the Trainer.
 
 
@@ -96,12 +97,16 @@ class MeasureCallback(TrainerCallback):
         phases: see `measured_phases`.
         n_warm_up, n_counted: steps of each phase.
         device: of the training.
+        reserve: share of the peak memory so far that stays free in the counted steps.
     Attributes:
         step_seconds: of a step, by phase.
         evaluation_seconds: of the evaluation.
     """
 
-    def __init__(self, phases: list[Phase], *, n_warm_up: int, n_counted: int, device: torch.device):
+    def __init__(
+        self, phases: list[Phase], *, n_warm_up: int, n_counted: int, device: torch.device, reserve: float = 0.0
+    ):
+        self.device, self.reserve, self.reserved = device, reserve, torch.empty(0)
         self.n_warm_up, self.n_counted, self.watch = n_warm_up, n_counted, Stopwatch(device)
         self.phases, self.step_seconds, self.evaluation_seconds = phases, [], 0.0
         self.n_made, self.since = 0, 0.0  # Steps of the present phase, and when the clock was started.
@@ -122,11 +127,13 @@ class MeasureCallback(TrainerCallback):
         control.should_training_stop &= state.global_step < state.max_steps
         self.n_made += 1
         if self.n_made == self.n_warm_up:
+            n_bytes = round(self.reserve * peak_memory_gib() * 2**30)
+            self.reserved = torch.zeros(n_bytes, dtype=torch.uint8, device=self.device)
             self.since = self.watch.now()
             control.should_evaluate = not self.step_seconds
         elif self.n_made == self.n_warm_up + self.n_counted:
             self.step_seconds.append((self.watch.now() - self.since) / self.n_counted)
-            self.n_made = 0
+            self.n_made, self.reserved = 0, torch.empty(0)
         if len(self.step_seconds) == len(self.phases):
             control.should_training_stop = True
         else:
@@ -137,10 +144,12 @@ class MeasureCallback(TrainerCallback):
         self.evaluation_seconds, self.since = now - self.since, now
 
 
-def measure(stage: Any, n_counted: int) -> Measurement:
+def measure(stage: Any, n_counted: int, *, reserve: float = 0.0) -> Measurement:
     """Make real steps of a `Stage`'s run, as it would make them, in a folder that is gone afterwards.
 
-    Args: n_counted: optimizer steps that are counted of each phase.
+    Args:
+        n_counted: optimizer steps that are counted of each phase.
+        reserve: share of the peak memory that stays free in them.
     Raises: ValueError, OSError: what a run would raise.
     """
     with tempfile.TemporaryDirectory(prefix="measure-") as folder:
@@ -164,8 +173,8 @@ def measure(stage: Any, n_counted: int) -> Measurement:
         if args.compile_model:
             compile_in_place(trainer.model)
         # Added last: it is called after the other callbacks, whose time counts.
-        device = training.device
-        callback = MeasureCallback(phases, n_warm_up=n_warm_up, n_counted=n_counted, device=device)
+        device, counts = training.device, {"n_warm_up": n_warm_up, "n_counted": n_counted}
+        callback = MeasureCallback(phases, **counts, device=device, reserve=reserve)
         trainer.add_callback(callback)
         trainer.train()
         if stage.writer is not None:
@@ -189,7 +198,7 @@ def try_batch_size(stage_class: type, args: Any, batch_size: int) -> None:
     logging.disable(logging.ERROR)
     args.batch_size = batch_size
     with contextlib.redirect_stdout(io.StringIO()):
-        measure(stage_class(args), 1)
+        measure(stage_class(args), 1, reserve=RESERVE)
 
 
 def samples_of_step(trainer: Any) -> float:
