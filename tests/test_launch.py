@@ -424,3 +424,9 @@ def test_errors_of_one_process_end_all_with_one_message(launcher, image_cache, t
         assert done.returncode != 0 and message in output, output[-4000:]
         assert "rank0]: Traceback" not in output and "rank1]: Traceback" not in output
     assert damaged.stderr.count(f"{file} is damaged") + damaged.stdout.count(f"{file} is damaged") == 1
+
+
+def test_measured_steps_of_two_processes_leave_no_run(launch_together, image_cache, tmp_path):
+    launchers = ("torchrun", "ds_config_zero-2.json", "ds_config_zero-3.json")
+    launch_together("image_vae", image_cache, tmp_path, {name: (name, 3, ["--measure", "1"]) for name in launchers})
+    assert not (tmp_path / "image_vae").exists()

@@ -5,12 +5,14 @@ import logging
 import multiprocessing
 import os
 import resource
+import subprocess
 import sys
 
 import pytest
 
 from pretrain_image_vae import ImageVAEStage
 from tests.helpers.runs import SMALL_RUN, changed, equal, run_stage
+from tests.helpers.two_processes import LIMIT, ROOT, TWO_PROCESSES, environment
 from utils.training.planning.batch_size import alone
 
 LARGE = ["--override", "image_size=32", "architecture=ldm", "patch_size=1", "encoder_widths=[64,64,64]"]
@@ -91,3 +93,12 @@ def test_processes_that_try_belong_to_no_launch(launched, monkeypatch):
         assert not {"RANK", "LOCAL_RANK", "WORLD_SIZE"} & set(os.environ)
         assert not launched or os.environ["CUDA_VISIBLE_DEVICES"] == "7"
     assert dict(os.environ) == before
+
+
+@pytest.mark.slow
+@pytest.mark.launch
+def test_processes_take_the_smallest_number_of_all(tmp_path):
+    start = [*TWO_PROCESSES, "tests/launched/agreed_batch_size.py", str(tmp_path)]
+    run = subprocess.run(start, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=LIMIT)
+    assert run.returncode == 0, run.stderr[-4000:]
+    assert [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)] == ["4", "4"]
