@@ -84,6 +84,8 @@ def memory_message(error: Exception) -> str:
     """What a command that is out of memory says: the allocator's words, and the flags that help."""
     functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
     flags = memory_flags(PARSED.get(), is_evaluation=bool(functions & {"evaluate", "show"}))
+    if "DataLoader worker" in str(error):
+        flags = list(dict.fromkeys(["--num_workers 0", *flags]))[:3]
     remedy = f"give {', or '.join(flags)}" if flags else "use a smaller model, or a machine with more memory"
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return f"out of memory ({reason[:300]}); {remedy}"

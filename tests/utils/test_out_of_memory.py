@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, Dataset
 
 import evaluate
 from inference.text_to_image import TextToImageArguments, generate
@@ -102,6 +103,26 @@ def test_a_file_that_memory_has_no_room_for_is_not_called_damaged(tmp_path, erro
             torch.empty(10**13)
 
     assert "model.safetensors" in error_of(load, 10**9)
+
+
+class Absurd(Dataset):
+    """One item of 40 terabytes."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, index):
+        return torch.empty(10**13)
+
+
+def test_a_loading_process_names_their_number_first(error_of):
+    parse_arguments(ImageVAEStage.arguments_class, ["--num_workers", "2"], "")
+
+    def load():
+        with explained_errors(logging.getLogger("test")):
+            next(iter(DataLoader(Absurd(), num_workers=1)))
+
+    assert "give --num_workers 0, or --batch_size 8 " in error_of(load, 10**9)
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 LARGEST = {"cuda": 1024, "cpu": 128}
 # What launchers set in the environment, by the beginning of its name.
 OF_LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "CROSS_", "ACCELERATE_")
+OF_LAUNCHERS += ("PMI_", "OMPI_", "MV2_")
 
 
 Trial = Callable[[type, Any, int], object]  # (class of a stage, its flags, batch size); raises where memory is full

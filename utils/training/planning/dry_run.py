@@ -8,18 +8,18 @@ import torch
 from rich.console import Console
 
 from model.multimodal.parameters import freeze
-from utils.distributed import launched_world_size
+from utils.distributed import launched_rank, launched_world_size
 from utils.training.planning.memory import Engine, memory_of, parameter_counts
 from utils.training.planning.phases import adversary_phases, check_phases
 
 
 def describe(stage: Any) -> None:
-    """Print what a run of a `Stage` would be. Nothing is written to disk.
+    """Print what a run of a `Stage` would be, once for all processes. Nothing is written to disk.
 
     Raises: ValueError: what a run would raise.
     """
     # The arguments, and what is still to be prepared.
-    args, console = stage.args, Console(soft_wrap=True, highlight=False)
+    args, console = stage.args, Console(soft_wrap=True, highlight=False, quiet=launched_rank() > 0)
     console.print(f"[bold]{stage.name}[/bold] -> {stage.run_dir}")
     console.print(json.dumps(dataclasses.asdict(args), indent=2), markup=False)
     for line in stage.resumption.describe() if stage.resumption is not None else []:
