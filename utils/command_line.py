@@ -1,11 +1,13 @@
 """The command line: declared options as flags, overrides of a configuration, errors that a user can cause."""
 
 import contextlib
+import contextvars
 import dataclasses
 import json
 import logging
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,15 +18,33 @@ from utils.options import check_effects, declared_fields, effect_conditions, is_
 logger = logging.getLogger(__name__)
 
 
+# What this command was asked, for errors that name its flags.
+PARSED: contextvars.ContextVar[Any] = contextvars.ContextVar("PARSED", default=None)
+
 # What gloo and NCCL say in the other processes when one ends in the middle of a run.
 LOST_PROCESS = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+
+# Flags that limit what is in memory at once, and a limit that is low for most models.
+LIMITS = {
+    "segment_frames": 64,
+    "sequence_length": 256,
+    "max_clip_frames": 250,
+    "chunk_frames": 500,
+    "max_new_tokens": 256,
+    "max_pixels": 1_000_000,
+    "n_beams": 1,
+    "contact_sheet": 0,
+    "num_workers": 0,
+    "max_samples": 256,
+}
 
 
 @contextlib.contextmanager
 def explained_errors(logger: logging.Logger) -> Iterator[None]:
-    """Around a command: errors that a user can cause end it with their message and exit status 2, as does the loss of
-    another process of the same run, which has said why it ended. A training whose numbers are no longer finite ends
-    with its message and exit status 1, whatever launched it; rank 0 says it for all processes.
+    """Around a command: errors that a user can cause end it with their message and exit status 2, as do full memory,
+    with the flags that help, and the loss of another process of the same run, which has said why it ended. A training
+    whose numbers are no longer finite ends with its message and exit status 1, whatever launched it; rank 0 says it
+    for all processes.
 
     The environment variable MEGATRANSFORMER_TRACEBACK=1 shows the traceback instead.
     """
@@ -36,12 +56,60 @@ def explained_errors(logger: logging.Logger) -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":  # of the launcher
             logger.error("%s", error)
         raise SystemExit(1) from error
-    except (ValueError, OSError, RuntimeError) as error:
-        is_lost = any(sign in str(error) for sign in LOST_PROCESS)
-        if os.environ.get("MEGATRANSFORMER_TRACEBACK") or (isinstance(error, RuntimeError) and not is_lost):
+    except Exception as error:
+        from dataset_loading.integrity import is_out_of_memory  # It imports torch, which --help need not wait for.
+
+        is_full = is_out_of_memory(error)
+        is_lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PROCESS)
+        is_explained = is_full or is_lost or isinstance(error, ValueError | OSError)
+        if os.environ.get("MEGATRANSFORMER_TRACEBACK") or not is_explained:
             raise
-        logger.error("%s", message_of(error))
+        logger.error("%s", memory_message(error) if is_full else message_of(error))
         raise SystemExit(2) from error  # as argparse ends on a wrong command line
+
+
+def memory_message(error: Exception) -> str:
+    """What a command that is out of memory says: the allocator's words, and the flags that help."""
+    functions = {frame.name for frame in traceback.extract_tb(error.__traceback__)}
+    flags = memory_flags(PARSED.get(), is_evaluation=bool(functions & {"evaluate", "show"}))
+    if "DataLoader worker" in str(error):
+        flags = list(dict.fromkeys(["--num_workers 0", *flags]))[:3]
+    remedy = f"give {', or '.join(flags)}" if flags else "use a smaller model, or a machine with more memory"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"out of memory ({reason[:300]}); {remedy}"
+
+
+def memory_flags(args: Any, *, is_evaluation: bool = False) -> list[str]:
+    """The three flags, with their values, that lower the memory of a command most: of those that it has, that have an
+    effect and that are not set so already.
+
+    Args:
+        args: the parsed command; None: not known.
+        is_evaluation: whether memory was full in the evaluation of a training.
+    """
+    values = {} if args is None else {field.name: getattr(args, field.name) for field in declared_fields(args)}
+    conditions = {} if args is None else effect_conditions(type(args))
+    values = {
+        name: value
+        for name, value in values.items()
+        if all(is_met(required, getattr(args, other)) for other, required in conditions.get(name, []))
+    }
+    flags = []
+    # Fewer samples at once; more micro-batches of a training leave its numbers as they are.
+    names = ("batch_frames", "batch_tokens", "batch_size")
+    names = ("eval_batch_size",) if is_evaluation and "eval_batch_size" in values else names
+    if name := next((name for name in names if values.get(name)), None):
+        n_parts = 2 * values.get("gradient_accumulation_steps", 0)
+        parts = f" --gradient_accumulation_steps {n_parts}" if n_parts and not is_evaluation else ""
+        flags += [f"--{name} {values[name] // 2}{parts}"] if values[name] not in (1, "auto") else []
+    # Fewer numbers of each sample; 0 is no limit.
+    switches = ("bf16",) if is_evaluation else ("use_gradient_checkpointing", "bf16")
+    flags += [f"--{name}" for name in switches if values.get(name) is False]
+    for name, most in LIMITS.items():
+        limit = min(most, values.get(name, 0) // 2 or most)
+        flags += [f"--{name} {limit}"] if name in values and values[name] not in (1, limit) else []
+    flags += ["--no_use_ema"] if values.get("use_ema") else []
+    return flags[:3]
 
 
 def message_of(error: Exception) -> str:
@@ -91,6 +159,7 @@ def parse_arguments(
         logger.warning("%s", notice)
     complete(parsed)
     check_values(parser, parsed)
+    PARSED.set(parsed)
     return parsed
 
 

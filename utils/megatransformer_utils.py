@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SchedulerKind = Literal["constant", "constant_with_warmup", "linear", "cosine"]  # of transformers' schedulers
+BatchSize = int | Literal["auto"]
 TrainerKind = Literal["default", "grokfast_ema", "grokfast_ma"]  # see `trainer_class_for`
 
 
@@ -47,11 +48,18 @@ class StageArguments:
     )
     init_from: str = option("", "checkpoint or run folder whose weights initialise a new run")
     dry_run: bool = option(False, "print configuration, parameter and data counts and a memory estimate, then exit")
+    measure: int = option(
+        0,
+        "real steps of each phase that are made and timed to print peak memory, speed and hours, then exit; 0: train",
+        ge=0,
+        bare=10,
+        only_with=("dry_run", False),
+    )
 
     SECTION_LENGTH: ClassVar = Section("Training")
     num_train_epochs: float = option(100.0, "passes over the training set; ignored where max_steps is given", gt=0)
     max_steps: int = option(-1, "optimizer steps; -1: given by num_train_epochs", ge=-1)
-    batch_size: int = option(16, "samples per micro-batch and process", gt=0)
+    batch_size: BatchSize = option(16, "samples per micro-batch and process; auto: as many as fit", gt=0)
     eval_batch_size: int = option(16, "samples per batch and process in evaluation", gt=0)
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", gt=0)
     num_workers: int = option(
@@ -120,6 +128,13 @@ class StageArguments:
         if self.max_steps == 0:
             raise ValueError("--max_steps=0 trains nothing; give a positive number, or -1 to use --num_train_epochs")
 
+    def validate_batch_size(self):
+        if self.batch_size == "auto" and self.dry_run:
+            raise ValueError(
+                "--batch_size=auto is found by real steps, which --dry_run does not make; give a number, or --measure "
+                "in its place"
+            )
+
     def validate_run_name(self):
         parts = Path(self.run_name).parts
         problem = ""
@@ -175,6 +190,7 @@ def training_arguments(args: StageArguments, run_dir: Path) -> "TrainingArgument
     from utils.devices import feeding, local_processes, set_fp32_precision, usable_cpus, use_deterministic_kernels
     from utils.distributed import launch_settings
 
+    assert isinstance(args.batch_size, int), "`settle_batch_size` comes first"
     # Precision and determinism are settings of the process, to be made before the first computation.
     has_gpu = torch.cuda.is_available()
     if has_gpu:

@@ -10,7 +10,7 @@ import yaml
 from utils.options import effect_conditions, is_met
 
 # What belongs to one command, not to what it trains: it is not taken from the record of a run.
-OF_THE_COMMAND = ("run_name", "output_dir", "resume_from_checkpoint", "dry_run")
+OF_THE_COMMAND = ("run_name", "output_dir", "resume_from_checkpoint", "dry_run", "measure")
 
 
 class TextLoader(yaml.BaseLoader):

@@ -5,6 +5,7 @@ import dataclasses
 import sys
 import types
 import typing
+from collections.abc import Callable
 from typing import Any, Literal
 
 from utils.flags.peers import our_flag
@@ -29,8 +30,8 @@ PLACEHOLDERS = {int: "N", float: "X", str: "TEXT"}
 LAUNCHERS = ("--local_rank", "--local-rank")
 
 CONFIG_FILE = """YAML or JSON file with names of flags as keys, and values as on the command line, which wins over the
-file; of the stage.json of a run its arguments, without run_name, output_dir, resume_from_checkpoint and dry_run: the
-new run has a name of its own"""
+file; of the stage.json of a run its arguments, without run_name, output_dir, resume_from_checkpoint, dry_run and
+measure: the new run has a name of its own"""
 
 
 class StrictParser(argparse.ArgumentParser):
@@ -206,4 +207,24 @@ def add_flag(group: Any, field: dataclasses.Field, text: str) -> None:
         # A flag that is given without a value takes `bare`, where the option has one.
         bare = field.metadata["bare"]
         value = {} if bare is None else {"nargs": "?", "const": bare}
-        group.add_argument(flag, type=kind, metavar=PLACEHOLDERS[kind], help=text, **value)
+        words = words_of_type(field)
+        metavar = "|".join([PLACEHOLDERS[kind], *words])
+        parse = number_or(words, kind) if words else kind
+        group.add_argument(flag, type=parse, metavar=metavar, help=text, **value)
+
+
+def words_of_type(field: dataclasses.Field) -> list[str]:
+    """The words that a flag takes beside a number, as those of `int | Literal["auto"]`."""
+    is_union = typing.get_origin(field.type) in (types.UnionType, typing.Union)
+    kinds = typing.get_args(field.type) if is_union else ()
+    return [word for kind in kinds if typing.get_origin(kind) is Literal for word in typing.get_args(kind)]
+
+
+def number_or(words: list[str], kind: type) -> Callable[[str], Any]:
+    """A parser of numbers or some words, named as argparse's errors call what it reads."""
+
+    def parse(text: str) -> Any:
+        return text if text in words else kind(text)
+
+    parse.__name__ = f"{kind.__name__} or {' or '.join(words)}"
+    return parse

@@ -22,6 +22,7 @@ from model.criteria import discriminator_loss, feature_matching_loss, generator_
 from utils.distributed import broadcast_tensors, mean_across_ranks
 from utils.optimizer_hooks import advance, has_finite_square
 from utils.resuming.schedules import apply_settings, rate_factor
+from utils.training.planning.phases import check_phases
 
 logger = logging.getLogger(__name__)
 
@@ -118,13 +119,8 @@ class Adversary:
 
         Raises: ValueError: `--gan_start_step` was given and asks for that.
         """
-        start = self.arguments.gan_start_step
-        if start < n_steps:
-            return
-        message = f"--gan_start_step={start} is not reached in {n_steps} steps, so that the discriminator never plays"
-        if "gan_start_step" in getattr(self.arguments, "given", ()):
-            raise ValueError(f"{message}; give a smaller one, more steps, or --gan_weight 0")
-        logger.warning("%s in this run; give a smaller one, or --gan_weight 0", message)
+        if self.arguments.gan_start_step >= n_steps:
+            logger.warning("%s", check_phases(self.arguments, n_steps))
 
     # ---- One optimizer step.
 

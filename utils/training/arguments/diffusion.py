@@ -7,7 +7,7 @@ from model.presets import AUDIO_DIFFUSION, IMAGE_DIFFUSION
 from utils.flags.choices import TimeSampling, Weighting
 from utils.generation.arguments.audio_diffusion import AudioSamplingArguments
 from utils.generation.arguments.image import SamplingArguments
-from utils.megatransformer_utils import SchedulerKind, StageArguments
+from utils.megatransformer_utils import BatchSize, SchedulerKind, StageArguments
 from utils.options import Section, option
 
 
@@ -90,7 +90,9 @@ class AudioDiffusionArguments(AudioSamplingArguments, DiffusionArguments):
     max_clip_frames: int = option(
         250, "latent frames of a training clip of speech; longer ones are cut at pauses; 0: not at all", ge=0
     )
-    batch_size: int = option(16, "clips per micro-batch and process", gt=0, only_with=("batch_frames", 0))
+    batch_size: BatchSize = option(
+        16, "clips per micro-batch and process; auto: as many as fit", gt=0, only_with=("batch_frames", 0)
+    )
 
     SECTION_LOSSES: ClassVar = Section("Losses")
     prior_weight: float = option(1.0, "weight of the squared error of the prior, speech only", ge=0)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from model.presets import MEGATRANSFORMER, MULTIMODAL
-from utils.megatransformer_utils import StageArguments
+from utils.megatransformer_utils import BatchSize, StageArguments
 from utils.options import Section, option
 
 
@@ -104,7 +104,9 @@ class MultimodalArguments(TextArguments, StageArguments):
         "included, with texts text:1, with batch_tokens text-image-text:0.2 text-audio-text:0.2",
         only_with=HAS_SPANS,
     )
-    batch_size: int = option(16, "samples per micro-batch and process", gt=0, only_with=("batch_tokens", 0))
+    batch_size: BatchSize = option(
+        16, "samples per micro-batch and process; auto: as many as fit", gt=0, only_with=("batch_tokens", 0)
+    )
     batch_tokens: int = option(
         0, "tokens of a micro-batch and process, streams of like length; 0: batch_size", ge=0, only_with=HAS_SPANS
     )
