@@ -97,7 +97,7 @@ def test_what_the_command_line_switches_off_is_left_out(parse, error):
         ("batch_size: 4\nbatch_size: 8\n", "batch_size is given twice"),
         ("n_logged_samples: 4\nn_logged_pictures: 8\n", "--n_logged_samples is given twice"),
         ("override: {a: 1, a: 2}\n", "a is given twice"),
-        ("batch_size: many\n", "--batch_size: invalid int value: 'many'"),
+        ("batch_size: many\n", "--batch_size: invalid int or auto value: 'many'"),
         ("batch_size: 0\n", "--batch_size=0 must be > 0"),
         ("use_ema: maybe\n", "--use_ema='maybe' must be true or false"),
         ("discriminator: pach\n", "did you mean 'patch'"),
