@@ -1,11 +1,16 @@
 """The device of this process: how exactly it computes, how it is fed, what is compiled for it."""
 
 import os
-import resource
+import sys
 from typing import Any
 
 import torch
 from torch import nn
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 MAX_LOADERS = 4  # Processes that load data for one GPU, unless --num_workers says how many.
 PREFETCHED = 4  # Batches that each of them holds ready.
@@ -77,10 +82,15 @@ def local_processes() -> int:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory in GiB: of the GPU where there is one, else of this process."""
+    """Peak memory in GiB: of the NVIDIA GPU where there is one, else of this process, with which Apple's shares it."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if resource is None:
+        import psutil  # accelerate brings it
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    # Linux counts kilobytes, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def compile_in_place(model: nn.Module) -> None:
