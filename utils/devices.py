@@ -17,9 +17,9 @@ PREFETCHED = 4  # Batches that each of them holds ready.
 
 
 def compute_device() -> torch.device:
-    """The GPU where there is one, computing fp32 exactly, else the CPU."""
+    """The NVIDIA GPU where there is one, computing fp32 exactly, else Apple's, else the CPU."""
     if not torch.cuda.is_available():
-        return torch.device("cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     set_fp32_precision(use_tf32=False)
     return torch.device("cuda")
 
@@ -68,6 +68,11 @@ def feeding(num_workers: int, *, has_gpu: bool, n_cores: int, n_processes: int) 
         "accelerator_config": {"non_blocking": has_gpu},
         "optim": "adamw_torch_fused",
     }
+
+
+def describe_device(device: torch.device) -> str:
+    """The device of a measurement, for tables and files."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else device.type
 
 
 def usable_cpus() -> int:

@@ -194,7 +194,9 @@ def launch_settings(use_deepspeed: bool, deepspeed_config: str, bf16: bool) -> d
     other.is_deepspeed_available = is_deepspeed_available if use_deepspeed else lambda: False
     if not use_deepspeed:
         distributed = "LOCAL_RANK" in os.environ and not has_gpu
-        return {"bf16": bf16, "use_cpu": not has_gpu, **({"ddp_backend": "gloo"} if distributed else {})}
+        # One process trains on Apple's GPU; gloo, which connects several, knows the CPU alone.
+        is_cpu = distributed or not (has_gpu or torch.backends.mps.is_available())
+        return {"bf16": bf16, "use_cpu": is_cpu, **({"ddp_backend": "gloo"} if distributed else {})}
 
     config = read_deepspeed_config(deepspeed_config, bf16)
     # Imported before a group of processes exists: functions that are defined later would keep it alive for ever.

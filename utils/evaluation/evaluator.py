@@ -22,7 +22,7 @@ from dataset_loading.image.folder import ImageFolderDataset
 from dataset_loading.image.pixels import ResizeMode, check_color
 from dataset_loading.remote import IS_REMOTE, open_remote
 from utils.checkpoints import WeightsKind, chosen_weights, data_of, load_model, read_stage
-from utils.devices import compute_device
+from utils.devices import compute_device, describe_device
 from utils.drawing.images import save_image
 from utils.drawing.playback import add_audio, playable
 from utils.generation.exported import trained_steps
@@ -202,7 +202,7 @@ class Evaluator:
             "weights": self.weights,
             "precision": "bf16 autocast" if self.args.bf16 else "fp32",
             "definitions": self.definitions,  # so that metrics.json explains itself
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "device": describe_device(self.device),
             "threads": torch.get_num_threads(),  # for the speed
             "trained_at_commit": self.record["git_commit"],
         }

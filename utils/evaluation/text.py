@@ -13,6 +13,7 @@ from dataset_loading.collators import collate_stack
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.language_head import IGNORED, next_token_targets
+from model.layers import in_double
 from utils.evaluation.evaluator import BatchedEvaluationArguments, Evaluation, Evaluator
 from utils.evaluation.tables import Column, fact_table, score_table
 from utils.generation.text import GenerationArguments, TextGenerator, check_tokenizer, split_windows
@@ -184,7 +185,7 @@ class TextEvaluator(Evaluator):
                 sums = window_sums(self.model, inputs, at_once=at_once, **keywords)
                 seconds += watch.now() - start
             for name, value in {**sums, "bytes": batch["n_bytes"]}.items():
-                totals[name] = totals.get(name, 0.0) + value.double().sum().item()
+                totals[name] = totals.get(name, 0.0) + in_double(value).sum().item()
         return totals, seconds
 
     def baselines(
