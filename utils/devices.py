@@ -93,7 +93,8 @@ def peak_memory_gib() -> float:
     if resource is None:
         import psutil  # accelerate brings it
 
-        return psutil.Process().memory_info().peak_wset / 2**30
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 2**30  # The peak is known on Windows alone.
     # Linux counts kilobytes, macOS bytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
