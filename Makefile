@@ -55,6 +55,7 @@ check: install  ## lint and types, changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/hadolint Dockerfile
 
 bench: install  ## side by side with peers; see benchmarks/README.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
