@@ -11,7 +11,7 @@ from utils.drawing.images import Group, draw_sheet
 from utils.drawing.text import FONT_FILES, Typeface, typeface
 
 HAS_FONTS = all(importlib.util.find_spec(package) for package, _ in FONT_FILES)
-needs_fonts = pytest.mark.skipif(not HAS_FONTS, reason="the fonts of requirements.txt are not installed")
+needs_fonts = pytest.mark.skipif(not HAS_FONTS, reason="the fonts of requirements-demo.txt are not installed")
 SCRIPTS = {
     "latin": "Ærøskøbing, żółw, Ğ",
     "vietnamese": "tiếng Việt",
