@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from utils.drawing import text
+from utils.drawing import text as fonts
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group, draw_sheet
 from utils.drawing.text import FONT_FILES, Typeface, typeface
@@ -54,14 +54,14 @@ def test_without_the_fonts_letters_beyond_ascii_are_code_points():
 
 
 def test_without_the_fonts_their_command_is_said_once(monkeypatch, caplog):
-    for function in (text.installed_fonts, text.advise_fonts, text.typeface):
+    for function in (fonts.installed_fonts, fonts.advise_fonts, fonts.typeface):
         function.cache_clear()
-    monkeypatch.setattr(text, "FONT_FILES", (("no_such_package", "font.ttf"),))
+    monkeypatch.setattr(fonts, "FONT_FILES", (("no_such_package", "font.ttf"),))
     try:
         assert typeface(13).runs("abc") and not caplog.text
         assert typeface(13).runs("λ")[0][0] == typeface(14).runs("λ")[0][0] == "\\u03bb"
     finally:
-        for function in (text.installed_fonts, text.typeface):
+        for function in (fonts.installed_fonts, fonts.typeface):
             function.cache_clear()
     assert caplog.text.count("pip install -r requirements-demo.txt") == 1
 
