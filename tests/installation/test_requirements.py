@@ -38,6 +38,9 @@ def extra_of(file: Path) -> str:
 NAMES = {extra_of(file): {canonicalize_name(item.name) for item in requirements(file)} for file in FILES}
 
 
+distributions_of_modules = functools.cache(packages_distributions)
+
+
 @functools.cache
 def code() -> list[tuple[Path, ast.Module]]:
     """What a user runs: scripts and folders, without benchmarks and tests."""
@@ -74,7 +77,7 @@ def brought_by(names: set[str]) -> set[str]:
 
 
 def test_what_modules_import_is_in_the_base_requirements():
-    distributions, base = packages_distributions(), brought_by(NAMES[""])
+    distributions, base = distributions_of_modules(), brought_by(NAMES[""])
     ours = {*FOLDERS, *(path.stem for path in ROOT.glob("*.py"))}
     missing = {
         (path.relative_to(ROOT).as_posix(), name)
@@ -86,7 +89,7 @@ def test_what_modules_import_is_in_the_base_requirements():
 
 
 def test_base_requirements_are_used():
-    distributions = packages_distributions()
+    distributions = distributions_of_modules()
     names = set().union(*(imports(tree, at_the_top=False) for _, tree in code()))
     used = {canonicalize_name(other) for name in names for other in distributions.get(name, [])}
     used.add("tensorboard")  # By torch.utils.tensorboard.
@@ -95,7 +98,7 @@ def test_base_requirements_are_used():
 
 def test_optional_imports_are_in_the_file_that_their_error_names():
     """`import_extra("x", "demo", ...)`, and `import_demo`, which has the extra already: the file has the package."""
-    distributions = packages_distributions()
+    distributions = distributions_of_modules()
     for path, tree in code():
         for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
             if ast.unparse(call.func) == "import_extra":

@@ -1,6 +1,7 @@
 """Where a system lacks something, or a package is not installed: stages run, and what cannot be done says what to
 install."""
 
+import ast
 import json
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import pytest
 
 from dataset_loading.walking import path_below
 from tests.helpers.runs import SMALL_RUN, Run, changed
+from tests.installation.test_requirements import FOLDERS, code, imports
 from utils import devices
+from utils.megatransformer_utils import StageArguments
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -46,6 +49,37 @@ def test_a_missing_package_is_named_with_its_command(extra, name, elsewhere):
     assert repr(name) in message and f"pip install -r requirements-{extra}.txt" in message
 
 
+# What Python has on POSIX systems alone, as far as it is likely to be used.
+POSIX = {
+    "os": "fork getuid geteuid getgid getpgid killpg setsid setpgrp sched_getaffinity register_at_fork sync pread "
+    "pwrite statvfs getloadavg nice uname sysconf mkfifo chown wait3 O_DIRECTORY O_NOFOLLOW",
+    "signal": "SIGUSR1 SIGUSR2 SIGKILL SIGHUP SIGCHLD SIGALRM alarm setitimer sigwait sigwaitinfo pthread_sigmask",
+}
+
+
+def test_what_windows_lacks_is_guarded():
+    """A file that uses such a function asks `hasattr` of its module; a module is imported within `try`."""
+    unguarded = []
+    for path, tree in code():
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                module = node.value.id
+                if node.attr in POSIX.get(module, "").split() and f"hasattr({module}, " not in text:
+                    unguarded.append(f"{path}:{node.lineno}: {module}.{node.attr}")
+        missing = imports(tree, at_the_top=True) & {"fcntl", "resource", "pwd", "grp", "termios", "msvcrt", "winreg"}
+        unguarded += [f"{path}: import {name}" for name in missing]
+    assert not unguarded
+
+
+def test_texts_are_opened_with_their_encoding():
+    """Where none is given, it is that of the system, which is not UTF-8 everywhere."""
+    scripts = [path.name for path in ROOT.glob("*.py")]
+    command = [sys.executable, "-m", "ruff", "check", "--quiet", "--isolated", "--preview", "--select", "PLW1514"]
+    done = subprocess.run([*command, *FOLDERS, *scripts], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_paths_below_a_folder_have_slashes():
     assert path_below("/a/b/c.png", "/a") == "b/c.png" and path_below("/a", Path("/a")) == "."
 
@@ -62,3 +96,11 @@ def test_macos_counts_memory_in_bytes(monkeypatch):
     on_linux = devices.peak_memory_gib()
     monkeypatch.setattr(devices.sys, "platform", "darwin")
     assert devices.peak_memory_gib() == pytest.approx(on_linux / 1024, rel=0.1)
+
+
+def test_names_that_windows_refuses(monkeypatch):
+    args = StageArguments(run_name="a:b")
+    args.validate_run_name()
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(ValueError, match=r"--run_name='a:b'.*Windows"):
+        args.validate_run_name()

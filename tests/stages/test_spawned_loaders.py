@@ -20,9 +20,8 @@ class PickledLoader(TrainerCallback):
         self.size = len(pickle.dumps(parts))
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "streams" else [pytest.mark.slow]) for name in STAGES]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STAGES)
 def test_its_parts_can_be_sent(name, request, tmp_path, fresh_logging):
     stage, common, source, _ = STAGES[name]
     cache = request.getfixturevalue(source) if isinstance(source, str) else source(tmp_path / "cache")
