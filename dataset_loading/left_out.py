@@ -34,6 +34,11 @@ class LeftOut:
         if len(names) < NAMES:
             names.append(name)
 
+    def clear(self) -> None:
+        """Count from zero again."""
+        self.counts.clear()
+        self.names.clear()
+
     def update(self, reason: str, names: Iterable[str]) -> None:
         """Count several of one reason."""
         for name in names:

@@ -133,6 +133,10 @@ def sizes_of(system: Any, folder: str) -> dict[str, int]:
 def describe_refusal(url: str, error: Exception) -> OSError:
     """The error of a file system as one that names the address and what to do."""
     text = f"{type(error).__name__}: {error}"
+    cause = error.__cause__
+    if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | PermissionError):
+        # HTTP file systems hide a refused connection behind a missing file.
+        return ConnectionError(f"{url} cannot be reached ({type(cause).__name__}: {cause}); check server and network")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{url} does not exist ({error}); check the names of bucket, folder and file")
     if isinstance(error, PermissionError) or any(word in text.lower() for word in REFUSALS):

@@ -16,20 +16,16 @@ The noise ratio k = sigma / alpha is what all schedules share: x_t / alpha has t
 """
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from model.layers import widen
-from utils.options import StrictConfig, option
-
-Schedule = Literal["rectified_flow", "cosine", "linear", "scaled_linear", "edm"]
-Prediction = Literal["velocity", "v", "epsilon", "x0"]
-Weighting = Literal["none", "min_snr"]
-TimeSampling = Literal["logit_normal", "uniform"]
-Spacing = Literal["default", "karras", "uniform"]
+from utils.flags.choices import Prediction, Schedule, Spacing, TimeSampling, Weighting
+from utils.options import option
+from utils.strict_config import StrictConfig
 
 N_BETAS = 1000  # steps of a discretised schedule, as in DDPM (arXiv 2006.11239)
 EDM_SIGMA_MIN, EDM_SIGMA_MAX, EDM_RHO = 0.002, 80.0, 7.0  # arXiv 2206.00364, table 1

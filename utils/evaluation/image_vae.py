@@ -3,11 +3,10 @@
 B batch, Y X rows and columns, Z latent channels, y x latent rows and columns.
 """
 
-import dataclasses
 import io
 import logging
 import statistics
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,17 +23,13 @@ from model.image.feature_extractors import PerceptualDistance
 from model.image.vae import ImageVAE
 from utils.devices import describe_device
 from utils.drawing.images import Group, draw_sheet, to_image
-from utils.evaluation.evaluator import (
-    Evaluation,
-    ImageEvaluationArguments,
-    ImageEvaluator,
-)
+from utils.evaluation.arguments.image import ImageVAEEvaluationArguments
+from utils.evaluation.evaluator import Evaluation, ImageEvaluator
 from utils.evaluation.tables import Column, fact_table, latent_table, score_table
 from utils.generation.exported import home_of
 from utils.metrics.images import FeatureMoments, KernelDistance, SharedFeatures, frechet_distance, psnr, ssim
 from utils.metrics.latents import LATENT_DEFINITION, LatentHealth, normalized_std
 from utils.metrics.timing import Stopwatch
-from utils.options import option
 
 logger = logging.getLogger(__name__)
 
@@ -48,15 +43,6 @@ COLUMNS = {
     "kid": Column("KID", "{:.3f}", "low", error="kid_error"),
     "compression": Column("compression", "{:.1f} x", "high"),
 }
-
-
-@dataclasses.dataclass
-class ImageVAEEvaluationArguments(ImageEvaluationArguments):
-    """Flags of the evaluation of image VAEs."""
-
-    references: list[Literal["jpeg", "thumbnail"]] = option(
-        ["jpeg", "thumbnail"], "baselines: JPEG at quality 10; bicubic upsampling from the latent's rows and columns"
-    )
 
 
 class ImageVAEEvaluator(ImageEvaluator):

@@ -13,7 +13,6 @@ from torch import nn
 
 from utils.checkpoints import STAGE, step_of
 from utils.options import (
-    StrictConfig,
     check_effects,
     check_type,
     declared_fields,
@@ -23,6 +22,7 @@ from utils.options import (
     validate_fields,
 )
 from utils.resuming.saved_files import check_engine, check_model, check_states, new_run, read_run, read_state
+from utils.strict_config import StrictConfig
 
 logger = logging.getLogger(__name__)
 

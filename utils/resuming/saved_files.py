@@ -12,7 +12,8 @@ from transformers import TrainerState
 
 from dataset_loading.files import read_record
 from utils.checkpoints import STAGE, step_of, without_copies
-from utils.options import StrictConfig, check_type, declared_fields, type_name
+from utils.options import check_type, declared_fields, type_name
+from utils.strict_config import StrictConfig
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from model.vae import ChannelNoise
-from utils.megatransformer_utils import StageArguments
-from utils.options import option
-from utils.training.adversary import Adversary, AdversaryArguments
+from utils.training.adversary import Adversary
 from utils.training.latent_statistics import RunningLatents, mean_and_std, measure_latent_statistics
 from utils.training_utils import StageTrainer
 
@@ -152,15 +150,6 @@ class GANTrainer(StageTrainer):
         if self.adversary is None:
             raise ValueError("it holds a discriminator, and this run has none: give the --gan_weight of that run")
         self.adversary.load_state_dict(state["adversary"])
-
-
-@dataclasses.dataclass
-class VAEGANArguments(AdversaryArguments, StageArguments):
-    """Flags of every stage that trains a VAE-GAN."""
-
-    latent_noise: float = option(
-        0.0, "most noise that training adds to latents, in units of each channel's std; 0: none", ge=0
-    )
 
 
 class VAEGANTrainer(GANTrainer):

@@ -35,10 +35,11 @@ from utils.command_line import explained_errors, parse_arguments, parse_override
 from utils.devices import compile_in_place
 from utils.distributed import barrier, ending_together, from_main, launched_rank, launched_world_size, rank, world_size
 from utils.megatransformer_utils import StageArguments, training_arguments
-from utils.options import StrictConfig, declared_fields, from_preset
+from utils.options import declared_fields, from_preset
 from utils.resuming.callback import ResumeCallback
 from utils.resuming.flags import Resumption, check_resumable, resume_arguments
 from utils.resuming.run_lock import learn_refusal, only_run
+from utils.strict_config import StrictConfig
 from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
 from utils.training.initial_weights import model_with_weights
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for

@@ -15,10 +15,11 @@ from torch.nn.utils.rnn import pad_sequence
 from model.language_head import IGNORED
 from model.layers import in_double
 from model.multimodal import MegaTransformerMultimodal
-from model.multimodal.layout import SPANS, Part, build_stream, join_streams
+from model.multimodal.layout import Part, build_stream, join_streams
 from model.multimodal.spans import Spans, spans_in
 from model.thinking import Thinking
 from utils.evaluation.multimodal.items import Direction, others
+from utils.flags.choices import SPANS
 from utils.seeds import seed_of
 
 TIMES = (0.5, 0.9)  # At which the errors of flows are measured; 0: data, 1: noise.
