@@ -10,7 +10,6 @@ were not used for longest are deleted. Processes of one machine share the folder
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
+from filelock import FileLock
 
 from dataset_loading.files import MANIFEST, fingerprint, read_record, replace_file, replacing
 
@@ -69,8 +69,7 @@ def open_remote(cache: str, max_gigabytes: float) -> Path:
         raise describe_refusal(cache, error) from error
     folder.mkdir(parents=True, exist_ok=True)
     # One process of a machine copies, the others wait.
-    with open(folder / ".fetching", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / ".fetching"):
         known = folder / MANIFEST
         if not known.is_file() or known.read_bytes() != content:
             copy_small_files(system, root, folder)

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from model.layers import widen
 from utils.flags.choices import Prediction, Schedule, Spacing, TimeSampling, Weighting
 from utils.options import option
 from utils.strict_config import StrictConfig
@@ -137,8 +138,8 @@ class DiffusionProcess:
         # Schedules of betas: alpha between two entries of the table, in fp64.
         table = self._device_tables.get(t.device)
         if table is None:
-            table = self._device_tables[t.device] = torch.from_numpy(self._table).to(t.device)
-        position = t.double() * N_BETAS
+            table = self._device_tables[t.device] = widen(torch.from_numpy(self._table), t.device)
+        position = widen(t) * N_BETAS
         left = position.floor().clamp(0, N_BETAS - 1)
         index = left.long()
         alpha = torch.lerp(table[index], table[index + 1], position - left)
@@ -266,7 +267,7 @@ class DiffusionProcess:
         edm = self.schedule == "edm"
         lowest = EDM_LOWEST_TIME if edm else 0.0
         # In fp64, since u close to 0 or 1 decides about the tails.
-        u = uniforms.double()
+        u = widen(uniforms)
         if sampling == "uniform":
             return self.shift(lowest + (1 - lowest) * u).float()
         if not std > 0:

@@ -41,6 +41,7 @@ from tests.helpers.two_processes import (
     WaitingProcesses,
     deepspeed_launcher,
     environment,
+    skip_without_deepspeed,
 )
 from utils.checkpoints import load_model
 
@@ -81,6 +82,8 @@ def launch_together(tmp_path_factory):
             words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", name, *engine]
             words = changed([*COMMON[stage], "--max_steps", str(steps), *words], *flags)
             commands[bool(engine)].append(words)
+        if commands[True]:
+            skip_without_deepspeed()
         for has_deepspeed, listed in commands.items():
             if listed:
                 waiting[has_deepspeed].run(f"pretrain_{stage}", listed)

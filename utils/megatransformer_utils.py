@@ -146,6 +146,8 @@ class StageArguments:
             problem = "looks like a checkpoint of a run"
         elif not self.run_name.isprintable():
             problem = "has characters that cannot be printed"
+        elif sys.platform == "win32" and set(self.run_name) & set('<>:"|?*'):
+            problem = 'has one of <>:"|?*, which names of files cannot have on Windows'
         if problem:
             raise ValueError(f"--run_name={self.run_name!r} {problem}; give a name such as 'demo'")
 

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import difflib
 import functools
+import importlib
 import inspect
 import logging
 import math
@@ -101,6 +102,24 @@ def suggest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def import_extra(name: str, extra: str, purpose: str) -> Any:
+    """A package that `requirements.txt` leaves out, since only some functions need it.
+
+    Args:
+        name: of the module.
+        extra: of the file that has it, `requirements-<extra>.txt`.
+        purpose: what needs it, as the subject of the error's message.
+    Raises: ValueError: it cannot be imported; the message says how to install it.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ValueError(
+            f"{purpose} needs the package {name!r}, which cannot be imported ({error}); "
+            f"pip install -r requirements-{extra}.txt"
+        ) from error
 
 
 def check_type(value: Any, annotation: Any) -> bool:

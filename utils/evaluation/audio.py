@@ -298,7 +298,7 @@ class AudioEvaluator(Evaluator):
     def score_table(self, scores: dict[str, Scores], n_clips: int, n_recognized: int) -> Table:
         """One row per system, with notes on the metrics that were measured."""
         reference = next(iter(scores))
-        unit = "GPU seconds" if self.device.type == "cuda" else "CPU seconds of one thread"
+        unit = "CPU seconds of one thread" if self.device.type == "cpu" else "GPU seconds"
         notes = {
             "mel_l1": "mel-L1, MCD: compared with the log-mels of the data.",
             "pesq_wb_starts": "4 starts: mean PESQ after removing 0, 4, 8, 12 ms.",

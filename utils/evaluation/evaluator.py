@@ -21,7 +21,7 @@ from dataset_loading.files import read_manifest
 from dataset_loading.image.folder import ImageFolderDataset
 from dataset_loading.remote import open_remote
 from utils.checkpoints import chosen_weights, data_of, load_model, read_stage
-from utils.devices import compute_device
+from utils.devices import compute_device, describe_device
 from utils.drawing.images import save_image
 from utils.drawing.playback import add_audio, playable
 from utils.evaluation.arguments.base import EvaluationArguments
@@ -132,7 +132,7 @@ class Evaluator:
             "weights": self.weights,
             "precision": "bf16 autocast" if self.args.bf16 else "fp32",
             "definitions": self.definitions,  # so that metrics.json explains itself
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "device": describe_device(self.device),
             "threads": torch.get_num_threads(),  # for the speed
             "trained_at_commit": self.record["git_commit"],
         }

@@ -21,6 +21,7 @@ from dataset_loading.collators import collate_stack
 from dataset_loading.image.pixels import ImageDataset, to_float, to_uint8
 from model.image.feature_extractors import PerceptualDistance
 from model.image.vae import ImageVAE
+from utils.devices import describe_device
 from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.arguments.image import ImageVAEEvaluationArguments
 from utils.evaluation.evaluator import Evaluation, ImageEvaluator
@@ -180,9 +181,8 @@ class ImageVAEEvaluator(ImageEvaluator):
         """Size and speed."""
         size, shape = model["image_size"], model["latent_shape"]
         # The speed belongs to a device and a precision, which the table names.
-        device = (
-            torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
+        is_cpu = self.device.type == "cpu"
+        device = f"CPU, {torch.get_num_threads()} threads" if is_cpu else describe_device(self.device)
         precision = "bf16 autocast" if self.args.bf16 else "fp32"
         facts = {  # the numbers of values show where the compression comes from
             "parameters": f"{model['parameters']:,}",

@@ -12,6 +12,7 @@ from dataset_loading.collators import collate_stack
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.language_head import IGNORED, next_token_targets
+from model.layers import in_double
 from utils.evaluation.arguments.multimodal import TextEvaluationArguments
 from utils.evaluation.evaluator import Evaluation, Evaluator
 from utils.evaluation.tables import Column, fact_table, score_table
@@ -165,7 +166,7 @@ class TextEvaluator(Evaluator):
                 sums = window_sums(self.model, inputs, at_once=at_once, **keywords)
                 seconds += watch.now() - start
             for name, value in {**sums, "bytes": batch["n_bytes"]}.items():
-                totals[name] = totals.get(name, 0.0) + value.double().sum().item()
+                totals[name] = totals.get(name, 0.0) + in_double(value).sum().item()
         return totals, seconds
 
     def baselines(

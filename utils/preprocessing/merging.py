@@ -189,7 +189,14 @@ def bring_sample(file: Path, folder: Path, entry: dict[str, Any]) -> None:
         try:
             os.link(file, temporary)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            if error.errno not in (
+                errno.EXDEV,
+                errno.EPERM,
+                errno.EOPNOTSUPP,
+                errno.ENOTSUP,
+                errno.EINVAL,
+                errno.EMLINK,
+            ):
                 raise
             shutil.copyfile(file, temporary)
 

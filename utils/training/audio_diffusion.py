@@ -10,6 +10,7 @@ from dataset_loading.audio.latents import AudioLatentDataset
 from model.audio.lengths import valid_frames
 from model.audio.text_conditioning import duration_errors
 from model.dropout import has_dropout
+from model.layers import home_of_doubles, in_double, widen
 from utils.distributed import mean_across_ranks
 from utils.training.arguments.diffusion import AudioDiffusionArguments
 from utils.training.budget_batches import budget_dataloader, budget_sampler, count_budget_steps
@@ -65,8 +66,8 @@ class AudioDiffusionTrainer(DiffusionTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and the numbers of their frames and tokens per process, (2,)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # fp64 counts exactly.
-        total = torch.zeros(2, dtype=torch.float64, device=device)
+        # fp64 counts exactly; fp32 up to 16 million.
+        total = widen(torch.zeros(2), device)
         for batch in batches:
             for place, name in enumerate(("n_latent_frames", "n_tokens")):
                 if name in batch:
@@ -168,7 +169,7 @@ class AudioDiffusionTrainer(DiffusionTrainer):
             return
         evaluated = self.evaluation_model()
         model = self.accelerator.unwrap_model(evaluated)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=home_of_doubles(self.args.device))
         for samples, counts in batches_of_rank(self, self.stage_arguments.duration_samples):
             inputs = self._prepare_inputs(self.data_collator(samples))
             n_tokens, durations = inputs["n_tokens"], inputs["durations"]
@@ -177,7 +178,7 @@ class AudioDiffusionTrainer(DiffusionTrainer):
             predicted = model.expected_durations(text.log_durations).where(text.mask, 0.0)
             real = durations.where(text.mask, 0)
             if counts:
-                totals += torch.stack([real.sum(dtype=torch.float64), predicted.sum(dtype=torch.float64)])
+                totals += torch.stack([in_double(real).sum(), in_double(predicted).sum()])
         real, predicted = mean_across_ranks(totals).tolist()
         # In the trained model, which is saved, and in the copy with averaged weights.
         for holder in {self.model, model}:
@@ -210,7 +211,7 @@ class AudioDiffusionTrainer(DiffusionTrainer):
     def evaluation_summary(self, terms):
         """Means over all frames and tokens of the validation set. `flow` is the mean over times, `loss` the weighted
         sum of training with equal times, `length_ratio` predicted over real mel frames."""
-        args, totals = self.stage_arguments, {name: values.double().sum().item() for name, values in terms.items()}
+        args, totals = self.stage_arguments, {name: in_double(values).sum().item() for name, values in terms.items()}
         summary = {name: total / totals["n_frames"] for name, total in totals.items() if name.startswith("loss_t")}
         summary["flow"] = summary["loss"] = sum(summary.values()) / len(summary)
         if self.is_speech:

@@ -176,7 +176,7 @@ class VAEGANTrainer(GANTrainer):
         mean, std = mean_and_std(self.running_latents.moments)
         self.record({"latent_std": std.mean()})
         share = self.stage_arguments.latent_noise * self.sample_uniforms(inputs, "latent_noise", ())
-        return ChannelNoise(share, mean, std)
+        return ChannelNoise(share, mean.to(share.device), std.to(share.device))
 
     def stage_step(self, model, inputs):
         loss = super().stage_step(model, inputs)

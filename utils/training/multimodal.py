@@ -11,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
 from model.dropout import has_dropout
+from model.layers import in_double, widen
 from model.multimodal.parameters import freeze, rate_factors, split_groups
 from model.thinking import sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
@@ -59,8 +60,8 @@ class MultimodalTrainer(StageTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and the number of their targets per process (a mean)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # fp64 counts exactly.
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        # fp64 counts exactly; fp32 up to 16 million.
+        total = widen(torch.zeros(()), device)
         for batch in batches:
             total += self.model.count_targets(batch["input_ids"], batch["segment_ids"]).to(device)
         return batches, mean_across_ranks(total).clamp_min(1)
@@ -187,7 +188,7 @@ class MultimodalTrainer(StageTrainer):
 
     def evaluation_summary(self, terms):
         """`ratios` of sums over the validation set, and the losses at every depth and with exits."""
-        sums = {name: values.double().sum(0) for name, values in terms.items()}
+        sums = {name: in_double(values).sum(0) for name, values in terms.items()}
         counts = sums.pop("step_counts", None)
         # Without exits all targets take the same number of steps, which is no metric.
         summary = ratios({name: value.item() for name, value in sums.items() if name != "steps"})

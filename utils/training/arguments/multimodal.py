@@ -182,7 +182,7 @@ class MultimodalArguments(TextArguments, StageArguments):
     def validate_ranks(self):
         if not (self.recurrent_steps_per_rank and self.use_deepspeed):
             return
-        if json.loads(Path(self.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage") == 3:
+        if json.loads(Path(self.deepspeed_config).read_bytes()).get("zero_optimization", {}).get("stage") == 3:
             raise ValueError(
                 f"--recurrent_steps_per_rank with ZeRO stage 3 ({self.deepspeed_config}): processes that run layers a "
                 "different number of times deadlock; use stage 2 or below, or leave it out"
