@@ -44,7 +44,7 @@ for script in sys.argv[2:]:
         print(json.dumps([script, words[0], status, message, sorted(packages)]))
 """
 # Of other packages the help needs what reads files of flags, and addresses of data sets; the last is Python's own.
-LIGHT = {"yaml", "_yaml", "fsspec", "_distutils_hack"}
+LIGHT = {"yaml", "_yaml", "fsspec", "filelock", "_distutils_hack"}
 STAGES = {
     ImageVAEGANArguments: ("image_vae", presets.IMAGE_VAE),
     RecurrentVAEArguments: ("recurrent_vae", presets.RECURRENT_VAE),
