@@ -28,7 +28,7 @@ from rich.console import Console
 from torch.utils.tensorboard import SummaryWriter
 
 from dataset_loading.cached import evenly_spaced
-from utils.checkpoints import provenance, read_stage, resolve_checkpoint, write_json
+from utils.checkpoints import log_folder, provenance, read_stage, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.evaluation.audio_diffusion import AudioDiffusionEvaluator
 from utils.evaluation.audio_vae import AudioVAEEvaluator
@@ -93,7 +93,7 @@ def write(evaluator: Evaluator, evaluation: Evaluation, report: dict) -> list[Pa
     write_json(output_dir / "metrics.json", report)
     saved = evaluation.save(output_dir)
     # One group of TensorBoard tags per data set, split and kind of weights.
-    log_dir = output_dir / "tensorboard"
+    log_dir = log_folder(output_dir)
     group = f"evaluation_{Path(report['data']['folder']).name}_{report['data']['split'] or 'all'}_{report['weights']}"
     with SummaryWriter(str(log_dir)) as writer:
         evaluation.log(writer, group, evaluator.step)

@@ -41,8 +41,8 @@ def run_script(results: ResultRows, script: str, *words: str, run: Path | None =
             text=True,
         )
         try:
-            # The folder of the logs is there once the model is built.
-            while run is not None and process.poll() is None and not (run / "tensorboard").is_dir():
+            # The logs are there once the model is built.
+            while run is not None and process.poll() is None and not any(run.glob("events.*")):
                 time.sleep(0.2)
             process.wait(None if run is None else 60 * results.args.minutes)
         except subprocess.TimeoutExpired:

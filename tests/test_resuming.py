@@ -210,7 +210,7 @@ def test_later_checkpoints_are_set_aside_and_no_longer_shown(whole, tmp_path, fr
     assert (run.folder / "model.safetensors").read_bytes() != old
     assert run.logged("learning_rate")[4] == pytest.approx(10 * 6.112604669781572e-05)
     # TensorBoard has every step once, with the new rates.
-    events = EventAccumulator(str(run.folder.parent / "tensorboard")).Reload().Scalars("train/learning_rate")
+    events = EventAccumulator(str(run.folder.parent)).Reload().Scalars("train/learning_rate")
     assert [event.step for event in events] == list(range(1, 9))
     assert [event.value for event in events] == pytest.approx(run.logged("learning_rate"))
 

@@ -204,6 +204,13 @@ def step_of(folder: Path) -> int:
     return int(digits) if prefix == "checkpoint" and digits.isdigit() else -1
 
 
+def log_folder(folder: str | Path) -> Path:
+    """Where TensorBoard's files of a run lie: in its folder, after which the page names it; in its subfolder
+    `tensorboard` where an earlier version began to write there."""
+    former = Path(folder) / "tensorboard"
+    return former if former.is_dir() else Path(folder)
+
+
 def checkpoints_in(run_dir: Path) -> list[Path]:
     """All checkpoint folders of a run, complete or not, by step."""
     return sorted((path for path in run_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)

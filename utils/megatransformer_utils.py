@@ -234,7 +234,7 @@ def training_arguments(args: StageArguments, run_dir: Path) -> "TrainingArgument
         save_total_limit=None,  # Complete checkpoints are counted by our own rotation.
         remove_unused_columns=False,  # Trainers read `index`, which no forward takes.
         ddp_find_unused_parameters=False,
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,  # Instead of a bar: `LogLinesCallback`.
         report_to="none",  # Stages write TensorBoard logs themselves.
         **feed,
         **launch,

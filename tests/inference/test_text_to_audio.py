@@ -73,7 +73,7 @@ def run(checkpoint, folder, tmp_path):
 
 def test_sounds_of_captions_are_logged_at_their_true_lengths(checkpoint, folder):
     assert load_model(AudioDiffusion, checkpoint).config.conditioning == "caption"
-    events = EventAccumulator(str(checkpoint.parent / "tensorboard")).Reload()
+    events = EventAccumulator(str(checkpoint.parent)).Reload()
     assert set(events.Tags()["images"]) == {"images/mel"}
     names = {f"sounds/{clip:02}_{kind}" for clip in (0, 1) for kind in ("real", "generated")}
     assert set(events.Tags()["audio"]) == {*names, "sounds/prompt_00"}

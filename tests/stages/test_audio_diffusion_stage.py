@@ -89,7 +89,7 @@ def test_the_model_fits_its_latents_and_the_record_names_their_vae(checkpoint, f
 def test_speech_is_logged(train, folder):
     flags = ["--n_logged_samples", "2", "--sentences", "Hold the line. Goodbye.", "--eval_steps", "2"]
     run = train("logged", 2, *flags, "--vocoder_checkpoint", str(folder / "vocoder"))
-    events = EventAccumulator(str(run.folder.parent / "tensorboard")).Reload()
+    events = EventAccumulator(str(run.folder.parent)).Reload()
     assert set(events.Tags()["images"]) == {"images/mel", "images/durations"}
     sounds = {f"sounds/{clip:02}_{kind}" for clip in (0, 1) for kind in ("real", "generated")}
     assert set(events.Tags()["audio"]) == {*sounds, "sounds/sentence_00", "sounds/sentence_01"}

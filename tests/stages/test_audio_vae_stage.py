@@ -273,7 +273,7 @@ def test_listening_changes_nothing_and_is_written(train, whole):
     heard = train("heard", 4, "--batch_size", "8", "--n_logged_samples", "1", "--lr_scheduler_type", "constant")
     plain = train("unheard", 4, "--batch_size", "8", "--lr_scheduler_type", "constant")
     assert heard.losses == plain.losses
-    events = EventAccumulator(str(heard.folder.parent / "tensorboard"), {"images": 1})
+    events = EventAccumulator(str(heard.folder.parent), {"images": 1})
     events.Reload()
     assert "images/mel" in events.Tags()["images"] and "listening/mel_l1" in events.Tags()["scalars"]
 

@@ -168,7 +168,7 @@ def test_tensorboard_shows_texts_losses_and_steps(train_text):
         SMALL_CORE, "shown", 4, "--batch_size", "8", "--eval_steps", "2", "--n_samples", "2", "--sample_tokens", "8",
         *override, *exits,
     )  # fmt: skip
-    events = EventAccumulator(str(run.folder.parent / "tensorboard"), {"histograms": 0}).Reload()
+    events = EventAccumulator(str(run.folder.parent), {"histograms": 0}).Reload()
     tags = events.Tags()
     assert {"thinking_steps/drawn", "thinking_steps/used"} <= set(tags["histograms"])
     assert run.logged("eval_loss_with_exits") == run.logged("eval_loss_2_steps") != run.logged("eval_loss")

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
-from transformers import TrainerCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from dataset_loading.collators import collate_stack
 from dataset_loading.epoch_sampler import FORMER_ORDER, ORDER, EpochSampler
@@ -21,6 +21,7 @@ from dataset_loading.remote import local_path, open_remote
 from utils.checkpoints import (
     check_files,
     checkpoints_in,
+    log_folder,
     newest_complete,
     provenance,
     read_stage,
@@ -38,8 +39,9 @@ from utils.resuming.callback import ResumeCallback
 from utils.resuming.flags import Resumption, check_resumable, resume_arguments
 from utils.resuming.run_lock import learn_refusal, only_run
 from utils.strict_config import StrictConfig
-from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
+from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback, write_flags
 from utils.training.initial_weights import model_with_weights
+from utils.training.log_lines import LogLinesCallback
 from utils.training.planning.batch_size import settle_batch_size
 from utils.training.planning.dry_run import describe
 from utils.training.planning.measure import report, try_batch_size
@@ -189,7 +191,8 @@ class Stage:
             else:
                 logger.info("%s has made all its steps; nothing is trained or saved", checkpoint)
             metrics = {} if self.stopping.stopped_by else trainer.final_metrics()
-        logger.info("%s", {name: round(value, 4) for name, value in metrics.items()})
+        if rank() == 0 and not self.stopping.stopped_by:
+            print(f"weights: {newest_complete(self.run_dir)}\nnext: python evaluate.py --checkpoint {self.run_dir}")
         if self.writer is not None:
             self.writer.close()  # Its thread must not outlive the run.
         self.stopping.end_as_signalled()
@@ -259,13 +262,13 @@ class Stage:
         # Callbacks that need the trainer are added once it exists.
         resumes = self.resumption is not None and self.resumption.step < n_steps
         purge_step = self.resumption.step + 1 if resumes else None
-        folder = str(self.run_dir / "tensorboard")
-        self.writer = SummaryWriter(folder, purge_step=purge_step) if rank() == 0 else None
+        self.writer = SummaryWriter(str(log_folder(self.run_dir)), purge_step=purge_step) if rank() == 0 else None
         self.stopping = StopOnSignalCallback()
         callbacks: list[TrainerCallback] = [self.stopping]
         if self.writer is not None:
             callbacks.append(ScalarLogsCallback(self.writer))
             self.writer.add_text("configuration", f"```\n{model.config.describe()}\n```")
+            write_flags(self.writer, self.args)
         trainer = trainer_class_for(self.args.trainer, self.trainer_class)(
             model=model,
             args=training,
@@ -277,6 +280,8 @@ class Stage:
             stage_record=self.record(datasets["train"], zero_stage_of(training), n_steps),
             **self.build_trainer_parts(model),
         )
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(LogLinesCallback())
         if self.resumption is not None:
             trainer.add_callback(ResumeCallback(trainer))
         # Callbacks that read the trainer's model and validation set.

@@ -179,7 +179,7 @@ def test_audio_sheet_and_tensorboard(report, vocoder, caches):
     assert files == sorted(f"{key}_{row}.wav" for key in keys for row in report["scores"])
     samples, rate = soundfile.read(run_dir / "sounds" / f"{keys[0]}_ground_truth.wav", dtype="float32")
     assert rate == 16000 and (torch.from_numpy(samples) - dataset[0]["waveform"]).abs().max() < 1e-3
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"audio": 0}).Reload()
+    events = EventAccumulator(str(run_dir), size_guidance={"audio": 0}).Reload()
     group = "evaluation_vocoder_validation_raw"
     (event,) = events.Scalars(f"{group}/stoi")
     assert event.step == 4 and event.value == pytest.approx(report["scores"]["model"]["stoi"], rel=1e-5)
@@ -189,7 +189,7 @@ def test_audio_sheet_and_tensorboard(report, vocoder, caches):
 def test_a_subset_of_metrics(run, vocoder, capsys, tmp_path):
     report = run(vocoder, *QUICK)
     assert report["scores"]["model"].keys() == {"mel_l1", "mcd_db", "stft_distance", "real_time_factor"}
-    assert {file.name for file in tmp_path.iterdir()} == {"metrics.json", "tensorboard"}
+    assert {file.name.partition(".out")[0] for file in tmp_path.iterdir()} == {"metrics.json", "events"}
     text = capsys.readouterr().out
     for phrase in ("ground truth", "Griffin-Lim, 60", "this model", "mel-L1", "(low)", "RTF"):
         assert phrase in text

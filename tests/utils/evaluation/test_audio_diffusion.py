@@ -105,7 +105,7 @@ def test_rows_scores_and_files(run, folder, tmp_path, capsys):
     assert Image.open(tmp_path / "out" / "contact_sheet.png").width > 200
     text = capsys.readouterr().out
     assert all(phrase in text for phrase in ("recordings", "prior alone", "new sentences", "F0 std", "Curve"))
-    events = EventAccumulator(str(tmp_path / "out" / "tensorboard")).Reload()
+    events = EventAccumulator(str(tmp_path / "out")).Reload()
     assert "evaluation_latents_validation_ema/f0_std_semitones" in events.Tags()["scalars"]
 
 

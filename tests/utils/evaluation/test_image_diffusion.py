@@ -99,7 +99,7 @@ def test_curve_sheet_and_tensorboard(report, checkpoint):
     assert [point["n_evaluations"] for point in points[4:6]] == [1, 3] and report["curve"]["n_samples"] == 4
     # One step of Heun is one of Euler.
     assert points[0]["kid"] == pytest.approx(points[4]["kid"], rel=1e-6) and points[0]["kid"] != points[2]["kid"]
-    events = EventAccumulator(str(checkpoint.parent / "tensorboard")).Reload()
+    events = EventAccumulator(str(checkpoint.parent)).Reload()
     group = "evaluation_image_diffusion_validation_ema"
     curve = events.Scalars(f"{group}/curve_kid/heun_guidance_3")
     assert [(event.step, event.value) for event in curve] == [

@@ -99,7 +99,7 @@ def test_depths_and_exits(deep_report, deep):
     assert rows[0]["loss_difference"] == 0 and rows[0]["relative_seconds"] == 1
     assert all(row["tokens_per_second"] > 0 for row in rows)
     assert rows[0]["loss"] == pytest.approx(deep_report["scores"]["model"]["loss"], rel=1e-6)
-    events = EventAccumulator(str(deep.parent / "tensorboard"), {"scalars": 0}).Reload()
+    events = EventAccumulator(str(deep.parent), {"scalars": 0}).Reload()
     (name,) = [tag for tag in events.Tags()["scalars"] if tag.endswith("loss_by_thinking_steps")]
     assert [event.step for event in events.Scalars(name)] == [1, 6, 8]
 

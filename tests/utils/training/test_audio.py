@@ -58,7 +58,7 @@ def listen(cache, tmp_path):
 
 
 def read(run) -> EventAccumulator:
-    return EventAccumulator(str(run.folder.parent / "tensorboard"), size_guidance={"images": 0, "audio": 0}).Reload()
+    return EventAccumulator(str(run.folder.parent), size_guidance={"images": 0, "audio": 0}).Reload()
 
 
 def samples_of(event) -> np.ndarray:

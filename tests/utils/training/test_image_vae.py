@@ -13,8 +13,8 @@ def events(train):
     """Five steps, evaluated after the third and at the end."""
     run = train("images", 5, "--eval_steps", "3", "--n_logged_samples", "2", "--gan_start_step", "1")
     folder = run.folder.parent
-    assert {path.name for path in folder.iterdir()} == {"checkpoint-5", "tensorboard"}
-    return EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert {path.name.partition(".out")[0] for path in folder.iterdir()} == {"checkpoint-5", "events"}
+    return EventAccumulator(str(folder), size_guidance={"images": 0}).Reload()
 
 
 def test_a_run_logs_every_term_image_and_histogram(events):

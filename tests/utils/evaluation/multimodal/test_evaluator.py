@@ -185,7 +185,7 @@ def test_files_and_tensorboard(report, run):
     assert (run / "contact_sheet_text-audio.png").exists()
     assert len(list((run / "sounds").glob("text-audio_*.wav"))) == 3
     assert {file.name for file in (run / "readers").iterdir()} == {"image.safetensors", "audio.safetensors"}
-    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    events = EventAccumulator(str(run)).Reload()
     scalars = {tag.split("/", 1)[1] for tag in events.Tags()["scalars"] if tag.startswith("evaluation_")}
     assert {"text-image/read_all", "text-image/read_all_shuffled", "text-audio/ratio_t0.9"} <= scalars
     assert len(report["texts"]["image-text"]) == 5 and report["texts"]["image-text"][0]["text"].startswith("a ")

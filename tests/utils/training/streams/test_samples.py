@@ -46,7 +46,7 @@ def shown_run(train):
 
 
 def test_every_task_has_its_samples(shown_run):
-    events = EventAccumulator(str(shown_run.folder.parent / "tensorboard"), {"images": 0, "audio": 0}).Reload()
+    events = EventAccumulator(str(shown_run.folder.parent), {"images": 0, "audio": 0}).Reload()
     tags = events.Tags()
     assert {f"samples/{task}/01/text_summary" for task in TASKS} <= set(tags["tensors"])
     assert {"images/text-image", "images/text-audio-text_mel", "images/mask"} <= set(tags["images"])
@@ -68,7 +68,7 @@ def test_every_task_has_its_samples(shown_run):
 
 
 def test_mean_steps_of_each_modality_are_logged(shown_run):
-    events = EventAccumulator(str(shown_run.folder.parent / "tensorboard")).Reload()
+    events = EventAccumulator(str(shown_run.folder.parent)).Reload()
     # Every token leaves at the first occasion, after its second step.
     for name in ("text", "image", "audio"):
         assert [event.value for event in events.Scalars(f"thinking_steps/{name}")] == [2, 2]
@@ -79,7 +79,7 @@ def test_training_does_not_notice(shown_run, train):
     plain = train("plain", 2)
     for name in ("model", "ema"):
         assert largest_difference(shown_run.weights(name), plain.weights(name)) == 0
-    assert not EventAccumulator(str(plain.folder.parent / "tensorboard")).Reload().Tags()["images"]
+    assert not EventAccumulator(str(plain.folder.parent)).Reload().Tags()["images"]
 
 
 def test_flags_without_effect_are_refused(capsys):

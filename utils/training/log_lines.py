@@ -1,0 +1,82 @@
+"""Log lines of a training: one per logging step, evaluation and end, the same on terminals and in files."""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import TrainerCallback
+
+WINDOW = 20  # Log lines from which the time that is left is computed.
+SPEEDS = ("frames_per_second", "tokens_per_second", "samples_per_second")
+# What a line has elsewhere, or does without: the step says the epoch.
+LEFT_OUT = (*SPEEDS, "memory_gib", "epoch", "total_flos", "frames_per_step", "targets_per_step", "samples_per_step")
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that fits: `40 s`, `2.1 min`, `3.4 h`, `2.5 days`."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    for name, size in (("min", 60), ("h", 3600), ("days", 86400)):
+        if seconds < 99.5 * size or name == "days":
+            return f"{seconds / size:.1f} {name}"
+    raise AssertionError("days hold every duration")
+
+
+def number(value: Any) -> str:
+    """Four significant digits, without an exponent where it is readable; other values as they are."""
+    if not isinstance(value, float):
+        return str(value)
+    text = f"{value:.4g}"
+    return f"{value:,.0f}" if "e+" in text and value < 1e9 else text
+
+
+def numbers(logs: Mapping[str, Any]) -> list[str]:
+    """The numbers of a log, each with its name: `loss 0.066`. Of groups, such as gan/, the losses' alone: TensorBoard
+    has all."""
+    shown = [name for name in logs if name not in LEFT_OUT and ("/" not in name or name.startswith("loss/"))]
+    return [f"{name} {number(logs[name])}" for name in shown]
+
+
+def speeds(logs: Mapping[str, Any]) -> list[str]:
+    """`152 samples/s` of what is logged."""
+    return [f"{number(float(f'{logs[name]:.3g}'))} {name.split('_')[0]}/s" for name in SPEEDS if name in logs]
+
+
+class LogLinesCallback(TrainerCallback):
+    """Prints what is logged, on rank 0:
+
+        step 300/1200 (25 %)  loss 0.066  psnr 24.1  152 samples/s  1.2 GiB  2.1 min left
+        step 300/1200 (25 %)  eval_loss 0.071  eval_psnr 23.6
+        step 1200/1200 (100 %)  trained 1200 steps in 3.4 min
+
+    The time that is left follows from this process's last steps with their evaluations and checkpoints, so that it
+    holds after a resume and follows the phases of an adversary.
+    """
+
+    def __init__(self):
+        self.history: deque[tuple[int, float]] = deque(maxlen=WINDOW)
+        self.start = (0, 0.0)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = (state.global_step, time.perf_counter())
+        self.history.append(self.start)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        step, moment = state.global_step, time.perf_counter()
+        parts = [f"step {step}/{state.max_steps} ({100 * step / max(state.max_steps, 1):.0f} %)"]
+        if "train_runtime" in logs:
+            parts.append(f"trained {step - self.start[0]} steps in {duration(moment - self.start[1])}")
+        elif any(name.startswith("eval_") for name in logs):
+            parts += numbers(logs)
+        else:
+            parts += [*numbers(logs), *speeds(logs)]
+            if "memory_gib" in logs:
+                parts.append(f"{logs['memory_gib']:.1f} GiB")
+            before, earlier = self.history[0] if self.history else (step, moment)
+            if step > before:
+                parts.append(f"{duration((moment - earlier) / (step - before) * (state.max_steps - step))} left")
+            self.history.append((step, moment))
+        print("  ".join(parts), flush=True)
