@@ -149,6 +149,8 @@ def type_name(annotation: Any) -> str:
     parts = typing.get_args(annotation)
     if types.NoneType in parts and typing.get_origin(parts[0]) is Literal:
         return type_name(parts[0])  # A choice that may be left open.
+    if typing.get_origin(annotation) is typing.Union and any(typing.get_origin(part) is Literal for part in parts):
+        return " or ".join(map(type_name, parts)).replace("one of ", "")  # A number or a word.
     return annotation.__name__ if isinstance(annotation, type) and not typing.get_args(annotation) else str(annotation)
 
 

@@ -5,12 +5,18 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from rich.console import Console
 from transformers import TrainerCallback
 
 WINDOW = 20  # Log lines from which the time that is left is computed.
 SPEEDS = ("frames_per_second", "tokens_per_second", "samples_per_second")
 # What a line has elsewhere, or does without: the step says the epoch.
 LEFT_OUT = (*SPEEDS, "memory_gib", "epoch", "total_flos", "frames_per_step", "targets_per_step", "samples_per_step")
+
+
+def say(line: str) -> None:
+    """A line on standard output, without colors and wrapping, so that files hold what terminals show."""
+    Console().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def duration(seconds: float) -> str:
@@ -79,4 +85,4 @@ class LogLinesCallback(TrainerCallback):
             if step > before:
                 parts.append(f"{duration((moment - earlier) / (step - before) * (state.max_steps - step))} left")
             self.history.append((step, moment))
-        print("  ".join(parts), flush=True)
+        say("  ".join(parts))

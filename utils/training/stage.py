@@ -41,7 +41,7 @@ from utils.resuming.run_lock import learn_refusal, only_run
 from utils.strict_config import StrictConfig
 from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback, write_flags
 from utils.training.initial_weights import model_with_weights
-from utils.training.log_lines import LogLinesCallback
+from utils.training.log_lines import LogLinesCallback, say
 from utils.training.planning.batch_size import settle_batch_size
 from utils.training.planning.dry_run import describe
 from utils.training.planning.measure import report, try_batch_size
@@ -192,7 +192,7 @@ class Stage:
                 logger.info("%s has made all its steps; nothing is trained or saved", checkpoint)
             metrics = {} if self.stopping.stopped_by else trainer.final_metrics()
         if rank() == 0 and not self.stopping.stopped_by:
-            print(f"weights: {newest_complete(self.run_dir)}\nnext: python evaluate.py --checkpoint {self.run_dir}")
+            say(f"weights: {newest_complete(self.run_dir)}\nnext: python evaluate.py --checkpoint {self.run_dir}")
         if self.writer is not None:
             self.writer.close()  # Its thread must not outlive the run.
         self.stopping.end_as_signalled()
