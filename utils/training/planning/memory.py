@@ -32,9 +32,10 @@ class Engine:
         if not args.use_deepspeed:
             return cls(n_ranks=n_ranks)
         zero = load_deepspeed_config(args.deepspeed_config).get("zero_optimization", {})
-        # DeepSpeed's default of the buckets; communication that overlaps takes two.
-        bucket = int(zero.get("reduce_bucket_size", 5e8)) * (1 + bool(zero.get("overlap_comm", False)))
-        return cls(zero.get("stage", 0), n_ranks, bucket)
+        stage = zero.get("stage", 0)
+        # DeepSpeed's default of the bucket; communication that overlaps takes two of them below stage 3.
+        n_buckets = 2 if zero.get("overlap_comm") and stage < 3 else 1
+        return cls(stage, n_ranks, n_buckets * int(zero.get("reduce_bucket_size", 5e8)))
 
     def share(self, from_stage: int) -> float:
         """The share of a process in what ZeRO shards from a stage on."""

@@ -80,7 +80,7 @@ class WatchedStage(ImageVAEStage):
         return WatchedStage.trainer
 
 
-@pytest.mark.parametrize("trainer", ["default", "grokfast_ema", "grokfast_ma"])
+@pytest.mark.parametrize("trainer", ["grokfast_ema", "grokfast_ma"])
 def test_the_states_of_a_run_have_the_counted_bytes(trainer, image_cache, tmp_path, fresh_logging):
     filters = {"grokfast_ma": ["--grokfast_window", "3"]}.get(trainer, [])
     words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--max_steps", "2", *filters]
@@ -106,6 +106,13 @@ def test_zero_shards_what_its_stage_says(tmp_path):
         for name, first in (("weights", 3), ("gradients", 2), ("Adam's two moments", 1)):
             assert rows[name] == sharded[0][name] / (4 if stage >= first else 1), (stage, name)
         assert rows.get("buckets of gradients", 0) == (28 if stage else 0)
+
+
+@pytest.mark.parametrize(("stage", "n_values"), [(1, 50_000_000), (2, 100_000_000), (3, 50_000_000)])
+def test_buckets_are_those_of_the_file(stage, n_values):
+    args = ImageVAEStage.arguments_class(use_deepspeed=True, deepspeed_config=f"ds_config_zero-{stage}.json")
+    assert Engine.of(args, 4) == Engine(stage, n_ranks=4, bucket=n_values)
+    assert Engine.of(ImageVAEStage.arguments_class(), 2) == Engine(-1, n_ranks=2)
 
 
 def test_frozen_parts_have_no_gradients(tmp_path, capsys, fresh_logging):
