@@ -26,6 +26,7 @@ from utils.devices import compute_device
 from utils.drawing.images import save_image
 from utils.drawing.playback import add_audio, playable
 from utils.generation.exported import trained_steps
+from utils.metrics.given_features import FEATURE_DEFINITIONS, GivenFeatures, open_features
 from utils.options import check_effects, declared_fields, option, validate_fields
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,18 @@ class ContactSheetArguments:
 
 
 @dataclasses.dataclass
-class ImageEvaluationArguments(ContactSheetArguments, BatchedEvaluationArguments):
+class FeatureArguments:
+    """Flag of evaluators that compare sets of images."""
+
+    features: str = option(
+        "",
+        "network whose features compare with papers: TorchScript file such as inception-2015-12-05.pt (FID, KID), or "
+        "folder of a CLIP (with CLIP score) or DINOv2 model; default: the packaged EfficientNet alone",
+    )
+
+
+@dataclasses.dataclass
+class ImageEvaluationArguments(FeatureArguments, ContactSheetArguments, BatchedEvaluationArguments):
     """Flags of evaluators of images, which may also be read without preprocessing."""
 
     dataset: str = option(
@@ -160,6 +172,7 @@ class Evaluator:
     arguments_class: ClassVar[type[EvaluationArguments]]  # Other flags are refused.
     model_class: ClassVar[type]
     definitions: ClassVar[dict[str, str]]  # name of a metric -> its definition, for metrics.json
+    features: GivenFeatures | None = None  # the network of --features
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "type[Evaluator]":
@@ -179,6 +192,8 @@ class Evaluator:
         self.step = trained_steps(checkpoint)
         self.device = compute_device()
         self.weights = chosen_weights(checkpoint, args)
+        if getattr(args, "features", ""):
+            self.features = open_features(args.features).to(self.device)
         self.model = self.load_model()
 
     def load_model(self) -> Any:
@@ -195,13 +210,15 @@ class Evaluator:
 
     def describe(self) -> dict[str, Any]:
         """What was evaluated and how, for metrics.json."""
+        definitions = {**self.definitions, **(FEATURE_DEFINITIONS if self.features else {})}
         return {
             "stage": self.record["stage"],
             "checkpoint": str(self.checkpoint),
             "step": self.step,
             "weights": self.weights,
             "precision": "bf16 autocast" if self.args.bf16 else "fp32",
-            "definitions": self.definitions,  # so that metrics.json explains itself
+            "definitions": definitions,  # so that metrics.json explains itself
+            **({"features": self.features.describe()} if self.features else {}),
             "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),  # for the speed
             "trained_at_commit": self.record["git_commit"],

@@ -5,7 +5,12 @@ from typing import Literal, get_args
 
 from model.samplers import SamplerKind
 from utils.evaluation.audio import Metric
-from utils.evaluation.evaluator import BatchedEvaluationArguments, ContactSheetArguments, expect_values
+from utils.evaluation.evaluator import (
+    BatchedEvaluationArguments,
+    ContactSheetArguments,
+    FeatureArguments,
+    expect_values,
+)
 from utils.options import option
 
 MultimodalMetric = Literal["losses", "texts", "probe", "reader", "wer", "round_trips"]
@@ -23,7 +28,7 @@ class AnyMetricArguments:
 
 
 @dataclasses.dataclass
-class MultimodalEvaluationArguments(ContactSheetArguments, BatchedEvaluationArguments):
+class MultimodalEvaluationArguments(FeatureArguments, ContactSheetArguments, BatchedEvaluationArguments):
     """Flags of the evaluation of multimodal models."""
 
     metrics: list[MultimodalMetric] = option(
