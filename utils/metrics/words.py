@@ -4,13 +4,12 @@ import dataclasses
 import functools
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from jiwer import CharacterOutput, WordOutput, process_characters, process_words
 from torch import Tensor
-from whisper_normalizer.english import EnglishTextNormalizer
 
 from utils.metrics.audio import SPEECH_RATE, as_waveform, import_optional
 
@@ -54,8 +53,9 @@ class Recognizer:
 
 
 @functools.cache
-def normalizer() -> EnglishTextNormalizer:
-    return EnglishTextNormalizer()
+def normalizer() -> Callable[[str], str]:
+    """Whisper's English normaliser. Raises: ValueError: its package is missing."""
+    return import_optional("whisper_normalizer.english").EnglishTextNormalizer()
 
 
 def normalize_text(text: str) -> list[str]:
@@ -64,11 +64,13 @@ def normalize_text(text: str) -> list[str]:
     Lower case, numbers as digits, American spelling, contractions written out, no fillers such as "uh", nothing in
     brackets, no punctuation. Two of its gaps are closed: it knows no typographic apostrophe, and leaves a period of an
     ellipsis.
+
+    Raises: ValueError: the package is missing.
     """
     return [word for word in normalizer()(text.replace("\u2019", "'")).split() if re.search(r"\w", word)]
 
 
-def n_errors(alignment: WordOutput | CharacterOutput) -> int:
+def n_errors(alignment: Any) -> int:
     """Substitutions, deletions and insertions of an alignment by jiwer, the fewest possible."""
     return alignment.substitutions + alignment.deletions + alignment.insertions
 
@@ -84,13 +86,17 @@ class TextErrors:
 
 
 def text_errors(generated: str, target: str) -> TextErrors:
-    """Compare one transcript with its true text. Single spaces between words count as characters."""
+    """Compare one transcript with its true text. Single spaces between words count as characters.
+
+    Raises: ValueError: a package is missing.
+    """
+    package = import_optional("jiwer")
     words, true_words = normalize_text(generated), normalize_text(target)
     characters, true_characters = " ".join(words), " ".join(true_words)
     return TextErrors(
-        words=n_errors(process_words(true_characters, characters)),
+        words=n_errors(package.process_words(true_characters, characters)),
         n_words=len(true_words),
-        characters=n_errors(process_characters(true_characters, characters)),
+        characters=n_errors(package.process_characters(true_characters, characters)),
         n_characters=len(true_characters),
     )
 
