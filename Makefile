@@ -5,17 +5,22 @@ PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: install demo test test-cuda test-slow test-latest style check bench tensorboard
 
+# What every machine installs from wheels.
+WHEELS := requirements.txt requirements-demo.txt requirements-eval.txt requirements-dev.txt
+
 # What depends on the internals of other packages.
 LATEST_TESTS := tests/model tests/inference/test_generate_text.py tests/test_training.py tests/stages/test_diffusion_training.py \
 	tests/stages/test_multimodal_stage.py tests/utils/test_training_utils.py tests/utils/test_transformers_seam.py
 
 install: .venv/installed
 
-# No package needs a compiler but pesq, which is left out where there is none; metric tables and tests then say so.
-.venv/installed: requirements.txt requirements-dev.txt requirements-eval.txt requirements-no-deps.txt requirements-pesq.txt
+# Two packages are built from source and left out where that fails: pesq (it needs a C compiler; metric tables and tests say
+# so) and deepspeed (it needs none on Linux; its tests are skipped).
+.venv/installed: $(WHEELS) requirements-no-deps.txt requirements-deepspeed.txt requirements-pesq.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/$(PIP_INSTALL) -r requirements-dev.txt
+	$(BIN)/$(PIP_INSTALL) $(WHEELS:%=-r %)
 	$(BIN)/$(PIP_INSTALL) --no-deps -r requirements-no-deps.txt
+	$(BIN)/$(PIP_INSTALL) -r requirements-deepspeed.txt || echo "--use_deepspeed will not work: the package deepspeed could not be built"
 	command -v cc >/dev/null && $(BIN)/$(PIP_INSTALL) -r requirements-pesq.txt || \
 		echo "PESQ will not be measured: the package pesq could not be built (it needs a C compiler and Python's headers)"
 	touch $@
@@ -38,7 +43,7 @@ test-slow: install  ## whole chains and long comparisons
 test-latest:  ## models and training with the newest release of every ranged dependency, whatever its upper bound
 	$(PYTHON) -m venv .venv-latest
 	for file in requirements*.txt; do sed 's/,<[0-9.]*//' $$file > .venv-latest/$$file; done
-	.venv-latest/bin/$(PIP_INSTALL) --upgrade -r .venv-latest/requirements-dev.txt
+	.venv-latest/bin/$(PIP_INSTALL) --upgrade $(WHEELS:%=-r .venv-latest/%) -r .venv-latest/requirements-deepspeed.txt
 	OMP_NUM_THREADS=1 .venv-latest/bin/python -m pytest -m "not slow and not launch and not cuda" -n auto --maxprocesses 8 \
 		--dist loadfile --max-worker-restart 0 $(LATEST_TESTS)
 
@@ -50,6 +55,7 @@ check: install  ## lint and types, changes nothing
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
+	$(BIN)/hadolint Dockerfile
 
 bench: install  ## side by side with peers; see benchmarks/README.md
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt

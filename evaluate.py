@@ -12,7 +12,13 @@ The stage is read from the checkpoint; flags that its evaluator does not read ar
 folder, or to --output_dir.
 """
 
-import dataclasses
+from utils.command_line import check_flags
+from utils.evaluation.arguments.every_stage import EvaluateArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(EvaluateArguments, __doc__)
+
 import logging
 import time
 from pathlib import Path
@@ -24,14 +30,13 @@ from torch.utils.tensorboard import SummaryWriter
 from dataset_loading.cached import evenly_spaced
 from utils.checkpoints import provenance, read_stage, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
-from utils.evaluation.audio_diffusion import AudioDiffusionEvaluationArguments, AudioDiffusionEvaluator
-from utils.evaluation.audio_vae import AudioVAEEvaluationArguments, AudioVAEEvaluator
+from utils.evaluation.audio_diffusion import AudioDiffusionEvaluator
+from utils.evaluation.audio_vae import AudioVAEEvaluator
 from utils.evaluation.evaluator import Evaluation, Evaluator
-from utils.evaluation.image_diffusion import ImageDiffusionEvaluationArguments, ImageDiffusionEvaluator
-from utils.evaluation.image_vae import ImageVAEEvaluationArguments, ImageVAEEvaluator
-from utils.evaluation.multimodal.arguments import AnyMetricArguments, MultimodalEvaluationArguments
+from utils.evaluation.image_diffusion import ImageDiffusionEvaluator
+from utils.evaluation.image_vae import ImageVAEEvaluator
 from utils.evaluation.recurrent_vae import RecurrentVAEEvaluator
-from utils.evaluation.text import TextEvaluationArguments, TextEvaluator
+from utils.evaluation.text import TextEvaluator
 from utils.evaluation.vocoder import VocoderEvaluator
 from utils.generation.exported import home_of
 
@@ -47,19 +52,6 @@ EVALUATORS: dict[str, type[Evaluator]] = {
     "audio_diffusion": AudioDiffusionEvaluator,
     "multimodal": TextEvaluator,
 }
-
-
-@dataclasses.dataclass
-class EvaluateArguments(
-    AnyMetricArguments,
-    ImageVAEEvaluationArguments,
-    ImageDiffusionEvaluationArguments,
-    AudioVAEEvaluationArguments,
-    TextEvaluationArguments,
-    AudioDiffusionEvaluationArguments,
-    MultimodalEvaluationArguments,
-):
-    """Flags of all evaluators; the evaluator of the checkpoint's stage refuses those that it does not read."""
 
 
 def build_evaluator(args: EvaluateArguments) -> Evaluator:

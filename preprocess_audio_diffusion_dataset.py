@@ -16,7 +16,14 @@ The folder also holds aligner.safetensors, and the manifest the table of symbols
 log-mels first, in <output_dir>_mels.
 """
 
-import dataclasses
+from utils.command_line import check_flags
+from utils.preprocessing.arguments import arguments_or_merge
+from utils.preprocessing.audio_arguments import AudioDiffusionPreprocessArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(arguments_or_merge(AudioDiffusionPreprocessArguments), __doc__)
+
 from typing import Any
 
 import torch
@@ -26,26 +33,8 @@ from utils.checkpoints import lasting_name, resolve_checkpoint
 from utils.devices import compute_device
 from utils.generation.latents import load_vae, pin_vae, standardized_posterior, vae_fingerprint, warn_of_other_vae
 from utils.generation.text_encoder import caption_states, lost_by_cut, open_text_encoder, text_encoder_fingerprint
-from utils.options import option
-from utils.preprocessing.audio_latents import AudioLatentsArguments, AudioLatentsPreprocess
+from utils.preprocessing.audio_latents import AudioLatentsPreprocess
 from utils.preprocessing.samples import Example
-
-
-@dataclasses.dataclass
-class AudioDiffusionPreprocessArguments(AudioLatentsArguments):
-    """Flags of this stage."""
-
-    vae_checkpoint: str = option("", "run or checkpoint folder of the audio VAE; its averaged weights are used")
-    vae_config: str = option("", "preset that the VAE must have been trained with; default: any")
-    text_encoder: str = option(
-        "",
-        "frozen text encoder whose hidden states of captions are stored: local folder or hub name; default: bytes",
-        only_with=("conditioning", "caption"),
-    )
-
-    def validate_vae(self):
-        if not self.vae_checkpoint:
-            raise ValueError("--vae_checkpoint is missing: give a run of pretrain_audio_vae.py, runs/audio_vae/NAME")
 
 
 class AudioDiffusionPreprocess(AudioLatentsPreprocess):

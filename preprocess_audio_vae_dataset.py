@@ -9,6 +9,14 @@ a folder made by preprocess_audio_vocoder_dataset.py serves pretrain_audio_vae.p
 a value take a usual one.
 """
 
+from utils.command_line import check_flags
+from utils.preprocessing.arguments import arguments_or_merge
+from utils.preprocessing.audio_arguments import AudioPreprocessArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(arguments_or_merge(AudioPreprocessArguments), __doc__)
+
 import torch
 
 from utils.preprocessing.audio import AudioPreprocess, log_mel

@@ -12,7 +12,14 @@ log-mels are reconstructions of an audio VAE beside the recorded waveforms, fram
 the VAE. pretrain_vocoder.py --init_from fine-tunes a vocoder on them.
 """
 
-import dataclasses
+from utils.command_line import check_flags
+from utils.preprocessing.arguments import arguments_or_merge
+from utils.preprocessing.audio_arguments import AudioVocoderPreprocessArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(arguments_or_merge(AudioVocoderPreprocessArguments), __doc__)
+
 from typing import Any
 
 import torch
@@ -22,28 +29,13 @@ from model.audio.vae import AudioVAE
 from utils.checkpoints import lasting_name, resolve_checkpoint, warn_of_former_data
 from utils.devices import compute_device
 from utils.generation.latents import load_vae, vae_fingerprint
-from utils.options import option
-from utils.preprocessing.audio import AudioPreprocess, AudioPreprocessArguments, log_mel, with_mel
-from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
+from utils.preprocessing.audio import AudioPreprocess, log_mel, with_mel
+from utils.preprocessing.batched import BatchedPreprocess
 from utils.preprocessing.driver import Preprocess
 from utils.preprocessing.samples import Example, SkipSampleError
 from utils.seeds import seed_of
 
 MAX_FRAMES = 1 << 16  # Mel frames of a batch with its padding; longer clips come in smaller batches.
-
-
-@dataclasses.dataclass
-class AudioVocoderPreprocessArguments(AudioPreprocessArguments, BatchedPreprocessArguments):
-    """Flags of this stage."""
-
-    through_vae: str = option(
-        "", "run or checkpoint folder of an audio VAE: its reconstructions of the log-mels are written, not theirs"
-    )
-    vae_config: str = option(
-        "", "preset that the VAE must have been trained with; default: any", only_with=("through_vae", bool)
-    )
-    batch_size: int = option(32, "clips per batch of the VAE", gt=0, only_with=("through_vae", bool))
-    bf16: bool = option(False, "bfloat16 autocast in the VAE", only_with=("through_vae", bool))
 
 
 class AudioVocoderPreprocess(AudioPreprocess, BatchedPreprocess):

@@ -10,7 +10,13 @@ With --horizontal_flip also "flipped_mean" and "flipped_std", those of the mirro
 "text_states": (T', E) bfloat16, the last hidden states of the caption's own tokens.
 """
 
-import dataclasses
+from utils.command_line import check_flags
+from utils.preprocessing.arguments import ImageDiffusionPreprocessArguments, arguments_or_merge
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(arguments_or_merge(ImageDiffusionPreprocessArguments), __doc__)
+
 from typing import Any
 
 import torch
@@ -22,29 +28,9 @@ from utils.checkpoints import lasting_name, resolve_checkpoint
 from utils.devices import compute_device
 from utils.generation.latents import load_vae, pin_vae, standardized_posterior, vae_fingerprint, warn_of_other_vae
 from utils.generation.text_encoder import caption_states, lost_by_cut, open_text_encoder, text_encoder_fingerprint
-from utils.options import option
-from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
-from utils.preprocessing.image import IMAGE_SETTINGS, ImageArguments, decode_source_image
+from utils.preprocessing.batched import BatchedPreprocess
+from utils.preprocessing.image import IMAGE_SETTINGS, decode_source_image
 from utils.preprocessing.samples import Example
-
-
-@dataclasses.dataclass
-class ImageDiffusionPreprocessArguments(ImageArguments, BatchedPreprocessArguments):
-    """Flags of this stage."""
-
-    vae_checkpoint: str = option("", "run or checkpoint folder of the VAE; its averaged weights are used")
-    vae_config: str = option("", "preset that the VAE must have been trained with; default: any")
-    image_size: int = option(0, "side of the images in pixels, divisible by the compression; 0: the VAE's", ge=0)
-    horizontal_flip: bool = option(False, "also store the latents of the mirrored image")
-    max_tokens: int = option(128, "maximum tokens of a caption (bytes or the text encoder's); the rest is cut", gt=0)
-    text_encoder: str = option("", "frozen text encoder whose hidden states are stored, too: local folder or hub name")
-    seed: int = option(42, "seed of the augmentation", ge=0, lt=2**63, only_with=("num_augmented_copies", bool))
-
-    def validate_vae(self):
-        if not self.vae_checkpoint:
-            raise ValueError("--vae_checkpoint is missing: give a run of pretrain_image_vae.py, runs/image_vae/NAME")
-        if self.num_augmented_copies:
-            raise ValueError("--num_augmented_copies has no effect on latents; --horizontal_flip stores mirrored ones")
 
 
 class ImageDiffusionPreprocess(BatchedPreprocess):

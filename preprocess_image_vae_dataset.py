@@ -8,59 +8,23 @@ A file holds {"image": (3, S, S) uint8}; the manifest holds the captions. Augmen
 usual one.
 """
 
-import dataclasses
+from utils.command_line import check_flags
+from utils.preprocessing.arguments import ImageVAEPreprocessArguments, arguments_or_merge
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(arguments_or_merge(ImageVAEPreprocessArguments), __doc__)
+
 from typing import Any
 
 import torch
 from PIL import Image
 
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, Augmentation, fit_image, to_tensor
-from utils.options import option
+from utils.preprocessing.arguments import AUGMENTATIONS
 from utils.preprocessing.driver import Preprocess
-from utils.preprocessing.image import IMAGE_SETTINGS, ImageArguments, decode_source_image
+from utils.preprocessing.image import IMAGE_SETTINGS, decode_source_image
 from utils.preprocessing.samples import Example
-
-# Flags with the names of the fields of `Augmentation`.
-AUGMENTATIONS = [field.name for field in dataclasses.fields(Augmentation)]
-
-
-@dataclasses.dataclass
-class ImageVAEPreprocessArguments(ImageArguments):
-    """Flags of this stage."""
-
-    image_size: int = option(128, "side S of the images in pixels", gt=0)
-
-    # Augmentation of the copies.
-    random_resized_crop: float = option(
-        1.0,
-        "minimum fraction of the area in a random crop; 1: off",
-        gt=0,
-        le=1,
-        bare=0.5,
-        only_with=("num_augmented_copies", bool),
-    )
-    horizontal_flip: float = option(
-        0.0, "probability of a horizontal flip", ge=0, le=1, bare=0.5, only_with=("num_augmented_copies", bool)
-    )
-    color_jitter: float = option(
-        0.0,
-        "maximum change of brightness, contrast and saturation",
-        ge=0,
-        lt=1,
-        bare=0.2,
-        only_with=("num_augmented_copies", bool),
-    )
-    rotation: float = option(
-        0.0, "maximum rotation in degrees", ge=0, le=45, bare=10.0, only_with=("num_augmented_copies", bool)
-    )
-
-    def validate_augmentation(self):
-        # Copies differ only by augmentations that are on.
-        used = [name for name in AUGMENTATIONS if getattr(self, name) != getattr(type(self), name)]
-        if self.num_augmented_copies and not used:
-            raise ValueError(
-                f"--num_augmented_copies needs one of --{', --'.join(AUGMENTATIONS)}, or copies are equal"
-            )
 
 
 class ImageVAEPreprocess(Preprocess):

@@ -8,6 +8,13 @@ inference/text_to_audio.py.
         --vae_checkpoint runs/audio_vae/base --vae_config medium --vocoder_checkpoint runs/vocoder/base
 """
 
+from utils.command_line import check_flags
+from utils.training.arguments.diffusion import AudioDiffusionArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(AudioDiffusionArguments, __doc__)
+
 from functools import cached_property
 
 from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents, latent_settings
@@ -18,12 +25,7 @@ from utils.evaluation.spoken_error_rates import SpokenErrorRates
 from utils.generation.audio_diffusion import fit_to_audio_latents, load_matching_vocoder
 from utils.generation.captions import seconds_of_clips
 from utils.generation.speech import SpeechPipeline
-from utils.training.audio_diffusion import (
-    AudioDiffusionArguments,
-    AudioDiffusionTrainer,
-    check_conditioning,
-    count_frame_steps,
-)
+from utils.training.audio_diffusion import AudioDiffusionTrainer, check_conditioning, count_frame_steps
 from utils.training.audio_diffusion_logging import sound_callback
 from utils.training.diffusion import DiffusionStage, check_init_from
 

@@ -9,6 +9,13 @@ checkpoint by its path; a vocoder of the same log-mel makes waveforms.
         --num_train_epochs 100 --batch_size 64 --learning_rate 3e-4 --deepspeed_config ds_config_zero-2.json
 """
 
+from utils.command_line import check_flags
+from utils.training.arguments.audio_vae import AudioVAEArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(AudioVAEArguments, __doc__)
+
 from dataset_loading.audio.cached import AudioVAEDataset
 from dataset_loading.audio.conditions import DescribedAudioDataset
 from model.audio.mel_criteria import MelLoss
@@ -18,7 +25,7 @@ from model.presets import AUDIO_VAE
 from utils.generation.audio import load_vocoder
 from utils.training.adversary import Adversary
 from utils.training.audio import AudioStage
-from utils.training.audio_vae import AudioReconstructionCallback, AudioVAEArguments, AudioVAEGANTrainer, SpreadMels
+from utils.training.audio_vae import AudioReconstructionCallback, AudioVAEGANTrainer, SpreadMels
 
 
 class AudioVAEStage(AudioStage):

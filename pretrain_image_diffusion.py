@@ -7,6 +7,13 @@ Before: preprocess_image_diffusion_dataset.py. After: evaluate.py, inference/tex
         --vae_checkpoint runs/image_vae/base --vae_config small --deepspeed_config ds_config_zero-2.json
 """
 
+from utils.command_line import check_flags
+from utils.training.arguments.diffusion import ImageDiffusionArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(ImageDiffusionArguments, __doc__)
+
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_captioned
 from dataset_loading.image.latents import ImageLatentDataset
@@ -14,7 +21,7 @@ from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.presets import IMAGE_DIFFUSION
 from utils.generation.text_to_image import fit_to_latents
 from utils.training.diffusion import DiffusionStage, DiffusionTrainer, check_init_from
-from utils.training.image_diffusion import ImageDiffusionArguments, PromptGridCallback, SampleMetrics
+from utils.training.image_diffusion import PromptGridCallback, SampleMetrics
 
 
 class ImageDiffusionStage(DiffusionStage):

@@ -8,6 +8,13 @@ Before: preprocess_image_vae_dataset.py. After: preprocess_image_diffusion_datas
         --num_train_epochs 100 --batch_size 64 --learning_rate 1e-4 --deepspeed_config ds_config_zero-2.json
 """
 
+from utils.command_line import check_flags
+from utils.training.arguments.image_vae import ImageVAEGANArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(ImageVAEGANArguments, __doc__)
+
 from model.image.vae import ImageVAE, ImageVAEConfig
 from model.presets import IMAGE_VAE
 from utils.training.image_vae import ImageVAEGANStage, ImageVAEGANTrainer

@@ -17,18 +17,20 @@ source files have the same name. After: evaluate.py and inference/generate_text.
         --cached_dataset cached_datasets/text --tasks audio-text text-audio:4 text:1
 """
 
+from utils.command_line import check_flags
+from utils.training.arguments.multimodal import MultimodalArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(MultimodalArguments, __doc__)
+
 from functools import cached_property
 
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.presets import MEGATRANSFORMER
 from utils.configuration import MegaTransformerConfig
-from utils.training.multimodal import (
-    MultimodalArguments,
-    MultimodalTrainer,
-    TextSamplesCallback,
-    ThinkingStepsCallback,
-)
+from utils.training.multimodal import MultimodalTrainer, TextSamplesCallback, ThinkingStepsCallback
 from utils.training.stage import Stage
 from utils.training.streams.stage import MultimodalStreamStage
 from utils.training.text import check_checkpoint, check_core_flags, fit_to_tokenizer, tokenize_texts, untokenized

@@ -8,10 +8,17 @@ Before: preprocess_image_vae_dataset.py. After: preprocess_image_diffusion_datas
         --num_train_epochs 100 --batch_size 64 --learning_rate 1e-4 --deepspeed_config ds_config_zero-2.json
 """
 
+from utils.command_line import check_flags
+from utils.training.arguments.image_vae import RecurrentVAEArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(RecurrentVAEArguments, __doc__)
+
 from model.image.recurrent_vae import RecurrentVAE, RecurrentVAEConfig
 from model.presets import RECURRENT_VAE
 from utils.training.image_vae import ImageVAEGANStage
-from utils.training.recurrent_vae import RecurrentVAEArguments, RecurrentVAEGANTrainer
+from utils.training.recurrent_vae import RecurrentVAEGANTrainer
 
 
 class RecurrentVAEStage(ImageVAEGANStage):

@@ -8,6 +8,13 @@ Before: preprocess_audio_vocoder_dataset.py. After: whatever writes log-mels loa
         --max_steps 500000 --batch_size 32 --deepspeed_config ds_config_zero-2.json
 """
 
+from utils.command_line import check_flags
+from utils.training.arguments.vocoder import VocoderArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(VocoderArguments, __doc__)
+
 from dataset_loading.audio.cached import VocoderDataset
 from model.audio.vocoders import Vocoder, VocoderConfig
 from model.audio.waveform_criteria import VocoderLoss
@@ -15,7 +22,7 @@ from model.audio.waveform_discriminators import build_waveform_discriminator
 from model.presets import VOCODER
 from utils.training.adversary import Adversary
 from utils.training.audio import AudioStage
-from utils.training.vocoder import VocoderArguments, VocoderCallback, VocoderTrainer, check_segment
+from utils.training.vocoder import VocoderCallback, VocoderTrainer, check_segment
 
 
 class VocoderStage(AudioStage):

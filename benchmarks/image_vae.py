@@ -30,7 +30,7 @@ from utils.command_line import explained_errors, parse_arguments
 from utils.metrics.images import psnr
 from utils.options import option
 from utils.training.adversary import Adversary
-from utils.training.image_vae import ImageVAEGANArguments
+from utils.training.arguments.image_vae import ImageVAEGANArguments
 
 # Channels of the blocks of diffusers' AutoencoderKL, with 2 layers each, and our preset of the same size.
 PAIRS = {"5M": ((32, 64, 128, 128), "small"), "21M": ((64, 128, 256, 256), "medium")}

@@ -34,7 +34,7 @@ from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from model.text.phonemes import SpeechTokenizer
 from utils.command_line import explained_errors, parse_arguments
-from utils.generation.audio_diffusion import AudioSamplingArguments
+from utils.generation.arguments.audio_diffusion import AudioSamplingArguments
 from utils.generation.speech import SpeechPipeline
 from utils.options import option
 

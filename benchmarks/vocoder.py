@@ -35,7 +35,7 @@ from model.audio.vocoders import Vocoder
 from pretrain_vocoder import VocoderStage
 from utils.command_line import explained_errors, parse_arguments
 from utils.options import option
-from utils.training.vocoder import VocoderArguments
+from utils.training.arguments.vocoder import VocoderArguments
 
 OURS = ("medium", "small", "tiny")
 

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset
 from dataset_loading.columns import EntryColumns, EntryRow
 from dataset_loading.entry_lines import EntryLines, read_lines, rows_of
 from dataset_loading.files import MANIFEST, Record, read_manifest, read_record, shorten
-from dataset_loading.integrity import TensorKinds, changed_bytes, wrong_content
+from dataset_loading.integrity import TensorKinds, changed_bytes, is_out_of_memory, wrong_content
 from dataset_loading.packs import PACKS, Packs, entries_of, is_packed
 
 logger = logging.getLogger(__name__)
@@ -297,7 +297,10 @@ def read_sample(
         except OSError:
             raise
         except Exception as error:  # A damaged file raises errors of many types.
-            problem = changed_bytes(path, entry) or f"{type(error).__name__}: {error}".partition("\n")[0]
+            problem = changed_bytes(path, entry)
+            if not problem and is_out_of_memory(error):
+                raise
+            problem = problem or f"{type(error).__name__}: {error}".partition("\n")[0]
         # What is wrong with the content says more than a digest.
         if not problem and kinds is not None:
             problem = wrong_content(sample, kinds) or changed_bytes(path, entry)

@@ -127,7 +127,7 @@ class HostFields:
         self.collator, self.names = collator, tuple(names)
 
     def __call__(self, samples: Any) -> dict[str, Any]:
-        if get_worker_info() is not None and hasattr(signal, "sigwaitinfo"):  # Not on macOS and Windows.
+        if get_worker_info() is not None:
             leave_signals_to_parent()
         return self.on_host(self.collator(samples))
 
@@ -147,8 +147,12 @@ def leave_signals_to_parent() -> None:
     can finish its step and save. A SIGTERM of the training process itself still ends it.
 
     PyTorch's handler would end the loader. The signals are blocked instead of ignored, since the training process
-    ends its loaders by SIGTERM and waits for them.
+    ends its loaders by SIGTERM and waits for them. macOS and Windows do not tell who sent a signal: there SIGTERM ends
+    the loader, and Ctrl-C alone is left to the parent.
     """
+    if not hasattr(signal, "sigwaitinfo"):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM, signal.SIGINT})
     threading.Thread(target=end_with_parent_signal, daemon=True).start()  # It inherits the mask.
 

@@ -90,7 +90,11 @@ def remove_leftovers(path: Path) -> None:
 
 def sync_to_disk(file: Path) -> None:
     """Flush a file that is already written, or a folder's list of names, from the page cache to the disk."""
-    descriptor = os.open(file, os.O_RDONLY)
+    # Windows opens no folders, and flushes what is open for writing only.
+    is_windows = not hasattr(os, "O_DIRECTORY")
+    if is_windows and file.is_dir():
+        return
+    descriptor = os.open(file, os.O_RDWR if is_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -103,6 +107,10 @@ def sync_file_system(folder: Path) -> None:
 
     Raises: OSError: the disk reports an error.
     """
+    if not hasattr(os, "sync"):  # Windows
+        for path in folder.rglob("*"):
+            sync_to_disk(path)
+        return
     # Python has os.sync alone, which flushes all file systems; Linux can flush one.
     libc = ctypes.CDLL(None, use_errno=True)
     if not hasattr(libc, "syncfs"):

@@ -18,6 +18,29 @@ from dataset_loading.files import crc_of_file
 TensorKinds = Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]]
 
 
+# What allocators of torch, of CUDA and of C++ say when memory is full, oneDNN, and torch of a loader that was killed.
+FULL = (
+    *("out of memory", "can't allocate memory", "not enough memory", "Cannot allocate memory", "bad_alloc"),
+    *(
+        "bad allocation",
+        "ALLOC_FAILED",
+        "could not create a primitive",
+        "failed to map segment",
+        "is killed by signal: Killed",
+    ),
+)
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or one that it comes from, says that memory is full, and not that a file is damaged."""
+    while error is not None:
+        is_said = not isinstance(error, ValueError) and any(sign in str(error) for sign in FULL)
+        if is_said or isinstance(error, MemoryError):
+            return True
+        error = error.__cause__
+    return False
+
+
 def digest_of(content: bytes) -> dict[str, Any]:
     """Size and CRC of a sample's file, for its entry."""
     return {"bytes": len(content), "crc32": f"{zlib.crc32(content):08x}"}

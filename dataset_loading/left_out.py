@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset_loading.tables import TABLE_SUFFIXES
-from dataset_loading.walking import LinkedFolders
+from dataset_loading.walking import LinkedFolders, path_below
 
 NAMES = 20  # Names that are kept of each reason.
 # Reasons that are errors of reading, and count for --max_broken_fraction.
@@ -33,6 +33,11 @@ class LeftOut:
         names = self.names.setdefault(reason, [])
         if len(names) < NAMES:
             names.append(name)
+
+    def clear(self) -> None:
+        """Count from zero again."""
+        self.counts.clear()
+        self.names.clear()
 
     def update(self, reason: str, names: Iterable[str]) -> None:
         """Count several of one reason."""
@@ -102,7 +107,7 @@ def survey_folder(
             file = os.path.join(parent, name)
             if name.startswith(".") or DESCRIPTIONS.fullmatch(name) or os.path.normpath(file) in used_names:
                 continue
-            place = Path(os.path.relpath(file, folder)).as_posix()
+            place = path_below(file, folder)
             suffix, is_dangling = os.path.splitext(name)[1].lower(), not os.path.exists(file)
             if is_dangling and name.lower().endswith((*suffixes, *readable)):
                 left_out.add("link leads nowhere", place)

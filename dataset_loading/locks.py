@@ -1,13 +1,13 @@
 """One writer per folder: a lock that names its owner. Readers need none.
 
-The lock is the operating system's (flock) on a file `.lock` in the folder. It ends with its process, however that
-ends, so that a kill or a loss of power leaves at most the file. On NFS Linux asks the server, so that the lock holds
-between machines; where the mount or the file system has no locks, a warning says that nobody watches.
+The lock is the operating system's (flock, on Windows msvcrt.locking) on a file `.lock` in the folder. It ends with its
+process, however that ends, so that a kill or a loss of power leaves at most the file. On NFS Linux asks the server, so
+that the lock holds between machines; where the mount or the file system has no locks, a warning says that nobody
+watches.
 """
 
 import contextlib
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -18,10 +18,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    import msvcrt
+
+    fcntl = None
+
 logger = logging.getLogger(__name__)
 
 LOCK = ".lock"
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # What file systems without locks say.
+# What file systems without locks say, and what a lock of another process gives: flock the one, Windows the other.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+IS_LOCKED = (errno.EWOULDBLOCK, errno.EACCES)
+MAX_OWNER = 1 << 16  # bytes that name the owner
 
 # Descriptors of the locks that this process holds.
 held: set[int] = set()
@@ -45,9 +55,13 @@ def only_writer(folder: Path, remedy: str) -> Iterator[None]:
         # A forked process has closed it, and does not own the file.
         if descriptor in held:
             # Removed while it is locked: whoever has it open already sees that it is gone.
-            file.unlink(missing_ok=True)
+            if fcntl is not None:
+                file.unlink(missing_ok=True)
             held.discard(descriptor)
             os.close(descriptor)
+            if fcntl is None:  # Windows removes no open file, such as one that another process has locked meanwhile.
+                with contextlib.suppress(OSError):
+                    file.unlink()
         with contextlib.suppress(OSError):  # It is not empty.
             for path in created:
                 path.rmdir()
@@ -62,15 +76,16 @@ def lock_file(file: Path, remedy: str) -> int:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         held.add(descriptor)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            take(descriptor)
         except OSError as error:
             if error.errno in NO_LOCKS:
                 logger.warning("%s cannot be locked (%s): make sure that no other process writes there", file, error)
                 return descriptor
-            owner = describe_owner(os.read(descriptor, 1 << 16))
+            os.lseek(descriptor, 0, os.SEEK_SET)
+            owner = describe_owner(os.read(descriptor, MAX_OWNER))
             held.discard(descriptor)
             os.close(descriptor)
-            if error.errno != errno.EWOULDBLOCK:
+            if error.errno not in IS_LOCKED:
                 raise
             raise OSError(f"{file.parent} is being written by {owner}; {remedy}") from error
         # The last owner may have removed the file after it was opened here.
@@ -80,8 +95,19 @@ def lock_file(file: Path, remedy: str) -> int:
         held.discard(descriptor)
         os.close(descriptor)
     os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(this_process()).encode(), 0)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    os.write(descriptor, json.dumps(this_process()).encode())
     return descriptor
+
+
+def take(descriptor: int) -> None:
+    """Lock an open file. Raises: OSError: another process has it (`IS_LOCKED`), or there are no locks (`NO_LOCKS`)."""
+    if fcntl is not None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return
+    # Windows locks bytes, which nobody else can read then: one beyond those that name the owner.
+    os.lseek(descriptor, MAX_OWNER, os.SEEK_SET)
+    msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
 
 
 def this_process() -> dict[str, str | int]:
@@ -107,4 +133,5 @@ def close_in_child() -> None:
     held.clear()
 
 
-os.register_at_fork(after_in_child=close_in_child)
+if hasattr(os, "register_at_fork"):  # Windows has no fork.
+    os.register_at_fork(after_in_child=close_in_child)

@@ -22,8 +22,9 @@ from dataset_loading.files import fingerprint_of_bytes
 from dataset_loading.image.latents import ImageLatentDataset
 from dataset_loading.text.tokenizers import document_encoder, tokenizer_hash
 from dataset_loading.text.windows import TextDataset
-from model.multimodal.layout import Modality, Part, audio_tokens, build_stream, image_tokens
+from model.multimodal.layout import Part, audio_tokens, build_stream, image_tokens
 from utils.configuration import MegaTransformerConfig
+from utils.flags.choices import Modality
 
 logger = logging.getLogger(__name__)
 

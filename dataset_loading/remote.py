@@ -10,7 +10,6 @@ were not used for longest are deleted. Processes of one machine share the folder
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import fsspec
+from filelock import FileLock
 
 from dataset_loading.files import MANIFEST, fingerprint, read_record, replace_file, replacing
 
@@ -69,8 +69,7 @@ def open_remote(cache: str, max_gigabytes: float) -> Path:
         raise describe_refusal(cache, error) from error
     folder.mkdir(parents=True, exist_ok=True)
     # One process of a machine copies, the others wait.
-    with open(folder / ".fetching", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(folder / ".fetching"):
         known = folder / MANIFEST
         if not known.is_file() or known.read_bytes() != content:
             copy_small_files(system, root, folder)
@@ -134,6 +133,10 @@ def sizes_of(system: Any, folder: str) -> dict[str, int]:
 def describe_refusal(url: str, error: Exception) -> OSError:
     """The error of a file system as one that names the address and what to do."""
     text = f"{type(error).__name__}: {error}"
+    cause = error.__cause__
+    if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | PermissionError):
+        # HTTP file systems hide a refused connection behind a missing file.
+        return ConnectionError(f"{url} cannot be reached ({type(cause).__name__}: {cause}); check server and network")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{url} does not exist ({error}); check the names of bucket, folder and file")
     if isinstance(error, PermissionError) or any(word in text.lower() for word in REFUSALS):

@@ -53,7 +53,7 @@ from dataset_loading.splits import (
 from dataset_loading.streams.hub import FILE_BUILDERS, KINDS, load_rows
 from dataset_loading.streams.rows import RowStream
 from dataset_loading.tables import suffix_of
-from dataset_loading.walking import is_outside, regular_state, walk
+from dataset_loading.walking import is_outside, path_below, regular_state, walk
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Source:
             media = {} if self.has_named_rows and not self.root else row[self.media] or {}
             path = media.get("row") or media.get("path")
             if path and self.root:
-                relative = Path(os.path.relpath(path, self.root)).as_posix()
+                relative = path_below(path, self.root)
                 name = relative.encode("utf-8", "backslashreplace").decode()
             elif path and not os.path.isabs(path) and "://" not in path:
                 name = path
@@ -280,7 +280,7 @@ def files_beside(folder: Path, suffixes: Collection[str]) -> list[Path]:
 def relative_path(row: dict[str, Any], kind: str, folder: Path) -> str:
     """The path of a row's file below a folder, with slashes; "" for a row without one."""
     path = row[kind]["path"]
-    return Path(os.path.relpath(path, folder)).as_posix() if path else ""
+    return path_below(path, folder) if path else ""
 
 
 def shards_of(index: Path, split: str) -> list[Path]:
@@ -349,7 +349,7 @@ def read_folder(folder: Path, kind: str, suffixes: Collection[str]) -> tuple[lis
         label = {"label": file.parent.name} if file.parent != folder else {}
         rows.append({kind: {"path": os.path.normpath(file), "bytes": None}, **label, **texts.row_of(file)})
     left_out = survey_folder(folder, used={*files, *second, *texts.used}, suffixes=suffixes)
-    left_out.update("second microphone of an utterance", (str(file.relative_to(folder)) for file in second))
+    left_out.update("second microphone of an utterance", (file.relative_to(folder).as_posix() for file in second))
     left_out.update("transcript without a recording", texts.without_file([*files, *second]))
     return rows, left_out
 

@@ -1,5 +1,6 @@
 """Which files a folder holds: regular ones, each once, however links go in circles, and none outside of it."""
 
+import contextlib
 import functools
 import logging
 import os
@@ -63,12 +64,19 @@ class LinkedFolders:
             return False
         holders = self.listed & set(parents_of(target))
         # What is below the root is listed at its own place, unless it is hidden there.
-        inner = os.path.relpath(target, self.root).split(os.sep)
+        inner = path_below(target, self.root).split("/")
         if holders - {self.root} or (holders and not any(name.startswith(HIDDEN) for name in inner)):
             return False
         self.listed.add(target)
         self.above |= set(parents_of(target)) - {self.root}
         return True
+
+
+def path_below(path: str, folder: str | Path) -> str:
+    """A path relative to a folder, with slashes on every system; as it is where it lies on another drive."""
+    with contextlib.suppress(ValueError):
+        path = os.path.relpath(path, folder)
+    return Path(path).as_posix()
 
 
 def parents_of(path: str) -> list[str]:

@@ -8,40 +8,30 @@
 --prompts leave it to the model what it answers with. The same seed gives the same answer, whatever else is asked.
 """
 
-import dataclasses
 import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.command_line import check_flags
+from utils.generation.arguments.multimodal import ChatArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(ChatArguments, __doc__)
+
 from dataset_loading.audio.signal import save_waveform
-from model.multimodal.layout import SPANS, Part
-from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
+from model.multimodal.layout import Part
+from utils.checkpoints import chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import save_image, to_image
-from utils.generation.chat import PromptArguments, TextStream, answer_questions, read_questions
+from utils.flags.choices import SPANS
+from utils.generation.chat import TextStream, answer_questions, read_questions
 from utils.generation.files import claim_folder, write_settings
 from utils.generation.multimodal import MultimodalPipeline
 from utils.generation.text import file_stem
-from utils.options import option
-
-
-@dataclasses.dataclass
-class ChatArguments(PromptArguments):
-    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    image_vae_checkpoint: str = option("", "folder of the image VAE; default: its copy in the run")
-    audio_vae_checkpoint: str = option("", "folder of the audio VAE; default: its copy in the run")
-    vocoder_checkpoint: str = option("", "run or checkpoint folder of a vocoder; default: Griffin-Lim")
-    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
-    bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
-    output_dir: str = option("inference/generated/chat", "folder of the results")
-
-    def validate_prompts(self):
-        if not (self.checkpoint and self.asked()):
-            flags = ", ".join(f"--{name}" for name in ("draw", "speak", "describe", "transcribe", "prompts", "input"))
-            raise ValueError(f"--checkpoint and one of {flags} are needed")
 
 
 def chat(args: ChatArguments) -> None:

@@ -9,38 +9,22 @@ The folder holds the averaged weights as model.safetensors, config.json, the tok
 also a --checkpoint of all other scripts. Discriminators and the optimizer's state stay in the run.
 """
 
-import dataclasses
 import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
+from utils.command_line import check_flags
+from utils.exporting.arguments import ExportModelArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(ExportModelArguments, __doc__)
+
+from utils.checkpoints import chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
-from utils.exporting.folder import Content, DType, export_folder
-from utils.options import option
-
-
-@dataclasses.dataclass
-class ExportModelArguments:
-    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    output: str = option("", "folder to write; it must not exist, or be empty")
-    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
-    dtype: DType = option("float32", "precision of the stored weights; media models still compute in fp32")
-    with_parts: bool = option(False, "also the models that this one needs, in subfolders: VAEs, text encoder")
-    vae_checkpoint: str = option(
-        "", "folder of the latents' VAE; default: its copy in the run or the cache", only_with=("with_parts", True)
-    )
-    text_encoder: str = option(
-        "", "folder or hub name of the captions' text encoder; default: as recorded", only_with=("with_parts", True)
-    )
-    vocoder_checkpoint: str = option("", "vocoder to put into the subfolder vocoder, for models that make audio")
-    license: str = option("", "licence in the model card, by the hub's name, such as mit or cc-by-4.0")
-
-    def validate_checkpoint(self):
-        if not self.checkpoint or not self.output:
-            raise ValueError("--checkpoint and --output are needed: a run folder, and the folder to write")
+from utils.exporting.folder import Content, export_folder
 
 
 def export(args: ExportModelArguments) -> Path:

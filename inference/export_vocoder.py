@@ -8,38 +8,25 @@ numbers. The definition of the log-mel and min_frames are in the metadata of the
 Needs the packages in requirements-eval.txt.
 """
 
-import dataclasses
 import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.command_line import check_flags
+from utils.generation.arguments.audio import ExportArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(ExportArguments, __doc__)
+
 from dataset_loading.files import replacing
 from model.audio.vocoder_export import export_onnx
-from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
+from utils.checkpoints import chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
 from utils.generation.audio import load_vocoder
 from utils.generation.vocoder_onnx import compare_with_onnx, import_runtime
-from utils.options import option
-
-
-@dataclasses.dataclass
-class ExportArguments:
-    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
-    output: str = option("inference/generated/audio/vocoder.onnx", "output file")
-    tolerance: float = option(
-        1e-4, "maximum accepted difference of waveforms, relative to full scale or the peak", gt=0
-    )
-
-    def validate_checkpoint(self):
-        if not self.checkpoint:
-            raise ValueError("--checkpoint is needed: the run folder of a vocoder")
-
-    def validate_output(self):
-        if Path(self.output).is_dir():
-            raise ValueError(f"--output {self.output!r} must be a file, such as my_vocoder.onnx, not a folder")
 
 
 def export(args: ExportArguments) -> None:

@@ -15,31 +15,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
+from utils.command_line import check_flags
+from utils.generation.arguments.text import GenerateTextArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(GenerateTextArguments, __doc__)
+
+from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.generation.files import check_unicode, claim_folder
-from utils.generation.text import GenerationArguments, TextGenerator, copy_seed, read_prompts
-from utils.options import option
-
-
-@dataclasses.dataclass
-class GenerateTextArguments(GenerationArguments):
-    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
-    prompts: list[str] = option([], "texts to continue")
-    prompt_file: str = option("", "further texts, one per line")
-    n_texts: int = option(
-        1, "sampled continuations per prompt, each with its own seed", gt=0, only_with=("temperature", bool)
-    )
-    batch_size: int = option(16, "texts per batch", gt=0)
-    output_dir: str = option("inference/generated/text", "folder of the results")
-
-    def validate_prompts(self):
-        if not self.checkpoint or not (self.prompts or self.prompt_file):
-            raise ValueError(
-                "--checkpoint and --prompts or --prompt_file are needed: a run folder, and texts to continue"
-            )
+from utils.generation.text import TextGenerator, copy_seed, read_prompts
 
 
 def generate(args: GenerateTextArguments) -> None:

@@ -8,34 +8,27 @@ errors of both can be heard separately. Both models must have been trained on th
 in .pt hold log-mels.
 """
 
-import dataclasses
 import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.command_line import check_flags
+from utils.generation.arguments.audio import ReconstructionArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(ReconstructionArguments, __doc__)
+
 from dataset_loading.audio.signal import AUDIO_SUFFIXES
 from utils.command_line import explained_errors, parse_arguments
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group, save_image
-from utils.generation.audio import MEL_SUFFIX, AudioReconstructor, SynthesisArguments, Synthesizer
+from utils.generation.audio import MEL_SUFFIX, AudioReconstructor, Synthesizer
 from utils.generation.files import Failures, claim_folder, find_inputs, refuse_overwriting, write_settings
-from utils.options import option
 
 MAX_ROWS = 32  # clips that are shown on the sheet
-
-
-@dataclasses.dataclass
-class ReconstructionArguments(SynthesisArguments):
-    vae_checkpoint: str = option("", "run or checkpoint folder of an audio VAE")
-    vocoder_checkpoint: str = option("", "run or checkpoint folder of a vocoder")
-    speaker: str = option("", "name of the speaker, for an audio VAE that was trained with --use_speakers")
-    output_dir: str = option("inference/generated/audio/reconstruction", "folder of the results")
-
-    def validate_input(self):
-        if not (self.vae_checkpoint and self.vocoder_checkpoint and self.input):
-            raise ValueError("--vae_checkpoint, --vocoder_checkpoint and --input are needed: runs, and files")
 
 
 def reconstruct(args: ReconstructionArguments) -> None:

@@ -6,40 +6,30 @@ The shorter side is resized to --image_size (default: that of the model's traini
 are not a multiple of the compression are padded for the model, and the reconstruction is cropped.
 """
 
-import dataclasses
 import logging
 import sys
 from pathlib import Path
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from dataset_loading.image.pixels import IMAGE_SUFFIXES, check_color, decode_image, to_float, to_tensor
+from utils.command_line import check_flags
+from utils.generation.arguments.image import ReconstructionArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(ReconstructionArguments, __doc__)
+
+import torch
+
+from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, to_float, to_tensor
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_image, triple
 from utils.generation.files import Failures, check_size, claim_folder, find_inputs, write_settings
 from utils.generation.latents import load_vae
 from utils.metrics.images import psnr
-from utils.options import option
 
 MAX_ROWS = 32  # images that are shown on the sheet
-
-
-@dataclasses.dataclass
-class ReconstructionArguments:
-    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    input: list[str] = option([], "image files and folders of images")
-    image_size: int = option(-1, "shorter side in pixels; 0: unchanged; -1: the size of the training images", ge=-1)
-    background_color: str = option("white", "color of transparent pixels, name or #rrggbb")
-    max_pixels: int = option(4_000_000, "maximum pixels of an image for the model; larger ones are left out", gt=0)
-    output_dir: str = option("inference/generated/reconstruction", "folder of the results")
-
-    def validate_input(self):
-        if not self.checkpoint or not self.input:
-            raise ValueError("--checkpoint and --input are needed: a run folder, and image files or folders")
-        check_color("background_color", self.background_color)
 
 
 @torch.inference_mode()

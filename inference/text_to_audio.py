@@ -13,39 +13,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.command_line import check_flags
+from utils.generation.arguments.audio_diffusion import TextToAudioArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(TextToAudioArguments, __doc__)
+
 from dataset_loading.audio.signal import save_waveform
-from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
+from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
-from utils.generation.audio_diffusion import AudioSamplingArguments
 from utils.generation.captions import CaptionPipeline
 from utils.generation.files import claim_folder
 from utils.generation.speech import read_texts
 from utils.generation.text import file_stem
-from utils.options import option
-
-
-@dataclasses.dataclass
-class TextToAudioArguments(AudioSamplingArguments):
-    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    vae_checkpoint: str = option("", "folder of the latents' VAE; default: its copy in the run or the cache")
-    vocoder_checkpoint: str = option("", "run or checkpoint folder of a vocoder; default: Griffin-Lim")
-    text_encoder: str = option("", "folder or hub name of the captions' text encoder; default: as recorded")
-    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
-    prompts: list[str] = option([], "captions of the sounds")
-    input: str = option("", "file of further captions, one a line; -: standard input")
-    seconds: float = option(0.0, "length of the sounds; 0: the median of the training clips", ge=0)
-    n_steps: int = option(20, "sampling steps", gt=0)
-    guidance_scale: float = option(3.0, "scale of classifier-free guidance; 1: none", ge=0)
-    seed: int = option(0, "seed of the noise", ge=0, lt=2**63)
-    n_sounds: int = option(1, "sounds per prompt, with seeds seed, seed + 1, ...", gt=0)
-    batch_size: int = option(4, "sounds that are made at once", gt=0)
-    bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
-    output_dir: str = option("inference/generated/sounds", "folder of the results")
-
-    def validate_prompts(self):
-        if not self.checkpoint or not (self.prompts or self.input):
-            raise ValueError("--checkpoint and --prompts or --input are needed: a run folder, and captions")
 
 
 def generate(args: TextToAudioArguments) -> None:

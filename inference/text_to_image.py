@@ -6,41 +6,28 @@
 The same seed gives the same image, independent of the other prompts and seeds.
 """
 
-import dataclasses
 import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
+from utils.command_line import check_flags
+from utils.generation.arguments.image import TextToImageArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(TextToImageArguments, __doc__)
+
+from utils.checkpoints import chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.drawing.images import Group, draw_sheet, save_image, to_image
 from utils.generation.files import claim_folder, write_settings
 from utils.generation.text import file_stem, read_prompts
-from utils.generation.text_to_image import PipelineArguments, TextToImagePipeline
-from utils.options import option
+from utils.generation.text_to_image import TextToImagePipeline
 
 MAX_ROWS = 32  # prompts that are shown on the sheet
-
-
-@dataclasses.dataclass
-class TextToImageArguments(PipelineArguments):
-    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
-    prompts: list[str] = option([], "captions of the images")
-    prompt_file: str = option("", "further captions, one per line")
-    n_images: int = option(
-        1, "images per prompt, with seeds 0, 1, 2, ...", gt=0, only_with=("seeds", []), aliases=("n_pictures",)
-    )
-    seeds: list[int] = option([], "seeds of each prompt's images", ge=0, lt=2**63)
-    batch_size: int = option(16, "images per batch", gt=0)
-    output_dir: str = option("inference/generated/image", "folder of the results")
-
-    def validate_prompts(self):
-        if not self.checkpoint or not (self.prompts or self.prompt_file):
-            raise ValueError("--checkpoint and --prompts or --prompt_file are needed: a run folder, and captions")
 
 
 def generate(args: TextToImageArguments) -> None:

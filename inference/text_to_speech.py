@@ -7,7 +7,6 @@ r"""Speak texts: a WAV file for each, written as soon as it is spoken, and the s
 Long texts are spoken sentence by sentence. The same seed gives the same sound for a sentence, whatever its neighbours.
 """
 
-import dataclasses
 import itertools
 import logging
 import sys
@@ -15,34 +14,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.command_line import check_flags
+from utils.generation.arguments.audio_diffusion import TextToSpeechArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(TextToSpeechArguments, __doc__)
+
 import torch
 from rich.console import Console
 from rich.progress import track
 
 from dataset_loading.audio.signal import save_waveform
-from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
+from utils.checkpoints import chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.generation.files import claim_folder, write_settings
-from utils.generation.speech import SpeechPipeline, VoiceArguments, read_texts
-from utils.options import option
-
-
-@dataclasses.dataclass
-class TextToSpeechArguments(VoiceArguments):
-    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    vae_checkpoint: str = option("", "folder of the latents' VAE; default: its copy in the run or the cache")
-    vocoder_checkpoint: str = option("", "run or checkpoint folder of a vocoder; default: Griffin-Lim")
-    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
-    text: list[str] = option([], "texts")
-    input: str = option("", "file of further texts, one a line; -: standard input")
-    pause: float = option(0.2, "seconds of silence between sentences", ge=0, le=60)
-    stream: bool = option(False, "also write each sentence to a file of its own as soon as it is spoken")
-    output_dir: str = option("inference/generated/speech", "folder of the results")
-
-    def validate_texts(self):
-        if not self.checkpoint or not (self.text or self.input):
-            raise ValueError("--checkpoint and --text or --input are needed: a run folder, and what to say")
+from utils.generation.speech import SpeechPipeline, read_texts
 
 
 def speak(args: TextToSpeechArguments) -> None:

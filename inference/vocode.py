@@ -14,22 +14,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.command_line import check_flags
+from utils.generation.arguments.audio import VocodeArguments
+
+if __name__ == "__main__":
+    # --help and wrong flags end here, before imports that take seconds.
+    check_flags(VocodeArguments, __doc__)
+
 from dataset_loading.audio.signal import AUDIO_SUFFIXES
 from utils.checkpoints import provenance, write_json
 from utils.command_line import explained_errors, parse_arguments
-from utils.generation.audio import MEL_SUFFIX, SynthesisArguments, Synthesizer
+from utils.generation.audio import MEL_SUFFIX, Synthesizer
 from utils.generation.files import Failures, claim_folder, find_inputs, refuse_overwriting
-from utils.options import option
-
-
-@dataclasses.dataclass
-class VocodeArguments(SynthesisArguments):
-    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    output_dir: str = option("inference/generated/audio/vocode", "folder of the results")
-
-    def validate_input(self):
-        if not self.checkpoint or not self.input:
-            raise ValueError("--checkpoint and --input are needed: a run folder, and audio or log-mel files")
 
 
 def vocode(args: VocodeArguments) -> None:

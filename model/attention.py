@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from model.cpu_kernels import Linear, causal_attention, is_blockwise_faster
+from model.cpu_kernels import Linear, attention, causal_attention, is_blockwise_faster
 from model.dropout import Dropout, dropout, fold
 from model.norms import build_norm
 from model.positions import apply_rotary
@@ -220,12 +220,8 @@ class MegaTransformerSelfAttention(nn.Module):
         else:
             # The library's kernel: without a mask a single query sees all keys, several are causal.
             is_causal = True if mask is None and q.shape[2] > 1 else False  # noqa: SIM210 - a plain bool for compilers
-            if mask is not None and mask.dtype != torch.bool:
-                mask = mask.to(q.dtype)
             is_grouped = self.n_groups < self.n_heads
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, dropout_p=p, is_causal=is_causal, enable_gqa=is_grouped
-            )
+            out = attention(q, k, v, mask=mask, dropout_p=p, is_causal=is_causal, enable_gqa=is_grouped)
         return out.transpose(1, 2).flatten(2)  # (B, H, L, K) -> (B, L, H K)
 
 

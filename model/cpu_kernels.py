@@ -1,16 +1,24 @@
-"""Kernels that are faster on a CPU than the library's: causal attention in blocks, and products with a few rows.
+"""Kernels that are faster on a CPU than the library's: causal attention in blocks, attention to short sequences under
+bf16, and, on some processors, products with a few rows.
 
 B batch, L positions, H query heads, G key/value groups, K head width, r = H / G heads per group. Both are exact: they
 change the order of sums alone. benchmarks/README.md has the measurements.
 """
 
+import contextlib
+import time
+from functools import cache
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 BLOCK = 128  # queries that are worked on together
 KEPT_BYTES = 48 << 20  # Attention weights of a layer beyond this are computed again in the backward pass.
+FEW_PAIRS = 1 << 16  # The backward pass of attention in bf16 takes longer than in fp32 up to so many queries x keys.
 FEW_ROWS = 8  # up to here reading the weight takes longest
-SPLITS = 4  # A product with few rows goes faster as so many smaller ones.
+SPLITS = 4  # Where a product with few rows is split, it becomes so many smaller ones.
 
 
 def weights_of_block(q: Tensor, k: Tensor, mask: Tensor | None, *, groups: int, start: int, end: int) -> Tensor:
@@ -138,26 +146,64 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = N
     return blockwise_attention(q, k, v, mask, keep)[0]
 
 
-class Linear(nn.Linear):
-    """A linear layer that is several times faster with one to eight rows in fp32 on a CPU, as in generation.
+def attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, **options: Any) -> Tensor:
+    """`F.scaled_dot_product_attention`, in fp32 instead of bf16 on a CPU with few queries and keys, with and without
+    gradients; a single query, as in generation, keeps its type.
 
-    There the product is bound by reading the weight, which the library does on one thread for one row.
+    Args:
+        q: (B, H, L, K). k, v: (B, G, S, K).
+        mask: (B or 1, H or 1, L or 1, S), bool (true: visible) or what is added to the scores.
+        options: others of the library's function.
+    Returns: (B, H, L, K), of the type of q.
     """
+    is_short = q.shape[2] > 1 and q.shape[2] * k.shape[2] <= FEW_PAIRS
+    dtype = torch.float32 if is_short and q.device.type == "cpu" and q.dtype == torch.bfloat16 else q.dtype
+    if mask is not None and mask.dtype != torch.bool:
+        mask = mask.to(dtype)
+    with torch.autocast("cpu", enabled=False) if dtype != q.dtype else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, **options)
+    return out.to(q.dtype)
+
+
+def split_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (N, D) times weight (D', D) transposed, as SPLITS products: (N, D'); SPLITS divides D'."""
+    # (SPLITS, D' / SPLITS, D) x (SPLITS, D, N).
+    out = torch.bmm(weight.view(SPLITS, -1, weight.shape[1]), x.t().expand(SPLITS, -1, -1))
+    return out.view(weight.shape[0], -1).t().contiguous()
+
+
+@cache
+def is_split_faster(n_threads: int) -> bool:
+    """Whether this processor takes less time for `split_product` than for the library's product of one row.
+
+    On AMD's processors the library (MKL) reads the weight on one thread, and the split product is 4 times as fast; on
+    Intel's it is 3 to 4 times as slow. So both are measured, once per process and number of threads, in about 2 ms.
+    """
+    x, weight = torch.ones(1, 256), torch.ones(1024, 256)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(10):
+        for is_split, product in ((True, split_product), (False, F.linear)):
+            start = time.perf_counter()
+            product(x, weight)
+            seconds[is_split].append(time.perf_counter() - start)
+    return min(seconds[True]) < 0.7 * min(seconds[False])
+
+
+class Linear(nn.Linear):
+    """A linear layer whose product with one to eight rows in fp32, as in generation, is split where that is faster."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D')."""
         if torch.is_grad_enabled() or x.numel() > FEW_ROWS * self.in_features or not self.can_split(x):
             return super().forward(x)
-        weight, rows = self.weight, x.reshape(-1, self.in_features)
-        # (SPLITS, D' / SPLITS, D) x (SPLITS, D, rows).
-        out = torch.bmm(weight.view(SPLITS, -1, self.in_features), rows.t().expand(SPLITS, -1, -1))
-        out = out.view(weight.shape[0], -1).t().contiguous().view(*x.shape[:-1], -1)
+        out = split_product(x.reshape(-1, self.in_features), self.weight).view(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias
 
     def can_split(self, x: Tensor) -> bool:
-        """Whether inputs and weights are in fp32 on a CPU, outside of autocast and compilers, and outputs divide."""
+        """Whether inputs and weights are in fp32 on a CPU that gains by it, outside of autocast and compilers, and
+        outputs divide."""
         weight = self.weight
         is_plain = x.dtype == weight.dtype == torch.float32 and x.device.type == "cpu" and x.numel() > 0
         if not is_plain or weight.shape[0] % SPLITS or torch.compiler.is_compiling():
             return False
-        return not torch.is_autocast_enabled("cpu")
+        return not torch.is_autocast_enabled("cpu") and is_split_faster(torch.get_num_threads())

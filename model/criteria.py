@@ -4,15 +4,14 @@ Every loss is computed in fp32 and is a mean over the batch, so that equal micro
 """
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from utils.flags.choices import AdversarialKind
 from utils.options import suggest
-
-AdversarialKind = Literal["hinge", "non_saturating", "least_squares"]
 
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers import initialization
 
 from model.checkpointing import GradientCheckpointingLayer
+from model.cpu_kernels import attention
 from model.layers import Downsample, Upsample, ZeroConv2d, ZeroLinear, init_layer
 from model.positions import apply_rotary
 from model.text.tokenizer import PADDING, VOCABULARY
@@ -156,7 +157,7 @@ class Attention(nn.Module):
             q, k = apply_rotary(q, rotary), apply_rotary(k, rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         allowed = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, T)
-        return self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2))
+        return self.out(attention(q, k, v, mask=allowed).transpose(1, 2).flatten(2))
 
 
 class AttentionBlock(GradientCheckpointingLayer):

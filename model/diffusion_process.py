@@ -16,19 +16,16 @@ The noise ratio k = sigma / alpha is what all schedules share: x_t / alpha has t
 """
 
 import math
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from utils.options import StrictConfig, option
-
-Schedule = Literal["rectified_flow", "cosine", "linear", "scaled_linear", "edm"]
-Prediction = Literal["velocity", "v", "epsilon", "x0"]
-Weighting = Literal["none", "min_snr"]
-TimeSampling = Literal["logit_normal", "uniform"]
-Spacing = Literal["default", "karras", "uniform"]
+from model.layers import widen
+from utils.flags.choices import Prediction, Schedule, Spacing, TimeSampling, Weighting
+from utils.options import option
+from utils.strict_config import StrictConfig
 
 N_BETAS = 1000  # steps of a discretised schedule, as in DDPM (arXiv 2006.11239)
 EDM_SIGMA_MIN, EDM_SIGMA_MAX, EDM_RHO = 0.002, 80.0, 7.0  # arXiv 2206.00364, table 1
@@ -141,8 +138,8 @@ class DiffusionProcess:
         # Schedules of betas: alpha between two entries of the table, in fp64.
         table = self._device_tables.get(t.device)
         if table is None:
-            table = self._device_tables[t.device] = torch.from_numpy(self._table).to(t.device)
-        position = t.double() * N_BETAS
+            table = self._device_tables[t.device] = widen(torch.from_numpy(self._table), t.device)
+        position = widen(t) * N_BETAS
         left = position.floor().clamp(0, N_BETAS - 1)
         index = left.long()
         alpha = torch.lerp(table[index], table[index + 1], position - left)
@@ -270,7 +267,7 @@ class DiffusionProcess:
         edm = self.schedule == "edm"
         lowest = EDM_LOWEST_TIME if edm else 0.0
         # In fp64, since u close to 0 or 1 decides about the tails.
-        u = uniforms.double()
+        u = widen(uniforms)
         if sampling == "uniform":
             return self.shift(lowest + (1 - lowest) * u).float()
         if not std > 0:

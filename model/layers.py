@@ -10,6 +10,7 @@ from transformers import initialization
 
 from model.checkpointing import GradientCheckpointingLayer
 
+WITHOUT_FLOAT64 = {"mps"}  # Types of devices: Apple's GPUs.
 LEAST_PINNED = 1 << 14  # Bytes; smaller copies are staged by the driver at once.
 
 
@@ -75,6 +76,23 @@ class Upsample(GradientCheckpointingLayer):
         """(B, D, Y, X) -> (B, out_width, 2Y, 2X)."""
         # Shortcut: every channel `n_repeats` times, 4 out_width channels in all.
         return F.pixel_shuffle(self.conv(x) + x.repeat_interleave(self.n_repeats, dim=1), 2)
+
+
+def widen(tensor: Tensor, device: torch.device | str | None = None) -> Tensor:
+    """A tensor in float64, or in float32 where its device (or `device`, to which it goes) has no float64."""
+    device = torch.device(tensor.device if device is None else device)
+    return to_device(tensor.to(torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64), device)
+
+
+def in_double(tensor: Tensor) -> Tensor:
+    """A tensor in float64, moved to the CPU where its device has none: for sums and metrics, which end there."""
+    return tensor.to(home_of_doubles(tensor.device)).double()
+
+
+def home_of_doubles(device: torch.device | str) -> torch.device:
+    """The device, or the CPU where it has no float64."""
+    device = torch.device(device)
+    return torch.device("cpu") if device.type in WITHOUT_FLOAT64 else device
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:

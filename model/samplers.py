@@ -7,7 +7,7 @@ noise (alpha = 0) is legal, and the last step, to t = 0, returns the last estima
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from model.diffusion_process import DiffusionProcess
 from model.layers import to_device
+from utils.flags.choices import SamplerKind
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Generators = Sequence[torch.Generator]
@@ -191,7 +192,6 @@ def dpmpp_2m(
     return x
 
 
-SamplerKind = Literal["dpmpp_2m", "ddim", "ddpm", "euler", "heun"]
 SAMPLERS: dict[SamplerKind, Callable[..., Tensor]] = {
     "ddpm": ddpm,
     "ddim": ddim,

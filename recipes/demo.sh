@@ -9,7 +9,7 @@
 # speech is understood about as well as the recordings are, and the transformer describes and transcribes every caption.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cores=$(nproc)
+cores=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) # macOS has no nproc
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 2 ? cores / 2 : 1))}"
 vae=runs/image_vae/demo
 diffusion=runs/image_diffusion/demo

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.two_processes import skip_without_deepspeed
 from utils.distributed import read_deepspeed_config
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +31,7 @@ def test_every_file_is_here():
 
 @pytest.mark.parametrize("file", STAGES)
 def test_deepspeed_accepts_it(file):
+    skip_without_deepspeed()
     from deepspeed.runtime.config import DeepSpeedConfig
 
     raw = json.loads((ROOT / file).read_text())

@@ -1,7 +1,6 @@
 """README, CLAUDE.md and docs name only what exists: files, flags, classes; and their commands parse."""
 
 import ast
-import dataclasses
 import functools
 import importlib
 import re
@@ -15,20 +14,19 @@ from utils import training_utils
 from utils.command_line import parse_arguments
 from utils.exporting.stages import MODELS
 from utils.options import declared_fields
-from utils.preprocessing.merging import MergeArguments, asks_to_merge
+from utils.preprocessing.arguments import MergeArguments, asks_to_merge
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CLAUDE.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def arguments_of(script: Path) -> type | None:
-    """The class of a script's flags: that of its stage, or the one that it declares itself."""
-    name = ".".join(script.relative_to(ROOT).with_suffix("").parts)
-    module = importlib.import_module(name)
-    classes = [value for value in vars(module).values() if isinstance(value, type) and value.__module__ == name]
-    stages = [cls.arguments_class for cls in classes if "name" in vars(cls) and hasattr(cls, "arguments_class")]
-    own = [cls for cls in classes if dataclasses.is_dataclass(cls) and cls.__name__.endswith("Arguments")]
-    return next(iter([*stages, *own]), None)
+def arguments_of(script: Path) -> type:
+    """The class of a script's flags, which it checks before its slow imports."""
+    module = importlib.import_module(".".join(script.relative_to(ROOT).with_suffix("").parts))
+    calls = [node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call)]
+    (check,) = [node for node in calls if isinstance(node.func, ast.Name) and node.func.id == "check_flags"]
+    names = [node.id for node in ast.walk(check.args[0]) if isinstance(node, ast.Name) and node.id[0].isupper()]
+    return getattr(module, names[0])
 
 
 PROGRAMS = [
@@ -64,9 +62,8 @@ def known_flags() -> set[str]:
     for path in (ROOT / "dataset_loading").rglob("*.py"):
         flags |= set(re.findall(r'"(--[a-z_0-9]+)"', path.read_text()))
         flags |= {f"--{name}" for name in re.findall(r"^    (\w+): .*= option\(", path.read_text(), flags=re.M)}
-    return (
-        flags | {f"--no_{flag[2:]}" for flag in flags} | {"--num_gpus", "--nproc_per_node", "--help", "--local_rank"}
-    )
+    others = {"--num_gpus", "--nproc_per_node", "--help", "--local_rank", "--config_file"}
+    return flags | {f"--no_{flag[2:]}" for flag in flags} | others
 
 
 @functools.cache
@@ -187,5 +184,6 @@ def test_every_stage_is_named_and_registered():
     for script in ROOT.glob("pretrain_*.py"):
         module = importlib.import_module(script.stem)
         (stage,) = [cls for cls in vars(module).values() if isinstance(cls, type) and cls.__module__ == script.stem]
-        assert stage.name in evaluate.EVALUATORS
+        assert stage.name in evaluate.EVALUATORS and stage.name == stage.arguments_class.stage
+        assert stage.presets.items() <= stage.arguments_class.presets.items()
         assert stage.trainer_class is getattr(training_utils, stage.trainer_class.__name__)

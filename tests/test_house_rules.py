@@ -20,15 +20,17 @@ SOURCES = [Path(name) for name in sorted(TRACKED) if (ROOT / name).is_file()]
 CODE = [path for path in SOURCES if path.parts[0] != "tests"]
 TREES = {path: ast.parse((ROOT / path).read_text(), str(path)) for path in SOURCES}
 
-LIBRARY = {"options", "configuration", "model", "dataset_loading", "utils"}
+LIBRARY = {"options", "utils/flags", "strict_config", "configuration", "model", "dataset_loading", "utils"}
 # What each layer may import of ours: options the lowest, scripts at the root the highest. "utils" are the modules
 # directly in utils/, "utils/x" those of a folder. Preprocessing stands on the former alone: the scripts load the
 # models that it encodes with. Of training, `utils.training_utils` loads only what it is asked for, by name.
 ALLOWED = {
     "options": set(),
-    "configuration": {"options"},
-    "model": {"options", "configuration", "model"},
-    "dataset_loading": {"options", "configuration", "model", "dataset_loading"},
+    "utils/flags": {"options", "utils/flags"},
+    "strict_config": {"options"},
+    "configuration": {"options", "strict_config"},
+    "model": {"options", "utils/flags", "strict_config", "configuration", "model"},
+    "dataset_loading": {"options", "utils/flags", "strict_config", "configuration", "model", "dataset_loading"},
     "utils": LIBRARY,
     "utils/drawing": LIBRARY | {"utils/drawing"},
     "utils/metrics": LIBRARY | {"utils/metrics"},
@@ -46,7 +48,7 @@ MODULES = {".".join(path.with_suffix("").parts): path for path in CODE}
 
 
 def layer(path: Path) -> str:
-    if path in (Path("utils/options.py"), Path("utils/configuration.py")):
+    if path.parent == Path("utils") and path.stem in ("options", "strict_config", "configuration"):
         return path.stem
     if path.parts[0] == "utils":
         return "/".join(path.parts[:-1][:2])

@@ -41,6 +41,7 @@ from tests.helpers.two_processes import (
     WaitingProcesses,
     deepspeed_launcher,
     environment,
+    skip_without_deepspeed,
 )
 from utils.checkpoints import load_model
 
@@ -81,6 +82,8 @@ def launch_together(tmp_path_factory):
             words = ["--cached_dataset", str(cache), "--output_dir", str(output_dir), "--run_name", name, *engine]
             words = changed([*COMMON[stage], "--max_steps", str(steps), *words], *flags)
             commands[bool(engine)].append(words)
+        if commands[True]:
+            skip_without_deepspeed()
         for has_deepspeed, listed in commands.items():
             if listed:
                 waiting[has_deepspeed].run(f"pretrain_{stage}", listed)
@@ -385,7 +388,7 @@ def test_speech_on_two_processes_equals_one(tmp_path, fresh_logging, launch_toge
     cache = make_speech(tmp_path / "cache")
     one = run_stage(AudioDiffusionStage, SMALL_SPEECH, cache, tmp_path, "one", 4)
     flags = ["--batch_frames", "128", "--eval_batch_size", "3"]
-    launchers = ("torchrun", "ds_config_zero-2.json", "ds_config_zero-3.json")
+    launchers = ("torchrun", "ds_config_zero-3.json")
     runs = launch_together(
         "audio_diffusion", cache, tmp_path, {Path(name).stem: (name, 4, flags) for name in launchers}
     )
@@ -424,3 +427,9 @@ def test_errors_of_one_process_end_all_with_one_message(launcher, image_cache, t
         assert done.returncode != 0 and message in output, output[-4000:]
         assert "rank0]: Traceback" not in output and "rank1]: Traceback" not in output
     assert damaged.stderr.count(f"{file} is damaged") + damaged.stdout.count(f"{file} is damaged") == 1
+
+
+def test_measured_steps_of_two_processes_leave_no_run(launch_together, image_cache, tmp_path):
+    launchers = ("torchrun", "ds_config_zero-3.json")
+    launch_together("image_vae", image_cache, tmp_path, {name: (name, 3, ["--measure", "1"]) for name in launchers})
+    assert not (tmp_path / "image_vae").exists()

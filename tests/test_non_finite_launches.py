@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.helpers.runs import largest_difference
-from tests.helpers.two_processes import ROOT, TWO_PROCESSES, environment
+from tests.helpers.two_processes import ROOT, TWO_PROCESSES, environment, skip_without_deepspeed
 from tests.launched.non_finite_runs import CASES, run_case
 
 # ZeRO stage 0 judges before the engine steps, stages 1 and 2 are one optimizer, stage 3 has norms in fp64.
@@ -22,6 +22,8 @@ def launch(
 ) -> str:
     """Run the cases under the engines on two processes, the last of which fails unless `status` is 0; returns what
     was printed."""
+    if engines != ["none"]:
+        skip_without_deepspeed()
     program = ["tests/launched/non_finite_runs.py", str(output_dir), ",".join(engines), ",".join(cases)]
     command = [*TWO_PROCESSES, *program, "--cached_dataset", str(cache), *flags]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=600)

@@ -9,17 +9,28 @@ from typing import get_args
 import pytest
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
-from model.audio.mel_discriminators import MEL_DISCRIMINATORS, MelDiscriminatorKind
-from model.audio.spectral import MEL_PRESETS, MelPreset
+from model.audio.mel_discriminators import MEL_DISCRIMINATORS
+from model.audio.spectral import MEL_PRESETS
 from model.audio.waveform_discriminators import DISCRIMINATORS as WAVEFORM_DISCRIMINATORS
-from model.audio.waveform_discriminators import WaveformDiscriminatorKind
-from model.diffusion_process import DiffusionProcess, Prediction, Schedule, TimeSampling
-from model.image.augmentation import AUGMENTATIONS, AugmentationKind
-from model.image.discriminators import DISCRIMINATORS, DiscriminatorKind
-from model.image.feature_extractors import PERCEPTUAL_DISTANCES, PerceptualKind
-from model.samplers import SAMPLERS, SamplerKind
+from model.diffusion_process import DiffusionProcess
+from model.image.augmentation import AUGMENTATIONS
+from model.image.discriminators import DISCRIMINATORS
+from model.image.feature_extractors import PERCEPTUAL_DISTANCES
+from model.samplers import SAMPLERS
 from utils.command_line import parse_arguments
 from utils.configuration import FlowPrediction, FlowSampler, FlowTimes
+from utils.flags.choices import (
+    AugmentationKind,
+    DiscriminatorKind,
+    MelDiscriminatorKind,
+    MelPreset,
+    PerceptualKind,
+    Prediction,
+    SamplerKind,
+    Schedule,
+    TimeSampling,
+    WaveformDiscriminatorKind,
+)
 from utils.megatransformer_utils import SchedulerKind, TrainerKind
 from utils.options import declared_fields, effect_conditions, inherited
 from utils.training_utils import StageTrainer, trainer_class_for
@@ -67,17 +78,17 @@ def test_former_names_are_nobodys_name_now(owner):
 @pytest.mark.parametrize(
     ("owner", "former", "name"),
     [
-        ("utils.training.image_vae.ImageVAEGANArguments", "n_logged_pictures", "n_logged_samples"),
-        ("utils.training.recurrent_vae.RecurrentVAEArguments", "n_logged_pictures", "n_logged_samples"),
-        ("utils.training.vocoder.VocoderArguments", "n_logged_clips", "n_logged_samples"),
-        ("utils.training.audio_vae.AudioVAEArguments", "n_logged_clips", "n_logged_samples"),
-        ("utils.training.audio_vae.AudioVAEArguments", "statistics_samples", "latent_statistics_samples"),
-        ("utils.training.image_diffusion.ImageDiffusionArguments", "eval_pictures", "eval_images"),
-        ("inference.text_to_image.TextToImageArguments", "n_pictures", "n_images"),
+        ("utils.training.arguments.image_vae.ImageVAEGANArguments", "n_logged_pictures", "n_logged_samples"),
+        ("utils.training.arguments.image_vae.RecurrentVAEArguments", "n_logged_pictures", "n_logged_samples"),
+        ("utils.training.arguments.vocoder.VocoderArguments", "n_logged_clips", "n_logged_samples"),
+        ("utils.training.arguments.audio_vae.AudioVAEArguments", "n_logged_clips", "n_logged_samples"),
+        ("utils.training.arguments.audio_vae.AudioVAEArguments", "statistics_samples", "latent_statistics_samples"),
+        ("utils.training.arguments.diffusion.ImageDiffusionArguments", "eval_pictures", "eval_images"),
+        ("utils.generation.arguments.image.TextToImageArguments", "n_pictures", "n_images"),
     ],
 )
 def test_former_flags_still_work(owner, former, name, caplog):
-    words = ["--checkpoint", "runs/x", "--prompts", "a"] if owner.startswith("inference") else []
+    words = ["--checkpoint", "runs/x", "--prompts", "a"] if "generation" in owner else []
     args = parse_arguments(CLASSES[owner], [*words, f"--{former}", "3"], "test")
     assert getattr(args, name) == 3 and name in args.given
     (notice,) = caplog.messages

@@ -17,7 +17,7 @@ from model.audio.spectral import MEL_PRESETS
 from preprocess_audio_vae_dataset import AudioVAEPreprocess
 from preprocess_audio_vocoder_dataset import AudioVocoderPreprocess
 from tests.helpers.runs import changed
-from utils.preprocessing.audio import AudioPreprocessArguments
+from utils.preprocessing.audio_arguments import AudioPreprocessArguments
 
 RATE = 16000
 

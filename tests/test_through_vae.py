@@ -17,7 +17,8 @@ from tests.helpers.mel_cache import SMALL_AUDIO_VAE
 from tests.helpers.runs import changed, run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
 from utils.checkpoints import STAGE, mark_complete, write_json
-from utils.evaluation.audio_vae import AudioVAEEvaluationArguments, AudioVAEEvaluator
+from utils.evaluation.arguments.audio import AudioVAEEvaluationArguments
+from utils.evaluation.audio_vae import AudioVAEEvaluator
 from utils.evaluation.recordings import Recordings
 from utils.generation.latents import load_vae, vae_fingerprint
 

@@ -167,14 +167,14 @@ def test_full_disk_keeps_earlier_checkpoints(train, image_cache, tmp_path):
         ("--use_deepspeed --deepspeed_config ds_config_int8.json", "implements for CUDA only"),
     ],
 )
-def test_bad_input_is_a_clear_error(words, message, image_cache, tmp_path, caplog, monkeypatch):
+def test_bad_input_is_a_clear_error(words, message, image_cache, tmp_path, caplog, capsys):
     if "int8" in words and torch.cuda.is_available():
         pytest.skip("int8 collectives run where a GPU is")
     common = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--max_steps", "2"]
     with pytest.raises(SystemExit) as stop:
         ImageVAEStage.main(changed([*SMALL_RUN, *common], *words.split()))
     assert stop.value.code == 2
-    assert message in caplog.text
+    assert message in caplog.text + capsys.readouterr().err
 
 
 def test_a_run_is_not_overwritten(train):

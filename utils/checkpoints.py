@@ -18,9 +18,9 @@ import subprocess
 import zipfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dataset_loading.files import MANIFEST, Record, digest_file, read_record, replace_file, sync_to_disk
+from utils.flags.choices import WeightsKind
 
 logger = logging.getLogger(__name__)
 
@@ -40,8 +41,6 @@ CARD = "README.md"
 # Types of what a record holds, where it holds it.
 EXPORTED = "exported"  # In the record of a folder that inference/export_model.py wrote.
 RECORD_TYPES = {"stage": str, "preset": str, "arguments": dict, "data": dict, "latents": dict, EXPORTED: dict}
-# Averaged weights, where a checkpoint has them, or those that were trained.
-WeightsKind = Literal["ema", "raw"]
 
 
 def write_json(file: Path, content: Any) -> None:
@@ -59,7 +58,7 @@ def mark_complete(folder: Path) -> None:
 
     # Threads, as hashing and flushing run in parallel; the files were just written, so they are read from memory.
     with ThreadPoolExecutor(n_threads()) as pool:
-        descriptions = dict(zip([str(file.relative_to(folder)) for file in files], pool.map(describe, files)))
+        descriptions = dict(zip([file.relative_to(folder).as_posix() for file in files], pool.map(describe, files)))
     # The list is written last: a folder that has it is whole.
     sizes = {name: size for name, (size, _) in descriptions.items()}
     write_json(folder / COMPLETE, {"files": sizes, "sha256": {name: hex for name, (_, hex) in descriptions.items()}})
@@ -473,10 +472,13 @@ def set_aside(run_dir: Path, folders: list[Path]) -> None:
 def provenance() -> dict:
     """Commit of the code, versions of the packages that a run depends on, and the folder of relative paths."""
     root = Path(__file__).resolve().parent.parent
-    git = subprocess.run(["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True)
-    packages = {name: version(name) for name in ("torch", "transformers", "accelerate", "deepspeed")}
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+    commit = subprocess.run(command, capture_output=True, text=True).stdout if shutil.which("git") else ""
+    packages = {name: version(name) for name in ("torch", "transformers", "accelerate")}
+    with contextlib.suppress(PackageNotFoundError):  # It is optional.
+        packages["deepspeed"] = version("deepspeed")
     return {
-        "git_commit": git.stdout.strip() or None,
+        "git_commit": commit.strip() or None,
         "packages": {"python": platform.python_version(), **packages},
         "working_directory": os.getcwd(),
     }

@@ -2,7 +2,8 @@
 
 from typing import ClassVar, Literal, Self
 
-from utils.options import Section, StrictConfig, declared_fields, default_value, option
+from utils.options import Section, declared_fields, default_value, option
+from utils.strict_config import StrictConfig
 
 # Of `model/samplers.py` and `model/diffusion_process.py`, which lie above this module, what suits rectified flows.
 FlowSampler = Literal["dpmpp_2m", "ddim", "euler", "heun"]

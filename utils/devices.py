@@ -1,20 +1,25 @@
 """The device of this process: how exactly it computes, how it is fed, what is compiled for it."""
 
 import os
-import resource
+import sys
 from typing import Any
 
 import torch
 from torch import nn
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 MAX_LOADERS = 4  # Processes that load data for one GPU, unless --num_workers says how many.
 PREFETCHED = 4  # Batches that each of them holds ready.
 
 
 def compute_device() -> torch.device:
-    """The GPU where there is one, computing fp32 exactly, else the CPU."""
+    """The NVIDIA GPU where there is one, computing fp32 exactly, else Apple's, else the CPU."""
     if not torch.cuda.is_available():
-        return torch.device("cpu")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     set_fp32_precision(use_tf32=False)
     return torch.device("cuda")
 
@@ -65,6 +70,11 @@ def feeding(num_workers: int, *, has_gpu: bool, n_cores: int, n_processes: int) 
     }
 
 
+def describe_device(device: torch.device) -> str:
+    """The device of a measurement, for tables and files."""
+    return torch.cuda.get_device_name() if device.type == "cuda" else device.type
+
+
 def usable_cpus() -> int:
     """CPUs that this process may use."""
     # The affinity, where the system knows it: a container may have fewer CPUs than the machine.
@@ -77,10 +87,16 @@ def local_processes() -> int:
 
 
 def peak_memory_gib() -> float:
-    """Peak memory in GiB: of the GPU where there is one, else of this process."""
+    """Peak memory in GiB: of the NVIDIA GPU where there is one, else of this process, with which Apple's shares it."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if resource is None:
+        import psutil  # accelerate brings it
+
+        memory = psutil.Process().memory_info()
+        return getattr(memory, "peak_wset", memory.rss) / 2**30  # The peak is known on Windows alone.
+    # Linux counts kilobytes, macOS bytes.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def compile_in_place(model: nn.Module) -> None:

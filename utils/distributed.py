@@ -15,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from utils.options import import_extra
+
 logger = logging.getLogger(__name__)
 
 # One of several processes on a CPU calls its device "cpu:0", "cpu:1", ..., and loads optimizer states to it by that
@@ -185,15 +187,20 @@ def launch_settings(use_deepspeed: bool, deepspeed_config: str, bf16: bool) -> d
     has_gpu = torch.cuda.is_available()
     if not has_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # Else importing DeepSpeed warns that it finds no GPU.
+    from accelerate import PartialState
+    from accelerate.utils import is_deepspeed_available, other
+
+    # accelerate would import DeepSpeed, where it is installed, whenever it unwraps a model.
+    other.is_deepspeed_available = is_deepspeed_available if use_deepspeed else lambda: False
     if not use_deepspeed:
         distributed = "LOCAL_RANK" in os.environ and not has_gpu
-        if distributed:
-            # Functions of torch.distributed and DeepSpeed that are defined while a group exists keep it alive for
-            # ever. Accelerate imports DeepSpeed anyway, but later.
-            import deepspeed
-        return {"bf16": bf16, "use_cpu": not has_gpu, **({"ddp_backend": "gloo"} if distributed else {})}
+        # One process trains on Apple's GPU; gloo, which connects several, knows the CPU alone.
+        is_cpu = distributed or not (has_gpu or torch.backends.mps.is_available())
+        return {"bf16": bf16, "use_cpu": is_cpu, **({"ddp_backend": "gloo"} if distributed else {})}
 
     config = read_deepspeed_config(deepspeed_config, bf16)
+    # Imported before a group of processes exists: functions that are defined later would keep it alive for ever.
+    deepspeed = import_extra("deepspeed", "deepspeed", "--use_deepspeed (without it, start the run by torchrun)")
     # Plain python: DeepSpeed still reads a launcher's variables. This is a group of one process, on a free port.
     if "LOCAL_RANK" not in os.environ:
         with socket.socket() as free:
@@ -204,9 +211,6 @@ def launch_settings(use_deepspeed: bool, deepspeed_config: str, bf16: bool) -> d
     settings = {"deepspeed": config}
     # CPU: make the gloo group before the Trainer does.
     if not has_gpu:
-        import deepspeed
-        from accelerate import PartialState
-
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         PartialState(backend="gloo")

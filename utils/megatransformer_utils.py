@@ -5,20 +5,20 @@ import dataclasses
 import logging
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
-
-import torch
-from transformers import TrainingArguments
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from dataset_loading.remote import IS_REMOTE
-from utils.devices import feeding, local_processes, set_fp32_precision, usable_cpus, use_deterministic_kernels
-from utils.distributed import launch_settings, load_deepspeed_config
-from utils.options import option
+from utils.options import Section, expect_preset, option
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 logger = logging.getLogger(__name__)
 
 SchedulerKind = Literal["constant", "constant_with_warmup", "linear", "cosine"]  # of transformers' schedulers
+BatchSize = int | Literal["auto"]
 TrainerKind = Literal["default", "grokfast_ema", "grokfast_ma"]  # see `trainer_class_for`
 
 
@@ -26,27 +26,40 @@ TrainerKind = Literal["default", "grokfast_ema", "grokfast_ma"]  # see `trainer_
 class StageArguments:
     """Flags of all training stages. A stage declares its further flags in a subclass."""
 
-    # Model, data and output folder.
+    stage: ClassVar[str] = ""  # Name of the stage, as its runs record it.
+    presets: ClassVar[Mapping[str, Any]] = {}  # Rows of `model/presets.py` that --config names.
+
+    SECTION_MODEL: ClassVar = Section("Model")
     config: str = option("tiny", "preset name of the model")
     override: list[str] = option([], "fields of the model's configuration, key=value", adds_up=True)
+    SECTION_RUN: ClassVar = Section("Run")
     run_name: str = option("default", "name of the run; its folder is OUTPUT_DIR/<model type>/RUN_NAME")
     output_dir: str = option("runs", "folder of all runs")
+    SECTION_DATA: ClassVar = Section("Data")
     cached_dataset: str = option(
         "", "preprocessed data set, packed ones also at a URL; default: cached_datasets/<stage>"
     )
     remote_cache_gb: float = option(
         50.0, "gigabytes of packs of a data set at a URL that lie on the local disk", gt=0, only_with=IS_REMOTE
     )
+    SECTION_START: ClassVar = Section("Run")
     resume_from_checkpoint: str = option(
         "", "checkpoint or run folder to resume from, or 'latest' of this run", bare="latest"
     )
     init_from: str = option("", "checkpoint or run folder whose weights initialise a new run")
     dry_run: bool = option(False, "print configuration, parameter and data counts and a memory estimate, then exit")
+    measure: int = option(
+        0,
+        "real steps of each phase that are made and timed to print peak memory, speed and hours, then exit; 0: train",
+        ge=0,
+        bare=10,
+        only_with=("dry_run", False),
+    )
 
-    # Length of the training, and batches.
+    SECTION_LENGTH: ClassVar = Section("Training")
     num_train_epochs: float = option(100.0, "passes over the training set; ignored where max_steps is given", gt=0)
     max_steps: int = option(-1, "optimizer steps; -1: given by num_train_epochs", ge=-1)
-    batch_size: int = option(16, "samples per micro-batch and process", gt=0)
+    batch_size: BatchSize = option(16, "samples per micro-batch and process; auto: as many as fit", gt=0)
     eval_batch_size: int = option(16, "samples per batch and process in evaluation", gt=0)
     gradient_accumulation_steps: int = option(1, "micro-batches per optimizer step", gt=0)
     num_workers: int = option(
@@ -54,7 +67,7 @@ class StageArguments:
     )
     seed: int = option(42, "seed of weights, data order and noise", ge=0, lt=2**32)
 
-    # Optimizer.
+    SECTION_OPTIMIZER: ClassVar = Section("Optimizer")
     learning_rate: float = option(1e-4, "peak learning rate of AdamW", gt=0)
     weight_decay: float = option(0.0, "decoupled weight decay of matrices and kernels", ge=0)
     adam_beta1: float = option(0.9, "decay of AdamW's first moment", ge=0, lt=1)
@@ -75,13 +88,13 @@ class StageArguments:
     grokfast_window: int = option(100, "steps in the GrokFast MA window", gt=0, only_with=("trainer", "grokfast_ma"))
     max_skipped_steps: int = option(10, "consecutive non-finite optimizer steps after which the run ends", gt=0)
 
-    # Averaged weights.
+    SECTION_AVERAGE: ClassVar = Section("Averaged weights")
     use_ema: bool = option(True, "keep an exponential moving average of the weights; evaluation and saving use it")
     ema_decay: float = option(
         0.999, "decay of the weight EMA after its warm-up", ge=0, lt=1, only_with=("use_ema", True)
     )
 
-    # Speed and memory.
+    SECTION_ENGINE: ClassVar = Section("Engine: speed and memory")
     bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
     tf32: bool = option(False, "compute fp32 in TensorFloat-32 on an NVIDIA GPU: faster, less exact")
     deterministic: bool = option(
@@ -96,7 +109,7 @@ class StageArguments:
         "ds_config_zero-2.json", "DeepSpeed configuration file", only_with=("use_deepspeed", True)
     )
 
-    # Logs and checkpoints.
+    SECTION_LOGS: ClassVar = Section("Logs, evaluation and checkpoints")
     logging_steps: int = option(10, "steps between log lines", gt=0)
     eval_steps: int = option(500, "steps between evaluations", gt=0)
     save_steps: int = option(500, "steps between checkpoints", gt=0)
@@ -105,9 +118,22 @@ class StageArguments:
         False, "copy a checkpoint to host memory, and write it by a thread while training goes on"
     )
 
+    def validate_config(self):
+        if Path(self.config).suffix in (".yaml", ".yml", ".json"):
+            raise ValueError(f"--config={self.config!r} names a preset of the model; a file is given by --config_file")
+        if self.presets:
+            expect_preset(self.config, self.presets)
+
     def validate_length(self):
         if self.max_steps == 0:
             raise ValueError("--max_steps=0 trains nothing; give a positive number, or -1 to use --num_train_epochs")
+
+    def validate_batch_size(self):
+        if self.batch_size == "auto" and self.dry_run:
+            raise ValueError(
+                "--batch_size=auto is found by real steps, which --dry_run does not make; give a number, or --measure "
+                "in its place"
+            )
 
     def validate_run_name(self):
         parts = Path(self.run_name).parts
@@ -120,11 +146,18 @@ class StageArguments:
             problem = "looks like a checkpoint of a run"
         elif not self.run_name.isprintable():
             problem = "has characters that cannot be printed"
+        elif sys.platform == "win32" and set(self.run_name) & set('<>:"|?*'):
+            problem = 'has one of <>:"|?*, which names of files cannot have on Windows'
         if problem:
             raise ValueError(f"--run_name={self.run_name!r} {problem}; give a name such as 'demo'")
 
     def validate_device(self):
-        if self.tf32 and not torch.cuda.is_available():
+        if not self.tf32:
+            return
+        # It takes a second, which --help and a mistyped flag need not wait for.
+        import torch
+
+        if not torch.cuda.is_available():
             raise ValueError("--tf32 has no effect: this machine has no NVIDIA GPU; leave it out")
 
     def validate_files(self):
@@ -134,6 +167,9 @@ class StageArguments:
     def validate_async_save(self):
         if not (self.async_save and self.use_deepspeed and Path(self.deepspeed_config).is_file()):
             return
+        # It imports torch, see `validate_device`.
+        from utils.distributed import load_deepspeed_config
+
         config = load_deepspeed_config(self.deepspeed_config)
         for section in ("nebula", "datastates_ckpt", "checkpoint"):
             if section in config and (section != "checkpoint" or "writer" in config[section]):
@@ -143,12 +179,20 @@ class StageArguments:
                 )
 
 
-def training_arguments(args: StageArguments, run_dir: Path) -> TrainingArguments:
+def training_arguments(args: StageArguments, run_dir: Path) -> "TrainingArguments":
     """The stage's flags as transformers' TrainingArguments, for CPU or GPU and any launcher.
 
     `--bf16` is autocast over fp32 weights in every engine: transformers' own flag without DeepSpeed, the
     `torch_autocast` section with it (transformers' flag would make DeepSpeed keep and save bfloat16 weights).
     """
+    # They take five seconds, which --help and a mistyped flag need not wait for.
+    import torch
+    from transformers import TrainingArguments
+
+    from utils.devices import feeding, local_processes, set_fp32_precision, usable_cpus, use_deterministic_kernels
+    from utils.distributed import launch_settings
+
+    assert isinstance(args.batch_size, int), "`settle_batch_size` comes first"
     # Precision and determinism are settings of the process, to be made before the first computation.
     has_gpu = torch.cuda.is_available()
     if has_gpu:

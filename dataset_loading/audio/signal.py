@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
 
 import soundfile
 import torch
@@ -17,6 +16,7 @@ from torchaudio.transforms import Resample
 
 from dataset_loading.audio.aac import AV_SUFFIXES
 from dataset_loading.files import replacing
+from utils.flags.choices import LoudnessMeasure
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +26,6 @@ AUDIO_SUFFIXES = frozenset((
     ".rf64", ".sph", ".nist", ".voc", ".avr", ".mat", ".sf", ".ircam", *AV_SUFFIXES,
 ))
 # fmt: on
-LoudnessMeasure = Literal["active", "bs1770"]
 FULL_SCALE = 0.999  # A sample is taken for clipped from here on.
 SILENCE_DB = -60.0  # A waveform whose loudest frame has less, in dBFS, is silent.
 FRAME_SECONDS = 0.02  # Frames in which levels are measured.

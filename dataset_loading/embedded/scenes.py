@@ -8,22 +8,20 @@ caption in `test/` asks for a combination that training has never shown, of part
 """
 
 import hashlib
-import io
 from collections.abc import Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import resvg_py
 from PIL import Image, ImageColor
 
 from dataset_loading.embedded.openmoji import (
     IMAGE_SIZE,
-    PACKAGE,
-    SVG_FOLDER,
     build_once,
     licence_text,
+    package_name,
+    rasterise,
     run_command,
     write_splits,
 )
@@ -68,7 +66,7 @@ def build_scenes(folder: str | Path, image_size: int = 128) -> dict[str, int]:
             rows[scene.split].append((f"{scene.name}.png", scene.caption))
         return write_splits(temporary, rows, partial(draw_scene, image_size=image_size))
 
-    settings = {"package": PACKAGE, "image_size": image_size, "scenes": 2}
+    settings = {"package": package_name(), "image_size": image_size, "scenes": 2}
     return build_once(Path(folder), settings, licence=licence_text(image_size), write=write)
 
 
@@ -123,9 +121,8 @@ def draw_scene(target: Path, image_size: int) -> None:
     # Drawn four times larger than it is written, so that the edges are smooth.
     whole = image_size * OVERSAMPLING
     side = round(whole * scale * (1 + 0.03 * size))
-    svg = str(SVG_FOLDER / f"{OBJECTS[thing.replace('-', ' ')]}.svg")
-    png = bytes(resvg_py.svg_to_bytes(svg_path=svg, width=side, height=side, skip_system_fonts=True))
-    drawing = Image.open(io.BytesIO(png)).convert("RGBA").rotate(4 * turn, Image.Resampling.BICUBIC)
+    pictogram = rasterise(OBJECTS[thing.replace("-", " ")], side).convert("RGBA")
+    drawing = pictogram.rotate(4 * turn, Image.Resampling.BICUBIC)
     layer = Image.new("RGBA", (whole, whole))
     layer.paste(
         drawing, tuple(round(whole * (at + 0.015 * move)) - side // 2 for at, move in ((center, right), (0.5, down)))

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dataset_loading.image.pixels import IMAGE_SUFFIXES, ResizeMode, decode_image, fit_image, to_float, to_tensor
+from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, fit_image, to_float, to_tensor
 from dataset_loading.sources import open_source
 from dataset_loading.tables import captions_of
+from utils.flags.choices import ResizeMode
 
 
 class ImageFolderDataset(Dataset):

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import io
 import math
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dataset_loading.cached import CachedDataset
 from dataset_loading.sources import read_media
+from utils.flags.choices import MAX_PIXELS, ResizeMode
 
 # fmt: off
 IMAGE_SUFFIXES = frozenset((
@@ -23,8 +24,6 @@ IMAGE_SUFFIXES = frozenset((
     ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".avif", ".ico",
 ))
 # fmt: on
-ResizeMode = Literal["crop", "pad", "squash"]
-MAX_PIXELS = 100_000_000  # Of an image as it is decoded; with a transparent background it takes 12 bytes a pixel.
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which no flag names.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # Programs store long texts, which are not read here.
 

@@ -57,7 +57,7 @@ def read_digests(file: Path) -> dict[str, list]:
     try:
         return {
             name: [int(size), int(changed), int(renamed), str(digest)]
-            for name, (size, changed, renamed, digest) in json.loads(file.read_text()).items()
+            for name, (size, changed, renamed, digest) in json.loads(file.read_bytes()).items()
         }
     except (OSError, ValueError, TypeError, AttributeError) as error:
         logger.info("%s cannot be read, texts are hashed again: %s", file, error)

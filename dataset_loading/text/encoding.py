@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from dataset_loading.files import crc_of_file
 from dataset_loading.text import tokenizers
-from dataset_loading.text.sources import Document, cut_document
+from dataset_loading.text.documents import Document
+from dataset_loading.text.sources import cut_document
 from dataset_loading.text.survey import SPLITS, SplitDocument
 from dataset_loading.text.tokenizers import EncodedText
 

@@ -3,6 +3,7 @@
     notes.txt, book.md, code.py, folder/**/*.txt     a document per file
     rows.jsonl, .json, .csv, .tsv, .parquet, folders a document per row, the column `text`
     notes.txt.gz, rows.jsonl.zst, ...                the same, compressed
+    shards/, shard-{00..09}.tar, s3://bucket/shards  tars in the layout of WebDataset, a document per sample
     anything else                                    the name of a hub dataset, read by the `datasets` package
     python-topics                                    the help texts that Python carries with it (0.4 MB)
 
@@ -13,7 +14,7 @@ changed: no stripping, no Unicode normalisation, line endings as they are; only 
 import dataclasses
 import logging
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ from dataset_loading.tables import (
     JSON_SUFFIXES,
     OPENERS,
     TABLE_SUFFIXES,
-    TO_UTF8,
     DamagedFileError,
     damages,
     iterate_table,
@@ -36,46 +36,14 @@ from dataset_loading.tables import (
     with_compressions,
 )
 from dataset_loading.text.digests import Digests
+from dataset_loading.text.documents import TEXT_SUFFIXES, Document, TextSource, document
+from dataset_loading.text.tars import is_text_tars, open_text_tars
 from dataset_loading.walking import regular_state, walk
 
 logger = logging.getLogger(__name__)
 
 EMBEDDED = "python-topics"
-TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-EMPTY = "empty"  # The problem of a blank document, which is no mistake of the source.
 SEPARATORS = (b"\n\n", b"\n\r\n", b"\n", b" ")  # Where a long document is cut: the first that is found.
-
-
-@dataclasses.dataclass
-class Document:
-    """A text with a name that does not depend on the machine; `problem` says why there is none, and `is_file` that it
-    is the problem of a whole file, of which further documents are lost."""
-
-    key: str
-    text: str
-    problem: str = ""
-    is_file: bool = False
-
-
-@dataclasses.dataclass
-class TextSource:
-    """Documents that can be read any number of times, always in the same order.
-
-    Attributes:
-        identity: name and, for local files, a hash of the contents.
-        licence: the first line of its licence, `""` where unknown.
-        read: begins to read from the start.
-        splits: names of all splits that the same file, folder or hub dataset has; none where there are no splits.
-        n_files: local files that are read.
-        left_out: files of the folder that are not read, by reason.
-    """
-
-    identity: str
-    licence: str
-    read: Callable[[], Iterator[Document]]
-    splits: Sequence[str] = ()
-    n_files: int = 0
-    left_out: LeftOut = dataclasses.field(default_factory=LeftOut)
 
 
 def open_text(
@@ -102,6 +70,8 @@ def open_text(
     """
     if name == EMBEDDED:
         return open_topics()
+    if is_text_tars(name):
+        return open_text_tars(name, split, text_column=text_column, is_held_out=is_held_out)
     # A name that looks like a path is one; any other may be a hub name.
     check_path(name)
     path = Path(name).expanduser()
@@ -136,6 +106,8 @@ def open_text(
 def check_path(name: str) -> None:
     """Raises: FileNotFoundError: a name that looks like a path, and not like that of a hub dataset, does not exist."""
     path = Path(name).expanduser()
+    if is_text_tars(name):
+        return  # Patterns and addresses are looked for when they are opened.
     is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
     if (is_path or suffix_of(path) in (*TEXT_SUFFIXES, *TABLE_SUFFIXES)) and not path.exists():
         raise FileNotFoundError(f"{name} does not exist")
@@ -232,22 +204,6 @@ def read_rows(name: str, file: Path, column: str) -> Iterator[Document]:
             yield dataclasses.replace(document(f"{name}:{number}", value), is_file=is_file)
     except OSError as error:
         yield Document(f"{name}:{number + 1}", "", str(error), is_file=True)
-
-
-def document(key: str, value: Any) -> Document:
-    """A document of a value; one with a problem where it is no text. Exceptions stand for unreadable values."""
-    if not isinstance(value, str):
-        return Document(key, "", str(value) if isinstance(value, Exception) else f"no text but {value!r:.40}")
-    if not value.strip():
-        return Document(key, "", EMPTY)
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:  # Lone surrogates; some of a table stand for bytes.
-        code = ord(value[error.start])
-        if 0xDC80 <= code <= 0xDCFF:
-            return Document(key, "", f"byte 0x{code - 0xDC00:02x} is not UTF-8; convert the file with {TO_UTF8}")
-        return Document(key, "", f"not UTF-8: character {error.start + 1} is half of a pair, \\u{code:04x}; remove it")
-    return Document(key, value)
 
 
 def open_hub(name: str, split: str, *, text_column: str = "text", config: str = "") -> TextSource:

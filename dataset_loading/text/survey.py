@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dataset_loading.left_out import LeftOut
-from dataset_loading.text.sources import EMPTY, Document, TextSource, cut_document
+from dataset_loading.text.documents import EMPTY, Document, TextSource
+from dataset_loading.text.sources import cut_document
 
 logger = logging.getLogger(__name__)
 
@@ -142,8 +143,6 @@ def survey_documents(corpus: Corpus, rules: Rules) -> Survey:
 def survey_once(corpus: Corpus, rules: Rules, *, is_cut: bool) -> Survey:
     """One reading of everything."""
     survey, seen, hashes, splits = Survey(is_cut), set(), array.array("Q"), bytearray()
-    for _, source in corpus:
-        survey.left_out.merge(source.left_out)
     for number, (document, split) in enumerate(read_documents(corpus, rules, is_cut)):
         survey.n_read = number + 1
         # Blank and broken documents are counted and left out.
@@ -168,6 +167,8 @@ def survey_once(corpus: Corpus, rules: Rules, *, is_cut: bool) -> Survey:
         hashes.append(int.from_bytes(digest[:8], "big"))
         splits.append(split)
         survey.n_bytes += len(document.text.encode())
+    for _, source in corpus:  # Those of tars are known once they were read.
+        survey.left_out.merge(source.left_out)
     survey.splits = np.frombuffer(splits, dtype=np.uint8)
     if not corpus.validation:  # Hold out the documents with the smallest hashes.
         survey.splits = smallest(np.frombuffer(hashes, dtype=np.uint64), rules.validation_fraction).astype(np.uint8)

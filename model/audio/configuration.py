@@ -5,7 +5,8 @@ from typing import Literal
 
 from model.audio.spectral import MelSettings
 from model.diffusion_process import ProcessConfig
-from utils.options import StrictConfig, option
+from utils.options import option
+from utils.strict_config import StrictConfig
 
 MEL_FIELDS = [field.name for field in dataclasses.fields(MelSettings)]
 SPEECH = ("conditioning", "speech")

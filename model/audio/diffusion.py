@@ -45,7 +45,8 @@ from model.diffusion import (
 from model.dropout import check_keys, fold
 from model.layers import to_device
 from model.presets import AUDIO_DIFFUSION
-from model.samplers import SamplerKind, guided_denoiser, sample
+from model.samplers import guided_denoiser, sample
+from utils.flags.choices import SamplerKind
 from utils.options import from_preset
 
 FACTOR_RANGE = (0.5, 2.0)  # of a plausible duration factor

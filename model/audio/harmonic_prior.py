@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model.audio.griffin_lim import inversion_matrices, mel_gain, mel_to_magnitude, starting_magnitude
 from model.audio.spectral import istft, stft
+from model.layers import widen
 
 EPSILON = 1e-8  # added to the power whose phase is taken: silent bins have none
 
@@ -109,7 +110,7 @@ class HarmonicPrior(nn.Module):
         """
         # Autocorrelation of the low bins, (B, F, K), and its peak between the shortest and the longest period.
         # In fp64: rounding adds up over the frames of `cycles`, and would differ between kernels, pieces and runtimes.
-        correlation = transform.autocorrelation(magnitude[..., : self.n_low].double())
+        correlation = transform.autocorrelation(widen(magnitude[..., : self.n_low]))
         shortest = int(self.config.sample_rate / self.config.f0_max)
         longest = int(self.config.sample_rate / self.config.f0_min)
         peak, lag = correlation[..., shortest : longest + 1].max(-1)
@@ -122,7 +123,7 @@ class HarmonicPrior(nn.Module):
 
     def cycles(self, f0: Tensor) -> Tensor:
         """Cycles of the fundamental since the first frame, modulo 1, by the trapezoidal rule: (B, F) -> (B, F)."""
-        steps = 0.5 * (f0[:, 1:] + f0[:, :-1]).double() * self.config.hop_length
+        steps = 0.5 * widen(f0[:, 1:] + f0[:, :-1]) * self.config.hop_length
         return F.pad(steps, (1, 0)).cumsum(-1).remainder(1).float()
 
     def harmonics(self, f0: Tensor, cycles: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,13 @@ they return (list of logit maps, list of feature maps), have no batch norm, and 
 """
 
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.image.discriminators import LEAKY_SLOPE, Discriminator, convolution
+from utils.flags.choices import MelDiscriminatorKind
 from utils.options import suggest
 
 
@@ -102,7 +102,6 @@ class MelPatchDiscriminator2d(MelDiscriminator):
         return mel[:, None].contiguous(memory_format=torch.channels_last)  # (B, 1, M, F)
 
 
-MelDiscriminatorKind = Literal["patch_1d", "patch_2d"]
 MEL_DISCRIMINATORS: dict[MelDiscriminatorKind, type] = {
     "patch_1d": MelPatchDiscriminator1d,
     "patch_2d": MelPatchDiscriminator2d,

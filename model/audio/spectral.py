@@ -8,13 +8,14 @@ autocast.
 
 import dataclasses
 import math
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
+from utils.flags.choices import MelPreset
 from utils.options import suggest
 
 
@@ -73,7 +74,6 @@ class MelSettings:
         return " ".join(f"{name}={value}" for name, value in self.as_dict().items())
 
 
-MelPreset = Literal["16k", "22k", "24k", "44k", "48k"]
 # fmt: off
 # 22k is HiFi-GAN's definition, 24k and 44k are BigVGAN's (24khz_100band, 44khz_128band_512x).
 MEL_PRESETS: dict[MelPreset, MelSettings] = {

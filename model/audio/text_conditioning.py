@@ -19,7 +19,7 @@ from model.audio.frame_conv import FrameConv
 from model.audio.lengths import valid_frames
 from model.checkpointing import GradientCheckpointingLayer
 from model.dropout import Dropout, fold
-from model.layers import ZeroLinear
+from model.layers import ZeroLinear, widen
 
 N_STRESSES = 3  # none, secondary, primary
 N_EDGES = 4  # within a word, first of a word, last, both
@@ -193,8 +193,9 @@ def whole_durations(expected: Tensor, is_pause: Tensor, mask: Tensor) -> Tensor:
         mask: (B, T) bool, True where there is a token.
     Returns: (B, T) int64, 0 in padding.
     """
-    # fp64: a long text's ends are sums of many numbers. With at least 1 between two ends they round to different ones.
-    lowest = torch.where(is_pause, 0.0, 1.0).double()
-    ends = torch.maximum(expected.double(), lowest).where(mask, 0.0).cumsum(1)
+    # fp64 where the device has it: a long text's ends are sums of many numbers. With at least 1 between two ends they
+    # round to different ones.
+    lowest = widen(torch.where(is_pause, 0.0, 1.0))
+    ends = torch.maximum(widen(expected), lowest).where(mask, 0.0).cumsum(1)
     rounded = (ends + 0.5).floor().long()
     return rounded.diff(dim=1, prepend=torch.zeros_like(rounded[:, :1]))

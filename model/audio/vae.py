@@ -299,7 +299,7 @@ class AudioVAE(VAE):
         # First pass: count, sum and sum of squares per mel bin, (3, M) fp64.
         moments = torch.zeros(3, self.config.n_mels, dtype=torch.float64)
         for mel in mels:
-            mel = mel.double().cpu()
+            mel = mel.cpu().double()
             moments += torch.stack([torch.full((len(mel),), mel.shape[1]), mel.sum(1), mel.square().sum(1)])
         mean = moments[1] / moments[0]
         std = (moments[2] / moments[0] - mean.square()).clamp_min(MIN_STD**2).sqrt()
@@ -313,7 +313,7 @@ class AudioVAE(VAE):
         units = std.view(self.config.n_rows, -1).square().mean(0).sqrt().repeat_interleave(c)
         for mel in mels:
             whole = mel[None, :, : mel.shape[1] // c * c].to(device)
-            patches = self.to_patches(self.normalize_mel(whole)).flatten(0, -2).double().cpu() * units
+            patches = self.to_patches(self.normalize_mel(whole)).flatten(0, -2).cpu().double() * units
             covariance += patches.T @ patches
             n_patches += len(patches)
         self.set_code(covariance / max(n_patches, 1), units)

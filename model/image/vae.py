@@ -28,7 +28,8 @@ from model.image.ldm_vae import LDMDecoder, LDMEncoder, config_from_diffusers, r
 from model.layers import ChannelNorm, Downsample, Upsample, ZeroConv2d
 from model.presets import IMAGE_VAE
 from model.vae import VAE
-from utils.options import StrictConfig, from_preset, option
+from utils.options import from_preset, option
+from utils.strict_config import StrictConfig
 
 
 class ImageVAEConfig(StrictConfig):

@@ -18,22 +18,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
 
 from model.diffusion_process import DiffusionProcess
-from model.multimodal.layout import (
-    SPANS,
-    Modality,
-    Part,
-    Stream,
-    build_stream,
-    check_span,
-    join_streams,
-    length_token,
-    span_positions,
-)
+from model.multimodal.layout import Part, Stream, build_stream, check_span, join_streams, length_token, span_positions
 from model.multimodal.mask import stream_mask
 from model.multimodal.spans import Spans, spans_in
 from model.multimodal.stream_state import Answer, Rows, Sampling, StreamState, at, draw
 from model.samplers import guided_denoiser, initial_noise, sample
 from model.thinking import CarriedState, Thinking
+from utils.flags.choices import SPANS, Modality
 
 N_NULL = 2  # Tokens of a guidance row before the span: <bos> <null>.
 

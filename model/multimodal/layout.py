@@ -15,7 +15,7 @@ before it, or with audio_position="count", audio counts.  W latent values of a t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,9 +24,7 @@ from model.language_head import IGNORED
 from model.layers import to_device
 from model.multimodal.mask import OUTSIDE, Placement
 from utils.configuration import MegaTransformerConfig
-
-Modality = Literal["text", "image", "audio"]
-SPANS: tuple[Modality, ...] = ("image", "audio")
+from utils.flags.choices import SPANS, Modality
 
 
 @dataclass

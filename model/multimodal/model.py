@@ -18,13 +18,14 @@ from model.diffusion_process import DiffusionProcess
 from model.language_head import IGNORED, LanguageModelHead, language_model_loss, next_token_targets
 from model.layers import ZeroLinear
 from model.multimodal.generation import MultimodalGenerationMixin
-from model.multimodal.layout import SPANS, Modality, target_kinds
+from model.multimodal.layout import target_kinds
 from model.multimodal.layout import target_places as target_places_of
 from model.multimodal.mask import Placement, stream_blocks, stream_mask
 from model.multimodal.spans import LatentLinear, SpanDecoder, SpanEncoder, Spans
 from model.presets import MULTIMODAL
 from model.thinking import Thinking
 from utils.configuration import MegaTransformerConfig
+from utils.flags.choices import SPANS, Modality
 from utils.options import from_preset
 
 

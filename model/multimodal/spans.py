@@ -14,11 +14,12 @@ from model.attention import LayerInputs, SimpleBlock
 from model.cpu_kernels import Linear
 from model.dropout import fold
 from model.layers import ZeroLinear
-from model.multimodal.layout import Modality, SpanPlace, Stream
+from model.multimodal.layout import SpanPlace, Stream
 from model.multimodal.mask import span_mask
 from model.norms import build_norm
 from model.positions import rotary_frequencies, rotary_table, sinusoidal_embedding
 from utils.configuration import MegaTransformerConfig
+from utils.flags.choices import Modality
 
 TIME_WIDTH = 128  # Values of the sinusoidal embedding of a time.
 TIME_SCALE = 1000.0  # Times in [0, 1] are multiplied by it, as in diffusion models.

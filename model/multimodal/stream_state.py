@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from model.kv_cache import KeyValueCache, take_back
-from model.multimodal.layout import SPANS, Modality, Part, Stream
-from model.samplers import SamplerKind
+from model.multimodal.layout import Part, Stream
 from model.thinking import CarriedState
 from utils.configuration import MegaTransformerConfig
+from utils.flags.choices import SPANS, Modality, SamplerKind
 
 
 @dataclass

@@ -13,15 +13,15 @@ import itertools
 import re
 import unicodedata
 from collections.abc import Iterable
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from model.text.espeak import check_language, phonemise
+from utils.flags.choices import Units
 from utils.options import suggest
 
-Units = Literal["phonemes", "characters"]
 Token = tuple[str, int, int]  # symbol, stress, edge
 
 PADDING = ""  # symbol 0

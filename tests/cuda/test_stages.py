@@ -18,6 +18,7 @@ from tests.helpers.mel_cache import SETTINGS, SMALL_AUDIO_VAE, write_mel_cache
 from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, Run, changed, relative_distance
 from tests.helpers.stream_caches import SMALL_RECURRENT, SMALL_STREAMS, make_stream_caches
 from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text, with_dropout
+from tests.helpers.two_processes import skip_without_deepspeed
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 20
@@ -122,6 +123,7 @@ def test_a_resumed_run_equals_the_whole_one(runs, kind, bound):
 
 
 def test_zero_2_equals_the_plain_run(runs):
+    skip_without_deepspeed()
     losses, *weights = distances(runs["fp32"], runs["zero_2"])
     assert losses <= 1e-4 and max(weights) <= 1e-4
 

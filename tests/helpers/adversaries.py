@@ -4,7 +4,7 @@ import torch
 
 from model.image.discriminators import build_discriminator
 from utils.training.adversary import Adversary
-from utils.training.image_vae import ImageVAEGANArguments
+from utils.training.arguments.image_vae import ImageVAEGANArguments
 
 
 def make(**changes):

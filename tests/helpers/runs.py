@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from utils.checkpoints import mark_complete, write_json
 from utils.options import effect_conditions
-from utils.training.adversary import WITH_ADVERSARY
+from utils.training.arguments.adversary import WITH_ADVERSARY
 
 # The seed command's rates at a size that trains in seconds; the discriminator joins at step 2.
 SMALL_RUN = """

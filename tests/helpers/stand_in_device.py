@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+from model.layers import WITHOUT_FLOAT64
+
 ROOT = Path(__file__).resolve().parents[2]
 OURS = tuple(f"{ROOT}/{folder}/" for folder in ("model", "utils", "dataset_loading", "inference"))
 NAME = "standin"
@@ -173,6 +175,12 @@ def check_devices(func, tensors: list[Tensor]) -> None:
         raise RuntimeError(f"{func}: tensors on {DEVICE} and, of shape {shapes}, on the CPU")
 
 
+def check_floats(tensors: list[Any]) -> None:
+    """Raise TypeError for numbers that Apple's GPUs do not have, while `WITHOUT_FLOAT64` names the stand-in."""
+    if NAME in WITHOUT_FLOAT64 and any(tensor.dtype in (torch.float64, torch.complex128) for tensor in tensors):
+        raise TypeError(f"{DEVICE} has no float64")
+
+
 def dispatch(func, args: tuple, kwargs: dict) -> Any:
     """Compute an operation on the CPU, for tensors or a result on the stand-in device."""
     # Inference mode hands over operations that autograd would have decomposed.
@@ -228,6 +236,7 @@ def dispatch(func, args: tuple, kwargs: dict) -> Any:
         result = func(*tree_map_only(Tensor, unwrap, args), **tree_map_only(Tensor, unwrap, kwargs))
     if not goes_here:
         return result
+    check_floats([leaf for leaf in tree_flatten(result)[0] if isinstance(leaf, Tensor)])
     # Views of tensors from outside of inference mode are such tensors; what is new is as the mode says.
     is_inference = all(tensor.is_inference() for tensor in tensors) if tensors else torch.is_inference_mode_enabled()
     with torch.inference_mode(is_inference):

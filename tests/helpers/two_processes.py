@@ -1,5 +1,6 @@
 """Two processes that start once and train many runs, one after another: most of a launch is imports."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -8,6 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -20,8 +23,15 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
 
 
+def skip_without_deepspeed() -> None:
+    """Skip the test where DeepSpeed, which is optional, could not be built."""
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("requirements-deepspeed.txt is not installed")
+
+
 def deepspeed_launcher() -> list:
-    """The command of DeepSpeed's launcher for two processes, at a port of this test process."""
+    """The command of DeepSpeed's launcher for two processes, at a port of this test process. Skips without it."""
+    skip_without_deepspeed()
     return [BIN / "deepspeed", "--num_gpus=2", "--master_port", str(20000 + os.getpid() % 20000)]
 
 

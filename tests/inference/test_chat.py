@@ -9,12 +9,13 @@ import soundfile
 import torch
 from PIL import Image
 
-from inference.chat import ChatArguments, chat
+from inference.chat import chat
 from model.attention import MegaTransformerSelfAttention
 from pretrain_multimodal import MultimodalStage
 from tests.helpers.processes import newest_results
 from tests.helpers.stream_caches import SMALL_STREAMS, make_stream_caches
 from utils.command_line import parse_arguments
+from utils.generation.arguments.multimodal import ChatArguments
 from utils.generation.chat import TextStream
 from utils.generation.multimodal import MultimodalPipeline
 

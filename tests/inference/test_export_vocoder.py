@@ -5,12 +5,13 @@ import os
 import pytest
 import torch
 
-from inference.export_vocoder import ExportArguments, export
+from inference.export_vocoder import export
 from model.audio.harmonic_prior import FourierTransform
 from model.audio.spectral import LogMel, MelSettings, Spectrogram
 from model.audio.vocoder_export import MatrixFourierTransform, exportable
 from tests.helpers.vocoder_checkpoint import SMALL_HIFIGAN, SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.command_line import parse_arguments
+from utils.generation.arguments.audio import ExportArguments
 from utils.generation.vocoder_onnx import Comparison, gliding_tones
 
 onnx = pytest.importorskip("onnx")

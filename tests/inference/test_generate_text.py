@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataset_loading.text.windows import TextDataset, prepare_text
-from inference.generate_text import GenerateTextArguments, generate
+from inference.generate_text import generate
 from model.causal import MegaTransformerForCausalLM
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.processes import newest_results
@@ -14,7 +14,8 @@ from tests.helpers.runs import changed
 from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from utils.command_line import parse_arguments
-from utils.generation.text import GenerationArguments, TextGenerator, read_prompts, sampling_processors
+from utils.generation.arguments.text import GenerateTextArguments, GenerationArguments
+from utils.generation.text import TextGenerator, read_prompts, sampling_processors
 
 PROMPTS = ["a list of", "Zwölf bears", "the tensor is a model that reads and writes, again and again,", ""]
 

@@ -7,14 +7,14 @@ import soundfile
 import torch
 from PIL import Image
 
-from inference.reconstruct_audio import ReconstructionArguments, reconstruct
-from inference.vocode import VocodeArguments
+from inference.reconstruct_audio import reconstruct
 from model.audio.spectral import LogMel, analyse
 from model.audio.vae import AudioVAE, AudioVAEConfig
 from tests.helpers.processes import newest_results
 from tests.helpers.runs import changed
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
 from utils.command_line import parse_arguments
+from utils.generation.arguments.audio import ReconstructionArguments, VocodeArguments
 from utils.generation.audio import Synthesizer, read_waveform
 
 SMALL_VAE = {"width": 16, "latent_channels": 4, "n_encoder_blocks": 1, "n_decoder_blocks": 1}

@@ -6,13 +6,14 @@ import torch
 from PIL import Image
 
 from dataset_loading.image.pixels import to_float
-from inference.reconstruct_image import ReconstructionArguments, reconstruct
+from inference.reconstruct_image import reconstruct
 from model.image.vae import ImageVAE
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.processes import newest_results
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
 from utils.drawing.images import to_image
+from utils.generation.arguments.image import ReconstructionArguments
 
 
 @pytest.fixture(scope="module")

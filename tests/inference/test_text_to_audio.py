@@ -9,8 +9,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset_loading.audio.latents import AudioLatentDataset
-from inference.text_to_audio import TextToAudioArguments, generate
-from inference.text_to_speech import TextToSpeechArguments, speak
+from inference.text_to_audio import generate
+from inference.text_to_speech import speak
 from model.audio.diffusion import AudioDiffusion
 from pretrain_audio_diffusion import AudioDiffusionStage
 from tests.helpers.audio_latent_cache import (
@@ -27,6 +27,7 @@ from tests.helpers.text_encoder_folder import save_text_encoder
 from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
+from utils.generation.arguments.audio_diffusion import TextToAudioArguments, TextToSpeechArguments
 from utils.generation.captions import CaptionPipeline
 
 FIELDS = [word for word in SMALL_SPEECH if "=" in word and not word.startswith(("frame_width", "text_dropout"))]

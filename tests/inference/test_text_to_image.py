@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from inference.text_to_image import TextToImageArguments, generate
+from inference.text_to_image import generate
 from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
 from tests.helpers.processes import newest_results
 from tests.helpers.runs import changed
 from utils.command_line import parse_arguments
+from utils.generation.arguments.image import TextToImageArguments
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 
 from dataset_loading.audio.decoding import decode_audio
 from dataset_loading.audio.signal import save_waveform
-from inference.vocode import VocodeArguments, vocode
+from inference.vocode import vocode
 from model.audio.spectral import LogMel, analyse
 from model.audio.vocoders import Vocoder
 from tests.helpers.mel_cache import SETTINGS, write_mel_cache
@@ -18,6 +18,7 @@ from tests.helpers.runs import changed
 from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, small_vocoder, write_sound
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
+from utils.generation.arguments.audio import VocodeArguments
 from utils.generation.audio import Synthesizer, cache_problem
 from utils.generation.files import claim_folder, find_inputs
 from utils.generation.vocoder_onnx import gliding_tones

@@ -8,6 +8,7 @@ writes OUTPUT_DIR/ENGINE/CASE.pt: counts of skipped steps, learning rates, the e
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -101,6 +102,9 @@ def run_case(
 
 if __name__ == "__main__":
     _, folder, engines, cases, *given = sys.argv
+    if engines != "none":  # Before a group of processes exists, as in a run that is alone in its process.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed  # noqa: F401
     for engine in engines.split(","):
         for case in cases.split(","):
             AcceleratorState._reset_state(True)  # The process may have run under another engine.

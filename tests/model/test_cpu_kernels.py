@@ -2,7 +2,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.cpu_kernels import BLOCK, FEW_ROWS, Linear, blockwise_attention, causal_attention
+from model.cpu_kernels import (
+    BLOCK,
+    FEW_ROWS,
+    SPLITS,
+    Linear,
+    attention,
+    blockwise_attention,
+    causal_attention,
+    is_split_faster,
+    split_product,
+)
 from model.positions import visible_keys
 
 
@@ -62,8 +72,40 @@ def test_few_rows_equal_many(n_rows, n_outputs, bias):
     expected = F.linear(x, layer.weight, layer.bias)
     with torch.no_grad():
         found = layer(x)
+        if n_outputs % SPLITS == 0:
+            split = split_product(x[:, 0], layer.weight)
+            assert split.is_contiguous() and (split - F.linear(x[:, 0], layer.weight)).abs().max() <= 1e-5
         assert found.is_contiguous() and (found - expected).abs().max() <= 1e-5
         assert layer(x[:0]).shape == (0, 1, n_outputs)
         with torch.autocast("cpu", torch.bfloat16):
             assert layer(x).dtype == torch.bfloat16
         assert layer.bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_the_faster_of_both_products_is_chosen_once_without_random_numbers():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    choice = is_split_faster(torch.get_num_threads())
+    assert torch.rand(1) == expected and is_split_faster(torch.get_num_threads()) is choice
+
+
+@pytest.mark.parametrize("mask_kind", ["none", "bool", "added", "causal"])
+def test_short_attention_in_bf16_is_computed_in_fp32(mask_kind):
+    q, k, v, grad = (part.bfloat16() for part in tensors(40, 2))
+    mask = {"bool": torch.rand(2, 1, 40, 40) < 0.8, "added": torch.randn(2, 1, 40, 40)}.get(mask_kind)
+    options = {"mask": mask, "is_causal": mask_kind == "causal", "enable_gqa": True}
+    inputs, exact = (
+        [part.to(dtype).requires_grad_() for part in (q, k, v)] for dtype in (torch.bfloat16, torch.double)
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*inputs, **options)
+        with torch.no_grad():
+            assert torch.equal(attention(*inputs, **options), out)
+    expected = attention(*exact, **options)
+    # A result in fp32 is rounded once, when it is returned.
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected.float().bfloat16(), rtol=2**-7, atol=1e-5)
+    gradients = torch.autograd.grad(expected, exact, grad.double())
+    for ours, theirs in zip(torch.autograd.grad(out, inputs, grad), gradients):
+        torch.testing.assert_close(ours, theirs.float().bfloat16(), rtol=2**-7, atol=1e-5)

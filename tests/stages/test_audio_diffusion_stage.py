@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dataset_loading.audio.cached import AudioVAEDataset
 from dataset_loading.audio.latents import AudioLatentDataset
-from inference.text_to_speech import TextToSpeechArguments, speak
+from inference.text_to_speech import speak
 from model.audio.diffusion import AudioDiffusion
 from pretrain_audio_diffusion import AudioDiffusionStage
 from tests.helpers.audio_latent_cache import (
@@ -27,7 +27,7 @@ from tests.helpers.runs import changed, edit_record, move_alone, run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
-from utils.generation.audio_diffusion import AudioSamplingArguments
+from utils.generation.arguments.audio_diffusion import AudioSamplingArguments, TextToSpeechArguments
 from utils.generation.latents import vae_fingerprint
 from utils.generation.speech import SpeechPipeline
 from utils.metrics.audio import PACKAGES

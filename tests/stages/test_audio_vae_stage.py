@@ -23,7 +23,8 @@ from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, s
 from utils.checkpoints import load_model, read_stage
 from utils.command_line import parse_arguments
 from utils.evaluation.audio_vae import AudioVAEEvaluator
-from utils.training.audio_vae import AudioVAEArguments, AudioVAEGANTrainer, SpreadMels
+from utils.training.arguments.audio_vae import AudioVAEArguments
+from utils.training.audio_vae import AudioVAEGANTrainer, SpreadMels
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ from tests.helpers.latent_cache import save_vae
 from tests.helpers.runs import SMALL_DIFFUSION, edit_record, largest_difference, move_alone
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
+from utils.generation.arguments.image import SamplingArguments
 from utils.generation.latents import vae_fingerprint
-from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
+from utils.generation.text_to_image import TextToImagePipeline
 
 
 def test_record_names_the_vae_and_the_model_fits_its_latents(train_diffusion, latent_cache):

@@ -26,7 +26,8 @@ from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
 from utils.configuration import MegaTransformerConfig
 from utils.generation.audio_diffusion import AudioPipeline
-from utils.training.multimodal import MultimodalArguments, MultimodalTrainer
+from utils.training.arguments.multimodal import MultimodalArguments
+from utils.training.multimodal import MultimodalTrainer
 from utils.training.streams.stage import channel_scales, check_flex_attention, check_speakers
 from utils.training.streams.trainer import MultimodalStreamTrainer, compared_rows
 

@@ -10,16 +10,11 @@ from model.image.recurrent_vae import RecurrentVAE, RecurrentVAEOutput
 from pretrain_recurrent_vae import RecurrentVAEStage
 from tests.helpers.runs import SMALL_RUN, changed, largest_difference, named_runs
 from utils.checkpoints import load_model
-from utils.evaluation.image_vae import ImageVAEEvaluationArguments
+from utils.evaluation.arguments.image import ImageVAEEvaluationArguments
 from utils.evaluation.recurrent_vae import RecurrentVAEEvaluator
 from utils.metrics.images import psnr
-from utils.training.recurrent_vae import (
-    EVALUATED_STEPS,
-    RecurrentVAEArguments,
-    distillation_error,
-    draw_n_steps,
-    intermediate_error,
-)
+from utils.training.arguments.image_vae import RecurrentVAEArguments
+from utils.training.recurrent_vae import EVALUATED_STEPS, distillation_error, draw_n_steps, intermediate_error
 
 
 @pytest.fixture(scope="module")

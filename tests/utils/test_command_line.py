@@ -5,8 +5,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from dataset_loading.embedded import openmoji
-from inference.text_to_image import TextToImageArguments
 from utils.command_line import explained_errors, parse_arguments, parse_overrides
+from utils.generation.arguments.image import TextToImageArguments
 from utils.megatransformer_utils import StageArguments
 
 
@@ -113,6 +113,31 @@ def test_commands_of_embedded_data_take_a_flag_once(tmp_path, capsys):
         openmoji.main([str(tmp_path / "out"), "--limit", "2", "--limit", "3"])
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "--limit 2 and --limit 3" in message and not (tmp_path / "out").exists()
+
+
+# ---- Booleans with a value.
+
+
+@pytest.mark.parametrize("text", ["false", "no", "0", "False", "off"])
+def test_a_boolean_takes_a_value(text):
+    assert parse("--use_ema", text).use_ema is False and parse(f"--use_ema={text}").use_ema is False
+    assert parse("--bf16", {"0": "1", "no": "yes", "off": "on"}.get(text, "True")).bf16 is True
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--use_ema maybe", "--use_ema='maybe' must be true or false"),
+        ("--no_use_ema=false", "--no_use_ema takes no value, not 'false'"),
+        ("--use_ema false --use_ema true", "--use_ema is given twice: --no_use_ema and --use_ema"),
+        ("--use_ema 0 --ema_decay 0.9", "--ema_decay has no effect with use_ema=False"),
+        ("--config run.yaml", "--config_file"),
+    ],
+)
+def test_wrong_values_of_booleans_and_presets(words, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(*words.split())
+    assert message in capsys.readouterr().err
 
 
 # ---- Errors of workers.

@@ -9,7 +9,7 @@ from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from model.presets import MEGATRANSFORMER, MULTIMODAL
 from utils.configuration import MegaTransformerConfig
-from utils.configuration_docs import COMMAND, DOCUMENT, document
+from utils.exporting.configuration_docs import COMMAND, DOCUMENT, document
 from utils.options import declared_fields, declared_sections, default_value, from_preset
 
 FIELDS = {field.name: field for field in declared_fields(MegaTransformerConfig)}

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from utils import megatransformer_utils
-from utils.devices import feeding, local_processes, set_fp32_precision
+from utils.devices import compute_device, feeding, local_processes, set_fp32_precision
+from utils.distributed import launch_settings
 from utils.megatransformer_utils import StageArguments, training_arguments
 
 
@@ -61,3 +62,16 @@ def test_a_run_on_a_cpu_loads_in_its_process(tmp_path):
     arguments = training_arguments(StageArguments(), tmp_path)
     assert arguments.dataloader_num_workers == 0 and not arguments.dataloader_pin_memory
     assert not arguments.accelerator_config.non_blocking
+
+
+@pytest.mark.parametrize(
+    "has_mps, is_launched, uses_cpu", [(True, False, False), (True, True, True), (False, False, True)]
+)
+def test_apples_gpu_is_used_by_one_process(has_mps, is_launched, uses_cpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: has_mps)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if is_launched:  # gloo, which connects the processes, knows the CPU alone.
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    assert compute_device().type == ("mps" if has_mps else "cpu")
+    assert launch_settings(False, "", False)["use_cpu"] == uses_cpu

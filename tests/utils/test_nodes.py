@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.runs import SMALL_RUN, Run, changed, largest_difference
+from tests.helpers.two_processes import skip_without_deepspeed
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -25,7 +26,9 @@ def free_port() -> int:
 
 
 def run_on_two_nodes(folder: Path, cache: Path, steps: int, *flags: str) -> Run:
-    """One process on each node; both see `folder`/shared and `cache`. Returns the run, in the shared folder."""
+    """One process on each node, with DeepSpeed; both see `folder`/shared and `cache`. Returns the run, in the
+    shared folder."""
+    skip_without_deepspeed()
     words = ["--cached_dataset", str(cache), "--output_dir", str(folder / "shared"), "--run_name", "nodes"]
     program = [str(ROOT / "pretrain_image_vae.py"), *changed([*SMALL_RUN, *words, "--max_steps", str(steps)], *flags)]
     rendezvous = ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{free_port()}", "--rdzv_id", "test"]

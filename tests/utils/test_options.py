@@ -4,16 +4,8 @@ from typing import ClassVar, Literal
 
 import pytest
 
-from utils.options import (
-    Section,
-    StrictConfig,
-    above_one,
-    check_effects,
-    declared_sections,
-    effect_conditions,
-    from_preset,
-    option,
-)
+from utils.options import Section, above_one, check_effects, declared_sections, effect_conditions, from_preset, option
+from utils.strict_config import StrictConfig
 
 
 class Example(StrictConfig):

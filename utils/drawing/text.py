@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import logging
 import math
 import unicodedata
 from bisect import bisect_right
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
+
+logger = logging.getLogger(__name__)
 
 # Packages of fonts with the file in each, in the order in which a letter is looked up: Latin, Greek, Cyrillic and
 # Devanagari; Chinese, Japanese and Korean. Without them Pillow's own font draws ASCII alone.
@@ -40,7 +43,10 @@ class Typeface:
         """The first font that has a letter; None for control characters and halves of others, which are none."""
         if unicodedata.category(letter) in ("Cc", "Cs"):
             return None
-        return next((font for font in self.fonts if has(font, letter)), None)
+        font = next((font for font in self.fonts if has(font, letter)), None)
+        if font is None and not installed_fonts():
+            advise_fonts()
+        return font
 
     def runs(self, text: str) -> list[tuple[str, Font]]:
         """The text as it is drawn, in parts of one font each."""
@@ -94,16 +100,27 @@ def glyph(font: Font, letter: str) -> tuple[tuple[int, int], bytes]:
 
 
 @functools.cache
+def installed_fonts() -> list[Path]:
+    """The files of `FONT_FILES` whose packages are installed."""
+    specs = [(importlib.util.find_spec(package), file) for package, file in FONT_FILES]
+    return [Path(spec.origin).parent / file for spec, file in specs if spec and spec.origin]
+
+
+@functools.cache
+def advise_fonts() -> None:
+    """Say once what brings letters beyond ASCII."""
+    logger.warning(
+        "no font has some letters of the texts, which are drawn as code points; pip install -r requirements-demo.txt"
+    )
+
+
+@functools.cache
 def typeface(size: int) -> Typeface:
     """The fonts that are installed.
 
     Args: size: in pixels.
     """
-    fonts = []
-    for package, file in FONT_FILES:
-        spec = importlib.util.find_spec(package)
-        if spec and spec.origin:
-            fonts.append(ImageFont.truetype(Path(spec.origin).parent / file, size))
+    fonts = [ImageFont.truetype(file, size) for file in installed_fonts()]
     default = ImageFont.load_default(size)
     assert isinstance(default, Font), "Pillow was built without FreeType"
     return Typeface(fonts or [default])

@@ -9,7 +9,7 @@ import logging
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -22,7 +22,8 @@ from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel, MelSettings
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
-from utils.evaluation.evaluator import ContactSheetArguments, Evaluation, EvaluationArguments, Evaluator
+from utils.evaluation.arguments.audio import AudioEvaluationArguments
+from utils.evaluation.evaluator import Evaluation, Evaluator
 from utils.evaluation.tables import Column, score_table
 from utils.generation.exported import home_of
 from utils.metrics.audio import (
@@ -41,7 +42,6 @@ from utils.metrics.audio import (
 from utils.metrics.pitch import pitch_scores, track_pitch
 from utils.metrics.timing import RealTime
 from utils.metrics.words import RECOGNIZER_NAME, Recognizer, knows_language, normalize_text, word_error_rate
-from utils.options import option
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,6 @@ GRIFFIN_LIM_ITERATIONS = 60  # with momentum
 DOUBTFUL_WER = 0.5  # On recordings: transcripts are of another language, or of other clips.
 MIN_WORDS = 4  # Shorter transcripts are not recognised: without context, a single word is unreliable.
 Scores = dict[str, float | None]  # None: not defined for a clip
-Metric = Literal["pesq", "stoi", "mel", "stft", "pitch", "speaker", "wer", "mos"]
 # fmt: off
 COLUMNS = {
     "pesq_wb":            Column("PESQ-wb",  "{:.2f}", "high"),
@@ -93,26 +92,6 @@ DEFINITIONS = {
     "real_time_factor": "Seconds of computation per second of audio at batch size 1: CPU seconds of one thread, or "
     "seconds on the GPU. The first clip is excluded if there are several.",
 }
-
-
-@dataclasses.dataclass
-class AudioEvaluationArguments(ContactSheetArguments, EvaluationArguments):
-    """Flags of the evaluation of models that generate audio."""
-
-    metrics: list[Metric] = option(
-        [metric for metric in get_args(Metric) if metric != "mos"],
-        "metrics; wer is the slowest, about a second per clip and row; mel: mel-L1 and MCD; mos: DistillMOS",
-    )
-
-    transcript_language: str = option(
-        "en",
-        "language of transcripts without one of their own in the data set, such as es; the recogniser knows English "
-        "alone, so that others have no WER",
-    )
-
-    def validate_metrics(self):
-        if not self.metrics:
-            raise ValueError("--metrics is empty; give one or more")
 
 
 @dataclasses.dataclass
@@ -319,7 +298,7 @@ class AudioEvaluator(Evaluator):
     def score_table(self, scores: dict[str, Scores], n_clips: int, n_recognized: int) -> Table:
         """One row per system, with notes on the metrics that were measured."""
         reference = next(iter(scores))
-        unit = "GPU seconds" if self.device.type == "cuda" else "CPU seconds of one thread"
+        unit = "CPU seconds of one thread" if self.device.type == "cpu" else "GPU seconds"
         notes = {
             "mel_l1": "mel-L1, MCD: compared with the log-mels of the data.",
             "pesq_wb_starts": "4 starts: mean PESQ after removing 0, 4, 8, 12 ms.",

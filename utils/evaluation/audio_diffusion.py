@@ -8,7 +8,7 @@ import itertools
 import logging
 import statistics
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -20,6 +20,7 @@ from dataset_loading.embedded.sentences import SENTENCES
 from utils.drawing.alignment import MARKS, aligned_mel
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
+from utils.evaluation.arguments.audio import AudioDiffusionEvaluationArguments
 from utils.evaluation.audio import MIN_WORDS, Scores, counts_of, means
 from utils.evaluation.audio_diffusion_report import (
     DEFINITIONS,
@@ -30,43 +31,23 @@ from utils.evaluation.audio_diffusion_report import (
     speech_table,
     voice_table,
 )
-from utils.evaluation.audio_pipeline import WITH_CURVE, AudioPipelineEvaluationArguments, AudioPipelineEvaluator
+from utils.evaluation.audio_pipeline import AudioPipelineEvaluator
 from utils.evaluation.captioned_sounds import CaptionEvaluator
 from utils.evaluation.evaluator import Evaluation
 from utils.evaluation.recordings import Recordings
 from utils.evaluation.speech_scores import SpeechScorer, Utterance, is_english, next_texts, recognition_scores
+from utils.generation.arguments.audio_diffusion import AudioSamplingArguments
 from utils.generation.exported import home_of
-from utils.generation.speech import AudioSamplingArguments, SpeechPipeline
+from utils.generation.speech import SpeechPipeline
 from utils.metrics.pitch import pitch_statistics, track_pitch
 from utils.metrics.timing import RealTime
 from utils.metrics.words import normalize_text
-from utils.options import option
 from utils.seeds import seed_of
 
 logger = logging.getLogger(__name__)
 
-SpeechMetric = Literal["wer", "speaker", "pitch", "mos"]
 N_TIMED = 6  # clips whose time is measured; the first one is a warm-up
 SHEET = ("vae", "teacher", "model", "prior")  # rows whose log-mels are drawn
-
-
-@dataclasses.dataclass
-class AudioDiffusionEvaluationArguments(AudioPipelineEvaluationArguments):
-    """Flags of the evaluation of text to speech."""
-
-    metrics: list[SpeechMetric] = option(
-        list(get_args(SpeechMetric)), "metrics; wer: WER and CER, about a second per clip and row; mos: DistillMOS"
-    )
-    seed: int = option(0, "seed of the noise, which also depends on the clip, and of the bootstrap", ge=0, lt=2**63)
-    waveforms: str = option(
-        "", "folder of the same clips made by preprocess_audio_vocoder_dataset.py, for the rows of recordings"
-    )
-    sentences: int = option(50, "new sentences that are spoken; 0: none", ge=0, le=len(SENTENCES))
-    curve_samples: int = option(64, "clips per point of the curve, spread evenly", gt=0, only_with=WITH_CURVE)
-
-    def validate_metrics(self):
-        if not self.metrics:
-            raise ValueError("--metrics is empty; give one or more")
 
 
 class AudioDiffusionEvaluator(AudioPipelineEvaluator):

@@ -1,31 +1,13 @@
 """What the evaluations of text to speech and of captions to sound share."""
 
-import dataclasses
 from typing import Any, ClassVar
 
 from model.audio.diffusion import AudioDiffusion
 from utils.checkpoints import resolve_checkpoint
-from utils.evaluation.evaluator import ContactSheetArguments, EvaluationArguments, Evaluator, expect_values
-from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments
+from utils.evaluation.arguments.audio import AudioPipelineEvaluationArguments
+from utils.evaluation.evaluator import Evaluator
+from utils.generation.audio_diffusion import AudioPipeline
 from utils.generation.exported import vocoder_of
-from utils.options import option
-
-WITH_CURVE = ("curve", True)
-
-
-@dataclasses.dataclass
-class AudioPipelineEvaluationArguments(AudioSamplingArguments, ContactSheetArguments, EvaluationArguments):
-    """Flags of the evaluation of whatever makes sounds with a diffusion model, a VAE and a vocoder."""
-
-    batch_size: int = option(8, "clips that are generated at once", gt=0)
-    vae_checkpoint: str = option("", "folder of the latents' VAE; default: its copy in the run, or as recorded")
-    vocoder_checkpoint: str = option("", "run or checkpoint folder of a vocoder; default: Griffin-Lim")
-    curve: bool = option(False, "measure every combination of steps and guidance scale")
-    curve_steps: list[int] = option([1, 2, 4, 8, 16, 32], "sampling steps of the curve", gt=0, only_with=WITH_CURVE)
-    curve_scales: list[float] = option([1.0, 2.0], "guidance scales of the curve", ge=0, only_with=WITH_CURVE)
-
-    def validate_curve(self):
-        expect_values(self, "curve_steps", "curve_scales")
 
 
 class AudioPipelineEvaluator(Evaluator):

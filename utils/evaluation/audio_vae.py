@@ -3,7 +3,6 @@
 M mel bins, F frames, S samples, Z latent channels.
 """
 
-import dataclasses
 import logging
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,30 +16,14 @@ from dataset_loading.files import read_manifest
 from model.audio.spectral import check_same_mel
 from model.audio.vae import AudioVAE
 from utils.checkpoints import EMA, resolve_checkpoint
-from utils.evaluation.audio import (
-    DEFINITIONS,
-    GRIFFIN_LIM_ITERATIONS,
-    AudioEvaluationArguments,
-    AudioEvaluator,
-    Clip,
-    Scores,
-)
+from utils.evaluation.arguments.audio import AudioVAEEvaluationArguments
+from utils.evaluation.audio import DEFINITIONS, GRIFFIN_LIM_ITERATIONS, AudioEvaluator, Clip, Scores
 from utils.evaluation.tables import fact_table, latent_table
 from utils.generation.audio import load_vocoder
 from utils.metrics.audio import mel_l1
 from utils.metrics.latents import LATENT_DEFINITION, LatentHealth, normalized_std
-from utils.options import option
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class AudioVAEEvaluationArguments(AudioEvaluationArguments):
-    """Flags of the evaluation of audio VAEs."""
-
-    vocoder_checkpoint: str = option(
-        "", "run or checkpoint folder of a vocoder of the same log-mel; default: Griffin-Lim"
-    )
 
 
 class AudioVAEEvaluator(AudioEvaluator):

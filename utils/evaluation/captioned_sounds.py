@@ -18,38 +18,23 @@ from dataset_loading.cached import evenly_spaced
 from utils.drawing.alignment import aligned_mel
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
-from utils.evaluation.audio_pipeline import AudioPipelineEvaluationArguments, AudioPipelineEvaluator
+from utils.evaluation.arguments.audio import CaptionEvaluationArguments
+from utils.evaluation.audio_pipeline import AudioPipelineEvaluator
 from utils.evaluation.captioned_sounds_report import DEFINITIONS, ROW_NAMES, curve_table, sound_table
 from utils.evaluation.evaluator import Evaluation
 from utils.evaluation.generated_images import agreement_scores
-from utils.generation.audio_diffusion import AudioSamplingArguments
+from utils.generation.arguments.audio_diffusion import AudioSamplingArguments
 from utils.generation.captions import CaptionPipeline
 from utils.generation.exported import home_of
 from utils.metrics.caption_agreement import TextProbe, UnusableCaptionsError, other_captions
 from utils.metrics.feature_sets import compare_sets, memorisation
 from utils.metrics.sounds import sound_blocks, sound_features
 from utils.metrics.timing import Stopwatch
-from utils.options import option
 from utils.seeds import seed_of
 
 logger = logging.getLogger(__name__)
 
 N_PERMUTATIONS = 20  # of captions, for the row `shuffled`
-
-
-@dataclasses.dataclass
-class CaptionEvaluationArguments(AudioPipelineEvaluationArguments):
-    """Flags of the evaluation of captions to sound."""
-
-    n_steps: int = option(20, "sampling steps", gt=0)
-    guidance_scale: float = option(3.0, "scale of classifier-free guidance; 1: none", ge=0)
-    seed: int = option(0, "seed of the noise, which also depends on the clip", ge=0, lt=2**63)
-    text_encoder: str = option("", "folder or hub name of the captions' text encoder; default: as recorded")
-    training_samples: int = option(
-        5000, "training clips, spread evenly, for the probe and the nearest neighbours; 0: all", ge=0
-    )
-    curve_steps: list[int] = option([4, 8, 20], "sampling steps of the curve", gt=0)
-    curve_scales: list[float] = option([1.0, 2.0, 3.0, 5.0], "guidance scales of the curve", ge=0)
 
 
 class CaptionEvaluator(AudioPipelineEvaluator):

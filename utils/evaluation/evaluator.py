@@ -1,4 +1,4 @@
-"""Base of the evaluations of all stages: flags, loading of checkpoint and data, and the form of the results.
+"""Base of the evaluations of all stages: loading of checkpoint and data, and the form of the results.
 
 The evaluator of a stage is a subclass of `Evaluator` in its own module, registered in `evaluate.py`.
 """
@@ -19,100 +19,19 @@ from torch.utils.tensorboard import SummaryWriter
 from dataset_loading.audio.signal import save_waveform
 from dataset_loading.files import read_manifest
 from dataset_loading.image.folder import ImageFolderDataset
-from dataset_loading.image.pixels import ResizeMode, check_color
-from dataset_loading.remote import IS_REMOTE, open_remote
-from utils.checkpoints import WeightsKind, chosen_weights, data_of, load_model, read_stage
-from utils.devices import compute_device
+from dataset_loading.remote import open_remote
+from utils.checkpoints import chosen_weights, data_of, load_model, read_stage
+from utils.devices import compute_device, describe_device
 from utils.drawing.images import save_image
 from utils.drawing.playback import add_audio, playable
+from utils.evaluation.arguments.base import EvaluationArguments
 from utils.generation.exported import trained_steps
 from utils.metrics.given_features import FEATURE_DEFINITIONS, GivenFeatures, open_features
-from utils.options import check_effects, declared_fields, option, validate_fields
+from utils.options import check_effects, declared_fields, validate_fields
 
 logger = logging.getLogger(__name__)
 
 AUDIO = "sounds"  # folder of wav files in the output folder
-
-
-@dataclasses.dataclass
-class EvaluationArguments:
-    """Flags of `evaluate.py` for every stage. A stage's evaluator names the subclass with all flags that it reads."""
-
-    # What is evaluated, on which data.
-    checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
-    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
-    cached_dataset: str = option("", "preprocessed data set; default: the one that the run trained on")
-    remote_cache_gb: float = option(
-        50.0, "gigabytes of packs of a data set at a URL that lie on the local disk", gt=0, only_with=IS_REMOTE
-    )
-    split: str = option("", "split of the data set; default: validation")
-    max_samples: int = option(0, "maximum number of samples, spread evenly over the split; 0: all", ge=0)
-
-    # How, and where the results go.
-    bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
-    output_dir: str = option("", "folder of metrics.json, images, audio and TensorBoard; default: the run's folder")
-
-    given: ClassVar[list[str]]  # names of the flags that were given, set by `parse_arguments`
-
-    def validate_checkpoint(self):
-        if not self.checkpoint:
-            raise ValueError("--checkpoint is missing: give a run folder such as runs/image_vae/<run>")
-
-
-@dataclasses.dataclass
-class BatchedEvaluationArguments(EvaluationArguments):
-    """Flags of evaluators that read samples in batches."""
-
-    batch_size: int = option(32, "samples per forward pass", gt=0)
-    num_workers: int = option(0, "data loading processes; 0: the main process loads", ge=0)
-
-
-@dataclasses.dataclass
-class ContactSheetArguments:
-    """Flag of evaluators whose samples can be drawn."""
-
-    contact_sheet: int = option(
-        0, "samples drawn next to the model's output in contact_sheet.png, audio also as wav files; 0: none", ge=0
-    )
-
-
-@dataclasses.dataclass
-class FeatureArguments:
-    """Flag of evaluators that compare sets of images."""
-
-    features: str = option(
-        "",
-        "network whose features compare with papers: TorchScript file such as inception-2015-12-05.pt (FID, KID), or "
-        "folder of a CLIP (with CLIP score) or DINOv2 model; default: the packaged EfficientNet alone",
-    )
-
-
-@dataclasses.dataclass
-class ImageEvaluationArguments(FeatureArguments, ContactSheetArguments, BatchedEvaluationArguments):
-    """Flags of evaluators of images, which may also be read without preprocessing."""
-
-    dataset: str = option(
-        "",
-        "instead of a preprocessed data set: folder of images, index file or hub name; --split: its only one",
-        only_with=("cached_dataset", ""),
-    )
-    allow_outside: bool = option(
-        False, "read files outside of --dataset, where its metadata names them", only_with=("dataset", bool)
-    )
-    resize_mode: ResizeMode | None = option(
-        None,
-        "how images of --dataset that are not square become square; default: as in the run's own data set",
-        only_with=("dataset", bool),
-    )
-    background_color: str = option(
-        "",
-        "color of transparent pixels and of padding in images of --dataset; default: as in the run's own data set",
-        only_with=("dataset", bool),
-    )
-
-    def validate_background(self):
-        if self.background_color:
-            check_color("background_color", self.background_color)
 
 
 @dataclasses.dataclass
@@ -219,7 +138,7 @@ class Evaluator:
             "precision": "bf16 autocast" if self.args.bf16 else "fp32",
             "definitions": definitions,  # so that metrics.json explains itself
             **({"features": self.features.describe()} if self.features else {}),
-            "device": torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu",
+            "device": describe_device(self.device),
             "threads": torch.get_num_threads(),  # for the speed
             "trained_at_commit": self.record["git_commit"],
         }
@@ -270,13 +189,6 @@ class Evaluator:
             "is_the_runs_own": is_same,
             "n_samples": n_samples,
         }
-
-
-def expect_values(args: Any, *names: str) -> None:
-    """Raises: ValueError: one of these flags, which are lists, has no value."""
-    for name in names:
-        if not getattr(args, name):
-            raise ValueError(f"--{name} is empty; give one value or more")
 
 
 def own_arguments(arguments_class: type[EvaluationArguments], args: Any) -> Any:

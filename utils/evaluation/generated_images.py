@@ -13,7 +13,8 @@ from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_stack
 from dataset_loading.image.latents import ImageLatentDataset
 from utils.evaluation.source_images import SourceImageDataset
-from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
+from utils.generation.arguments.image import SamplingArguments
+from utils.generation.text_to_image import TextToImagePipeline
 from utils.metrics.caption_agreement import N_FEATURES, N_POOLED, ImageFeatures, TextProbe, UnusableCaptionsError
 from utils.metrics.feature_sets import compare_sets
 from utils.metrics.given_features import given_scores

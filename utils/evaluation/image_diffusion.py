@@ -4,10 +4,9 @@ over sampling settings.
 N images, D features. Features of all images are held in memory, images are not.
 """
 
-import dataclasses
 import logging
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -18,20 +17,11 @@ from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_stack
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
-from model.samplers import SamplerKind, n_evaluations
+from model.samplers import n_evaluations
 from utils.drawing.images import Group, draw_sheet, to_image
-from utils.evaluation.evaluator import (
-    Evaluation,
-    ImageEvaluationArguments,
-    ImageEvaluator,
-    expect_values,
-)
-from utils.evaluation.generated_images import (
-    BatchedGenerator,
-    PairedLatentDataset,
-    agreement_scores,
-    image_set_scores,
-)
+from utils.evaluation.arguments.image import ImageDiffusionEvaluationArguments
+from utils.evaluation.evaluator import Evaluation, ImageEvaluator
+from utils.evaluation.generated_images import BatchedGenerator, PairedLatentDataset, agreement_scores, image_set_scores
 from utils.evaluation.image_diffusion_report import (
     curve_sheet,
     curve_table,
@@ -41,8 +31,9 @@ from utils.evaluation.image_diffusion_report import (
 )
 from utils.evaluation.source_images import SourceImageDataset
 from utils.evaluation.tables import FEATURE_COLUMNS
+from utils.generation.arguments.image import SamplingArguments
 from utils.generation.exported import home_of
-from utils.generation.text_to_image import PipelineArguments, SamplingArguments, TextToImagePipeline
+from utils.generation.text_to_image import TextToImagePipeline
 from utils.metrics.caption_agreement import (
     N_FEATURES,
     N_POOLED,
@@ -54,34 +45,10 @@ from utils.metrics.caption_agreement import (
 )
 from utils.metrics.feature_sets import memorisation
 from utils.metrics.timing import Stopwatch
-from utils.options import option
 
 logger = logging.getLogger(__name__)
 
 N_COPIES = 3  # generated images per caption on the contact sheet
-
-
-@dataclasses.dataclass
-class ImageDiffusionEvaluationArguments(PipelineArguments, ImageEvaluationArguments):
-    """Flags of the evaluation of text to image."""
-
-    seed: int = option(0, "seed of the generated images", ge=0, lt=2**63)
-    compare_with: Literal["real", "reconstruction"] = option(
-        "real", "reference of generated images: raw images, if they can be read, or the VAE's reconstructions"
-    )
-    training_samples: int = option(
-        5000, "training images, spread evenly, for the probe and the nearest neighbours; 0: all", ge=0
-    )
-    curve: bool = option(False, "measure every combination of steps, guidance scale and sampler")
-    curve_steps: list[int] = option([5, 10, 20, 50], "sampling steps of the curve", gt=0, only_with=("curve", True))
-    curve_scales: list[float] = option(
-        [1.0, 2.0, 3.0, 5.0], "guidance scales of the curve", ge=0, only_with=("curve", True)
-    )
-    curve_samplers: list[SamplerKind] = option(["dpmpp_2m"], "samplers of the curve", only_with=("curve", True))
-    curve_samples: int = option(64, "captions per point of the curve, spread evenly", gt=0, only_with=("curve", True))
-
-    def validate_curve(self):
-        expect_values(self, "curve_steps", "curve_scales", "curve_samplers")
 
 
 class ImageDiffusionEvaluator(ImageEvaluator):

@@ -3,12 +3,11 @@
 B batch, Y X rows and columns, Z latent channels, y x latent rows and columns.
 """
 
-import dataclasses
 import io
 import logging
 import statistics
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -23,19 +22,16 @@ from dataset_loading.collators import collate_stack
 from dataset_loading.image.pixels import ImageDataset, to_float, to_uint8
 from model.image.feature_extractors import PerceptualDistance
 from model.image.vae import ImageVAE
+from utils.devices import describe_device
 from utils.drawing.images import Group, draw_sheet, to_image
-from utils.evaluation.evaluator import (
-    Evaluation,
-    ImageEvaluationArguments,
-    ImageEvaluator,
-)
+from utils.evaluation.arguments.image import ImageVAEEvaluationArguments
+from utils.evaluation.evaluator import Evaluation, ImageEvaluator
 from utils.evaluation.tables import FEATURE_COLUMNS, Column, fact_table, latent_table, score_table
 from utils.generation.exported import home_of
 from utils.metrics.given_features import PREFIX
 from utils.metrics.images import FeatureMoments, KernelDistance, SharedFeatures, frechet_distance, psnr, ssim
 from utils.metrics.latents import LATENT_DEFINITION, LatentHealth, normalized_std
 from utils.metrics.timing import Stopwatch
-from utils.options import option
 
 logger = logging.getLogger(__name__)
 
@@ -50,15 +46,6 @@ COLUMNS = {
     **FEATURE_COLUMNS,
     "compression": Column("compression", "{:.1f} x", "high"),
 }
-
-
-@dataclasses.dataclass
-class ImageVAEEvaluationArguments(ImageEvaluationArguments):
-    """Flags of the evaluation of image VAEs."""
-
-    references: list[Literal["jpeg", "thumbnail"]] = option(
-        ["jpeg", "thumbnail"], "baselines: JPEG at quality 10; bicubic upsampling from the latent's rows and columns"
-    )
 
 
 class ImageVAEEvaluator(ImageEvaluator):
@@ -202,9 +189,8 @@ class ImageVAEEvaluator(ImageEvaluator):
         """Size and speed."""
         size, shape = model["image_size"], model["latent_shape"]
         # The speed belongs to a device and a precision, which the table names.
-        device = (
-            torch.cuda.get_device_name() if self.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-        )
+        is_cpu = self.device.type == "cpu"
+        device = f"CPU, {torch.get_num_threads()} threads" if is_cpu else describe_device(self.device)
         precision = "bf16 autocast" if self.args.bf16 else "fp32"
         facts = {  # the numbers of values show where the compression comes from
             "parameters": f"{model['parameters']:,}",

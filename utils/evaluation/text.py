@@ -1,9 +1,8 @@
 """Evaluation of a language model: bits per byte on held-out text, next to gzip, lzma and a unigram baseline. For
 recurrent models also the loss over thinking steps, and the loss and speed with early exits."""
 
-import dataclasses
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
@@ -13,9 +12,12 @@ from dataset_loading.collators import collate_stack
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.language_head import IGNORED, next_token_targets
-from utils.evaluation.evaluator import BatchedEvaluationArguments, Evaluation, Evaluator
+from model.layers import in_double
+from utils.evaluation.arguments.multimodal import TextEvaluationArguments
+from utils.evaluation.evaluator import Evaluation, Evaluator
 from utils.evaluation.tables import Column, fact_table, score_table
-from utils.generation.text import GenerationArguments, TextGenerator, check_tokenizer, split_windows
+from utils.generation.arguments.text import GenerationArguments
+from utils.generation.text import TextGenerator, check_tokenizer, split_windows
 from utils.metrics.text import (
     compressed_bits_per_byte,
     model_inputs,
@@ -26,7 +28,6 @@ from utils.metrics.text import (
     windows_at_once,
 )
 from utils.metrics.timing import Stopwatch
-from utils.options import option
 
 SPEED_PROMPTS = 4  # prompts continued one after another to time generation; the first one is the warm-up
 COMPRESSED_BYTES = 16_000_000  # of the evaluated text, for gzip and lzma
@@ -44,25 +45,6 @@ COLUMNS = {
     "relative_seconds": Column("relative time", "{:.2f}"),
     "tokens_per_second": Column("tokens/s", "{:.1f}"),
 }
-
-
-@dataclasses.dataclass
-class TextEvaluationArguments(BatchedEvaluationArguments):
-    """Flags of the evaluation of language models."""
-
-    thinking_steps: list[int] = option(
-        [], "recurrent models: numbers of thinking steps at which the loss is measured", gt=0
-    )
-    exit_thresholds: list[float] = option(
-        [], "recurrent models: thresholds of early exits to measure; nats (kl) or relative change", gt=0
-    )
-    exit_criterion: Literal["own", "kl", "latent_difference"] = option(
-        "own", "criterion of early exits; own: the model's", only_with=("exit_thresholds", bool)
-    )
-    max_thinking_steps: int = option(
-        0, "maximum number of thinking steps with exits; 0: the model's own", ge=0, only_with=("exit_thresholds", bool)
-    )
-    speed_tokens: int = option(64, "tokens per prompt in timed generation, at most half a window; 0: not timed", ge=0)
 
 
 class TextEvaluator(Evaluator):
@@ -184,7 +166,7 @@ class TextEvaluator(Evaluator):
                 sums = window_sums(self.model, inputs, at_once=at_once, **keywords)
                 seconds += watch.now() - start
             for name, value in {**sums, "bytes": batch["n_bytes"]}.items():
-                totals[name] = totals.get(name, 0.0) + value.double().sum().item()
+                totals[name] = totals.get(name, 0.0) + in_double(value).sum().item()
         return totals, seconds
 
     def baselines(

@@ -5,7 +5,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -17,7 +17,6 @@ from utils.checkpoints import (
     CONFIG,
     EXPORTED,
     STAGE,
-    WeightsKind,
     check_files,
     data_of,
     load_model,
@@ -26,14 +25,15 @@ from utils.checkpoints import (
     weight_files,
     write_json,
 )
+from utils.exporting.arguments import DType
 from utils.exporting.card import model_card, read_metrics
 from utils.exporting.stages import ExportedModel, model_of
+from utils.flags.choices import WeightsKind
 from utils.generation.audio import load_vocoder
 from utils.generation.exported import TEXT_ENCODER, VOCODER, home_of, trained_steps
 from utils.generation.latents import PINNED, Media, find_vae
 from utils.generation.text_encoder import load_text_encoder
 
-DType = Literal["float32", "bfloat16", "float16"]
 # Files beside the weights that a model is opened with, of those that have them.
 COMPANIONS = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),

@@ -3,7 +3,6 @@
 B batch, S samples, M mel bins, F mel frames.
 """
 
-import dataclasses
 import functools
 import logging
 import time
@@ -20,25 +19,16 @@ from dataset_loading.files import MANIFEST
 from model.audio.spectral import LogMel, MelSettings, analyse, check_same_mel
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
-from utils.checkpoints import WeightsKind, chosen_weights, load_model, read_stage, resolve_checkpoint
+from utils.checkpoints import chosen_weights, load_model, read_stage, resolve_checkpoint
 from utils.devices import compute_device
-from utils.options import option, suggest
+from utils.flags.choices import WeightsKind
+from utils.generation.arguments.audio import SynthesisArguments
+from utils.options import suggest
 
 logger = logging.getLogger(__name__)
 
 MEL_SUFFIX = ".pt"
 MAX_LOG_MEL = 12.0  # The log-mel of a tone at full scale is below; a frame of 16384 samples sums up to e^9.
-
-
-@dataclasses.dataclass
-class SynthesisArguments:
-    """Flags of all scripts that vocode."""
-
-    input: list[str] = option([], "files, and folders of files")
-    weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
-    chunk_frames: int = option(2000, "mel frames per pass of the vocoder; 0: all", ge=0)
-    bf16: bool = option(False, "bfloat16 autocast over fp32 weights; Fourier transforms stay in fp32")
-    output_dir: str = option("", "folder of the results")
 
 
 def load_stage_model(model_class: type, stage: str, path: str | Path, *, weights: WeightsKind = "ema") -> Any:

@@ -3,10 +3,9 @@
 B batch, L latent frames, Z latent channels, M mel bins, F mel frames, S samples.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -22,37 +21,13 @@ from model.audio.unet1d import AudioCondition
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from model.text.phonemes import SpeechTokenizer
-from utils.checkpoints import WeightsKind, data_of, load_model, read_stage, resolve_checkpoint
+from utils.checkpoints import data_of, load_model, read_stage, resolve_checkpoint
+from utils.flags.choices import WeightsKind
 from utils.generation.audio import load_vocoder
 from utils.generation.exported import home_of, vocoder_of
 from utils.generation.latents import find_vae, load_vae
-from utils.generation.sampling import check_interval, interval_option
-from utils.options import option, suggest
+from utils.options import suggest
 from utils.seeds import generators
-
-# Samplers whose noise is that of the start alone: a clip is the same in every batch.
-AudioSampler = Literal["euler", "heun", "dpmpp_2m", "ddim"]
-
-
-@dataclasses.dataclass
-class AudioSamplingArguments:
-    """Flags of everything that samples latents of audio."""
-
-    sampler: AudioSampler = option("euler", "sampler; euler and ddim take the same steps")
-    n_steps: int = option(4, "sampling steps; 0 for speech: the prior's mean, flat but clear", ge=0)
-    guidance_scale: float = option(1.0, "scale of classifier-free guidance; 1: none", ge=0)
-    guidance_interval: list[float] = interval_option()
-
-    temperature: float | None = option(
-        None,
-        "std of the noise that sampling starts from; below 1 sounds are nearer to their mean: clearer, less lively; "
-        "default: 0.4 for speech, 1 for captions",
-        gt=0,
-        only_with=("n_steps", bool),
-    )
-
-    def validate_interval(self):
-        check_interval(self.guidance_interval)
 
 
 class AudioPipeline:

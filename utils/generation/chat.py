@@ -1,19 +1,17 @@
 """Prompts of text, images and audio from the command line, and their answers."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple
 
-from model.multimodal.layout import SPANS, Modality, Part
+from model.multimodal.layout import Part
 from model.multimodal.stream_state import Sampling
-from model.samplers import SamplerKind
+from utils.flags.choices import SPANS, Modality
+from utils.generation.arguments.multimodal import PromptArguments, StreamSamplingArguments, Task
 from utils.generation.files import Failures
 from utils.generation.multimodal import MultimodalPipeline
 from utils.generation.speech import read_texts
-from utils.options import option
 
-Task = Literal["prompts", "draw", "speak", "describe", "transcribe"]
 ANSWERED: dict[Task, tuple[Modality | None, list[Modality]]] = {  # What an answer begins with, and what it may have.
     "draw": ("image", ["image"]),
     "speak": ("audio", ["audio"]),
@@ -22,77 +20,22 @@ ANSWERED: dict[Task, tuple[Modality | None, list[Modality]]] = {  # What an answ
 }
 
 
-@dataclasses.dataclass
-class StreamSamplingArguments:
-    """Flags of everything that answers with text, images and audio."""
-
-    max_new_tokens: int = option(64, "maximum number of text tokens of an answer", gt=0)
-    temperature: float = option(0.0, "temperature of text and of the length of audio; 0: the most probable", ge=0)
-    image_sampler: SamplerKind | None = option(None, "sampler of images; default: the model's own")
-    image_n_steps: int | None = option(None, "sampling steps of an image; default: the model's own", gt=0)
-    image_guidance_scale: float | None = option(
-        None, "scale of classifier-free guidance of images; 1: none; default: the model's own", ge=0
+def sampling_of(args: StreamSamplingArguments, begin: Modality | None, modalities: Sequence[Modality]) -> Sampling:
+    """The flags as a model's `generate` takes them; those of modalities that an answer lacks are left out."""
+    options: dict[str, dict[str, Any]] = {"sampler": {}, "n_steps": {}, "guidance_scale": {}}
+    for name, values in options.items():
+        given = {modality: getattr(args, f"{modality}_{name}") for modality in SPANS if modality in modalities}
+        values |= {modality: value for modality, value in given.items() if value is not None}
+    return Sampling(
+        begin,
+        modalities,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        length_temperature=args.temperature,
+        n_thinking_steps=args.thinking_steps or None,
+        n_carried_steps=args.carried_steps or None,
+        **options,
     )
-    audio_sampler: SamplerKind | None = option(None, "sampler of audio; default: the model's own")
-    audio_n_steps: int | None = option(None, "sampling steps of a clip; default: the model's own", gt=0)
-    audio_guidance_scale: float | None = option(
-        None, "scale of classifier-free guidance of audio; 1: none; default: the model's own", ge=0
-    )
-    thinking_steps: int = option(0, "recurrent models: thinking steps per token; 0: the model's own", ge=0)
-    carried_steps: int = option(
-        0,
-        "recurrent models: thinking steps in a sampler's steps after the first, which go on from the state of the one "
-        "before; 0: each begins anew",
-        ge=0,
-    )
-
-    def sampling(self, begin: Modality | None, modalities: Sequence[Modality]) -> Sampling:
-        """The flags as a model's `generate` takes them; those of modalities that an answer lacks are left out."""
-        options: dict[str, dict[str, Any]] = {"sampler": {}, "n_steps": {}, "guidance_scale": {}}
-        for name, values in options.items():
-            given = {modality: getattr(self, f"{modality}_{name}") for modality in SPANS if modality in modalities}
-            values |= {modality: value for modality, value in given.items() if value is not None}
-        return Sampling(
-            begin,
-            modalities,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
-            length_temperature=self.temperature,
-            n_thinking_steps=self.thinking_steps or None,
-            n_carried_steps=self.carried_steps or None,
-            **options,
-        )
-
-
-@dataclasses.dataclass
-class PromptArguments(StreamSamplingArguments):
-    """Flags of prompts."""
-
-    draw: list[str] = option([], "texts that are drawn")
-    speak: list[str] = option([], "texts that are spoken")
-    describe: list[str] = option([], "image files that are described")
-    transcribe: list[str] = option([], "audio files that are transcribed")
-    prompts: list[str] = option(
-        [], "prompts with placeholders <image:path> and <audio:path>, answered in any modality"
-    )
-    input: str = option("", "file of further prompts, one a line; -: standard input")
-    input_task: Task = option("prompts", "the flag that the lines of the input belong to", only_with=("input", bool))
-    batch_size: int = option(16, "prompts that are answered at once", gt=0, only_with=("stream", False))
-    stream: bool = option(False, "show texts token by token, one prompt after the other")
-    seed: int = option(0, "seed of the random numbers", ge=0, lt=2**63)
-
-    def asked(self) -> set[str]:
-        """The flags that have a prompt."""
-        given = {name for name in get_args(Task) if getattr(self, name)}
-        return given | ({self.input_task} if self.input else set())
-
-    def validate_spans(self):
-        """Raises: ValueError: a flag of a modality that no answer has."""
-        for name, task in zip(SPANS, ("draw", "speak")):
-            flags = [f"{name}_{kind}" for kind in ("sampler", "n_steps", "guidance_scale")]
-            given = [flag for flag in flags if getattr(self, flag) is not None]
-            if given and not self.asked() & {task, "prompts"}:
-                raise ValueError(f"--{given[0]} has no effect without --{task} or --prompts")
 
 
 class Question(NamedTuple):
@@ -113,7 +56,7 @@ def read_questions(pipeline: MultimodalPipeline, args: PromptArguments) -> tuple
     readers |= {"describe": pipeline.read_image, "transcribe": pipeline.read_audio, "prompts": pipeline.read_prompt}
     lines, questions, failures = read_texts(args.input), [], Failures()
     for task, read in readers.items():
-        sampling = args.sampling(*ANSWERED.get(task, (None, pipeline.model.config.modalities)))
+        sampling = sampling_of(args, *ANSWERED.get(task, (None, pipeline.model.config.modalities)))
         for name in [*getattr(args, task), *(lines if task == args.input_task else [])]:
             with failures.around(name):
                 parts = read(name)

@@ -44,7 +44,7 @@ def claim_folder(output_dir: str, args: Any) -> Path:
         if (folder / SHEET).exists():
             continue
         # Of two runs that begin at once, one creates the file.
-        with contextlib.suppress(FileExistsError), open(folder / SETTINGS, "x") as file:
+        with contextlib.suppress(FileExistsError), open(folder / SETTINGS, "x", encoding="utf-8") as file:
             json.dump({**flags, "is_complete": False}, file, indent=2, sort_keys=True)
             if number > 1:
                 logger.warning("%s holds the results of another run; these go to %s", base, folder)

@@ -30,7 +30,8 @@ from model.multimodal.layout import (
 )
 from model.multimodal.stream_state import Sampling
 from model.vae import VAE
-from utils.checkpoints import WeightsKind, load_model, read_stage, resolve_checkpoint
+from utils.checkpoints import load_model, read_stage, resolve_checkpoint
+from utils.flags.choices import WeightsKind
 from utils.generation.audio import read_waveform
 from utils.generation.audio_diffusion import AudioPipeline, load_matching_vocoder
 from utils.generation.exported import home_of, vocoder_of

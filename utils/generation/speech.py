@@ -3,7 +3,6 @@
 B batch, T tokens, L latent frames, Z latent channels, S samples.
 """
 
-import dataclasses
 import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -16,31 +15,15 @@ from model.audio.diffusion import AudioDiffusion
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
 from model.text.phonemes import SpeechTokenizer, split_clauses
-from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments
+from utils.generation.audio_diffusion import AudioPipeline
 from utils.generation.files import check_unicode, read_lines
-from utils.options import option, suggest
+from utils.options import suggest
 
 logger = logging.getLogger(__name__)
 
 SENTENCE_END = (".", "!", "?", "…", "。", "！", "？", ":", ";", "\n")  # noqa: RUF001
 CLOSING = "\"'”’»)]"  # noqa: RUF001
 MAX_CHARACTERS = 240  # of a piece that is spoken at once; longer sentences are cut between clauses
-
-
-@dataclasses.dataclass
-class VoiceArguments(AudioSamplingArguments):
-    """Flags of everything that speaks texts."""
-
-    speaker: str = option("", "name of the speaker, for a model of several")
-    language: str = option("", "language of the texts, for a model of several; default: that of its --language")
-    speed: float = option(1.0, "tempo: 1 is that of the training data, 2 twice as fast", ge=0.25, le=4)
-    seed: int = option(0, "seed of the noise", ge=0, lt=2**63)
-    batch_size: int = option(1, "sentences that are spoken at once", gt=0)
-    bf16: bool = option(False, "bfloat16 autocast over fp32 weights")
-
-    def voice(self) -> dict[str, Any]:
-        """Keywords of `SpeechPipeline.speak`."""
-        return {name: getattr(self, name) for name in ("seed", "speed", "speaker", "language", "batch_size")}
 
 
 def split_sentences(text: str, max_characters: int = MAX_CHARACTERS) -> list[str]:

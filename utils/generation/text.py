@@ -1,6 +1,5 @@
 """Generation of text by a causal model, for training, evaluation and inference.  B batch, L tokens, V vocabulary."""
 
-import dataclasses
 import logging
 import re
 from collections.abc import Sequence
@@ -31,48 +30,11 @@ from dataset_loading.text.tokenizers import (
 )
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
-from utils.checkpoints import (
-    WeightsKind,
-    check_files,
-    explained_loading,
-    load_model,
-    read_stage,
-    resolve_checkpoint,
-)
+from utils.checkpoints import check_files, explained_loading, load_model, read_stage, resolve_checkpoint
+from utils.flags.choices import WeightsKind
 from utils.generation.files import read_lines
-from utils.options import option
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class GenerationArguments:
-    """Flags of everything that generates text."""
-
-    max_new_tokens: int = option(200, "maximum number of tokens per continuation; fewer where the document ends", gt=0)
-    temperature: float = option(1.0, "divisor of the logits in sampling; 0: greedy", ge=0)
-    top_k: int = option(0, "sample from the k most likely tokens; 0: from all", ge=0, only_with=("temperature", bool))
-    top_p: float = option(
-        1.0,
-        "sample from the most likely tokens whose probabilities sum to p (nucleus sampling)",
-        gt=0,
-        le=1,
-        only_with=("temperature", bool),
-    )
-    n_beams: int = option(1, "number of beams of beam search; 1: none", gt=0)
-    seed: int = option(0, "seed of sampling", ge=0, lt=2**63, only_with=("temperature", bool))
-    thinking_steps: int = option(
-        0, "recurrent models: thinking steps per token, the maximum with exits; 0: the model's own", ge=0
-    )
-    exit_threshold: float = option(
-        -1.0, "recurrent models: threshold of an early exit; 0: no exits; -1: the model's own", ge=-1
-    )
-
-    def validate_generation(self):
-        if self.n_beams > 1 and self.temperature:
-            raise ValueError(f"--n_beams={self.n_beams} is a search without sampling: it needs --temperature 0")
-        if -1 < self.exit_threshold < 0:
-            raise ValueError(f"--exit_threshold={self.exit_threshold} must be -1, 0 or above")
 
 
 class SeededGumbelProcessor(LogitsProcessor):

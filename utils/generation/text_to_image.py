@@ -3,7 +3,6 @@
 B batch, Z latent channels, y x latent rows and columns, S side of an image, T text tokens.
 """
 
-import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,53 +12,21 @@ import torch
 from torch import Tensor
 
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
-from model.samplers import SAMPLERS, SamplerKind, guided_denoiser, initial_noise, sample
+from model.samplers import SAMPLERS, guided_denoiser, initial_noise, sample
 from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import TOKENS_MULTIPLE, encode_caption, pad_tokens
 from model.vae import VAE
-from utils.checkpoints import WeightsKind, data_of, load_model, read_stage, resolve_checkpoint
+from utils.checkpoints import data_of, load_model, read_stage, resolve_checkpoint
+from utils.flags.choices import WeightsKind
+from utils.generation.arguments.image import SamplingArguments
 from utils.generation.exported import home_of
 from utils.generation.files import check_unicode
 from utils.generation.latents import find_vae, load_vae
-from utils.generation.sampling import check_interval, interval_option
 from utils.generation.text_encoder import load_text_encoder, lost_by_cut
-from utils.options import option, other_than_one
 
 logger = logging.getLogger(__name__)
 
 BYTES_ONLY = ("n_text_layers", "text_head_width", "n_gram_sizes", "n_gram_buckets")
-
-
-@dataclasses.dataclass
-class SamplingArguments:
-    """Flags of everything that samples images."""
-
-    sampler: SamplerKind = option("dpmpp_2m", "sampler; euler and ddim take the same steps")
-    n_steps: int = option(20, "sampling steps", gt=0)
-    guidance_scale: float = option(3.0, "scale of classifier-free guidance; 1: none", ge=0)
-    guidance_interval: list[float] = interval_option()
-    guidance_rescale: float = option(
-        0.0,
-        "fraction of the std of the guided prediction that is rescaled (arXiv 2305.08891)",
-        ge=0,
-        le=1,
-        only_with=("guidance_scale", other_than_one),
-    )
-
-    def validate_interval(self):
-        check_interval(self.guidance_interval)
-
-    def settings(self) -> dict[str, Any]:
-        """Names and values of the sampling flags, for reports."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(SamplingArguments)}
-
-
-@dataclasses.dataclass
-class PipelineArguments(SamplingArguments):
-    """Flags of what loads a pipeline: the frozen networks that a diffusion model was trained with."""
-
-    vae_checkpoint: str = option("", "folder of the latents' VAE; default: its copy in the run, or as recorded")
-    text_encoder: str = option("", "folder or hub name of the captions' text encoder; default: as recorded")
 
 
 class TextToImagePipeline:

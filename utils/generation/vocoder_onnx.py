@@ -1,7 +1,6 @@
 """Comparison of an exported ONNX vocoder with the PyTorch model.  B batch, S samples, F mel frames."""
 
 import dataclasses
-import importlib
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from model.audio.spectral import LogMel
 from model.audio.vocoders import Vocoder
+from utils.options import import_extra
 
 SHAPES = ((1, 20), (3, 50), (2, 131), (1, 400))  # batch size and frames of each comparison
 
@@ -44,13 +44,8 @@ def import_runtime() -> Any:
 
     Raises: ValueError: one of them is not installed.
     """
-    try:
-        importlib.import_module("onnx")
-        return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise ValueError(
-            f"the export needs the packages onnx and onnxruntime ({error}); pip install -r requirements-eval.txt"
-        ) from error
+    import_extra("onnx", "eval", "the export")
+    return import_extra("onnxruntime", "eval", "the export")
 
 
 def gliding_tones(n_batch: int, n_samples: int, sample_rate: int) -> Tensor:

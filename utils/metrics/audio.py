@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dataset_loading.audio.signal import resample
 from model.audio.spectral import stft
+from model.layers import in_double
 
 PESQ_RATE = 16000  # Hz, of wide-band PESQ
 # The package has a buffer for 50 utterances and overruns it where there are more. An utterance takes at least 0.4 s.
@@ -210,7 +211,7 @@ def mcd(generated: Tensor, target: Tensor, n_frames: int | None = None) -> float
     order = torch.arange(1, min(N_CEPSTRA, M - 1) + 1, dtype=torch.float64)
     # DCT-II of the difference of the log-mels: (n_cepstra, M) @ (M, F).
     cosines = torch.cos(math.pi / M * order[:, None] * (torch.arange(M, dtype=torch.float64) + 0.5))
-    cepstra = 2 / M * cosines @ (generated.double() - target.double())
+    cepstra = 2 / M * cosines @ (in_double(generated) - in_double(target))
     return (10 / math.log(10) * (2 * cepstra.square().sum(0)).sqrt()).mean().item()
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.image.feature_extractors import EfficientNetFeatures, FrozenModule
+from model.layers import in_double
 
 N_POOLED = 1280  # the first features; distances between sets of images use these alone
 GRID, COLOUR_GRID = 2, 4  # rows and columns to which a tap, and the image itself, are average-pooled
@@ -156,7 +157,7 @@ def mean_auc(has: Tensor, predicted: Tensor) -> float:
     Args: has: (N, W), 0 or 1. predicted: scores, (N, W).
     """
     differs = (has.float().mean(0) % 1) > 0
-    has, predicted = has[:, differs].double(), predicted[:, differs].double()
+    has, predicted = in_double(has[:, differs]), in_double(predicted[:, differs])
     if has.shape[1] == 0:
         return 0.5
     # AUC as the Mann-Whitney U statistic of the ranks.

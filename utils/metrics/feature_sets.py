@@ -6,6 +6,7 @@ N, M images, D features. Everything is computed in fp64, so that the distance of
 import torch
 from torch import Tensor
 
+from model.layers import in_double
 from utils.metrics.images import FeatureMoments, KernelDistance, frechet_distance
 
 N_NEIGHBOURS = 3  # as in arXiv 1904.06991
@@ -18,7 +19,7 @@ def frechet_of_features(a: Tensor, b: Tensor) -> float:
     For centred features a, b the trace of (A B)^(1/2) is the sum of the singular values of a b^T, (N, M), divided by
     ((N - 1)(M - 1))^(1/2).
     """
-    a, b = a.double(), b.double()
+    a, b = in_double(a), in_double(b)
     if min(len(a), len(b)) > a.shape[1]:
         moments = FeatureMoments(), FeatureMoments()
         moments[0].update(a)
@@ -34,7 +35,7 @@ def frechet_of_features(a: Tensor, b: Tensor) -> float:
 
 def distances(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distances, (N, M) fp64, of rows (N, D) and (M, D)."""
-    return torch.cdist(a.double(), b.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    return torch.cdist(in_double(a), in_double(b), compute_mode="donot_use_mm_for_euclid_dist")
 
 
 def nearest_distances(queries: Tensor, references: Tensor) -> Tensor:

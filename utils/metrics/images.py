@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from model.image.feature_extractors import EfficientNetFeatures
+from model.layers import in_double
 
 MIN_MSE = 1e-10  # limits the PSNR of equal images to 106 dB
 SSIM_WINDOW = 11  # pixels, a Gaussian of std 1.5
@@ -87,7 +88,7 @@ class FeatureMoments:
 
     def update(self, features: Tensor) -> None:
         """Add features (B, D)."""
-        features = features.double()
+        features = in_double(features)
         count, mean = len(features), features.mean(0)
         centered = features - mean
         scatter = centered.T @ centered
@@ -144,7 +145,7 @@ def kernel_distance(a: Tensor, b: Tensor) -> tuple[float, float]:
     if a.shape != b.shape or len(a) < 3:
         raise ValueError(f"KID needs two sets of the same size, 3 or more, got {tuple(a.shape)} and {tuple(b.shape)}")
     N, D = a.shape
-    a, b = a.double(), b.double()
+    a, b = in_double(a), in_double(b)
     cross = (a @ b.T / D + 1) ** 3
     # h_ij = k(a_i, a_j) + k(b_i, b_j) - k(a_i, b_j) - k(a_j, b_i); the sum leaves out i = j.
     terms = (a @ a.T / D + 1) ** 3 + (b @ b.T / D + 1) ** 3 - cross - cross.T  # (N, N)

@@ -20,6 +20,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dataset_loading.files import replacing
+from model.layers import in_double
 from utils.metrics.caption_agreement import choose_words, mean_auc, words_of
 
 logger = logging.getLogger(__name__)
@@ -78,8 +79,8 @@ class FactorLabels:
         """Share of items whose factor is read as the text says, by factor, and `all` of them."""
         targets = self.targets(texts)
         hits = {name: part.argmax(1) == targets[name] for name, part in self.split(logits).items()}
-        shares = {name: hit.double().mean().item() for name, hit in hits.items()}
-        return {**shares, "all": torch.stack(list(hits.values())).all(0).double().mean().item()}
+        shares = {name: in_double(hit).mean().item() for name, hit in hits.items()}
+        return {**shares, "all": in_double(torch.stack(list(hits.values())).all(0)).mean().item()}
 
 
 class WordLabels:

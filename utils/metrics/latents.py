@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from model.layers import in_double
+
 DEAD_KL = 0.01  # nats per latent position
 DEAD_STD = 0.05
 LATENT_DEFINITION = (
@@ -34,7 +36,7 @@ class LatentHealth:
     def update(self, mean: Tensor, logvar: Tensor) -> None:
         """Add a batch: posterior mean and log-variance, each (B, Z, ...)."""
         mean, logvar = (
-            value.detach().double().transpose(0, 1).flatten(1) for value in (mean, logvar)
+            in_double(value.detach()).transpose(0, 1).flatten(1) for value in (mean, logvar)
         )  # (Z, positions)
         variance = logvar.exp()
         # KL(N(mean, variance) || N(0, 1)).

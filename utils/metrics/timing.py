@@ -27,6 +27,8 @@ class Stopwatch:
         # Kernels run asynchronously: without waiting, only their launch would be timed.
         if self.device.type == "cuda":
             torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
         return time.perf_counter()
 
     def per_second(self) -> float:
@@ -47,7 +49,7 @@ class RealTime:
 
     def run(self, name: str, seconds_of_audio: float | Callable[[Any], float], function: Callable[[], Any]) -> Any:
         """Call the function, whose result lasts `seconds_of_audio`; or a function of the result says how long."""
-        now = Stopwatch(self.device).now if self.device.type == "cuda" else time.process_time
+        now = time.process_time if self.device.type == "cpu" else Stopwatch(self.device).now
         with one_thread():
             start = now()
             result = function()

@@ -1,9 +1,8 @@
-"""Shared by the preprocessing stages that read audio: flags, and the way from a file to conditioned waveforms."""
+"""Shared by the preprocessing stages that read audio: the way from a file to conditioned waveforms."""
 
 import dataclasses
 import functools
 import logging
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +15,6 @@ from dataset_loading.audio.parts import part_of_row
 from dataset_loading.audio.recording import read_recording
 from dataset_loading.audio.signal import (
     AUDIO_SUFFIXES,
-    LoudnessMeasure,
     TooQuietError,
     cut_at_pauses,
     is_silent,
@@ -27,15 +25,14 @@ from dataset_loading.audio.signal import (
 )
 from dataset_loading.sources import Source
 from dataset_loading.tables import CAPTION_COLUMNS, SPEAKER_COLUMNS
-from model.audio.spectral import LogMel, MelPreset, MelSettings, analyse, check_same_mel, mel_preset
-from utils.options import option, other_than_none
-from utils.preprocessing.driver import PACKAGES, Preprocess, PreprocessArguments
+from model.audio.spectral import LogMel, MelSettings, analyse, check_same_mel
+from utils.preprocessing.audio_arguments import AUGMENTATIONS, MAX_CLIPPED, MEL_FLAGS, AudioPreprocessArguments
+from utils.preprocessing.driver import PACKAGES, Preprocess
 from utils.preprocessing.rows import merge_rows
 from utils.preprocessing.samples import Example, Raw, SkipSampleError, caption_of, named_cell
 
 logger = logging.getLogger(__name__)
 
-MEL_FLAGS = tuple(field.name for field in dataclasses.fields(MelSettings))
 # Flags that shape the waveforms, and therefore belong to the fingerprint of a cache.
 CONDITIONING = (
     "segment_seconds",
@@ -46,103 +43,8 @@ CONDITIONING = (
     "notch_hz",
     "keep_clipped",
 )
-AUGMENTATIONS = tuple(field.name for field in dataclasses.fields(AudioAugmentation))
 # Columns of other formats that cut parts of recordings.
 LIMITS = (("start", "end"), ("start_time", "end_time"), ("begin", "end"))
-MAX_CLIPPED = 1e-3  # Share of samples at full scale beyond which a clip counts as clipped.
-
-
-@dataclasses.dataclass
-class AudioPreprocessArguments(PreprocessArguments):
-    """Flags of all preprocessing stages that read audio."""
-
-    caption_column: str = option(
-        "", f"column with the transcripts; default: the first of {', '.join(CAPTION_COLUMNS)}"
-    )
-    speaker_column: str = option("", f"column with the speakers; default: the first of {', '.join(SPEAKER_COLUMNS)}")
-    language_column: str = option("", "column with the language of each transcript, such as fr-fr; default: none")
-
-    # The log-mel: a preset, and fields that replace the preset's.
-    mel: MelPreset = option("16k", "preset of the log-mel, by sampling rate")
-    sample_rate: int | None = option(None, "sampling rate in Hz", gt=0)
-    n_fft: int | None = option(None, "frame length in samples", gt=0)
-    hop_length: int | None = option(None, "hop length in samples", gt=0)
-    n_mels: int | None = option(None, "mel bins", gt=0)
-    f_min: float | None = option(None, "minimum frequency of the mel bins in Hz", ge=0)
-    f_max: float | None = option(None, "maximum frequency of the mel bins in Hz", gt=0)
-    floor: float | None = option(None, "minimum mel magnitude, to which smaller ones are clamped", gt=0)
-
-    # Selection and conditioning of clips.
-    segment_seconds: float = option(
-        0.0, "maximum length in seconds; longer clips are cut at quiet positions; 0: whole clips", ge=0
-    )
-    min_seconds: float = option(0.25, "minimum length in seconds; shorter clips are left out", ge=0)
-    keep_clipped: bool = option(False, f"keep clips with more than {MAX_CLIPPED:.1%} of their samples at full scale")
-    notch_hz: int = option(0, "mains frequency, 50 or 60 Hz, whose hum is removed; 0: off")
-    trim_db: float = option(
-        0.0, "trim ends that are quieter than the loudest part by this, in dB; 0: off", ge=0, bare=40.0
-    )
-    loudness_db: float | None = option(None, "target loudness in dBFS, such as -23", lt=0)
-    loudness_measure: LoudnessMeasure = option(
-        "active",
-        "loudness measure; active: RMS without pauses; bs1770: LUFS of ITU-R BS.1770",
-        only_with=("loudness_db", other_than_none),
-    )
-
-    # Augmentation of the copies.
-    time_stretch: float = option(
-        0.0,
-        "maximum relative change of speed, at the same pitch",
-        ge=0,
-        le=1,
-        bare=0.1,
-        only_with=("num_augmented_copies", bool),
-    )
-    pitch_shift: float = option(
-        0.0, "maximum change of pitch in semitones", ge=0, le=12, bare=1.0, only_with=("num_augmented_copies", bool)
-    )
-    gain_db: float = option(
-        0.0, "maximum gain and attenuation in dB", ge=0, le=40, bare=6.0, only_with=("num_augmented_copies", bool)
-    )
-    noise_snr_db: float | None = option(
-        None,
-        "minimum signal-to-noise ratio with white noise in dB; the maximum is 20 more",
-        bare=20.0,
-        only_with=("num_augmented_copies", bool),
-    )
-
-    @property
-    def mel_settings(self) -> MelSettings:
-        """The preset with the fields that flags replace. Raises: ValueError: they contradict each other."""
-        given = {name: getattr(self, name) for name in MEL_FLAGS if getattr(self, name) is not None}
-        return dataclasses.replace(mel_preset(self.mel), **given)
-
-    def validate_mel(self):
-        settings = self.mel_settings
-        if 0 < self.segment_seconds * settings.sample_rate < 3 * self.min_samples:
-            raise ValueError(
-                f"--segment_seconds={self.segment_seconds} must be at least three times the shortest clip, "
-                f"{self.min_samples / settings.sample_rate:.3f} s, since segments may be a third as long"
-            )
-
-    @property
-    def min_samples(self) -> int:
-        """Samples of the shortest clip that is kept: it has a log-mel when it is cut to whole frames."""
-        settings = self.mel_settings
-        # Whole frames that cover the shortest waveform that has a log-mel.
-        frames = math.ceil(settings.min_samples / settings.hop_length)
-        return max(frames * settings.hop_length, round(self.min_seconds * settings.sample_rate))
-
-    def validate_notch(self):
-        if self.notch_hz not in (0, 50, 60):
-            raise ValueError(f"--notch_hz={self.notch_hz} must be 0, 50 or 60")
-
-    def validate_augmentation(self):
-        # Copies differ only by augmentations that are on.
-        used = [name for name in AUGMENTATIONS if getattr(self, name) != getattr(type(self), name)]
-        flags = ", ".join(f"--{name}" for name in AUGMENTATIONS)
-        if self.num_augmented_copies and not used:
-            raise ValueError(f"--num_augmented_copies={self.num_augmented_copies}: copies are equal without {flags}")
 
 
 class AudioPreprocess(Preprocess):

@@ -9,7 +9,7 @@ import itertools
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,80 +24,26 @@ from dataset_loading.tables import captions_of
 from model.audio.alignment import PhoneHMM, latents_at_frames
 from model.audio.speaker_aligners import SpeakerAligners
 from model.audio.spectral import MelSettings
-from model.text.phonemes import SpeechTokenizer, Units
+from model.text.phonemes import SpeechTokenizer
 from model.text.tokenizer import encode_caption
-from utils.options import declared_fields, option
+from utils.options import declared_fields
 from utils.preprocessing.arguments import command_words
-from utils.preprocessing.audio import AudioPreprocess, AudioPreprocessArguments, log_mel, with_mel
+from utils.preprocessing.audio import AudioPreprocess, log_mel, with_mel
+from utils.preprocessing.audio_arguments import AudioLatentsArguments, AudioPreprocessArguments
 from utils.preprocessing.audio_cache import as_source, describe_speakers, earlier_settings, fit_tokenizer
-from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
+from utils.preprocessing.batched import BatchedPreprocess
 from utils.preprocessing.samples import Example, Outcome, Raw, SkipSampleError, Task, describe_problems
-from utils.preprocessing.shards import HOW_WRITTEN, arguments_of
+from utils.preprocessing.shards import arguments_of
 
 logger = logging.getLogger(__name__)
 
-Conditioning = Literal["speech", "caption"]
 ALIGNER = "aligner.safetensors"
-AlignerInputs = Literal["hmm", "joint"]
 N_FITTED = 2000  # training clips that the aligner is fitted to
 SPEAKER_SECONDS = 180  # of the fitted clips that a speaker must have more of, for an aligner of their own
 N_WORST = 10  # clips that are named after the run
 # Fields of the manifest's settings that say how an aligner came about: another one in the folder is not reused.
 ALIGNER_SETTINGS = ("mel", "units", "language", "gaps", "aligner")
 TEXT_FLAGS = ("conditioning", "units", "language", "gaps", "max_tokens")
-
-
-@dataclasses.dataclass
-class AudioLatentsArguments(AudioPreprocessArguments, BatchedPreprocessArguments):
-    """Flags of preprocessing audio latents, without those of the models that encode."""
-
-    dataset_name: str = option(
-        "", "raw data set: hub name, folder, index file (.csv, .jsonl), or tars by folder, pattern or address"
-    )
-    audio_cache: str = option("", "folder of preprocessed audio instead of a raw data set: nothing is decoded again")
-    conditioning: Conditioning = option(
-        "speech", "speech: transcripts as tokens with durations; caption: texts that describe a clip"
-    )
-    units: Units = option(
-        "phonemes",
-        "what transcripts are split into; characters need no eSpeak NG and give far less intelligible speech",
-        only_with=("conditioning", "speech"),
-    )
-    language: str = option(
-        "en-us",
-        "language of the transcripts for eSpeak NG, such as fr-fr; of those without one in --language_column",
-        only_with=("units", "phonemes"),
-    )
-    gaps: bool = option(True, "a token between words, which may last 0 frames", only_with=("conditioning", "speech"))
-    aligner: AlignerInputs = option(
-        "hmm", "hmm: aligns log-mels; joint: aligns the latents themselves", only_with=("conditioning", "speech")
-    )
-    aligner_from: str = option(
-        "",
-        "folder of audio latents whose aligner and symbols are used; default: fitted to the training clips",
-        only_with=("conditioning", "speech"),
-    )
-    max_tokens: int = option(
-        256,
-        "maximum tokens of a caption (bytes or the text encoder's); the rest is cut",
-        gt=0,
-        only_with=("conditioning", "caption"),
-    )
-
-    def validate_source(self):
-        if bool(self.dataset_name) == bool(self.audio_cache):
-            given = "both are given" if self.dataset_name else "none is given"
-            raise ValueError(f"--dataset_name or --audio_cache: {given}; give a raw data set or preprocessed audio")
-        if self.limit == 0:
-            raise ValueError("--limit=0 reads nothing; give a positive number, or -1 for all")
-
-    def validate_cache(self):
-        used = {"dataset_name", "limit", "validation_fraction", "output_dir", "num_workers"}
-        used |= {"max_broken_fraction", "keep_duplicates", *HOW_WRITTEN} - {"streaming"}
-        unused = {field.name for field in declared_fields(AudioPreprocessArguments)} - used
-        given = sorted(unused & set(getattr(self, "given", ())))
-        if self.audio_cache and given:
-            raise ValueError(f"--{given[0]} has no effect with --audio_cache, whose audio is decoded already")
 
 
 class MelPreprocess(AudioPreprocess):

@@ -12,20 +12,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from utils.options import option
-from utils.preprocessing.driver import Preprocess, PreprocessArguments
+from utils.preprocessing.arguments import BatchedPreprocessArguments
+from utils.preprocessing.driver import Preprocess
 from utils.preprocessing.samples import Example, Outcome, Prepared, Task
 from utils.preprocessing.workers import CHUNK, map_in_workers
 
 MAX_BYTES = 256 << 20  # Arrays that wait for a batch to be full; long clips come in smaller batches.
-
-
-@dataclasses.dataclass
-class BatchedPreprocessArguments(PreprocessArguments):
-    """Flags of preprocessing with a model, in batches."""
-
-    batch_size: int = option(32, "samples per batch of the encoder", gt=0)
-    bf16: bool = option(False, "bfloat16 autocast in the encoder; often file access is the bottleneck")
 
 
 class BatchedPreprocess(Preprocess):

@@ -37,10 +37,10 @@ from dataset_loading.sources import Source, has_file
 from dataset_loading.streams.opening import open_any
 from dataset_loading.tables import captions_of
 from utils.command_line import explained_errors, parse_arguments
-from utils.preprocessing.arguments import PreprocessArguments, command_words
+from utils.preprocessing.arguments import MergeArguments, PreprocessArguments, arguments_or_merge, command_words
 from utils.preprocessing.finishing import finish_folder, report_totals
 from utils.preprocessing.launched import run_launched
-from utils.preprocessing.merging import MergeArguments, asks_to_merge, check_broken, merge_shards
+from utils.preprocessing.merging import check_broken, merge_shards
 from utils.preprocessing.progress import ProgressReport
 from utils.preprocessing.report import report_unread_validation, unreadable
 from utils.preprocessing.rows import first_rows, merge_rows, once_per_row
@@ -143,8 +143,7 @@ class Preprocess:
     @classmethod
     def main(cls, argv: list[str] | None = None) -> dict[str, Any]:
         """Parse, preprocess, report; returns the manifest."""
-        is_merge = asks_to_merge(argv)
-        arguments_class = MergeArguments if is_merge else cls.arguments_class
+        arguments_class = arguments_or_merge(cls.arguments_class, argv)
         args = parse_arguments(arguments_class, argv, sys.modules[cls.__module__].__doc__ or cls.name)
         logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
         for number in (signal.SIGINT, signal.SIGTERM):  # A background shell has its children ignore SIGINT.
@@ -152,7 +151,7 @@ class Preprocess:
         try:
             with explained_errors(logger):
                 try:
-                    if is_merge:
+                    if arguments_class is MergeArguments:
                         return merge_shards(cls.name, args)
                     return run_launched(cls.name, args, lambda args: cls(args).run())
                 except AttributeError as error:

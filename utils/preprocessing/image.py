@@ -1,32 +1,15 @@
-"""Shared by the preprocessing stages that read images: flags of how an image becomes square, and decoding."""
+"""Shared by the preprocessing stages that read images: decoding."""
 
-import dataclasses
 from typing import Any
 
 from PIL import Image
 
-from dataset_loading.image.pixels import MAX_PIXELS, ResizeMode, TooSmallError, check_color, decode_image
-from utils.options import option
-from utils.preprocessing.driver import PreprocessArguments
+from dataset_loading.image.pixels import TooSmallError, decode_image
+from utils.preprocessing.arguments import ImageArguments
 from utils.preprocessing.samples import SkipSampleError
 
 # Flags that shape the tensors of every image stage; they belong to the fingerprint of a cache.
 IMAGE_SETTINGS = ("resize_mode", "background_color", "min_image_size")
-
-
-@dataclasses.dataclass
-class ImageArguments(PreprocessArguments):
-    """Flags of all preprocessing stages that read images."""
-
-    resize_mode: ResizeMode = option("crop", "how images that are not square become square")
-    background_color: str = option("white", "color of transparent pixels and of padding; name or #rrggbb")
-    min_image_size: int = option(16, "minimum side in pixels; smaller images are left out", gt=0)
-    max_image_pixels: int = option(
-        MAX_PIXELS, "maximum number of pixels; larger images count as broken, for lack of memory", gt=0
-    )
-
-    def validate_background(self):
-        check_color("background_color", self.background_color)
 
 
 def decode_source_image(media: dict[str, Any] | None, args: ImageArguments, enough: int) -> Image.Image:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 
 from utils.devices import local_processes, usable_cpus
 from utils.distributed import barrier, ending_together, launched_rank, launched_world_size
-from utils.preprocessing.merging import MergeArguments, merge_shards
+from utils.preprocessing.arguments import MergeArguments
+from utils.preprocessing.merging import merge_shards
 from utils.preprocessing.shards import Shard
 
 

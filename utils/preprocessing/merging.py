@@ -4,14 +4,12 @@ Neither the raw files nor a model are needed: `merge_shards` links or copies the
 training samples that equal one of the validation split, and writes the manifest.
 """
 
-import dataclasses
 import errno
 import logging
 import os
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +20,7 @@ from dataset_loading.left_out import LeftOut
 from dataset_loading.locks import LOCK, only_writer
 from dataset_loading.pack import pack_in_place, unpack_in_place
 from utils.checkpoints import CARD, mark_complete
-from utils.options import option
+from utils.preprocessing.arguments import MergeArguments
 from utils.preprocessing.finishing import finish_folder, report_totals
 from utils.preprocessing.report import unreadable
 from utils.preprocessing.rows import once_per_row
@@ -40,25 +38,6 @@ COMPARED_FLAGS = (
     "max_broken_fraction",
     "batch_size",
 )
-
-
-@dataclasses.dataclass
-class MergeArguments:
-    """The flags of the joining; all others are those of the shards."""
-
-    merge: list[str] = option([], "folders of all shards, in any order")
-    output_dir: str = option("", "output folder; default: cached_datasets/<stage>")
-    pack: int = option(0, "samples per file of a packed cache; 0: a file per sample", ge=0)
-
-    def validate_merge(self):
-        if not self.merge:
-            raise ValueError("--merge names no folder; give those of all shards, such as <output_dir>.shard-*-of-4")
-
-
-def asks_to_merge(argv: Sequence[str] | None) -> bool:
-    """Whether a command line joins shards."""
-    flags = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
-    return any(len(flag) > len("--me") and "--merge".startswith(flag) for flag in flags)
 
 
 def merge_shards(stage: str, args: MergeArguments) -> dict[str, Any]:
@@ -210,7 +189,14 @@ def bring_sample(file: Path, folder: Path, entry: dict[str, Any]) -> None:
         try:
             os.link(file, temporary)
         except OSError as error:
-            if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            if error.errno not in (
+                errno.EXDEV,
+                errno.EPERM,
+                errno.EOPNOTSUPP,
+                errno.ENOTSUP,
+                errno.EINVAL,
+                errno.EMLINK,
+            ):
                 raise
             shutil.copyfile(file, temporary)
 

@@ -9,7 +9,6 @@ splits are looked for when the shards are joined.
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -18,10 +17,8 @@ from dataset_loading.content import file_state, is_local
 from dataset_loading.left_out import LeftOut
 from dataset_loading.sources import has_file
 from utils.options import declared_fields
+from utils.preprocessing.arguments import HOW_WRITTEN, read_shard
 from utils.preprocessing.samples import Outcome, Raw
-
-# Flags that say how rows are read, where and how samples are written, not which ones: the manifest does not hold them.
-HOW_WRITTEN = ("shard", "merge", "pack", "streaming")
 
 
 @dataclasses.dataclass
@@ -42,12 +39,7 @@ class Shard:
     @classmethod
     def parse(cls, text: str) -> Self:
         """`i/n` as `--shard` has it; `""` is the whole. Raises: ValueError: names the value and the form."""
-        if not text:
-            return cls()
-        match = re.fullmatch(r"(\d+)/(\d+)", text)
-        if not match or not 1 <= int(match[1]) <= int(match[2]):
-            raise ValueError(f"--shard={text!r} must be i/n with 1 <= i <= n, such as 2/8")
-        return cls(int(match[1]), int(match[2]))
+        return cls(*read_shard(text))
 
     def __str__(self) -> str:
         return f"{self.index}/{self.count}"

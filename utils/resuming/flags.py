@@ -13,7 +13,6 @@ from torch import nn
 
 from utils.checkpoints import STAGE, step_of
 from utils.options import (
-    StrictConfig,
     check_effects,
     check_type,
     declared_fields,
@@ -23,6 +22,7 @@ from utils.options import (
     validate_fields,
 )
 from utils.resuming.saved_files import check_engine, check_model, check_states, new_run, read_run, read_state
+from utils.strict_config import StrictConfig
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ CHANGES = "takes effect from the checkpoint on"
 ON_RESUME: dict[str, str] = {
     name: kind
     for kind, names in {
-        CALL: ["run_name", "output_dir", "resume_from_checkpoint", "dry_run"],
+        CALL: ["run_name", "output_dir", "resume_from_checkpoint", "dry_run", "measure"],
         # The texts themselves are compared by the fingerprint of their cache.
         START: [
             *("init_from", "text_dataset", "text_column", "text_config", "text_split", "validation_dataset"),
@@ -180,6 +180,8 @@ def resume_arguments(args: Any, folder: Path, stage: str, config_class: type[Str
     record = read_run(folder, stage)
     check_states(folder, record, config_class)
     old = recorded_arguments(type(args), record["arguments"], folder / STAGE)
+    if args.batch_size == "auto":  # The run goes on with what it has found.
+        args.given = [name for name in args.given if name != "batch_size"]
     take_over(args, old, folder / STAGE)
     changes = {name: (value, getattr(args, name)) for name, value in old.items() if getattr(args, name) != value}
     resumption = Resumption(folder, record, old, {})
@@ -200,7 +202,7 @@ def recorded_arguments(arguments_class: type, recorded: dict[str, Any], file: Pa
     # Records of other versions.
     if unknown := {name: value for name, value in values.items() if name not in known}:
         logger.warning("%s: this version has no flags %s, which are left out", file, unknown)
-    if missing := [name for name in known if name not in values]:
+    if missing := [name for name in known if name not in values and ON_RESUME.get(name) != CALL]:
         logger.warning("%s has no values of --%s; those of this command are used", file, ", --".join(missing))
     return {name: values[name] for name in known if name in values}
 

@@ -12,7 +12,8 @@ from transformers import TrainerState
 
 from dataset_loading.files import read_record
 from utils.checkpoints import STAGE, step_of, without_copies
-from utils.options import StrictConfig, check_type, declared_fields, type_name
+from utils.options import check_type, declared_fields, type_name
+from utils.strict_config import StrictConfig
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ def check_states(folder: Path, record: dict[str, Any], config_class: type[Strict
 def foreign_origin(folder: Path, record: dict[str, Any]) -> str:
     """Why a checkpoint may be someone else's, in words; "" where it was written here."""
     owner = (folder / STAGE).stat().st_uid
-    if owner != os.getuid():
+    if hasattr(os, "getuid") and owner != os.getuid():  # On Windows files have no such number.
         return f"belongs to another user (uid {owner})"
     place = record.get("working_directory", "")
     return f"was written in {place or 'an unknown folder'}, not in {os.getcwd()}" if place != os.getcwd() else ""

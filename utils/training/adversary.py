@@ -18,62 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import get_scheduler
 
-from model.criteria import (
-    AdversarialKind,
-    discriminator_loss,
-    feature_matching_loss,
-    generator_loss,
-    lecam_penalty,
-    r1_penalty,
-)
+from model.criteria import discriminator_loss, feature_matching_loss, generator_loss, lecam_penalty, r1_penalty
 from utils.distributed import broadcast_tensors, mean_across_ranks
 from utils.optimizer_hooks import advance, has_finite_square
-from utils.options import option
 from utils.resuming.schedules import apply_settings, rate_factor
+from utils.training.planning.phases import check_phases
 
 logger = logging.getLogger(__name__)
-
-WITH_ADVERSARY = ("gan_weight", bool)  # Condition of all flags that shape or train a discriminator, see `option`.
-
-
-@dataclasses.dataclass
-class AdversaryArguments:
-    """Flags of a stage that trains against a discriminator."""
-
-    gan_weight: float = option(0.1, "weight of the adversarial loss; 0: no discriminator", ge=0)
-    gan_loss: AdversarialKind = option("hinge", "adversarial objective", only_with=WITH_ADVERSARY)
-    gan_start_step: int = option(
-        5000, "optimizer step at which the discriminator starts to train", ge=0, only_with=WITH_ADVERSARY
-    )
-    gan_warmup_steps: int = option(
-        200, "steps during which the discriminator trains alone", ge=0, only_with=WITH_ADVERSARY
-    )
-    gan_ramp_steps: int = option(
-        1000, "steps over which the generator's adversarial weight rises from 0", ge=0, only_with=WITH_ADVERSARY
-    )
-    use_adaptive_gan_weight: bool = option(
-        True,
-        "scale the adversarial gradient to the norm of the reconstruction's at the output",
-        only_with=WITH_ADVERSARY,
-    )
-    feature_matching_weight: float = option(
-        0.0, "weight of feature matching, relative to the adversarial loss", ge=0, only_with=WITH_ADVERSARY
-    )
-    discriminator_every: int = option(
-        1,
-        "optimizer steps per discriminator update; the generator is updated at all of them",
-        gt=0,
-        only_with=WITH_ADVERSARY,
-    )
-    discriminator_learning_rate: float = option(
-        1e-4, "peak learning rate of the discriminator", gt=0, only_with=WITH_ADVERSARY
-    )
-    discriminator_beta1: float = option(
-        0.5, "decay of AdamW's first moment for the discriminator", ge=0, lt=1, only_with=WITH_ADVERSARY
-    )
-    r1_weight: float = option(0.0, "weight of the R1 gradient penalty; 0: none", ge=0, only_with=WITH_ADVERSARY)
-    r1_every: int = option(16, "discriminator updates between R1 penalties", gt=0, only_with=WITH_ADVERSARY)
-    lecam_weight: float = option(0.0, "weight of the LeCAM penalty; 0: none", ge=0, only_with=WITH_ADVERSARY)
 
 
 @dataclasses.dataclass
@@ -168,13 +119,8 @@ class Adversary:
 
         Raises: ValueError: `--gan_start_step` was given and asks for that.
         """
-        start = self.arguments.gan_start_step
-        if start < n_steps:
-            return
-        message = f"--gan_start_step={start} is not reached in {n_steps} steps, so that the discriminator never plays"
-        if "gan_start_step" in getattr(self.arguments, "given", ()):
-            raise ValueError(f"{message}; give a smaller one, more steps, or --gan_weight 0")
-        logger.warning("%s in this run; give a smaller one, or --gan_weight 0", message)
+        if self.arguments.gan_start_step >= n_steps:
+            logger.warning("%s", check_phases(self.arguments, n_steps))
 
     # ---- One optimizer step.
 

@@ -1,6 +1,5 @@
-"""Text to speech, and captions to sound: flags and trainer.  B batch, L latent frames, Z latent channels, T tokens."""
+"""Text to speech, and captions to sound: the trainer.  B batch, L latent frames, Z latent channels, T tokens."""
 
-import dataclasses
 from functools import cached_property
 from typing import Any
 
@@ -11,12 +10,11 @@ from dataset_loading.audio.latents import AudioLatentDataset
 from model.audio.lengths import valid_frames
 from model.audio.text_conditioning import duration_errors
 from model.dropout import has_dropout
+from model.layers import home_of_doubles, in_double, widen
 from utils.distributed import mean_across_ranks
-from utils.generation.audio_diffusion import AudioSamplingArguments
-from utils.megatransformer_utils import SchedulerKind
-from utils.options import option
+from utils.training.arguments.diffusion import AudioDiffusionArguments
 from utils.training.budget_batches import budget_dataloader, budget_sampler, count_budget_steps
-from utils.training.diffusion import DiffusionArguments, DiffusionTrainer
+from utils.training.diffusion import DiffusionTrainer
 from utils.training.latent_statistics import batches_of_rank
 
 # Flags that act on one kind of conditioning alone, by the other one.
@@ -28,56 +26,6 @@ WITHOUT_EFFECT = {
     "speech": ("prompts", "text_encoder"),
 }
 TEXT_INPUTS = ("tokens", "n_tokens", "durations", "speakers", "languages", "caption_states", "n_caption")
-
-
-@dataclasses.dataclass
-class AudioDiffusionArguments(AudioSamplingArguments, DiffusionArguments):
-    """Flags of the stage of diffusion on latents of audio."""
-
-    # What suits small sets of speech.
-    learning_rate: float = option(2e-3, "peak learning rate of AdamW", gt=0)
-    adam_beta2: float = option(0.98, "decay of AdamW's second moment", ge=0, lt=1)
-    weight_decay: float = option(0.01, "decoupled weight decay of matrices and kernels", ge=0)
-    max_grad_norm: float = option(2.0, "maximum gradient norm, to which gradients are clipped; 0: no clipping", ge=0)
-    lr_scheduler_type: SchedulerKind = option("linear", "schedule of the learning rate")
-    warmup_ratio: float = option(0.1, "fraction of the steps with linear warm-up", ge=0, lt=1)
-
-    # Data.
-    use_speakers: bool = option(True, "condition the model on the speaker where there are several, speech only")
-    batch_frames: int = option(
-        800, "latent frames of a micro-batch and process, clips of like length; 0: batch_size clips", ge=0
-    )
-    max_clip_frames: int = option(
-        250, "latent frames of a training clip of speech; longer ones are cut at pauses; 0: not at all", ge=0
-    )
-    batch_size: int = option(16, "clips per micro-batch and process", gt=0, only_with=("batch_frames", 0))
-
-    # Losses.
-    prior_weight: float = option(1.0, "weight of the squared error of the prior, speech only", ge=0)
-    duration_weight: float = option(0.5, "weight of the error of log-durations, speech only", ge=0)
-    duration_samples: int = option(512, "training clips on which the duration factor is fitted", gt=0)
-
-    # Logs during training.
-    sentences: list[str] = option(
-        ["The quick brown fox jumps over the lazy dog.", "Please call me back tomorrow morning."],
-        "sentences that are spoken in TensorBoard, speech only",
-    )
-    prompts: list[str] = option([], "further captions whose sounds are in TensorBoard, captions only")
-    text_encoder: str = option(
-        "", "folder or hub name of the captions' text encoder, captions only; default: as in preprocessing"
-    )
-    wer_samples: int = option(
-        0,
-        "validation clips of 4 or more words that are spoken and recognised at each evaluation, for eval_wer and "
-        "eval_cer, English speech only; 0: none",
-        ge=0,
-    )
-    n_logged_samples: int = option(4, "validation clips logged to TensorBoard, as audio and images; 0: none", ge=0)
-    vocoder_checkpoint: str = option(
-        "",
-        "run or checkpoint folder of the vocoder of logged clips; default: Griffin-Lim",
-        only_with=("n_logged_samples", bool),
-    )
 
 
 class AudioDiffusionTrainer(DiffusionTrainer):
@@ -118,8 +66,8 @@ class AudioDiffusionTrainer(DiffusionTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and the numbers of their frames and tokens per process, (2,)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # fp64 counts exactly.
-        total = torch.zeros(2, dtype=torch.float64, device=device)
+        # fp64 counts exactly; fp32 up to 16 million.
+        total = widen(torch.zeros(2), device)
         for batch in batches:
             for place, name in enumerate(("n_latent_frames", "n_tokens")):
                 if name in batch:
@@ -221,7 +169,7 @@ class AudioDiffusionTrainer(DiffusionTrainer):
             return
         evaluated = self.evaluation_model()
         model = self.accelerator.unwrap_model(evaluated)
-        totals = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        totals = torch.zeros(2, dtype=torch.float64, device=home_of_doubles(self.args.device))
         for samples, counts in batches_of_rank(self, self.stage_arguments.duration_samples):
             inputs = self._prepare_inputs(self.data_collator(samples))
             n_tokens, durations = inputs["n_tokens"], inputs["durations"]
@@ -230,7 +178,7 @@ class AudioDiffusionTrainer(DiffusionTrainer):
             predicted = model.expected_durations(text.log_durations).where(text.mask, 0.0)
             real = durations.where(text.mask, 0)
             if counts:
-                totals += torch.stack([real.sum(dtype=torch.float64), predicted.sum(dtype=torch.float64)])
+                totals += torch.stack([in_double(real).sum(), in_double(predicted).sum()])
         real, predicted = mean_across_ranks(totals).tolist()
         # In the trained model, which is saved, and in the copy with averaged weights.
         for holder in {self.model, model}:
@@ -263,7 +211,7 @@ class AudioDiffusionTrainer(DiffusionTrainer):
     def evaluation_summary(self, terms):
         """Means over all frames and tokens of the validation set. `flow` is the mean over times, `loss` the weighted
         sum of training with equal times, `length_ratio` predicted over real mel frames."""
-        args, totals = self.stage_arguments, {name: values.double().sum().item() for name, values in terms.items()}
+        args, totals = self.stage_arguments, {name: in_double(values).sum().item() for name, values in terms.items()}
         summary = {name: total / totals["n_frames"] for name, total in totals.items() if name.startswith("loss_t")}
         summary["flow"] = summary["loss"] = sum(summary.values()) / len(summary)
         if self.is_speech:

@@ -140,10 +140,13 @@ def unmoved_generators() -> Iterator[None]:
     # torch restores its generators itself, those of the CPU and of the GPU of this process.
     python, numpy = random.getstate(), np.random.get_state()
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    apple = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
     try:
         with torch.random.fork_rng(devices):
             yield
     finally:
+        if apple is not None:
+            torch.mps.set_rng_state(apple)
         random.setstate(python)
         np.random.set_state(numpy)
 

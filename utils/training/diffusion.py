@@ -1,6 +1,5 @@
-"""Flags, trainer and stage of latent diffusion, for images and audio.  B batch, Z latent channels, K time buckets."""
+"""Trainer and stage of latent diffusion, for images and audio.  B batch, Z latent channels, K time buckets."""
 
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dataset_loading.files import read_manifest
-from model.diffusion_process import TimeSampling, Weighting
 from model.layers import to_device
 from model.text.feature_extractors import FrozenTextEncoder
 from utils.checkpoints import checkpoints_in, lasting_name, read_stage, resolve_checkpoint
@@ -18,40 +16,11 @@ from utils.distributed import from_main, launched_rank, rank
 from utils.generation.exported import home_of
 from utils.generation.latents import PINNED, Media, checkpoints_at, find_vae, latents_script, load_vae, pin_vae
 from utils.generation.text_encoder import load_text_encoder
-from utils.megatransformer_utils import StageArguments
-from utils.options import option
 from utils.seeds import sample_normal, sample_uniform
 from utils.training.stage import Stage
 from utils.training_utils import StageTrainer
 
 TEXT_INPUTS = ("tokens", "text_states", "mask")
-
-
-@dataclasses.dataclass
-class DiffusionArguments(StageArguments):
-    """Flags of the objective, for all stages of diffusion."""
-
-    # VAE of the latents.
-    vae_checkpoint: str = option(
-        "", "run or checkpoint folder of the latents' VAE; default: its copy in the run or the cache"
-    )
-    vae_config: str = option("", "preset of that VAE, checked against its checkpoint")
-
-    # Objective.
-    caption_dropout: float = option(0.1, "probability that a caption is replaced by the null condition", ge=0, lt=1)
-    time_sampling: TimeSampling = option("logit_normal", "distribution of training times")
-    time_mean: float = option(0.0, "mean of the logit-normal times", only_with=("time_sampling", "logit_normal"))
-    time_std: float = option(1.0, "std of the logit-normal times", gt=0, only_with=("time_sampling", "logit_normal"))
-    loss_weighting: Weighting = option("none", "weighting of the loss over times")
-    min_snr_gamma: float = option(
-        5.0,
-        "maximum signal-to-noise ratio of the min_snr weighting (arXiv 2303.09556)",
-        gt=0,
-        only_with=("loss_weighting", "min_snr"),
-    )
-
-    # Evaluation during training.
-    n_time_buckets: int = option(5, "intervals of [0, 1] whose validation loss is logged", gt=0, le=100)
 
 
 class DiffusionTrainer(StageTrainer):

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from model.vae import ChannelNoise
-from utils.megatransformer_utils import StageArguments
-from utils.options import option
-from utils.training.adversary import Adversary, AdversaryArguments
+from utils.training.adversary import Adversary
 from utils.training.latent_statistics import RunningLatents, mean_and_std, measure_latent_statistics
 from utils.training_utils import StageTrainer
 
@@ -154,15 +152,6 @@ class GANTrainer(StageTrainer):
         self.adversary.load_state_dict(state["adversary"])
 
 
-@dataclasses.dataclass
-class VAEGANArguments(AdversaryArguments, StageArguments):
-    """Flags of every stage that trains a VAE-GAN."""
-
-    latent_noise: float = option(
-        0.0, "most noise that training adds to latents, in units of each channel's std; 0: none", ge=0
-    )
-
-
 class VAEGANTrainer(GANTrainer):
     """Trains a VAE-GAN. In training the decoder sees
 
@@ -187,7 +176,7 @@ class VAEGANTrainer(GANTrainer):
         mean, std = mean_and_std(self.running_latents.moments)
         self.record({"latent_std": std.mean()})
         share = self.stage_arguments.latent_noise * self.sample_uniforms(inputs, "latent_noise", ())
-        return ChannelNoise(share, mean, std)
+        return ChannelNoise(share, mean.to(share.device), std.to(share.device))
 
     def stage_step(self, model, inputs):
         loss = super().stage_step(model, inputs)

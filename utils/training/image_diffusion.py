@@ -1,4 +1,4 @@
-"""Text to image: flags, images of prompts in TensorBoard, and metrics of generated images during training."""
+"""Text to image: images of prompts in TensorBoard, and metrics of generated images during training."""
 
 import dataclasses
 import logging
@@ -12,38 +12,11 @@ from model.text.feature_extractors import FrozenTextEncoder
 from model.vae import VAE
 from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.generated_images import generation_metrics, train_probe
-from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
+from utils.generation.text_to_image import TextToImagePipeline
 from utils.metrics.caption_agreement import TextProbe, UnusableCaptionsError
-from utils.options import option
 from utils.training.callbacks import EvaluationCallback
-from utils.training.diffusion import DiffusionArguments
 
 logger = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass
-class ImageDiffusionArguments(SamplingArguments, DiffusionArguments):
-    """Flags of the text-to-image stage."""
-
-    text_encoder: str = option("", "folder or hub name of the captions' text encoder; default: as in preprocessing")
-
-    # Objective.
-    channel_weight_power: float = option(
-        0.0, "exponent p of the loss weight std^p of a latent channel, by its std in the VAE; 0: equal weights", ge=0
-    )
-
-    # Evaluation and logs during training.
-    prompts: list[str] = option([], "captions of the logged image grids; default: validation captions")
-    n_prompts: int = option(
-        8, "validation captions of the logged image grids; 0: no grids", ge=0, only_with=("prompts", [])
-    )
-    eval_images: int = option(
-        64,
-        "images generated from validation captions for the metrics of each evaluation; 0: none",
-        ge=0,
-        aliases=("eval_pictures",),
-    )
-    grid_scales: list[float] = option([1.0, 3.0], "guidance scales of the logged image grids", ge=0)
 
 
 class PromptGridCallback(EvaluationCallback):

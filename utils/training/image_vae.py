@@ -1,7 +1,6 @@
-"""The image VAE-GAN: flags, data, losses, adversary, trainer and logged images, most of which the recurrent VAE
+"""The image VAE-GAN: data, losses, adversary, trainer and logged images, most of which the recurrent VAE
 shares.  B batch, C channels, Y X rows and columns, Z latent channels."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -12,46 +11,19 @@ from torch import Tensor
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.image.pixels import ImageDataset
 from model.criteria import ReconstructionLoss, kl_divergence
-from model.image.augmentation import AugmentationKind, diff_augment
-from model.image.discriminators import DiscriminatorKind, build_discriminator
-from model.image.feature_extractors import PerceptualKind, build_perceptual
+from model.image.augmentation import diff_augment
+from model.image.discriminators import build_discriminator
+from model.image.feature_extractors import build_perceptual
 from model.vae import VAEOutput
 from utils.drawing.images import TRIPLE, Group, channel_images, draw_sheet, to_image, triple
 from utils.metrics.images import psnr
 from utils.metrics.latents import LatentHealth
-from utils.options import option
-from utils.training.adversary import WITH_ADVERSARY, Adversary
+from utils.training.adversary import Adversary
+from utils.training.arguments.image_vae import ImageVAEGANArguments
 from utils.training.callbacks import EvaluationCallback
-from utils.training.gan import Generation, VAEGANArguments, VAEGANTrainer
+from utils.training.gan import Generation, VAEGANTrainer
 from utils.training.latent_statistics import image_moments
 from utils.training.stage import Stage
-
-
-@dataclasses.dataclass
-class ImageVAEGANArguments(VAEGANArguments):
-    """Flags of every stage that trains a VAE-GAN on images."""
-
-    # Losses.
-    l1_weight: float = option(1.0, "weight of the mean absolute error", ge=0)
-    gradient_weight: float = option(0.0, "weight of the multi-scale image gradient difference", ge=0)
-    perceptual_weight: float = option(0.5, "weight of the perceptual distance; 0: no perceptual network", ge=0)
-    perceptual: PerceptualKind = option("efficientnet", "feature network of the perceptual distance")
-    kl_weight: float = option(1e-6, "weight of the KL divergence in nats per input value", ge=0)
-    # The adversary.
-    discriminator: DiscriminatorKind = option("patch", "type of discriminator", only_with=WITH_ADVERSARY)
-    discriminator_channels: int = option(
-        32, "channels of the discriminator's first layer", gt=0, only_with=WITH_ADVERSARY
-    )
-    discriminator_layers: int = option(3, "strided layers of each discriminator", gt=0, only_with=WITH_ADVERSARY)
-    use_spectral_norm: bool = option(False, "spectral normalisation of the discriminator", only_with=WITH_ADVERSARY)
-    diff_augment: list[AugmentationKind] = option(
-        [], "differentiable augmentations of the discriminator's input", only_with=WITH_ADVERSARY
-    )
-    # Statistics and logs.
-    latent_statistics_samples: int = option(
-        1024, "training images on which mean and std of the latents are measured", gt=0
-    )
-    n_logged_samples: int = option(8, "validation images logged to TensorBoard", gt=0, aliases=("n_logged_pictures",))
 
 
 class ImageVAEGANStage(Stage):

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from utils.checkpoints import load_model
-from utils.options import StrictConfig, declared_fields
+from utils.options import declared_fields
+from utils.strict_config import StrictConfig
 
 logger = logging.getLogger(__name__)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dataset_loading.cached import evenly_spaced
 from model.audio.lengths import valid_frames
+from model.layers import home_of_doubles, in_double
 from utils.distributed import mean_across_ranks, rank, world_size
 from utils.training_utils import StageTrainer
 
@@ -31,7 +32,8 @@ def measure_latent_statistics(
         with values that are not finite is refused by its dataset.
     """
     model = trainer.evaluation_model()
-    moments = torch.zeros(3, trainer.model.config.latent_channels, dtype=torch.float64, device=trainer.args.device)
+    shape, device = (3, trainer.model.config.latent_channels), home_of_doubles(trainer.args.device)
+    moments = torch.zeros(shape, dtype=torch.float64, device=device)
     # Sums over the samples of this process, then over all processes.
     names: list[str] = []  # of the samples in the first batch whose latents are not finite
     for samples, counts in batches_of_rank(trainer, trainer.stage_arguments.latent_statistics_samples):
@@ -113,15 +115,15 @@ def batches_of_rank(trainer: StageTrainer, n_samples: int) -> Iterator[tuple[lis
 
 def image_moments(mean: Tensor, logvar: Tensor) -> Tensor:
     """Moments of posteriors (B, Z, y, x), as means over positions: images of a set have one size. Returns (3, Z)."""
-    mean, variance = mean.double(), logvar.double().exp()
+    mean, variance = in_double(mean), in_double(logvar).exp()
     values = (mean, mean.square() + variance, torch.ones_like(mean))
     return torch.stack([value.mean((2, 3)).sum(0) for value in values])
 
 
 def sequence_moments(mean: Tensor, logvar: Tensor, lengths: Tensor) -> Tensor:
     """Moments of posteriors (B, Z, L) or (B, Z, m, L), over the first `lengths` (B,) frames. Returns (3, Z)."""
-    mean, variance = mean.double(), logvar.double().exp()
-    valid = valid_frames(lengths, mean.shape[-1])  # (B, L)
+    mean, variance = in_double(mean), in_double(logvar).exp()
+    valid = valid_frames(lengths.to(mean.device), mean.shape[-1])  # (B, L)
     valid = valid.view(len(mean), *[1] * (mean.ndim - 2), -1).expand_as(mean).double()  # (B, Z, ..., L)
     values = (mean, mean.square() + variance, valid)
     return torch.stack([(value * valid).transpose(0, 1).flatten(1).sum(1) for value in values])

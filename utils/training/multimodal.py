@@ -1,11 +1,8 @@
-"""The multimodal transformer: flags; a trainer with a loss over all targets of an optimizer step, each of which
+"""The multimodal transformer: a trainer with a loss over all targets of an optimizer step, each of which
 samples its number of thinking steps; continuations and histograms in TensorBoard.  B batch, L sequence."""
 
 import dataclasses
-import json
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -14,140 +11,21 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedTokenizerBase
 
 from model.dropout import has_dropout
+from model.layers import in_double, widen
 from model.multimodal.parameters import freeze, rate_factors, split_groups
 from model.thinking import sample_thinking_steps
 from utils.configuration import MegaTransformerConfig
 from utils.distributed import is_sharded, mean_across_ranks, rank
-from utils.generation.text import GenerationArguments, TextGenerator, split_windows
-from utils.megatransformer_utils import StageArguments
+from utils.generation.arguments.text import GenerationArguments
+from utils.generation.text import TextGenerator, split_windows
 from utils.metrics.text import model_inputs, ratios, window_sums, windows_at_once
-from utils.options import option
 from utils.resuming.schedules import position
 from utils.seeds import generators
 from utils.training.callbacks import EvaluationCallback
-from utils.training.text import TextArguments
 from utils.training_utils import StageTrainer
 
 GREEDY = GenerationArguments(temperature=0.0)
 SAMPLED = GenerationArguments(temperature=1.0, top_p=0.95)
-
-
-HAS_SPANS = ("include_modes", ("image", "audio"))
-
-
-@dataclasses.dataclass
-class MultimodalArguments(TextArguments, StageArguments):
-    """Flags of the multimodal stage."""
-
-    include_modes: list[Literal["text", "audio", "image"]] = option(
-        ["text"], "modalities of the model; text always, with others texts are the captions of their latents"
-    )
-
-    # Images and audio.
-    image_latents: str = option(
-        "", "folder of image latents; default: cached_datasets/image_diffusion", only_with=("include_modes", "image")
-    )
-    audio_latents: str = option(
-        "", "folder of audio latents; default: cached_datasets/audio_diffusion", only_with=("include_modes", "audio")
-    )
-    image_vae_checkpoint: str = option(
-        "",
-        "run or checkpoint folder of the image latents' VAE; default: its copy in the run or the cache",
-        only_with=("include_modes", "image"),
-    )
-    audio_vae_checkpoint: str = option("", "the same of the audio latents", only_with=("include_modes", "audio"))
-    image_vae_config: str = option(
-        "", "preset of the image VAE, checked against its checkpoint", only_with=("include_modes", "image")
-    )
-    audio_vae_config: str = option("", "the same of the audio VAE", only_with=("include_modes", "audio"))
-    tasks: list[str] = option(
-        [],
-        "streams to train, modalities joined by '-', with the rows that an item has in each per epoch, such as "
-        "text-image:3 or text-image-text:0.2; default: image-text:1 text-image:3 audio-text:1 text-audio:4, as far as "
-        "included, with texts text:1, with batch_tokens text-image-text:0.2 text-audio-text:0.2",
-        only_with=HAS_SPANS,
-    )
-    batch_size: int = option(16, "samples per micro-batch and process", gt=0, only_with=("batch_tokens", 0))
-    batch_tokens: int = option(
-        0, "tokens of a micro-batch and process, streams of like length; 0: batch_size", ge=0, only_with=HAS_SPANS
-    )
-    caption_tokenizer: str = option(
-        "bpe",
-        "bpe, trained on the texts; bytes; or a tokenizer's folder or hub name; that of text_dataset or init_from "
-        "where they are given",
-        only_with=HAS_SPANS,
-    )
-    caption_vocab_size: int = option(
-        400,
-        "vocabulary size of bpe, including special tokens",
-        gt=0,
-        only_with=[HAS_SPANS, ("caption_tokenizer", "bpe")],
-    )
-    latent_weight_power: float = option(
-        1.0,
-        "latent channels are weighted by what they carry of the decoded signal to this power; 0: equally",
-        ge=0,
-        only_with=HAS_SPANS,
-    )
-
-    flex_attention: bool = option(
-        False,
-        "attention of the trunk by FlexAttention, which leaves out blocks that the mask hides; NVIDIA GPUs alone",
-        only_with=HAS_SPANS,
-    )
-
-    # What is trained.
-    freeze: list[str] = option(
-        [], "parts that are not trained: trunk, text, image, audio, or modules such as encoder.encoders.image.prelude"
-    )
-    learning_rates: list[str] = option(
-        [], "factors of learning_rate for some parts, named as in freeze, such as trunk:0.1 image:2; the last counts"
-    )
-
-    learning_rate: float = option(6e-4, "peak learning rate of AdamW", gt=0)
-    num_train_epochs: float = option(1.0, "passes over the training set; ignored where max_steps is given", gt=0)
-
-    # The recurrent core in training.
-    recurrent_steps_per_rank: bool = option(False, "sample the number of thinking steps on every process by itself")
-    recurrent_curriculum: float = option(
-        0.0, "fraction of the steps over which the mean number of thinking steps grows from 1; 0: none", ge=0, le=1
-    )
-
-    # Evaluation and logs during training.
-    eval_thinking_steps: list[int] = option(
-        [], "numbers of thinking steps in evaluation; default: 1, 2, the mean, twice the mean", gt=0
-    )
-    sample_tokens: int = option(
-        64, "maximum number of tokens of a logged continuation", gt=0, only_with=("n_samples", bool)
-    )
-    n_logged_samples: int = option(
-        4,
-        "validation items per task whose images, clips and texts are generated for TensorBoard; 0: none",
-        ge=0,
-        only_with=HAS_SPANS,
-    )
-    vocoder_checkpoint: str = option(
-        "",
-        "run or checkpoint folder of the vocoder of logged clips; default: Griffin-Lim",
-        only_with=[("include_modes", "audio"), ("n_logged_samples", bool)],
-    )
-    n_samples: int = option(4, "validation prompts whose continuations are logged to TensorBoard; 0: none", ge=0)
-
-    def validate_modes(self):
-        if "text" not in self.include_modes or len(set(self.include_modes)) < len(self.include_modes):
-            raise ValueError(
-                f"--include_modes={self.include_modes} must name text, and each mode once; give --include_modes text, "
-                "or text image audio"
-            )
-
-    def validate_ranks(self):
-        if not (self.recurrent_steps_per_rank and self.use_deepspeed):
-            return
-        if json.loads(Path(self.deepspeed_config).read_text()).get("zero_optimization", {}).get("stage") == 3:
-            raise ValueError(
-                f"--recurrent_steps_per_rank with ZeRO stage 3 ({self.deepspeed_config}): processes that run layers a "
-                "different number of times deadlock; use stage 2 or below, or leave it out"
-            )
 
 
 class MultimodalTrainer(StageTrainer):
@@ -182,8 +60,8 @@ class MultimodalTrainer(StageTrainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of an optimizer step, and the number of their targets per process (a mean)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        # fp64 counts exactly.
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        # fp64 counts exactly; fp32 up to 16 million.
+        total = widen(torch.zeros(()), device)
         for batch in batches:
             total += self.model.count_targets(batch["input_ids"], batch["segment_ids"]).to(device)
         return batches, mean_across_ranks(total).clamp_min(1)
@@ -310,7 +188,7 @@ class MultimodalTrainer(StageTrainer):
 
     def evaluation_summary(self, terms):
         """`ratios` of sums over the validation set, and the losses at every depth and with exits."""
-        sums = {name: values.double().sum(0) for name, values in terms.items()}
+        sums = {name: in_double(values).sum(0) for name, values in terms.items()}
         counts = sums.pop("step_counts", None)
         # Without exits all targets take the same number of steps, which is no metric.
         summary = ratios({name: value.item() for name, value in sums.items() if name != "steps"})

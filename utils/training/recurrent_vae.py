@@ -1,7 +1,5 @@
-"""The recurrent VAE: its flags, and its trainer with a number of decoder steps per optimizer step, losses on the
+"""The recurrent VAE: its trainer with a number of decoder steps per optimizer step, losses on the
 images in between, and evaluation at several depths."""
-
-import dataclasses
 
 import torch
 from torch import Tensor
@@ -9,48 +7,10 @@ from torch import Tensor
 from model.image.recurrent_vae import RecurrentVAEOutput
 from model.thinking import lognormal_poisson
 from utils.metrics.images import psnr
-from utils.options import above_one, option
 from utils.seeds import generators
-from utils.training.image_vae import ImageVAEGANArguments, ImageVAEGANTrainer
+from utils.training.image_vae import ImageVAEGANTrainer
 
 EVALUATED_STEPS = (1, 2, 4, 8, 16)  # depths whose PSNR is logged
-
-
-@dataclasses.dataclass
-class RecurrentVAEArguments(ImageVAEGANArguments):
-    """Flags of the recurrent VAE-GAN stage."""
-
-    # Decoder steps of an optimizer step: sampled from a truncated log-normal Poisson distribution.
-    mean_decoder_steps: float = option(6.0, "mean number of decoder steps in training, before truncation", ge=1)
-    decoder_steps_sigma: float = option(0.5, "std of the logarithm of the Poisson rate; 0: plain Poisson", ge=0)
-    min_decoder_steps: int = option(2, "minimum number of decoder steps in training", gt=0)
-    max_decoder_steps: int = option(12, "maximum number of decoder steps in training", gt=0)
-    n_backprop_steps: int = option(4, "last decoder steps that are backpropagated; earlier ones build no graph", gt=0)
-
-    # Losses on the images of the backpropagated steps before the last one. The last image has all other losses.
-    intermediate_weight: float = option(
-        0.1,
-        "weight of the mean absolute error of intermediate images",
-        ge=0,
-        only_with=("n_backprop_steps", above_one),
-    )
-    distillation_weight: float = option(
-        0.1,
-        "weight of the distance of intermediate images to the last one",
-        ge=0,
-        only_with=("n_backprop_steps", above_one),
-    )
-
-    def validate_decoder_steps(self):
-        if not self.min_decoder_steps <= self.mean_decoder_steps <= self.max_decoder_steps:
-            raise ValueError(
-                f"--mean_decoder_steps={self.mean_decoder_steps} must lie between "
-                f"--min_decoder_steps={self.min_decoder_steps} and --max_decoder_steps={self.max_decoder_steps}"
-            )
-        if self.n_backprop_steps > self.max_decoder_steps:
-            raise ValueError(
-                f"--n_backprop_steps={self.n_backprop_steps} must be <= --max_decoder_steps={self.max_decoder_steps}"
-            )
 
 
 def draw_n_steps(seed: int, step: int, *, mean: float, sigma: float, minimum: int, maximum: int) -> int:

@@ -1,7 +1,6 @@
 """The training driver: a stage states what differs (model, data, losses), `Stage.main` does the rest in one order."""
 
 import dataclasses
-import json
 import logging
 import sys
 import warnings
@@ -11,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 import transformers
-from rich.console import Console
 from torch import nn
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
@@ -33,14 +31,18 @@ from utils.checkpoints import (
 )
 from utils.command_line import explained_errors, parse_arguments, parse_overrides
 from utils.devices import compile_in_place
-from utils.distributed import barrier, ending_together, from_main, launched_rank, launched_world_size, rank, world_size
+from utils.distributed import barrier, ending_together, from_main, launched_rank, rank, world_size
 from utils.megatransformer_utils import StageArguments, training_arguments
-from utils.options import StrictConfig, declared_fields, from_preset
+from utils.options import declared_fields, from_preset
 from utils.resuming.callback import ResumeCallback
 from utils.resuming.flags import Resumption, check_resumable, resume_arguments
 from utils.resuming.run_lock import learn_refusal, only_run
+from utils.strict_config import StrictConfig
 from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
 from utils.training.initial_weights import model_with_weights
+from utils.training.planning.batch_size import settle_batch_size
+from utils.training.planning.dry_run import describe
+from utils.training.planning.measure import report, try_batch_size
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
 logger = logging.getLogger(__name__)
@@ -130,10 +132,13 @@ class Stage:
         args.resumption = resume_arguments(args, folder, cls.name, cls.config_class) if folder else None
 
     def run(self) -> dict[str, float]:
-        """A dry run, or one that no other run disturbs."""
+        """A dry run, measured steps, or a run that no other one disturbs."""
         open_remote(self.args.cached_dataset, self.args.remote_cache_gb)
         if self.args.dry_run:
-            self.describe()
+            describe(self)
+            return {}
+        if self.args.measure:
+            report(self)
             return {}
         with only_run(self.run_dir, lambda: training_arguments(self.args, self.run_dir)):
             return self.run_alone()
@@ -145,6 +150,7 @@ class Stage:
         self.prepare()
         config = self.build_config()
         datasets = self.build_datasets(config)
+        settle_batch_size(self, len(datasets["train"]), try_batch_size)
 
         # The random numbers of a run begin at `set_seed`: weights come first, then the trainer's parts.
         training = training_arguments(self.args, self.run_dir)
@@ -299,37 +305,6 @@ class Stage:
             **self.extra_record(),
             **provenance(),
         }
-
-    def describe(self) -> None:
-        """Print what a run would be: configuration, counts, steps, memory. Nothing is written to disk."""
-        # The arguments, and what is still to be prepared.
-        console = Console(soft_wrap=True, highlight=False)
-        console.print(f"[bold]{self.name}[/bold] -> {self.run_dir}")
-        console.print(json.dumps(dataclasses.asdict(self.args), indent=2), markup=False)
-        for line in self.resumption.describe() if self.resumption is not None else []:
-            console.print(line, markup=False)
-        if unprepared := self.unprepared():
-            console.print(f"to be prepared: {unprepared}", markup=False)
-            console.print("parameters, samples and steps can be counted once that is done")
-            return
-        config = self.build_config()
-        datasets = self.build_datasets(config)
-        # The meta device has shapes and no memory, so that a model of any size is counted quickly.
-        with torch.device("meta"):
-            model = self.model_class(config)
-            self.build_trainer_parts(model)  # Losses and discriminators refuse what they cannot work with.
-
-        # Optimizer steps, and the memory per parameter: fp32 weights, gradients, two Adam moments, and the average.
-        n_parameters = sum(p.numel() for p in model.parameters())
-        n_ranks = launched_world_size()
-        n_steps, content = self.count_steps(datasets["train"], n_ranks)
-        gib = n_parameters * 4 * (4 + self.args.use_ema) / 2**30
-        # The report of the counts.
-        console.print(config.describe(), markup=False)
-        console.print(f"parameters: {n_parameters:,}")
-        console.print("samples: " + ", ".join(f"{split} {len(dataset):,}" for split, dataset in datasets.items()))
-        console.print(f"optimizer steps: {n_steps:,} of {content} on {n_ranks} process(es)")
-        console.print(f"weights, gradients and optimizer: {gib:.2f} GiB unsharded (activations come on top)")
 
 
 def zero_stage_of(training) -> int:

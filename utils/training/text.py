@@ -1,4 +1,4 @@
-"""Texts of a stage: flags, tokenisation, and checks that model, tokenizer and data belong together."""
+"""Texts of a stage: tokenisation, and checks that model, tokenizer and data belong together."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,61 +11,6 @@ from dataset_loading.text.windows import TextDataset, prepare_text
 from utils.checkpoints import read_stage, resolve_checkpoint
 from utils.configuration import MegaTransformerConfig
 from utils.generation.text import check_tokenizer
-from utils.options import option
-
-
-@dataclasses.dataclass
-class TextArguments:
-    """Flags of a stage that trains on text."""
-
-    # Training texts.
-    text_dataset: str = option(
-        "", "text file, folder, .jsonl, .csv, .tsv, .parquet, hub name, or python-topics; default: the existing cache"
-    )
-    text_column: str = option("text", "text column of a table or hub data set", only_with=("text_dataset", bool))
-    text_config: str = option("", "configuration of a hub data set", only_with=("text_dataset", bool))
-    text_split: str = option("train", "training split of a hub data set", only_with=("text_dataset", bool))
-    # Held-out texts.
-    validation_dataset: str = option(
-        "",
-        "held-out texts; default: the validation split of text_dataset, or validation_fraction of it",
-        only_with=("text_dataset", bool),
-    )
-    validation_split: str = option(
-        "validation", "split of a hub data set in validation_dataset", only_with=("validation_dataset", bool)
-    )
-    validation_fraction: float | None = option(
-        None,
-        "fraction of text_dataset's documents that is held out; default: its validation split, else 0.05",
-        gt=0,
-        lt=1,
-        only_with=[("text_dataset", bool), ("validation_dataset", "")],
-    )
-    # Documents that cannot be read.
-    max_broken_fraction: float = option(
-        0.01,
-        "maximum fraction of documents that are unreadable or not text",
-        ge=0,
-        le=1,
-        only_with=("text_dataset", bool),
-    )
-    keep_duplicates: bool = option(False, "keep documents that equal an earlier one", only_with=("text_dataset", bool))
-    document_bytes: int = option(
-        8192,
-        "size in bytes of the parts into which few documents are cut, so that some can be held out; 0: never",
-        ge=0,
-        only_with=[("text_dataset", bool), ("validation_dataset", "")],
-    )
-    # Tokens and windows.
-    tokenizer: str = option(
-        "bytes",
-        "bytes; bpe, trained on the texts; or a tokenizer's folder, tokenizer.json or hub name",
-        only_with=("text_dataset", bool),
-    )
-    tokenizer_vocab_size: int = option(
-        4096, "vocabulary size of bpe, including special tokens", gt=0, only_with=("tokenizer", "bpe")
-    )
-    sequence_length: int = option(256, "tokens per sample", gt=1)
 
 
 def tokenize_texts(args: Any, folder: Path) -> None:

@@ -1,9 +1,8 @@
-"""The vocoder: flags, random crops, losses on waveforms, evaluation on whole clips, logged clips.
+"""The vocoder: random crops, losses on waveforms, evaluation on whole clips, logged clips.
 
 B batch, M mel bins, F frames, S samples.
 """
 
-import dataclasses
 import statistics
 
 import torch.nn.functional as F
@@ -11,60 +10,10 @@ from torch import Tensor
 
 from model.audio.lengths import valid_frames
 from model.audio.spectral import LogMel, MelSettings
-from model.audio.waveform_discriminators import WaveformDiscriminatorKind
 from utils.drawing.audio import phase_image, waveform_image
-from utils.megatransformer_utils import StageArguments
 from utils.metrics.timing import Stopwatch
-from utils.options import option
-from utils.training.adversary import WITH_ADVERSARY, AdversaryArguments
 from utils.training.audio import AudioCallback, ClipTrainer
 from utils.training.gan import GANTrainer, Generation
-
-
-@dataclasses.dataclass
-class VocoderArguments(AdversaryArguments, StageArguments):
-    """Flags of the vocoder stage."""
-
-    segment_frames: int = option(32, "mel frames of a training crop", gt=1)
-
-    # Losses on the waveform's spectrograms.
-    mel_weight: float = option(45.0, "weight of the log-mel's mean absolute error", ge=0)
-    stft_weight: float = option(
-        1.0, "weight of spectral convergence and of the log-magnitudes' mean absolute error", ge=0
-    )
-    stft_resolutions: list[int] = option(
-        [512, 1024, 2048], "frame lengths of these spectrograms in samples", only_with=("stft_weight", bool)
-    )
-    phase_weight: float = option(1.0, "weight of the errors of group delay and instantaneous frequency", ge=0)
-    complex_stft_weight: float = option(0.0, "weight of the complex spectrogram's relative error", ge=0)
-
-    # Adversary. Gradient norms on waveforms jump at silence, so that the adversarial weight is not adapted to them.
-    gan_weight: float = option(1.0, "weight of the adversarial loss; 0: no discriminator", ge=0)
-    use_adaptive_gan_weight: bool = option(
-        False, "scale the adversarial gradient to the norm of the reconstruction's at the output"
-    )
-    feature_matching_weight: float = option(5.0, "weight of feature matching, relative to the adversarial loss", ge=0)
-    discriminator: WaveformDiscriminatorKind = option(
-        "thin", "preset of the discriminator; full: the layers of HiFi-GAN and Vocos", only_with=WITH_ADVERSARY
-    )
-    discriminator_periods: list[int] | None = option(
-        None,
-        "periods of the period discriminators in samples; no value: none; default: the preset's",
-        only_with=WITH_ADVERSARY,
-    )
-    discriminator_resolutions: list[int] | None = option(
-        None,
-        "frame lengths of the resolution discriminators in samples; no value: none; default: the preset's",
-        only_with=WITH_ADVERSARY,
-    )
-    discriminator_widening: float = option(1.0, "factor of the preset's channels", gt=0, only_with=WITH_ADVERSARY)
-    discriminator_learning_rate: float = option(5e-4, "peak learning rate of the discriminator", gt=0)
-    discriminator_beta1: float = option(0.8, "decay of AdamW's first moment for the discriminator", ge=0, lt=1)
-    n_logged_samples: int = option(
-        4, "validation clips logged to TensorBoard, as audio and images; 0: none", ge=0, aliases=("n_logged_clips",)
-    )
-    learning_rate: float = option(5e-4, "peak learning rate of AdamW", gt=0)
-    adam_beta1: float = option(0.8, "decay of AdamW's first moment", ge=0, lt=1)
 
 
 def check_segment(segment_frames: int, mel: MelSettings, *, min_samples: int, flag: str) -> None:

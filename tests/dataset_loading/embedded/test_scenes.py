@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageColor
 
-from dataset_loading.embedded.openmoji import SVG_FOLDER
+from dataset_loading.embedded.openmoji import svg_folder
 from dataset_loading.embedded.scenes import GROUNDS, N_DRAWINGS, OBJECTS, PLACES, build_scenes, draw_scene, is_held_out
 
 
 def test_every_object_is_in_the_package():
     assert len(OBJECTS) == 24 and len(GROUNDS) == 8
-    assert [code for code in OBJECTS.values() if not (SVG_FOLDER / f"{code}.svg").is_file()] == []
+    assert [code for code in OBJECTS.values() if not (svg_folder() / f"{code}.svg").is_file()] == []
 
 
 def test_held_out_pairs_are_of_known_parts():

@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from dataset_loading.image.latents import ImageLatentDataset
-from preprocess_image_diffusion_dataset import ImageDiffusionPreprocessArguments
 from tests.helpers.latent_cache import make_latents, save_vae, write_captioned_images
 from tests.helpers.text_encoder_folder import save_text_encoder
 from utils.command_line import parse_arguments
+from utils.preprocessing.arguments import ImageDiffusionPreprocessArguments
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from model.multimodal.layout import Part, build_stream, join_streams
 from model.multimodal.mask import Placement
 from model.multimodal.spans import Spans, spans_in
 from model.presets import MULTIMODAL
-from model.samplers import SamplerKind
 from model.thinking import CarriedState, Thinking
 from utils.configuration import MegaTransformerConfig
+from utils.flags.choices import SamplerKind
 from utils.options import from_preset
 
 TOLERANCE = 5e-6

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
+from utils.drawing import text as fonts
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group, draw_sheet
 from utils.drawing.text import FONT_FILES, Typeface, typeface
 
 HAS_FONTS = all(importlib.util.find_spec(package) for package, _ in FONT_FILES)
-needs_fonts = pytest.mark.skipif(not HAS_FONTS, reason="the fonts of requirements.txt are not installed")
+needs_fonts = pytest.mark.skipif(not HAS_FONTS, reason="the fonts of requirements-demo.txt are not installed")
 SCRIPTS = {
     "latin": "Ærøskøbing, żółw, Ğ",
     "vietnamese": "tiếng Việt",
@@ -32,10 +33,10 @@ def drawn(font: Typeface, text: str, width: int = 300) -> np.ndarray:
 @needs_fonts
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_letters_of_most_scripts_are_drawn_as_themselves(script):
-    font, text = typeface(13), SCRIPTS[script]
-    assert "".join(run for run, _ in font.runs(text)) == text
+    font, words = typeface(13), SCRIPTS[script]
+    assert "".join(run for run, _ in font.runs(words)) == words
     # No two letters look alike, as they would where a font draws its sign for missing ones.
-    letters = sorted(set(text) - {" "})
+    letters = sorted(set(words) - {" "})
     images = {drawn(font, letter).tobytes() for letter in letters}
     assert len(images) == len(letters) and drawn(font, " ").tobytes() not in images
 
@@ -50,6 +51,19 @@ def test_letters_that_no_font_has_are_their_code_points(font):
 def test_without_the_fonts_letters_beyond_ascii_are_code_points():
     font = Typeface([ImageFont.load_default(13)])
     assert font.runs("λ ł") == [("\\u03bb \\u0142", font.fonts[0])]
+
+
+def test_without_the_fonts_their_command_is_said_once(monkeypatch, caplog):
+    for function in (fonts.installed_fonts, fonts.advise_fonts, fonts.typeface):
+        function.cache_clear()
+    monkeypatch.setattr(fonts, "FONT_FILES", (("no_such_package", "font.ttf"),))
+    try:
+        assert typeface(13).runs("abc") and not caplog.text
+        assert typeface(13).runs("λ")[0][0] == typeface(14).runs("λ")[0][0] == "\\u03bb"
+    finally:
+        for function in (fonts.installed_fonts, fonts.typeface):
+            function.cache_clear()
+    assert caplog.text.count("pip install -r requirements-demo.txt") == 1
 
 
 def test_invisible_characters_and_line_breaks_draw_nothing_strange():

@@ -18,7 +18,8 @@ from tests.helpers.text_encoder_folder import save_clip
 from utils.evaluation.generated_images import PairedLatentDataset, generation_metrics, train_probe
 from utils.evaluation.image_diffusion import distinct_captions
 from utils.evaluation.source_images import SourceImageDataset
-from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
+from utils.generation.arguments.image import SamplingArguments
+from utils.generation.text_to_image import TextToImagePipeline
 from utils.metrics.caption_agreement import N_POOLED, ImageFeatures
 from utils.metrics.feature_sets import compare_sets
 from utils.seeds import seed_of

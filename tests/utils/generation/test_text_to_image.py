@@ -14,7 +14,8 @@ from tests.helpers.latent_cache import make_latents, save_vae
 from tests.helpers.runs import SMALL_DIFFUSION, run_stage
 from tests.helpers.text_encoder_folder import save_text_encoder
 from utils.command_line import parse_arguments
-from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline, fit_to_latents
+from utils.generation.arguments.image import SamplingArguments
+from utils.generation.text_to_image import TextToImagePipeline, fit_to_latents
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,8 @@ import torch
 
 from utils.command_line import parse_arguments
 from utils.preprocessing import batched
-from utils.preprocessing.batched import BatchedPreprocess, BatchedPreprocessArguments
+from utils.preprocessing.arguments import BatchedPreprocessArguments
+from utils.preprocessing.batched import BatchedPreprocess
 from utils.preprocessing.samples import Example
 from utils.preprocessing.workers import map_in_workers
 

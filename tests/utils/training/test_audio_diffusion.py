@@ -13,7 +13,8 @@ from model.presets import AUDIO_DIFFUSION
 from tests.helpers.runs import equal, largest_difference, run_stage
 from tests.helpers.speech_batch import collate, speech_clips
 from utils.checkpoints import load_model
-from utils.training.audio_diffusion import AudioDiffusionArguments, AudioDiffusionTrainer
+from utils.training.arguments.diffusion import AudioDiffusionArguments
+from utils.training.audio_diffusion import AudioDiffusionTrainer
 from utils.training.stage import Stage
 
 

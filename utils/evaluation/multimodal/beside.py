@@ -13,13 +13,15 @@ from model.audio.spectral import check_same_mel
 from utils.checkpoints import chosen_weights, read_stage, resolve_checkpoint
 from utils.evaluation.multimodal.items import MARGIN, Direction, HeldOutItems, directions_of
 from utils.evaluation.multimodal.outputs import AnswerGenerator, Outputs
-from utils.generation.audio_diffusion import AudioPipeline, AudioSamplingArguments
+from utils.generation.arguments.audio_diffusion import AudioSamplingArguments
+from utils.generation.arguments.image import SamplingArguments
+from utils.generation.audio_diffusion import AudioPipeline
 from utils.generation.captions import CaptionPipeline
 from utils.generation.exported import home_of
 from utils.generation.latents import standardized_posterior
 from utils.generation.multimodal import MultimodalPipeline
 from utils.generation.speech import SpeechPipeline
-from utils.generation.text_to_image import SamplingArguments, TextToImagePipeline
+from utils.generation.text_to_image import TextToImagePipeline
 from utils.seeds import seed_of
 
 SPEECH = AudioSamplingArguments()

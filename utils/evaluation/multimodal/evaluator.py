@@ -19,8 +19,8 @@ from dataset_loading.image.latents import ImageLatentDataset
 from dataset_loading.multimodal import Item
 from model.multimodal import MegaTransformerMultimodal
 from utils.checkpoints import places, resolve_checkpoint
+from utils.evaluation.arguments.multimodal import MultimodalEvaluationArguments
 from utils.evaluation.evaluator import Evaluation, Evaluator
-from utils.evaluation.multimodal.arguments import MultimodalEvaluationArguments
 from utils.evaluation.multimodal.beside import Beside
 from utils.evaluation.multimodal.directions import DirectionMeter, Judges
 from utils.evaluation.multimodal.examples import Examples

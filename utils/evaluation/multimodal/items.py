@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 
 from dataset_loading.files import fingerprint_of_bytes
 from dataset_loading.multimodal import Caches, Item, join_items, parse_task
-from model.multimodal.layout import SPANS, Modality, Part, audio_tokens, check_span, image_tokens
+from model.multimodal.layout import Part, audio_tokens, check_span, image_tokens
 from utils.configuration import MegaTransformerConfig
+from utils.flags.choices import SPANS, Modality
 from utils.generation.multimodal import MultimodalPipeline
 from utils.seeds import seed_of
 

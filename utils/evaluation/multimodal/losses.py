@@ -13,11 +13,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from model.language_head import IGNORED
+from model.layers import in_double
 from model.multimodal import MegaTransformerMultimodal
-from model.multimodal.layout import SPANS, Part, build_stream, join_streams
+from model.multimodal.layout import Part, build_stream, join_streams
 from model.multimodal.spans import Spans, spans_in
 from model.thinking import Thinking
 from utils.evaluation.multimodal.items import Direction, others
+from utils.flags.choices import SPANS
 from utils.seeds import seed_of
 
 TIMES = (0.5, 0.9)  # At which the errors of flows are measured; 0: data, 1: noise.
@@ -91,13 +93,13 @@ def stream_losses(
     losses = StreamLosses()
     wanted = labels[:, 1:]
     is_text = (wanted != IGNORED) & ((wanted < config.null_token_id) | (wanted == config.eos_token_id))
-    losses.nats, losses.targets = (output.nats * is_text).double().sum().item(), int(is_text.sum())
+    losses.nats, losses.targets = in_double(output.nats * is_text).sum().item(), int(is_text.sum())
     if output.hits is not None:
         losses.hits = int((output.hits * is_text).sum())
     for name, (goal, lengths) in targets.items():
         errors = (output.predictions[name].float() - goal).square().mean(-1)
         is_token = torch.arange(errors.shape[1], device=device) < lengths[:, None]
-        losses.errors += (errors * is_token).double().sum().item()
+        losses.errors += in_double(errors * is_token).sum().item()
         losses.tokens += int(is_token.sum())
     if output.thinking_steps is not None:
         losses.steps, losses.counts = modality_steps(output.thinking_steps, placement.document, spans)
@@ -111,9 +113,9 @@ def modality_steps(steps: Tensor, document: Tensor, spans: dict[str, Spans]) -> 
     for name, chosen in spans.items():
         places, is_token = chosen.places(steps.shape[1])
         places = places[is_token]
-        sums[name], counts[name] = steps.flatten()[places].double().sum().item(), len(places)
+        sums[name], counts[name] = in_double(steps.flatten()[places]).sum().item(), len(places)
         is_text = is_text.flatten().index_fill(0, places, False).view(steps.shape)
-    return {"text": steps[is_text].double().sum().item(), **sums}, {"text": int(is_text.sum()), **counts}
+    return {"text": in_double(steps[is_text]).sum().item(), **sums}, {"text": int(is_text.sum()), **counts}
 
 
 def add_losses(total: StreamLosses, losses: StreamLosses) -> None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from model.multimodal.generation import Sampling
-from model.multimodal.layout import Modality, Part, audio_latents, image_latents
+from model.multimodal.layout import Part, audio_latents, image_latents
+from utils.flags.choices import Modality
 from utils.generation.multimodal import MultimodalPipeline
 from utils.metrics.timing import Stopwatch
 from utils.seeds import seed_of

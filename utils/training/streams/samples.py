@@ -10,7 +10,7 @@ from torch import Tensor
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.multimodal import Item, Task
 from model.multimodal.generation import Sampling
-from model.multimodal.layout import SPANS, Part, Stream, build_stream, join_streams
+from model.multimodal.layout import Part, Stream, build_stream, join_streams
 from model.multimodal.mask import stream_mask
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
@@ -19,6 +19,7 @@ from utils.drawing.playback import add_audio
 from utils.evaluation.multimodal.examples import Examples
 from utils.evaluation.multimodal.items import MARGIN, HeldOutItems, having
 from utils.evaluation.multimodal.losses import TIMES, stream_losses
+from utils.flags.choices import SPANS
 from utils.generation.audio_diffusion import load_matching_vocoder
 from utils.generation.multimodal import MultimodalPipeline
 from utils.training.callbacks import EvaluationCallback

@@ -33,8 +33,9 @@ from utils.distributed import launched_rank
 from utils.generation.latents import Media, find_vae, load_vae, pin_vae
 from utils.generation.text import check_tokenizer
 from utils.generation.text_weights import check_trunk, is_text_run, model_from_text
+from utils.training.arguments.multimodal import MultimodalArguments
 from utils.training.budget_batches import count_budget_steps
-from utils.training.multimodal import MultimodalArguments, ThinkingStepsCallback
+from utils.training.multimodal import ThinkingStepsCallback
 from utils.training.stage import Stage
 from utils.training.streams.samples import sample_callbacks
 from utils.training.streams.trainer import MultimodalStreamTrainer

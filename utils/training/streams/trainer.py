@@ -14,7 +14,7 @@ from dataset_loading.multimodal import MultimodalDataset, Task
 from dataset_loading.text.windows import bits_per_byte
 from model.dropout import has_dropout
 from model.language_head import next_token_targets
-from model.layers import to_device
+from model.layers import in_double, to_device, widen
 from model.multimodal.layout import Part, Stream, build_stream, join_streams, target_kinds, target_places
 from model.multimodal.spans import Spans, spans_in
 from model.thinking import Thinking
@@ -89,7 +89,7 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         ]
         for batch in batches:
             total += count_targets(self.config, batch["streams"])
-        means = mean_across_ranks(to_device(total, device))
+        means = mean_across_ranks(widen(total, device))
         return batches, torch.where(means > 0, means, 1.0)
 
     def dropped_texts(self, batch: dict) -> list[bool]:
@@ -299,7 +299,7 @@ class MultimodalStreamTrainer(MultimodalTrainer):
         with the true one at the last time, of rows that have another text before the image: about 1 where text is
         ignored; without such rows it is left out. `loss` is the weighted sum of training, with
         equal weights of channels and times."""
-        sums = {name: values.double().sum().item() for name, values in terms.items()}
+        sums = {name: in_double(values).sum().item() for name, values in terms.items()}
         config, summary, loss = self.config, {}, 0.0
         for task in self.eval_dataset.tasks:
             if n := sums[f"{task.name}_targets"]:
@@ -324,7 +324,7 @@ class MultimodalStreamTrainer(MultimodalTrainer):
             if not sums[f"{name}_compared"]:
                 continue
             last, is_compared = f"{name}_t{EVALUATED_TIMES[-1]}", terms[f"{name}_compared"].bool()
-            other, own = (terms[kind][is_compared].double().sum().item() for kind in (f"other_{last}", last))
+            other, own = (in_double(terms[kind][is_compared]).sum().item() for kind in (f"other_{last}", last))
             ratio = summary[f"condition_ratio_{name}"] = other / own
             if ratio < LOWEST_RATIO and self.state.global_step:
                 logger.warning(
