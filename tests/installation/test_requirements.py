@@ -162,3 +162,18 @@ def test_requirements_resolve(version, system, index):
     for listed in (files, ["--no-deps", "requirements-no-deps.txt"]):
         done = resolve(*words, *listed)
         assert done.returncode == 0, done.stderr
+
+
+def test_the_guide_says_where_each_package_is_used_and_why():
+    """A file that a row of the table names mentions its package, under its own name or that of its module."""
+    guide = (ROOT / "CLAUDE.md").read_text(encoding="utf-8").partition("\n## Dependencies")[2].partition("\n## ")[0]
+    rows = [re.split(r" *\| *", line.strip("| ")) for line in guide.splitlines() if line.startswith("| `")]
+    named = set()
+    for packages, files, purpose in rows:
+        texts = [(ROOT / file).read_text(encoding="utf-8") for file in re.findall(r"`([^`]+)`", files)]
+        text = re.sub(r"[-_.]", "", " ".join(texts).lower())
+        for package, module in re.findall(r"`([^`]+)`(?: \(`([^`]+)`\))?", packages):
+            named.add(canonicalize_name(package))
+            spelling = re.sub(r"[-_.]", "", (module or package).lower())
+            assert purpose and spelling in text, f"{package} is not in {files}"
+    assert named == set().union(*NAMES.values())

@@ -88,7 +88,7 @@ DEFINITIONS = {
     "speaker_similarity": "Cosine similarity of resemblyzer's speaker embeddings.",
     "distillmos": "Mean opinion score that DistillMOS predicts without a reference, 1 to 5 (arXiv 2502.05356).",
     "wer": f"Word error rate of Whisper tiny.en with greedy decoding on clips whose transcript has {MIN_WORDS} words "
-    "or more, with numbers spelled out and without case and punctuation.",
+    "or more, both texts in the form of Whisper's English normaliser (arXiv 2212.04356, appendix C).",
     "real_time_factor": "Seconds of computation per second of audio at batch size 1: CPU seconds of one thread, or "
     "seconds on the GPU. The first clip is excluded if there are several.",
 }

@@ -45,7 +45,8 @@ DEFINITIONS = {
     "durations. prior: the prior's mean with predicted durations, without sampling. shuffled: as model, for the text "
     "of the next clip, compared with the clip's own text. sentences: as model, for sentences that are in no data set.",
     "wer": f"Word error rate of Whisper tiny.en with greedy decoding: errors over words of all clips whose text has "
-    f"{MIN_WORDS} words or more, numbers spelled out, without case and punctuation. n_clips, n_words: of these clips.",
+    f"{MIN_WORDS} words or more, both in the form of Whisper's English normaliser (arXiv 2212.04356, appendix C). "
+    "n_clips, n_words: of these clips.",
     "wer_all": "The same over all clips, also those of one word. n_clips_all, n_words_all: of these clips.",
     "wer_interval": "95 % percentile bootstrap interval over clips, 2000 resamples seeded by --seed; wer_all_interval "
     "likewise.",

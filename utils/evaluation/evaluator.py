@@ -26,6 +26,7 @@ from utils.drawing.images import save_image
 from utils.drawing.playback import add_audio, playable
 from utils.evaluation.arguments.base import EvaluationArguments
 from utils.generation.exported import trained_steps
+from utils.metrics.given_features import FEATURE_DEFINITIONS, GivenFeatures, open_features
 from utils.options import check_effects, declared_fields, validate_fields
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ class Evaluator:
     arguments_class: ClassVar[type[EvaluationArguments]]  # Other flags are refused.
     model_class: ClassVar[type]
     definitions: ClassVar[dict[str, str]]  # name of a metric -> its definition, for metrics.json
+    features: GivenFeatures | None = None  # the network of --features
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "type[Evaluator]":
@@ -109,6 +111,8 @@ class Evaluator:
         self.step = trained_steps(checkpoint)
         self.device = compute_device()
         self.weights = chosen_weights(checkpoint, args)
+        if getattr(args, "features", ""):
+            self.features = open_features(args.features).to(self.device)
         self.model = self.load_model()
 
     def load_model(self) -> Any:
@@ -125,13 +129,15 @@ class Evaluator:
 
     def describe(self) -> dict[str, Any]:
         """What was evaluated and how, for metrics.json."""
+        definitions = {**self.definitions, **(FEATURE_DEFINITIONS if self.features else {})}
         return {
             "stage": self.record["stage"],
             "checkpoint": str(self.checkpoint),
             "step": self.step,
             "weights": self.weights,
             "precision": "bf16 autocast" if self.args.bf16 else "fp32",
-            "definitions": self.definitions,  # so that metrics.json explains itself
+            "definitions": definitions,  # so that metrics.json explains itself
+            **({"features": self.features.describe()} if self.features else {}),
             "device": describe_device(self.device),
             "threads": torch.get_num_threads(),  # for the speed
             "trained_at_commit": self.record["git_commit"],

@@ -15,8 +15,9 @@ from dataset_loading.image.latents import ImageLatentDataset
 from utils.evaluation.source_images import SourceImageDataset
 from utils.generation.arguments.image import SamplingArguments
 from utils.generation.text_to_image import TextToImagePipeline
-from utils.metrics.caption_agreement import N_POOLED, ImageFeatures, TextProbe, UnusableCaptionsError
+from utils.metrics.caption_agreement import N_FEATURES, N_POOLED, ImageFeatures, TextProbe, UnusableCaptionsError
 from utils.metrics.feature_sets import compare_sets
+from utils.metrics.given_features import given_scores
 from utils.metrics.timing import Stopwatch
 from utils.seeds import seed_of
 
@@ -105,6 +106,17 @@ def agreement_scores(probe: TextProbe | None, features: Tensor, captions: Sequen
     return {"agreement": agreement.get("top1"), "words": agreement.get("words")}
 
 
+def image_set_scores(generated: Tensor, target: Tensor) -> dict[str, float | None]:
+    """`compare_sets` of the pooled features of `ImageFeatures`, and `given_scores` where the user gives a network.
+
+    Args: generated, target: (N, D).
+    """
+    scores = compare_sets(generated[:, :N_POOLED], target[:, :N_POOLED])
+    if generated.shape[1] > N_FEATURES:
+        scores |= given_scores(generated[:, N_FEATURES:], target[:, N_FEATURES:])
+    return scores
+
+
 @torch.no_grad()
 def train_probe(pipeline: TextToImagePipeline, dataset: ImageLatentDataset, n_samples: int = 2000) -> TextProbe:
     """A probe fitted to decoded training latents, evenly spaced over the data set.
@@ -151,8 +163,7 @@ def generation_metrics(
     samples = [dataset.entries[i] for i in indices]
     target = reconstruction_features(generator, dataset, indices)  # (N, D)
     generated = generator.features(samples, settings)  # (N, D)
-    # Distances use the pooled features, the probe uses all of them.
-    sets = compare_sets(generated[:, :N_POOLED], target[:, :N_POOLED])
+    sets = image_set_scores(generated, target)
     scores = {"frechet": sets["frechet"], "kid": sets["kid"]}
     scores |= agreement_scores(probe, generated, [sample["caption"] for sample in samples])
     return {name: value for name, value in scores.items() if value is not None}  # only what can be logged

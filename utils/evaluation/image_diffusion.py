@@ -21,7 +21,7 @@ from model.samplers import n_evaluations
 from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.arguments.image import ImageDiffusionEvaluationArguments
 from utils.evaluation.evaluator import Evaluation, ImageEvaluator
-from utils.evaluation.generated_images import BatchedGenerator, PairedLatentDataset, agreement_scores
+from utils.evaluation.generated_images import BatchedGenerator, PairedLatentDataset, agreement_scores, image_set_scores
 from utils.evaluation.image_diffusion_report import (
     curve_sheet,
     curve_table,
@@ -30,10 +30,12 @@ from utils.evaluation.image_diffusion_report import (
     generation_table,
 )
 from utils.evaluation.source_images import SourceImageDataset
+from utils.evaluation.tables import FEATURE_COLUMNS
 from utils.generation.arguments.image import SamplingArguments
 from utils.generation.exported import home_of
 from utils.generation.text_to_image import TextToImagePipeline
 from utils.metrics.caption_agreement import (
+    N_FEATURES,
     N_POOLED,
     ImageFeatures,
     TextProbe,
@@ -41,7 +43,7 @@ from utils.metrics.caption_agreement import (
     other_captions,
     words_of,
 )
-from utils.metrics.feature_sets import compare_sets, memorisation
+from utils.metrics.feature_sets import memorisation
 from utils.metrics.timing import Stopwatch
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         pipeline = TextToImagePipeline.load(
             self.checkpoint, args.vae_checkpoint, args.text_encoder, weights=self.weights, device=self.device
         )
-        extractor = ImageFeatures().to(self.device)
+        extractor = ImageFeatures(self.features).to(self.device)
         self.generator = BatchedGenerator(
             pipeline, extractor, seed=args.seed, batch_size=args.batch_size, bf16=args.bf16
         )
@@ -212,32 +214,37 @@ class ImageDiffusionEvaluator(ImageEvaluator):
             rows: features of the held-out samples by row, (N, D).
             training: features of training images, (T, D).
         """
-        pooled = {name: features[:, :N_POOLED] for name, features in rows.items()}
-        target, reconstruction = pooled[self.reference], pooled["reconstruction"]
+        target, reconstruction = rows[self.reference], rows["reconstruction"]
         scores: dict[str, dict[str, float | None]] = {}
         # As many training images as held-out ones: the scores of another sample of real images.
-        same_size = training[evenly_spaced(len(training), len(captions)), :N_POOLED]
+        same_size = training[evenly_spaced(len(training), len(captions))]
         if len(same_size) == len(target):
-            scores["training"] = compare_sets(same_size, target)
+            scores["training"] = image_set_scores(same_size, target)
         for name, features in rows.items():
-            distances = {} if name == self.reference else compare_sets(pooled[name], target)
-            scores[name] = {**distances, **agreement_scores(self.probe, features, captions)}
+            distances = {} if name == self.reference else image_set_scores(features, target)
+            scores[name] = {**distances, **self.caption_scores(features, captions)}
         # Distance from the reconstructions: the error of the diffusion model without that of the VAE.
         if self.reference == "real":
-            without_vae = compare_sets(pooled["generated"], reconstruction)
+            without_vae = image_set_scores(rows["generated"], reconstruction)
             scores["generated"] |= {f"{name}_to_reconstruction": without_vae[name] for name in ("frechet", "kid")}
         n_distinct = len(set(captions))
         # Baselines of the agreement: wrong captions, and random guessing.
         if self.probe and n_distinct > 1:
             shuffled = other_captions(captions, self.args.seed)
-            scores["shuffled"] = agreement_scores(self.probe, rows["generated"], shuffled)
+            scores["shuffled"] = self.caption_scores(rows["generated"], shuffled)
             scores["chance"] = {"agreement": 1 / n_distinct, "words": 0.5}
         return scores
 
+    def caption_scores(self, features: Tensor, captions: Sequence[str]) -> dict[str, float | None]:
+        """Agreement of images with captions by the probe, and `clip_score` with a CLIP model in --features."""
+        scores = agreement_scores(self.probe, features, captions)
+        given = self.features.clip_score(features[:, N_FEATURES:], captions) if self.features else None
+        return scores if given is None else {**scores, "clip_score": given}
+
     def scalars(self, metrics: dict[str, Any]) -> dict[str, float]:
         """Numbers for TensorBoard."""
-        names = ("frechet", "kid", "precision", "recall", "agreement", "words")
-        scalars = {name: metrics["scores"]["generated"][name] for name in names}
+        names = ("frechet", "kid", "precision", "recall", "agreement", "words", *FEATURE_COLUMNS)
+        scalars = {name: metrics["scores"]["generated"].get(name) for name in names}
         scalars["agreement_shuffled"] = metrics["scores"].get("shuffled", {}).get("agreement")
         scalars |= {f"memorisation_{name}": metrics["memorisation"][name] for name in ("median_ratio", "share_closer")}
         scalars["seconds_per_image"] = metrics["model"]["seconds_per_image"]
@@ -270,7 +277,7 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         args, points = self.args, []
         # A subset of the samples, the same for every point.
         chosen = evenly_spaced(len(samples), args.curve_samples)
-        samples, target = [samples[i] for i in chosen], target[chosen, :N_POOLED]
+        samples, target = [samples[i] for i in chosen], target[chosen]
         captions, shown = [sample["caption"] for sample in samples], {}
         for sampler in args.curve_samplers:
             for scale in args.curve_scales:
@@ -280,8 +287,8 @@ class ImageDiffusionEvaluator(ImageEvaluator):
                     watch = Stopwatch(self.device)
                     features = self.generator.features(samples, settings, watch)
                     point = {**changes, "n_evaluations": n_evaluations(sampler, n_steps)}
-                    point |= compare_sets(features[:, :N_POOLED], target)
-                    point |= agreement_scores(self.probe, features, captions)
+                    point |= image_set_scores(features, target)
+                    point |= self.caption_scores(features, captions)
                     points.append({**point, "seconds_per_image": 1 / watch.per_second()})
                     # The first caption again, for the sheet.
                     images = next(self.generator.generate(samples[:1], settings))

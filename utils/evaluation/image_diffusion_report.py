@@ -6,7 +6,7 @@ from PIL import Image
 from rich.table import Table
 
 from utils.drawing.images import Group, draw_sheet
-from utils.evaluation.tables import Column, fact_table, score_table
+from utils.evaluation.tables import FEATURE_COLUMNS, Column, fact_table, score_table
 from utils.metrics.caption_agreement import N_POOLED
 
 ROW_NAMES = {  # row -> label, in the order of the table
@@ -24,13 +24,14 @@ COLUMNS = {
     "recall": Column("recall", "{:.3f}", "high"),
     "agreement": Column("agreement", "{:.3f}", "high"),
     "words": Column("words", "{:.3f}", "high"),
+    **FEATURE_COLUMNS,
 }
 CURVE_COLUMNS = {
     "sampler": Column("sampler", "{}"),
     "guidance_scale": Column("guidance", "{:g}"),
     "n_steps": Column("steps", "{:d}"),
     "n_evaluations": Column("evaluations", "{:d}"),
-    **{name: COLUMNS[name] for name in ("frechet", "kid", "precision", "recall", "agreement")},
+    **{name: COLUMNS[name] for name in ("frechet", "kid", "precision", "recall", "agreement", *FEATURE_COLUMNS)},
     "seconds_per_image": Column("s/image", "{:.3f}", "low"),
 }
 CURVE_METRICS = (*COLUMNS, "seconds_per_image")
@@ -97,7 +98,7 @@ def curves_by_steps(points: list[dict[str, Any]]) -> dict[str, dict[int, float]]
     curves: dict[str, dict[int, float]] = {}
     for point in points:
         for name in CURVE_METRICS:
-            if point[name] is not None:  # metrics that are not defined get no curve
+            if point.get(name) is not None:  # metrics that are not defined get no curve
                 title = f"curve_{name}/{point['sampler']}_guidance_{point['guidance_scale']:g}"
                 curves.setdefault(title, {})[point["n_steps"]] = point[name]
     return curves

@@ -6,6 +6,7 @@ B batch, Y X rows and columns, Z latent channels, y x latent rows and columns.
 import io
 import logging
 import statistics
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import numpy as np
@@ -25,8 +26,9 @@ from utils.devices import describe_device
 from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.arguments.image import ImageVAEEvaluationArguments
 from utils.evaluation.evaluator import Evaluation, ImageEvaluator
-from utils.evaluation.tables import Column, fact_table, latent_table, score_table
+from utils.evaluation.tables import FEATURE_COLUMNS, Column, fact_table, latent_table, score_table
 from utils.generation.exported import home_of
+from utils.metrics.given_features import PREFIX
 from utils.metrics.images import FeatureMoments, KernelDistance, SharedFeatures, frechet_distance, psnr, ssim
 from utils.metrics.latents import LATENT_DEFINITION, LatentHealth, normalized_std
 from utils.metrics.timing import Stopwatch
@@ -41,6 +43,7 @@ COLUMNS = {
     "perceptual": Column("perceptual", "{:.4f}", "low"),
     "frechet": Column("Frechet", "{:.1f}", "low"),
     "kid": Column("KID", "{:.3f}", "low", error="kid_error"),
+    **FEATURE_COLUMNS,
     "compression": Column("compression", "{:.1f} x", "high"),
 }
 
@@ -79,9 +82,12 @@ class ImageVAEEvaluator(ImageEvaluator):
         distance = PerceptualDistance(features)
         # One row of scores for the model and one per codec; they share the features of the input images.
         references = {name: REFERENCES[name] for name in self.args.references}
-        rows = {name: ReconstructionScores(features, distance) for name in ("model", *references)}
+        # Networks whose features distances of sets use: prefix of the metrics -> images (B, 3, Y, X) to (B, D).
+        extractors = {"": features.pooled, **({PREFIX: self.features} if self.features else {})}
+        rows = {name: ReconstructionScores(extractors, distance) for name in ("model", *references)}
         ratios: dict[str, list[float]] = {name: [] for name in rows}
-        real_moments, health, examples = FeatureMoments(), LatentHealth(), {}
+        real_moments = {prefix: FeatureMoments() for prefix in extractors}
+        health, examples = LatentHealth(), {}
         encode_watch, decode_watch = Stopwatch(self.device), Stopwatch(self.device)
         # Images of the contact sheet, evenly spaced.
         on_sheet = {indices[i] for i in evenly_spaced(len(indices), self.args.contact_sheet)}
@@ -103,9 +109,11 @@ class ImageVAEEvaluator(ImageEvaluator):
                 reconstructions[name], ratio = reference(image, mean.shape[-2:])
                 ratios[name] += ratio
             features.clear()  # those of the last batch
-            real_moments.update(features.pooled(image))
+            real_features = {prefix: extract(image) for prefix, extract in extractors.items()}
+            for prefix, values in real_features.items():
+                real_moments[prefix].update(values)
             for name, images in reconstructions.items():
-                rows[name].update(images, image)
+                rows[name].update(images, image, real_features)
             # Examples for the contact sheet, with their PSNR.
             for index, generated, target in zip(batch["index"].tolist(), reconstruction, image):
                 if index in on_sheet:
@@ -144,8 +152,8 @@ class ImageVAEEvaluator(ImageEvaluator):
     def report(self, scores, latents, model, *, n_samples: int) -> Evaluation:
         """Scores of all rows, statistics of the latents, size and speed as metrics, scalars and tables."""
         # Scalars of the model for TensorBoard.
-        names = ("psnr_db", "ssim", "perceptual", "frechet", "kid")
-        scalars = {name: scores["model"][name] for name in names if scores["model"][name] is not None}
+        names = ("psnr_db", "ssim", "perceptual", "frechet", "kid", *FEATURE_COLUMNS)
+        scalars = {name: scores["model"][name] for name in names if scores["model"].get(name) is not None}
         scalars["dead_channels"] = float(sum(latents["dead"]))
         # Notes below the table.
         caption = (
@@ -199,25 +207,26 @@ class ReconstructionScores:
     """Metrics of one row of the table, accumulated over batches.
 
     Args:
-        features: features of the images of the current batch, shared by all rows.
-        distance: perceptual distance on these features.
+        extractors: prefix of metrics -> function of images (B, 3, Y, X), whose features (B, D) are compared as sets.
+        distance: perceptual distance.
     """
 
-    def __init__(self, features: SharedFeatures, distance: nn.Module):
-        self.features, self.distance = features, distance
+    def __init__(self, extractors: dict[str, Callable[[Tensor], Tensor]], distance: nn.Module):
+        self.extractors, self.distance = extractors, distance
         self.values: dict[str, list[float]] = {"psnr_db": [], "ssim": [], "perceptual": []}
-        self.moments, self.kernel = FeatureMoments(), KernelDistance()
+        self.sets = {prefix: (FeatureMoments(), KernelDistance()) for prefix in extractors}
 
-    def update(self, generated: Tensor, target: Tensor) -> None:
-        """Add a batch of images, each (B, 3, Y, X) in [-1, 1]."""
+    def update(self, generated: Tensor, target: Tensor, target_features: dict[str, Tensor]) -> None:
+        """Add a batch of images, each (B, 3, Y, X) in [-1, 1], with the features of the targets by prefix."""
         self.values["psnr_db"] += psnr(generated, target).tolist()
         self.values["ssim"] += ssim(generated, target).tolist()
         self.values["perceptual"] += self.distance(generated, target).tolist()
-        # The same pooled features serve both distances of sets.
-        self.moments.update(self.features.pooled(generated))
-        self.kernel.update(self.features.pooled(target), self.features.pooled(generated))
+        # The same features serve both distances of sets.
+        for prefix, (moments, kernel) in self.sets.items():
+            moments.update(features := self.extractors[prefix](generated))
+            kernel.update(target_features[prefix], features)
 
-    def compute(self, target: FeatureMoments) -> dict[str, Any]:
+    def compute(self, target: dict[str, FeatureMoments]) -> dict[str, Any]:
         """Means, minimum and std of the PSNR; distances of sets are None below 3 images."""
         n_samples = len(self.values["psnr_db"])
         scores: dict[str, Any] = {name: statistics.fmean(values) for name, values in self.values.items()}
@@ -225,8 +234,9 @@ class ReconstructionScores:
         scores["psnr_db_std"] = statistics.pstdev(self.values["psnr_db"])
         enough = n_samples >= 3
         # The target goes first: its square root is computed once for all rows.
-        scores["frechet"] = frechet_distance(target, self.moments) if enough else None
-        scores["kid"], scores["kid_error"] = self.kernel.compute() if enough else (None, None)
+        for prefix, (moments, kernel) in self.sets.items():
+            scores[f"{prefix}frechet"] = frechet_distance(target[prefix], moments) if enough else None
+            scores[f"{prefix}kid"], scores[f"{prefix}kid_error"] = kernel.compute() if enough else (None, None)
         return scores
 
 

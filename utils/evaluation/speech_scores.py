@@ -2,6 +2,7 @@
 frames, T tokens."""
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from model.text.phonemes import SpeechTokenizer
 from utils.evaluation.audio import MIN_WORDS, ClipScorer, Scores
 from utils.metrics.pitch import pitch_statistics, track_pitch
-from utils.metrics.words import bootstrap_interval, normalize_text, text_errors
+from utils.metrics.words import bootstrap_interval, text_errors
 
 
 @dataclasses.dataclass
@@ -117,7 +118,7 @@ def recognition_scores(recognized: Sequence[str], texts: Sequence[str], seed: in
 def next_texts(texts: Sequence[str], languages: Sequence[str] | None = None) -> list[int | None]:
     """For each text the position of the next one, round the end, that has other words in the same language; None where
     all are equal."""
-    words, n = [normalize_text(text) for text in texts], len(texts)
+    words, n = [re.findall(r"\w+", text.lower()) for text in texts], len(texts)
     languages = [""] * n if languages is None else languages
 
     def is_other(i: int, j: int) -> bool:

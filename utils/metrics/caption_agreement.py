@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from model.image.feature_extractors import EfficientNetFeatures, FrozenModule
 from model.layers import in_double
@@ -19,6 +19,7 @@ from model.layers import in_double
 N_POOLED = 1280  # the first features; distances between sets of images use these alone
 GRID, COLOUR_GRID = 2, 4  # rows and columns to which a tap, and the image itself, are average-pooled
 BLOCKS = (N_POOLED, *(GRID**2 * width for width in (16, 24, 40, 112, 320)), 3 * COLOUR_GRID**2)
+N_FEATURES = sum(BLOCKS)  # those of a network that the user gives come after these
 MIN_OCCURRENCES = 5  # minimum number of captions with a word, and of captions without it
 MAX_WORDS, MAX_TRAINING, N_FOLDS = 1000, 5000, 10
 PENALTIES = torch.logspace(-5, 1, 13).tolist()  # in units of the mean squared length of an image's features
@@ -29,21 +30,25 @@ class UnusableCaptionsError(ValueError):
 
 
 class ImageFeatures(FrozenModule):
-    """EfficientNet-Lite0 (ImageNet): pooled features, its taps pooled to 2 x 2, and the image pooled to 4 x 4."""
+    """EfficientNet-Lite0 (ImageNet): pooled features, its taps pooled to 2 x 2, and the image pooled to 4 x 4.
 
-    def __init__(self):
+    Args: given: a network of the user, whose features come last.
+    """
+
+    def __init__(self, given: nn.Module | None = None):
         super().__init__()
-        self.network = EfficientNetFeatures()
+        self.network, self.given = EfficientNetFeatures(), given
         self.freeze()
 
     def forward(self, image: Tensor) -> Tensor:
         """Args: image: (B, 3, Y, X) in [-1, 1], sides at least 32.
-        Returns: (B, D) fp32 on the CPU, blocks as in BLOCKS, the pooled features first."""
+        Returns: (B, D) fp32 on the CPU, blocks as in BLOCKS, the pooled features first; then those of `given`."""
         pooled = self.network.extract(image.float()).mean((2, 3))
         taps, self.network.taps = self.network.taps, []
         coarse = [F.adaptive_avg_pool2d(tap, GRID).flatten(1) for tap in taps]
         colours = F.adaptive_avg_pool2d(image.float(), COLOUR_GRID).flatten(1)
-        return torch.cat([pooled, *coarse, colours], dim=1).float().cpu()
+        features = torch.cat([pooled, *coarse, colours], dim=1).float().cpu()
+        return features if self.given is None else torch.cat([features, self.given(image)], dim=1)
 
 
 def words_of(caption: str) -> set[str]:
@@ -73,7 +78,7 @@ class TextProbe:
     Args:
         features: of real images, (N, D), see `ImageFeatures`; at most 5000 are used, evenly spaced.
         captions: N texts.
-        blocks: widths of the blocks of features, whose sum is D.
+        blocks: widths of the blocks of features; further features are not read.
     Attributes:
         words: its vocabulary of W words.
         explained: share of the words' variance that it predicts for held-out captions (R^2).
@@ -85,7 +90,8 @@ class TextProbe:
         chosen = [i * len(captions) // MAX_TRAINING for i in range(MAX_TRAINING)]
         if len(captions) > MAX_TRAINING:
             features, captions = features[chosen], [captions[i] for i in chosen]
-        self.words = choose_words(captions)
+        self.words, self.width = choose_words(captions), sum(blocks)
+        features = features[:, : self.width]
         # Standardise features and words. A block of `size` features is divided by sqrt(size).
         self.center, self.scale = features.mean(0), features.std(0).clamp_min(1e-6)
         self.scale = self.scale * torch.cat([torch.full((size,), size**0.5) for size in blocks])
@@ -103,7 +109,7 @@ class TextProbe:
 
     def standardise(self, features: Tensor) -> Tensor:
         """(N, D) -> (N, D) with zero mean and the same total variance in every block."""
-        return (features - self.center) / self.scale
+        return (features[:, : self.width] - self.center) / self.scale
 
     def count_words(self, captions: Sequence[str]) -> Tensor:
         """(N, W) fp32, 1 where the caption has the word."""

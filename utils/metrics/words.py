@@ -1,11 +1,12 @@
 """Words of speech: recognition, text normalisation, word and character error rates.  S samples, N clips."""
 
 import dataclasses
+import functools
 import logging
 import re
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -51,53 +52,27 @@ class Recognizer:
         return " ".join(segment.text.strip() for segment in segments)
 
 
-# fmt: off
-ONES = [
-    "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine",
-    "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen",
-]
-# fmt: on
-TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
-
-
-def number_words(number: int) -> str:
-    """A number below a million as English words, without "and"; larger numbers digit by digit."""
-    if number >= 1_000_000:
-        return " ".join(ONES[int(digit)] for digit in str(number))
-    if number >= 1000:
-        rest = f" {number_words(number % 1000)}" if number % 1000 else ""
-        return f"{number_words(number // 1000)} thousand{rest}"
-    if number >= 100:
-        rest = f" {number_words(number % 100)}" if number % 100 else ""
-        return f"{ONES[number // 100]} hundred{rest}"
-    if number >= 20:
-        return TENS[number // 10 - 2] + (f" {ONES[number % 10]}" if number % 10 else "")
-    return ONES[number]
+@functools.cache
+def normalizer() -> Callable[[str], str]:
+    """Whisper's English normaliser. Raises: ValueError: its package is missing."""
+    return import_optional("whisper_normalizer.english").EnglishTextNormalizer()
 
 
 def normalize_text(text: str) -> list[str]:
-    """The words of a text for counting errors: lower case, numbers as words, no accents, no punctuation.
+    """The words of a text for counting errors, by Whisper's English normaliser (arXiv 2212.04356, appendix C).
 
-    Apostrophes are removed ("don't" becomes "dont"), hyphens separate words, "%" and "&" are spelled out.
+    Lower case, numbers as digits, American spelling, contractions written out, no fillers such as "uh", nothing in
+    brackets, no punctuation. Two of its gaps are closed: it knows no typographic apostrophe, and leaves a period of an
+    ellipsis.
+
+    Raises: ValueError: the package is missing.
     """
-    # Accents become separate characters, which are dropped.
-    text = unicodedata.normalize("NFKD", text.lower())
-    text = "".join(character for character in text if not unicodedata.combining(character))
-    # Thousands separators and apostrophes go; 3.14 becomes "3 point 1 4", then digits become words.
-    text = re.sub(r"(?<=\d),(?=\d{3}\b)|['\u2019]", "", text).replace("%", " percent ").replace("&", " and ")
-    text = re.sub(r"(\d+)\.(\d+)", lambda match: f"{match[1]} point {' '.join(match[2])}", text)
-    text = re.sub(r"\d+", lambda match: f" {number_words(int(match[0]))} ", text)
-    return re.sub(r"[^\w\s]|_", " ", text).split()
+    return [word for word in normalizer()(text.replace("\u2019", "'")).split() if re.search(r"\w", word)]
 
 
-def word_errors(generated: Sequence[str], target: Sequence[str]) -> int:
-    """The minimum number of substitutions, insertions and deletions between two lists of words (Levenshtein)."""
-    row = list(range(len(generated) + 1))  # distances between the target's first i words and every prefix
-    for i, word in enumerate(target, 1):
-        diagonal, row[0] = row[0], i
-        for j, other in enumerate(generated, 1):
-            diagonal, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, diagonal + (word != other))
-    return row[-1]
+def n_errors(alignment: Any) -> int:
+    """Substitutions, deletions and insertions of an alignment by jiwer, the fewest possible."""
+    return alignment.substitutions + alignment.deletions + alignment.insertions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,13 +86,17 @@ class TextErrors:
 
 
 def text_errors(generated: str, target: str) -> TextErrors:
-    """Compare one transcript with its true text. Single spaces between words count as characters."""
+    """Compare one transcript with its true text. Single spaces between words count as characters.
+
+    Raises: ValueError: a package is missing.
+    """
+    package = import_optional("jiwer")
     words, true_words = normalize_text(generated), normalize_text(target)
     characters, true_characters = " ".join(words), " ".join(true_words)
     return TextErrors(
-        words=word_errors(words, true_words),
+        words=n_errors(package.process_words(true_characters, characters)),
         n_words=len(true_words),
-        characters=word_errors(characters, true_characters),
+        characters=n_errors(package.process_characters(true_characters, characters)),
         n_characters=len(true_characters),
     )
 

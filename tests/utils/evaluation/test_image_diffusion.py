@@ -14,6 +14,7 @@ from dataset_loading.image.latents import ImageLatentDataset
 from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.runs import changed
+from tests.helpers.text_encoder_folder import save_clip
 from utils.evaluation.generated_images import PairedLatentDataset, generation_metrics, train_probe
 from utils.evaluation.image_diffusion import distinct_captions
 from utils.evaluation.source_images import SourceImageDataset
@@ -108,6 +109,18 @@ def test_curve_sheet_and_tensorboard(report, checkpoint):
     assert f"{group}/curve" in events.Tags()["images"] and f"{group}/agreement" in events.Tags()["scalars"]
     assert Image.open(checkpoint.parent / "curve.png").width > 2 * 128
     assert Image.open(checkpoint.parent / "contact_sheet.png").width > 10 * 128  # Two captions, five images each.
+
+
+def test_a_clip_folder_gives_distances_and_the_clip_score(run, tmp_path):
+    few = ["--max_samples", 5, "--training_samples", 12]
+    plain, report = run(*few), run(*few, "--features", save_clip(tmp_path / "clip"), *CURVE)
+    assert report["features"]["kind"] == "clip" and report["features"]["width"] == 8
+    for name, row in plain["scores"].items():
+        assert report["scores"][name].items() >= row.items(), name
+    generated, shuffled = report["scores"]["generated"], report["scores"]["shuffled"]
+    assert generated["features_frechet"] > 0 and "features_frechet" not in shuffled
+    assert 0 <= generated["clip_score"] <= 100 and generated["clip_score"] != shuffled["clip_score"]
+    assert all({"features_kid", "clip_score"} <= set(point) for point in report["curve"]["points"])
 
 
 def test_seeds_and_batches(run):

@@ -15,6 +15,7 @@ from model.image.vae import ImageVAE
 from preprocess_image_vae_dataset import ImageVAEPreprocess
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.runs import changed
+from tests.helpers.text_encoder_folder import save_torchscript
 from utils.checkpoints import COMPLETE, EMA, STAGE, load_model, mark_complete
 from utils.command_line import parse_arguments
 from utils.metrics.images import psnr
@@ -115,6 +116,19 @@ def test_two_samples_have_no_distance_of_sets(run, tmp_path):
         "contact_sheet.png",
         "events",
     }
+
+
+def test_features_of_a_file_are_compared_too(run, tmp_path, refused):
+    plain = run("--max_samples", "6")
+    file = save_torchscript(tmp_path / "network.pt")
+    report = run("--max_samples", "6", "--features", file, "--references", "jpeg")
+    assert report["features"]["width"] == 6 and list(report["features"]["sha256"]) == ["network.pt"]
+    model, jpeg = (report["scores"][name] for name in ("model", "jpeg"))
+    assert model.items() >= plain["scores"]["model"].items() and "features" not in plain
+    assert 0 < jpeg["features_frechet"] < model["features_frechet"] and jpeg["features_kid"] < model["features_kid"]
+    assert report["definitions"].keys() >= {"features_frechet", "features_kid"}
+    assert run("--features", file)["scores"]["model"]["features_kid"] is None  # Of two images.
+    assert "missing.pt does not exist" in refused("--features", tmp_path / "missing.pt")
 
 
 def test_raw_weights(run):

@@ -12,10 +12,8 @@ from utils.metrics.words import (
     Recognizer,
     bootstrap_interval,
     normalize_text,
-    number_words,
     text_errors,
     word_error_rate,
-    word_errors,
 )
 
 # ---- Words.
@@ -24,9 +22,10 @@ from utils.metrics.words import (
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("Press 1, then 42!", "press one then forty two"),
-        ("It's 3.05 %; don\u2019t re-dial", "its three point zero five percent dont re dial"),
-        ("Room 1,234 & caf\u00e9_12", "room one thousand two hundred thirty four and cafe twelve"),
+        ("Press 1, then forty-two!", "press one then 42"),
+        ("It's 3.05%; don\u2019t re-dial", "it is 3.05% do not re dial"),
+        ("Room 1,234 & caf\u00e9_12", "room 1234 cafe 12"),
+        ("Uh, the colour [noise] of Mr. Smith...", "the color of mister smith"),
         ("...", ""),
     ],
 )
@@ -34,25 +33,9 @@ def test_texts_are_normalised(text, words):
     assert normalize_text(text) == words.split()
 
 
-def test_numbers_are_spelled_out():
-    found = [number_words(n) for n in (0, 19, 20, 99, 100, 110, 1000, 20_015, 999_999, 1_000_002)]
-    assert found == [
-        "zero",
-        "nineteen",
-        "twenty",
-        "ninety nine",
-        "one hundred",
-        "one hundred ten",
-        "one thousand",
-        "twenty thousand fifteen",
-        "nine hundred ninety nine thousand nine hundred ninety nine",
-        "one zero zero zero zero zero two",
-    ]
-
-
 def test_word_error_rate_by_hand():
-    assert word_errors(["a", "x", "c"], ["a", "b", "c", "d"]) == 2  # one substitution, one deletion
-    assert word_errors([], ["a", "b"]) == 2 and word_errors(["a", "b"], []) == 2
+    assert text_errors("a x c", "a b c d").words == 2  # one substitution, one deletion
+    assert text_errors("", "a b").words == 2 and text_errors("a b", "").words == 2
     assert word_error_rate(["press one", "hello, there you"], ["Press 1 now.", "hello there"]) == pytest.approx(2 / 5)
     with pytest.raises(ValueError, match="0 transcripts and 1 target"):
         word_error_rate([], ["a"])
@@ -67,7 +50,7 @@ def test_word_errors_equal_the_recursion(a, b):
             return i + j
         return min(slow(i - 1, j) + 1, slow(i, j - 1) + 1, slow(i - 1, j - 1) + (a[i - 1] != b[j - 1]))
 
-    assert word_errors(a, b) == slow(len(a), len(b))
+    assert text_errors(" ".join(a), " ".join(b)).words == slow(len(a), len(b))
 
 
 def test_a_spoken_sentence_is_recognised(speech):

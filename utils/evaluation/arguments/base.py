@@ -60,7 +60,19 @@ class ContactSheetArguments:
 
 
 @dataclasses.dataclass
-class ImageEvaluationArguments(ContactSheetArguments, BatchedEvaluationArguments):
+class FeatureArguments:
+    """Flag of evaluators that compare sets of images."""
+
+    SECTION_MEASUREMENTS: ClassVar = Section("Measurements")
+    features: str = option(
+        "",
+        "network whose features compare with papers: TorchScript file such as inception-2015-12-05.pt (FID, KID), or "
+        "folder of a CLIP (with CLIP score) or DINOv2 model; default: the packaged EfficientNet alone",
+    )
+
+
+@dataclasses.dataclass
+class ImageEvaluationArguments(FeatureArguments, ContactSheetArguments, BatchedEvaluationArguments):
     """Flags of evaluators of images, which may also be read without preprocessing."""
 
     SECTION_IMAGES: ClassVar = Section("Images without preprocessing")

@@ -3,7 +3,12 @@
 import dataclasses
 from typing import ClassVar, Literal, get_args
 
-from utils.evaluation.arguments.base import BatchedEvaluationArguments, ContactSheetArguments, expect_values
+from utils.evaluation.arguments.base import (
+    BatchedEvaluationArguments,
+    ContactSheetArguments,
+    FeatureArguments,
+    expect_values,
+)
 from utils.flags.choices import SamplerKind
 from utils.options import Section, option
 
@@ -33,7 +38,7 @@ MultimodalMetric = Literal["losses", "texts", "probe", "reader", "wer", "round_t
 
 
 @dataclasses.dataclass
-class MultimodalEvaluationArguments(ContactSheetArguments, BatchedEvaluationArguments):
+class MultimodalEvaluationArguments(FeatureArguments, ContactSheetArguments, BatchedEvaluationArguments):
     """Flags of the evaluation of multimodal models."""
 
     SECTION_MEASUREMENTS: ClassVar = Section("Measurements")

@@ -200,7 +200,10 @@ class MultimodalEvaluator(Evaluator):
                 decode=self.generator.images,
                 n_training=args.training_samples,
                 device=self.device,
+                given=self.features,
             )
+        elif self.features:
+            raise ValueError(f"--features={args.features} has no effect without generated images and --metrics probe")
         if "audio" in targets and "wer" in metrics:
             audio: Any = self.pipeline.audio
             mel = audio.vae.config.mel

@@ -15,13 +15,13 @@ from torch import Tensor
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.embedded.scenes import caption_factors
 from dataset_loading.image.latents import ImageLatentDataset
-from utils.evaluation.generated_images import agreement_scores
+from utils.evaluation.generated_images import agreement_scores, image_set_scores
 from utils.evaluation.multimodal.outputs import Outputs
 from utils.evaluation.source_images import SourceImageDataset
 from utils.evaluation.speech_scores import recognition_scores
 from utils.metrics.audio import missing_packages
-from utils.metrics.caption_agreement import N_POOLED, ImageFeatures, TextProbe, UnusableCaptionsError
-from utils.metrics.feature_sets import compare_sets
+from utils.metrics.caption_agreement import N_FEATURES, ImageFeatures, TextProbe, UnusableCaptionsError
+from utils.metrics.given_features import GivenFeatures
 from utils.metrics.words import Recognizer, normalize_text, text_errors
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class ImageJudge:
         training, held_out: latents of the splits; their raw images are used where they can be read.
         decode: latents (N items) -> images (3, S, S) in [-1, 1].
         n_training: maximum number of training images.
+        given: the network of --features.
     Attributes: reference: `real` for raw images, `vae` for decoded latents. problem: why there is no probe.
     """
 
@@ -79,9 +80,11 @@ class ImageJudge:
         decode: Callable[[Sequence[Tensor]], list[Tensor]],
         n_training: int,
         device: torch.device,
+        given: GivenFeatures | None = None,
     ):
         self.training, self.held_out, self.decode = training, held_out, decode
-        self.extractor, self.device, self.problem = ImageFeatures().to(device), device, ""
+        self.given, self.device, self.problem = given, device, ""
+        self.extractor = ImageFeatures(given).to(device)
         captioned = [index for index, entry in enumerate(training.entries) if entry["caption"].strip()]
         self.chosen = [captioned[i] for i in evenly_spaced(len(captioned), n_training or len(captioned))]
         try:
@@ -116,13 +119,15 @@ class ImageJudge:
             return None
 
     def agreement(self, features: Tensor, texts: Sequence[str]) -> Scores:
-        """`probe_top1` and `probe_words`, see `TextProbe.agreement`."""
+        """`probe_top1` and `probe_words`, see `TextProbe.agreement`; `clip_score` with a CLIP model."""
         scores = agreement_scores(self.probe, features, texts)
-        return {"probe_top1": scores["agreement"], "probe_words": scores["words"]}
+        named = {"probe_top1": scores["agreement"], "probe_words": scores["words"]}
+        clip_score = self.given.clip_score(features[:, N_FEATURES:], texts) if self.given else None
+        return named if clip_score is None else {**named, "clip_score": clip_score}
 
     def distance(self, features: Tensor, target: Tensor) -> Scores:
-        """Distances of sets of the same size, see `compare_sets`."""
-        return compare_sets(features[:, :N_POOLED], target[:, :N_POOLED])
+        """Distances of sets of the same size, see `image_set_scores`."""
+        return image_set_scores(features, target)
 
 
 class SpeechJudge:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from utils.evaluation.audio import MIN_WORDS
-from utils.evaluation.tables import Column, fact_table, score_table
+from utils.evaluation.tables import FEATURE_COLUMNS, Column, fact_table, score_table
 from utils.metrics.caption_agreement import N_POOLED
 
 ROW_NAMES = {
@@ -34,6 +34,7 @@ COLUMNS = {
     "probe_words":       Column("AUC",         "{:.3f}", "high"),
     "kid":               Column("KID",         "{:.2f}", "low", error="kid_error"),
     "frechet":           Column("Frechet",     "{:.0f}", "low"),
+    **FEATURE_COLUMNS,
     "wer":               Column("WER",         "{:.3f}", "low"),
     "wer_all":           Column("all clips",   "{:.3f}", "low"),
     "cer":               Column("CER",         "{:.3f}", "low"),

@@ -25,6 +25,7 @@ from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.runs import changed
 from tests.helpers.stream_caches import SMALL_RECURRENT, make_stream_caches
+from tests.helpers.text_encoder_folder import save_clip, save_torchscript
 from utils.checkpoints import STAGE, mark_complete, provenance, write_json
 from utils.configuration import MegaTransformerConfig
 from utils.evaluation.multimodal import beside
@@ -82,7 +83,7 @@ def report(run, caches, tmp_path_factory):
     save_diffusion_checkpoint(folder / "draws", Path(caches[1]))
     beside = [run, folder / "draws", save_speech_checkpoint(folder / "speaks", Path(caches[3]))]
     words = "--metrics losses texts probe reader round_trips --reader_steps 3 --n_copies 2 --contact_sheet 1"
-    words += " --batch_size 4 --beside"
+    words += f" --batch_size 4 --features {save_clip(folder / 'clip')} --beside"
     return evaluate.main(["--checkpoint", str(run), *words.split(), *map(str, beside)])
 
 
@@ -102,7 +103,9 @@ def test_every_direction_has_its_rows_and_controls(report, run):
     texts, images, sounds = (report["scores"][name] for name in ("image-text", "text-image", "text-audio"))
     assert {"exact", "words", "object", "ground", "place", "all"} == set(texts["model"])
     assert {"wer", "cer"} < set(report["scores"]["audio-text"]["model"])
-    assert {"read_object", "read_all", "probe_words", "kid", "kid_error"} <= set(images["model"])
+    assert {"read_object", "read_all", "probe_words", "kid", "kid_error", "features_kid"} <= set(images["model"])
+    scored = {name for name, row in images.items() if 0 <= row.get("clip_score", -1) <= 100}
+    assert report["features"]["kind"] == "clip" and {"vae", "model", "shuffled"} <= scored
     assert "kid" not in images["shuffled"] and images["vae"]["read_all"] == pytest.approx(
         report["readers"]["image"]["held_out"]["all"]
     )
@@ -235,10 +238,12 @@ def test_carried_states_of_a_recurrent_core(run, tmp_path):
         ("--image_latents nowhere", "nowhere does not exist"),
         ("--beside VAE", "a run of stage 'image_vae'"),
         ("--metrics losses --reader_steps 3", "--reader_steps has no effect"),
+        ("--features NETWORK --metrics losses", "--features=.*network.pt has no effect without .*--metrics probe"),
     ],
 )
 def test_what_does_not_fit_is_refused(words, message, run, tmp_path, image_cache, capsys, caplog):
     words = words.replace("VAE", str(save_checkpoint(tmp_path / "image_vae" / "small", image_cache)))
+    words = words.replace("NETWORK", str(save_torchscript(tmp_path / "network.pt")))
     with pytest.raises(SystemExit) as end:
         evaluate.main(["--checkpoint", str(run), *words.split()])
     assert end.value.code == 2
