@@ -4,9 +4,11 @@ r"""Export a checkpoint of any stage to a folder that opens with `from_pretraine
     python inference/export_model.py --checkpoint runs/multimodal/demo --output my_model --dtype bfloat16
     python inference/export_model.py --checkpoint runs/audio_diffusion/demo --output my_voice --with_parts \
         --vocoder_checkpoint runs/vocoder/demo --license cc-by-4.0
+    python inference/export_model.py --checkpoint runs/image_vae/ldm --output my_autoencoder_kl --format diffusers
 
 The folder holds the averaged weights as model.safetensors, config.json, the tokenizer, stage.json and README.md; it is
-also a --checkpoint of all other scripts. Discriminators and the optimizer's state stay in the run.
+also a --checkpoint of all other scripts. With --format diffusers it is an AutoencoderKL or a UNet2DConditionModel with
+its scheduler, for diffusers and for --init_from. Discriminators and the optimizer's state stay in the run.
 """
 
 import dataclasses
@@ -18,24 +20,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
-from utils.exporting.folder import Content, DType, export_folder
+from utils.exporting.arguments import PartsArguments
+from utils.exporting.folder import Content, DType, Format, export_folder
 from utils.options import option
 
 
 @dataclasses.dataclass
-class ExportModelArguments:
+class ExportModelArguments(PartsArguments):
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
     output: str = option("", "folder to write; it must not exist, or be empty")
     weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
+    format: Format = option(
+        "transformers", "library whose from_pretrained opens it; diffusers: architecture ldm alone"
+    )
     dtype: DType = option("float32", "precision of the stored weights; media models still compute in fp32")
-    with_parts: bool = option(False, "also the models that this one needs, in subfolders: VAEs, text encoder")
-    vae_checkpoint: str = option(
-        "", "folder of the latents' VAE; default: its copy in the run or the cache", only_with=("with_parts", True)
-    )
-    text_encoder: str = option(
-        "", "folder or hub name of the captions' text encoder; default: as recorded", only_with=("with_parts", True)
-    )
-    vocoder_checkpoint: str = option("", "vocoder to put into the subfolder vocoder, for models that make audio")
     license: str = option("", "licence in the model card, by the hub's name, such as mit or cc-by-4.0")
 
     def validate_checkpoint(self):
@@ -50,6 +48,7 @@ def export(args: ExportModelArguments) -> Path:
         output.resolve().name,
         chosen_weights(checkpoint, args),
         args.dtype,
+        args.format,
         license=args.license,
         with_parts=args.with_parts,
         vocoder=args.vocoder_checkpoint and str(resolve_checkpoint(args.vocoder_checkpoint)),

@@ -32,6 +32,7 @@ from dataset_loading.text.tokenizers import (
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from utils.checkpoints import (
+    COMPLETE,
     WeightsKind,
     check_files,
     explained_loading,
@@ -300,7 +301,8 @@ def split_windows(dataset: Any, n_samples: int, n_new: int) -> list[tuple[list[i
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a checkpoint folder. Raises: OSError, ValueError: it is missing or damaged; names the file."""
-    check_files(folder, [file.name for file in folder.glob("*token*.json")])
+    if (folder / COMPLETE).is_file():  # A Llama's folder has no digests.
+        check_files(folder, [file.name for file in folder.glob("*token*.json")])
     with explained_loading(folder / "tokenizer.json"):
         return load_tokenizer(str(folder))
 

@@ -199,7 +199,8 @@ def fit_to_latents(
     elif config.text_encoder == "frozen":
         raise ValueError(
             f"text_encoder='frozen' needs the states of a text encoder, which {folder} lacks; make latents with "
-            "preprocess_image_diffusion_dataset.py --text_encoder, or give --override text_encoder=bytes"
+            "preprocess_image_diffusion_dataset.py --text_encoder, or give --override text_encoder=bytes "
+            "text_embedding_width=null"
         )
     # Overrides may repeat these fields, but not contradict them.
     for pair in overrides:
