@@ -3,7 +3,7 @@ r"""Export a checkpoint of any stage to a folder that opens with `from_pretraine
     python inference/export_model.py --checkpoint runs/image_vae/demo --output my_vae
     python inference/export_model.py --checkpoint runs/multimodal/demo --output my_model --dtype bfloat16
     python inference/export_model.py --checkpoint runs/audio_diffusion/demo --output my_voice --with_parts \
-        --vocoder_checkpoint runs/vocoder/demo --license cc-by-4.0
+        --vocoder_checkpoint runs/vocoder/demo --license cc-by-4.0 --push_to_hub my_user/my_voice
     python inference/export_model.py --checkpoint runs/image_vae/ldm --output my_autoencoder_kl --format diffusers
 
 The folder holds the averaged weights as model.safetensors, config.json, the tokenizer, stage.json and README.md; it is
@@ -22,6 +22,7 @@ from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
 from utils.exporting.arguments import PartsArguments
 from utils.exporting.folder import Content, DType, Format, export_folder
+from utils.exporting.hub import check_hub, push
 from utils.options import option
 
 
@@ -35,6 +36,8 @@ class ExportModelArguments(PartsArguments):
     )
     dtype: DType = option("float32", "precision of the stored weights; media models still compute in fp32")
     license: str = option("", "licence in the model card, by the hub's name, such as mit or cc-by-4.0")
+    push_to_hub: str = option("", "also upload the folder as a new repository of this name, such as my_user/my_model")
+    private: bool = option(False, "make the repository private", only_with=("push_to_hub", bool))
 
     def validate_checkpoint(self):
         if not self.checkpoint or not self.output:
@@ -44,6 +47,8 @@ class ExportModelArguments(PartsArguments):
 def export(args: ExportModelArguments) -> Path:
     """Write the folder; returns it."""
     checkpoint, output = resolve_checkpoint(args.checkpoint).absolute(), Path(args.output)
+    if args.push_to_hub:
+        check_hub(args.push_to_hub)
     content = Content(
         output.resolve().name,
         chosen_weights(checkpoint, args),
@@ -54,9 +59,12 @@ def export(args: ExportModelArguments) -> Path:
         vocoder=args.vocoder_checkpoint and str(resolve_checkpoint(args.vocoder_checkpoint)),
         vaes=dict.fromkeys(("image", "audio"), args.vae_checkpoint),
         text_encoder=args.text_encoder,
+        hub_name=args.push_to_hub,
     )
     export_folder(checkpoint, output, content)
     print(output)
+    if args.push_to_hub:
+        print(push(output, args.push_to_hub, private=args.private))
     return output
 
 
