@@ -14,12 +14,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from dataset_loading.audio.signal import save_waveform
-from utils.checkpoints import WeightsKind, chosen_weights, provenance, resolve_checkpoint, write_json
+from utils.checkpoints import WeightsKind, chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.generation.audio_diffusion import AudioSamplingArguments
 from utils.generation.captions import CaptionPipeline
-from utils.generation.files import claim_folder
+from utils.generation.files import claim_folder, write_settings
 from utils.generation.speech import read_texts
 from utils.generation.text import file_stem
 from utils.options import option
@@ -67,8 +67,7 @@ def generate(args: TextToAudioArguments) -> None:
         gain = save_waveform(waveform, rate, folder / file)
         files.append({"file": file, "prompt": prompt, "seed": seed, "seconds": seconds, "gain": gain})
         print(f"{folder}/{file}  {seconds:.2f} s  {prompt}", flush=True)
-    record = {"checkpoint": str(checkpoint), "weights": weights, "device": str(device), "files": files}
-    write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
+    write_settings(folder, args, **pipeline.record, files=files)
 
 
 if __name__ == "__main__":
