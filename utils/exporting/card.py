@@ -3,7 +3,8 @@ and how good it is, from the records of its run."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,12 @@ def model_card(
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def opening(folder: str, kind: ExportedModel, hub_name: str = "") -> str:
-    """How the folder opens; from the hub, where scripts need a copy of it."""
+def opening(folder: str, kind: ExportedModel, speakers: Sequence[str] = (), hub_name: str = "") -> str:
+    """How the folder opens; from the hub, where scripts need a copy of it.
+
+    Args: speakers: that the model knows; the command names one.
+    """
+    command = kind.command.replace("FOLDER", folder) + (f" --speaker {shlex.quote(speakers[0])}" if speakers else "")
     name, copy = hub_name or folder, f"hf download {hub_name} --local-dir {folder}\n" if hub_name else ""
     imports, tokenizer = f"from transformers import {kind.auto_class}", []
     if kind.auto_class == "AutoModelForCausalLM":
@@ -79,8 +84,9 @@ def opening(folder: str, kind: ExportedModel, hub_name: str = "") -> str:
     code = "\n".join([*lines, kind.usage])
     return (
         f"In the folder of the MegaTransformer repository, which has the model's code:\n\n```python\n{code}"
-        f"\n```\n\n```bash\n{copy}{kind.command.replace('FOLDER', folder)}\n```\n\n"
-        "It is also a `--checkpoint` of `evaluate.py` and a `--init_from` of the script that trains this model."
+        f"\n```\n\n```bash\n{copy}{command}\n```\n\n"
+        "`docs/api.md` there generates and encodes with each model in ten lines.\n\nThe folder is also "
+        "a `--checkpoint` of `evaluate.py` and a `--init_from` of the script that trains this model."
     )
 
 

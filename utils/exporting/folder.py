@@ -109,7 +109,7 @@ def write_folder(checkpoint: Path, folder: Path, content: Content) -> None:
         use = diffusers_opening(content.hub_name or content.name, model)
     else:
         write_checkpoint(checkpoint, folder, content, model=model, needs=needs, record=record)
-        use = opening(content.name, kind, content.hub_name)
+        use = opening(content.name, kind, getattr(model.config, "speakers", ()), hub_name=content.hub_name)
     # The card is not in COMPLETE.json: whoever publishes the model edits it.
     metrics = portable(read_metrics(checkpoint, export["step"]), "")
     described = {name: need.description for name, need in needs.items()}

@@ -89,3 +89,11 @@ def test_block(title, place, monkeypatch):
 
 def test_no_block_is_left_out():
     assert len(BLOCKS) == DOCUMENT.read_text().count("```python\n") == 10
+
+
+def test_cards_have_commands_that_work(place):
+    for name, command in {
+        "my_voice": 'text_to_speech.py --checkpoint my_voice --text "Hello." --speaker ann',
+        "my_sounds": "text_to_audio.py --checkpoint my_sounds --prompts",
+    }.items():
+        assert command in (place / name / "README.md").read_text()
