@@ -54,7 +54,8 @@ def write_diffusers(model: ImageVAE | ImageDiffusion, folder: Path, dtype: torch
         getattr(diffusers, scheduler)(**settings).save_pretrained(folder)
         save_file({"state": model.null.state.detach().clone()}, folder / NULL_CONDITION)
     theirs.load_state_dict(under_their_names(state, theirs, names))
-    theirs.to(dtype).save_pretrained(folder)
+    nn.Module.to(theirs, dtype)  # That of diffusers warns of layers that are to stay in float32; there are none.
+    theirs.save_pretrained(folder)
     for file in folder.iterdir():
         if file.is_file():
             sync_to_disk(file)

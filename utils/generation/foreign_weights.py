@@ -66,17 +66,20 @@ def read_config(folder: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def format_of(path: str | Path) -> tuple[ForeignFormat, Path] | None:
-    """The format of another library's folder, and where in it the model is; None for other folders."""
-    folder = Path(path)
+def format_of(path: str | Path, model_class: type | None = None) -> tuple[ForeignFormat, Path] | None:
+    """The format of another library's folder, and where in it the model is; None for other folders.
+
+    Args: model_class: the model of a pipeline that is meant, which has several.
+    """
+    folder, formats = Path(path), []
     if (folder / COMPLETE).is_file():  # a checkpoint
         return None
-    for kind, subfolder in ((kind, kind.subfolder) for kind in FORMATS.values()):
-        for place in (folder, folder / subfolder):
+    for kind in FORMATS.values():
+        for place in dict.fromkeys((folder, folder / kind.subfolder)):
             config = read_config(place)
             if kind is FORMATS.get(config.get("_class_name") or (config.get("architectures") or [""])[0]):
-                return kind, place
-    return None
+                formats.append((kind, place))
+    return next((found for found in formats if found[0].model_class is model_class), next(iter(formats), None))
 
 
 # ---- Weights of the formats.
@@ -186,14 +189,15 @@ def foreign_model(
         ValueError: the folder is of another kind of model, of a variant that ours does not have, or fields that shape
             its weights differ from this run's; names them and the flags that fit.
     """
-    if (found := format_of(path)) is None:
+    if (found := format_of(path, model_class)) is None:
         return None
     kind, folder = found
     if model_class is not kind.model_class:
         raise ValueError(
             f"--init_from {path} is {kind.name}, which {kind.flags} reads; this run trains {model_class.__name__}"
         )
-    fields = {name: value for name, value in kind.read_fields(folder).items() if name not in FREE}
+    fields = kind.read_fields(folder)
+    fields |= {name: getattr(config, name) for name in FREE & fields.keys()}  # The run's own, for the remedy.
     differing = [name for name, value in fields.items() if value_of(config, name) != value]
     if differing:
         there = ", ".join(f"{name}={fields[name]!r} (here {getattr(config, name)!r})" for name in differing)
@@ -212,6 +216,11 @@ def value_of(config: StrictConfig, name: str) -> Any:
     return getattr(config, RESOLVED.get(name, name), getattr(config, name))
 
 
+def as_override(value: Any) -> str:
+    """A value as `--override` reads it."""
+    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
+
+
 def fitting_flags(config_class: type, presets: Mapping[str, Any], fields: dict[str, Any], differing: list[str]) -> str:
     """`--config` and `--override` for some fields, from the preset that is nearest to them.
 
@@ -222,6 +231,6 @@ def fitting_flags(config_class: type, presets: Mapping[str, Any], fields: dict[s
         config = from_preset(config_class, dict(presets), preset)
         differs = {name for name, value in fields.items() if value_of(config, name) != value}
         names = differs | ({"vocab_size"} & set(differing))
-        overrides[preset] = [f"{name}={json.dumps(fields[name], separators=(',', ':'))}" for name in sorted(names)]
+        overrides[preset] = [f"{name}={as_override(fields[name])}" for name in sorted(names)]
     preset = min(overrides, key=lambda name: len(overrides[name]))
     return " ".join([f"--config {preset}", *(["--override", *overrides[preset]] if overrides[preset] else [])])

@@ -46,7 +46,7 @@ def remedy(error) -> list[str]:
 
 
 def following(common: list[str], flags: list[str], *overrides: str) -> list[str]:
-    """A command line with the flags of a remedy, and further overrides."""
+    """A command line with the flags of a remedy, which end with overrides, and further ones."""
     return [*changed(common, *flags), *overrides]
 
 
@@ -75,7 +75,7 @@ def test_an_image_vae_goes_on_from_an_autoencoder(train, autoencoder, image_cach
     pipeline = ["--init_from", str(folder.parent), *STILL]  # The folder of a pipeline will do.
     with pytest.raises(ValueError, match=r"encoder_widths=\[8, 16\] \(here \[128, 256, 512, 512\]\)") as error:
         train("other", 2, *pipeline, "--config", "ldm", "--override", "image_size=32")
-    common = following(SMALL_RUN, remedy(error), "image_size=32")
+    common = following(SMALL_RUN, remedy(error))
     with torch.enable_grad():
         run = run_stage(ImageVAEStage, common, image_cache, tmp_path, "run", 2, *pipeline)
     ours, image = load_model(ImageVAE, run.folder), torch.rand(1, 3, 32, 32) * 2 - 1
@@ -85,18 +85,19 @@ def test_an_image_vae_goes_on_from_an_autoencoder(train, autoencoder, image_cach
 
 
 @torch.no_grad()
-def test_a_text_to_image_model_goes_on_from_a_unet(train_diffusion, latent_cache, tmp_path):
+def test_a_text_to_image_model_goes_on_from_a_unet(train_diffusion, autoencoder, latent_cache, tmp_path):
     heads = {"n_heads": None, "head_width": 4, "latent_channels": 16}
     config = ImageDiffusion.from_preset("ldm", **{**SMALL_LDM_UNET, **heads}).config
     theirs = random_weights(diffusers.UNet2DConditionModel(**unet_fields(config)))
-    theirs.save_pretrained(folder := tmp_path / "unet")
-    diffusers.DDIMScheduler(prediction_type="v_prediction").save_pretrained(folder)
+    theirs.save_pretrained(tmp_path / "pipeline" / "unet")
+    autoencoder[0].save_pretrained(tmp_path / "pipeline" / "vae")
+    diffusers.DDIMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "pipeline" / "scheduler")
     bytes_only = ["text_encoder=bytes", "text_embedding_width=null", "n_text_layers=0"]
-    flags = ["--init_from", str(folder), *STILL]
+    flags = ["--init_from", str(tmp_path / "pipeline"), *STILL]
     with pytest.raises(ValueError, match=r"schedule='linear'.*prediction='v'") as error:
         levels = ["widths=[32,64]", "n_blocks=[1,1]", "use_attention=[true,false]"]
         train_diffusion("other", 2, *flags, "--config", "ldm", "--override", *levels, *bytes_only)
-    common = following(SMALL_DIFFUSION, remedy(error), *bytes_only, "text_head_width=12")
+    common = following(SMALL_DIFFUSION, remedy(error), "n_text_layers=0")
     with torch.enable_grad():
         run = run_stage(ImageDiffusionStage, common, latent_cache, tmp_path, "run", 2, *flags)
     ours, latents, states = load_model(ImageDiffusion, run.folder), torch.randn(1, 16, 4, 4), torch.randn(1, 8, 12)
