@@ -19,6 +19,7 @@ from tests.helpers.runs import SMALL_DIFFUSION, SMALL_LDM_UNET, SMALL_LDM_VAE, S
 from tests.helpers.text_cache import SMALL_TEXT, make_text
 from utils.checkpoints import load_model
 from utils.exporting.diffusers_folder import unet_fields, vae_fields
+from utils.generation.text_weights import is_text_run
 
 STILL = ["--learning_rate", "1e-12", "--batch_size", "4", "--no_use_ema"]  # Trains, and leaves the weights.
 LLAMA = {
@@ -131,6 +132,8 @@ def test_other_folders_are_refused(train, autoencoder, llama, tmp_path):
     for folder, words in [(llama[1], "LlamaForCausalLM, which pretrain_multimodal.py"), (tmp_path, "no complete")]:
         with pytest.raises((ValueError, OSError), match=words):
             train("refused", 2, "--init_from", str(folder))
+    with pytest.raises(ValueError, match="--include_modes text"):  # Streams start from runs.
+        is_text_run(llama[1])
     (weights,) = autoencoder[1].glob("*.safetensors")
     (tmp_path / "config.json").write_text((autoencoder[1] / "config.json").read_text())
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(weights.read_bytes()[:-100])
