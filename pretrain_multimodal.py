@@ -33,7 +33,14 @@ from utils.configuration import MegaTransformerConfig
 from utils.training.multimodal import MultimodalTrainer, TextSamplesCallback, ThinkingStepsCallback
 from utils.training.stage import Stage
 from utils.training.streams.stage import MultimodalStreamStage
-from utils.training.text import check_checkpoint, check_core_flags, fit_to_tokenizer, tokenize_texts, untokenized
+from utils.training.text import (
+    check_checkpoint,
+    check_core_flags,
+    fit_to_tokenizer,
+    take_tokenizer,
+    tokenize_texts,
+    untokenized,
+)
 
 
 class MultimodalStage(Stage):
@@ -44,6 +51,11 @@ class MultimodalStage(Stage):
     model_class = MegaTransformerForCausalLM
     presets = MEGATRANSFORMER  # --config names a row
     trainer_class = MultimodalTrainer  # its docstring states the loss
+
+    @classmethod
+    def complete_arguments(cls, args):
+        super().complete_arguments(args)
+        take_tokenizer(args)  # of a Llama
 
     def run(self):
         """A run on text alone, or that of the stage with images and audio."""

@@ -37,10 +37,10 @@ from utils.generation.text import file_stem
 def chat(args: ChatArguments) -> None:
     """Answer every prompt, and write files as they come. Raises: ValueError: at the end, where some had no answer."""
     checkpoint, device = resolve_checkpoint(args.checkpoint), compute_device()
-    source = {"checkpoint": str(checkpoint), "weights": chosen_weights(checkpoint, args), "device": str(device)}
+    weights = chosen_weights(checkpoint, args)
     vaes = {name: getattr(args, f"{name}_vae_checkpoint") for name in SPANS}
     options = {"vae_checkpoints": vaes, "vocoder_checkpoint": args.vocoder_checkpoint, "bf16": args.bf16}
-    pipeline = MultimodalPipeline.load(checkpoint, **options, weights=source["weights"], device=device)
+    pipeline = MultimodalPipeline.load(checkpoint, **options, weights=weights, device=device)
     (questions, failures), answers, text = read_questions(pipeline, args), {}, TextStream(pipeline)
     folder = claim_folder(args.output_dir, args)
 
@@ -60,7 +60,7 @@ def chat(args: ChatArguments) -> None:
         print(("" if text.ids else f"{questions[number].name}  ->  ") + text.add(token), end="", flush=True)
 
     answer_questions(pipeline, questions, args, on_part=show, on_token=show_token if args.stream else None)
-    write_settings(folder, args, answers=[answers[key] for key in sorted(answers)], **source)
+    write_settings(folder, args, **pipeline.record, answers=[answers[key] for key in sorted(answers)])
     failures.check(len(questions) + len(failures.reasons))
 
 

@@ -6,7 +6,6 @@
 The same seed gives the same sound, independent of the other prompts and seeds.
 """
 
-import dataclasses
 import logging
 import sys
 from pathlib import Path
@@ -21,11 +20,11 @@ if __name__ == "__main__":
     check_flags(TextToAudioArguments, __doc__)
 
 from dataset_loading.audio.signal import save_waveform
-from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
+from utils.checkpoints import chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
 from utils.generation.captions import CaptionPipeline
-from utils.generation.files import claim_folder
+from utils.generation.files import claim_folder, write_settings
 from utils.generation.speech import read_texts
 from utils.generation.text import file_stem
 
@@ -49,8 +48,7 @@ def generate(args: TextToAudioArguments) -> None:
         gain = save_waveform(waveform, rate, folder / file)
         files.append({"file": file, "prompt": prompt, "seed": seed, "seconds": seconds, "gain": gain})
         print(f"{folder}/{file}  {seconds:.2f} s  {prompt}", flush=True)
-    record = {"checkpoint": str(checkpoint), "weights": weights, "device": str(device), "files": files}
-    write_json(folder / "settings.json", {**dataclasses.asdict(args), **record, **provenance()})
+    write_settings(folder, args, **pipeline.record, files=files)
 
 
 if __name__ == "__main__":

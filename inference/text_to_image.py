@@ -57,7 +57,7 @@ def generate(args: TextToImageArguments) -> None:
     rows = [shown[start : start + len(seeds)] for start in range(0, len(shown), len(seeds))]
     labels = [f"seed {seed}" for seed in seeds]  # above the columns
     save_image(draw_sheet([Group(*row) for row in zip(rows, prompts)], labels), folder / "sheet.png")
-    write_settings(folder, args, checkpoint=str(checkpoint), weights=weights, seeds=seeds, device=device, images=files)
+    write_settings(folder, args, **pipeline.record, seeds=seeds, images=files)
     print(folder / "sheet.png")
 
 

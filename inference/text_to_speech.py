@@ -59,7 +59,7 @@ def speak(args: TextToSpeechArguments) -> None:
             print(f"{folder}/{file}  {seconds:.2f} s  {text}", flush=True)
     if not files:
         raise ValueError("nothing to say in any text: give letters or numbers with --text or --input")
-    write_settings(folder, args, checkpoint=str(checkpoint), weights=weights, device=str(device), files=files)
+    write_settings(folder, args, **pipeline.record, files=files)
 
 
 if __name__ == "__main__":

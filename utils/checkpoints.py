@@ -260,6 +260,12 @@ def resolve_checkpoint(path: str | Path) -> Path:
         return folder
     # A run folder stands for its newest complete checkpoint.
     newest = newest_complete(folder)
+    if newest is None and (folder / CONFIG).is_file():
+        raise FileNotFoundError(
+            f"{folder} has {CONFIG} but no {COMPLETE}: it is no checkpoint of this repository. Folders of diffusers "
+            "(AutoencoderKL, UNet2DConditionModel) and Llamas are taken by --init_from of the image VAE, of "
+            "text-to-image and of the language model"
+        )
     if newest is None:
         raise FileNotFoundError(
             f"no complete checkpoint under {folder}; train that stage first, or name a checkpoint-STEP folder"

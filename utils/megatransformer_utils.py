@@ -46,7 +46,7 @@ class StageArguments:
     resume_from_checkpoint: str = option(
         "", "checkpoint or run folder to resume from, or 'latest' of this run", bare="latest"
     )
-    init_from: str = option("", "checkpoint or run folder whose weights initialise a new run")
+    init_from: str = option("", "run, checkpoint, or folder of diffusers or a Llama, whose weights initialise a run")
     dry_run: bool = option(False, "print configuration, parameter and data counts and a memory estimate, then exit")
     measure: int = option(
         0,

@@ -311,16 +311,15 @@ def config_from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
             f"down_block_types={down}, up_block_types={up}: architecture 'ldm' has {sorted(kinds)}, with attention at "
             "the same levels down and up"
         )
-    # Lists would give every level its own value.
-    for name in ("cross_attention_dim", "layers_per_block"):
-        if not isinstance(config[name], int):
-            raise ValueError(f"{name}={config[name]!r}: architecture 'ldm' has the same for all levels")
+    text_width, n_blocks = config["cross_attention_dim"], config["layers_per_block"]
+    if not isinstance(text_width, int):  # A list has one for every level.
+        raise ValueError(f"cross_attention_dim={text_width!r}: architecture 'ldm' has the same for all levels")
     widths, n_heads = list(config["block_out_channels"]), config["attention_head_dim"]  # heads, despite the name
     # Stable Diffusion 2: heads of one width; 1: the same number of heads at all levels.
     if isinstance(n_heads, list):
         if len({width // n for width, n in zip(widths, n_heads)}) > 1:
             raise ValueError(f"attention_head_dim={n_heads}: architecture 'ldm' has heads of one width, or one number")
-        heads = {"head_width": widths[0] // n_heads[0]}
+        heads = {"n_heads": None, "head_width": widths[0] // n_heads[0]}
     else:
         heads = {"n_heads": n_heads}
     return {
@@ -331,12 +330,13 @@ def config_from_diffusers(config: dict[str, Any]) -> dict[str, Any]:
         "latent_channels": config["in_channels"],
         "latent_size": config.get("sample_size") or 64,
         "widths": widths,
-        "n_blocks": [config["layers_per_block"]] * len(widths),
+        "conditioning_width": 4 * widths[0],
+        "n_blocks": [n_blocks] * len(widths) if isinstance(n_blocks, int) else list(n_blocks),
         "use_attention": [kinds[kind] for kind in down],
         **heads,
         "n_norm_groups": config["norm_num_groups"],
         "use_linear_projection": config.get("use_linear_projection", False),
         "text_encoder": "frozen",
-        "text_width": config["cross_attention_dim"],
-        "text_embedding_width": config["cross_attention_dim"],
+        "text_width": text_width,
+        "text_embedding_width": text_width,
     }

@@ -3,14 +3,16 @@
 Three things differ: queries, keys and values come from one product here, gate and up projection too, and the rotary
 embedding turns neighbouring channels (0, 1), (2, 3), ..., where Llama turns channel i with channel i + K / 2.
 
-    ours = MegaTransformerForCausalLM.from_preset("llama-8m", **sizes)  # hidden_size, n_layers, ... as Llama has them
+    ours = MegaTransformerForCausalLM(MegaTransformerConfig(**config_from_llama(llama.config)))
     ours.load_state_dict(rename_llama_weights(llama.state_dict(), ours.config))
 """
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig
 
 from utils.configuration import MegaTransformerConfig
 
@@ -27,6 +29,53 @@ LAYER_NAMES = {
     "mlp.down_proj": "ffn.out_proj",
 }
 OTHER_NAMES = ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight")
+# Fields that all Llamas have the same value of.
+FIXED: dict[str, Any] = {
+    **dict.fromkeys(("n_prelude_layers", "n_recurrent_layers", "n_coda_layers"), 0),
+    "use_rotary_embedding": True,
+    "rotary_fraction": 1.0,
+    "rotary_ntk_factor": 1.0,
+    "position_embedding": "none",
+    "use_alibi_bias": False,
+    "use_embedding_scale": False,
+    "use_qk_norm": False,
+    "norm_type": "rmsnorm",
+    "use_pre_attention_norm": True,
+    "use_pre_ffn_norm": True,
+    "use_final_norm": True,
+    "use_post_attention_norm": False,
+    "use_post_ffn_norm": False,
+    "ffn_activation": "swiglu",
+}
+
+
+def config_from_llama(config: LlamaConfig) -> dict[str, Any]:
+    """Fields of `MegaTransformerConfig`; the longest sequence is not among them, since no weight depends on it.
+
+    Raises: ValueError: the Llama has an activation or a scaling of its positions that ours does not have.
+    """
+    rope = config.rope_parameters or {}
+    kind, activation = rope.get("rope_type", "default"), config.hidden_act
+    if kind not in ("default", "linear"):
+        raise ValueError(f"rope_parameters={rope}: rope_type must be 'default' or 'linear', not {kind!r}")
+    if activation != "silu":
+        raise ValueError(f"hidden_act={activation!r}: only 'silu' can be read, which gates the feed-forward network")
+    return {
+        "hidden_size": config.hidden_size,
+        "n_layers": config.num_hidden_layers,
+        "n_heads": config.num_attention_heads,
+        "n_query_groups": config.num_key_value_heads,
+        "head_width": config.head_dim,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "use_attention_bias": config.attention_bias,
+        "use_ffn_bias": config.mlp_bias,
+        "norm_eps": config.rms_norm_eps,
+        "rotary_theta": rope.get("rope_theta", 10000.0),
+        "rotary_interpolation": rope.get("factor", 1.0) if kind == "linear" else 1.0,
+        **FIXED,
+    }
 
 
 def rename_llama_weights(state_dict: dict[str, Tensor], config: MegaTransformerConfig) -> dict[str, Tensor]:

@@ -24,6 +24,25 @@ SMALL_DIFFUSION = """
     --config tiny --override widths=[32,64] n_blocks=[1,1] conditioning_width=64 text_width=32
     --learning_rate 1e-3 --logging_steps 1 --eval_steps 1000 --save_steps 1000 --n_steps 2 --n_prompts 2
     --n_time_buckets 2 --eval_images 0""".split()  # noqa: SIM905
+# Models in the layout `ldm` that train in seconds, beside `from_preset("ldm")`.
+SMALL_LDM_VAE = {
+    "encoder_widths": [8, 16],
+    "decoder_widths": [8, 16],
+    "n_encoder_blocks": [1, 1],
+    "n_decoder_blocks": [2, 2],
+    "n_norm_groups": 4,
+    "image_size": 32,
+}
+SMALL_LDM_UNET = {
+    "widths": [8, 16],
+    "n_blocks": [1, 2],
+    "use_attention": [True, False],
+    "n_heads": 2,
+    "n_norm_groups": 4,
+    "text_width": 12,
+    "text_embedding_width": 12,
+    "latent_size": 8,
+}
 
 
 class Run:

@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dataset_loading.audio.latents import AudioLatentDataset
+from inference.export_model import main as export
 from inference.text_to_audio import generate
 from inference.text_to_speech import speak
 from model.audio.diffusion import AudioDiffusion
@@ -98,6 +99,16 @@ def test_files_are_named_by_prompt_and_seed(run, checkpoint, tmp_path, capsys):
     assert settings["weights"] == "ema" and settings["temperature"] == 1
     assert "git_commit" in settings and names[5] in capsys.readouterr().out
     assert all(abs(len(sound) - 1.5 * SETTINGS.sample_rate) <= SETTINGS.hop_length for sound in sounds.values())
+
+
+def test_settings_name_the_networks_of_an_exported_folder(checkpoint, folder, tmp_path):
+    vocoder, exported = ["--vocoder_checkpoint", str(folder / "vocoder")], tmp_path / "exported"
+    export(["--checkpoint", str(checkpoint), "--output", str(exported), "--with_parts", *vocoder])
+    words = ["--checkpoint", str(exported), "--prompts", "hold one", "--n_steps", "1", "--output_dir", str(tmp_path)]
+    generate(parse_arguments(TextToAudioArguments, words, ""))
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    sources = [settings[f"{name}checkpoint"] for name in ("", "vae_", "vocoder_")]
+    assert sources == [str(exported), str(exported / "vae"), str(exported / "vocoder")]
 
 
 def test_a_seed_gives_the_same_sound_in_every_batch(run):

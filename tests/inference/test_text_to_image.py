@@ -1,6 +1,7 @@
 """Prompts to images with a small untrained model: files, settings, and the same image for the same seed."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,6 +47,7 @@ def test_files_and_settings(run, checkpoint, tmp_path, capsys):
     assert settings["images"][2]["prompt"] == "zwölf Bären" and settings["images"][2]["seed"] == 7
     assert settings["sampler"] == "euler" and settings["n_steps"] == 3 and settings["seeds"] == [7, 8]
     assert settings["checkpoint"] == str(checkpoint) and settings["weights"] == "ema" and "git_commit" in settings
+    assert (Path(settings["vae_checkpoint"]) / "COMPLETE.json").is_file()  # The one that was found.
     assert all(images[name].shape == (32, 32, 3) for name in names)
     assert all(name in capsys.readouterr().out for name in ["sheet.png"])
 

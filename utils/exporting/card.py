@@ -3,7 +3,8 @@ and how good it is, from the records of its run."""
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,21 @@ def numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
 
 
 def model_card(
-    name: str, kind: ExportedModel, record: Mapping[str, Any], *, needs: Mapping[str, str], license: str, metrics: Any
+    name: str,
+    kind: ExportedModel,
+    record: Mapping[str, Any],
+    *,
+    use: str,
+    needs: Mapping[str, str],
+    license: str,
+    metrics: Any,
 ) -> str:
     """The text of the card.
 
     Args:
         name: of the folder, or of the hub's repository.
         record: of the exported folder.
+        use: how the folder opens.
         needs: what the model needs -> which one, in words.
         license: the hub's name of a licence; "" for none.
         metrics: content of metrics.json, or {}.
@@ -53,15 +62,20 @@ def model_card(
     head = ["---", *([f"license: {license}"] if license else []), f"pipeline_tag: {kind.task}"]
     head += ["tags:", "- megatransformer", f"- {record['stage']}", "---"]
     sections = [
-        *("\n".join(head), f"# {Path(name).name}", kind.summary, opening(name, kind)),
+        *("\n".join(head), f"# {Path(name).name}", kind.summary, f"## Use\n\n{use}"),
         *(required(needs), training(record), evaluation(metrics)),
         f"## Licence\n\n{license or 'Not stated by whoever exported this model.'}",
     ]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def opening(name: str, kind: ExportedModel) -> str:
-    """How the folder opens."""
+def opening(folder: str, kind: ExportedModel, speakers: Sequence[str] = (), hub_name: str = "") -> str:
+    """How the folder opens; from the hub, where scripts need a copy of it.
+
+    Args: speakers: that the model knows; the command names one.
+    """
+    command = kind.command.replace("FOLDER", folder) + (f" --speaker {shlex.quote(speakers[0])}" if speakers else "")
+    name, copy = hub_name or folder, f"hf download {hub_name} --local-dir {folder}\n" if hub_name else ""
     imports, tokenizer = f"from transformers import {kind.auto_class}", []
     if kind.auto_class == "AutoModelForCausalLM":
         imports += ", AutoTokenizer"
@@ -69,9 +83,10 @@ def opening(name: str, kind: ExportedModel) -> str:
     lines = ["import model.auto", imports, *tokenizer, f'model = {kind.auto_class}.from_pretrained("{name}").eval()']
     code = "\n".join([*lines, kind.usage])
     return (
-        f"## Use\n\nIn the folder of the MegaTransformer repository, which has the model's code:\n\n```python\n{code}"
-        f"\n```\n\n```bash\n{kind.command.replace('FOLDER', name)}\n```\n\nThe folder is also a `--checkpoint` of "
-        "`evaluate.py` and a `--init_from` of the script that trains this model."
+        f"In the folder of the MegaTransformer repository, which has the model's code:\n\n```python\n{code}"
+        f"\n```\n\n```bash\n{copy}{command}\n```\n\n"
+        "`docs/api.md` there generates and encodes with each model in ten lines.\n\nThe folder is also "
+        "a `--checkpoint` of `evaluate.py` and a `--init_from` of the script that trains this model."
     )
 
 

@@ -25,8 +25,9 @@ from utils.checkpoints import (
     weight_files,
     write_json,
 )
-from utils.exporting.arguments import DType
-from utils.exporting.card import model_card, read_metrics
+from utils.exporting.arguments import DType, Format
+from utils.exporting.card import model_card, opening, read_metrics
+from utils.exporting.diffusers_folder import check_layout, diffusers_opening, write_diffusers
 from utils.exporting.stages import ExportedModel, model_of
 from utils.flags.choices import WeightsKind
 from utils.generation.audio import load_vocoder
@@ -46,8 +47,10 @@ class Content:
     """What an exported folder holds.
 
     Attributes:
-        name: of the model, in its card.
+        name: of the model's folder, in its card.
+        hub_name: of its repository on the hub; "" for none.
         weights, dtype: which weights, and how they are stored.
+        format: library whose `from_pretrained` opens the folder.
         license: for the card.
         with_parts: also the models that this one needs, in subfolders.
         vocoder: checkpoint of a vocoder for the subfolder; "" for none.
@@ -58,11 +61,13 @@ class Content:
     name: str
     weights: WeightsKind = "ema"
     dtype: DType = "float32"
+    format: Format = "transformers"
     license: str = ""
     with_parts: bool = False
     vocoder: str = ""
     vaes: dict[str, str] = dataclasses.field(default_factory=dict)
     text_encoder: str = ""
+    hub_name: str = ""
 
 
 def check_output(output: Path) -> None:
@@ -87,33 +92,46 @@ def export_folder(checkpoint: Path, output: Path, content: Content) -> None:
 
 
 def write_folder(checkpoint: Path, folder: Path, content: Content) -> None:
-    """Weights, configuration, tokenizer, record, the models it needs, and the card; compared with the checkpoint."""
+    """The model, the models it needs, and the card."""
     record = dict(read_stage(checkpoint))
     kind = model_of(record, checkpoint)
-    folder.mkdir(parents=True)
     model = load_model(kind.model_class, checkpoint, content.weights)
+    # The record, without the folder of the machine that it was trained on.
+    export = {"step": trained_steps(checkpoint), "weights": content.weights, "dtype": content.dtype}
+    record = portable({**record, EXPORTED: export}, record.get("working_directory", ""))
+    if content.format == "diffusers":
+        check_layout(record["stage"], model)
+    folder.mkdir(parents=True)
+    needs = needed_models(checkpoint, folder, content)
+    if content.format == "diffusers":
+        write_diffusers(model, folder, getattr(torch, content.dtype))
+        use = diffusers_opening(content.hub_name or content.name, model)
+    else:
+        write_checkpoint(checkpoint, folder, content, model=model, needs=needs, record=record)
+        use = opening(content.name, kind, getattr(model.config, "speakers", ()), hub_name=content.hub_name)
+    # The card is not in COMPLETE.json: whoever publishes the model edits it.
+    metrics = portable(read_metrics(checkpoint, export["step"]), "")
+    described = {name: need.description for name, need in needs.items()}
+    card = model_card(content.name, kind, record, use=use, needs=described, license=content.license, metrics=metrics)
+    (folder / CARD).write_text(card, encoding="utf-8")
+    sync_to_disk(folder / CARD)
+
+
+def write_checkpoint(
+    checkpoint: Path, folder: Path, content: Content, *, model: Any, needs: dict[str, "Need"], record: dict[str, Any]
+) -> None:
+    """Weights, configuration, tokenizer and record, compared with the checkpoint; scripts read the folder as one."""
+    kind = model_of(record, checkpoint)
     write_weights(checkpoint, folder, content, model)
     # Configuration, with what the model needs, and the tokenizer.
-    needs = needed_models(checkpoint, folder, content)
     write_config(checkpoint, folder, needs, content.dtype if kind.auto_class == "AutoModelForCausalLM" else "float32")
     for name in COMPANIONS:
         if (checkpoint / name).is_file():
             check_files(checkpoint, [name])
             shutil.copyfile(checkpoint / name, folder / name)
-    # The record, without the folder of the machine that it was trained on.
-    export = {"step": trained_steps(checkpoint), "weights": content.weights, "dtype": content.dtype}
-    record = portable({**record, EXPORTED: export}, record.get("working_directory", ""))
     write_json(folder / STAGE, record)
     compare(folder, kind, model, content.dtype)
     mark_complete(folder)
-    # The card is not in COMPLETE.json: whoever publishes the model edits it.
-    metrics = read_metrics(checkpoint, export["step"])
-    described = {name: need.description for name, need in needs.items()}
-    card = model_card(
-        content.name, kind, record, needs=described, license=content.license, metrics=portable(metrics, "")
-    )
-    (folder / CARD).write_text(card, encoding="utf-8")
-    sync_to_disk(folder / CARD)
 
 
 def write_weights(checkpoint: Path, folder: Path, content: Content, model: nn.Module) -> None:
@@ -193,7 +211,9 @@ def needed_models(checkpoint: Path, folder: Path, content: Content) -> dict[str,
             near = (home, data_of(checkpoint)) if place == PINNED else (home,)
             given = content.vaes.get(media, "")
             vae = find_vae(latents, f"the latents of {checkpoint}", given=given, folders=near, media=media)
-            write_folder(vae, folder / place, Content(f"{content.name}/{place}", license=content.license))
+            write_folder(
+                vae, folder / place, Content(f"{content.name}/{place}", format=content.format, license=content.license)
+            )
             where = f"in `{place}`"
         name = place.replace("/", "_")
         needs[name] = Need(fingerprint, f"the {media} VAE with fingerprint `{fingerprint}`, {where}")

@@ -51,7 +51,8 @@ def image_vae(model_class: type[PreTrainedModel], decoder: str) -> ExportedModel
     )
 
 
-# Stage -> kind of model; of the multimodal stage "text" are those of text alone.
+# Stage -> kind of model; "text" are those of the multimodal stage that know text alone, "captioned_sounds" those of
+# audio_diffusion that were not trained on speech.
 MODELS: dict[str, ExportedModel] = {
     "image_vae": image_vae(ImageVAE, ""),
     "recurrent_vae": image_vae(RecurrentVAE, " with a recurrent decoder"),
@@ -83,6 +84,13 @@ MODELS: dict[str, ExportedModel] = {
         'python inference/text_to_speech.py --checkpoint FOLDER --text "Hello."',
         "print(model.config.describe())",
     ),
+    "captioned_sounds": ExportedModel(
+        AudioDiffusion,
+        "A latent diffusion model: captions to latents of sounds, which its VAE and a vocoder make audible.",
+        "text-to-audio",
+        'python inference/text_to_audio.py --checkpoint FOLDER --prompts "rain on a roof"',
+        "print(model.config.describe())",
+    ),
     "multimodal": ExportedModel(
         MegaTransformerMultimodal,
         "A transformer of text, images and audio in one stream, each from any other.",
@@ -104,7 +112,11 @@ MODELS: dict[str, ExportedModel] = {
 def model_of(record: dict[str, Any], checkpoint: Path) -> ExportedModel:
     """The kind of model of a checkpoint's record. Raises: ValueError: no stage that trains a model."""
     stage = record["stage"]
-    name = "text" if stage == "multimodal" and not record.get("latents") else stage
+    name, latents = stage, record.get("latents") or {}
+    if stage == "multimodal" and not latents:
+        name = "text"
+    elif stage == "audio_diffusion" and latents.get("conditioning") == "caption":
+        name = "captioned_sounds"
     if name not in MODELS:
         raise ValueError(f"{checkpoint} is of stage {stage!r}, of which no model is known; known: {', '.join(MODELS)}")
     return MODELS[name]

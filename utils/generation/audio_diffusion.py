@@ -46,6 +46,7 @@ class AudioPipeline:
 
     def __init__(self, model: AudioDiffusion, vae: AudioVAE, vocoder: Vocoder | None = None, *, bf16: bool = False):
         self.model, self.vae, self.vocoder, self.bf16 = model, vae, vocoder, bf16
+        self.record: dict[str, str] = {}  # Checkpoints, weights and device, for the settings of a run.
 
     @classmethod
     def load(
@@ -84,13 +85,25 @@ class AudioPipeline:
         folders = (home_of(folder), data_of(folder))
         path = find_vae(record["latents"], name, given=vae_checkpoint, folders=folders, media="audio")
         vae = load_vae(path, media="audio").requires_grad_(False)
-        vocoder = load_matching_vocoder(vocoder_of(folder, vocoder_checkpoint), vae.config.mel, f"the VAE {path}")
+        vocoder_path = vocoder_of(folder, vocoder_checkpoint)
+        vocoder = load_matching_vocoder(vocoder_path, vae.config.mel, f"the VAE {path}")
         for network in (model, vae, vocoder):
             if network is not None:
                 network.to(device)
                 if network.device.type == "cpu":
                     prepack(network)
-        return cls(model, vae, vocoder=vocoder, bf16=bf16, **cls.text_parts(record, folder, device, **options))
+        parts = cls.text_parts(record, folder, device, **options)
+        pipeline = cls(model, vae, vocoder=vocoder, bf16=bf16, **parts)
+        pipeline.record = {
+            "checkpoint": str(folder),
+            "weights": weights,
+            "device": str(device),
+            "vae_checkpoint": str(path),
+            "vocoder_checkpoint": vocoder_path,
+        }
+        if encoder := parts.get("text_encoder"):
+            pipeline.record["text_encoder"] = encoder.name
+        return pipeline
 
     @classmethod
     def text_parts(cls, record: Mapping[str, Any], folder: Path, device: torch.device | str) -> dict[str, Any]:

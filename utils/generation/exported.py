@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from utils.checkpoints import EXPORTED, read_stage, step_of
+from utils.checkpoints import EXPORTED, read_stage, resolve_checkpoint, step_of
 
 # Subfolders of what an exported model needs, beside the VAE in `vae` (`utils.generation.latents.PINNED`).
 VOCODER = "vocoder"
@@ -23,4 +23,6 @@ def trained_steps(checkpoint: Path) -> int:
 def vocoder_of(checkpoint: Path, given: str) -> str:
     """The vocoder of generated audio: the one that the user names, or that of an exported folder; "" for none."""
     included = checkpoint / VOCODER
-    return given or (str(included) if read_stage(checkpoint).get(EXPORTED) and included.is_dir() else "")
+    if given:
+        return str(resolve_checkpoint(given))
+    return str(included) if read_stage(checkpoint).get(EXPORTED) and included.is_dir() else ""

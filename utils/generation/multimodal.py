@@ -66,6 +66,7 @@ class MultimodalPipeline:
     ):
         self.model, self.tokenizer, self.vaes, self.bf16 = model, tokenizer, vaes, bf16
         self.encoder = document_encoder(tokenizer)
+        self.record: dict[str, str] = {}  # Checkpoints, weights and device, for the settings of a run.
         audio_vae: Any = vaes.get("audio")
         # Decoding is that of the other models of audio.
         network: Any = model
@@ -97,6 +98,7 @@ class MultimodalPipeline:
             raise ValueError(f"{checkpoint} is a model of text alone; give a run with --include_modes image or audio")
         model = load_model(MegaTransformerMultimodal, checkpoint, weights).requires_grad_(False).to(device).eval()
         vaes: dict[str, VAE] = {}
+        sources = {"checkpoint": str(folder), "weights": weights, "device": str(device)}
         media: tuple[Media, ...] = ("image", "audio")
         for name in media:
             if name not in record["latents"]:
@@ -106,6 +108,7 @@ class MultimodalPipeline:
             given, near = (vae_checkpoints or {}).get(name, ""), (home_of(folder) / name,)
             path = find_vae(record["latents"][name], owner, given=given, folders=near, media=name)
             vaes[name] = load_vae(path, media=name).requires_grad_(False).to(device)
+            sources[f"{name}_vae_checkpoint"] = str(path)
         vocoder, vocoder_checkpoint = None, vocoder_of(folder, vocoder_checkpoint)
         if vocoder_checkpoint:
             if "audio" not in vaes:
@@ -114,7 +117,9 @@ class MultimodalPipeline:
             vocoder = load_matching_vocoder(vocoder_checkpoint, mel.mel, "the audio VAE")
             assert vocoder is not None
             vocoder.to(device)
-        return cls(model, load_tokenizer(str(folder)), vaes, vocoder, bf16=bf16)
+        pipeline = cls(model, load_tokenizer(str(folder)), vaes, vocoder, bf16=bf16)
+        pipeline.record = {**sources, "vocoder_checkpoint": vocoder_checkpoint}
+        return pipeline
 
     def autocast(self) -> torch.autocast:
         """The autocast of all networks."""

@@ -30,7 +30,7 @@ from dataset_loading.text.tokenizers import (
 )
 from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
-from utils.checkpoints import check_files, explained_loading, load_model, read_stage, resolve_checkpoint
+from utils.checkpoints import COMPLETE, check_files, explained_loading, load_model, read_stage, resolve_checkpoint
 from utils.flags.choices import WeightsKind
 from utils.generation.files import read_lines
 
@@ -262,7 +262,8 @@ def split_windows(dataset: Any, n_samples: int, n_new: int) -> list[tuple[list[i
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer in a checkpoint folder. Raises: OSError, ValueError: it is missing or damaged; names the file."""
-    check_files(folder, [file.name for file in folder.glob("*token*.json")])
+    if (folder / COMPLETE).is_file():  # A Llama's folder has no digests.
+        check_files(folder, [file.name for file in folder.glob("*token*.json")])
     with explained_loading(folder / "tokenizer.json"):
         return load_tokenizer(str(folder))
 

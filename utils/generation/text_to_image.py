@@ -39,6 +39,7 @@ class TextToImagePipeline:
 
     def __init__(self, model: ImageDiffusion, vae: VAE, text_encoder: FrozenTextEncoder | None = None):
         self.model, self.vae, self.text_encoder = model, vae, text_encoder
+        self.record: dict[str, str] = {}  # Checkpoints, weights and device, for the settings of a run.
 
     @classmethod
     def load(
@@ -72,7 +73,15 @@ class TextToImagePipeline:
         encoder = load_text_encoder(latents, text_encoder, near=folder)
         if encoder is not None:
             encoder.model.to(device)
-        return cls(model, load_vae(path).requires_grad_(False).to(device), encoder)
+        pipeline = cls(model, load_vae(path).requires_grad_(False).to(device), encoder)
+        pipeline.record = {
+            "checkpoint": str(folder),
+            "weights": weights,
+            "device": str(device),
+            "vae_checkpoint": str(path),
+            "text_encoder": encoder.name if encoder else "",
+        }
+        return pipeline
 
     @property
     def device(self) -> torch.device:
@@ -166,7 +175,8 @@ def fit_to_latents(
     elif config.text_encoder == "frozen":
         raise ValueError(
             f"text_encoder='frozen' needs the states of a text encoder, which {folder} lacks; make latents with "
-            "preprocess_image_diffusion_dataset.py --text_encoder, or give --override text_encoder=bytes"
+            "preprocess_image_diffusion_dataset.py --text_encoder, or give --override text_encoder=bytes "
+            "text_embedding_width=null"
         )
     # Overrides may repeat these fields, but not contradict them.
     for pair in overrides:

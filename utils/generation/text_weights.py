@@ -13,6 +13,7 @@ from model.multimodal import MegaTransformerMultimodal
 from model.multimodal.parameters import PARTS
 from utils.checkpoints import load_config, load_model, read_stage, resolve_checkpoint
 from utils.configuration import MegaTransformerConfig
+from utils.generation.foreign_weights import format_of
 from utils.options import declared_fields
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,15 @@ FREE_FIELDS = {
 
 
 def is_text_run(path: str | Path) -> bool:
-    """Whether a checkpoint of the multimodal stage is of text alone."""
+    """Whether a checkpoint of the multimodal stage is of text alone.
+
+    Raises: ValueError: it is another library's folder.
+    """
+    if format_of(path):
+        raise ValueError(
+            f"--init_from {path} is no run of this repository: train a model of text from it first, with "
+            "pretrain_multimodal.py --include_modes text, and give that run"
+        )
     return not read_stage(resolve_checkpoint(path), "multimodal").get("latents")
 
 

@@ -1,5 +1,6 @@
 """Trainer and stage of latent diffusion, for images and audio.  B batch, Z latent channels, K time buckets."""
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +15,14 @@ from model.text.feature_extractors import FrozenTextEncoder
 from utils.checkpoints import checkpoints_in, lasting_name, read_stage, resolve_checkpoint
 from utils.distributed import from_main, launched_rank, rank
 from utils.generation.exported import home_of
+from utils.generation.foreign_weights import format_of
 from utils.generation.latents import PINNED, Media, checkpoints_at, find_vae, latents_script, load_vae, pin_vae
 from utils.generation.text_encoder import load_text_encoder
 from utils.seeds import sample_normal, sample_uniform
 from utils.training.stage import Stage
 from utils.training_utils import StageTrainer
+
+logger = logging.getLogger(__name__)
 
 TEXT_INPUTS = ("tokens", "text_states", "mask")
 
@@ -120,12 +124,15 @@ def check_init_from(path: str, latents: Mapping[str, Any], cache: Path, *, media
     """Check that a run on latents can start from the weights of another one.
 
     Args:
-        path: run or checkpoint folder to start from.
+        path: run or checkpoint folder to start from; of another library's folder nothing can be checked.
         latents: settings of the cache's manifest.
         cache: its folder, for messages.
         media: what the latents encode.
     Raises: ValueError: that run's latents come from another VAE, or its captions from another text encoder.
     """
+    if format_of(path):  # of diffusers, whose files name no VAE
+        logger.warning("--init_from %s: %s must be latents of the VAE that it was trained with", path, cache)
+        return
     record = read_stage(path, f"{media}_diffusion")
     fields = {"vae_fingerprint": "vae_checkpoint", "text_encoder_fingerprint": "text_encoder"}
     for name, flag in fields.items():

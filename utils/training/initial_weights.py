@@ -1,17 +1,36 @@
 """A new run that starts from the weights of another one: which fields of the configuration it may change."""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from utils.checkpoints import load_model
+from utils.checkpoints import load_model, read_stage, resolve_checkpoint, warn_of_former_data
+from utils.distributed import launched_rank
+from utils.generation.foreign_weights import foreign_model
 from utils.options import declared_fields
 from utils.strict_config import StrictConfig
 
 logger = logging.getLogger(__name__)
+
+
+def initial_model(
+    model_class: type, path: str | Path, config: StrictConfig, *, stage: str, presets: Mapping[str, Any]
+) -> nn.Module:
+    """A model of this run's configuration with the weights of `--init_from`: of a run of the same stage, see
+    `model_with_weights`, or of another library's folder, see `foreign_model`.
+
+    Raises: FileNotFoundError, ValueError: no such folder, of another stage, or its fields do not fit.
+    """
+    if (model := foreign_model(model_class, path, config, presets)) is not None:
+        return model
+    read_stage(path, stage)  # Raises for checkpoints of another stage.
+    if launched_rank() == 0:
+        warn_of_former_data(resolve_checkpoint(path))
+    return model_with_weights(model_class, path, config)
 
 
 def model_with_weights(model_class: type, path: str | Path, config: StrictConfig) -> nn.Module:

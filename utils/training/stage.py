@@ -24,11 +24,9 @@ from utils.checkpoints import (
     log_folder,
     newest_complete,
     provenance,
-    read_stage,
     resolve_checkpoint,
     set_aside,
     step_of,
-    warn_of_former_data,
 )
 from utils.command_line import explained_errors, parse_arguments, parse_overrides
 from utils.devices import compile_in_place
@@ -40,7 +38,7 @@ from utils.resuming.flags import Resumption, check_resumable, resume_arguments
 from utils.resuming.run_lock import learn_refusal, only_run
 from utils.strict_config import StrictConfig
 from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback, write_flags
-from utils.training.initial_weights import model_with_weights
+from utils.training.initial_weights import initial_model
 from utils.training.log_lines import LogLinesCallback, say
 from utils.training.planning.batch_size import settle_batch_size
 from utils.training.planning.dry_run import describe
@@ -207,13 +205,11 @@ class Stage:
         )
 
     def build_model(self, config: StrictConfig) -> nn.Module:
-        """A new model, or one with the weights of another run, see `model_with_weights`."""
-        if not self.args.init_from:
+        """A new model, or one with the weights of another one, see `initial_model`."""
+        path = self.args.init_from
+        if not path:
             return self.model_class(config)
-        read_stage(self.args.init_from, self.name)  # Raises for checkpoints of another stage.
-        if launched_rank() == 0:
-            warn_of_former_data(resolve_checkpoint(self.args.init_from))
-        return model_with_weights(self.model_class, self.args.init_from, config)
+        return initial_model(self.model_class, path, config, stage=self.name, presets=self.presets)
 
     def build_datasets(self, config: StrictConfig) -> dict[str, Dataset]:
         """Training and validation set by name."""

@@ -1,6 +1,7 @@
 """Texts of a stage: tokenisation, and checks that model, tokenizer and data belong together."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,22 @@ from dataset_loading.text.tokenizers import document_ends
 from dataset_loading.text.windows import TextDataset, prepare_text
 from utils.checkpoints import read_stage, resolve_checkpoint
 from utils.configuration import MegaTransformerConfig
+from utils.generation.foreign_weights import format_of
 from utils.generation.text import check_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def has_tokenizer(path: str | Path) -> bool:
+    """Whether a folder of another library holds a tokenizer."""
+    return any((Path(path) / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
+
+
+def take_tokenizer(args: Any) -> None:
+    """Texts are tokenised by the tokenizer of a Llama that a run starts from, unless another one is named."""
+    is_open = args.text_dataset and args.init_from and "tokenizer" not in args.given
+    if is_open and format_of(args.init_from) and has_tokenizer(args.init_from):
+        args.tokenizer = args.init_from
 
 
 def tokenize_texts(args: Any, folder: Path) -> None:
@@ -58,10 +74,19 @@ def check_checkpoint(path: str | Path, dataset: TextDataset) -> None:
     """Check that a run can go on from a checkpoint.
 
     Args:
-        path: run or checkpoint folder.
+        path: run or checkpoint folder, or that of a Llama, which may lack its tokenizer.
         dataset: the texts of this run.
     Raises: ValueError: it is of another stage or tokenizer.
     """
+    if format_of(path):
+        if not has_tokenizer(path):
+            logger.warning(
+                "%s has no tokenizer: the ids of %s must be those that it was trained on", path, dataset.folder
+            )
+            return
+        advice = f"prepare them with --tokenizer {path} and another --cached_dataset"
+        check_tokenizer(Path(path), dataset, advice)
+        return
     folder = resolve_checkpoint(path)
     record = read_stage(folder)
     if record["stage"] != "multimodal":

@@ -146,7 +146,7 @@ def test_missing_file_is_named(folder, name):
         ({"resnet_time_scale_shift": "scale_shift"}, "resnet_time_scale_shift='scale_shift'.*'default'"),
         ({"down_block_types": ["AttnDownBlock2D", "DownBlock2D"]}, "down_block_types=.*AttnDownBlock2D"),
         ({"up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"]}, "attention at the same levels down and up"),
-        ({"layers_per_block": [1, 2]}, r"layers_per_block=\[1, 2\]"),
+        ({"cross_attention_dim": [12, 16]}, r"cross_attention_dim=\[12, 16\]"),
         ({"attention_head_dim": [2, 2]}, r"attention_head_dim=\[2, 2\].*heads of one width"),
         ({"norm_num_groups": 3}, "n_norm_groups=3 must divide"),
     ],
@@ -180,6 +180,7 @@ def unet_2d_condition():
     [
         {},
         {"attention_head_dim": [2, 4], "use_linear_projection": True, "layers_per_block": 2},
+        {"layers_per_block": [2, 1]},
         {
             "block_out_channels": [8, 16, 16],
             "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],

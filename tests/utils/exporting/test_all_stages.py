@@ -18,7 +18,7 @@ from model.image.vae import ImageVAE
 from model.multimodal import MegaTransformerMultimodal
 from tests.helpers.runs import edit_record
 from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
-from utils.checkpoints import load_model
+from utils.checkpoints import load_model, without_copies
 
 ROOT = Path(__file__).resolve().parents[3]
 SMALL_STREAM = {"hidden_size": 32, "head_width": 16, "n_heads": 2, "n_layers": 1}
@@ -70,7 +70,7 @@ def opened(tmp_path_factory):
     folder, runs, exports = tmp_path_factory.mktemp("exports"), {}, {}
     latents = {"vae_fingerprint": "0" * 16, "vae_checkpoint": "gone"}
     for stage, model in small_models().items():
-        state = {name: value for name, value in model.state_dict().items() if name not in model.all_tied_weights_keys}
+        state = without_copies(model, model.state_dict())
         averaged = {name: value * 1.1 + 0.01 if value.is_floating_point() else value for name, value in state.items()}
         runs[stage] = save_stage_checkpoint(model, stage, folder / "runs" / stage, averaged)
         # Models of latents name their VAE.
