@@ -18,6 +18,7 @@
 # measurements. A second call resumes where the first one stopped. docs/training.md says what each step does.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. recipes/heading.sh
 DATASET=${DATASET:-my_speech}
 CONFIG=${CONFIG:-}
 SPLIT=${SPLIT:-train}
@@ -65,16 +66,19 @@ train() {
     fi
 }
 
+heading "Log-mels and waveforms"
 # 1. Log-mels and waveforms: an hour for 50 hours of sound on 16 cores, 26 GB.
 python preprocess_audio_vocoder_dataset.py --dataset_name "$DATASET" --dataset_config "$CONFIG" \
     --dataset_split "$SPLIT" --mel "$MEL" --trim_db 40 --output_dir "$audio"
 
+heading "Vocoder"
 # 2. Vocoder, medium: 14 M parameters, discriminators of published size, about 12 hours.
 train pretrain_vocoder.py --config "$SIZE" --run_name "$RUN" --cached_dataset "$audio" --resume_from_checkpoint latest \
     --batch_size "$BATCH" --segment_frames "$SEGMENT" --discriminator "$DISCRIMINATOR" --max_steps "$VOCODER_STEPS" \
     --gan_start_step "$GAN_START" --gan_ramp_steps "$GAN_RAMP" --eval_steps "$EVERY" --save_steps "$EVERY"
 python evaluate.py --checkpoint "$vocoder" --contact_sheet 8 --max_samples "$CLIPS"
 
+heading "Audio VAE-GAN"
 # 3. Audio VAE-GAN, medium: 11 M parameters, 20 latent channels at half the frame rate, about 3 hours. In the table, the
 #    row of VAE and vocoder is the best that speech can reach.
 train pretrain_audio_vae.py --config "$SIZE" --run_name "$RUN" --cached_dataset "$audio" \
@@ -82,6 +86,7 @@ train pretrain_audio_vae.py --config "$SIZE" --run_name "$RUN" --cached_dataset 
     --gan_start_step "$VAE_GAN_START" --eval_steps "$EVERY" --save_steps "$EVERY" --vocoder_checkpoint "$vocoder"
 python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" --contact_sheet 8 --max_samples "$CLIPS"
 
+heading "Vocoder, fine-tuned on the log-mels of the VAE"
 # 4. The vocoder again, on the VAE's log-mels beside the recorded waveforms: about an hour. Its table is that of step 3
 #    with the new vocoder.
 python preprocess_audio_vocoder_dataset.py --dataset_name "$DATASET" --dataset_config "$CONFIG" \
@@ -93,6 +98,7 @@ train pretrain_vocoder.py --config "$SIZE" --run_name "${RUN}_through_vae" --cac
 python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$tuned" --max_samples "$CLIPS" \
     --cached_dataset "$audio" --output_dir "$tuned/after_vae"
 
+heading "Text to speech"
 # 5. Latents, phonemes and their durations; then speech, medium: 58 M parameters, about 5 hours.
 python preprocess_audio_diffusion_dataset.py --audio_cache "$audio" --vae_checkpoint "$audio_vae" \
     --language "$SPOKEN" --output_dir "$latents"
@@ -103,6 +109,7 @@ train pretrain_audio_diffusion.py --config "$SIZE" --run_name "$RUN" --cached_da
 python evaluate.py --checkpoint "$speech" --vocoder_checkpoint "$tuned" --waveforms "$audio" --contact_sheet 8 \
     --max_samples "$CLIPS"
 
+heading "Three sentences"
 # 6. Three sentences, of several speakers by SPEAKER or the first one, and the vocoder as ONNX.
 names='import json, sys; rows = json.load(open(sys.argv[1]))["entries"]["train"]; s = {r["speaker"] for r in rows} - {""}'
 SPEAKER=${SPEAKER:-$(python -c "$names; print(min(s) if len(s) > 1 else '')" "$latents/manifest.json")}
@@ -111,7 +118,8 @@ python inference/text_to_speech.py --checkpoint "$speech" --vocoder_checkpoint "
     "Who left the window open?" "I would rather walk home."
 python inference/export_vocoder.py --checkpoint "$tuned"
 
-echo
+heading "Done"
 echo "tables       $vocoder, $audio_vae, $tuned/after_vae, $speech: metrics.json"
 echo "sentences    $speech/sentences"
 echo "TensorBoard  make tensorboard"
+next "python inference/text_to_speech.py --checkpoint $speech --vocoder_checkpoint $tuned --text '...'"

@@ -9,15 +9,18 @@
 # speech is understood about as well as the recordings are, and the transformer describes and transcribes every caption.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. recipes/heading.sh
 cores=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) # macOS has no nproc
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 2 ? cores / 2 : 1))}"
 vae=runs/image_vae/demo
 diffusion=runs/image_diffusion/demo
 
+heading "Images to tensors"
 python -m dataset_loading.embedded.scenes data/scenes --image_size 64
 python preprocess_image_vae_dataset.py --dataset_name data/scenes/train --validation_dataset data/scenes/test \
     --image_size 64 --output_dir cached_datasets/scenes
 
+heading "Image VAE-GAN"
 # A second call resumes where an interrupted first one stopped.
 torchrun --standalone --nproc_per_node=2 pretrain_image_vae.py --config tiny --run_name demo \
     --cached_dataset cached_datasets/scenes --batch_size 8 --learning_rate 2e-3 --kl_weight 1e-2 --latent_noise 0.25 \
@@ -26,6 +29,7 @@ torchrun --standalone --nproc_per_node=2 pretrain_image_vae.py --config tiny --r
     --logging_steps 100 --eval_steps 500 --save_steps 500 --resume_from_checkpoint latest
 python evaluate.py --checkpoint "$vae" --contact_sheet 16
 
+heading "Text to image"
 python preprocess_image_diffusion_dataset.py --dataset_name data/scenes/train --validation_dataset data/scenes/test \
     --vae_checkpoint "$vae" --output_dir cached_datasets/scenes_latents
 torchrun --standalone --nproc_per_node=2 pretrain_image_diffusion.py --config tiny --run_name demo \
@@ -36,17 +40,20 @@ python evaluate.py --checkpoint "$diffusion" --contact_sheet 16
 python inference/text_to_image.py --checkpoint "$diffusion" --n_images 4 \
     --prompts "a large frog on red" "a small house at the right on red" "a large umbrella on gray"
 
+heading "Speech to log-mels"
 # Audio: the same captions spoken -> log-mels -> vocoder and audio VAE-GAN -> metrics, audio files, plots of log-mels.
 vocoder=runs/vocoder/demo
 audio_vae=runs/audio_vae/demo
 python -m dataset_loading.embedded.speech data/speech --limit 400
 python preprocess_audio_vocoder_dataset.py --dataset_name data/speech/train --validation_dataset data/speech/test \
     --output_dir cached_datasets/speech
+heading "Vocoder"
 torchrun --standalone --nproc_per_node=2 pretrain_vocoder.py --config tiny --run_name demo \
     --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 1e-3 --max_steps 400 --warmup_ratio 0.04 \
     --gan_start_step 240 --gan_warmup_steps 10 --gan_ramp_steps 80 --discriminator_every 2 --n_logged_samples 2 \
     --logging_steps 40 --eval_steps 200 --save_steps 200 --resume_from_checkpoint latest
 python evaluate.py --checkpoint "$vocoder" --metrics pesq stoi mel --max_samples 16 --contact_sheet 4
+heading "Audio VAE-GAN"
 torchrun --standalone --nproc_per_node=2 pretrain_audio_vae.py --config tiny --run_name demo \
     --cached_dataset cached_datasets/speech --batch_size 8 --learning_rate 2e-3 --max_steps 240 --warmup_ratio 0.04 \
     --gan_start_step 160 --gan_warmup_steps 10 --gan_ramp_steps 40 --gan_weight 0.05 --n_logged_samples 2 \
@@ -57,6 +64,7 @@ python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" --m
 python inference/reconstruct_audio.py --vae_checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" \
     --input "$(find data/speech/test -name '*.flac' | sort | head -n 1)"
 
+heading "Text to speech"
 # Text to speech: latents of the audio VAE with phonemes and their durations -> diffusion -> metrics, three sentences.
 speech=runs/audio_diffusion/demo
 python preprocess_audio_diffusion_dataset.py --audio_cache cached_datasets/speech --vae_checkpoint "$audio_vae" \
@@ -72,6 +80,7 @@ python inference/text_to_speech.py --checkpoint "$speech" --vocoder_checkpoint "
     --output_dir "$speech/sentences" --text "A small penguin at the right on white." \
     "A small apple at the left on white." "A large pig on yellow."
 
+heading "Text, images and audio in one stream"
 # One transformer for text, images and audio, on the latents of the scenes and of all captions spoken.
 streams=runs/multimodal/demo
 python -m dataset_loading.embedded.speech data/captions
@@ -91,7 +100,7 @@ python inference/chat.py --checkpoint "$streams" --vocoder_checkpoint "$vocoder"
     --draw "a large frog on red" --speak "a small umbrella at the right on gray" \
     --describe data/scenes/test/frog_red_0_0.png --transcribe data/captions/test/frog_red_0_0.flac
 
-echo
+heading "Done"
 echo "contact sheet    $diffusion/contact_sheet.png (real | reconstruction | generated)"
 echo "metrics          $diffusion/metrics.json, $vae/metrics.json"
 echo "images           inference/generated/image/"
@@ -101,3 +110,5 @@ echo "spoken           $speech/sentences/"
 echo "metrics          $vocoder/metrics.json, $audio_vae/metrics.json, $speech/metrics.json"
 echo "multimodal       $streams/metrics.json, $streams/contact_sheet_text-image.png, $streams/answers/"
 echo "TensorBoard      make tensorboard"
+next "python inference/text_to_image.py --checkpoint $diffusion --prompts 'a large frog on red'" \
+    "python inference/text_to_speech.py --checkpoint $speech --vocoder_checkpoint $vocoder --speaker en-us+f3 --text '...'"

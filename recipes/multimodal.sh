@@ -14,6 +14,7 @@
 # Costs on GPUs have not been measured. A second call resumes where the first one stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. recipes/heading.sh
 GPUS=${GPUS:-8}
 NODES=${NODES:-}
 RUN=${RUN:-streams}
@@ -43,6 +44,7 @@ train() {
     fi
 }
 
+heading "Text, images and audio in one stream"
 # 1. Understanding is learnt long before generation, which gets most of the rows.
 train pretrain_multimodal.py --config "multimodal-$SIZE" --run_name "$RUN" --include_modes text image audio \
     --image_latents "$IMAGES" --audio_latents "$AUDIO" --vocoder_checkpoint "$VOCODER" \
@@ -50,9 +52,14 @@ train pretrain_multimodal.py --config "multimodal-$SIZE" --run_name "$RUN" --inc
     --learning_rate "$RATE" --warmup_ratio "$WARMUP" --adam_beta2 0.95 --ema_decay "$EMA" --max_steps "$STEPS" \
     --eval_steps "$EVERY" --save_steps "$EVERY" --resume_from_checkpoint latest
 
+heading "Metrics of every direction"
 # 2. Every direction beside its control, images and wav files.
 python evaluate.py --checkpoint "runs/multimodal/$RUN" --vocoder_checkpoint "$VOCODER" --contact_sheet 16
 
+heading "Answers"
 # 3. Answers.
 python inference/chat.py --checkpoint "runs/multimodal/$RUN" --vocoder_checkpoint "$VOCODER" \
     --draw "$DRAW" --speak "$SPEAK" --output_dir "runs/multimodal/$RUN/answers"
+
+heading "Done: runs/multimodal/$RUN/answers, metrics.json; curves by make tensorboard"
+next "python inference/chat.py --checkpoint runs/multimodal/$RUN --vocoder_checkpoint $VOCODER --draw '...'"

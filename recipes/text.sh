@@ -11,11 +11,13 @@
 # are estimates from parameter and token counts, not measurements. A second call resumes where the first one stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. recipes/heading.sh
 DATASET=${DATASET:-roneneldan/TinyStories}
 SUBSET=${SUBSET:-}
 GPUS=${GPUS:-8}
 RUN=${RUN:-hub}
 
+heading "Flat language model"
 # 1. Train a BPE tokenizer of 32,000 ids and tokenise the texts: minutes on the CPU. Then train 12 layers of width 768,
 #    100 M parameters, 6,000 steps of 256 windows of 1,024 tokens: half an hour on 8 H100.
 deepspeed --num_gpus="$GPUS" pretrain_multimodal.py --use_deepspeed --deepspeed_config ds_config_zero-2.json --bf16 \
@@ -25,6 +27,7 @@ deepspeed --num_gpus="$GPUS" pretrain_multimodal.py --use_deepspeed --deepspeed_
     --override loss_chunk_size=4096 z_loss_weight=1e-4 --eval_steps 1000 --save_steps 1000
 python evaluate.py --checkpoint "runs/multimodal/$RUN"
 
+heading "Language model with recurrent depth"
 # 2. The same number of layers, 6 of them in a core that runs 8 times on average: about 4 times the compute of step 1.
 deepspeed --num_gpus="$GPUS" pretrain_multimodal.py --use_deepspeed --deepspeed_config ds_config_zero-2.json --bf16 \
     --config recurrent-medium --run_name "${RUN}_recurrent" --cached_dataset "cached_datasets/${RUN}_text" \
@@ -35,7 +38,11 @@ deepspeed --num_gpus="$GPUS" pretrain_multimodal.py --use_deepspeed --deepspeed_
 python evaluate.py --checkpoint "runs/multimodal/${RUN}_recurrent" --thinking_steps 1 2 4 8 16 32 \
     --exit_thresholds 0.0001 0.001 0.01 --max_thinking_steps 32
 
+heading "Generation"
 # 3. Generation.
 python inference/generate_text.py --checkpoint "runs/multimodal/$RUN" --prompts "Once upon a time" --temperature 0.8 --top_p 0.95
 python inference/generate_text.py --checkpoint "runs/multimodal/${RUN}_recurrent" --prompts "Once upon a time" --temperature 0.8 \
     --top_p 0.95 --thinking_steps 16 --exit_threshold 0.001
+
+heading "Done: runs/multimodal/$RUN and ${RUN}_recurrent, metrics.json; curves by make tensorboard"
+next "python inference/generate_text.py --checkpoint runs/multimodal/$RUN --prompts '...'"

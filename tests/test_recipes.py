@@ -37,3 +37,16 @@ def test_audio_recipe_speaks_three_sentences(tmp_path):
     assert record["arguments"]["init_from"] == "runs/vocoder/voice"
     scores = json.loads((runs / "vocoder/voice_through_vae/after_vae/metrics.json").read_text())
     assert "voice_through_vae" in scores["model"]["vocoder"]
+
+
+@pytest.mark.parametrize("name", ["audio", "demo", "image", "multimodal", "text"])
+def test_recipes_have_a_heading_per_stage_and_end_with_the_next_command(name):
+    lines = (ROOT / "recipes" / f"{name}.sh").read_text().splitlines()
+    headings = [number for number, line in enumerate(lines) if line.startswith("heading ")]
+    stages = [number for number, line in enumerate(lines) if "pretrain_" in line and not line.startswith("#")]
+    # Between two stages there is a heading, and one before the first.
+    for first, second in zip([-1, *stages], stages):
+        assert any(first < number < second for number in headings), lines[second]
+    script = f". recipes/heading.sh; {next(line for line in lines if line.startswith('next ')).rstrip(chr(92))}"
+    last = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert last.startswith("next: python inference/")
