@@ -1,5 +1,7 @@
 """Audio for playback in TensorBoard and in files."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -8,6 +10,21 @@ from torch.utils.tensorboard import SummaryWriter
 def playable(waveform: Tensor) -> Tensor:
     """A waveform (S,) on the CPU, fp32, clamped to [-1, 1], silent where it is not finite."""
     return torch.nan_to_num(torch.as_tensor(waveform).detach().float().cpu(), 0.0, 0.0, 0.0).clamp(-1, 1)
+
+
+# Players of a clip stand on TensorBoard's page in the order of their names: truth, baselines, model.
+KINDS = ("real", "generated")
+
+
+def sound_tag(group: str, number: int, kind: str) -> str:
+    """The name of a clip's player: `sounds/00_1_real` before `sounds/00_2_generated`."""
+    return f"{group}/{number:02d}_{KINDS.index(kind) + 1}_{kind}"
+
+
+def add_captions(writer: SummaryWriter, group: str, captions: Sequence[str]) -> None:
+    """What the clips of players say, as a table under Text."""
+    rows = [f"| {number:02d} | {caption.replace('|', ' ')} |" for number, caption in enumerate(captions)]
+    writer.add_text(group, "\n".join(["| clip | text |", "|---|---|", *rows]))
 
 
 def add_audio(writer: SummaryWriter, name: str, waveform: Tensor, *, rate: int, step: int) -> None:

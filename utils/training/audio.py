@@ -25,7 +25,7 @@ from utils.command_line import parse_overrides
 from utils.distributed import is_sharded
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
-from utils.drawing.playback import add_audio
+from utils.drawing.playback import add_audio, add_captions, sound_tag
 from utils.metrics.audio import PACKAGES, not_measured, pesq_wb, stoi
 from utils.options import declared_fields, from_preset
 from utils.seeds import sample_uniform
@@ -218,9 +218,12 @@ class AudioCallback(EvaluationCallback):
         self.writer.add_scalar("listening/mel_l1", statistics.fmean(distances), step)
 
     def add_sounds(self, kind: str, waveforms: list[Tensor], step: int) -> None:
-        """A player per clip, `sounds/<clip>_<kind>`."""
+        """A player per clip, see `sound_tag`; what they say beside the real ones, which are written once."""
+        if kind == "real":
+            add_captions(self.writer, "sounds", self.names)
         for number, waveform in enumerate(waveforms):
-            add_audio(self.writer, f"sounds/{number:02d}_{kind}", waveform, rate=self.settings.sample_rate, step=step)
+            tag = sound_tag("sounds", number, kind)
+            add_audio(self.writer, tag, waveform, rate=self.settings.sample_rate, step=step)
 
     def add_scores(self, generated: list[Tensor], real: list[Tensor], step: int) -> None:
         """PESQ and STOI of the first clips, where their packages are installed and the waveforms are finite."""

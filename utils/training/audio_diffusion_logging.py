@@ -11,7 +11,7 @@ from dataset_loading.cached import evenly_spaced
 from utils.drawing.alignment import MARKS, aligned_mel, duration_image
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
-from utils.drawing.playback import add_audio
+from utils.drawing.playback import add_audio, add_captions, sound_tag
 from utils.generation.audio_diffusion import AudioPipeline
 from utils.generation.captions import CaptionPipeline, seconds_of_clips
 from utils.generation.speech import SpeechPipeline
@@ -64,11 +64,13 @@ class SoundCallback(EvaluationCallback):
         """Players of log-mels (M, F): real ones the first time alone."""
         rate = self.pipeline.vae.config.sample_rate
         kinds = {"real": real, "generated": generated} if self.is_first else {"generated": generated}
+        if self.is_first:
+            add_captions(self.writer, "sounds", self.names)
         self.is_first = False
         for kind, mels in kinds.items():
             for number, mel in enumerate(mels):
                 waveform = self.pipeline.vocode(mel)
-                add_audio(self.writer, f"sounds/{number:02d}_{kind}", waveform, rate=rate, step=step)
+                add_audio(self.writer, sound_tag("sounds", number, kind), waveform, rate=rate, step=step)
 
 
 class SpeechCallback(SoundCallback):

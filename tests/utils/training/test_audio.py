@@ -70,17 +70,19 @@ def test_a_vocoder_run_can_be_listened_to(listen, cache):
     run = listen(VocoderStage, VOCODER, partial(VocoderCallback, n_clips=2), 2)
     events = read(run)
     tags = events.Tags()
-    assert set(tags["audio"]) == {f"sounds/{clip}_{kind}" for clip in ("00", "01") for kind in ("real", "generated")}
+    assert set(tags["audio"]) == {
+        f"sounds/{clip}_{kind}" for clip in ("00", "01") for kind in ("1_real", "2_generated")
+    }
     assert {"images/mel", "images/waveform", "images/phase"} <= set(tags["images"])
     scores = {"pesq", "stoi", "mel_l1", "phase_error", "frequency_error", "real_time_factor"}
     scores -= not_measured(["pesq"]).keys()
     assert {f"listening/{name}" for name in scores} <= set(tags["scalars"])
-    assert [event.step for event in events.Audio("sounds/00_generated")] == [0, 1, 2]
-    (real,) = events.Audio("sounds/00_real")
+    assert [event.step for event in events.Audio("sounds/00_2_generated")] == [0, 1, 2]
+    (real,) = events.Audio("sounds/00_1_real")
     waveform = VocoderDataset(cache, "validation")[0]["waveform"].numpy()
     assert real.sample_rate == 16000 and np.abs(samples_of(real) - waveform).max() < 1e-3
 
-    first, *_, last = (samples_of(event) for event in events.Audio("sounds/00_generated"))
+    first, *_, last = (samples_of(event) for event in events.Audio("sounds/00_2_generated"))
     assert len(first) == len(waveform) and not np.array_equal(first, last)
     assert [event.step for event in events.Images("images/mel")] == [0, 1, 2]
 
@@ -97,17 +99,17 @@ def test_an_audio_vae_run_can_be_listened_to(listen, vocoder):
     )
     events = read(run)
     tags = events.Tags()
-    assert {"sounds/00_real", "sounds/01_generated"} <= set(tags["audio"])
+    assert {"sounds/00_1_real", "sounds/01_2_generated"} <= set(tags["audio"])
     assert {"images/mel", "images/latents"} <= set(tags["images"])
     assert {"latents/mean_00", "latents/mean_03", "latents/posterior_std"} <= set(tags["histograms"])
     assert {"listening/mel_l1", "listening/stoi", "latents/dead_channels"} <= set(tags["scalars"])
-    assert [event.step for event in events.Audio("sounds/00_generated")] == [0, 1]
-    assert [event.step for event in events.Audio("sounds/00_real")] == [0]
+    assert [event.step for event in events.Audio("sounds/00_2_generated")] == [0, 1]
+    assert [event.step for event in events.Audio("sounds/00_1_real")] == [0]
 
 
 def test_without_a_vocoder_griffin_lim_makes_the_sound(listen):
     events = read(listen(AudioVAEStage, AUDIO_VAE, partial(AudioReconstructionCallback, n_clips=1), 1))
-    assert np.abs(samples_of(events.Audio("sounds/00_generated")[0])).max() > 0
+    assert np.abs(samples_of(events.Audio("sounds/00_2_generated")[0])).max() > 0
 
 
 def test_vocoders_are_loaded_whole_and_others_refused(vocoder, listen, tmp_path):
@@ -134,7 +136,7 @@ def test_broken_waveforms_are_shown_as_silence(listen):
             return waveform * torch.nan, time
 
     events = read(listen(VocoderStage, VOCODER, partial(Broken, n_clips=1), 1))
-    assert not samples_of(events.Audio("sounds/00_generated")[0]).any()
+    assert not samples_of(events.Audio("sounds/00_2_generated")[0]).any()
     assert "listening/pesq" not in events.Tags()["scalars"]
 
 

@@ -15,7 +15,7 @@ from model.multimodal.mask import stream_mask
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
 from utils.drawing.masks import LEGEND, mask_image
-from utils.drawing.playback import add_audio
+from utils.drawing.playback import add_audio, sound_tag
 from utils.evaluation.multimodal.examples import Examples
 from utils.evaluation.multimodal.items import MARGIN, HeldOutItems, having
 from utils.evaluation.multimodal.losses import TIMES, stream_losses
@@ -174,7 +174,8 @@ class StreamSamplesCallback(EvaluationCallback):
         kinds = {"real": real, "generated": generated} if self.is_first else {"generated": generated}
         for kind, mels in kinds.items():
             for number, mel in enumerate(mels):
-                add_audio(self.writer, f"sounds/{task}/{number:02}_{kind}", audio.vocode(mel), rate=rate, step=step)
+                tag = sound_tag(f"sounds/{task}", number, kind)
+                add_audio(self.writer, tag, audio.vocode(mel), rate=rate, step=step)
 
     @cached_property
     def present(self) -> MultimodalPipeline:
