@@ -7,12 +7,15 @@ Before: preprocess_image_diffusion_dataset.py. After: evaluate.py, inference/tex
         --vae_checkpoint runs/image_vae/base --vae_config small --deepspeed_config ds_config_zero-2.json
 """
 
+import functools
+
 from dataset_loading.cached import evenly_spaced
-from dataset_loading.collators import collate_captioned
+from dataset_loading.collators import collate_by_shape, collate_captioned
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.presets import IMAGE_DIFFUSION
 from utils.generation.text_to_image import fit_to_latents
+from utils.training.budget_batches import count_bucket_steps
 from utils.training.diffusion import DiffusionStage, DiffusionTrainer, check_init_from
 from utils.training.image_diffusion import ImageDiffusionArguments, PromptGridCallback, SampleMetrics
 
@@ -35,11 +38,18 @@ class ImageDiffusionStage(DiffusionStage):
         return fit_to_latents(super().build_config(), self.latents, self.args.override, folder=self.cache_dir)
 
     def build_dataset(self, split, config):
+        multiple = self.vae.config.compression * 2 ** (len(config.widths) - 1)
         dataset = ImageLatentDataset(self.cache_dir, split)
+        dataset.expect_multiples(multiple, "the VAE's compression times 2 for each level after the first")
         return dataset.expect_captions() if split == "train" else dataset
 
     def build_collator(self, config):
-        return collate_captioned
+        return functools.partial(collate_by_shape, collate=collate_captioned, name="mean")
+
+    def count_steps(self, dataset, n_ranks):
+        if dataset.buckets:
+            return count_bucket_steps(dataset, self.args, n_ranks)
+        return super().count_steps(dataset, n_ranks)
 
     def build_trainer_parts(self, model):
         if self.args.dry_run:  # All parts need the frozen networks, which `prepare` loads.

@@ -2,6 +2,7 @@
 
     python inference/text_to_image.py --checkpoint runs/image_diffusion/demo --prompts "a large panda on red" "a key"
     python inference/text_to_image.py --checkpoint runs/image_diffusion/demo --prompt_file prompts.txt --seeds 7 8
+    python inference/text_to_image.py --checkpoint runs/image_diffusion/photos --prompts "a beach" --aspect 3:2
 
 The same seed gives the same image, independent of the other prompts and seeds.
 """
@@ -35,6 +36,13 @@ class TextToImageArguments(PipelineArguments):
         1, "images per prompt, with seeds 0, 1, 2, ...", gt=0, only_with=("seeds", []), aliases=("n_pictures",)
     )
     seeds: list[int] = option([], "seeds of each prompt's images", ge=0, lt=2**63)
+    width: int = option(0, "width of the images in pixels; 0: that of the training images", ge=0)
+    height: int = option(0, "height of the images in pixels; 0: that of the training images", ge=0)
+    aspect: str = option(
+        "",
+        "aspect ratio of the images, such as 16:9, instead of width and height: the nearest size in training",
+        only_with=[("width", 0), ("height", 0)],
+    )
     batch_size: int = option(16, "images per batch", gt=0)
     output_dir: str = option("inference/generated/image", "folder of the results")
 
@@ -53,14 +61,15 @@ def generate(args: TextToImageArguments) -> None:
     vae, encoder = args.vae_checkpoint, args.text_encoder
     pipeline = TextToImagePipeline.load(checkpoint, vae, encoder, weights=weights, device=device)
     pipeline.check_prompts(prompts)
+    size = pipeline.chosen_size(args.width, args.height, args.aspect)
     folder = claim_folder(args.output_dir, args)
     # Every prompt with every seed, in batches; images of the first prompts are kept for the sheet.
     tasks = [(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
     shown, files = [], []
     for start in range(0, len(tasks), args.batch_size):
         batch = tasks[start : start + args.batch_size]
-        images = pipeline.images([prompt for _, prompt, _ in batch], [seed for *_, seed in batch], args)
-        for (index, prompt, seed), image in zip(batch, map(to_image, images)):  # images: (B, 3, S, S)
+        images = pipeline.images([prompt for _, prompt, _ in batch], [seed for *_, seed in batch], args, size)
+        for (index, prompt, seed), image in zip(batch, map(to_image, images)):  # images: (B, 3, Y, X)
             file = f"{file_stem(index, prompt, seed)}.png"
             save_image(image, folder / file)
             print(folder / file)

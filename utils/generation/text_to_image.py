@@ -1,10 +1,11 @@
 """Text-to-image pipeline: text encoder and UNet, sampler, VAE decoder.
 
-B batch, Z latent channels, y x latent rows and columns, S side of an image, T text tokens.
+B batch, Z latent channels, y x latent rows and columns, Y X rows and columns of an image, T text tokens.
 """
 
 import dataclasses
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -12,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from dataset_loading.image.buckets import Size, describe_sizes, nearest_size, parse_ratio, round_to, sizes_of
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.samplers import SAMPLERS, SamplerKind, guided_denoiser, initial_noise, sample
 from model.text.feature_extractors import FrozenTextEncoder
@@ -27,6 +29,7 @@ from utils.options import option, other_than_one
 
 logger = logging.getLogger(__name__)
 
+RATIO_TOLERANCE = 0.15  # Of the logarithm of a ratio: sides are multiples, so that few ratios are met exactly.
 BYTES_ONLY = ("n_text_layers", "text_head_width", "n_gram_sizes", "n_gram_buckets")
 
 
@@ -68,10 +71,21 @@ class TextToImagePipeline:
     Args:
         model, vae: on the same device, in eval mode.
         text_encoder: the frozen encoder of the captions, if the model was trained on one.
+        sizes: of the training images, (width, height) in pixels; by default a square.
     """
 
-    def __init__(self, model: ImageDiffusion, vae: VAE, text_encoder: FrozenTextEncoder | None = None):
+    def __init__(
+        self,
+        model: ImageDiffusion,
+        vae: VAE,
+        text_encoder: FrozenTextEncoder | None = None,
+        sizes: Sequence[Size] = (),
+    ):
         self.model, self.vae, self.text_encoder = model, vae, text_encoder
+        side = model.config.latent_size * vae.config.compression
+        self.sizes = list(sizes) or [(side, side)]
+        # The square, or the first size where there is none.
+        self.size = (side, side) if (side, side) in self.sizes else self.sizes[0]
 
     @classmethod
     def load(
@@ -105,7 +119,7 @@ class TextToImagePipeline:
         encoder = load_text_encoder(latents, text_encoder, near=folder)
         if encoder is not None:
             encoder.model.to(device)
-        return cls(model, load_vae(path).requires_grad_(False).to(device), encoder)
+        return cls(model, load_vae(path).requires_grad_(False).to(device), encoder, sizes_of(latents))
 
     @property
     def device(self) -> torch.device:
@@ -130,19 +144,57 @@ class TextToImagePipeline:
         tokens, mask = pad_tokens(ids)
         return {"tokens": tokens.to(self.device), "mask": mask.to(self.device)}
 
+    def chosen_size(self, width: int = 0, height: int = 0, aspect: str = "") -> Size:
+        """The size of images for flags: width and height in pixels, or a ratio such as `16:9`; without any the square.
+
+        A size that the model was not trained on is a warning.
+
+        Raises: ValueError: a side that VAE and UNet cannot halve, or a ratio that no training image
+            has; names the nearest sizes.
+        """
+        trained = f"the sizes of the training images are {describe_sizes(self.sizes)}"
+        if aspect:
+            ratio = parse_ratio(aspect, "aspect")
+            width, height = self.sizes[nearest_size((ratio, 1.0), self.sizes)]
+            if abs(math.log(width / height / ratio)) > RATIO_TOLERANCE:
+                raise ValueError(
+                    f"--aspect {aspect}: {trained}, of which {width}x{height} is the nearest; --width and --height "
+                    "give others"
+                )
+        width, height = (width or height or self.size[0]), (height or width or self.size[1])
+        # Strides of the VAE, and of the UNet on its latents.
+        multiple = self.vae.config.compression * 2 ** (len(self.model.config.widths) - 1)
+        if width % multiple or height % multiple:
+            near = (round_to(width, multiple), round_to(height, multiple))
+            raise ValueError(
+                f"--width {width} --height {height}: sides must be multiples of {multiple}; the nearest are "
+                f"{describe_sizes([near])}, and {trained}"
+            )
+        if (width, height) not in self.sizes:
+            nearest = self.sizes[nearest_size((width, height), self.sizes)]
+            logger.warning(
+                "%dx%d pixels were not trained on, images may be worse: %s; the nearest is %s",
+                *(width, height, trained, describe_sizes([nearest])),
+            )
+        return width, height
+
     @torch.no_grad()
-    def latents(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments) -> Tensor:
+    def latents(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments, size: Size | None = None
+    ) -> Tensor:
         """Sample latents, one per prompt and seed.
 
-        The random numbers of an image depend on its seed alone, not on the batch or the device.
+        The random numbers of an image depend on its seed and size alone, not on the batch or the device.
 
+        Args: size: of the images, (width, height) in pixels; None: `self.size`.
         Returns: (B, Z, y, x) standardised, fp32.
         """
         assert settings.sampler in SAMPLERS and len(prompts) == len(seeds)
         # Noise from one generator per image, on the CPU so that every device sees the same numbers.
         process = self.model.process
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        noise = initial_noise(self.model.latent_shape(), generators, process).to(self.device)
+        width, height = size or self.size
+        noise = initial_noise(self.vae.latent_shape(height, width), generators, process).to(self.device)
         # Classifier-free guidance: the denoiser combines predictions with captions and without.
         condition = self.model.encode_text(**self.text_inputs(prompts))
         low, high = settings.guidance_interval  # times between which guidance acts
@@ -159,14 +211,17 @@ class TextToImagePipeline:
         return sample(settings.sampler, denoiser, noise, process=process, times=times, generators=generators)
 
     @torch.no_grad()
-    def images(self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments) -> Tensor:
+    def images(
+        self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments, size: Size | None = None
+    ) -> Tensor:
         """Sample and decode images, one per prompt and seed.
 
-        Returns: (B, 3, S, S) in [-1, 1], fp32.
+        Args: size: (width, height) in pixels; None: `self.size`.
+        Returns: (B, 3, Y, X) in [-1, 1], fp32.
         Raises: ValueError: an image is not finite.
         """
         # Latents in the units of the VAE, then images; one that is not finite is named by its prompt.
-        latents = self.latents(prompts, seeds, settings)
+        latents = self.latents(prompts, seeds, settings, size)
         images = self.vae.decode(self.vae.denormalize_latents(latents))
         finite = images.isfinite().flatten(1).all(1).tolist()
         if not all(finite):

@@ -1,14 +1,25 @@
-"""Shared by the preprocessing stages that read images: flags of how an image becomes square, and decoding."""
+"""Shared by the preprocessing stages that read images: flags of the sizes that images get, and decoding."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
+import torch
 from PIL import Image
+from torch import Tensor
 
-from dataset_loading.image.pixels import MAX_PIXELS, ResizeMode, TooSmallError, check_color, decode_image
+from dataset_loading.image.buckets import BUCKET, bucket_sizes, nearest_size, parse_ratio
+from dataset_loading.image.pixels import (
+    MAX_PIXELS,
+    ResizeMode,
+    TooSmallError,
+    check_color,
+    decode_image,
+    fit_image,
+)
 from utils.options import option
 from utils.preprocessing.driver import PreprocessArguments
-from utils.preprocessing.samples import SkipSampleError
+from utils.preprocessing.samples import Example, SkipSampleError
 
 # Flags that shape the tensors of every image stage; they belong to the fingerprint of a cache.
 IMAGE_SETTINGS = ("resize_mode", "background_color", "min_image_size")
@@ -18,15 +29,95 @@ IMAGE_SETTINGS = ("resize_mode", "background_color", "min_image_size")
 class ImageArguments(PreprocessArguments):
     """Flags of all preprocessing stages that read images."""
 
-    resize_mode: ResizeMode = option("crop", "how images that are not square become square")
+    resize_mode: ResizeMode = option("crop", "how images get the proportions of a square or of their bucket")
+    aspect_buckets: list[str] = option(
+        [],
+        "aspect ratios, such as 1:1 3:2 2:3: an image gets the nearest, at about image_size^2 pixels; none: squares",
+    )
+    bucket_multiple: int = option(
+        32,
+        "sides of aspect-ratio buckets are multiples of this: the VAE's compression times 2 per level of the UNet",
+        gt=0,
+        only_with=("aspect_buckets", bool),
+    )
     background_color: str = option("white", "color of transparent pixels and of padding; name or #rrggbb")
     min_image_size: int = option(16, "minimum side in pixels; smaller images are left out", gt=0)
     max_image_pixels: int = option(
         MAX_PIXELS, "maximum number of pixels; larger images count as broken, for lack of memory", gt=0
     )
 
+    def validate_buckets(self):
+        if not self.aspect_buckets and "aspect_buckets" in getattr(self, "given", ()):
+            raise ValueError("--aspect_buckets is empty; name ratios of width to height, such as 1:1 3:2 2:3")
+        for ratio in self.aspect_buckets:
+            parse_ratio(ratio, "aspect_buckets")
+
     def validate_background(self):
         check_color("background_color", self.background_color)
+
+
+class BucketedSizes:
+    """The sizes of a cache's images, and which one an image gets.
+
+    Args:
+        args: the flags.
+        image_size: side of a square in pixels, whose area all sizes have about.
+    """
+
+    def __init__(self, args: ImageArguments, image_size: int):
+        self.args, self.has_buckets = args, bool(args.aspect_buckets)
+        buckets = bucket_sizes(args.aspect_buckets, image_size, args.bucket_multiple)
+        self.sizes = buckets or [(image_size, image_size)]
+
+    @property
+    def longest(self) -> int:
+        """The longest side of all sizes."""
+        return max(map(max, self.sizes))
+
+    def settings(self) -> dict[str, Any]:
+        """What the manifest says of buckets; nothing where there are none."""
+        return {"aspect_buckets": [list(size) for size in self.sizes]} if self.has_buckets else {}
+
+    def fit(self, image: Image.Image) -> Image.Image:
+        """The image in the size of the nearest ratio."""
+        size = self.sizes[nearest_size(image.size, self.sizes)]
+        return fit_image(image, size, self.args.resize_mode, background_color=self.args.background_color)
+
+    def expect_divisible(self, compression: int) -> Self:
+        """Returns: these sizes. Raises: ValueError: a side of a bucket is not divisible by a VAE's compression."""
+        if self.has_buckets and self.args.bucket_multiple % compression:
+            raise ValueError(
+                f"--bucket_multiple={self.args.bucket_multiple} must be divisible by {compression}, the VAE's "
+                "compression"
+            )
+        return self
+
+    def encode_each(
+        self, examples: Sequence[Example], encode: Callable[[list[Example], Tensor], list[Any]], batch_size: int
+    ) -> list[Any]:
+        """What `encode(examples of one size, images (B, 3, Y, X) uint8)` returns for each example.
+
+        The images are filled with black ones up to B, always the same: kernels choose by its size how they round.
+
+        Args: batch_size: B where there is one size. With several, B is an equal part of it, so that all batches
+            together hold at most about twice the examples.
+        """
+        batch_size = max(1, batch_size // len(self.sizes))
+        rows: dict[tuple[int, ...], list[int]] = {}
+        for row, example in enumerate(examples):
+            rows.setdefault(tuple(example.data["image"].shape), []).append(row)
+        encoded: dict[int, Any] = {}
+        for same_size in rows.values():
+            for start in range(0, len(same_size), batch_size):
+                batch = same_size[start : start + batch_size]
+                images = torch.zeros(batch_size, *examples[batch[0]].data["image"].shape, dtype=torch.uint8)
+                images[: len(batch)] = torch.stack([examples[row].data["image"] for row in batch])
+                encoded |= zip(batch, encode([examples[row] for row in batch], images), strict=True)
+        return [encoded[row] for row in range(len(examples))]
+
+    def measure(self, width: int, height: int) -> dict[str, int]:
+        """What an entry of the manifest says of the bucket of an image of this size."""
+        return {BUCKET: self.sizes.index((width, height))} if self.has_buckets else {}
 
 
 def decode_source_image(media: dict[str, Any] | None, args: ImageArguments, enough: int) -> Image.Image:

@@ -21,6 +21,7 @@ from utils.generation.text_encoder import load_text_encoder
 from utils.megatransformer_utils import StageArguments
 from utils.options import option
 from utils.seeds import sample_normal, sample_uniform
+from utils.training.budget_batches import bucket_dataloader
 from utils.training.stage import Stage
 from utils.training_utils import StageTrainer
 
@@ -80,6 +81,10 @@ class DiffusionTrainer(StageTrainer):
         super().__init__(**kwargs)
         self.channel_weights = None if channel_weights is None else channel_weights.to(self.args.device)
         self.measure_samples = measure_samples
+
+    def get_train_dataloader(self):
+        """Batches of latents of one size, where the cache has several."""
+        return bucket_dataloader(self) or super().get_train_dataloader()
 
     def draw_latents(self, inputs: dict) -> Tensor:
         """Latents sampled from each posterior, or with probability 1/2 from that of the mirrored image where the cache
