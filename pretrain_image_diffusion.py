@@ -11,6 +11,7 @@ import functools
 
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import collate_by_shape, collate_captioned
+from dataset_loading.image.buckets import sizes_of
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.presets import IMAGE_DIFFUSION
@@ -73,7 +74,8 @@ class ImageDiffusionStage(DiffusionStage):
         if not prompts:
             return []
         networks = {"vae": self.vae, "text_encoder": self.text_encoder}
-        return [PromptGridCallback(trainer, writer, **networks, prompts=prompts, args=self.args)]
+        sizes = sizes_of(self.latents)
+        return [PromptGridCallback(trainer, writer, **networks, prompts=prompts, sizes=sizes, args=self.args)]
 
     def extra_record(self):
         return {"latents": self.latents}

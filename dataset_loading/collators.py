@@ -138,6 +138,13 @@ def batches_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
     return list(batch["batches"].values()) if "batches" in batch else [batch]
 
 
+def in_order(batch: dict[str, Any], values: Sequence[Any]) -> list[Any]:
+    """Values of the samples of `batches_of(batch)`, one batch after the other, in the order of the samples."""
+    if "batches" not in batch:
+        return list(values)
+    return [values[place] for place in batch["rows"].argsort().tolist()]
+
+
 class HostFields:
     """A collator whose batches have some fields as numpy arrays, which no loader moves to a device. A process that
     loads data leaves signals to its parent from its first batch on.
