@@ -242,7 +242,7 @@ class ReconstructionScores:
         self.moments, self.kernel = FeatureMoments(), KernelDistance()
 
     def update(self, generated: Tensor, target: Tensor, square: Tensor) -> None:
-        """Add a batch of images, each (B, 3, Y, X) in [-1, 1]; `square`: the targets at the size of the square, for the
+        """Add a batch of images, each (B, 3, Y, X) in [-1, 1]; `square`: the targets as squares of one size, for
         distances of sets, see `to_square`."""
         self.values["psnr_db"] += psnr(generated, target).tolist()
         self.values["ssim"] += ssim(generated, target).tolist()
