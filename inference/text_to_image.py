@@ -36,8 +36,8 @@ class TextToImageArguments(PipelineArguments):
         1, "images per prompt, with seeds 0, 1, 2, ...", gt=0, only_with=("seeds", []), aliases=("n_pictures",)
     )
     seeds: list[int] = option([], "seeds of each prompt's images", ge=0, lt=2**63)
-    width: int = option(0, "width of the images in pixels; 0: that of the training images", ge=0)
-    height: int = option(0, "height of the images in pixels; 0: that of the training images", ge=0)
+    width: int = option(0, "width of the images in pixels; 0: the height, or as in training", ge=0)
+    height: int = option(0, "height of the images in pixels; 0: the width, or as in training", ge=0)
     aspect: str = option(
         "",
         "aspect ratio of the images, such as 16:9, instead of width and height: the nearest size in training",
