@@ -4,10 +4,9 @@ r"""Turn captioned images into a VAE's latents and token ids; the next stage is 
     python preprocess_image_diffusion_dataset.py --dataset_name my_images --vae_checkpoint runs/image_vae/demo \
         --image_size 128 --horizontal_flip --text_encoder google/t5-v1_1-base
 
-A file holds {"mean": (Z, y, x) float16, "std": (Z, y, x) float16, "tokens": (T,) int16}: mean and std of the
-latents' posterior, standardised with the VAE's latent statistics, and the caption's bytes (model/text/tokenizer.py).
-With --horizontal_flip also "flipped_mean" and "flipped_std", those of the mirrored image; with --text_encoder also
-"text_states": (T', E) bfloat16, the last hidden states of the caption's own tokens.
+A file holds {"mean", "std": (Z, y, x) float16, "tokens": (T,) int16}: the posterior of the latents, standardised, and
+the caption's bytes. With --horizontal_flip also "flipped_mean" and "flipped_std" of the mirrored image; with
+--text_encoder also "text_states": (T', E) bfloat16, the last hidden states of the caption's own tokens.
 """
 
 import dataclasses
@@ -68,9 +67,9 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
         text = self.text_encoder
         return {
             **{name: getattr(self.args, name) for name in (*IMAGE_SETTINGS, "horizontal_flip", "max_tokens", "bf16")},
+            **self.sizes.settings(),
             "image_size": self.image_size,
             "latent_shape": list(self.vae.latent_shape(self.image_size)),
-            **self.sizes.settings(),
             "vae_fingerprint": self.vae_fingerprint,
             "text_encoder_fingerprint": text_encoder_fingerprint(text) if text else "",
             "text_embedding_width": text.width if text else 0,
@@ -87,9 +86,8 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
         return decode_source_image(media, self.args, enough=3 * self.sizes.longest)
 
     def encode(self, example: Example, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        image = to_tensor(self.sizes.fit(example.data))
-        tokens = encode_caption(example.caption, self.args.max_tokens)
-        return {"image": image, "tokens": torch.tensor(tokens, dtype=torch.int16)}
+        tokens = torch.tensor(encode_caption(example.caption, self.args.max_tokens), dtype=torch.int16)
+        return {"image": to_tensor(self.sizes.fit(example.data)), "tokens": tokens}
 
     def encode_batch(self, examples: list[Example]) -> list[dict[str, torch.Tensor]]:
         return self.sizes.encode_each(examples, self.encode_images, self.args.batch_size)
@@ -97,8 +95,7 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
     @torch.inference_mode()
     def encode_images(self, examples: list[Example], images: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         """The tensors to write for examples of one size; images: theirs (B, 3, Y, X) uint8, and more that fill B."""
-        vae = self.vae.to(compute_device())
-        images = to_float(images.to(vae.device))
+        images = to_float(images.to((vae := self.vae.to(compute_device())).device))
         with torch.autocast(vae.device.type, torch.bfloat16, enabled=self.args.bf16):
             columns: dict[str, Any] = dict(zip(("mean", "std"), standardized_posterior(vae, images)))  # (B, Z, y, x)
             if self.args.horizontal_flip:
@@ -115,8 +112,8 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
         return lost_by_cut(entry["caption"], self.args.max_tokens, self.text_encoder)
 
     def measure(self, tensors: dict[str, torch.Tensor]) -> dict[str, int | float]:
-        height, width = (side * self.vae.config.compression for side in tensors["mean"].shape[-2:])
-        return {**dict.fromkeys(("length", "tokens"), len(tensors["tokens"])), **self.sizes.measure(width, height)}
+        bucket = self.sizes.measure(tensors["mean"], self.vae.config.compression)
+        return {**dict.fromkeys(("length", "tokens"), len(tensors["tokens"])), **bucket}
 
 
 if __name__ == "__main__":

@@ -97,7 +97,7 @@ class ImageVAEPreprocess(Preprocess):
 
     def measure(self, tensors: dict[str, torch.Tensor]) -> dict[str, int | float]:
         height, width = tensors["image"].shape[-2:]
-        return {"length": width, "pixels": height * width, **self.sizes.measure(width, height)}
+        return {"length": width, "pixels": height * width, **self.sizes.measure(tensors["image"])}
 
 
 if __name__ == "__main__":

@@ -2,9 +2,8 @@
 
     python inference/text_to_image.py --checkpoint runs/image_diffusion/demo --prompts "a large panda on red" "a key"
     python inference/text_to_image.py --checkpoint runs/image_diffusion/demo --prompt_file prompts.txt --seeds 7 8
-    python inference/text_to_image.py --checkpoint runs/image_diffusion/photos --prompts "a beach" --aspect 3:2
 
-The same seed gives the same image, independent of the other prompts and seeds.
+The same seed gives the same image, independent of the other prompts and seeds. --aspect 3:2, or --width, sets the size.
 """
 
 import dataclasses
@@ -20,14 +19,14 @@ from utils.devices import compute_device
 from utils.drawing.images import Group, draw_sheet, save_image, to_image
 from utils.generation.files import claim_folder, write_settings
 from utils.generation.text import file_stem, read_prompts
-from utils.generation.text_to_image import PipelineArguments, TextToImagePipeline
+from utils.generation.text_to_image import ImageSizeArguments, PipelineArguments, TextToImagePipeline
 from utils.options import option
 
 MAX_ROWS = 32  # prompts that are shown on the sheet
 
 
 @dataclasses.dataclass
-class TextToImageArguments(PipelineArguments):
+class TextToImageArguments(ImageSizeArguments, PipelineArguments):
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
     weights: WeightsKind = option("ema", "averaged weights, if they were saved, or the trained weights")
     prompts: list[str] = option([], "captions of the images")
@@ -36,13 +35,6 @@ class TextToImageArguments(PipelineArguments):
         1, "images per prompt, with seeds 0, 1, 2, ...", gt=0, only_with=("seeds", []), aliases=("n_pictures",)
     )
     seeds: list[int] = option([], "seeds of each prompt's images", ge=0, lt=2**63)
-    width: int = option(0, "width of the images in pixels; 0: the height, or as in training", ge=0)
-    height: int = option(0, "height of the images in pixels; 0: the width, or as in training", ge=0)
-    aspect: str = option(
-        "",
-        "aspect ratio of the images, such as 16:9, instead of width and height: the nearest size in training",
-        only_with=[("width", 0), ("height", 0)],
-    )
     batch_size: int = option(16, "images per batch", gt=0)
     output_dir: str = option("inference/generated/image", "folder of the results")
 
@@ -56,12 +48,11 @@ def generate(args: TextToImageArguments) -> None:
     prompts = [*args.prompts, *(map(str.strip, read_prompts(args.prompt_file)) if args.prompt_file else [])]
     seeds = list(dict.fromkeys(args.seeds)) or list(range(args.n_images))  # A seed given twice gives one image.
     checkpoint = resolve_checkpoint(args.checkpoint)
-    weights = chosen_weights(checkpoint, args)  # averaged ones, if they were saved
-    device = str(compute_device())
+    weights, device = chosen_weights(checkpoint, args), str(compute_device())  # averaged ones, if they were saved
     vae, encoder = args.vae_checkpoint, args.text_encoder
     pipeline = TextToImagePipeline.load(checkpoint, vae, encoder, weights=weights, device=device)
     pipeline.check_prompts(prompts)
-    size = pipeline.chosen_size(args.width, args.height, args.aspect)
+    size = pipeline.chosen_size(args)
     folder = claim_folder(args.output_dir, args)
     # Every prompt with every seed, in batches; images of the first prompts are kept for the sheet.
     tasks = [(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]

@@ -11,9 +11,11 @@ import evaluate
 from dataset_loading.image.latents import ImageLatentDataset
 from dataset_loading.image.pixels import ImageDataset, to_uint8
 from inference.text_to_image import TextToImageArguments, generate
+from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
 from preprocess_image_vae_dataset import ImageVAEPreprocess
 from pretrain_image_diffusion import ImageDiffusionStage
 from pretrain_image_vae import ImageVAEStage
+from pretrain_multimodal import MultimodalStage
 from pretrain_recurrent_vae import RecurrentVAEStage
 from tests.helpers.latent_cache import make_latents
 from tests.helpers.processes import newest_results
@@ -147,6 +149,10 @@ def test_the_vae_trains_on_batches_of_one_size_and_resumes(vae_run, cache, tmp_p
     resumed = ["--resume_from_checkpoint", str(run.folder.with_name("checkpoint-2"))]
     again = run_stage(ImageVAEStage, VAE_RUN, cache, tmp_path, "again", 4, *STEP, *resumed)
     assert equal(again.weights(), run.weights()) and equal(again.adversary, run.adversary)
+    # As many images in a step, but other micro-batches.
+    other = changed([*STEP, *resumed], "--batch_size", "3", "--gradient_accumulation_steps", "2")
+    with pytest.raises(ValueError, match=r"--batch_size=3: .* micro-batches of 2 images of one size.* --batch_size 2"):
+        run_stage(ImageVAEStage, VAE_RUN, cache, tmp_path, "other", 4, *other)
 
 
 def test_the_recurrent_vae_trains_on_several_sizes(cache, tmp_path):
@@ -163,14 +169,18 @@ def test_diffusion_trains_on_batches_of_one_size_and_resumes(diffusion_run, late
     assert equal(again.weights(), run.weights())
 
 
+def test_what_takes_squares_alone_says_so(latents, tmp_path):
+    words = ["--config", "multimodal-tiny", "--include_modes", "text", "image"]
+    with pytest.raises(ValueError, match="aspect_buckets; the model takes square images"):
+        run_stage(MultimodalStage, [*words, "--image_latents", str(latents)], None, tmp_path, "streams", 1)
+
+
 def test_joined_shards_of_latents_are_those_of_one_process(raw, vae_run, latents, tmp_path):
     flags = [*BUCKETS, "--horizontal_flip", "--validation_fraction", "0.3", "--batch_size", "4"]
     make = partial(make_latents, raw, vae_run[0].folder)
     make(tmp_path / "whole", *flags)
     for number in (1, 2):
         make(tmp_path / "joined", *flags, "--shard", f"{number}/2")
-    from preprocess_image_diffusion_dataset import ImageDiffusionPreprocess
-
     shards = [str(tmp_path / f"joined.shard-{number}-of-2") for number in (1, 2)]
     ImageDiffusionPreprocess.main(["--merge", *shards, "--output_dir", str(tmp_path / "joined")])
     names = {file.relative_to(tmp_path / "whole") for file in (tmp_path / "whole").rglob("*.pt")}

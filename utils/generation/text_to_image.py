@@ -65,6 +65,19 @@ class PipelineArguments(SamplingArguments):
     text_encoder: str = option("", "folder or hub name of the captions' text encoder; default: as recorded")
 
 
+@dataclasses.dataclass
+class ImageSizeArguments:
+    """Flags of the size of generated images."""
+
+    width: int = option(0, "width of the images in pixels; 0: the height, or as in training", ge=0)
+    height: int = option(0, "height of the images in pixels; 0: the width, or as in training", ge=0)
+    aspect: str = option(
+        "",
+        "aspect ratio of the images, such as 16:9, instead of width and height: the nearest size in training",
+        only_with=[("width", 0), ("height", 0)],
+    )
+
+
 class TextToImagePipeline:
     """Generates images for captions with a diffusion model and the VAE of its latents.
 
@@ -144,7 +157,7 @@ class TextToImagePipeline:
         tokens, mask = pad_tokens(ids)
         return {"tokens": tokens.to(self.device), "mask": mask.to(self.device)}
 
-    def chosen_size(self, width: int = 0, height: int = 0, aspect: str = "") -> Size:
+    def chosen_size(self, args: ImageSizeArguments) -> Size:
         """The size of images for flags: width and height in pixels, or a ratio such as `16:9`; without any the square.
 
         A size that the model was not trained on is a warning.
@@ -152,6 +165,7 @@ class TextToImagePipeline:
         Raises: ValueError: a side that VAE and UNet cannot halve, or a ratio that no training image
             has; names the nearest sizes.
         """
+        width, height, aspect = args.width, args.height, args.aspect
         trained = f"the sizes of the training images are {describe_sizes(self.sizes)}"
         if aspect:
             ratio = parse_ratio(aspect, "aspect")

@@ -115,8 +115,10 @@ class BucketedSizes:
                 encoded |= zip(batch, encode([examples[row] for row in batch], images), strict=True)
         return [encoded[row] for row in range(len(examples))]
 
-    def measure(self, width: int, height: int) -> dict[str, int]:
-        """What an entry of the manifest says of the bucket of an image of this size."""
+    def measure(self, tensor: Tensor, scale: int = 1) -> dict[str, int]:
+        """What an entry of the manifest says of the bucket of an image, or of latents of a VAE with a compression of
+        `scale`, (C, Y / scale, X / scale)."""
+        height, width = (scale * side for side in tensor.shape[-2:])
         return {BUCKET: self.sizes.index((width, height))} if self.has_buckets else {}
 
 

@@ -10,6 +10,7 @@ from transformers.trainer_utils import seed_worker
 from dataset_loading.audio.latents import FrameBudgetSampler
 from dataset_loading.epoch_sampler import BucketSampler
 from dataset_loading.image.buckets import BucketedDataset, describe_sizes
+from utils.training.stage import zero_stage_of
 from utils.training_utils import StageTrainer, expected_steps
 
 
@@ -64,8 +65,7 @@ def bucket_dataloader(trainer: StageTrainer) -> Any:
     if not getattr(dataset, "buckets", []):
         return None
     assert isinstance(dataset, BucketedDataset)
-    zero = (trainer.args.deepspeed or {}).get("zero_optimization", {}) if trainer.args.deepspeed is not None else {}
-    if zero.get("stage") == 3 and not args.use_ema:
+    if zero_stage_of(trainer.args) == 3 and not args.use_ema:
         raise ValueError(
             "--no_use_ema: images of several sizes cannot be evaluated with weights that ZeRO-3 shards; leave "
             "--no_use_ema out, or use ds_config_zero-2.json"
@@ -74,11 +74,19 @@ def bucket_dataloader(trainer: StageTrainer) -> Any:
 
 
 def count_bucket_steps(dataset: BucketedDataset, args: Any, n_ranks: int) -> tuple[int, str]:
-    """`Stage.count_steps` of a run on images in aspect-ratio buckets."""
+    """`Stage.count_steps` of a run on images in aspect-ratio buckets.
+
+    Raises: ValueError: also where a resumed run had another batch_size, and so other micro-batches of one size.
+    """
+    resumption = getattr(args, "resumption", None)
+    former = args.batch_size if resumption is None else resumption.old_arguments.get("batch_size", args.batch_size)
+    if former != args.batch_size:
+        raise ValueError(
+            f"--batch_size={args.batch_size}: {resumption.folder} has micro-batches of {former} images of one "
+            f"size, which would become others; give --batch_size {former}, and another "
+            "--gradient_accumulation_steps for another number of processes"
+        )
     n_parts = args.gradient_accumulation_steps * n_ranks
     n_batches = len(bucket_sampler(dataset, args, n_ranks))
     steps = expected_steps(n_batches, n_parts, epochs=args.num_train_epochs, max_steps=args.max_steps)
-    return (
-        steps,
-        f"{args.batch_size * n_parts} samples in {len(dataset.sizes)} sizes ({describe_sizes(dataset.sizes)})",
-    )
+    return steps, f"{args.batch_size * n_parts} samples of {describe_sizes(dataset.sizes)} pixels"
