@@ -68,7 +68,6 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
         return {
             **{name: getattr(self.args, name) for name in (*IMAGE_SETTINGS, "horizontal_flip", "max_tokens", "bf16")},
             **self.sizes.settings(),
-            "image_size": self.image_size,
             "latent_shape": list(self.vae.latent_shape(self.image_size)),
             "vae_fingerprint": self.vae_fingerprint,
             "text_encoder_fingerprint": text_encoder_fingerprint(text) if text else "",
@@ -95,7 +94,8 @@ class ImageDiffusionPreprocess(BatchedPreprocess):
     @torch.inference_mode()
     def encode_images(self, examples: list[Example], images: torch.Tensor) -> list[dict[str, torch.Tensor]]:
         """The tensors to write for examples of one size; images: theirs (B, 3, Y, X) uint8, and more that fill B."""
-        images = to_float(images.to((vae := self.vae.to(compute_device())).device))
+        vae = self.vae.to(compute_device())
+        images = to_float(images.to(vae.device))
         with torch.autocast(vae.device.type, torch.bfloat16, enabled=self.args.bf16):
             columns: dict[str, Any] = dict(zip(("mean", "std"), standardized_posterior(vae, images)))  # (B, Z, y, x)
             if self.args.horizontal_flip:

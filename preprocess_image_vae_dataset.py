@@ -77,8 +77,8 @@ class ImageVAEPreprocess(Preprocess):
 
     def settings(self) -> dict[str, Any]:
         # All that shapes the tensors; a folder of other settings is refused.
-        names = ("image_size", *IMAGE_SETTINGS, *AUGMENTATIONS)
-        return {**{name: getattr(self.args, name) for name in names}, **self.sizes.settings()}
+        names = (*IMAGE_SETTINGS, *AUGMENTATIONS)
+        return {**self.sizes.settings(), **{name: getattr(self.args, name) for name in names}}
 
     def decode(self, media: dict[str, Any] | None) -> Image.Image:
         enough = round(3 * self.sizes.longest / self.args.random_resized_crop**0.5)  # 3 for 1, as in `resample`.

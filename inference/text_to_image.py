@@ -3,7 +3,7 @@
     python inference/text_to_image.py --checkpoint runs/image_diffusion/demo --prompts "a large panda on red" "a key"
     python inference/text_to_image.py --checkpoint runs/image_diffusion/demo --prompt_file prompts.txt --seeds 7 8
 
-The same seed gives the same image, independent of the other prompts and seeds. --aspect 3:2, or --width, sets the size.
+The same seed gives the same image, independent of the other prompts and seeds. --aspect 3:2 or --width sets the size.
 """
 
 import dataclasses

@@ -65,7 +65,7 @@ class BucketedSizes:
     """
 
     def __init__(self, args: ImageArguments, image_size: int):
-        self.args, self.has_buckets = args, bool(args.aspect_buckets)
+        self.args, self.image_size, self.has_buckets = args, image_size, bool(args.aspect_buckets)
         buckets = bucket_sizes(args.aspect_buckets, image_size, args.bucket_multiple)
         self.sizes = buckets or [(image_size, image_size)]
 
@@ -75,8 +75,9 @@ class BucketedSizes:
         return max(map(max, self.sizes))
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest says of buckets; nothing where there are none."""
-        return {"aspect_buckets": [list(size) for size in self.sizes]} if self.has_buckets else {}
+        """What the manifest says of the sizes; without buckets that of the square alone."""
+        buckets = {"aspect_buckets": [list(size) for size in self.sizes]} if self.has_buckets else {}
+        return {"image_size": self.image_size, **buckets}
 
     def fit(self, image: Image.Image) -> Image.Image:
         """The image in the size of the nearest ratio."""
