@@ -155,6 +155,7 @@ def test_the_vae_trains_on_batches_of_one_size_and_resumes(vae_run, cache, tmp_p
         run_stage(ImageVAEStage, VAE_RUN, cache, tmp_path, "other", 4, *other)
 
 
+@pytest.mark.slow
 def test_the_recurrent_vae_trains_on_several_sizes(cache, tmp_path):
     run = run_stage(RecurrentVAEStage, VAE_RUN, cache, tmp_path, "recurrent", 1, *STEP, "--gan_weight", "0")
     assert run.logged("eval_psnr_16_steps")
