@@ -14,12 +14,16 @@ if __name__ == "__main__":
     # --help and wrong flags end here, before imports that take seconds.
     check_flags(ImageDiffusionArguments, __doc__)
 
+import functools
+
 from dataset_loading.cached import evenly_spaced
-from dataset_loading.collators import collate_captioned
+from dataset_loading.collators import collate_by_shape, collate_captioned
+from dataset_loading.image.buckets import sizes_of
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
 from model.presets import IMAGE_DIFFUSION
 from utils.generation.text_to_image import fit_to_latents
+from utils.training.budget_batches import count_bucket_steps
 from utils.training.diffusion import DiffusionStage, DiffusionTrainer, check_init_from
 from utils.training.image_diffusion import PromptGridCallback, SampleMetrics
 
@@ -42,11 +46,18 @@ class ImageDiffusionStage(DiffusionStage):
         return fit_to_latents(super().build_config(), self.latents, self.args.override, folder=self.cache_dir)
 
     def build_dataset(self, split, config):
+        multiple = self.vae.config.compression * 2 ** (len(config.widths) - 1)
         dataset = ImageLatentDataset(self.cache_dir, split)
+        dataset.expect_multiples(multiple, "the VAE's compression times 2 for each level after the first")
         return dataset.expect_captions() if split == "train" else dataset
 
     def build_collator(self, config):
-        return collate_captioned
+        return functools.partial(collate_by_shape, collate=collate_captioned, name="mean")
+
+    def count_steps(self, dataset, n_ranks):
+        if dataset.buckets:
+            return count_bucket_steps(dataset, self.args, n_ranks)
+        return super().count_steps(dataset, n_ranks)
 
     def build_trainer_parts(self, model):
         if self.args.dry_run:  # All parts need the frozen networks, which `prepare` loads.
@@ -70,7 +81,8 @@ class ImageDiffusionStage(DiffusionStage):
         if not prompts:
             return []
         networks = {"vae": self.vae, "text_encoder": self.text_encoder}
-        return [PromptGridCallback(trainer, writer, **networks, prompts=prompts, args=self.args)]
+        sizes = sizes_of(self.latents)
+        return [PromptGridCallback(trainer, writer, **networks, prompts=prompts, sizes=sizes, args=self.args)]
 
     def extra_record(self):
         return {"latents": self.latents}

@@ -114,6 +114,37 @@ def collate_by_length(samples: Sequence[dict[str, Tensor]], log_floor: float, ma
     return {"batches": batches, "rows": torch.tensor([row for rows in groups for row in rows])}
 
 
+def collate_by_shape(
+    samples: Sequence[dict[str, Tensor]], collate: Callable[[Sequence[dict[str, Tensor]]], dict[str, Any]], name: str
+) -> dict[str, Any]:
+    """Samples as one batch where a tensor has the same shape in all of them, else as batches of one shape each.
+
+    Args:
+        collate: samples of one shape -> batch.
+        name: of the tensor.
+    Returns: the batch; or `batches`, a dict by their number, and `rows`, the places of their samples, (B,) int64.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, sample in enumerate(samples):
+        groups.setdefault(tuple(sample[name].shape), []).append(row)
+    if len(groups) == 1:
+        return collate(samples)
+    batches = {number: collate([samples[row] for row in rows]) for number, rows in enumerate(groups.values())}
+    return {"batches": batches, "rows": torch.tensor([row for rows in groups.values() for row in rows])}
+
+
+def batches_of(batch: dict[str, Any]) -> list[dict[str, Any]]:
+    """The batches of one shape, or of like length, that a batch consists of; alone itself."""
+    return list(batch["batches"].values()) if "batches" in batch else [batch]
+
+
+def in_order(batch: dict[str, Any], values: Sequence[Any]) -> list[Any]:
+    """Values of the samples of `batches_of(batch)`, one batch after the other, in the order of the samples."""
+    if "batches" not in batch:
+        return list(values)
+    return [values[place] for place in batch["rows"].argsort().tolist()]
+
+
 class HostFields:
     """A collator whose batches have some fields as numpy arrays, which no loader moves to a device. A process that
     loads data leaves signals to its parent from its first batch on.

@@ -1,12 +1,15 @@
 """The order of training samples: a permutation per epoch that does not depend on the number of processes."""
 
 import hashlib
+import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch.utils.data import Sampler
+
+logger = logging.getLogger(__name__)
 
 LISTED = 10_000_000  # From this number of samples on the permutation is computed place by place, without a list.
 # How the permutation is computed, which `stage.json` says; records of earlier versions do not.
@@ -53,6 +56,66 @@ class EpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
         for chunk in torch.randperm(self.n_samples, generator=generator)[: self.length].split(CHUNK):
             yield from chunk.tolist()
+
+
+class BucketSampler(Sampler[list[int]]):
+    """Micro-batches of a fixed number of samples, those of each from one bucket, such as images of one size.
+
+    The micro-batches of an epoch are a function of (seed, epoch), cut to whole optimizer steps as in `EpochSampler`,
+    and in random order, so that a step has several buckets. The `n_parts` of a step come one after the other: those of
+    one process that accumulates, or of several processes, to which accelerate gives batches in turn. What is left of a
+    bucket, fewer samples than a micro-batch, is left out; it is others in each epoch. A bucket with fewer samples in
+    all has one micro-batch, in which they are repeated.
+
+    Args:
+        buckets: the bucket of each sample.
+        batch_size: samples of a micro-batch.
+        n_parts: micro-batches of a step (accumulation x processes).
+        names: of the buckets, for messages.
+    Raises: ValueError: there are fewer micro-batches than a step has.
+    """
+
+    def __init__(
+        self, buckets: Sequence[int], batch_size: int, seed: int, *, n_parts: int = 1, names: Sequence[str] = ()
+    ):
+        self.batch_size, self.seed, self.n_parts, self.epoch = batch_size, seed, n_parts, 0
+        numbers = torch.tensor(buckets)
+        self.members = {bucket: (numbers == bucket).nonzero()[:, 0] for bucket in numbers.unique().tolist()}
+        for bucket, members in self.members.items():
+            if len(members) < batch_size:
+                logger.warning(
+                    "bucket %s has %d training samples, fewer than batch_size=%d: they are repeated, in one "
+                    "micro-batch per epoch; lower --batch_size, or preprocess with fewer --aspect_buckets",
+                    *(names[bucket] if names else bucket, len(members), batch_size),
+                )
+        n_batches = sum(max(1, len(members) // batch_size) for members in self.members.values())
+        if n_batches < n_parts:
+            raise ValueError(
+                f"{len(buckets)} training samples in {len(self.members)} buckets make {n_batches} micro-batches of "
+                f"{batch_size}, and no optimizer step of {n_parts} (accumulation x processes); lower --batch_size or "
+                "--gradient_accumulation_steps, or add data"
+            )
+        self.length = n_batches - n_batches % n_parts
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose micro-batches the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # As for `EpochSampler`: no two (seed, epoch) share a generator.
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        batches: list[torch.Tensor] = []
+        for members in self.members.values():
+            shuffled = members[torch.randperm(len(members), generator=generator)]
+            if len(shuffled) < self.batch_size:
+                shuffled = shuffled.repeat(-(-self.batch_size // len(shuffled)))[: self.batch_size]
+            whole = len(shuffled) - len(shuffled) % self.batch_size
+            batches += shuffled[:whole].split(self.batch_size)
+        for number in torch.randperm(len(batches), generator=generator)[: self.length].tolist():
+            yield batches[number].tolist()
 
 
 class Permutation:

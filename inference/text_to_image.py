@@ -3,7 +3,7 @@
     python inference/text_to_image.py --checkpoint runs/image_diffusion/demo --prompts "a large panda on red" "a key"
     python inference/text_to_image.py --checkpoint runs/image_diffusion/demo --prompt_file prompts.txt --seeds 7 8
 
-The same seed gives the same image, independent of the other prompts and seeds.
+The same seed gives the same image, independent of the other prompts and seeds. --aspect 3:2 or --width sets the size.
 """
 
 import logging
@@ -35,19 +35,19 @@ def generate(args: TextToImageArguments) -> None:
     prompts = [*args.prompts, *(map(str.strip, read_prompts(args.prompt_file)) if args.prompt_file else [])]
     seeds = list(dict.fromkeys(args.seeds)) or list(range(args.n_images))  # A seed given twice gives one image.
     checkpoint = resolve_checkpoint(args.checkpoint)
-    weights = chosen_weights(checkpoint, args)  # averaged ones, if they were saved
-    device = str(compute_device())
+    weights, device = chosen_weights(checkpoint, args), str(compute_device())  # averaged ones, if they were saved
     vae, encoder = args.vae_checkpoint, args.text_encoder
     pipeline = TextToImagePipeline.load(checkpoint, vae, encoder, weights=weights, device=device)
     pipeline.check_prompts(prompts)
+    size = pipeline.chosen_size(args)
     folder = claim_folder(args.output_dir, args)
     # Every prompt with every seed, in batches; images of the first prompts are kept for the sheet.
     tasks = [(index, prompt, seed) for index, prompt in enumerate(prompts) for seed in seeds]
     shown, files = [], []
     for start in range(0, len(tasks), args.batch_size):
         batch = tasks[start : start + args.batch_size]
-        images = pipeline.images([prompt for _, prompt, _ in batch], [seed for *_, seed in batch], args)
-        for (index, prompt, seed), image in zip(batch, map(to_image, images)):  # images: (B, 3, S, S)
+        images = pipeline.images([prompt for _, prompt, _ in batch], [seed for *_, seed in batch], args, size)
+        for (index, prompt, seed), image in zip(batch, map(to_image, images)):  # images: (B, 3, Y, X)
             file = f"{file_stem(index, prompt, seed)}.png"
             save_image(image, folder / file)
             print(folder / file)

@@ -177,12 +177,14 @@ class VAE(PreTrainedModel):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
 
-    def latent_shape(self, image_size: int) -> tuple[int, int, int]:
-        """(Z, y, x) of a square image with `image_size` pixels a side; ValueError where it is not divisible."""
-        if image_size % self.config.compression:
-            raise ValueError(f"image_size={image_size} is not divisible by the compression {self.config.compression}")
-        side = image_size // self.config.compression
-        return self.config.latent_channels, side, side
+    def latent_shape(self, image_size: int, width: int | None = None) -> tuple[int, int, int]:
+        """(Z, y, x) of an image of `image_size` rows and `width` columns in pixels, a square without `width`;
+        ValueError where a side is not divisible by the compression."""
+        compression = self.config.compression
+        for side in (image_size, width or image_size):
+            if side % compression:
+                raise ValueError(f"image_size={side} is not divisible by the compression {compression}")
+        return self.config.latent_channels, image_size // compression, (width or image_size) // compression
 
     def _init_weights(self, module: nn.Module) -> None:
         """Called once per module by `post_init`, and for what a checkpoint lacks.

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from dataset_loading.collators import HostFields
+from dataset_loading.collators import HostFields, batches_of
 from dataset_loading.epoch_sampler import ORDER, EpochSampler
 from model.layers import to_device
 from utils.checkpoints import checkpoints_in, is_complete, step_of
@@ -45,7 +45,7 @@ TRAINERS = {
 # its parameters there (None: an attribute of the instance), and why we need it. tests/utils/test_transformers_seam.py
 # names every entry that the installed transformers lacks or calls in another way.
 RELIES_ON: dict[str, tuple[str | None, str]] = {
-    "get_train_dataloader": ("", "batches by a budget of frames"),
+    "get_train_dataloader": ("", "batches by a budget of frames, or of images of one size"),
     "_get_train_sampler": ("train_dataset", "the data order is that of EpochSampler"),
     "get_eval_dataloader": ("eval_dataset", "clips of like length come in one batch"),
     "_run_epoch": (
@@ -357,6 +357,15 @@ class StageTrainer(SavingTrainer):
         """Metrics per sample of one validation batch, name -> (B,); `loss` must be among them."""
         raise NotImplementedError
 
+    def batch_terms(self, model, inputs: dict) -> dict[str, Tensor]:
+        """`evaluation_terms` of a batch, or of the batches of like samples that it consists of (`collate_by_length`,
+        `collate_by_shape`), in the order of the samples."""
+        terms = [self.evaluation_terms(model, batch) for batch in batches_of(inputs)]
+        if "batches" not in inputs:
+            return terms[0]
+        back = inputs["rows"].argsort()
+        return {name: torch.cat([batch_terms[name] for batch_terms in terms])[back] for name in terms[0]}
+
     @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """`evaluation_summary` of `evaluation_terms` over the validation set, each sample counted once whatever the
@@ -366,7 +375,7 @@ class StageTrainer(SavingTrainer):
         model = self.evaluation_model()
         gathered: dict[str, list[Tensor]] = {}
         for inputs in self.get_eval_dataloader(eval_dataset):
-            terms = self.evaluation_terms(model, self._prepare_inputs(inputs))
+            terms = self.batch_terms(model, self._prepare_inputs(inputs))
             for name, values in self.accelerator.gather_for_metrics(terms).items():
                 gathered.setdefault(name, []).append(values.float().cpu())
 

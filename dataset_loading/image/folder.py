@@ -1,11 +1,13 @@
 """Images that were not preprocessed: each is decoded and fitted when it is read, as preprocessing does."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dataset_loading.image.buckets import Size, nearest_size
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, fit_image, to_float, to_tensor
 from dataset_loading.sources import open_source
 from dataset_loading.tables import captions_of
@@ -15,12 +17,12 @@ from utils.flags.choices import ResizeMode
 class ImageFolderDataset(Dataset):
     """The images of a folder (and its subfolders), an index file, or a hub dataset.
 
-    `item["image"]` is (3, S, S) float32 in [-1, 1], `item["index"]` the index in `entries`.
+    `item["image"]` is (3, Y, X) float32 in [-1, 1], `item["index"]` the index in `entries`.
 
     Args:
         name: folder, index file or hub name, see `dataset_loading.sources`.
         split: `""` takes the only split there is.
-        image_size: side S in pixels.
+        sizes: (width, height) in pixels; an image gets that of the nearest ratio.
         resize_mode, background_color: see `fit_image`, `decode_image`.
         allow_outside: see `open_source`.
     Attributes:
@@ -37,7 +39,7 @@ class ImageFolderDataset(Dataset):
         name: str,
         split: str,
         *,
-        image_size: int,
+        sizes: Sequence[Size],
         resize_mode: ResizeMode = "crop",
         background_color: str = "white",
         allow_outside: bool = False,
@@ -51,7 +53,7 @@ class ImageFolderDataset(Dataset):
             self.entries.append(
                 {"key": key, "caption": captions_of(row.get("text"))[0] or str(row.get("label") or "")}
             )
-        self.image_size, self.background_color = image_size, background_color
+        self.sizes, self.background_color = sizes, background_color
         self.resize_mode: ResizeMode = resize_mode
 
     def __len__(self) -> int:
@@ -65,5 +67,6 @@ class ImageFolderDataset(Dataset):
             raise ValueError(
                 f"{self.entries[index]['key']} in {self.source.identity} cannot be read ({error}); remove it"
             ) from error
-        image = fit_image(image, self.image_size, self.resize_mode, background_color=self.background_color)
+        size = self.sizes[nearest_size(image.size, self.sizes)]
+        image = fit_image(image, size, self.resize_mode, background_color=self.background_color)
         return {"image": to_float(to_tensor(image)), "index": torch.tensor(index)}

@@ -2,17 +2,18 @@
 E width of frozen text embeddings."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from dataset_loading.cached import CachedDataset
+from dataset_loading.image.buckets import BucketedDataset
 
 logger = logging.getLogger(__name__)
 
 
-class ImageLatentDataset(CachedDataset):
+class ImageLatentDataset(BucketedDataset):
     """Preprocessed latents: items with
 
     mean, std: of the posterior, (Z, y, x) float32, standardised with the VAE's latent statistics.
@@ -29,10 +30,19 @@ class ImageLatentDataset(CachedDataset):
         names = ("mean", "std", *(("flipped_mean", "flipped_std") if settings["horizontal_flip"] else ()))
         texts = {"text_states": (torch.bfloat16, (None, settings["text_embedding_width"]))}
         return {
-            **dict.fromkeys(names, (torch.float16, tuple(settings["latent_shape"]))),
+            **dict.fromkeys(names, (torch.float16, self.latent_shape_of(entry))),
             "tokens": (torch.int16, (None,)),
             **(texts if settings["text_embedding_width"] else {}),
         }
+
+    def latent_shape_of(self, entry: Mapping[str, Any]) -> tuple[int, ...]:
+        """(Z, y, x) of an entry's latents."""
+        settings = self.manifest["settings"]
+        Z, rows, columns = settings["latent_shape"]
+        if not settings.get("aspect_buckets"):
+            return Z, rows, columns
+        width, height = self.size_of_entry(entry)
+        return Z, height * rows // settings["image_size"], width * rows // settings["image_size"]
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = super().__getitem__(index)

@@ -1,6 +1,6 @@
 """Images: decoding, geometry and augmentation for preprocessing, and the dataset of preprocessed images.
 
-S is the side of the square images in a preprocessed folder.
+S is the side of the square images in a preprocessed folder; in one of aspect-ratio buckets images are Y x X.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageCms, ImageColor, ImageEnhance, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
 
-from dataset_loading.cached import CachedDataset
+from dataset_loading.image.buckets import BucketedDataset, Size
 from dataset_loading.sources import read_media
 from utils.flags.choices import MAX_PIXELS, ResizeMode
 
@@ -28,14 +28,14 @@ Image.MAX_IMAGE_PIXELS = None  # Pillow's own limit, which no flag names.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # Programs store long texts, which are not read here.
 
 
-class ImageDataset(CachedDataset):
-    """Preprocessed images: items with `image` (3, S, S) float32 in [-1, 1] and `index`, the index in `entries`."""
+class ImageDataset(BucketedDataset):
+    """Preprocessed images: items with `image` (3, Y, X) float32 in [-1, 1] and `index`, the index in `entries`."""
 
     stage = "image_vae"
 
     def tensor_kinds(self, entry):
-        size = self.manifest["settings"]["image_size"]
-        return {"image": (torch.uint8, (3, size, size))}
+        width, height = self.size_of_entry(entry)
+        return {"image": (torch.uint8, (3, height, width))}
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         sample = super().__getitem__(index)
@@ -196,26 +196,33 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 # ---- Geometry.
 
 
-def fit_image(image: Image.Image, size: int, mode: ResizeMode, *, background_color: str) -> Image.Image:
-    """Resize to (size, size) pixels, antialiased.
+def fit_image(image: Image.Image, size: int | Size, mode: ResizeMode, *, background_color: str) -> Image.Image:
+    """Resize to a size, antialiased.
 
     Args:
-        mode: "crop" keeps the centre square; "pad" keeps everything, between bars of the background colour; "squash"
-            keeps everything and changes the proportions.
+        size: (width, height) in pixels, or the side of a square.
+        mode: "crop" keeps the centre of the size's proportions; "pad" keeps everything, between bars of the background
+            colour; "squash" keeps everything and changes the proportions.
     """
-    width, height = image.size
-    # The longer side becomes `size`, and bars of the background fill the rest.
+    size = (size, size) if isinstance(size, int) else size
+    (width, height), (target_width, target_height) = image.size, size
+    is_wider = width * target_height > height * target_width
+    # The image fills one side of the size, and bars of the background fill the other.
     if mode == "pad":
-        inner_width, inner_height = (max(1, round(side * size / max(width, height))) for side in image.size)
-        canvas = Image.new("RGB", (size, size), ImageColor.getrgb(background_color)[:3])
-        inner = resample(image, (inner_width, inner_height), (0, 0, width, height))
-        canvas.paste(inner, ((size - inner_width) // 2, (size - inner_height) // 2))
+        inner = (target_width, max(1, round(height * target_width / width)))
+        if not is_wider:
+            inner = (max(1, round(width * target_height / height)), target_height)
+        canvas = Image.new("RGB", size, ImageColor.getrgb(background_color)[:3])
+        place = ((target_width - inner[0]) // 2, (target_height - inner[1]) // 2)
+        canvas.paste(resample(image, inner, (0, 0, width, height)), place)
         return canvas
-    # The region that is stretched to the square: the centre, or everything.
-    square = min(width, height)
-    left, top = (width - square) / 2, (height - square) / 2
-    box = (left, top, left + square, top + square) if mode == "crop" else (0, 0, width, height)
-    return resample(image, (size, size), box)
+    if mode == "squash":
+        return resample(image, size, (0, 0, width, height))
+    # The region that is kept: the largest of the size's proportions, in the centre.
+    kept_width = height * target_width / target_height if is_wider else width
+    kept_height = height if is_wider else width * target_height / target_width
+    left, top = (width - kept_width) / 2, (height - kept_height) / 2
+    return resample(image, size, (left, top, left + kept_width, top + kept_height))
 
 
 def resample(image: Image.Image, size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:

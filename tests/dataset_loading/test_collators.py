@@ -1,7 +1,15 @@
 import pytest
 import torch
 
-from dataset_loading.collators import collate_audio, collate_by_length, collate_captioned, collate_stack
+from dataset_loading.collators import (
+    batches_of,
+    collate_audio,
+    collate_by_length,
+    collate_by_shape,
+    collate_captioned,
+    collate_stack,
+    in_order,
+)
 
 
 def test_samples_are_stacked_along_a_new_axis():
@@ -71,3 +79,15 @@ def test_clips_of_like_length_share_a_batch():
     (whole,) = (together := collate_by_length(clips, -9.0, 120))["batches"].values()
     assert together["rows"].tolist() == [0, 1, 2, 3]
     assert all(torch.equal(value, whole[name]) for name, value in collate_audio(clips, -9.0).items())
+
+
+def test_samples_of_several_shapes_are_batches_of_one_shape_each():
+    shapes = [(1, 2), (2, 1), (1, 2), (1, 1)]
+    samples = [{"image": torch.zeros(shape), "index": torch.tensor(row)} for row, shape in enumerate(shapes)]
+    mixed = collate_by_shape(samples, collate_stack, "image")
+    assert [batch["image"].shape[1:] for batch in batches_of(mixed)] == [(1, 2), (2, 1), (1, 1)]
+    indices = [index for batch in batches_of(mixed) for index in batch["index"].tolist()]
+    assert indices == [0, 2, 1, 3] and in_order(mixed, indices) == [0, 1, 2, 3]
+    # Samples of one shape are a batch as before.
+    (batch,) = batches_of(collate_by_shape(samples[::2], collate_stack, "image"))
+    assert batch["index"].tolist() == in_order(batch, [0, 2]) == [0, 2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataset_loading import epoch_sampler
-from dataset_loading.epoch_sampler import FORMER_ORDER, LISTED, EpochSampler, Permutation
+from dataset_loading.epoch_sampler import FORMER_ORDER, LISTED, BucketSampler, EpochSampler, Permutation
 
 
 def test_sampler_deals_whole_steps():
@@ -69,3 +69,39 @@ def test_runs_of_earlier_versions_keep_their_order(monkeypatch):
     generator = torch.Generator().manual_seed(5 * 1_000_003)
     listed = torch.randperm(100, generator=generator)[:99].tolist()
     assert list(EpochSampler(100, 3, 5, order=FORMER_ORDER)) == listed != list(EpochSampler(100, 3, 5))
+
+
+BUCKETS = [0] * 11 + [1] * 9 + [2] * 3
+
+
+def epoch_of(sampler, epoch):
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_micro_batches_have_samples_of_one_bucket():
+    sampler = BucketSampler(BUCKETS, 4, seed=1)
+    first, second = epoch_of(sampler, 0), epoch_of(sampler, 1)
+    assert first != second and first == epoch_of(sampler, 0)
+    assert first != epoch_of(BucketSampler(BUCKETS, 4, seed=2), 0)
+    assert len(first) == len(sampler) == 2 + 2 + 1
+    for batch in (*first, *second):
+        assert len(batch) == 4 and len({BUCKETS[index] for index in batch}) == 1
+    # Every sample has its turn, and the buckets come mixed.
+    assert {index for epoch in range(20) for batch in epoch_of(sampler, epoch) for index in batch} == set(range(23))
+    orders = {tuple(BUCKETS[batch[0]] for batch in epoch_of(sampler, epoch)) for epoch in range(9)}
+    assert len(orders) > 3
+
+
+def test_steps_are_the_same_for_every_number_of_processes():
+    """Accumulation and processes deal the same micro-batches: only whole steps differ."""
+    plain = epoch_of(BucketSampler(BUCKETS, 4, seed=1), 3)
+    assert epoch_of(BucketSampler(BUCKETS, 4, seed=1, n_parts=2), 3) == plain[:4]
+    with pytest.raises(ValueError, match=r"5 micro-batches of 4, and no optimizer step of 6.*lower --batch_size"):
+        BucketSampler(BUCKETS, 4, seed=1, n_parts=6)
+
+
+def test_a_bucket_with_fewer_samples_than_a_batch_repeats_them(caplog):
+    (batch,) = [batch for batch in epoch_of(BucketSampler(BUCKETS, 8, seed=1, names="abc"), 0) if batch[0] >= 20]
+    assert len(batch) == 8 and set(batch) == {20, 21, 22}
+    assert "bucket c has 3 training samples" in caplog.text and "--batch_size" in caplog.text

@@ -224,6 +224,28 @@ def test_too_long_captions_are_refused(encoder):
         encoder(torch.ones(1, 56, dtype=torch.int64), torch.ones(1, 56, dtype=torch.bool))
 
 
+def test_positions_hold_for_other_sizes(unet):
+    """Positions are shares of the sides: those of a finer grid average to those of a coarser one, and a network away
+    from its initial zeros computes numbers of the same spread at every size."""
+    fine = coordinates(torch.zeros(1, 3, 16, 24))
+    torch.testing.assert_close(F.avg_pool2d(fine, 2), coordinates(torch.zeros(1, 3, 8, 12)))
+    network, text = awake(unet), condition(B=1, lengths=(8,))
+    coarse = torch.randn(1, 4, 2, 2, generator=torch.Generator().manual_seed(1))
+
+    def predict(*size: int) -> torch.Tensor:
+        x = F.interpolate(coarse, size=size, mode="bilinear")
+        return network(x, torch.tensor([500.0]), text)
+
+    with torch.no_grad():
+        square = predict(8, 8)
+        for size in ((8, 16), (16, 8), (6, 10), (32, 32)):
+            other = predict(*size)
+            assert other.shape[-2:] == size and 0.8 < other.std() / square.std() < 1.25
+            # The same picture, up to what kernels of a fixed size see of it.
+            pair = torch.stack([square.flatten(), F.interpolate(other, size=(8, 8), mode="area").flatten()])
+            assert torch.corrcoef(pair)[0, 1] > 0.3
+
+
 def test_coordinates_name_row_and_column():
     rows, columns = coordinates(torch.zeros(2, 3, 4, 2))[1]
     assert rows[:, 0].tolist() == [-0.75, -0.25, 0.25, 0.75] and torch.equal(rows[:, 0], rows[:, 1])

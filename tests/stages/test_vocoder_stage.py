@@ -163,8 +163,8 @@ def test_evaluation_is_of_whole_clips_and_padding_does_not_count(cache, whole):
     floor = dataset.mel.log_floor
     samples = sorted((dataset[i] for i in range(len(dataset))), key=lambda sample: sample["mel"].shape[1])
     with torch.no_grad():
-        together = trainer.evaluation_terms(model, collate_by_length(samples, floor, 300))
-        alone = trainer.evaluation_terms(model, collate_by_length(samples[:1], floor, 300))
+        together = trainer.batch_terms(model, collate_by_length(samples, floor, 300))
+        alone = trainer.batch_terms(model, collate_by_length(samples[:1], floor, 300))
         generated = model(mel=samples[-1]["mel"][None])
     for name, values in together.items():
         assert values.shape == (len(samples),)

@@ -18,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dataset_loading.audio.signal import save_waveform
 from dataset_loading.files import read_manifest
+from dataset_loading.image.buckets import sizes_of
 from dataset_loading.image.folder import ImageFolderDataset
 from dataset_loading.remote import open_remote
 from utils.checkpoints import chosen_weights, data_of, load_model, read_stage
@@ -210,21 +211,21 @@ class ImageEvaluator(Evaluator):
     """Evaluates a model of images, preprocessed or not (`--dataset`)."""
 
     def open_images(self, image_size: int) -> ImageFolderDataset:
-        """The images of `--dataset`, which become square as those of the run's own data set, or as flags say."""
+        """The images of `--dataset`, which get the sizes of those of the run's own data set, as it or flags say."""
         args = self.args
         treatment = {"resize_mode": args.resize_mode, "background_color": args.background_color}
         missing = [name for name, value in treatment.items() if not value]
-        if missing:
-            try:
-                settings = read_manifest(data_of(self.checkpoint), None)["settings"]
-                treatment |= {name: settings[name] for name in missing}
-            except (OSError, ValueError, KeyError) as error:
-                treatment |= {name: {"resize_mode": "crop", "background_color": "white"}[name] for name in missing}
-                told = ", ".join(f"{name}={treatment[name]}" for name in missing)
+        sizes = [(image_size, image_size)]
+        try:
+            settings = read_manifest(data_of(self.checkpoint), None)["settings"]
+            sizes = sizes_of({**settings, "image_size": image_size})
+            treatment |= {name: settings[name] for name in missing}
+        except (OSError, ValueError, KeyError) as error:
+            treatment |= {name: {"resize_mode": "crop", "background_color": "white"}[name] for name in missing}
+            told = ", ".join(f"{name}={treatment[name]}" for name in missing)
+            if missing:
                 logger.warning("the run's own data set does not tell how images become square: %s (%s)", told, error)
-        return ImageFolderDataset(
-            args.dataset, args.split, image_size=image_size, allow_outside=args.allow_outside, **treatment
-        )
+        return ImageFolderDataset(args.dataset, args.split, sizes=sizes, allow_outside=args.allow_outside, **treatment)
 
     def source(self):
         return (self.args.dataset, self.args.split) if self.args.dataset else super().source()

@@ -1,16 +1,19 @@
 """Images generated for captions, their features and metrics, for the evaluation and during training.
 
-N images, D features, B batch, Z latent channels, y x latent rows and columns, S side of an image.
+N images, D features, B batch, Z latent channels, y x latent rows and columns, Y X rows and columns of an
+image.
 """
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from dataset_loading.cached import evenly_spaced
-from dataset_loading.collators import collate_stack
+from dataset_loading.collators import batches_of, collate_by_shape, collate_stack, in_order
+from dataset_loading.image.buckets import Size
 from dataset_loading.image.latents import ImageLatentDataset
 from utils.evaluation.source_images import SourceImageDataset
 from utils.generation.arguments.image import SamplingArguments
@@ -18,6 +21,7 @@ from utils.generation.text_to_image import TextToImagePipeline
 from utils.metrics.caption_agreement import N_FEATURES, N_POOLED, ImageFeatures, TextProbe, UnusableCaptionsError
 from utils.metrics.feature_sets import compare_sets
 from utils.metrics.given_features import given_scores
+from utils.metrics.images import to_square
 from utils.metrics.timing import Stopwatch
 from utils.seeds import seed_of
 
@@ -25,7 +29,7 @@ from utils.seeds import seed_of
 class PairedLatentDataset(Dataset):
     """Cached latents paired with their raw images, if these can be read.
 
-    Item: `mean` (Z, y, x), `image` (3, S, S) if there is a source, `index`.
+    Item: `mean` (Z, y, x), `image` (3, Y, X) if there is a source, `index`.
     """
 
     def __init__(self, latents: ImageLatentDataset, source: SourceImageDataset | None = None):
@@ -60,11 +64,11 @@ class BatchedGenerator:
 
     def generate(
         self, samples: Sequence[dict], settings: SamplingArguments, *, copy: int = 0, watch: Stopwatch | None = None
-    ) -> Iterator[Tensor]:
-        """Batches (B, 3, S, S) in [-1, 1], one image per sample.
+    ) -> Iterator[list[Tensor]]:
+        """Batches of images (3, Y, X) in [-1, 1], one per sample.
 
         Args:
-            samples: dicts with `key` and `caption`.
+            samples: dicts with `key`, `caption` and, where the image is no square, `size`.
             copy: index of the image, where there are several per caption.
             watch: measures the time of the pipeline.
         """
@@ -75,18 +79,33 @@ class BatchedGenerator:
             batch = samples[start : start + self.batch_size]
             prompts = [sample["caption"] for sample in batch]
             seeds = [seed_of(self.seed, f"{sample['key']} {copy}") for sample in batch]
+            sizes = [sample.get("size", self.pipeline.size) for sample in batch]
             with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
                 images = watch.time(
-                    lambda seeds, prompts=prompts: self.pipeline.images(prompts, seeds, settings), seeds
+                    lambda seeds, prompts=prompts, sizes=sizes: self.pipeline.images_of_sizes(
+                        prompts, seeds, settings, sizes
+                    ),
+                    seeds,
                 )
-            yield images.float()
+            yield [image.float() for image in images]
 
     def features(self, samples: Sequence[dict], settings: SamplingArguments, watch: Stopwatch | None = None) -> Tensor:
         """Features (N, D) of generated images, one per sample."""
-        return torch.cat([self.extractor(images) for images in self.generate(samples, settings, watch=watch)])
+        return torch.cat([self.features_of(images) for images in self.generate(samples, settings, watch=watch)])
 
-    def reconstruct(self, batch: dict[str, Tensor]) -> Tensor:
-        """Images (B, 3, S, S) in [-1, 1] that the VAE decodes from cached latents, or reconstructs from images."""
+    def features_of(self, images: Sequence[Tensor]) -> Tensor:
+        """Features (B, D) of images (3, Y, X), at the size of the square, see `to_square`."""
+        side = self.pipeline.side
+        return self.extractor(torch.cat([to_square(image[None], side) for image in images]))
+
+    def reconstruct(self, batch: dict[str, Any]) -> list[Tensor]:
+        """Images (3, Y, X) in [-1, 1] that the VAE decodes from cached latents, or reconstructs from images; one per
+        sample of a batch of `collate_images`."""
+        parts = [self.reconstruct_size(part) for part in batches_of(batch)]
+        return in_order(batch, [image for part in parts for image in part])
+
+    def reconstruct_size(self, batch: dict[str, Tensor]) -> Tensor:
+        """(B, 3, Y, X): `reconstruct` of samples of one size."""
         vae, device = self.pipeline.vae, self.pipeline.device
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
             if "mean" in batch:  # cached latents, standardised: (B, Z, y, x)
@@ -94,6 +113,16 @@ class BatchedGenerator:
             else:  # images: the posterior mean
                 latents = vae.encode(batch["image"].to(device))[0]
             return vae.decode(latents).float().clamp(-1, 1)
+
+
+def collate_images(samples: Sequence[dict[str, Tensor]]) -> dict[str, Any]:
+    """Latents, images, or both, as a batch or as batches of one size each, see `collate_by_shape`."""
+    return collate_by_shape(samples, collate_stack, "mean" if "mean" in samples[0] else "image")
+
+
+def size_of_image(image: Tensor) -> Size:
+    """(width, height) of (3, Y, X)."""
+    return image.shape[-1], image.shape[-2]
 
 
 def agreement_scores(probe: TextProbe | None, features: Tensor, captions: Sequence[str]) -> dict[str, float | None]:
@@ -127,15 +156,21 @@ def train_probe(pipeline: TextToImagePipeline, dataset: ImageLatentDataset, n_sa
     indices = evenly_spaced(len(dataset), n_samples)
     generator = BatchedGenerator(pipeline, ImageFeatures().to(pipeline.device), seed=0, batch_size=32)
     captions = [dataset.entries[i]["caption"] for i in indices]
-    return TextProbe(reconstruction_features(generator, dataset, indices), captions)
+    features, _ = reconstruction_features(generator, dataset, indices)
+    return TextProbe(features, captions)
 
 
 def reconstruction_features(
     generator: BatchedGenerator, dataset: ImageLatentDataset, indices: Sequence[int]
-) -> Tensor:
-    """Features (N, D) of images decoded from cached latents."""
-    loader = DataLoader(Subset(PairedLatentDataset(dataset), indices), generator.batch_size, collate_fn=collate_stack)
-    return torch.cat([generator.extractor(generator.reconstruct(batch)) for batch in loader])
+) -> tuple[Tensor, list[Size]]:
+    """Features (N, D) of images decoded from cached latents, and the sizes of the images."""
+    features, sizes = [], []
+    loader = DataLoader(Subset(PairedLatentDataset(dataset), indices), generator.batch_size, collate_fn=collate_images)
+    for batch in loader:
+        images = generator.reconstruct(batch)
+        features.append(generator.features_of(images))
+        sizes += map(size_of_image, images)
+    return torch.cat(features), sizes
 
 
 @torch.no_grad()
@@ -160,8 +195,8 @@ def generation_metrics(
         agreement, words: if there is a probe and the captions differ.
     """
     generator = BatchedGenerator(pipeline, ImageFeatures().to(pipeline.device), seed=seed, batch_size=batch_size)
-    samples = [dataset.entries[i] for i in indices]
-    target = reconstruction_features(generator, dataset, indices)  # (N, D)
+    target, sizes = reconstruction_features(generator, dataset, indices)  # (N, D)
+    samples = [{**dataset.entries[i], "size": size} for i, size in zip(indices, sizes)]
     generated = generator.features(samples, settings)  # (N, D)
     sets = image_set_scores(generated, target)
     scores = {"frechet": sets["frechet"], "kid": sets["kid"]}

@@ -14,14 +14,22 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from dataset_loading.cached import evenly_spaced
-from dataset_loading.collators import collate_stack
+from dataset_loading.collators import batches_of, in_order
+from dataset_loading.image.buckets import Size
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
 from model.samplers import n_evaluations
 from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.arguments.image import ImageDiffusionEvaluationArguments
 from utils.evaluation.evaluator import Evaluation, ImageEvaluator
-from utils.evaluation.generated_images import BatchedGenerator, PairedLatentDataset, agreement_scores, image_set_scores
+from utils.evaluation.generated_images import (
+    BatchedGenerator,
+    PairedLatentDataset,
+    agreement_scores,
+    collate_images,
+    image_set_scores,
+    size_of_image,
+)
 from utils.evaluation.image_diffusion_report import (
     curve_sheet,
     curve_table,
@@ -66,6 +74,8 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         "frechet": f"Frechet distance of {N_POOLED} pooled EfficientNet-Lite0 features, of sets of equal size. "
         "Not comparable with FID, which uses Inception features. Biased upwards below "
         f"{2 * N_POOLED} images.",
+        "sizes": "Images of aspect-ratio buckets are generated at the sizes of the held-out ones; for features they "
+        "are resized to image_size x image_size pixels, as clean-fid does (arXiv 2104.11222).",
         "kid": "Squared maximum mean discrepancy of the same features with the kernel (x.y / 1280 + 1)^3, as "
         "U-statistic. Unbiased, may be negative. kid_error: its jackknife standard error.",
         "precision": "Improved precision (arXiv 1904.06991) of the same features with k = 3: share of images on the "
@@ -127,33 +137,34 @@ class ImageDiffusionEvaluator(ImageEvaluator):
             return {}
 
     def extract_features(self, dataset: Any, indices: Sequence[int], on_sheet: Sequence[int] = ()):
-        """Features of real and reconstructed images, (N, D) by row, and the images at the positions `on_sheet`."""
+        """Features of real and reconstructed images, (N, D) by row, the images at the positions `on_sheet`, and the
+        sizes of all."""
         features: dict[str, list[Tensor]] = {}
         examples: dict[int, list[Image.Image]] = {}
-        loader = DataLoader(
-            Subset(dataset, indices), self.args.batch_size, num_workers=self.args.num_workers, collate_fn=collate_stack
-        )
-        position = 0
+        sizes: list[Size] = []
+        options = {"num_workers": self.args.num_workers, "collate_fn": collate_images}
+        loader = DataLoader(Subset(dataset, indices), self.args.batch_size, **options)
         for batch in loader:
-            # The rows of this batch, each (B, 3, S, S).
+            # The rows of this batch, lists of images (3, Y, X).
             rows = {"reconstruction": self.generator.reconstruct(batch)}
             if self.reference == "real":
-                rows = {"real": batch["image"].to(self.device), **rows}
+                real = [image.to(self.device) for part in batches_of(batch) for image in part["image"]]
+                rows = {"real": in_order(batch, real), **rows}
             for name, images in rows.items():
-                features.setdefault(name, []).append(self.generator.extractor(images))
+                features.setdefault(name, []).append(self.generator.features_of(images))
             # Rows of the batch are transposed: the images of one sample, in the order of the rows.
             for images in zip(*rows.values()):
-                if position in on_sheet:
-                    examples[position] = [to_image(image) for image in images]
-                position += 1
-        return {name: torch.cat(batches) for name, batches in features.items()}, examples
+                if len(sizes) in on_sheet:
+                    examples[len(sizes)] = [to_image(image) for image in images]
+                sizes.append(size_of_image(images[0]))
+        return {name: torch.cat(batches) for name, batches in features.items()}, examples, sizes
 
     def measure(self, dataset, indices):
         samples = [dataset.entries[index] for index in indices]  # dicts with `key` and `caption`
         on_sheet = distinct_captions(samples, self.args.contact_sheet)
         # The probe is fitted to training images and their captions.
         chosen = evenly_spaced(len(self.training), self.args.training_samples or len(self.training))
-        training, _ = self.extract_features(self.training, chosen)
+        training, *_ = self.extract_features(self.training, chosen)
         problem = ""
         try:
             self.probe = TextProbe(training[self.reference], [self.training.entries[i]["caption"] for i in chosen])
@@ -161,7 +172,8 @@ class ImageDiffusionEvaluator(ImageEvaluator):
             self.probe, problem = None, f"{self.training.latents.folder}: {error}"
             logger.warning("agreement with the captions cannot be measured: %s", problem)
         # Features of the held-out images, of their reconstructions, and of images generated for their captions.
-        rows, examples = self.extract_features(dataset, indices, on_sheet)
+        rows, examples, sizes = self.extract_features(dataset, indices, on_sheet)
+        samples = [{**sample, "size": size} for sample, size in zip(samples, sizes)]
         watch = Stopwatch(self.device)
         rows["generated"] = self.generator.features(samples, self.args, watch)
         captions = [sample["caption"] for sample in samples]

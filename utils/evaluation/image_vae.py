@@ -3,10 +3,11 @@
 B batch, Y X rows and columns, Z latent channels, y x latent rows and columns.
 """
 
+import functools
 import io
 import logging
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 from dataset_loading.cached import evenly_spaced
-from dataset_loading.collators import collate_stack
+from dataset_loading.collators import batches_of, collate_by_shape, collate_stack
+from dataset_loading.image.buckets import describe_sizes
 from dataset_loading.image.pixels import ImageDataset, to_float, to_uint8
 from model.image.feature_extractors import PerceptualDistance
 from model.image.vae import ImageVAE
@@ -29,7 +31,15 @@ from utils.evaluation.evaluator import Evaluation, ImageEvaluator
 from utils.evaluation.tables import FEATURE_COLUMNS, Column, fact_table, latent_table, score_table
 from utils.generation.exported import home_of
 from utils.metrics.given_features import PREFIX
-from utils.metrics.images import FeatureMoments, KernelDistance, SharedFeatures, frechet_distance, psnr, ssim
+from utils.metrics.images import (
+    FeatureMoments,
+    KernelDistance,
+    SharedFeatures,
+    frechet_distance,
+    psnr,
+    ssim,
+    to_square,
+)
 from utils.metrics.latents import LATENT_DEFINITION, LatentHealth, normalized_std
 from utils.metrics.timing import Stopwatch
 
@@ -63,6 +73,8 @@ class ImageVAEEvaluator(ImageEvaluator):
         "kid": "Squared maximum mean discrepancy of the same features with the kernel (x.y / 1280 + 1)^3, "
         "as U-statistic over pairs (image, reconstruction). Unbiased, may be negative. kid_error: its "
         "jackknife standard error.",
+        "sizes": "Images of aspect-ratio buckets are measured in their own sizes. For the distances of sets they are "
+        "resized to image_size x image_size pixels, as clean-fid does (arXiv 2104.11222).",
         "latents": LATENT_DEFINITION,
         "compression": "Input values per latent value (VAE, thumbnail), or raw bytes per file byte (JPEG).",
         "speed": "Images per second of the model without data loading. The first batch is excluded if there are "
@@ -84,17 +96,15 @@ class ImageVAEEvaluator(ImageEvaluator):
         references = {name: REFERENCES[name] for name in self.args.references}
         # Networks whose features distances of sets use: prefix of the metrics -> images (B, 3, Y, X) to (B, D).
         extractors = {"": features.pooled, **({PREFIX: self.features} if self.features else {})}
-        rows = {name: ReconstructionScores(extractors, distance) for name in ("model", *references)}
+        size = self.model.config.image_size
+        rows = {name: ReconstructionScores(extractors, distance, size) for name in ("model", *references)}
         ratios: dict[str, list[float]] = {name: [] for name in rows}
         real_moments = {prefix: FeatureMoments() for prefix in extractors}
         health, examples = LatentHealth(), {}
         encode_watch, decode_watch = Stopwatch(self.device), Stopwatch(self.device)
         # Images of the contact sheet, evenly spaced.
         on_sheet = {indices[i] for i in evenly_spaced(len(indices), self.args.contact_sheet)}
-        loader = DataLoader(
-            Subset(dataset, indices), self.args.batch_size, num_workers=self.args.num_workers, collate_fn=collate_stack
-        )
-        for batch in loader:
+        for batch in self.batches(dataset, indices):
             # Reconstruction from the posterior mean: (B, 3, Y, X) -> (B, Z, y, x) -> (B, 3, Y, X).
             image = batch["image"].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
@@ -109,7 +119,8 @@ class ImageVAEEvaluator(ImageEvaluator):
                 reconstructions[name], ratio = reference(image, mean.shape[-2:])
                 ratios[name] += ratio
             features.clear()  # those of the last batch
-            real_features = {prefix: extract(image) for prefix, extract in extractors.items()}
+            square = to_square(image, size)
+            real_features = {prefix: extract(square) for prefix, extract in extractors.items()}
             for prefix, values in real_features.items():
                 real_moments[prefix].update(values)
             for name, images in reconstructions.items():
@@ -127,8 +138,9 @@ class ImageVAEEvaluator(ImageEvaluator):
         latents["normalized_std"] = normalized_std(latents, self.model.latent_std)
         # Size and speed of the model.
         model = {
-            "image_size": self.model.config.image_size,
-            "latent_shape": list(mean.shape[1:]),
+            "image_size": size,
+            "sizes": describe_sizes(getattr(dataset, "sizes", [(size, size)])),
+            "latent_shape": list(self.model.latent_shape(size)),
             "compression": scores["model"]["compression"],
             "parameters": sum(p.numel() for p in self.model.parameters()),
             "encode_per_second": encode_watch.per_second(),
@@ -139,6 +151,13 @@ class ImageVAEEvaluator(ImageEvaluator):
         if examples:
             evaluation.images["contact_sheet.png"] = self.contact_sheet(examples, dataset, evaluation)
         return evaluation
+
+    def batches(self, dataset: Any, indices: list[int]) -> Iterator[dict[str, Tensor]]:
+        """Batches of images of one size each."""
+        collate = functools.partial(collate_by_shape, collate=collate_stack, name="image")
+        options = {"num_workers": self.args.num_workers, "collate_fn": collate}
+        for batch in DataLoader(Subset(dataset, indices), self.args.batch_size, **options):
+            yield from batches_of(batch)
 
     def check_finite(self, reconstruction: Tensor, index: Tensor, dataset: Any) -> None:
         """Raises: ValueError: a reconstruction is not finite; names its sample."""
@@ -164,8 +183,7 @@ class ImageVAEEvaluator(ImageEvaluator):
             limit = 2 * N_FEATURES
             caption += f"\nFrechet is biased upwards below {limit} images (here {n_samples}): read KID, which is not."
         # Tables: scores of all rows, latents, size and speed.
-        size = model["image_size"]
-        title = f"Reconstruction of {n_samples} images, {size}x{size} pixels"
+        title = f"Reconstruction of {n_samples} images, {model['sizes']} pixels"
         table = score_table(scores, COLUMNS, title=title, names=ROW_NAMES, caption=caption)
         tables = [table, latent_table(latents), self.model_table(model)]
         return Evaluation({"scores": scores, "latents": latents, "model": model}, scalars, tables)
@@ -181,7 +199,7 @@ class ImageVAEEvaluator(ImageEvaluator):
         )
         groups = [
             Group((target, generated), f"{value:.1f} dB  {caption_of(dataset.entries[index])}")
-            for index, (target, generated, value) in examples.items()
+            for index, (target, generated, value) in sorted(examples.items())
         ]
         return draw_sheet(groups, ("input", "reconstruction"), n_across=4, title=title)
 
@@ -209,21 +227,24 @@ class ReconstructionScores:
     Args:
         extractors: prefix of metrics -> function of images (B, 3, Y, X), whose features (B, D) are compared as sets.
         distance: perceptual distance.
+        side: of the squares whose features are compared, in pixels.
     """
 
-    def __init__(self, extractors: dict[str, Callable[[Tensor], Tensor]], distance: nn.Module):
-        self.extractors, self.distance = extractors, distance
+    def __init__(self, extractors: dict[str, Callable[[Tensor], Tensor]], distance: nn.Module, side: int):
+        self.extractors, self.distance, self.side = extractors, distance, side
         self.values: dict[str, list[float]] = {"psnr_db": [], "ssim": [], "perceptual": []}
         self.sets = {prefix: (FeatureMoments(), KernelDistance()) for prefix in extractors}
 
     def update(self, generated: Tensor, target: Tensor, target_features: dict[str, Tensor]) -> None:
-        """Add a batch of images, each (B, 3, Y, X) in [-1, 1], with the features of the targets by prefix."""
+        """Add a batch of images, each (B, 3, Y, X) in [-1, 1], with the features of the targets by prefix, which are
+        those of squares, see `to_square`."""
         self.values["psnr_db"] += psnr(generated, target).tolist()
         self.values["ssim"] += ssim(generated, target).tolist()
         self.values["perceptual"] += self.distance(generated, target).tolist()
         # The same features serve both distances of sets.
+        square = to_square(generated, self.side)
         for prefix, (moments, kernel) in self.sets.items():
-            moments.update(features := self.extractors[prefix](generated))
+            moments.update(features := self.extractors[prefix](square))
             kernel.update(target_features[prefix], features)
 
     def compute(self, target: dict[str, FeatureMoments]) -> dict[str, Any]:

@@ -6,9 +6,7 @@ from typing import Any, ClassVar
 
 import torch
 from rich.table import Table
-from torch.utils.data import DataLoader, Subset
 
-from dataset_loading.collators import collate_stack
 from model.image.recurrent_vae import RecurrentVAE
 from utils.evaluation.image_vae import ImageVAEEvaluator
 from utils.evaluation.tables import Column, score_table
@@ -46,10 +44,7 @@ class RecurrentVAEEvaluator(ImageVAEEvaluator):
         by_depth: dict[int, list[float]] = {k: [] for k in depths}
         by_threshold: dict[float, tuple[list[int], list[float]]] = {value: ([], []) for value in THRESHOLDS}
         # A second pass over the data, with all depths and thresholds per batch.
-        loader = DataLoader(
-            Subset(dataset, indices), self.args.batch_size, num_workers=self.args.num_workers, collate_fn=collate_stack
-        )
-        for batch in loader:
+        for batch in self.batches(dataset, indices):
             image = batch["image"].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 # One encoding, all depths from a single pass of the decoder, one pass per threshold.

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import Tensor
 
 from dataset_loading.cache_writer import sample_key
-from dataset_loading.cached import CachedDataset
 from dataset_loading.content import DIGEST, is_same_content
+from dataset_loading.image.buckets import BucketedDataset
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, fit_image, to_float, to_tensor
 from dataset_loading.sources import open_source
 from utils.checkpoints import places
@@ -16,7 +16,7 @@ from utils.checkpoints import places
 class SourceImageDataset:
     """The raw images of a preprocessed folder, in the order of its samples.
 
-    Item: (3, S, S) float32 in [-1, 1], cropped or padded as in preprocessing.
+    Item: (3, Y, X) float32 in [-1, 1], cropped or padded as in preprocessing.
 
     Args:
         dataset: preprocessed images or latents.
@@ -24,7 +24,7 @@ class SourceImageDataset:
         FileNotFoundError, ValueError: the source has moved, or lacks images of the folder.
     """
 
-    def __init__(self, dataset: CachedDataset):
+    def __init__(self, dataset: BucketedDataset):
         # The arguments of preprocessing name the source; a validation set may have its own.
         arguments, settings = dataset.manifest["arguments"], dataset.manifest["settings"]
         name, split = arguments["dataset_name"], arguments["dataset_split"]
@@ -38,9 +38,8 @@ class SourceImageDataset:
             where = [Path(identity), *places(name, dataset.folder)]
             name = next((str(place) for place in where if place.exists()), name)
         self.source = open_source(name, split, "image", suffixes=IMAGE_SUFFIXES, **options)
-        self.size, self.mode, self.color = (
-            settings[field] for field in ("image_size", "resize_mode", "background_color")
-        )
+        self.mode, self.color = (settings[field] for field in ("resize_mode", "background_color"))
+        self.size_of_entry = dataset.size_of_entry
         # Rows of the source by sample key. Files that occur more than once are numbered, as in preprocessing.
         rows, seen = {}, Counter()
         for row, (file, _) in enumerate(self.source):
@@ -72,5 +71,6 @@ class SourceImageDataset:
             image = decode_image(media, self.color)
         except (OSError, ValueError, SyntaxError) as error:
             raise ValueError(f"{self.keys[index]} in {self.source.identity} cannot be read ({error})") from error
-        # Cropped or padded to (S, S), then (3, S, S).
-        return to_float(to_tensor(fit_image(image, self.size, self.mode, background_color=self.color)))
+        # Cropped or padded to the size of the sample, then (3, Y, X).
+        size = self.size_of_entry(entry)
+        return to_float(to_tensor(fit_image(image, size, self.mode, background_color=self.color)))

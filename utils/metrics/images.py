@@ -3,6 +3,7 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
@@ -47,6 +48,20 @@ def ssim(generated: Tensor, target: Tensor) -> Tensor:
     )
     assert isinstance(similarity, Tensor)
     return similarity.reshape(len(target))
+
+
+def to_square(image: Tensor, side: int) -> Tensor:
+    """Images of one size for features that are compared between images of several sizes: resized with an antialiased
+    bicubic kernel, whatever their proportions (as clean-fid, arXiv 2104.11222).
+
+    Args:
+        image: (B, C, Y, X) in [-1, 1].
+        side: S in pixels.
+    Returns: (B, C, S, S) in [-1, 1]; the image itself where it has this size.
+    """
+    if tuple(image.shape[-2:]) == (side, side):
+        return image
+    return F.interpolate(image.float(), size=(side, side), mode="bicubic", antialias=True).clamp(-1, 1)
 
 
 class SharedFeatures(nn.Module):

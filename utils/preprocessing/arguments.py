@@ -137,12 +137,32 @@ class ImageArguments(PreprocessArguments):
     """Flags of all preprocessing stages that read images."""
 
     SECTION_IMAGES: ClassVar = Section("Images")
-    resize_mode: ResizeMode = option("crop", "how images that are not square become square")
+    resize_mode: ResizeMode = option("crop", "how images get the proportions of a square or of their bucket")
+    aspect_buckets: list[str] = option(
+        [],
+        "aspect ratios, such as 1:1 3:2 2:3: an image gets the nearest, at about image_size^2 pixels; none: squares",
+    )
+    bucket_multiple: int = option(
+        32,
+        "sides of aspect-ratio buckets are multiples of this: the VAE's compression times 2 per level of the UNet",
+        gt=0,
+        only_with=("aspect_buckets", bool),
+    )
     background_color: str = option("white", "color of transparent pixels and of padding; name or #rrggbb")
     min_image_size: int = option(16, "minimum side in pixels; smaller images are left out", gt=0)
     max_image_pixels: int = option(
         MAX_PIXELS, "maximum number of pixels; larger images count as broken, for lack of memory", gt=0
     )
+
+    def validate_buckets(self):
+        if not self.aspect_buckets and "aspect_buckets" in getattr(self, "given", ()):
+            raise ValueError("--aspect_buckets is empty; name ratios of width to height, such as 1:1 3:2 2:3")
+        if self.aspect_buckets:
+            # It imports torch, see below.
+            from dataset_loading.image.buckets import parse_ratio
+
+            for ratio in self.aspect_buckets:
+                parse_ratio(ratio, "aspect_buckets")
 
     def validate_background(self):
         # It imports torch, which takes a second that --help and a mistyped flag need not wait for.
@@ -156,7 +176,7 @@ class ImageVAEPreprocessArguments(ImageArguments):
     """Flags of this stage."""
 
     SECTION_IMAGES: ClassVar = Section("Images")
-    image_size: int = option(128, "side S of the images in pixels", gt=0)
+    image_size: int = option(128, "side S of square images in pixels", gt=0)
 
     SECTION_AUGMENTATION: ClassVar = Section("Augmentation of the copies")
     random_resized_crop: float = option(

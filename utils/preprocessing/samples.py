@@ -17,6 +17,7 @@ FEW_SAMPLES = 1000  # Of more, some fall into any usual validation share.
 # Numbers of a manifest's entries whose sum over all samples means nothing.
 NOT_SUMMED = (
     *("bytes", "copy", "length", "part", "parts", "log_likelihood", "likelihood_ratio", "offset", "duration"),
+    "bucket",
     *CONTENT_FIELDS,
 )
 # Fields of entries that say what a cache holds: always, and where texts shape the tensors.

@@ -153,15 +153,6 @@ class ClipTrainer(StageTrainer):
         finally:
             self.data_collator = collator
 
-    def evaluation_terms(self, model, inputs):
-        terms = [self.clip_terms(model, batch) for batch in inputs["batches"].values()]
-        back = inputs["rows"].argsort()
-        return {name: torch.cat([batch_terms[name] for batch_terms in terms])[back] for name in terms[0]}
-
-    def clip_terms(self, model, inputs: dict) -> dict[str, Tensor]:
-        """`evaluation_terms` of one batch of whole clips."""
-        raise NotImplementedError
-
 
 class AudioCallback(EvaluationCallback):
     """Logs the output of a model for the same validation clips, one at a time, so that nothing is padded.

@@ -97,7 +97,7 @@ class AudioVAEGANTrainer(ClipTrainer, VAEGANTrainer):
             )
         return terms
 
-    def clip_terms(self, model, inputs):
+    def evaluation_terms(self, model, inputs):
         mel, n_frames = inputs["mel"], inputs["n_frames"]
         # Whole clips; without noise the posterior mean is decoded.
         output = model(mel=mel, n_frames=n_frames, speaker=inputs.get("speaker"))

@@ -19,6 +19,7 @@ from utils.generation.foreign_weights import format_of
 from utils.generation.latents import PINNED, Media, checkpoints_at, find_vae, latents_script, load_vae, pin_vae
 from utils.generation.text_encoder import load_text_encoder
 from utils.seeds import sample_normal, sample_uniform
+from utils.training.budget_batches import bucket_dataloader
 from utils.training.stage import Stage
 from utils.training_utils import StageTrainer
 
@@ -53,6 +54,10 @@ class DiffusionTrainer(StageTrainer):
         super().__init__(**kwargs)
         self.channel_weights = None if channel_weights is None else channel_weights.to(self.args.device)
         self.measure_samples = measure_samples
+
+    def get_train_dataloader(self):
+        """Batches of latents of one size, where the cache has several."""
+        return bucket_dataloader(self) or super().get_train_dataloader()
 
     def draw_latents(self, inputs: dict) -> Tensor:
         """Latents sampled from each posterior, or with probability 1/2 from that of the mirrored image where the cache

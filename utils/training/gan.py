@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from dataset_loading.collators import batches_of
 from model.vae import ChannelNoise
 from utils.training.adversary import Adversary
 from utils.training.latent_statistics import RunningLatents, mean_and_std, measure_latent_statistics
@@ -193,7 +194,7 @@ class VAEGANTrainer(GANTrainer):
     def statistics_batches(self, samples: list[dict]) -> list[dict]:
         """Training samples as batches to measure the statistics of the latents with, as many on every process where
         ZeRO-3 shards the weights."""
-        return [self.data_collator(samples)]
+        return batches_of(self.data_collator(samples))
 
     def latent_moments(self, model, inputs: dict) -> Tensor:
         """What a batch adds to the statistics, (3, Z)."""

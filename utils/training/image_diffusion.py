@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset_loading.cached import evenly_spaced
+from dataset_loading.image.buckets import Size
 from dataset_loading.image.latents import ImageLatentDataset
 from model.text.feature_extractors import FrozenTextEncoder
 from model.vae import VAE
@@ -26,12 +27,16 @@ class PromptGridCallback(EvaluationCallback):
     Args:
         vae, text_encoder: see `TextToImagePipeline`.
         prompts: captions.
+        sizes: of the images in pixels, which the prompts get in turn.
         args: sampling flags, and `grid_scales`.
     """
 
-    def __init__(self, trainer, writer, *, vae: VAE, text_encoder, prompts: Sequence[str], args: Any):
+    def __init__(
+        self, trainer, writer, *, vae: VAE, text_encoder, prompts: Sequence[str], sizes: Sequence[Size], args: Any
+    ):
         super().__init__(trainer, writer)
         self.vae, self.text_encoder = vae, text_encoder
+        self.sizes = [sizes[number % len(sizes)] for number in range(len(prompts))]
         self.prompts, self.args = prompts, args
 
     def compute(self, model):
@@ -41,7 +46,9 @@ class PromptGridCallback(EvaluationCallback):
         seeds = list(range(len(self.prompts)))
         try:
             return [
-                pipeline.images(self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale))
+                pipeline.images_of_sizes(
+                    self.prompts, seeds, dataclasses.replace(self.args, guidance_scale=scale), self.sizes
+                )
                 for scale in self.args.grid_scales
             ]
         except ValueError as error:  # Images are not finite; those of later steps may be.

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dataset_loading.cached import evenly_spaced
+from dataset_loading.collators import batches_of, collate_by_shape, collate_stack
 from dataset_loading.image.pixels import ImageDataset
 from model.criteria import ReconstructionLoss, kl_divergence
 from model.image.augmentation import diff_augment
@@ -20,6 +21,7 @@ from utils.metrics.images import psnr
 from utils.metrics.latents import LatentHealth
 from utils.training.adversary import Adversary
 from utils.training.arguments.image_vae import ImageVAEGANArguments
+from utils.training.budget_batches import bucket_dataloader, count_bucket_steps
 from utils.training.callbacks import EvaluationCallback
 from utils.training.gan import Generation, VAEGANTrainer
 from utils.training.latent_statistics import image_moments
@@ -32,7 +34,16 @@ class ImageVAEGANStage(Stage):
     arguments_class = ImageVAEGANArguments
 
     def build_dataset(self, split, config):
-        return ImageDataset(self.cache_dir, split).expect(image_size=config.image_size)
+        dataset = ImageDataset(self.cache_dir, split).expect(image_size=config.image_size)
+        return dataset.expect_multiples(config.compression, "the model's compression")
+
+    def build_collator(self, config):
+        return functools.partial(collate_by_shape, collate=collate_stack, name="image")
+
+    def count_steps(self, dataset, n_ranks):
+        if dataset.buckets:
+            return count_bucket_steps(dataset, self.args, n_ranks)
+        return super().count_steps(dataset, n_ranks)
 
     def build_trainer_parts(self, model):
         args = self.args
@@ -85,10 +96,14 @@ class ImageVAEGANTrainer(VAEGANTrainer):
     # measure; the weight of each is the flag `<name>_weight`.
     TERMS: ClassVar[dict[str, Callable[..., Tensor | None]]] = {"kl": kl_per_value}
 
+    def get_train_dataloader(self):
+        """Batches of images of one size, where the cache has several."""
+        return bucket_dataloader(self) or super().get_train_dataloader()
+
     def generate(self, model, inputs):
         image = inputs["image"]
         # Noise (B, Z, y, x) of the posteriors, which belongs to (seed, step, sample).
-        noise = self.sample_noise(inputs, "posterior", self.model.latent_shape(image.shape[-1]))
+        noise = self.sample_noise(inputs, "posterior", self.model.latent_shape(*image.shape[-2:]))
         output = model(image=image, noise=noise, channel_noise=self.channel_noise(inputs), **self.decoder_options())
         if self.running_latents is not None:
             self.running_latents.add(image_moments(output.mean, output.logvar))
@@ -141,30 +156,37 @@ class ImageReconstructionCallback(EvaluationCallback):
         self.n_images = n_images
 
     @functools.cached_property
-    def image(self) -> Tensor:
-        """The images, (B, C, Y, X)."""
+    def images(self) -> list[Tensor]:
+        """The images in batches of one size each, (B, C, Y, X)."""
         dataset = self.trainer.eval_dataset
-        return torch.stack([dataset[index]["image"] for index in evenly_spaced(len(dataset), self.n_images)])
+        samples = [dataset[index] for index in evenly_spaced(len(dataset), self.n_images)]
+        return [batch["image"] for batch in batches_of(collate_by_shape(samples, collate_stack, "image"))]
 
     def compute(self, model):
-        output = model(image=self.image.to(self.trainer.args.device))
-        # Images (B, C, Y, X), means and log-variances (B, Z, y, x).
-        return tuple(tensor.float().cpu() for tensor in (output.reconstruction, output.mean, output.logvar))
+        outputs = [model(image=images.to(self.trainer.args.device)) for images in self.images]
+        # For each size images (B, C, Y, X), means and log-variances (B, Z, y, x).
+        return [
+            tuple(tensor.float().cpu() for tensor in (output.reconstruction, output.mean, output.logvar))
+            for output in outputs
+        ]
 
     def write(self, content, step):
-        reconstruction, mean, logvar = content
         # Inputs, reconstructions and differences.
-        values = psnr(reconstruction, self.image).tolist()
-        groups = [Group(triple(*pair), f"{value:.1f} dB") for *pair, value in zip(reconstruction, self.image, values)]
+        groups, rows, health = [], [], LatentHealth()
+        for images, (reconstruction, mean, logvar) in zip(self.images, content):
+            values = psnr(reconstruction, images).tolist()
+            groups += [Group(triple(*pair), f"{value:.1f} dB") for *pair, value in zip(reconstruction, images, values)]
+            rows += [Group([to_image(channel) for channel in row]) for row in channel_images(mean)]
+            health.update(mean, logvar)
         self.add_image("reconstruction", draw_sheet(groups, TRIPLE, n_across=2), step)
 
         # Posteriors: means as images, their histograms by channel, and channels that carry nothing.
-        rows = [Group([to_image(channel) for channel in row]) for row in channel_images(mean)[: self.max_latent_rows]]
-        numbers = [str(channel) for channel in range(mean.shape[1])]
-        self.add_image("latent_channels", draw_sheet(rows, numbers, min_cell=64), step)
-        for channel in range(mean.shape[1]):
-            self.writer.add_histogram(f"latents/mean_{channel:02d}", mean[:, channel], step)
-        self.writer.add_histogram("latents/posterior_std", (0.5 * logvar).exp(), step)
-        health = LatentHealth()
-        health.update(mean, logvar)
+        n_channels = content[0][1].shape[1]
+        numbers = [str(channel) for channel in range(n_channels)]
+        self.add_image("latent_channels", draw_sheet(rows[: self.max_latent_rows], numbers, min_cell=64), step)
+        for channel in range(n_channels):
+            values = torch.cat([mean[:, channel].flatten() for _, mean, _ in content])
+            self.writer.add_histogram(f"latents/mean_{channel:02d}", values, step)
+        stds = torch.cat([(0.5 * logvar).exp().flatten() for *_, logvar in content])
+        self.writer.add_histogram("latents/posterior_std", stds, step)
         self.writer.add_scalar("latents/dead_channels", sum(health.compute()["dead"]), step)

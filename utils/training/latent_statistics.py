@@ -114,7 +114,8 @@ def batches_of_rank(trainer: StageTrainer, n_samples: int) -> Iterator[tuple[lis
 
 
 def image_moments(mean: Tensor, logvar: Tensor) -> Tensor:
-    """Moments of posteriors (B, Z, y, x), as means over positions: images of a set have one size. Returns (3, Z)."""
+    """Moments of posteriors (B, Z, y, x), as means over positions: all images count alike, whatever their
+    size. Returns (3, Z)."""
     mean, variance = in_double(mean), in_double(logvar).exp()
     values = (mean, mean.square() + variance, torch.ones_like(mean))
     return torch.stack([value.mean((2, 3)).sum(0) for value in values])

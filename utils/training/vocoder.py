@@ -74,7 +74,7 @@ class VocoderTrainer(ClipTrainer, GANTrainer):
         )
         return Generation(model(mel=mel), target)
 
-    def clip_terms(self, model, inputs):
+    def evaluation_terms(self, model, inputs):
         """The loss's distances on whole clips, unweighted, and `loss`, their weighted sum. Padding does not count: a
         clip's numbers do not depend on the rest of the batch."""
         mel, target, hop_length = inputs["mel"], inputs["waveform"], self.model.config.hop_length

@@ -147,11 +147,11 @@ def test_terms_come_back_in_the_order_of_the_clips():
         def __init__(self):
             pass
 
-        def clip_terms(self, model, inputs):
+        def evaluation_terms(self, model, inputs):
             sums = [mel[:, :n].sum() for mel, n in zip(inputs["mel"], inputs["n_frames"])]
             return {"sum": torch.stack(sums), "index": inputs["index"]}
 
-    whole, parts = (Summing().evaluation_terms(None, collate_by_length(clips, -9.0, size)) for size in (200, 20))
+    whole, parts = (Summing().batch_terms(None, collate_by_length(clips, -9.0, size)) for size in (200, 20))
     assert whole["index"].tolist() == parts["index"].tolist() == [9, 3, 30, 4]
     torch.testing.assert_close(parts["sum"], whole["sum"])
 

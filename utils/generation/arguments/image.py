@@ -43,7 +43,21 @@ class PipelineArguments(SamplingArguments):
 
 
 @dataclasses.dataclass
-class TextToImageArguments(PipelineArguments):
+class ImageSizeArguments:
+    """Flags of the size of generated images."""
+
+    SECTION_SIZE: ClassVar = Section("Size of the images")
+    width: int = option(0, "width of the images in pixels; 0: the height, or as in training", ge=0)
+    height: int = option(0, "height of the images in pixels; 0: the width, or as in training", ge=0)
+    aspect: str = option(
+        "",
+        "aspect ratio of the images, such as 16:9, instead of width and height: the nearest size in training",
+        only_with=[("width", 0), ("height", 0)],
+    )
+
+
+@dataclasses.dataclass
+class TextToImageArguments(ImageSizeArguments, PipelineArguments):
     """Flags of `inference/text_to_image.py`."""
 
     SECTION_MODELS: ClassVar = Section("Models and data")

@@ -290,8 +290,11 @@ class MultimodalStreamStage(Stage):
                 fields |= {"audio_latent_channels": settings["latent_channels"], "audio_latent_rows": 1}
                 continue
             Z, rows, columns = settings["latent_shape"]
-            if rows != columns:
-                raise ValueError(f"{cache.folder} has latents of {rows} x {columns}; the model takes square images")
+            if rows != columns or settings.get("aspect_buckets"):
+                raise ValueError(
+                    f"{cache.folder} has latents of {rows} x {columns} or in aspect_buckets; the model takes square "
+                    "images: make them without --aspect_buckets"
+                )
             size = settings["image_size"]
             fields |= {"image_latent_channels": Z, "image_size": size, "image_compression": size // rows}
         return fields
