@@ -107,3 +107,15 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     if device.type == "cuda" and tensor.nbytes >= LEAST_PINNED and torch.cuda.is_available():
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+class FrozenModule(nn.Module):
+    """A network that is never trained: no parameter takes a gradient, `train()` leaves it in evaluation mode."""
+
+    def train(self, mode: bool = True) -> "FrozenModule":
+        return super().train(False)
+
+    def freeze(self) -> None:
+        """Called at the end of a subclass's constructor."""
+        self.requires_grad_(False)
+        self.eval()

@@ -15,6 +15,7 @@ from efficientnet_lite_pytorch import EfficientNet
 from torch import Tensor, nn
 from torchvision.models import vgg16
 
+from model.layers import FrozenModule
 from utils.flags.choices import PerceptualKind
 from utils.options import suggest
 
@@ -37,18 +38,6 @@ def unit_length(features: Tensor) -> Tensor:
     """(B, D, Y, X) fp32 with unit length over channels at every position."""
     features = features.float()
     return features * torch.rsqrt(features.square().sum(dim=1, keepdim=True) + 1e-10)
-
-
-class FrozenModule(nn.Module):
-    """A network that is never trained: no parameter takes a gradient, `train()` leaves it in evaluation mode."""
-
-    def train(self, mode: bool = True) -> "FrozenModule":
-        return super().train(False)
-
-    def freeze(self) -> None:
-        """Called at the end of a subclass's constructor."""
-        self.requires_grad_(False)
-        self.eval()
 
 
 class EfficientNetFeatures(FrozenModule):

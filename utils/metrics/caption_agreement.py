@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.image.feature_extractors import EfficientNetFeatures, FrozenModule
-from model.layers import in_double
+from model.image.feature_extractors import EfficientNetFeatures
+from model.layers import FrozenModule, in_double
 
 N_POOLED = 1280  # the first features; distances between sets of images use these alone
 GRID, COLOUR_GRID = 2, 4  # rows and columns to which a tap, and the image itself, are average-pooled

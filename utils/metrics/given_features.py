@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenize
 
 from dataset_loading.files import digest_file
 from dataset_loading.image.pixels import to_uint8
-from model.image.feature_extractors import FrozenModule
+from model.layers import FrozenModule
 from utils.metrics.feature_sets import N_NEIGHBOURS, frechet_of_features
 from utils.metrics.images import KernelDistance
 
