@@ -27,7 +27,6 @@ from utils.drawing.images import save_image
 from utils.drawing.playback import add_audio, playable
 from utils.evaluation.arguments.base import EvaluationArguments
 from utils.generation.exported import trained_steps
-from utils.metrics.given_features import FEATURE_DEFINITIONS, GivenFeatures, open_features
 from utils.options import check_effects, declared_fields, validate_fields
 
 logger = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ class Evaluator:
     arguments_class: ClassVar[type[EvaluationArguments]]  # Other flags are refused.
     model_class: ClassVar[type]
     definitions: ClassVar[dict[str, str]]  # name of a metric -> its definition, for metrics.json
-    features: GivenFeatures | None = None  # the network of --features
+    features: Any = None  # the network of --features, a `GivenFeatures`
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "type[Evaluator]":
@@ -113,6 +112,10 @@ class Evaluator:
         self.device = compute_device()
         self.weights = chosen_weights(checkpoint, args)
         if getattr(args, "features", ""):
+            # It imports models of images, which texts and sounds need not wait for.
+            from utils.metrics.given_features import FEATURE_DEFINITIONS, open_features
+
+            self.definitions = {**self.definitions, **FEATURE_DEFINITIONS}
             self.features = open_features(args.features).to(self.device)
         self.model = self.load_model()
 
@@ -130,14 +133,13 @@ class Evaluator:
 
     def describe(self) -> dict[str, Any]:
         """What was evaluated and how, for metrics.json."""
-        definitions = {**self.definitions, **(FEATURE_DEFINITIONS if self.features else {})}
         return {
             "stage": self.record["stage"],
             "checkpoint": str(self.checkpoint),
             "step": self.step,
             "weights": self.weights,
             "precision": "bf16 autocast" if self.args.bf16 else "fp32",
-            "definitions": definitions,  # so that metrics.json explains itself
+            "definitions": dict(self.definitions),  # so that metrics.json explains itself
             **({"features": self.features.describe()} if self.features else {}),
             "device": describe_device(self.device),
             "threads": torch.get_num_threads(),  # for the speed
