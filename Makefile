@@ -6,7 +6,7 @@ PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 .PHONY: install demo test test-cuda test-slow test-latest style check bench tensorboard
 
 # What every machine installs from wheels.
-WHEELS := requirements.txt requirements-demo.txt requirements-eval.txt requirements-dev.txt
+WHEELS := requirements.txt requirements-demo.txt requirements-eval.txt requirements-trackers.txt requirements-dev.txt
 
 # What depends on the internals of other packages.
 LATEST_TESTS := tests/model tests/inference/test_generate_text.py tests/test_training.py tests/stages/test_diffusion_training.py \

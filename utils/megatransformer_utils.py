@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SchedulerKind = Literal["constant", "constant_with_warmup", "linear", "cosine"]  # of transformers' schedulers
+TrackerKind = Literal["tensorboard", "wandb", "trackio", "none"]
 BatchSize = int | Literal["auto"]
 TrainerKind = Literal["default", "grokfast_ema", "grokfast_ma"]  # see `trainer_class_for`
 
@@ -111,6 +112,9 @@ class StageArguments:
 
     SECTION_LOGS: ClassVar = Section("Logs, evaluation and checkpoints")
     logging_steps: int = option(10, "steps between log lines", gt=0)
+    report_to: list[TrackerKind] = option(
+        ["tensorboard"], "where numbers, images and sounds are shown, besides log lines"
+    )
     eval_steps: int = option(500, "steps between evaluations", gt=0)
     save_steps: int = option(500, "steps between checkpoints", gt=0)
     save_total_limit: int = option(3, "number of complete checkpoints to keep", gt=0)
@@ -134,6 +138,10 @@ class StageArguments:
                 "--batch_size=auto is found by real steps, which --dry_run does not make; give a number, or --measure "
                 "in its place"
             )
+
+    def validate_report_to(self):
+        if not self.report_to or ("none" in self.report_to and len(set(self.report_to)) > 1):
+            raise ValueError(f"--report_to={self.report_to} must name trackers, or none alone")
 
     def validate_run_name(self):
         parts = Path(self.run_name).parts

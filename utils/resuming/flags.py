@@ -81,7 +81,15 @@ ON_RESUME: dict[str, str] = {
             *("bf16", "tf32", "deterministic", "use_gradient_checkpointing", "compile_model", "use_deepspeed"),
             *("deepspeed_config", "num_workers", "eval_batch_size", "flex_attention"),
             # Logs, evaluation, checkpoints.
-            *("logging_steps", "eval_steps", "save_steps", "save_total_limit", "n_logged_samples", "n_samples"),
+            *(
+                "logging_steps",
+                "report_to",
+                "eval_steps",
+                "save_steps",
+                "save_total_limit",
+                "n_logged_samples",
+                "n_samples",
+            ),
             *("async_save", "wer_samples"),
             *("latent_statistics_samples", "sample_tokens", "eval_thinking_steps", "n_time_buckets", "prompts"),
             *("n_prompts", "eval_images", "grid_scales", "sampler", "n_steps", "guidance_scale", "guidance_interval"),

@@ -2,7 +2,6 @@
 output of a model for validation samples."""
 
 import contextlib
-import dataclasses
 import logging
 import os
 import random
@@ -13,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
 from transformers import TrainerCallback
 
 from utils.distributed import maximum_across_ranks
@@ -83,19 +81,6 @@ class ScalarLogsCallback(TrainerCallback):
             if isinstance(value, int | float):
                 self.writer.add_scalar(grouped(name), value, state.global_step)
         self.writer.flush()
-
-
-def write_flags(writer: SummaryWriter, args: Any) -> None:
-    """The flags of a run in TensorBoard: a table under Text, and the tab HParams, with the loss of its evaluations."""
-    flags = {name: value for name, value in dataclasses.asdict(args).items() if not name.startswith("_")}
-    rows = [f"| {name} | {str(value).replace('|', ' ')} |" for name, value in sorted(flags.items())]
-    writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]))
-    # `SummaryWriter.add_hparams` would begin another run beside this one.
-    values = {
-        name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flags.items()
-    }
-    for summary in hparams(values, {"eval/loss": 0.0}):
-        writer.file_writer.add_summary(summary)
 
 
 class EvaluationCallback(TrainerCallback):

@@ -37,12 +37,13 @@ from utils.resuming.callback import ResumeCallback
 from utils.resuming.flags import Resumption, check_resumable, resume_arguments
 from utils.resuming.run_lock import learn_refusal, only_run
 from utils.strict_config import StrictConfig
-from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback, write_flags
+from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
 from utils.training.initial_weights import initial_model
 from utils.training.log_lines import LogLinesCallback, say
 from utils.training.planning.batch_size import settle_batch_size
 from utils.training.planning.dry_run import describe
 from utils.training.planning.measure import report, try_batch_size
+from utils.training.trackers import open_writer, tracker_module
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
 logger = logging.getLogger(__name__)
@@ -216,7 +217,8 @@ class Stage:
         return {split: self.build_dataset(split, config) for split in ("train", "validation")}
 
     def check_run(self) -> None:
-        """Raises: ValueError: the run would be mixed with another one in its folder, or be compiled for a CPU."""
+        """Raises: ValueError: the run would be mixed with another one in its folder, be compiled for a CPU, or report
+        to a tracker that is not installed."""
         # A checkpoint of another folder is continued in an empty one.
         goes_on_here = self.args.resume_from_checkpoint == "latest" or (
             self.resumption is not None and self.resumption.folder.resolve().parent == self.run_dir.resolve()
@@ -226,6 +228,8 @@ class Stage:
                 f"{self.run_dir} already holds {checkpoints_in(self.run_dir)[-1].name}; pass --resume_from_checkpoint "
                 "to go on with that run, or another --run_name"
             )
+        for name in {"wandb", "trackio"} & set(self.args.report_to):
+            tracker_module(name)  # It is missing now, not after the model is built.
         if self.args.compile_model and not torch.cuda.is_available():
             raise ValueError(
                 "--compile_model needs a GPU: the CPU kernels that torch 2.11 compiles here write out of bounds"
@@ -258,13 +262,12 @@ class Stage:
         # Callbacks that need the trainer are added once it exists.
         resumes = self.resumption is not None and self.resumption.step < n_steps
         purge_step = self.resumption.step + 1 if resumes else None
-        self.writer = SummaryWriter(str(log_folder(self.run_dir)), purge_step=purge_step) if rank() == 0 else None
+        self.writer = self.open_writer(purge_step) if rank() == 0 else None
         self.stopping = StopOnSignalCallback()
         callbacks: list[TrainerCallback] = [self.stopping]
         if self.writer is not None:
             callbacks.append(ScalarLogsCallback(self.writer))
             self.writer.add_text("configuration", f"```\n{model.config.describe()}\n```")
-            write_flags(self.writer, self.args)
         trainer = trainer_class_for(self.args.trainer, self.trainer_class)(
             model=model,
             args=training,
@@ -284,6 +287,12 @@ class Stage:
         for callback in self.build_callbacks(trainer, self.writer):
             trainer.add_callback(callback)
         return trainer
+
+    def open_writer(self, purge_step: int | None) -> Any:
+        """What the run reports to, by `--report_to`."""
+        flags = dataclasses.asdict(self.args)
+        names = {"project": self.name, "run": self.args.run_name, "flags": flags, "purge_step": purge_step}
+        return open_writer(self.args.report_to, str(log_folder(self.run_dir)), **names)
 
     def record(self, dataset: Dataset, zero_stage: int, n_steps: int) -> dict:
         """Content of `stage.json`: what this run is, so that later stages and resumed runs can check it."""
