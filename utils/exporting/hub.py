@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import httpx
 from huggingface_hub import HfApi, constants, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.utils import validate_repo_id
@@ -18,6 +17,12 @@ def check_hub(name: str) -> None:
         raise ValueError(
             f"--push_to_hub {name} needs an access token with write permission: run `hf auth login`, or set HF_TOKEN"
         )
+
+
+def is_unreached(error: Exception) -> bool:
+    """Whether an error says that no server answered: of httpx with huggingface_hub 1, of httpx2 with 2."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return isinstance(error, OfflineModeIsEnabled) or "TransportError" in names
 
 
 def push(folder: Path, name: str, *, private: bool) -> str:
@@ -40,7 +45,9 @@ def push(folder: Path, name: str, *, private: bool) -> str:
         }.get(status, "see the server's answer")
         reason = str(error).strip().splitlines()[-1] if str(error).strip() else ""
         raise OSError(f"--push_to_hub {name}: {server} answers {status} ({reason}); {remedy}; {again}") from error
-    except (httpx.TransportError, OfflineModeIsEnabled) as error:
+    except Exception as error:
+        if not is_unreached(error):
+            raise
         raise OSError(
             f"--push_to_hub {name}: {server} is not reached ({error}); check the network; {again}"
         ) from error
