@@ -407,5 +407,5 @@ class MultimodalEvaluator(Evaluator):
                 evaluation.images[file] = examples.image_sheet(title)
                 continue
             audio: Any = self.pipeline.audio
-            evaluation.images[file] = examples.mel_sheet(title, audio.vae.config.mel.log_floor)
+            evaluation.images[file] = examples.mel_sheet(title, audio.vae.config.mel)
             evaluation.audio |= examples.clips(audio.vocode, audio.vae.config.sample_rate)

@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model.audio.spectral import MelSettings
 from utils.drawing.alignment import aligned_mel
 from utils.drawing.audio import strip_sheet
+from utils.drawing.axes import with_axes
 from utils.drawing.images import Group, draw_sheet, to_image
 
 
@@ -47,12 +49,20 @@ class Examples:
         title = f"{title}: {self.direction}, held-out items"
         return draw_sheet(groups, self.labels, n_across=min(4, len(groups)), title=title)
 
-    def mel_sheet(self, title: str, log_floor: float) -> Image.Image:
-        """Log-mels in one time scale, real | generated."""
+    def mel_sheet(self, title: str, settings: MelSettings) -> Image.Image:
+        """Log-mels with axes in one time scale, real | generated."""
         longest = max(mel.shape[1] for row in self.rows() for mel in row)
         nothing = torch.zeros(0, dtype=torch.long)
         groups = [
-            Group([aligned_mel(mel, nothing, log_floor, max_frames=longest) for mel in row], text)
+            Group(
+                [
+                    with_axes(
+                        aligned_mel(mel, nothing, settings.log_floor, max_frames=longest), mel.shape[1], settings
+                    )
+                    for mel in row
+                ],
+                text,
+            )
             for row, text in zip(self.rows(), self.captions)
         ]
         return strip_sheet(groups, self.labels, title=f"{title}: {self.direction}, held-out items")

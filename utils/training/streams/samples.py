@@ -168,7 +168,7 @@ class StreamSamplesCallback(EvaluationCallback):
         if name == "image":
             self.add_image(task, examples.image_sheet(title), step)
             return
-        self.add_image(f"{task}_mel", examples.mel_sheet(title, self.vaes["audio"].config.mel.log_floor), step)
+        self.add_image(f"{task}_mel", examples.mel_sheet(title, self.vaes["audio"].config.mel), step)
         audio: Any = self.present.audio
         rate = self.vaes["audio"].config.sample_rate
         kinds = {"real": real, "generated": generated} if self.is_first else {"generated": generated}
