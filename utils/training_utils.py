@@ -141,6 +141,8 @@ class StageTrainer(SavingTrainer):
             return
         if self.is_deepspeed_enabled and not self.has_trained:
             self.guard.watch(self.model_wrapped)
+        if not self.has_trained:  # Speeds count this process's steps, from here on.
+            self.last_log = (self.state.global_step, time.perf_counter())
         self.has_trained = True
         super()._run_epoch(epoch=epoch, **kwargs)
 

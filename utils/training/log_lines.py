@@ -66,7 +66,10 @@ class LogLinesCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.start = (state.global_step, time.perf_counter())
-        self.history.append(self.start)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self.history:  # After what is shown of the untrained model, which comes once.
+            self.history.append((state.global_step, time.perf_counter()))
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:

@@ -1,9 +1,13 @@
 import re
+import time
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from utils.training.log_lines import duration, number
+from pretrain_image_vae import ImageVAEStage
+from tests.helpers.runs import SMALL_RUN, run_stage
+from utils.training.log_lines import LogLinesCallback, duration, number
 
 
 @pytest.mark.parametrize(
@@ -40,3 +44,35 @@ def test_lines_of_a_run_and_of_its_continuation_tell_step_speed_and_time(train, 
     # The flags of both are in TensorBoard, in the run's own folder.
     tags = EventAccumulator(str(run.folder.parent)).Reload().Tags()["tensors"]
     assert {"flags/text_summary", "configuration/text_summary"} <= set(tags)
+
+
+def test_time_left_counts_steps_of_this_process_and_not_what_is_shown_before(monkeypatch, capsys):
+    state, control = TrainerState(global_step=1000, max_steps=1110), TrainerControl()
+    callback = LogLinesCallback()
+    # Training begins at 0 s, the first step after 60 s of drawing; ten steps take 10 s.
+    for moment, method in ((0.0, "on_train_begin"), (60.0, "on_step_begin")):
+        monkeypatch.setattr(time, "perf_counter", lambda moment=moment: moment)
+        getattr(callback, method)(None, state, control)
+    state.global_step = 1010
+    monkeypatch.setattr(time, "perf_counter", lambda: 70.0)
+    callback.on_log(None, state, control, logs={"loss": 0.5})
+    assert capsys.readouterr().out == "step 1010/1110 (91 %)  loss 0.5  1.7 min left\n"
+
+
+def test_speeds_count_from_the_first_step_of_this_process(image_cache, tmp_path, fresh_logging):
+    counted_from = []
+
+    class WatchedStage(ImageVAEStage):
+        def build_callbacks(self, trainer, writer):
+            class WatchCallback(TrainerCallback):
+                def on_step_begin(self, args, state, control, **kwargs):
+                    counted_from.append((state.global_step, trainer.last_log[0]))
+
+            return [WatchCallback()]
+
+    flags = ("--logging_steps", "9", "--save_steps", "4", "--eval_steps", "4", "--lr_scheduler_type", "constant")
+    run_stage(WatchedStage, SMALL_RUN, image_cache, tmp_path, "speeds", 4, *flags)
+    run_stage(
+        WatchedStage, SMALL_RUN, image_cache, tmp_path, "speeds", 6, *flags, "--resume_from_checkpoint", "latest"
+    )
+    assert counted_from == [(0, 0), (1, 0), (2, 0), (3, 0), (4, 4), (5, 4)]
