@@ -51,7 +51,7 @@ def reconstruct(args: ReconstructionArguments) -> None:
             entry = {"input": str(file), "vae_mel_l1": distance, "reconstruction": vocoded, "vocoder": without_vae}
             records.append(entry)
             if len(groups) < MAX_ROWS:
-                triple = mel_triple(reconstruction, mel, synthesizer.log_mel.settings.log_floor)
+                triple = mel_triple(reconstruction, mel, synthesizer.log_mel.settings)
                 groups.append(Group(triple, f"{distance:.3f}  {name}"))
             print(f"{folder / vocoded['file']}  {vocoded['seconds']:.2f} s, log-mel L1 of the VAE {distance:.3f}")
     if groups:

@@ -5,7 +5,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from model.audio.spectral import MelSettings
 from utils.drawing.audio import ORANGE, colored, fit_width, strip_sheet
+from utils.drawing.axes import with_axes
 from utils.drawing.images import PAPER, Group
 from utils.drawing.text import INK, typeface
 
@@ -15,22 +17,23 @@ BOUNDARY = (255, 255, 255)
 MARKS = "white marks: ends of phones"  # what a sheet of `aligned_mel` says
 
 
-def aligned_mel(mel: Tensor, durations: Tensor, log_floor: float, *, max_frames: int = 0) -> Image.Image:
-    """A log-mel with a line at the end of every token that has a frame.
+def aligned_mel(mel: Tensor, durations: Tensor, settings: MelSettings, *, max_frames: int = 0) -> Image.Image:
+    """A log-mel with a line at the end of every token that has a frame, and the axes of `with_axes`.
 
     Args:
         mel: (M, F), low frequencies at the bottom.
         durations: mel frames of tokens, (T,).
+        settings: of the log-mel.
         max_frames: frames of the longest clip on the sheet, see `fit_width`.
     """
-    n_frames = mel.shape[1]
+    n_frames, log_floor = mel.shape[1], settings.log_floor
     high = max(mel.nan_to_num(log_floor, log_floor, log_floor).max().item(), log_floor + 1)
     image = fit_width(colored(mel, log_floor, high), n_frames, max(len(mel), 80), max_frames=max_frames)
     draw = ImageDraw.Draw(image)
     for end in durations.cumsum(0)[durations > 0].tolist()[:-1]:
         x = round(end / n_frames * image.width)
         draw.line([(x, 0), (x, image.height // 6)], BOUNDARY)
-    return image
+    return with_axes(image, n_frames, settings)
 
 
 def duration_image(real: Tensor, predicted: Tensor) -> Image.Image:

@@ -10,7 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from model.audio.spectral import stft
+from model.audio.spectral import MelSettings, stft
+from utils.drawing.axes import with_axes
 from utils.drawing.images import GAP, LINE, PAPER, Group
 from utils.drawing.text import typeface
 
@@ -61,23 +62,26 @@ def fit_width(image: Image.Image, n_frames: int, height: int, *, max_frames: int
     return image.resize((width, height), Image.Resampling.NEAREST if is_larger else Image.Resampling.BOX)
 
 
-def mel_triple(generated: Tensor, target: Tensor, log_floor: float, *, max_frames: int = 0) -> list[Image.Image]:
-    """Target, generated log-mel and their absolute difference, low frequencies at the bottom, see `TRIPLE`.
+def mel_triple(generated: Tensor, target: Tensor, settings: MelSettings, *, max_frames: int = 0) -> list[Image.Image]:
+    """Target, generated log-mel and their absolute difference, see `TRIPLE`, with the axes of `with_axes`.
 
     The first two have the same scale, from the floor to the maximum of the target. The difference is white from
     `SPAN` on.
 
     Args:
         generated, target: (M, F); frames beyond the shorter one are left out.
+        settings: of the log-mels.
         max_frames: frames of the longest clip on the sheet, see `fit_width`.
     """
     generated, target = generated.detach().float().cpu(), target.detach().float().cpu()
     M, F = len(target), min(generated.shape[1], target.shape[1])
     generated, target = generated[:, :F], target[:, :F]
-    high = max(target.max().item(), log_floor + 1)
-    images = [colored(mel, log_floor, high) for mel in (target, generated)]
+    low = settings.log_floor
+    high = max(target.max().item(), low + 1)
+    images = [colored(mel, low, high) for mel in (target, generated)]
     images.append(colored((target - generated).abs(), 0, SPAN))
-    return [fit_width(image, F, max(M, 80), max_frames=max_frames) for image in images]
+    images = [fit_width(image, F, max(M, 80), max_frames=max_frames) for image in images]
+    return [with_axes(image, F, settings) for image in images]
 
 
 def strip_sheet(groups: Sequence[Group], labels: Sequence[str] = (), *, title: str = "") -> Image.Image:

@@ -345,7 +345,7 @@ class AudioEvaluator(Evaluator):
                 if scores.get(name) is not None
             ]
             caption = "  ".join([*shown, clip.entry["caption"] or clip.entry["key"]])
-            images = mel_triple(clip.predicted, clip.mel, self.settings.log_floor, max_frames=max_frames)
+            images = mel_triple(clip.predicted, clip.mel, self.settings, max_frames=max_frames)
             groups.append(Group(images, caption))
         title = f"{home_of(self.checkpoint).name}, step {self.step}: log-mels of {len(examples)} of {n_clips} clips"
         return strip_sheet(groups, TRIPLE, title=title)

@@ -321,9 +321,9 @@ class AudioDiffusionEvaluator(AudioPipelineEvaluator):
     def contact_sheet(self, examples: Sequence[Utterance], n_clips: int) -> Image.Image:
         """One row per clip, see `SHEET`."""
         longest = max(utterance.mels[name][0].shape[1] for utterance in examples for name in SHEET)
-        floor = self.settings.log_floor
+        mel = self.settings
         groups = [
-            Group([aligned_mel(*utterance.mels[name], floor, max_frames=longest) for name in SHEET], utterance.text)
+            Group([aligned_mel(*utterance.mels[name], mel, max_frames=longest) for name in SHEET], utterance.text)
             for utterance in examples
         ]
         run = home_of(self.checkpoint).name

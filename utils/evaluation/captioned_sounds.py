@@ -192,10 +192,7 @@ class CaptionEvaluator(AudioPipelineEvaluator):
         nothing = torch.zeros(0, dtype=torch.long)
         groups = [
             Group(
-                [
-                    aligned_mel(rows[position], nothing, self.settings.log_floor, max_frames=longest)
-                    for rows in mels.values()
-                ],
+                [aligned_mel(rows[position], nothing, self.settings, max_frames=longest) for rows in mels.values()],
                 entries[position]["caption"],
             )
             for position in on_sheet

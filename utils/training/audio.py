@@ -24,7 +24,6 @@ from utils.checkpoints import load_config, read_stage
 from utils.command_line import parse_overrides
 from utils.distributed import is_sharded
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
-from utils.drawing.axes import with_axes
 from utils.drawing.images import Group
 from utils.drawing.playback import add_audio, add_captions, sound_tag
 from utils.metrics.audio import PACKAGES, not_measured, pesq_wb, stoi
@@ -204,8 +203,7 @@ class AudioCallback(EvaluationCallback):
         groups, distances = [], []
         for sample, mel, name in zip(self.samples, generated, self.names):
             distances.append((mel - sample["mel"]).abs().mean().item())
-            images = mel_triple(mel, sample["mel"], self.settings.log_floor, max_frames=longest)
-            images = [with_axes(image, mel.shape[1], self.settings) for image in images]
+            images = mel_triple(mel, sample["mel"], self.settings, max_frames=longest)
             groups.append(Group(images, f"{distances[-1]:.3f}  {name}"))
         self.add_image("mel", strip_sheet(groups, TRIPLE), step)
         self.writer.add_scalar("listening/mel_l1", statistics.fmean(distances), step)

@@ -10,7 +10,6 @@ from torch import Tensor
 from dataset_loading.cached import evenly_spaced
 from utils.drawing.alignment import MARKS, aligned_mel, duration_image
 from utils.drawing.audio import strip_sheet
-from utils.drawing.axes import with_axes
 from utils.drawing.images import Group
 from utils.drawing.playback import add_audio, add_captions, sound_tag
 from utils.generation.audio_diffusion import AudioPipeline
@@ -118,11 +117,7 @@ class SpeechCallback(SoundCallback):
         groups, settings = [], self.pipeline.vae.config.mel
         for name, (real, generated, true, predicted, n) in zip(self.names, clips):
             pairs = ((real, true[:n]), (generated, predicted[:n]))
-            floor = settings.log_floor
-            images = [
-                with_axes(aligned_mel(*pair, floor, max_frames=longest), pair[0].shape[1], settings) for pair in pairs
-            ]
-            groups.append(Group(images, name))
+            groups.append(Group([aligned_mel(*pair, settings, max_frames=longest) for pair in pairs], name))
         seconds = longest * settings.hop_length / settings.sample_rate
         title = f"log-mels, the longest {seconds:.1f} s; {MARKS}"
         labels = ("real latents, decoded", "generated, predicted durations")
@@ -177,15 +172,7 @@ class CaptionCallback(SoundCallback):
         longest, settings = max(real.shape[1] for real, _ in pairs), self.pipeline.vae.config.mel
         nothing = torch.zeros(0, dtype=torch.long)
         groups = [
-            Group(
-                [
-                    with_axes(
-                        aligned_mel(mel, nothing, settings.log_floor, max_frames=longest), mel.shape[1], settings
-                    )
-                    for mel in pair
-                ],
-                name,
-            )
+            Group([aligned_mel(mel, nothing, settings, max_frames=longest) for mel in pair], name)
             for name, pair in zip(self.names, pairs)
         ]
         self.add_image("mel", strip_sheet(groups, ("real latents, decoded", "generated")), step)

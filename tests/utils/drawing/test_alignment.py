@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from model.audio.spectral import MelSettings
 from utils.drawing.alignment import MARGIN, MAX_DURATION, PLOT, aligned_mel, duration_image
+from utils.drawing.axes import BOTTOM, LEFT, RIGHT
 from utils.drawing.images import GAP, LINE
 
 
@@ -27,7 +29,8 @@ def test_the_plot_of_durations_reaches_as_far_as_they_do(longest):
 
 
 def test_ends_of_tokens_are_marked_at_the_top():
-    image = aligned_mel(torch.full((80, 40), -9.0), torch.tensor([10, 0, 20, 10]), -9.0)
+    image = aligned_mel(torch.full((80, 40), -9.0), torch.tensor([10, 0, 20, 10]), MelSettings())
+    image = image.crop((LEFT, 0, image.width - RIGHT, image.height - BOTTOM))
     marked = [x for x in range(image.width) if image.getpixel((x, 3)) == (255, 255, 255)]
     assert marked == [image.width // 4, image.width * 3 // 4]
     assert image.getpixel((image.width // 4, image.height - 3)) != (255, 255, 255)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from model.audio.spectral import MelSettings
 from utils.drawing.audio import (
     BLUE,
     MAX_WIDTH,
@@ -21,9 +22,11 @@ from utils.drawing.audio import (
     strip_sheet,
     waveform_image,
 )
+from utils.drawing.axes import BOTTOM, LEFT, RIGHT
 from utils.drawing.images import Group
 
 RED = (255, 0, 0)
+MEL = MelSettings()
 
 
 def test_low_rows_are_at_the_bottom_and_values_go_along_the_palette():
@@ -42,18 +45,19 @@ def test_brightness_of_the_warm_palette_rises():
 
 def test_a_triple_shows_equal_mels_with_a_dark_difference():
     mel = torch.randn(80, 50, generator=torch.Generator().manual_seed(0)) - 5
-    target, predicted, difference = mel_triple(mel, mel, -11.5)
+    target, predicted, difference = mel_triple(mel, mel, MEL)
     assert np.array_equal(np.asarray(target), np.asarray(predicted))
-    assert {difference.getpixel((x, y)) for x in range(difference.width) for y in range(80)} == {WARM[0]}
-    *_, brightest = mel_triple(mel + 9.0, mel, -11.5)
-    assert brightest.getpixel((3, 3)) == WARM[-1]
+    assert {difference.getpixel((x, y)) for x in range(LEFT, difference.width - RIGHT) for y in range(80)} == {WARM[0]}
+    *_, brightest = mel_triple(mel + 9.0, mel, MEL)
+    assert brightest.getpixel((LEFT + 3, 3)) == WARM[-1]
 
 
 def test_clips_of_one_sheet_have_one_scale_of_time():
     mel = torch.zeros(80, 100)
-    short, long = (mel_triple(mel[:, : n + 5], mel[:, :n], -11.5, max_frames=400)[0] for n in (50, 100))
-    assert 2 * short.width == long.width and 4 * long.width == MAX_WIDTH
-    assert mel_triple(mel, mel[:, :1], -11.5, max_frames=4000)[0].width == 1
+    images = (mel_triple(mel[:, : n + 5], mel[:, :n], MEL, max_frames=400)[0] for n in (50, 100))
+    short, long = (image.width - LEFT - RIGHT for image in images)
+    assert 2 * short == long and 4 * long == MAX_WIDTH
+    assert mel_triple(mel, mel[:, :1], MEL, max_frames=4000)[0].size == (LEFT + 1 + RIGHT, 80 + BOTTOM)
 
 
 def test_a_sheet_holds_images_of_any_size_in_columns():

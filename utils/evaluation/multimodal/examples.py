@@ -14,7 +14,6 @@ from torch import Tensor
 from model.audio.spectral import MelSettings
 from utils.drawing.alignment import aligned_mel
 from utils.drawing.audio import strip_sheet
-from utils.drawing.axes import with_axes
 from utils.drawing.images import Group, draw_sheet, to_image
 
 
@@ -50,19 +49,11 @@ class Examples:
         return draw_sheet(groups, self.labels, n_across=min(4, len(groups)), title=title)
 
     def mel_sheet(self, title: str, settings: MelSettings) -> Image.Image:
-        """Log-mels with axes in one time scale, real | generated."""
+        """Log-mels in one time scale, real | generated."""
         longest = max(mel.shape[1] for row in self.rows() for mel in row)
         nothing = torch.zeros(0, dtype=torch.long)
         groups = [
-            Group(
-                [
-                    with_axes(
-                        aligned_mel(mel, nothing, settings.log_floor, max_frames=longest), mel.shape[1], settings
-                    )
-                    for mel in row
-                ],
-                text,
-            )
+            Group([aligned_mel(mel, nothing, settings, max_frames=longest) for mel in row], text)
             for row, text in zip(self.rows(), self.captions)
         ]
         return strip_sheet(groups, self.labels, title=f"{title}: {self.direction}, held-out items")
