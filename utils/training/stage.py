@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import shlex
 import sys
 import warnings
 from collections.abc import Callable, Mapping
@@ -191,7 +192,8 @@ class Stage:
                 logger.info("%s has made all its steps; nothing is trained or saved", checkpoint)
             metrics = {} if self.stopping.stopped_by else trainer.final_metrics()
         if rank() == 0 and not self.stopping.stopped_by:
-            say(f"weights: {newest_complete(self.run_dir)}\nnext: python evaluate.py --checkpoint {self.run_dir}")
+            command = shlex.join(["python", "evaluate.py", "--checkpoint", str(self.run_dir)])
+            say(f"weights: {newest_complete(self.run_dir)}\nnext: {command}")
         if self.writer is not None:
             self.writer.close()  # Its thread must not outlive the run.
         self.stopping.end_as_signalled()

@@ -27,9 +27,9 @@ def test_numbers_are_short_and_unquoted(value, text):
 
 def test_lines_of_a_run_and_of_its_continuation_tell_step_speed_and_time(train, capsys):
     flags = ("--logging_steps", "2", "--eval_steps", "4", "--save_steps", "4", "--lr_scheduler_type", "constant")
-    run = train("lines", 4, *flags)
+    run = train("two lines", 4, *flags)
     first = capsys.readouterr().out
-    train("lines", 8, *flags, "--resume_from_checkpoint", "latest")
+    train("two lines", 8, *flags, "--resume_from_checkpoint", "latest")
     lines = first.splitlines() + capsys.readouterr().out.splitlines()
     logged = r"  loss [\d.]+  .*learning_rate [\de.-]+.*  [\d.,]+ samples/s  [\d.]+ GiB  \d+ s left"
     for steps in ("2/4 (50 %)", "4/4 (100 %)", "6/8 (75 %)", "8/8 (100 %)"):
@@ -39,8 +39,8 @@ def test_lines_of_a_run_and_of_its_continuation_tell_step_speed_and_time(train, 
     assert len(evaluated) == 1 and "left" not in evaluated[0]
     # Steps of this process alone.
     assert [line.partition("  ")[2] for line in lines if "trained" in line][1].startswith("trained 4 steps in ")
-    assert not [line for line in lines if "{" in line or "'" in line]
-    assert lines[-1] == f"next: python evaluate.py --checkpoint {run.folder.parent}"
+    assert not [line for line in lines if "{" in line or "'" in line.removesuffix(lines[-1])]
+    assert lines[-1] == f"next: python evaluate.py --checkpoint '{run.folder.parent}'"
     # The flags of both are in TensorBoard, in the run's own folder.
     tags = EventAccumulator(str(run.folder.parent)).Reload().Tags()["tensors"]
     assert {"flags/text_summary", "configuration/text_summary"} <= set(tags)
