@@ -7,19 +7,23 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from pretrain_image_vae import ImageVAEStage
+from tests.helpers.runs import SMALL_RUN, changed
+
 ROOT = Path(__file__).resolve().parents[3]
 FLAGS = ("--logging_steps", "1", "--eval_steps", "2", "--n_logged_samples", "1")
 
 
-def test_a_run_and_its_continuation_reach_trackio_and_tensorboard(train, tmp_path, monkeypatch):
+def test_a_run_reaches_trackio_and_tensorboard_and_measured_steps_do_not(train, image_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # Read when it is imported, here for the first time.
     trackio = pytest.importorskip("trackio")
     run = train("shown", 2, *FLAGS, "--report_to", "tensorboard", "trackio")
     tags = EventAccumulator(str(run.folder.parent)).Reload().Tags()
     assert {"train/loss", "eval/psnr"} <= set(tags["scalars"]) and tags["images"]
-    runs = trackio.Api().runs("image_vae")
-    (shown,) = [one for one in runs if one.name == "shown"]
-    assert shown.config["max_steps"] == 2
+    words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--run_name", "measured"]
+    ImageVAEStage.main(changed(SMALL_RUN, *words, "--measure", "1", "--report_to", "tensorboard", "trackio"))
+    (shown,) = trackio.Api().runs("image_vae")
+    assert shown.name == "shown" and shown.config["max_steps"] == 2
 
 
 def test_nothing_is_written_where_a_run_reports_to_none(train):

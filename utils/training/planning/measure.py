@@ -160,6 +160,8 @@ def measure(stage: Any, n_counted: int, *, reserve: float = 0.0) -> Measurement:
         config = stage.build_config()
         datasets = stage.build_datasets(config)
         settle_batch_size(stage, len(datasets["train"]), try_batch_size)
+        # TensorBoard's files are in the folder; a tracker would keep a run that was none.
+        stage.args.report_to = ["tensorboard"] if "tensorboard" in stage.args.report_to else ["none"]
         args = copy.copy(stage.args)
         args.eval_steps = args.save_steps = args.logging_steps = NEVER
         training = training_arguments(args, stage.run_dir)
