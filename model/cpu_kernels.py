@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 BLOCK = 128  # queries that are worked on together
 KEPT_BYTES = 48 << 20  # Attention weights of a layer beyond this are computed again in the backward pass.
-FEW_PAIRS = 1 << 16  # The backward pass of attention in bf16 takes longer than in fp32 up to so many queries x keys.
+FEW_PAIRS = 1 << 16  # Up to this number of queries x keys, attention in bf16 has a slower backward pass than in fp32.
 FEW_ROWS = 8  # up to here reading the weight takes longest
-SPLITS = 4  # Where a product with few rows is split, it becomes so many smaller ones.
+SPLITS = 4  # Smaller products into which a product with few rows is split.
 
 
 def weights_of_block(q: Tensor, k: Tensor, mask: Tensor | None, *, groups: int, start: int, end: int) -> Tensor:

@@ -53,11 +53,13 @@ def explained_errors(logger: logging.Logger) -> Iterator[None]:
     except FloatingPointError as error:
         if os.environ.get("MEGATRANSFORMER_TRACEBACK"):
             raise
-        if os.environ.get("RANK", "0") == "0":  # of the launcher
+        from utils.distributed import launched_rank  # It imports torch, which --help need not wait for.
+
+        if launched_rank() == 0:
             logger.error("%s", error)
         raise SystemExit(1) from error
     except Exception as error:
-        from dataset_loading.integrity import is_out_of_memory  # It imports torch, which --help need not wait for.
+        from dataset_loading.integrity import is_out_of_memory  # It imports torch, too.
 
         is_full = is_out_of_memory(error)
         is_lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PROCESS)

@@ -30,6 +30,7 @@ from dataset_loading.tables import CAPTION_COLUMNS, SPEAKER_COLUMNS, decode_text
 from dataset_loading.walking import walk
 
 TAR = ".tar"
+DAMAGED = "tar is damaged"  # The beginning of the reason for which a tar is left out.
 PEEKED = 16  # Samples whose fields are the columns that flags can name.
 BLOCK_BYTES = 1 << 20  # that are read at once
 NUMBERS_PER_TAR = 1 << 32  # Numbers of samples do not depend on the tars before theirs.
@@ -119,23 +120,29 @@ def find_tars(name: str) -> list[Tar]:
     return [Tar(system.unstrip_protocol(path), name, version) for path, name, version in zip(paths, names, versions)]
 
 
+def tars_by_split(name: str) -> dict[str, list[Tar]]:
+    """The tars of `find_tars` by the splits that their names say, all of them as `train` where none says one."""
+    tars = find_tars(name)
+    groups = group_by_split([tar.name for tar in tars], are_media=False) or {"train": list(range(len(tars)))}
+    return {split: [tars[index] for index in indices] for split, indices in groups.items()}
+
+
 def open_tars(name: str, split: str, kind: str, *, suffixes: Collection[str]) -> Source:
     """One split of the samples in tar files; what their names tell of splits holds as elsewhere.
 
     Args: as of `dataset_loading.sources.open_source`.
     Raises: FileNotFoundError, ValueError, OSError: see `find_tars`, or the split does not exist.
     """
-    tars = find_tars(name)
-    groups = group_by_split([tar.name for tar in tars], are_media=False) or {"train": list(range(len(tars)))}
-    split = choose_split(name, split, list(groups))
-    stream = TarStream([tars[index] for index in groups[split]], kind, suffixes)
+    splits = tars_by_split(name)
+    split = choose_split(name, split, list(splits))
+    stream = TarStream(splits[split], kind, suffixes)
     # Fields of the first samples; the usual ones may come later.
     columns = dict.fromkeys((kind, "text", "speaker", "offset", "duration"))
     for row in stream.beginning(PEEKED):
         columns |= dict.fromkeys(row)
     place = name if is_remote(name) else str(Path(name).expanduser().resolve())
     source = Source(f"{place}:{split}", "", kind, list(columns), stream, left_out=stream.left_out)
-    source.splits = list(groups)
+    source.splits = list(splits)
     return source
 
 
@@ -210,8 +217,8 @@ class TarStream(RowStream):
                 yield self.row(tar, key, members, is_again=key in keys)
         except (tarfile.TarError, EOFError, UnicodeError) as error:
             # What was read of a sample when the tar ends may lack a member.
-            self.counted.add(f"tar is damaged: {error}", tar.name)
-            n_damaged = sum(n for reason, n in self.counted.counts.items() if reason.startswith("tar is damaged"))
+            self.counted.add(f"{DAMAGED}: {error}", tar.name)
+            n_damaged = sum(n for reason, n in self.counted.counts.items() if reason.startswith(DAMAGED))
             if n_damaged > math.floor(self.max_broken_fraction * len(self.tars)):
                 raise ValueError(
                     f"{tar.url} is damaged near byte {file.position} ({error}): {n_damaged} of {len(self.tars)} tars, "

@@ -6,8 +6,7 @@ from typing import Any
 
 from dataset_loading.left_out import LeftOut
 from dataset_loading.sources import choose_split
-from dataset_loading.splits import group_by_split
-from dataset_loading.streams.tars import Tar, TarStream, find_tars, is_tars
+from dataset_loading.streams.tars import DAMAGED, Tar, TarStream, is_tars, tars_by_split
 from dataset_loading.tables import TABLE_SUFFIXES, decode_text
 from dataset_loading.text.documents import TEXT_SUFFIXES, Document, TextSource, document
 from dataset_loading.walking import walk
@@ -27,11 +26,9 @@ def open_text_tars(name: str, split: str, *, text_column: str = "text", is_held_
     Args: as of `dataset_loading.text.sources.open_text`. Tars named like splits (`train-000.tar`) are splits.
     Raises: FileNotFoundError, ValueError, OSError: no tars, a split that does not exist, or what the server refuses.
     """
-    tars = find_tars(name)
-    splits = group_by_split([tar.name for tar in tars], are_media=False) or {"train": list(range(len(tars)))}
+    splits = tars_by_split(name)
     split = "train" if is_held_out and list(splits) == ["train"] else split
-    tars = [tars[index] for index in splits[choose_split(name, split, list(splits))]]
-    left_out = LeftOut()
+    tars, left_out = splits[choose_split(name, split, list(splits))], LeftOut()
 
     def read() -> Iterator[Document]:
         left_out.clear()
@@ -48,12 +45,10 @@ def read_tar(tar: Tar, text_column: str, left_out: LeftOut) -> Iterator[Document
     stream.max_broken_fraction = 1.0  # Documents with a problem are counted by the reader.
     for row in stream.read(None):
         yield document_of(row, text_column)
-    for reason, count in stream.left_out.counts.items():
-        if reason.startswith("tar is damaged"):
-            yield Document(tar.name, "", reason, is_file=True)
-        else:
-            left_out.update(reason, stream.left_out.names[reason])
-            left_out.counts[reason] += count - len(stream.left_out.names[reason])
+    for reason in [reason for reason in stream.left_out.counts if reason.startswith(DAMAGED)]:
+        del stream.left_out.counts[reason]
+        yield Document(tar.name, "", reason, is_file=True)
+    left_out.merge(stream.left_out)
 
 
 def document_of(row: dict[str, Any], text_column: str) -> Document:

@@ -65,12 +65,12 @@ def process_of(scheduler: dict[str, Any]) -> dict[str, Any]:
         return {"schedule": "rectified_flow", "prediction": "velocity", "time_shift": scheduler.get("shift", 1.0)}
     # The schedule of betas by its name and ends; diffusers' defaults are those of "linear".
     ends = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02}
-    found = {name: scheduler.get(name, default) for name, default in ends.items()}
-    schedule = next((name for name, betas in BETAS.items() if {**found, **betas} == found), None)
+    beta_fields = {name: scheduler.get(name, default) for name, default in ends.items()}
+    schedule = next((name for name, betas in BETAS.items() if {**beta_fields, **betas} == beta_fields), None)
     steps, kind = scheduler.get("num_train_timesteps", 1000), scheduler.get("prediction_type", "epsilon")
     prediction = {theirs: ours for ours, theirs in PREDICTIONS.items()}.get(kind)
     if schedule is None or prediction is None or steps != 1000 or scheduler.get("trained_betas") is not None:
-        wrong = {**found, "num_train_timesteps": steps, "prediction_type": kind}
+        wrong = {**beta_fields, "num_train_timesteps": steps, "prediction_type": kind}
         raise ValueError(
             f"{', '.join(f'{name}={value!r}' for name, value in wrong.items())} is no process that can be trained "
             f"here; there are {list(BETAS.values())} of 1000 steps with {list(PREDICTIONS.values())}"

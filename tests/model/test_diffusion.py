@@ -241,7 +241,7 @@ def test_positions_hold_for_other_sizes(unet):
         for size in ((8, 16), (16, 8), (6, 10), (32, 32)):
             other = predict(*size)
             assert other.shape[-2:] == size and 0.8 < other.std() / square.std() < 1.25
-            # The same picture, up to what kernels of a fixed size see of it.
+            # The same image, up to what kernels of a fixed size see of it.
             pair = torch.stack([square.flatten(), F.interpolate(other, size=(8, 8), mode="area").flatten()])
             assert torch.corrcoef(pair)[0, 1] > 0.3
 

@@ -1,7 +1,5 @@
 """Audio for playback in TensorBoard and in files."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -19,12 +17,6 @@ KINDS = ("real", "generated")
 def sound_tag(group: str, number: int, kind: str) -> str:
     """The name of a clip's player: `sounds/00_1_real` before `sounds/00_2_generated`."""
     return f"{group}/{number:02d}_{KINDS.index(kind) + 1}_{kind}"
-
-
-def add_captions(writer: SummaryWriter, group: str, captions: Sequence[str]) -> None:
-    """What the clips of players say, as a table under Text."""
-    rows = [f"| {number:02d} | {caption.replace('|', ' ')} |" for number, caption in enumerate(captions)]
-    writer.add_text(group, "\n".join(["| clip | text |", "|---|---|", *rows]))
 
 
 def add_audio(writer: SummaryWriter, name: str, waveform: Tensor, *, rate: int, step: int) -> None:

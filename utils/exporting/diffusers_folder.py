@@ -35,8 +35,7 @@ def write_diffusers(model: ImageVAE | ImageDiffusion, folder: Path, dtype: torch
     """Write a model of architecture "ldm" into a folder for diffusers' `from_pretrained`.
 
     Raises:
-        ImportError: diffusers is missing.
-        ValueError: diffusers has no equal of its configuration; names the field.
+        ValueError: diffusers is not installed, or has no equal of its configuration; names the command or the field.
     """
     try:
         import diffusers

@@ -80,7 +80,8 @@ def format_of(path: str | Path, model_class: type | None = None) -> tuple[Foreig
             config = read_config(place)
             if kind is FORMATS.get(config.get("_class_name") or (config.get("architectures") or [""])[0]):
                 formats.append((kind, place))
-    return next((found for found in formats if found[0].model_class is model_class), next(iter(formats), None))
+    meant = [(kind, place) for kind, place in formats if kind.model_class is model_class]
+    return next(iter([*meant, *formats]), None)
 
 
 # ---- Weights of the formats.
@@ -190,9 +191,9 @@ def foreign_model(
         ValueError: the folder is of another kind of model, of a variant that ours does not have, or fields that shape
             its weights differ from this run's; names them and the flags that fit.
     """
-    if (found := format_of(path, model_class)) is None:
+    if (source := format_of(path, model_class)) is None:
         return None
-    kind, folder = found
+    kind, folder = source
     if model_class is not kind.model_class:
         raise ValueError(
             f"--init_from {path} is {kind.name}, which {kind.flags} reads; this run trains {model_class.__name__}"

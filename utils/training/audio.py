@@ -25,12 +25,13 @@ from utils.command_line import parse_overrides
 from utils.distributed import is_sharded
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
-from utils.drawing.playback import add_audio, add_captions, sound_tag
+from utils.drawing.playback import add_audio, sound_tag
 from utils.metrics.audio import PACKAGES, not_measured, pesq_wb, stoi
 from utils.options import declared_fields, from_preset
 from utils.seeds import sample_uniform
 from utils.training.callbacks import EvaluationCallback
 from utils.training.stage import Stage
+from utils.training.trackers import add_table
 from utils.training_utils import StageTrainer
 
 logger = logging.getLogger(__name__)
@@ -211,7 +212,7 @@ class AudioCallback(EvaluationCallback):
     def add_sounds(self, kind: str, waveforms: list[Tensor], step: int) -> None:
         """A player per clip, see `sound_tag`; what they say beside the real ones, which are written once."""
         if kind == "real":
-            add_captions(self.writer, "sounds", self.names)
+            add_table(self.writer, "sounds", ("clip", "text"), enumerate(self.names))
         for number, waveform in enumerate(waveforms):
             tag = sound_tag("sounds", number, kind)
             add_audio(self.writer, tag, waveform, rate=self.settings.sample_rate, step=step)

@@ -11,11 +11,12 @@ from dataset_loading.cached import evenly_spaced
 from utils.drawing.alignment import MARKS, aligned_mel, duration_image
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
-from utils.drawing.playback import add_audio, add_captions, sound_tag
+from utils.drawing.playback import add_audio, sound_tag
 from utils.generation.audio_diffusion import AudioPipeline
 from utils.generation.captions import CaptionPipeline, seconds_of_clips
 from utils.generation.speech import SpeechPipeline
 from utils.training.callbacks import EvaluationCallback
+from utils.training.trackers import add_table
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class SoundCallback(EvaluationCallback):
         rate = self.pipeline.vae.config.sample_rate
         kinds = {"real": real, "generated": generated} if self.is_first else {"generated": generated}
         if self.is_first:
-            add_captions(self.writer, "sounds", self.names)
+            add_table(self.writer, "sounds", ("clip", "text"), enumerate(self.names))
         self.is_first = False
         for kind, mels in kinds.items():
             for number, mel in enumerate(mels):
@@ -78,7 +79,7 @@ class SpeechCallback(SoundCallback):
 
     images/mel                   decoded real latents | generated, both with the boundaries of their tokens
     images/durations             predicted against real durations of tokens
-    sounds/<clip>_real, _generated, sounds/sentence_<number>
+    sounds/<clip>_1_real, _2_generated, sounds/sentence_<number>
 
     Args:
         sentences: further texts that are spoken by the first speaker.
@@ -136,7 +137,7 @@ class CaptionCallback(SoundCallback):
     """Logs what the model makes of captions: validation clips at their true lengths, and prompts at the median length.
 
     images/mel                   decoded real latents | generated
-    sounds/<clip>_real, _generated, sounds/prompt_<number>
+    sounds/<clip>_1_real, _2_generated, sounds/prompt_<number>
 
     Args:
         prompts: further captions.

@@ -23,17 +23,17 @@ def duration(seconds: float) -> str:
     """Seconds in the unit that fits: `40 s`, `2.1 min`, `3.4 h`, `2.5 days`."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
-    for name, size in (("min", 60), ("h", 3600), ("days", 86400)):
-        if seconds < 99.5 * size or name == "days":
+    for name, size in (("min", 60), ("h", 3600)):
+        if seconds < 99.5 * size:
             return f"{seconds / size:.1f} {name}"
-    raise AssertionError("days hold every duration")
+    return f"{seconds / 86400:.1f} days"
 
 
-def number(value: Any) -> str:
-    """Four significant digits, without an exponent where it is readable; other values as they are."""
+def number(value: Any, digits: int = 4) -> str:
+    """Significant digits of a float, without an exponent where it is readable; other values as they are."""
     if not isinstance(value, float):
         return str(value)
-    text = f"{value:.4g}"
+    text = f"{value:.{digits}g}"
     return f"{value:,.0f}" if "e+" in text and value < 1e9 else text
 
 
@@ -46,7 +46,7 @@ def numbers(logs: Mapping[str, Any]) -> list[str]:
 
 def speeds(logs: Mapping[str, Any]) -> list[str]:
     """`152 samples/s` of what is logged."""
-    return [f"{number(float(f'{logs[name]:.3g}'))} {name.split('_')[0]}/s" for name in SPEEDS if name in logs]
+    return [f"{number(logs[name], 3)} {name.split('_')[0]}/s" for name in SPEEDS if name in logs]
 
 
 class LogLinesCallback(TrainerCallback):

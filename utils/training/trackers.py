@@ -3,8 +3,8 @@
 Stages write to one writer with the methods of TensorBoard's `SummaryWriter`; `TrackerWriter` hands on to each tracker.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
@@ -44,9 +44,9 @@ class Tracker:
         """A number."""
         self.add(name, float(value), step)
 
-    def add_image(self, name: str, image: Any, step: int, *, dataformats: str = "CHW") -> None:
-        """An image (Y, X, 3) or, with `"CHW"`, (3, Y, X), uint8."""
-        self.add(name, self.module.Image(image if dataformats == "HWC" else image.transpose(1, 2, 0)), step)
+    def add_image(self, name: str, image: Any, step: int, *, dataformats: Literal["HWC"]) -> None:
+        """An image (Y, X, 3) uint8, which TensorBoard calls HWC."""
+        self.add(name, self.module.Image(image), step)
 
     def add_audio(self, name: str, waveform: Any, step: int, *, sample_rate: int) -> None:
         """A waveform (1, S) in [-1, 1]."""
@@ -91,10 +91,15 @@ class TrackerWriter:
         return call
 
 
+def add_table(writer: Any, name: str, titles: tuple[str, str], rows: Iterable[tuple[Any, Any]]) -> None:
+    """A table of two columns under Text."""
+    lines = [f"| {key} | {str(value).replace('|', ' ')} |" for key, value in rows]
+    writer.add_text(name, "\n".join([f"| {' | '.join(titles)} |", "|---|---|", *lines]))
+
+
 def write_flags(writer: SummaryWriter, flags: Mapping[str, Any]) -> None:
     """The flags of a run in TensorBoard: a table under Text, and the tab HParams, with the loss of its evaluations."""
-    rows = [f"| {name} | {str(value).replace('|', ' ')} |" for name, value in sorted(flags.items())]
-    writer.add_text("flags", "\n".join(["| flag | value |", "|---|---|", *rows]))
+    add_table(writer, "flags", ("flag", "value"), sorted(flags.items()))
     # `SummaryWriter.add_hparams` would begin another run beside this one.
     values = {
         name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in flags.items()

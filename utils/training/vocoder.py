@@ -95,7 +95,7 @@ class VocoderTrainer(ClipTrainer, GANTrainer):
 class VocoderCallback(AudioCallback):
     """Logs waveforms that a vocoder generates from the log-mels of validation clips.
 
-    sounds/<clip>_real, _generated   players; the real ones once
+    sounds/<clip>_1_real, _2_generated   players; the real ones once
     images/mel                     log-mel of the recording | of the generated waveform | difference
     images/waveform                both waveforms of the first clip
     images/phase                   errors of its phases and of their change

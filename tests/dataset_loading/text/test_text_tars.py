@@ -21,7 +21,7 @@ MEMBERS = {
 
 def documents(name, **options):
     source = open_text(str(name), **options)
-    return [(one.key, one.text or one.problem) for one in source.read()], source
+    return [(document.key, document.text or document.problem) for document in source.read()], source
 
 
 def test_a_sample_is_a_document_by_its_text_or_a_field_of_its_json(tmp_path):
@@ -46,7 +46,7 @@ def test_tars_at_addresses_and_of_patterns_have_splits_and_a_damaged_one_is_a_pr
         read, source = documents(name)
         assert sorted(source.splits) == ["train", "validation"] and source.n_files == 2
         assert [text for _, text in read[:3]] == ["text 0", "text 1", "text 2"]
-        damage = [one for one in open_text(name).read() if one.is_file]
+        damage = [document for document in open_text(name).read() if document.is_file]
         assert len(damage) == 1 and damage[0].key == "train-1.tar" and "damaged" in damage[0].problem
     assert len(documents(f"{tmp_path}/*.tar", split="validation")[0]) == 3
     with pytest.raises(ValueError, match="test"):
