@@ -10,12 +10,12 @@ def playable(waveform: Tensor) -> Tensor:
     return torch.nan_to_num(torch.as_tensor(waveform).detach().float().cpu(), 0.0, 0.0, 0.0).clamp(-1, 1)
 
 
-# Players of a clip stand on TensorBoard's page in the order of their names: truth, baselines, model.
-KINDS = ("real", "generated")
+# Players of a clip stand on TensorBoard's page in the order of their names: truth, baseline, model.
+KINDS = ("real", "griffin_lim", "generated")
 
 
 def sound_tag(group: str, number: int, kind: str) -> str:
-    """The name of a clip's player: `sounds/00_1_real` before `sounds/00_2_generated`."""
+    """The name of a clip's player: `sounds/00_1_real` before `sounds/00_3_generated`."""
     return f"{group}/{number:02d}_{KINDS.index(kind) + 1}_{kind}"
 
 

@@ -79,7 +79,7 @@ class SpeechCallback(SoundCallback):
 
     images/mel                   decoded real latents | generated, both with the boundaries of their tokens
     images/durations             predicted against real durations of tokens
-    sounds/<clip>_1_real, _2_generated, sounds/sentence_<number>
+    sounds/<clip>_1_real, _3_generated, sounds/sentence_<number>
 
     Args:
         sentences: further texts that are spoken by the first speaker.
@@ -137,7 +137,7 @@ class CaptionCallback(SoundCallback):
     """Logs what the model makes of captions: validation clips at their true lengths, and prompts at the median length.
 
     images/mel                   decoded real latents | generated
-    sounds/<clip>_1_real, _2_generated, sounds/prompt_<number>
+    sounds/<clip>_1_real, _3_generated, sounds/prompt_<number>
 
     Args:
         prompts: further captions.

@@ -119,7 +119,7 @@ class AudioReconstructionCallback(AudioCallback):
     """Logs reconstructions of validation clips. PESQ and STOI compare the vocoded reconstruction with the vocoded
     ground truth.
 
-    sounds/<clip>_1_real, _2_generated   the vocoder, or Griffin-Lim, on the true and on the VAE's log-mel
+    sounds/<clip>_1_real, _3_generated   the vocoder, or Griffin-Lim, on the true and on the VAE's log-mel
     images/mel                     true log-mel | the VAE's | difference
     images/latents                 posterior means over time
     latents/mean_<channel>, latents/posterior_std (histograms), latents/dead_channels

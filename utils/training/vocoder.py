@@ -8,6 +8,7 @@ import statistics
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.audio.griffin_lim import griffin_lim
 from model.audio.lengths import valid_frames
 from model.audio.spectral import LogMel, MelSettings
 from utils.drawing.audio import phase_image, waveform_image
@@ -95,7 +96,7 @@ class VocoderTrainer(ClipTrainer, GANTrainer):
 class VocoderCallback(AudioCallback):
     """Logs waveforms that a vocoder generates from the log-mels of validation clips.
 
-    sounds/<clip>_1_real, _2_generated   players; the real ones once
+    sounds/<clip>_1_real, _2_griffin_lim, _3_generated   players; all but the generated ones once
     images/mel                     log-mel of the recording | of the generated waveform | difference
     images/waveform                both waveforms of the first clip
     images/phase                   errors of its phases and of their change
@@ -116,6 +117,9 @@ class VocoderCallback(AudioCallback):
         # Players and log-mels.
         if self.is_first:
             self.add_sounds("real", real, step)
+            # What the log-mels give without a vocoder.
+            baselines = [griffin_lim(sample["mel"][None], self.settings)[0] for sample in self.samples]
+            self.add_sounds("griffin_lim", baselines, step)
             self.is_first = False
         self.add_sounds("generated", generated, step)
         log_mel = LogMel(self.settings)

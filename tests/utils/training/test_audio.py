@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dataset_loading.audio.cached import VocoderDataset
 from dataset_loading.collators import collate_by_length
+from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import MelSettings
 from model.audio.vae import AudioVAE
 from pretrain_audio_vae import AudioVAEStage
@@ -20,6 +21,7 @@ from tests.helpers.audio_cache import make_audio_cache
 from tests.helpers.runs import largest_difference, run_stage
 from tests.helpers.vocoder_checkpoint import save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model
+from utils.drawing.playback import playable
 from utils.generation.audio import load_vocoder
 from utils.metrics.audio import not_measured
 from utils.training.audio_vae import AudioReconstructionCallback, AudioVAEGANTrainer
@@ -71,18 +73,23 @@ def test_a_vocoder_run_can_be_listened_to(listen, cache):
     events = read(run)
     tags = events.Tags()
     assert set(tags["audio"]) == {
-        f"sounds/{clip}_{kind}" for clip in ("00", "01") for kind in ("1_real", "2_generated")
+        f"sounds/{clip}_{kind}" for clip in ("00", "01") for kind in ("1_real", "2_griffin_lim", "3_generated")
     }
     assert {"images/mel", "images/waveform", "images/phase"} <= set(tags["images"])
     scores = {"pesq", "stoi", "mel_l1", "phase_error", "frequency_error", "real_time_factor"}
     scores -= not_measured(["pesq"]).keys()
     assert {f"listening/{name}" for name in scores} <= set(tags["scalars"])
-    assert [event.step for event in events.Audio("sounds/00_2_generated")] == [0, 1, 2]
+    assert [event.step for event in events.Audio("sounds/00_3_generated")] == [0, 1, 2]
     (real,) = events.Audio("sounds/00_1_real")
     waveform = VocoderDataset(cache, "validation")[0]["waveform"].numpy()
     assert real.sample_rate == 16000 and np.abs(samples_of(real) - waveform).max() < 1e-3
 
-    first, *_, last = (samples_of(event) for event in events.Audio("sounds/00_2_generated"))
+    (baseline,) = events.Audio("sounds/00_2_griffin_lim")
+    target = VocoderDataset(cache, "validation")[0]["mel"]
+    expected = playable(griffin_lim(target[None], MelSettings())[0]).numpy()
+    assert np.abs(samples_of(baseline) - expected).max() < 1e-3
+
+    first, *_, last = (samples_of(event) for event in events.Audio("sounds/00_3_generated"))
     assert len(first) == len(waveform) and not np.array_equal(first, last)
     assert [event.step for event in events.Images("images/mel")] == [0, 1, 2]
 
@@ -99,17 +106,17 @@ def test_an_audio_vae_run_can_be_listened_to(listen, vocoder):
     )
     events = read(run)
     tags = events.Tags()
-    assert {"sounds/00_1_real", "sounds/01_2_generated"} <= set(tags["audio"])
+    assert {"sounds/00_1_real", "sounds/01_3_generated"} <= set(tags["audio"])
     assert {"images/mel", "images/latents"} <= set(tags["images"])
     assert {"latents/mean_00", "latents/mean_03", "latents/posterior_std"} <= set(tags["histograms"])
     assert {"listening/mel_l1", "listening/stoi", "latents/dead_channels"} <= set(tags["scalars"])
-    assert [event.step for event in events.Audio("sounds/00_2_generated")] == [0, 1]
+    assert [event.step for event in events.Audio("sounds/00_3_generated")] == [0, 1]
     assert [event.step for event in events.Audio("sounds/00_1_real")] == [0]
 
 
 def test_without_a_vocoder_griffin_lim_makes_the_sound(listen):
     events = read(listen(AudioVAEStage, AUDIO_VAE, partial(AudioReconstructionCallback, n_clips=1), 1))
-    assert np.abs(samples_of(events.Audio("sounds/00_2_generated")[0])).max() > 0
+    assert np.abs(samples_of(events.Audio("sounds/00_3_generated")[0])).max() > 0
 
 
 def test_vocoders_are_loaded_whole_and_others_refused(vocoder, listen, tmp_path):
@@ -136,7 +143,7 @@ def test_broken_waveforms_are_shown_as_silence(listen):
             return waveform * torch.nan, time
 
     events = read(listen(VocoderStage, VOCODER, partial(Broken, n_clips=1), 1))
-    assert not samples_of(events.Audio("sounds/00_2_generated")[0]).any()
+    assert not samples_of(events.Audio("sounds/00_3_generated")[0]).any()
     assert "listening/pesq" not in events.Tags()["scalars"]
 
 

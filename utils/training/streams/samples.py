@@ -43,7 +43,7 @@ class StreamSamplesCallback(EvaluationCallback):
 
     samples/<task>/<number>                       prompt, true and generated text
     images/<task>, images/<task>_mel              real images, or log-mels | generated ones
-    sounds/<task>/<number>_1_real, _2_generated   players; real ones once
+    sounds/<task>/<number>_1_real, _3_generated   players; real ones once
     images/mask                                   which token sees which in a stream of each task; once
     thinking_steps/text, image, audio             mean steps per token, where tokens leave the core early
 

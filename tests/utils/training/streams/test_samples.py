@@ -61,7 +61,7 @@ def test_every_task_has_its_samples(shown_run):
     assert "**generated**" in shown("text-audio-text") and "**prompt**" not in shown("text")
     # Pictures and players: generated ones at each of two evaluations, real ones and the mask once.
     assert len(events.Images("images/text-image")) == 2 and len(events.Images("images/mask")) == 1
-    assert len(events.Audio("sounds/text-audio-text/01_2_generated")) == 2
+    assert len(events.Audio("sounds/text-audio-text/01_3_generated")) == 2
     assert len(events.Audio("sounds/text-audio-text/01_1_real")) == 1
     image = Image.open(io.BytesIO(events.Images("images/text-image")[-1].encoded_image_string))
     assert image.width > image.height and len(np.unique(np.asarray(image))) > 20
