@@ -21,6 +21,8 @@ if __name__ == "__main__":
     # --help and wrong flags end here, before imports that take seconds.
     check_flags(ChatArguments, __doc__)
 
+import torch
+
 from dataset_loading.audio.signal import save_waveform
 from model.multimodal.layout import Part
 from utils.checkpoints import chosen_weights, resolve_checkpoint
@@ -34,6 +36,7 @@ from utils.generation.multimodal import MultimodalPipeline
 from utils.generation.text import file_stem
 
 
+@torch.inference_mode()
 def chat(args: ChatArguments) -> None:
     """Answer every prompt, and write files as they come. Raises: ValueError: at the end, where some had no answer."""
     checkpoint, device = resolve_checkpoint(args.checkpoint), compute_device()

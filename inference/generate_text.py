@@ -22,6 +22,8 @@ if __name__ == "__main__":
     # --help and wrong flags end here, before imports that take seconds.
     check_flags(GenerateTextArguments, __doc__)
 
+import torch
+
 from utils.checkpoints import chosen_weights, provenance, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
 from utils.devices import compute_device
@@ -29,6 +31,7 @@ from utils.generation.files import check_unicode, claim_folder
 from utils.generation.text import TextGenerator, copy_seed, read_prompts
 
 
+@torch.inference_mode()
 def generate(args: GenerateTextArguments) -> None:
     """Continue all prompts, each `--n_texts` times."""
     # Prompts of the command line, then those of the file.
