@@ -5,6 +5,7 @@ x_s = (sigma_s / sigma_t) x_t + (alpha_s - alpha_t sigma_s / sigma_t) x0, which 
 noise (alpha = 0) is legal, and the last step, to t = 0, returns the last estimate of x0 itself.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from utils.flags.choices import SamplerKind
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 Generators = Sequence[torch.Generator]
+OnEstimate = Callable[[int, Tensor], None]
 
 
 def normal_noise(
@@ -206,6 +208,18 @@ def n_evaluations(name: SamplerKind, n_steps: int) -> int:
     return 2 * n_steps - 1 if name == "heun" else n_steps  # Heun's last step needs one
 
 
+def watched(denoiser: Denoiser, on_estimate: OnEstimate) -> Denoiser:
+    """The same denoiser, which shows each of its estimates of x0 (B, ...) with their number so far, from 1."""
+    numbers = itertools.count(1)
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        x0 = denoiser(x, t)
+        on_estimate(next(numbers), x0)
+        return x0
+
+    return denoise
+
+
 def sample(
     name: SamplerKind,
     denoiser: Denoiser,
@@ -215,6 +229,7 @@ def sample(
     times: Tensor,
     generators: Generators | None = None,
     lengths: Sequence[int] | None = None,
+    on_estimate: OnEstimate | None = None,
 ) -> Tensor:
     """x0 (B, ...) by the sampler `name` from x (B, ...), see `initial_noise`, at times[0].
 
@@ -222,10 +237,13 @@ def sample(
         times: (n_steps + 1,), falling strictly to 0, as `process.sampling_times` gives them.
         generators: one per sample, for the stochastic samplers.
         lengths: of padded samples, whose fresh noise then does not depend on the padding; default: none is padded.
+        on_estimate: called after each of the `n_evaluations` of the denoiser with their number so far and the estimate
+            of x0 (B, ...); it changes no number, and what it raises ends the sampling.
     Raises: ValueError for an unknown name, and for ddpm without generators.
     """
     if name not in SAMPLERS:
         raise ValueError(f"sampler={name!r} is unknown; choose from {', '.join(SAMPLERS)}")
+    denoiser = denoiser if on_estimate is None else watched(denoiser, on_estimate)
     padded = {"lengths": lengths} if name == "ddpm" and lengths is not None else {}  # The others add no noise.
     return SAMPLERS[name](denoiser, x, process, times=times, generators=generators, **padded)
 

@@ -329,3 +329,24 @@ def test_bad_settings_are_refused():
         guided_denoiser(process, network, rows, null_condition=rows, scale=2.0, interval=(0.6, 0.2))
     with pytest.raises(ValueError, match=r"rescale=1\.5 must be in \[0, 1\]"):
         guided_denoiser(process, network, rows, null_condition=rows, scale=2.0, rescale=1.5)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_estimates_are_shown_in_order_and_change_nothing(name):
+    process, mixture, shown = PROCESSES["cosine"], Mixture(), []
+    times = process.sampling_times(5)
+    options = {"process": process, "times": times}
+    noise = initial_noise((16,), generators(3), process).double()
+    denoiser = mixture.denoiser(process)
+    silent = sample(name, denoiser, noise, generators=generators(3, 9), **options)
+    watched = sample(
+        name, denoiser, noise, generators=generators(3, 9), on_estimate=lambda *seen: shown.append(seen), **options
+    )
+    assert torch.equal(silent, watched) and torch.equal(shown[-1][1], silent)
+    assert [number for number, _ in shown] == list(range(1, n_evaluations(name, 5) + 1))
+
+    def stop(number, x0):
+        raise KeyError(number)
+
+    with pytest.raises(KeyError, match="1"):
+        sample(name, denoiser, noise, generators=generators(3, 9), on_estimate=stop, **options)
