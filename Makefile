@@ -3,10 +3,11 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-cuda test-slow test-latest style check bench tensorboard
+.PHONY: install demo test test-cuda test-slow test-latest style check bench tensorboard app
 
 # What every machine installs from wheels.
-WHEELS := requirements.txt requirements-demo.txt requirements-eval.txt requirements-trackers.txt requirements-dev.txt
+WHEELS := requirements.txt requirements-demo.txt requirements-eval.txt requirements-trackers.txt requirements-app.txt \
+	requirements-dev.txt
 
 # What depends on the internals of other packages.
 LATEST_TESTS := tests/model tests/inference/test_generate_text.py tests/test_training.py tests/stages/test_diffusion_training.py \
@@ -72,3 +73,6 @@ bench: install  ## side by side with peers; see benchmarks/README.md
 
 tensorboard: install  ## images, losses and metrics of all runs
 	$(BIN)/tensorboard --logdir runs
+
+app: install  ## a page over the checkpoints in runs/, on this machine: http://127.0.0.1:7860
+	$(BIN)/python inference/app.py --runs runs

@@ -19,13 +19,11 @@ if __name__ == "__main__":
     # --help and wrong flags end here, before imports that take seconds.
     check_flags(TextToImageArguments, __doc__)
 
-from utils.checkpoints import chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
-from utils.devices import compute_device
 from utils.drawing.images import Group, draw_sheet, save_image, to_image
 from utils.generation.files import claim_folder, write_settings
 from utils.generation.text import file_stem, read_prompts
-from utils.generation.text_to_image import TextToImagePipeline
+from utils.generation.text_to_image import load_pipeline
 
 MAX_ROWS = 32  # prompts that are shown on the sheet
 
@@ -34,10 +32,7 @@ def generate(args: TextToImageArguments) -> None:
     """Generate an image for every prompt and seed."""
     prompts = [*args.prompts, *(map(str.strip, read_prompts(args.prompt_file)) if args.prompt_file else [])]
     seeds = list(dict.fromkeys(args.seeds)) or list(range(args.n_images))  # A seed given twice gives one image.
-    checkpoint = resolve_checkpoint(args.checkpoint)
-    weights, device = chosen_weights(checkpoint, args), str(compute_device())  # averaged ones, if they were saved
-    vae, encoder = args.vae_checkpoint, args.text_encoder
-    pipeline = TextToImagePipeline.load(checkpoint, vae, encoder, weights=weights, device=device)
+    pipeline = load_pipeline(args)
     pipeline.check_prompts(prompts)
     size = pipeline.chosen_size(args)
     folder = claim_folder(args.output_dir, args)

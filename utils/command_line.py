@@ -59,15 +59,21 @@ def explained_errors(logger: logging.Logger) -> Iterator[None]:
             logger.error("%s", error)
         raise SystemExit(1) from error
     except Exception as error:
-        from dataset_loading.integrity import is_out_of_memory  # It imports torch, too.
-
-        is_full = is_out_of_memory(error)
-        is_lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PROCESS)
-        is_explained = is_full or is_lost or isinstance(error, ValueError | OSError)
-        if os.environ.get("MEGATRANSFORMER_TRACEBACK") or not is_explained:
+        message = explanation_of(error)
+        if os.environ.get("MEGATRANSFORMER_TRACEBACK") or message is None:
             raise
-        logger.error("%s", memory_message(error) if is_full else message_of(error))
+        logger.error("%s", message)
         raise SystemExit(2) from error  # as argparse ends on a wrong command line
+
+
+def explanation_of(error: Exception) -> str | None:
+    """What to tell of an error that a user can cause, see `explained_errors`; None of any other, a mistake of ours."""
+    from dataset_loading.integrity import is_out_of_memory  # It imports torch, too.
+
+    if is_out_of_memory(error):
+        return memory_message(error)
+    is_lost = isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST_PROCESS)
+    return message_of(error) if is_lost or isinstance(error, ValueError | OSError | FloatingPointError) else None
 
 
 def memory_message(error: Exception) -> str:

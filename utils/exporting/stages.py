@@ -1,6 +1,7 @@
 """What each stage's model is, for folders that open with `from_pretrained`: class, task, and the lines that use it."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +110,11 @@ MODELS: dict[str, ExportedModel] = {
 }
 
 
-def model_of(record: dict[str, Any], checkpoint: Path) -> ExportedModel:
-    """The kind of model of a checkpoint's record. Raises: ValueError: no stage that trains a model."""
+def kind_of(record: Mapping[str, Any], checkpoint: Path) -> str:
+    """The kind of model of a checkpoint's record, a key of `MODELS`.
+
+    Raises: ValueError: no stage that trains a model.
+    """
     stage = record["stage"]
     name, latents = stage, record.get("latents") or {}
     if stage == "multimodal" and not latents:
@@ -119,4 +123,9 @@ def model_of(record: dict[str, Any], checkpoint: Path) -> ExportedModel:
         name = "captioned_sounds"
     if name not in MODELS:
         raise ValueError(f"{checkpoint} is of stage {stage!r}, of which no model is known; known: {', '.join(MODELS)}")
-    return MODELS[name]
+    return name
+
+
+def model_of(record: Mapping[str, Any], checkpoint: Path) -> ExportedModel:
+    """What the model of a checkpoint's record is. Raises: ValueError: as `kind_of`."""
+    return MODELS[kind_of(record, checkpoint)]

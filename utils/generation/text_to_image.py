@@ -14,13 +14,14 @@ from torch import Tensor
 
 from dataset_loading.image.buckets import Size, describe_sizes, nearest_size, parse_ratio, round_to, sizes_of
 from model.image.diffusion import ImageDiffusion, ImageDiffusionConfig
-from model.samplers import SAMPLERS, guided_denoiser, initial_noise, sample
+from model.samplers import SAMPLERS, OnEstimate, guided_denoiser, initial_noise, sample
 from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import TOKENS_MULTIPLE, encode_caption, pad_tokens
 from model.vae import VAE
-from utils.checkpoints import data_of, load_model, read_stage, resolve_checkpoint
+from utils.checkpoints import chosen_weights, data_of, load_model, read_stage, resolve_checkpoint
+from utils.devices import compute_device
 from utils.flags.choices import WeightsKind
-from utils.generation.arguments.image import ImageSizeArguments, SamplingArguments
+from utils.generation.arguments.image import ImageSizeArguments, SamplingArguments, TextToImageArguments
 from utils.generation.exported import home_of
 from utils.generation.files import check_unicode
 from utils.generation.latents import find_vae, load_vae
@@ -157,13 +158,20 @@ class TextToImagePipeline:
 
     @torch.no_grad()
     def latents(
-        self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments, size: Size | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SamplingArguments,
+        size: Size | None = None,
+        on_estimate: OnEstimate | None = None,
     ) -> Tensor:
         """Sample latents, one per prompt and seed.
 
         The random numbers of an image depend on its seed and size alone, not on the batch or the device.
 
-        Args: size: of the images, (width, height) in pixels; None: `self.size`.
+        Args:
+            size: of the images, (width, height) in pixels; None: `self.size`.
+            on_estimate: see `model.samplers.sample`.
         Returns: (B, Z, y, x) standardised, fp32.
         """
         assert settings.sampler in SAMPLERS and len(prompts) == len(seeds)
@@ -185,21 +193,33 @@ class TextToImagePipeline:
             rescale=settings.guidance_rescale,
         )
         times = process.sampling_times(settings.n_steps)  # from noise to data
-        return sample(settings.sampler, denoiser, noise, process=process, times=times, generators=generators)
+        options = {"process": process, "times": times, "generators": generators, "on_estimate": on_estimate}
+        return sample(settings.sampler, denoiser, noise, **options)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, Y, X) fp32, neither clamped nor checked, of standardised latents (B, Z, y, x)."""
+        return self.vae.decode(self.vae.denormalize_latents(latents))
 
     @torch.no_grad()
     def images(
-        self, prompts: Sequence[str], seeds: Sequence[int], settings: SamplingArguments, size: Size | None = None
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: SamplingArguments,
+        size: Size | None = None,
+        on_estimate: OnEstimate | None = None,
     ) -> Tensor:
         """Sample and decode images, one per prompt and seed.
 
-        Args: size: (width, height) in pixels; None: `self.size`.
+        Args:
+            size: (width, height) in pixels; None: `self.size`.
+            on_estimate: called during sampling with estimates of the latents, see `model.samplers.sample`.
         Returns: (B, 3, Y, X) in [-1, 1], fp32.
         Raises: ValueError: an image is not finite.
         """
         # Latents in the units of the VAE, then images; one that is not finite is named by its prompt.
-        latents = self.latents(prompts, seeds, settings, size)
-        images = self.vae.decode(self.vae.denormalize_latents(latents))
+        images = self.decode(self.latents(prompts, seeds, settings, size, on_estimate))
         finite = images.isfinite().flatten(1).all(1).tolist()
         if not all(finite):
             raise ValueError(
@@ -218,6 +238,17 @@ class TextToImagePipeline:
             batch = self.images([prompts[row] for row in rows], [seeds[row] for row in rows], settings, size)
             images |= zip(rows, batch)
         return [images[row] for row in range(len(prompts))]
+
+
+def load_pipeline(args: TextToImageArguments) -> TextToImagePipeline:
+    """The pipeline that the flags name, on the device of this process.
+
+    Raises: FileNotFoundError, ValueError: as `TextToImagePipeline.load`.
+    """
+    checkpoint = resolve_checkpoint(args.checkpoint)
+    weights, device = chosen_weights(checkpoint, args), str(compute_device())  # averaged ones, if they were saved
+    vae, encoder = args.vae_checkpoint, args.text_encoder
+    return TextToImagePipeline.load(checkpoint, vae, encoder, weights=weights, device=device)
 
 
 def fit_to_latents(

@@ -1,0 +1,81 @@
+"""Tab Draw: the images of the script, shown as they form, one job at a time, ended by a cancel."""
+
+import shlex
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from inference.text_to_image import generate
+from utils.app.tabs.draw import MAX_STEPS, settings
+from utils.command_line import parse_arguments
+from utils.generation.arguments.image import TextToImageArguments
+
+NAME = "image_diffusion/small/checkpoint-4"
+
+
+def gallery_images(gallery):
+    return [np.asarray(Image.open(item["image"]).convert("RGB")) for item in gallery]
+
+
+@pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
+def test_images_are_those_of_the_command_line_that_is_shown(client, tmp_path, sampler):
+    gallery, status, line = client.predict(NAME, "a red disc; $(x)", 3, 3, 4, 2.5, sampler, api_name="/draw")
+    program, script, *words = shlex.split(line)
+    assert (program, script) == ("python", "inference/text_to_image.py")
+    generate(parse_arguments(TextToImageArguments, [*words, "--output_dir", str(tmp_path / "out")], ""))
+    files = [file for file in sorted((tmp_path / "out").glob("*.png")) if file.name != "sheet.png"]
+    images = gallery_images(gallery)
+    assert len(images) == len(files) == 3 and "3 of 32x32 pixels" in status and "weights ema" in status
+    for image, file in zip(images, files):
+        assert np.array_equal(image, np.asarray(Image.open(file)))
+
+
+def test_images_are_shown_as_they_form(client):
+    job = client.submit(NAME, "a key", 0, 1, 20, 3.0, "euler", api_name="/draw")
+    gallery, status, _ = job.result()
+    outputs = job.outputs()
+    assert len(outputs) > 3 and "step" in outputs[1][1]
+    assert "1 of 32x32" in status and len(gallery) == 1
+
+
+def test_a_cancel_ends_the_job_and_frees_the_page(client):
+    job = client.submit(NAME, "a key", 0, 16, MAX_STEPS, 3.0, "heun", api_name="/draw")
+    while len(job.outputs()) < 4:
+        time.sleep(0.05)
+    start = time.monotonic()
+    assert job.cancel()
+    _, status, _ = client.predict(NAME, "a key", 0, 1, 1, 1.0, "euler", api_name="/draw")
+    assert "1 of 32x32" in status and time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (("../../etc", "a", 0, 1, 1, 1.0, "euler"), "is no complete checkpoint of image_diffusion"),
+        (("image_diffusion/small/../small/checkpoint-4", "a", 0, 1, 1, 1.0, "euler"), "is no complete checkpoint"),
+        ((NAME, "a", -1, 1, 1, 1.0, "euler"), "0"),
+        ((NAME, "a", 0, 99, 1, 1.0, "euler"), "16"),
+    ],
+)
+def test_errors_are_in_our_words_without_a_traceback(client, values, message):
+    with pytest.raises(Exception, match=message) as caught:
+        client.predict(*values, api_name="/draw")
+    assert "Traceback" not in str(caught.value)
+
+
+def test_settings_are_checked_as_flags():
+    values = {"seed": 0, "n_images": 1, "n_steps": 1, "guidance_scale": 1.0, "sampler": "euler"}
+    call = settings("runs/x", "-x 'y'", **values)
+    parsed = parse_arguments(TextToImageArguments, shlex.split(str(call))[2:], "")
+    assert parsed == call.arguments and parsed.given == sorted(call.arguments.given)
+    for wrong, message in (
+        ({"seed": -1}, r"--seeds=\[-1\] must be >= 0"),
+        ({"n_images": 17}, "n_images=17 must be from 1 to 16"),
+        ({"n_steps": MAX_STEPS + 1}, "n_steps=251 must be from 1 to 250"),
+        ({"guidance_scale": float("nan")}, "--guidance_scale=nan must be finite"),
+        ({"sampler": "eular"}, "did you mean 'euler'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            settings("runs/x", "a", **{**values, **wrong})

@@ -1,0 +1,95 @@
+"""The list of complete checkpoints: what is on it, and that nothing else can be chosen."""
+
+import os
+import shlex
+import shutil
+
+import pytest
+
+from tests.test_docs import SCRIPTS
+from utils.app.runs import TRAINED_BY, Runs
+from utils.command_line import parse_arguments
+from utils.exporting.stages import MODELS
+
+NAME = "image_diffusion/small/checkpoint-4"
+
+
+@pytest.fixture
+def copied(runs, tmp_path):
+    """A folder of runs of its own, with a second, newer checkpoint, a copied VAE and an incomplete one."""
+    folder = tmp_path / "runs"
+    shutil.copytree(runs, folder)
+    run = folder / "image_diffusion" / "small"
+    shutil.copytree(run / "checkpoint-4", run / "checkpoint-12")
+    os.utime(run / "checkpoint-12" / "COMPLETE.json", (2_000_000_000,) * 2)
+    shutil.copytree(run / "checkpoint-4", run / "vae")
+    shutil.copytree(run / "checkpoint-4", run / "checkpoint-20")
+    (run / "checkpoint-20" / "COMPLETE.json").unlink()
+    return folder
+
+
+def test_complete_checkpoints_are_listed_newest_first(copied):
+    listed = Runs(copied)
+    assert listed.names("image_diffusion") == ["image_diffusion/small/checkpoint-12", NAME]
+    assert listed.names("vocoder") == []
+    assert listed.choose(NAME, "vocoder", "image_diffusion").folder == copied / NAME
+    weights = copied / NAME / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert listed.names("image_diffusion") == ["image_diffusion/small/checkpoint-12"]
+    assert Runs(copied / "nothing").names("image_diffusion") == []
+
+
+def test_exported_folders_are_listed_under_any_name(copied):
+    shutil.move(copied / NAME, copied / "my_model")
+    assert "my_model" in Runs(copied).names("image_diffusion")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../runs/" + NAME,
+        "image_diffusion/../" + NAME,
+        NAME + "/",
+        "image_diffusion/small",
+        "image_diffusion/small/checkpoint-20",
+        "image_diffusion/small/vae",
+        "/etc",
+        "",
+        None,
+    ],
+)
+def test_what_is_not_listed_cannot_be_chosen(copied, name):
+    with pytest.raises(ValueError, match=r"is no complete checkpoint of image_diffusion in .*; choose one of"):
+        Runs(copied).choose(name, "image_diffusion")
+    with pytest.raises(ValueError, match="is no complete checkpoint"):
+        Runs(copied).choose(str(copied / NAME), "image_diffusion")
+
+
+def test_links_that_lead_out_are_not_followed(copied, tmp_path):
+    outside = tmp_path / "elsewhere" / "checkpoint-4"
+    shutil.copytree(copied / NAME, outside)
+    (copied / "linked").symlink_to(outside.parent)
+    (copied / "image_diffusion" / "inside").symlink_to(copied / "image_diffusion" / "small")
+    names = Runs(copied).names("image_diffusion")
+    assert "image_diffusion/inside/checkpoint-4" in names and not any(name.startswith("linked") for name in names)
+    with pytest.raises(ValueError, match="is no complete checkpoint"):
+        Runs(copied).choose("linked/checkpoint-4", "image_diffusion")
+    # The folder of runs itself may be a link.
+    (tmp_path / "link").symlink_to(copied)
+    assert NAME in Runs(tmp_path / "link").names("image_diffusion")
+
+
+def test_a_kind_without_a_checkpoint_says_what_trains_one(copied):
+    with pytest.raises(
+        ValueError, match=r"no complete checkpoint of vocoder; train one with `python pretrain_vocoder"
+    ):
+        Runs(copied).choose("x", "vocoder")
+
+
+def test_the_commands_that_train_are_commands():
+    assert TRAINED_BY.keys() == MODELS.keys()
+    for kind, line in TRAINED_BY.items():
+        program, script, *words = shlex.split(line)
+        arguments = parse_arguments(SCRIPTS[script], words, "")
+        stage = {"text": "multimodal", "captioned_sounds": "audio_diffusion"}.get(kind, kind)
+        assert program == "python" and arguments.stage == stage

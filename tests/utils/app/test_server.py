@@ -1,0 +1,121 @@
+"""The server as visitors and others meet it: requests wait and none is lost, large and foreign ones are refused."""
+
+import http.client
+import re
+import sys
+from urllib.parse import urlsplit
+
+import pytest
+
+from utils.app.arguments import AppArguments
+from utils.app.server import known_hosts, serve
+
+NAME = "image_diffusion/small/checkpoint-4"
+QUICK = (NAME, "a", 0, 1, 2, 1.0, "euler")
+
+
+def request(page, method, path, body=None, **headers):
+    """Status, headers and content of an answer."""
+    connection = http.client.HTTPConnection(urlsplit(page.local_url).netloc, timeout=60)
+    try:
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        return answer.status, dict(answer.getheaders()), answer.read().decode("utf-8", "replace")
+    finally:
+        connection.close()
+
+
+def test_fifty_requests_wait_and_none_is_lost(client):
+    jobs = [client.submit(*QUICK[:2], seed, *QUICK[3:], api_name="/draw") for seed in range(50)]
+    lines = [job.result(timeout=300)[2] for job in jobs]
+    assert [re.search(r"--seeds (\d+)", line)[1] for line in lines] == [str(seed) for seed in range(50)]
+
+
+def test_two_visitors_at_once_are_answered_one_after_the_other(page, client):
+    gradio_client = pytest.importorskip("gradio_client")
+    other = gradio_client.Client(page.local_url, verbose=False, analytics_enabled=False)
+    jobs = [visitor.submit(NAME, "a", 7, 2, 20, 3.0, "euler", api_name="/draw") for visitor in (client, other)]
+    galleries = [job.result(timeout=120)[0] for job in jobs]
+    assert [len(gallery) for gallery in galleries] == [2, 2]
+    queues = page._queue.event_queue_per_concurrency_id
+    assert queues["models"].concurrency_limit == 1
+
+
+def test_more_requests_than_may_wait_are_refused(runs):
+    gradio_client = pytest.importorskip("gradio_client")
+    page = serve(AppArguments(runs=str(runs), port=0, queue_size=1))
+    try:
+        client = gradio_client.Client(page.local_url, verbose=False, analytics_enabled=False)
+        jobs = [client.submit(NAME, "a", 0, 1, 200, 3.0, "heun", api_name="/draw") for _ in range(6)]
+        errors = [str(job.exception(timeout=120)) for job in jobs]
+        assert any("full" in error for error in errors) and "None" in errors
+    finally:
+        page.close()
+
+
+def test_a_gigabyte_is_refused_before_it_is_sent(page):
+    status, _, text = request(page, "POST", "/gradio_api/upload", b"", content_length=str(10**9))
+    assert status == 413 and "--max_upload_mb" in text
+    assert request(page, "POST", "/gradio_api/queue/join", b"", content_length=str(10**9))[0] == 413
+    assert request(page, "POST", "/gradio_api/upload", b"", content_length="x")[0] in (400, 413)
+
+
+def test_a_large_body_without_a_length_is_cut_off(page):
+    def endless():
+        part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+        yield part
+        for _ in range(200):
+            yield bytes(100_000)
+
+    try:
+        kind = "multipart/form-data; boundary=x"
+        status, _, _ = request(page, "POST", "/gradio_api/upload", endless(), content_type=kind)
+    except (ConnectionError, http.client.HTTPException):
+        status = 0  # The server has hung up.
+    assert status != 200
+
+
+def test_files_outside_of_the_page_are_not_served(page, runs):
+    for path in ("/etc/passwd", str(runs / NAME / "config.json"), "../../etc/passwd", "inference/app.py"):
+        assert request(page, "GET", f"/gradio_api/file={path}")[0] in (403, 404)
+    assert request(page, "GET", "/monitoring")[0] == 403
+
+
+def test_nothing_of_other_hosts(page):
+    status, headers, text = request(page, "GET", "/")
+    policy = headers["content-security-policy"]
+    assert status == 200 and "default-src 'self'" in policy and "http" not in policy
+    sources = re.findall(r"""<(?:script|link|img|iframe)[^>]+(?:src|href)=["']([^"']+)""", text)
+    assert sources and not [source for source in sources if re.match(r"(?:https?:)?//", source)]
+    for font in re.findall(r"url\(([^)]+)\)", request(page, "GET", "/theme.css")[2]):
+        assert not re.match(r"[\"']?(?:https?:)?//", font)
+    assert page.share_url is None and not page.analytics_enabled
+
+
+def test_other_names_of_this_host_are_refused(page):
+    assert request(page, "GET", "/", Host="rebound.example")[0] == 400
+    assert request(page, "GET", "/", Host=f"localhost:{page.server_port}")[0] == 200
+    assert known_hosts("0.0.0.0") == known_hosts("my-machine") == frozenset()
+    assert "[::1]" in known_hosts("::1") and "127.0.0.1" in known_hosts("localhost")
+
+
+def test_a_folder_that_is_not_there_and_a_port_that_is_taken(page, runs, tmp_path):
+    with pytest.raises(ValueError, match=r"--runs .*nothing is no folder"):
+        serve(AppArguments(runs=str(tmp_path / "nothing")))
+    with pytest.raises(OSError, match=rf"--port {page.server_port} of --host 127.0.0.1 cannot be listened on"):
+        serve(AppArguments(runs=str(runs), port=page.server_port))
+
+
+def test_an_empty_folder_says_what_trains_a_model(tmp_path):
+    page = serve(AppArguments(runs=str(tmp_path), port=0))
+    try:
+        _, _, text = request(page, "GET", "/config")
+        assert "python pretrain_image_diffusion.py" in text
+    finally:
+        page.close()
+
+
+def test_without_gradio_the_error_says_how_to_install_it(runs, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(ValueError, match=r"the page needs the package 'gradio'.*pip install -r requirements-app\.txt"):
+        serve(AppArguments(runs=str(runs), port=0))

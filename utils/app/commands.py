@@ -1,0 +1,62 @@
+"""Settings of the page as flags of the scripts: what a tab computes is what the shown command line computes."""
+
+import dataclasses
+import shlex
+from typing import Any, Generic, TypeVar
+
+from utils.options import check_effects, declared_fields, default_value, validate_fields
+
+Arguments = TypeVar("Arguments")
+
+
+@dataclasses.dataclass
+class Command(Generic[Arguments]):
+    """A call of a script.
+
+    Attributes:
+        script: its path, such as `inference/text_to_image.py`.
+        arguments: its checked flags, as `utils.command_line.parse_arguments` returns them.
+    """
+
+    script: str
+    arguments: Arguments
+
+    def __str__(self) -> str:
+        """The command line, quoted for a shell; flags that have their defaults are left out."""
+        words = ["python", self.script]
+        for name in self.arguments.given:
+            words += words_of(name, getattr(self.arguments, name))
+        return shlex.join(words)
+
+
+def command(script: str, arguments_class: type[Arguments], **values: Any) -> Command[Arguments]:
+    """The call of a script with flags, checked as its command line is.
+
+    Args: values: of flags; those that are defaults count as not given.
+    Raises: ValueError: a type, bound or combination that the script refuses; names flag, value and rule.
+    """
+    fields = {field.name: field for field in declared_fields(arguments_class)}
+    given = {name: value for name, value in values.items() if value != default_value(fields[name])}
+    arguments: Any = arguments_class(**given)
+    arguments.given = sorted(given, key=list(fields).index)
+    validate_fields(arguments, "--{}")
+    check_effects(arguments, arguments.given, "--{name}")
+    return Command(script, arguments)
+
+
+def words_of(name: str, value: Any) -> list[str]:
+    """A flag with its value as words of a command line; a value that begins with - is joined to its flag by =."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    texts = [
+        f"{item:g}" if isinstance(item, float) and float(f"{item:g}") == item else str(item) for item in listed(value)
+    ]
+    if texts and texts[0].startswith("-"):
+        assert len(texts) == 1, f"--{name}: of several values the first must not begin with -"
+        return [f"--{name}={texts[0]}"]
+    return [f"--{name}", *texts]
+
+
+def listed(value: Any) -> list[Any]:
+    """A list as it is, anything else as a list of one."""
+    return value if isinstance(value, list) else [value]

@@ -1,0 +1,67 @@
+"""What the tabs of the page share: checkpoints, loaded models, jobs, limits, and components that several tabs have."""
+
+import dataclasses
+from typing import Any
+
+from utils.app.arguments import AppArguments
+from utils.app.jobs import Jobs
+from utils.app.models import Models
+from utils.app.runs import Runs
+
+
+@dataclasses.dataclass
+class Context:
+    """The page as a tab sees it.
+
+    Attributes:
+        gr: the package gradio, which is optional and therefore imported by nobody.
+        args: flags of the page.
+        runs, models, jobs: its checkpoints, the loaded models, and what runs the work of tabs.
+        choices: dropdowns of checkpoints with the kinds that they offer and the text below them.
+    """
+
+    gr: Any
+    args: AppArguments
+    runs: Runs
+    models: Models
+    jobs: Jobs
+    choices: list[tuple[tuple[str, ...], Any, Any]] = dataclasses.field(default_factory=list)
+
+    def choose_checkpoint(self, *kinds: str, label: str = "checkpoint") -> Any:
+        """A dropdown of the complete checkpoints of some kinds, listed anew whenever the page is opened; without any,
+        a text below it says which command trains one. Its value is for `Runs.choose`, which checks it."""
+        choice = self.gr.Dropdown(label=label, allow_custom_value=True, **self.listing(*kinds))
+        notice = self.gr.Markdown(**self.notice(*kinds))
+        self.choices.append((kinds, choice, notice))
+        return choice
+
+    def listing(self, *kinds: str) -> dict[str, Any]:
+        """Choices of a dropdown, and the first one."""
+        names = self.runs.names(*kinds)
+        return {"choices": names, "value": names[0] if names else None}
+
+    def notice(self, *kinds: str) -> dict[str, Any]:
+        """The text below a dropdown."""
+        is_empty = not self.runs.checkpoints(*kinds)
+        return {"value": self.runs.advice(*kinds) if is_empty else "", "visible": is_empty}
+
+    def refreshed(self) -> list[Any]:
+        """All dropdowns and their texts, for the folder as it is now."""
+        updates = []
+        for kinds, _, _ in self.choices:
+            updates += [self.gr.update(**self.listing(*kinds)), self.gr.update(**self.notice(*kinds))]
+        return updates
+
+    def buttons(self, label: str) -> tuple[Any, Any]:
+        """A button that starts a job, and one that stops it."""
+        with self.gr.Row():
+            return self.gr.Button(label, variant="primary"), self.gr.Button("Stop", variant="stop")
+
+    def status(self) -> Any:
+        """A line that says how far a job is."""
+        return self.gr.Textbox(label="status of the job", lines=1, interactive=False)
+
+    def command(self) -> Any:
+        """A field that shows the command line that does the same."""
+        label = "the same on the command line"
+        return self.gr.Textbox(label=label, lines=2, max_lines=8, interactive=False, buttons=["copy"])

@@ -1,0 +1,35 @@
+"""The page: a tab per task, made by the modules of `utils/app/tabs/`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from utils.app.arguments import AppArguments
+from utils.app.context import Context
+from utils.app.jobs import Jobs
+from utils.app.models import Models
+from utils.app.runs import Runs
+from utils.app.tabs import draw
+
+# Name -> what makes its components. A new tab is a module with a function `build`, and a line here.
+TABS: dict[str, Callable[[Context], None]] = {
+    "Draw": draw.build,
+}
+TITLE = "MegaTransformer"
+# Uploads and results in the temporary folder: looked through so often, and deleted after so long, in seconds.
+DELETE_CACHE = (600, 3600)
+
+
+def build_page(gr: Any, args: AppArguments) -> Any:
+    """The page as `gradio.Blocks`, which `utils.app.server.serve` starts.
+
+    Args: gr: the package gradio.
+    """
+    context = Context(gr, args, Runs(args.runs), Models(), Jobs(gr))
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
+        for name, build in TABS.items():
+            with gr.Tab(name):
+                build(context)
+        # Checkpoints that came since the last time.
+        outputs = [component for _, choice, notice in context.choices for component in (choice, notice)]
+        page.load(context.refreshed, outputs=outputs, queue=False, api_visibility="private", show_progress="hidden")
+    return page.queue(max_size=args.queue_size, api_open=False)

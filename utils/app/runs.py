@@ -1,0 +1,107 @@
+"""Complete checkpoints in a folder of runs, by names relative to it."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils.checkpoints import COMPLETE, checkpoints_in, is_complete, read_stage
+from utils.exporting.stages import kind_of
+
+logger = logging.getLogger(__name__)
+
+MAX_DEPTH = 4  # of checkpoints in the folder of runs: `<stage>/<run>/checkpoint-STEP`, and a folder around stages
+
+# What trains a checkpoint of each kind (`utils.exporting.stages.MODELS`); each script's --help says what it needs.
+TRAINED_BY = {
+    "image_vae": "python pretrain_image_vae.py --config tiny --run_name base",
+    "recurrent_vae": "python pretrain_recurrent_vae.py --config tiny --run_name base",
+    "image_diffusion": "python pretrain_image_diffusion.py --config tiny --run_name base",
+    "vocoder": "python pretrain_vocoder.py --config tiny --run_name base",
+    "audio_vae": "python pretrain_audio_vae.py --config tiny --run_name base",
+    "audio_diffusion": "python pretrain_audio_diffusion.py --config tiny --run_name base",
+    "captioned_sounds": "python pretrain_audio_diffusion.py --config tiny --run_name sounds",
+    "multimodal": "python pretrain_multimodal.py --config multimodal-tiny --run_name base "
+    "--include_modes text image audio",
+    "text": "python pretrain_multimodal.py --config tiny --run_name base --text_dataset python-topics",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint.
+
+    Attributes:
+        name: its path relative to the folder of runs, with slashes.
+        kind: of its model, a key of `utils.exporting.stages.MODELS`.
+    """
+
+    name: str
+    folder: Path
+    kind: str
+
+
+class Runs:
+    """The complete checkpoints under a folder, which is read anew by each call.
+
+    Checkpoints of other places that a link in the folder leads to are not listed, nor are copies that belong to a run,
+    such as that of its VAE.
+    """
+
+    def __init__(self, root: str | Path):
+        self.root = Path(root)
+
+    def checkpoints(self, *kinds: str) -> list[Checkpoint]:
+        """Those of some kinds of models, the newest first."""
+        found = []
+        for folder in self.folders(self.root, MAX_DEPTH):
+            # A checkpoint may be deleted or replaced at any time; what is no whole one is not listed.
+            with contextlib.suppress(OSError, ValueError):
+                if is_complete(folder) and self.is_inside(folder):
+                    kind = kind_of(read_stage(folder), folder)
+                    name = folder.relative_to(self.root).as_posix()
+                    found.append(((folder / COMPLETE).stat().st_mtime_ns, Checkpoint(name, folder, kind)))
+        found.sort(key=lambda pair: (-pair[0], pair[1].name))
+        return [checkpoint for _, checkpoint in found if checkpoint.kind in kinds]
+
+    def names(self, *kinds: str) -> list[str]:
+        """The names of `checkpoints`."""
+        return [checkpoint.name for checkpoint in self.checkpoints(*kinds)]
+
+    def choose(self, name: str | None, *kinds: str) -> Checkpoint:
+        """The listed checkpoint of this name; no other path leads anywhere.
+
+        Raises: ValueError: there is none of these kinds under that name; says what to do.
+        """
+        checkpoints = self.checkpoints(*kinds)
+        for checkpoint in checkpoints:
+            if checkpoint.name == name:
+                return checkpoint
+        if not checkpoints:
+            raise ValueError(self.advice(*kinds))
+        raise ValueError(
+            f"{name!r} is no complete checkpoint of {' or '.join(kinds)} in {self.root}; choose one of the list, "
+            f"such as {checkpoints[0].name}"
+        )
+
+    def advice(self, *kinds: str) -> str:
+        """What to do where there is no checkpoint of these kinds."""
+        commands = " or ".join(f"`{TRAINED_BY[kind]}`" for kind in kinds)
+        return f"{self.root} has no complete checkpoint of {' or '.join(kinds)}; train one with {commands}"
+
+    def folders(self, folder: Path, depth: int) -> Iterator[Path]:
+        """Folders that may be checkpoints: those of runs, and others that have their mark."""
+        if (folder / COMPLETE).is_file():
+            yield folder
+        elif own := checkpoints_in(folder):
+            yield from own
+        elif depth:
+            with contextlib.suppress(OSError):
+                for child in sorted(folder.iterdir()):
+                    if child.is_dir() and not child.name.startswith("."):
+                        yield from self.folders(child, depth - 1)
+
+    def is_inside(self, folder: Path) -> bool:
+        """Whether a folder is under the root, also after its links are followed."""
+        return folder.resolve().is_relative_to(self.root.resolve())

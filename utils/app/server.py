@@ -1,0 +1,148 @@
+"""The server of the page: local by default, nothing from other hosts, no large request."""
+
+import importlib
+import ipaddress
+import os
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from utils.app.arguments import AppArguments
+from utils.app.page import build_page
+from utils.app.uploads import MB
+from utils.options import import_extra
+
+# What the browser may load and send: nothing from or to another host. Gradio's own scripts and styles are inline.
+POLICY = "; ".join(
+    [
+        "default-src 'self'",
+        "script-src 'self' 'unsafe-inline' 'unsafe-eval' blob:",
+        "style-src 'self' 'unsafe-inline'",
+        "img-src 'self' data: blob:",
+        "media-src 'self' data: blob:",
+        "font-src 'self' data:",
+        "connect-src 'self' data: blob:",
+        "worker-src 'self' blob:",
+        "frame-ancestors 'none'",
+        "form-action 'self'",
+        "base-uri 'self'",
+    ]
+)
+HEADERS = {
+    "content-security-policy": POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+OVERHEAD = 100_000  # bytes of a request beside an uploaded file
+
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class Guard:
+    """ASGI middleware: refuses large requests and foreign names of this host, and adds `HEADERS` to answers.
+
+    Args:
+        app: what answers.
+        max_bytes: of the body of a request.
+        hosts: names under which the server answers; empty: all. A page of another host whose name leads here, by a
+            changed DNS entry, could otherwise use it.
+    """
+
+    def __init__(self, app: Any, max_bytes: int, hosts: frozenset[str]):
+        self.app, self.max_bytes, self.hosts = app, max_bytes, hosts
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        if self.hosts and host_name(headers.get(b"host", b"").decode("latin-1")) not in self.hosts:
+            return await refuse(send, 400, "the page is not served under this name; use that of --host")
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length) > self.max_bytes:
+            return await refuse(send, 413, f"a request may have {self.max_bytes} bytes; see --max_upload_mb")
+        n_bytes = 0
+
+        async def limited() -> Message:
+            nonlocal n_bytes
+            message = await receive()
+            n_bytes += len(message.get("body", b""))
+            # A request without a length is cut off.
+            return message if n_bytes <= self.max_bytes else {"type": "http.disconnect"}
+
+        async def with_headers(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
+                message = {**message, "headers": [*message.get("headers", []), *added]}
+            await send(message)
+
+        await self.app(scope, limited, with_headers)
+
+
+async def refuse(send: Send, status: int, text: str) -> None:
+    """Answer a request with a status and a text."""
+    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": text.encode()})
+
+
+def host_name(host: str) -> str:
+    """The name of a Host header, without the port."""
+    return host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
+
+
+def known_hosts(host: str) -> frozenset[str]:
+    """Names under which a server that listens on `host` answers; none are checked where other machines reach it."""
+    is_local = host == "localhost"
+    if not is_local:
+        try:
+            is_local = ipaddress.ip_address(host).is_loopback
+        except ValueError:
+            return frozenset()
+    return frozenset((host, "localhost", "127.0.0.1", "[::1]")) if is_local else frozenset()
+
+
+def theme(gr: Any) -> Any:
+    """Colours and fonts; fonts are those of the visitor's system."""
+    fonts = ("system-ui", "sans-serif")
+    return gr.themes.Base(primary_hue="blue", font=fonts, font_mono=("ui-monospace", "monospace"))
+
+
+def serve(args: AppArguments) -> Any:
+    """Start the page in threads of this process.
+
+    Returns: the running `gradio.Blocks`, with `local_url` and `close`.
+    Raises:
+        ValueError: gradio is not installed, or there is no folder of runs.
+        OSError: the port is taken.
+    """
+    if not Path(args.runs).is_dir():
+        raise ValueError(f"--runs {args.runs} is no folder; give one of runs, such as the one that `make demo` fills")
+    # Of its own accord, gradio reports usage to its makers.
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    gr = import_extra("gradio", "app", "the page")
+    middleware = importlib.import_module("starlette.middleware")  # Gradio is built on it.
+    page = build_page(gr, args)
+    guard = middleware.Middleware(Guard, max_bytes=args.max_upload_mb * MB + OVERHEAD, hosts=known_hosts(args.host))
+    try:
+        page.launch(
+            server_name=args.host,
+            server_port=args.port or None,
+            max_file_size=args.max_upload_mb * MB,
+            app_kwargs={"middleware": [guard]},
+            theme=theme(gr),
+            share=False,
+            footer_links=[],
+            run_history=False,
+            enable_monitoring=False,
+            ssr_mode=False,
+            mcp_server=False,
+            pwa=False,
+            show_error=False,
+            quiet=True,
+            prevent_thread_lock=True,
+        )
+    except OSError as error:
+        raise OSError(f"--port {args.port} of --host {args.host} cannot be listened on: {error}") from error
+    return page
