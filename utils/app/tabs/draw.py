@@ -105,7 +105,7 @@ def build(context: Context) -> None:
             checkpoint = context.choose_checkpoint(KIND)
             prompt = gr.Textbox(label="prompt", lines=2, max_lines=6, value="a large red house")
             with gr.Row():
-                seed = gr.Number(label="seed of the first image", value=0, precision=0, minimum=0)
+                seed = gr.Number(label="seed of the first image", value=0, precision=0)
                 n_images = gr.Slider(1, MAX_IMAGES, value=4, step=1, label="images")
             n_steps = gr.Slider(1, MAX_STEPS, value=defaults.n_steps, step=1, label="steps")
             guidance = gr.Slider(0, 15, value=defaults.guidance_scale, step=0.1, label="guidance scale; 1: none")

@@ -55,7 +55,7 @@ def test_a_cancel_ends_the_job_and_frees_the_page(client):
     [
         (("../../etc", "a", 0, 1, 1, 1.0, "euler"), "is no complete checkpoint of image_diffusion"),
         (("image_diffusion/small/../small/checkpoint-4", "a", 0, 1, 1, 1.0, "euler"), "is no complete checkpoint"),
-        ((NAME, "a", -1, 1, 1, 1.0, "euler"), "0"),
+        ((NAME, "a", -1, 1, 1, 1.0, "euler"), r"--seeds=\[-1\] must be &gt;= 0"),
         ((NAME, "a", 0, 99, 1, 1.0, "euler"), "16"),
     ],
 )
