@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: install demo test test-cuda test-slow test-latest style check bench tensorboard app
+.PHONY: install demo demo-image demo-audio demo-text demo-multimodal report test test-cuda test-slow test-latest style check bench \
+	tensorboard app
 
 # What every machine installs from wheels.
 WHEELS := requirements.txt requirements-demo.txt requirements-eval.txt requirements-trackers.txt requirements-app.txt \
@@ -26,8 +27,14 @@ install: .venv/installed
 		echo "PESQ will not be measured: the package pesq could not be built (it needs a C compiler and Python's headers)"
 	touch $@
 
-demo: install  ## captioned scenes -> VAE-GAN -> text to image; the same spoken -> vocoder, audio VAE-GAN, text to speech; metrics, sheets
+demo: install  ## every kind of model from scratch, on a CPU, and runs/demo/report.html; again: goes on, or the report alone
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
+
+demo-image demo-audio demo-text demo-multimodal: install  ## one part; multimodal runs image and audio first
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh $(@:demo-%=%)
+
+report: install  ## runs/demo/report.html anew, of what is there
+	$(BIN)/python inference/report.py
 
 test: install  ## everything but the slow chains
 	# Without a restart, since a worker that replaces a crashed one waits forever under `--dist loadfile`.
