@@ -12,13 +12,12 @@
 #
 # runs/demo/report.html is one page with everything. A second call goes on where an interrupted one stopped; of a
 # complete demo it makes the report alone. SHORTER=10 divides the numbers of training steps by 10.
-# It takes 50 CPU minutes after the installation, about 27 by the clock on 2 cores. The VAE reaches 26 dB PSNR, 91 % of the
-# generated images match their held-out caption (a probe ranks it first of 72), the vocoder has PESQ-wb 2.85, generated
-# speech is understood about as well as the recordings are, and the transformer describes and transcribes every caption.
+# It takes 50 CPU minutes after the installation, about 27 by the clock on 2 cores. The VAE reaches 26 dB PSNR, 91 % of
+# the generated images match their held-out caption (a probe ranks it first of 72), the vocoder has PESQ-wb 2.85, speech
+# is understood about as well as the recordings are, and the transformer describes and transcribes every caption.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/heading.sh
-. recipes/demo/steps.sh
 cores=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) # macOS has no nproc
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 2 ? cores / 2 : 1))}"
 
@@ -30,10 +29,11 @@ for part in $wanted; do
     fi
 done
 case $wanted in *" multimodal "*) wanted=" image audio$wanted" ;; esac
+. recipes/demo/steps.sh
 for part in image audio text multimodal; do
     case $wanted in *" $part "*) . "recipes/demo/$part.sh" ;; esac
 done
 
 heading "Report"
 python inference/report.py --run_names demo demo_text
-next "open runs/demo/report.html in a browser; make tensorboard shows the curves of all runs"
+next "open runs/demo/report.html in a browser"

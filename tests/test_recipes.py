@@ -11,21 +11,26 @@ import pytest
 import soundfile
 
 from dataset_loading.embedded.speech import build_speech
+from utils.reporting.times import read_steps
 
 ROOT = Path(__file__).resolve().parent.parent
+PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 OUTPUTS = ("runs", "cached_datasets", "data", "generated", ".*")
+
+
+def copy_repository(tmp_path: Path) -> Path:
+    """A copy of the repository, since a recipe writes into its own."""
+    return shutil.copytree(ROOT, tmp_path / "repository", ignore=shutil.ignore_patterns(*OUTPUTS))
 
 
 @pytest.mark.slow
 def test_audio_recipe_speaks_three_sentences(tmp_path):
-    # A copy of the repository, since a recipe writes into its own.
-    repository = shutil.copytree(ROOT, tmp_path / "repository", ignore=shutil.ignore_patterns(*OUTPUTS))
+    repository = copy_repository(tmp_path)
     build_speech(tmp_path / "speech", limit=48)
     steps = {f"{name}_STEPS": "3" for name in ("VOCODER", "VAE", "TUNING", "SPEECH")}
     sizes = {"SIZE": "tiny", "MEL": "16k", "BATCH": "2", "SEGMENT": "32", "FRAMES": "300", "DISCRIMINATOR": "thin"}
     starts = {"GAN_START": "1", "VAE_GAN_START": "1", "GAN_RAMP": "1", "EVERY": "2", "CLIPS": "1"}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    variables = {"DATASET": str(tmp_path / "speech/train"), "GPUS": "0", "PATH": path, **steps, **sizes, **starts}
+    variables = {"DATASET": str(tmp_path / "speech/train"), "GPUS": "0", "PATH": PATH, **steps, **sizes, **starts}
     environment = {**os.environ, **variables}
     subprocess.run(["bash", "recipes/audio.sh"], cwd=repository, env=environment, check=True)
     runs = repository / "runs"
@@ -39,7 +44,10 @@ def test_audio_recipe_speaks_three_sentences(tmp_path):
     assert "voice_through_vae" in scores["model"]["vocoder"]
 
 
-@pytest.mark.parametrize("name", ["audio", "demo", "image", "multimodal", "text"])
+PARTS = [f"demo/{part}" for part in ("image", "audio", "text", "multimodal")]
+
+
+@pytest.mark.parametrize("name", ["audio", "image", "multimodal", "text", *PARTS])
 def test_recipes_have_a_heading_per_stage_and_end_with_the_next_command(name):
     lines = (ROOT / "recipes" / f"{name}.sh").read_text().splitlines()
     headings = [number for number, line in enumerate(lines) if line.startswith("heading ")]
@@ -50,3 +58,92 @@ def test_recipes_have_a_heading_per_stage_and_end_with_the_next_command(name):
     script = f". recipes/heading.sh; {next(line for line in lines if line.startswith('next ')).rstrip(chr(92))}"
     last = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert last.startswith("next: python inference/")
+
+
+@pytest.mark.slow
+def test_the_demo_makes_every_part_and_does_nothing_twice(tmp_path):
+    repository = copy_repository(tmp_path)
+    environment = {**os.environ, "PATH": PATH, "SHORTER": "100", "OMP_NUM_THREADS": "1"}
+    command = ["bash", "recipes/demo.sh"]
+    subprocess.run(command, cwd=repository, env=environment, check=True)
+    page = (repository / "runs/demo/report.html").read_text()
+    assert "Not there yet" not in page and "no complete checkpoint" not in page and "not evaluated" not in page
+    assert page.count("<audio") > 20 and page.count("<img") > 10 and page.count("<svg") >= 7
+    assert len(page) < 15_000_000
+    steps = read_steps(repository / "runs/demo")
+    assert len(steps) == 28 and all(step.is_complete for step in steps)
+
+    def times() -> dict[Path, int]:
+        files = [path for folder in ("runs", "cached_datasets", "data") for path in (repository / folder).rglob("*")]
+        return {path: path.stat().st_mtime_ns for path in files if path.is_file() and path.parent.name != "demo"}
+
+    before = times()
+    second = subprocess.run(command, cwd=repository, env=environment, check=True, capture_output=True, text=True)
+    assert second.stdout.count("complete: ") == 28
+    assert times() == before and read_steps(repository / "runs/demo") == steps
+
+
+def run_steps(folder: Path, script: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run lines of a recipe in a folder, with `heading` and `step`."""
+    lines = f"set -euo pipefail\n. {ROOT}/recipes/heading.sh\n. {ROOT}/recipes/demo/steps.sh\n{script}"
+    environment = {**os.environ, **variables}
+    return subprocess.run(["bash", "-c", lines], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+COUNT = """
+heading Counting
+step out/result bash -c 'mkdir -p out && cat in/manifest.json >> log && echo "$0" > out/result' {word} in/
+"""
+
+
+def test_a_step_is_made_once_for_the_same_words_and_inputs(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/manifest.json").write_text("one\n")
+
+    def log(word: str) -> list[str]:
+        done = run_steps(tmp_path, COUNT.format(word=word))
+        assert done.returncode == 0, done.stderr
+        return (tmp_path / "log").read_text().split()
+
+    assert log("a") == log("a") == ["one"]
+    assert log("b") == log("b") == ["one"] * 2  # other words
+    (tmp_path / "in/manifest.json").write_text("two\n")
+    assert log("b") == log("b") == ["one", "one", "two"]  # another input
+    (tmp_path / "out/result").unlink()
+    assert log("b") == log("b") == ["one", "one", "two", "two"]  # no output
+    (step,) = read_steps(tmp_path / "runs/demo")
+    assert (step.stage, step.output, step.is_complete) == ("Counting", "out/result", True)
+
+
+def test_an_interrupted_step_is_made_again_and_its_seconds_are_added(tmp_path):
+    script = "heading A\nstep b/out bash -c 'sleep 2; [ -e go ] && mkdir -p b && touch b/out' {}\nstep c/out touch c"
+    assert run_steps(tmp_path, script).returncode != 0
+    (step,) = read_steps(tmp_path / "runs/demo")
+    assert not step.is_complete and step.seconds >= 1
+    (tmp_path / "go").touch()
+    assert run_steps(tmp_path, script).returncode == 0
+    first = read_steps(tmp_path / "runs/demo")[0]
+    assert first.is_complete and first.output == "b/out" and first.seconds >= step.seconds + 1
+
+
+def test_results_of_an_earlier_state_are_removed_before_a_step_is_made_again(tmp_path):
+    (tmp_path / "out/x").mkdir(parents=True)
+    (tmp_path / "out/x/settings.json").write_text("{}")
+    assert run_steps(tmp_path, "step out/x bash -c '[ ! -e out/x ] && mkdir out/x'").returncode == 0
+
+
+def test_numbers_of_training_steps_become_smaller_on_demand(tmp_path):
+    words = "--max_steps 2000 --gan_start_step 1650 --gan_ramp_steps 4 --batch_size 800 --save_steps 500"
+    done = run_steps(tmp_path, f"step a/b echo {words}", SHORTER="100")
+    assert (
+        done.stdout.strip() == "--max_steps 20 --gan_start_step 17 --gan_ramp_steps 1 --batch_size 800 --save_steps 5"
+    )
+
+
+def test_the_demo_has_every_part_and_refuses_others():
+    makefile, recipe = (ROOT / "Makefile").read_text(), (ROOT / "recipes/demo.sh").read_text()
+    for part in PARTS:
+        assert part.replace("/", "-") in makefile and part.removeprefix("demo/") in recipe
+    for part in ("steps", "video"):
+        done = subprocess.run(["bash", "recipes/demo.sh", part], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and f"unknown part {part}" in done.stderr

@@ -40,7 +40,7 @@ step "$speech" torchrun --standalone --nproc_per_node=2 pretrain_audio_diffusion
 step "$speech/metrics.json" python evaluate.py --checkpoint "$speech" --vocoder_checkpoint "$vocoder" \
     --waveforms cached_datasets/speech --metrics wer pitch --max_samples 12 --sentences 0
 step "$speech/sentences" python inference/text_to_speech.py --checkpoint "$speech" \
-    --vocoder_checkpoint "$vocoder" --speaker en-us+f3 --output_dir "$speech/sentences" --text "A small penguin at the right on white." \
-    "A small apple at the left on white." "A large pig on yellow."
+    --vocoder_checkpoint "$vocoder" --speaker en-us+f3 --output_dir "$speech/sentences" \
+    --text "A small penguin at the right on white." "A small apple at the left on white." "A large pig on yellow."
 
-next "python inference/text_to_speech.py --checkpoint $speech --vocoder_checkpoint $vocoder --speaker en-us+f3 --text '...'"
+next "python inference/text_to_speech.py --checkpoint $speech --vocoder_checkpoint $vocoder --text 'A large pig.'"

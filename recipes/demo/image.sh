@@ -24,6 +24,7 @@ step "$diffusion" torchrun --standalone --nproc_per_node=2 pretrain_image_diffus
     --logging_steps 100 --eval_steps 800 --save_steps 800 --resume_from_checkpoint latest
 step "$diffusion/metrics.json" python evaluate.py --checkpoint "$diffusion" --contact_sheet 16
 step "$diffusion/images" python inference/text_to_image.py --checkpoint "$diffusion" --n_images 4 \
-    --output_dir "$diffusion/images" --prompts "a large frog on red" "a small house at the right on red" "a large umbrella on gray"
+    --output_dir "$diffusion/images" \
+    --prompts "a large frog on red" "a small house at the right on red" "a large umbrella on gray"
 
 next "python inference/text_to_image.py --checkpoint $diffusion --prompts 'a large frog on red'"

@@ -10,8 +10,9 @@ STAGE=
 mkdir -p "$(dirname "$STEPS")"
 touch "$STEPS"
 # The machine, for the report: processors, their name, system.
-processor=$( (grep -m 1 'model name' /proc/cpuinfo || sysctl -n machdep.cpu.brand_string) 2> /dev/null | sed 's/.*: //' || true)
-echo "$cores cores of ${processor:-an unknown processor}, $(uname -sm)" > "$(dirname "$STEPS")/machine.txt"
+processor=$({ grep -m 1 'model name' /proc/cpuinfo || sysctl -n machdep.cpu.brand_string; } 2> /dev/null |
+    sed 's/.*: //' || true)
+echo "$(getconf _NPROCESSORS_ONLN) cores of ${processor:-an unknown processor}, $(uname -sm)" > "$(dirname "$STEPS")/machine.txt"
 
 # A checksum of the paths among some words: of files, and of what a cache, a checkpoint or generated files have last.
 state_of() {
@@ -36,7 +37,10 @@ state_of() {
 record() {
     local others
     others=$(awk -F '\t' -v output="$OUTPUT" '$2 != output' "$STEPS")
-    { [ -z "$others" ] || printf '%s\n' "$others"; printf '%s\t%s\t%s\t%s\t%s\n' "$STAGE" "$OUTPUT" "$@"; } > "$STEPS.new"
+    {
+        [ -z "$others" ] || printf '%s\n' "$others"
+        printf '%s\t%s\t%s\t%s\t%s\n' "$STAGE" "$OUTPUT" "$@"
+    } > "$STEPS.new"
     mv "$STEPS.new" "$STEPS"
 }
 
@@ -58,7 +62,8 @@ step() {
     done
     WORDS=$(printf '%q ' "${words[@]}")
     WORDS=${WORDS% }
-    IFS=$'\t' read -r seconds state command < <(awk -F '\t' -v output="$output" '$2 == output' "$STEPS" | cut -f 3-) || true
+    IFS=$'\t' read -r seconds state command \
+        < <(awk -F '\t' -v output="$output" '$2 == output' "$STEPS" | cut -f 3-) || true
     BEFORE=0
     if [ "$command" = "$WORDS" ]; then
         if [ -e "$output" ] && [ "$state" = "$(state_of "$output" "${words[@]}")" ]; then

@@ -27,7 +27,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .missing { border-style: dashed; background: none; }
 .facts { color: var(--soft); font-size: .9rem; display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 4px 0 0; }
 .facts b { color: var(--ink); font-weight: 600; }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 14px;
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 14px;
   margin: 18px 0; }
 .figure { border: 1px solid var(--line); border-radius: 10px; padding: 12px 16px; }
 .figure h4 { margin: 0 0 8px; font-size: .92rem; } .figure h4::first-letter { text-transform: uppercase; }
@@ -44,7 +44,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
   border: 1px solid var(--line); border-radius: 10px; }
 .sheet img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { font-size: .88rem; margin: 0 0 6px; }
-.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)); gap: 12px; }
+.gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(210px, 1fr)); gap: 14px; }
 .gallery figure { margin: 0; }
 .gallery img { width: 100%; height: auto; border-radius: 10px; display: block; image-rendering: auto; }
 .gallery figcaption { margin: 6px 0 0; }

@@ -99,7 +99,7 @@ VIEWS = (
         "Makes waveforms of log-mels. Every clip that is generated below goes through it.",
         "audio",
         "pretrain_vocoder.py",
-        {"Log-mel L1": {"training": "loss/mel", "held-out": "eval_mel_l1"}, **LOSS},
+        {"Log-mel L1 on held-out clips": {"held-out": "eval_mel_l1"}, **LOSS},
         ["python inference/vocode.py --checkpoint RUN --input my_recordings"],
     ),
     View(
