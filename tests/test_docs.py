@@ -172,7 +172,8 @@ def test_documented_commands_parse(capsys):
 
 
 def test_named_make_targets_exist():
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    rules = re.findall(r"^([a-z -]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    targets = {target for rule in rules for target in rule.split()}
     for document in DOCUMENTS:
         named = set(re.findall(r"(?:^|`)make ([a-z-]+)", document.read_text(), flags=re.M))
         assert named <= targets, f"{document.name}: {named - targets}"

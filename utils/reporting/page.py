@@ -198,7 +198,8 @@ def read_scores(run: Run) -> list[Scores]:
     try:
         scores = scores_of(run.stage, run.metrics)
         for table in scores:
-            str(table.table()), str(table.figure())
+            table.table()
+            table.figure()
         return scores
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         run.problems.append(

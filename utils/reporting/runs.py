@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import soundfile
 from safetensors import SafetensorError, safe_open
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
 
@@ -33,6 +32,7 @@ KINDS = {
     "prior": "prior alone",
     "shuffled": "shuffled text",
 }
+MODELS = {"vocoder": "this vocoder", "audio_vae": "this VAE and vocoder"}  # of the row `model`, by stage
 
 
 @dataclasses.dataclass
@@ -164,21 +164,18 @@ class Run:
 
     def clips(self) -> list[Clip]:
         """Audio files of its evaluation, those of the same sound together."""
-        captions, clips = self.captions(), {}
-        kinds = "|".join(sorted(KINDS, key=len, reverse=True))
+        captions, labels = self.captions(), KINDS | ({"model": MODELS[self.stage]} if self.stage in MODELS else {})
+        kinds, ranks = "|".join(sorted(KINDS, key=len, reverse=True)), list(KINDS)
+        sounds: dict[str, list[tuple[int, str, Path]]] = {}
         for file in sorted((self.folder / AUDIO).glob("*.wav")):
+            # KEY_ROW.wav, or KEY_ROW_COPY.wav of several copies; another name stands for itself.
             found = re.fullmatch(rf"(.+?)_({kinds})(?:_(\d+))?", file.stem)
-            key, kind = (found[1], found[2]) if found else (file.stem, "")
-            label = KINDS.get(kind, "audio") + (f" {int(found[3]) + 1}" if found and int(found[3] or 0) else "")
-            text = captions.get(key) or re.sub(r"^\w+-\w+_", "", key).replace("-", " ")
-            clips.setdefault(key, Clip(text, {})).files[label] = file
-        order = list(dict.fromkeys(KINDS.values()))
-        for clip in clips.values():
-            labels = sorted(
-                clip.files, key=lambda label: next((n for n, k in enumerate(order) if label.startswith(k)), 99)
-            )
-            clip.files = {label: clip.files[label] for label in labels}
-        return list(clips.values())
+            key, kind, copy = found.groups() if found else (file.stem, "", None)
+            label = f"{labels.get(kind, 'audio')}{f' {int(copy) + 1}' if int(copy or 0) else ''}"
+            sounds.setdefault(key, []).append((ranks.index(kind) if kind else 0, label, file))
+        # Where the data set is gone, a key of the form DIRECTION_words-of-the-text still tells the text.
+        texts = {key: captions.get(key) or re.sub(r"^\w+-\w+_", "", key).replace("-", " ") for key in sounds}
+        return [Clip(texts[key], {label: file for _, label, file in sorted(files)}) for key, files in sounds.items()]
 
     def captions(self) -> dict[str, str]:
         """Key of a sample -> its text, from the data set that was evaluated and from transcripts."""
@@ -202,11 +199,3 @@ class Run:
             settings = self.read_json(file)
             if settings and settings.get("is_complete", True):
                 yield file.parent, settings
-
-
-def seconds_of(file: Path) -> float | None:
-    """Length of an audio file; None where it cannot be read."""
-    try:
-        return soundfile.info(file).duration
-    except (OSError, RuntimeError):
-        return None

@@ -141,10 +141,13 @@ def sheets(run: Run, media: Media) -> list[Markup]:
     logged = run.logged_images()
     if not found:
         names = [name for name in logged if not any(word in name for word in ALIGNMENTS)]
-        found += [(f"{name}, logged at step {logged[name][0]:,}", logged[name][1]) for name in names[:LOGGED]]
+        for name in names[:LOGGED]:
+            step, content = logged[name]
+            found.append((f"{name.rpartition('/')[2].capitalize()}, at step {step:,} of the training", content))
     for name, (step, content) in logged.items():
         if any(word in name for word in ALIGNMENTS):
-            found.append((f"Alignment: {name.rpartition('/')[2]}, logged at step {step:,}", content))
+            title = f"Alignment of text and speech: {name.rpartition('/')[2]}, at step {step:,} of the training"
+            found.append((title, content))
     return [sheet(title, image) for title, source in found if (image := media.image(source, title))]
 
 
