@@ -178,7 +178,7 @@ class Run:
         return [Clip(texts[key], {label: file for _, label, file in sorted(files)}) for key, files in sounds.items()]
 
     def captions(self) -> dict[str, str]:
-        """Key of a sample -> its text, from the data set that was evaluated and from transcripts."""
+        """Key of a sample, and stem of its raw file, -> its text, from the evaluated data set and from transcripts."""
         texts = {}
         for row in self.metrics.get("transcripts") or []:
             if isinstance(row, dict):
@@ -190,7 +190,7 @@ class Run:
             for rows in entries.values() if isinstance(entries, dict) else ():
                 for row in rows if isinstance(rows, list) else ():
                     if isinstance(row, dict) and row.get("caption"):
-                        texts[str(row.get("key"))] = str(row["caption"])
+                        texts[str(row.get("key"))] = texts[Path(str(row.get("source"))).stem] = str(row["caption"])
         return texts
 
     def generated(self) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -3,7 +3,7 @@
 import datetime
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +33,8 @@ def section(view: View, run: Run, scores: Sequence[Scores], media: Media, steps:
         figures([figure for table in scores if (figure := table.figure())]),
         notes(run, view),
         sheets(run, media),
-        *generated(run, media),
         clips(run.clips(), media),
+        *generated(run, media),
         tables(scores, run.metrics.get("definitions")),
         curves(view, run),
         commands(own),
@@ -162,7 +162,7 @@ def generated(run: Run, media: Media) -> Iterator[Markup]:
         title = tag("h3", folder.name.replace("_", " ").capitalize())
         for parts in (
             gallery(folder, settings, media),
-            clips(spoken(folder, settings), media),
+            clips(spoken(folder, settings, run.captions()), media),
             texts(settings),
             answers(settings, media),
         ):
@@ -185,8 +185,11 @@ def gallery(folder: Path, settings: dict[str, Any], media: Media) -> Markup | No
     return tag("div", shown, class_="gallery") if shown else None
 
 
-def spoken(folder: Path, settings: dict[str, Any]) -> list[Clip]:
-    """Generated or reconstructed clips with what they say."""
+def spoken(folder: Path, settings: dict[str, Any], captions: Mapping[str, str]) -> list[Clip]:
+    """Generated or reconstructed clips with what they say.
+
+    Args: captions: stem of a raw file -> its text.
+    """
     found = []
     for row in listed(settings, "files"):
         files = {}
@@ -203,7 +206,8 @@ def spoken(folder: Path, settings: dict[str, Any]) -> list[Clip]:
             )
             if file:
                 files[label] = file
-        found.append(Clip(str(row.get("text") or row.get("prompt") or row.get("input") or ""), files))
+        text = row.get("text") or row.get("prompt") or captions.get(Path(str(row.get("input"))).stem)
+        found.append(Clip(str(text or row.get("input") or ""), files))
     return found
 
 

@@ -40,7 +40,7 @@ section { background: var(--card); border: 1px solid var(--line); border-radius:
 .track i { display: block; height: 100%; border-radius: 5px; background: var(--soft); opacity: .45; }
 .model .track i { background: var(--accent); opacity: 1; }
 .sheet { margin: 14px 0; }
-.frame { display: block; overflow: auto; background: #fff; padding: 8px;
+.frame { width: fit-content; max-width: 100%; overflow: auto; background: #ececec; padding: 6px;
   border: 1px solid var(--line); border-radius: 10px; }
 .sheet img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figcaption { font-size: .88rem; margin: 0 0 6px; }

@@ -108,7 +108,7 @@ VIEWS = (
         "Compresses log-mels to latents and decodes them again.",
         "audio",
         "pretrain_audio_vae.py",
-        {"Log-mel L1": {"training": "loss/l1", "held-out": "eval_mel_l1"}, **LOSS},
+        {"Log-mel L1": {"training": "loss/l1", "held-out": "eval_mel_l1"}},
         [
             "python inference/reconstruct_audio.py --vae_checkpoint RUN --vocoder_checkpoint VOCODER "
             "--input my_recordings"
