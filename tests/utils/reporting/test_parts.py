@@ -15,6 +15,8 @@ from PIL import Image
 from utils.reporting.curves import chart, number, ticks
 from utils.reporting.markup import Markup, escape, tag
 from utils.reporting.media import MAX_SECONDS, Media
+from utils.reporting.scores import scores_of
+from utils.reporting.sections import answers, figures, html_table
 from utils.reporting.times import by_stage, duration, read_steps
 
 
@@ -111,3 +113,38 @@ def test_times_add_up_by_stage_and_damaged_lines_are_left_out(tmp_path):
     assert steps[1].command == "python b.py --text 'a b'"
     assert [duration(seconds) for seconds in (8, 70, 3720)] == ["8 s", "1 min 10 s", "1 h 02 min"]
     assert read_steps(tmp_path / "nowhere") == []
+
+
+def test_answers_show_images_and_clips_of_prompts_and_replies(tmp_path):
+    image, clip = tmp_path / "drawn.png", tmp_path / "spoken.wav"
+    Image.new("RGB", (8, 8), "red").save(image)
+    soundfile.write(clip, np.zeros(800), 16000)
+    rows = [
+        {"prompt": "a <frog>", "modality": "image", "answer": str(image)},
+        {"prompt": "a house", "modality": "audio", "answer": str(clip)},
+        {"prompt": str(image), "modality": "text", "answer": "a large <b>frog</b>"},
+        {"prompt": str(clip), "modality": "text", "answer": "a house"},
+        {"prompt": "gone", "modality": "image", "answer": str(tmp_path / "gone.png")},
+    ]
+    shown = answers({"answers": [*rows, "no row"]}, Media(1_000_000))
+    assert shown is not None and shown.count("<img") == 2 and shown.count("<audio") == 2
+    assert "“a &lt;frog&gt;”" in shown and "“a large &lt;b&gt;frog&lt;/b&gt;”" in shown
+    assert shown.count("asked") == 5 and shown.count("answered") == 4
+
+
+def test_every_direction_of_a_multimodal_model_has_its_control():
+    rows = {
+        "image-text": {"model": {"exact": 1.0, "words": 1.0}, "shuffled": {"exact": 0.0, "words": 0.25}},
+        "text-image": {"vae": {"read_all": 0.5}, "model": {"probe_top1": 0.75}, "shuffled": {"probe_top1": 0.03}},
+        "text-audio": {"model": {"length_error": 2.0}},
+    }
+    scores = scores_of("multimodal", {"scores": rows, "losses": {}})
+    first, second, third = (table.figure() for table in scores)
+    assert str(first) == "exact 1.000 (shuffled conditions 0.000)"
+    assert str(second) == "probe 0.750 (shuffled conditions 0.030)" and third is None
+    drawn = figures([first, second]) if first and second else None
+    assert drawn is not None and "width:100.0%" in drawn and "width:4.0%" in drawn
+    table = html_table(scores[0].table())
+    assert '<tr class="bold"><td>this model</td><td>1.000</td><td>1.000</td></tr>' in table
+    assert "<th>exact<small>(high)</small></th>" in table
+    assert scores_of("multimodal", {}) == []
