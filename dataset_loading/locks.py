@@ -126,6 +126,27 @@ def describe_owner(content: bytes) -> str:
         return "another process"
 
 
+def owner_of(folder: Path) -> dict[str, str | int] | None:
+    """Who writes in a folder (`this_process`), as far as its lock file tells; the lock itself is not touched.
+
+    Returns: None where nobody does, or a process of this host that is gone has left the file.
+    """
+    try:
+        with (folder / LOCK).open("rb") as file:
+            owner = json.loads(file.read(MAX_OWNER))
+        host, pid = owner["host"], owner["pid"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    if fcntl is not None and host == socket.gethostname():
+        try:
+            os.kill(pid, 0)  # Sends nothing.
+        except ProcessLookupError:
+            return None
+        except (OSError, TypeError, OverflowError):  # Of another user, or no number.
+            pass
+    return owner
+
+
 def close_in_child() -> None:
     """A forked process, such as a worker, does not keep the locks of its parent alive."""
     for descriptor in held:

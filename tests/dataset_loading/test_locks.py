@@ -10,7 +10,7 @@ import time
 import pytest
 
 from dataset_loading import locks
-from dataset_loading.locks import LOCK, only_writer
+from dataset_loading.locks import LOCK, only_writer, owner_of
 
 context = multiprocessing.get_context("fork")
 
@@ -100,3 +100,23 @@ def test_a_file_system_without_locks_gives_a_warning(tmp_path, monkeypatch, capl
     with only_writer(tmp_path / "set", "wait"):
         assert "cannot be locked ([Errno" in caplog.text and str(tmp_path / "set" / LOCK) in caplog.text
     assert not (tmp_path / "set").exists()
+
+
+def test_the_owner_is_known_without_touching_the_lock(tmp_path):
+    assert owner_of(tmp_path) is None
+    with only_writer(tmp_path, "wait"):
+        owner = owner_of(tmp_path)
+        assert owner is not None and owner["pid"] == os.getpid() and owner["host"] == socket.gethostname()
+    assert owner_of(tmp_path) is None
+    gone = multiprocessing.get_context("spawn").Process(target=int)
+    gone.start()
+    gone.join()
+    for content, is_owned in (
+        ({"host": socket.gethostname(), "pid": gone.pid}, False),
+        ({"host": "elsewhere", "pid": gone.pid}, True),
+        ({"host": socket.gethostname(), "pid": 1}, True),
+        ({"host": socket.gethostname(), "pid": "x"}, True),
+        ([], False),
+    ):
+        (tmp_path / LOCK).write_text(json.dumps(content))
+        assert (owner_of(tmp_path) is not None) == is_owned

@@ -1,6 +1,8 @@
 """What the tabs of the page share: checkpoints, loaded models, jobs, limits, and components that several tabs have."""
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 from utils.app.arguments import AppArguments
@@ -18,6 +20,8 @@ class Context:
         args: flags of the page.
         runs, models, jobs: its checkpoints, the loaded models, and what runs the work of tabs.
         choices: dropdowns of checkpoints with the kinds that they offer and the text below them.
+        tab: the `gradio.Tab` that is being built.
+        timers: tabs with their timers, which tick while they are open.
     """
 
     gr: Any
@@ -26,6 +30,8 @@ class Context:
     models: Models
     jobs: Jobs
     choices: list[tuple[tuple[str, ...], Any, Any]] = dataclasses.field(default_factory=list)
+    tab: Any = None
+    timers: list[tuple[Any, Any]] = dataclasses.field(default_factory=list)
 
     def choose_checkpoint(self, *kinds: str, label: str = "checkpoint") -> Any:
         """A dropdown of the complete checkpoints of some kinds, listed anew whenever the page is opened; without any,
@@ -52,6 +58,24 @@ class Context:
             updates += [self.gr.update(**self.listing(*kinds)), self.gr.update(**self.notice(*kinds))]
         return updates
 
+    def timer(self, seconds: float) -> Any:
+        """A timer that ticks every so many seconds while the tab is open."""
+        timer = self.gr.Timer(seconds, active=False)
+        self.timers.append((self.tab, timer))
+        return timer
+
+    def switch_timers(self, tabs: Sequence[Any]) -> None:
+        """Let the choice of one of all tabs start its timers and stop those of the others."""
+        for tab in tabs:
+            active = [own is tab for own, _ in self.timers]
+            tab.select(
+                functools.partial(switched, self.gr, active),
+                outputs=[timer for _, timer in self.timers],
+                queue=False,
+                api_visibility="private",
+                show_progress="hidden",
+            )
+
     def buttons(self, label: str) -> tuple[Any, Any]:
         """A button that starts a job, and one that stops it."""
         with self.gr.Row():
@@ -65,3 +89,9 @@ class Context:
         """A field that shows the command line that does the same."""
         label = "the same on the command line"
         return self.gr.Textbox(label=label, lines=2, max_lines=8, interactive=False, buttons=["copy"])
+
+
+def switched(gr: Any, active: Sequence[bool]) -> Any:
+    """Which timers tick."""
+    updates = [gr.Timer(active=is_active) for is_active in active]
+    return updates[0] if len(updates) == 1 else updates

@@ -8,11 +8,12 @@ from utils.app.context import Context
 from utils.app.jobs import Jobs
 from utils.app.models import Models
 from utils.app.runs import Runs
-from utils.app.tabs import draw
+from utils.app.tabs import draw, watch
 
 # Name -> what makes its components. A new tab is a module with a function `build`, and a line here.
 TABS: dict[str, Callable[[Context], None]] = {
     "Draw": draw.build,
+    "Watch": watch.build,
 }
 TITLE = "MegaTransformer"
 # Uploads and results in the temporary folder: looked through so often, and deleted after so long, in seconds.
@@ -26,9 +27,12 @@ def build_page(gr: Any, args: AppArguments) -> Any:
     """
     context = Context(gr, args, Runs(args.runs), Models(), Jobs(gr))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
+        tabs = []
         for name, build in TABS.items():
-            with gr.Tab(name):
+            with gr.Tab(name) as context.tab:
                 build(context)
+            tabs.append(context.tab)
+        context.switch_timers(tabs)
         # Checkpoints that came since the last time.
         outputs = [component for _, choice, notice in context.choices for component in (choice, notice)]
         page.load(context.refreshed, outputs=outputs, queue=False, api_visibility="private", show_progress="hidden")

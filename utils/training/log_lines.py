@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -49,6 +49,34 @@ def speeds(logs: Mapping[str, Any]) -> list[str]:
     return [f"{number(logs[name], 3)} {name.split('_')[0]}/s" for name in SPEEDS if name in logs]
 
 
+def share(step: int, n_steps: int) -> str:
+    """`step 300/1200 (25 %)`."""
+    return f"step {step}/{n_steps} ({100 * step / max(n_steps, 1):.0f} %)"
+
+
+def seconds_left(history: Sequence[tuple[int, float]], n_steps: int) -> float | None:
+    """Seconds until `n_steps` at the speed of a history of steps and their times; None: it has no two steps."""
+    if not history or history[-1][0] <= history[0][0]:
+        return None
+    (before, earlier), (step, moment) = history[0], history[-1]
+    return (moment - earlier) / (step - before) * (n_steps - step)
+
+
+def log_line(step: int, n_steps: int, logs: Mapping[str, Any], history: Sequence[tuple[int, float]]) -> str:
+    """The line of a logging step.
+
+    Args:
+        logs: its numbers by name.
+        history: of this and earlier steps, with their times in seconds.
+    """
+    parts = [share(step, n_steps), *numbers(logs), *speeds(logs)]
+    if "memory_gib" in logs:
+        parts.append(f"{logs['memory_gib']:.1f} GiB")
+    if (left := seconds_left(history, n_steps)) is not None:
+        parts.append(f"{duration(left)} left")
+    return "  ".join(parts)
+
+
 class LogLinesCallback(TrainerCallback):
     """Prints what is logged, on rank 0:
 
@@ -75,17 +103,11 @@ class LogLinesCallback(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         step, moment = state.global_step, time.perf_counter()
-        parts = [f"step {step}/{state.max_steps} ({100 * step / max(state.max_steps, 1):.0f} %)"]
         if "train_runtime" in logs:
-            parts.append(f"trained {step - self.start[0]} steps in {duration(moment - self.start[1])}")
+            made = f"trained {step - self.start[0]} steps in {duration(moment - self.start[1])}"
+            say(f"{share(step, state.max_steps)}  {made}")
         elif any(name.startswith("eval_") for name in logs):
-            parts += numbers(logs)
+            say("  ".join([share(step, state.max_steps), *numbers(logs)]))
         else:
-            parts += [*numbers(logs), *speeds(logs)]
-            if "memory_gib" in logs:
-                parts.append(f"{logs['memory_gib']:.1f} GiB")
-            before, earlier = self.history[0] if self.history else (step, moment)
-            if step > before:
-                parts.append(f"{duration((moment - earlier) / (step - before) * (state.max_steps - step))} left")
             self.history.append((step, moment))
-        say("  ".join(parts))
+            say(log_line(step, state.max_steps, logs, self.history))

@@ -1,0 +1,57 @@
+"""Runs in a folder of runs, also those that have only begun: what can be watched."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from dataset_loading.locks import LOCK
+from utils.app.runs import MAX_DEPTH, TRAINED_BY, Runs
+from utils.checkpoints import COMPLETE, checkpoints_in, log_folder
+
+EVENT_FILES = "events.out.tfevents.*"  # of TensorBoard
+
+
+def event_files(run: Path) -> list[Path]:
+    """The files of a run that TensorBoard reads, the oldest first: their names begin with the time."""
+    return sorted(file for file in log_folder(run).glob(EVENT_FILES) if file.is_file())
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a run writes, or has written, in a folder."""
+    return (folder / LOCK).is_file() or bool(event_files(folder)) or bool(checkpoints_in(folder))
+
+
+def run_names(runs: Runs) -> list[str]:
+    """The runs by their paths relative to the folder of runs; the one that logged last is the first."""
+    found = []
+    for folder in folders(runs.root, MAX_DEPTH):
+        # A run may be deleted at any time.
+        with contextlib.suppress(OSError):
+            if runs.is_inside(folder):
+                moment = max((file.stat().st_mtime_ns for file in event_files(folder)), default=0)
+                found.append((-moment, folder.relative_to(runs.root).as_posix()))
+    return [name for _, name in sorted(found)]
+
+
+def choose_run(runs: Runs, name: str | None) -> Path:
+    """The folder of a run of `run_names`; no other path leads anywhere.
+
+    Raises: ValueError: there is none of this name; says what to do.
+    """
+    names = run_names(runs)
+    if name in names:
+        return runs.root / str(name)
+    if not names:
+        raise ValueError(f"{runs.root} has no run; begin one, such as `{TRAINED_BY['image_vae']}`")
+    raise ValueError(f"{name!r} is no run in {runs.root}; choose one of the list, such as {names[0]}")
+
+
+def folders(folder: Path, depth: int) -> Iterator[Path]:
+    """Runs in a folder, which are not looked into."""
+    with contextlib.suppress(OSError):
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and not child.name.startswith(".") and not (child / COMPLETE).is_file():
+                if is_run(child):
+                    yield child
+                elif depth > 1:
+                    yield from folders(child, depth - 1)
