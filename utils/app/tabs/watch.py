@@ -20,6 +20,7 @@ REFRESH_SECONDS = 3.0
 READ_SECONDS = 0.7  # At most, of one look: a long run is read in several.
 MAX_CURVES = 6
 N_DEFAULT_CURVES = 4
+MAX_IMAGES = 4
 MAX_POINTS = 400  # of a curve, which is about as wide in pixels
 
 
@@ -106,6 +107,7 @@ def build(context: Context) -> None:
     """The components of the tab, and when it looks."""
     gr, logs = context.gr, EventLogs()
     names = run_names(context.runs)
+    gr.Markdown("How a run goes on: its last log line, curves and images, from what it writes for TensorBoard.")
     with gr.Row():
         label = "run; the one that logged last is the first"
         run = gr.Dropdown(names, value=next(iter(names), None), label=label, allow_custom_value=True, scale=2)
@@ -118,17 +120,22 @@ def build(context: Context) -> None:
         with gr.Row():
             options = {"x": "step", "y": "value", "y_title": " ", "height": 240, "min_width": 320, "visible": False}
             plots += [gr.LinePlot(**options), gr.LinePlot(**options)]
-    gallery = gr.Gallery(label="last images", columns=2, format="png", object_fit="contain", height="auto")
+    with gr.Row():
+        options = {"interactive": False, "format": "png", "visible": False, "min_width": 480}
+        images = [gr.Image(**options) for _ in range(MAX_IMAGES)]
     line = context.command()
     seen = gr.State(((), ()))  # the versions that the visitor has
-    shown = [run, tags, status, *plots, gallery, line, seen]
+    shown = [run, tags, status, *plots, *images, line, seen]
 
     def updates(view: View, seen: tuple[Any, Any], chosen: Any) -> list[Any]:
         plotted = [plot_update(gr, tag, points) for tag, points in view.curves.items()]
         hidden = [gr.update(visible=False)] * (MAX_CURVES - len(plotted))
         lists = [gr.update(choices=view.runs), gr.update(choices=view.tags, **chosen)]
-        images = decoded(view.images) if view.image_version != seen[1] else gr.skip()
-        return [*lists, view.status, *plotted, *hidden, images, view.command, (view.version, view.image_version)]
+        grids = [gr.skip()] * MAX_IMAGES
+        if view.image_version != seen[1]:
+            grids = [gr.update(value=image, label=label, visible=True) for image, label in decoded(view.images)]
+            grids += [gr.update(visible=False)] * (MAX_IMAGES - len(grids))
+        return [*lists, view.status, *plotted, *hidden, *grids, view.command, (view.version, view.image_version)]
 
     def watch(name: str, chosen: list[str], **kept: Any) -> list[Any]:
         try:
@@ -161,9 +168,9 @@ def plot_update(gr: Any, tag: str, points: list[list[float]]) -> Any:
 
 
 def decoded(images: Mapping[str, tuple[int, bytes]]) -> list[tuple[Image.Image, str]]:
-    """The images of a `View` with captions, for a gallery."""
+    """The images of a `View` with labels."""
     found = []
-    for tag, (step, content) in sorted(images.items()):
+    for tag, (step, content) in sorted(images.items())[:MAX_IMAGES]:
         with Image.open(io.BytesIO(content)) as image:
             found.append((image.convert("RGB"), f"{tag.removeprefix(IMAGES)}, step {step}"))
     return found

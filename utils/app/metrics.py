@@ -1,0 +1,247 @@
+"""Metrics that `evaluate.py` has written in a folder of runs, and the comparison of two of them."""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from utils.app.commands import command
+from utils.app.runs import MAX_DEPTH, Runs
+from utils.checkpoints import COMPLETE, checkpoints_in, newest_complete, read_stage, step_of
+from utils.evaluation import audio, audio_diffusion_report, captioned_sounds_report, image_diffusion_report, image_vae
+from utils.evaluation.arguments.every_stage import EvaluateArguments
+from utils.evaluation.multimodal import report as multimodal_report
+from utils.evaluation.tables import FEATURE_COLUMNS, Column
+from utils.exporting.stages import MODELS
+from utils.training.log_lines import number
+
+METRICS, SHEETS = "metrics.json", "contact_sheet*.png"
+MAX_BYTES = 10_000_000  # of metrics.json
+MAX_SHEET = 2048  # pixels of the longer side, as it is shown
+MODEL_ROWS = ("model", "generated")  # All other rows of scores are references.
+MAX_SHEETS = 4  # A multimodal model has one per direction.
+# What says under which conditions was measured, or is no metric.
+CONDITIONS = ("data", "sampling", "weights", "precision", "device", "threads", "features", "recognizer")
+NO_METRICS = (*CONDITIONS, "definitions", "packages", "seconds", "step", "latents", "n_clips_defined")
+TEXT_COLUMNS = {
+    "loss": Column("loss", "{:.4f}", "low"),
+    "perplexity": Column("perplexity", "{:.2f}", "low"),
+    "accuracy": Column("accuracy", "{:.4f}", "high"),
+}
+COLUMNS: dict[str, dict[str, Column]] = {  # stage -> metrics in the order of its tables
+    "image_vae": image_vae.COLUMNS,
+    "recurrent_vae": image_vae.COLUMNS,
+    "image_diffusion": {**image_diffusion_report.COLUMNS, **FEATURE_COLUMNS},
+    "vocoder": audio.COLUMNS,
+    "audio_vae": audio.COLUMNS,
+    "audio_diffusion": {**captioned_sounds_report.COLUMNS, **audio_diffusion_report.COLUMNS},
+    "multimodal": {**multimodal_report.LOSS_COLUMNS, **TEXT_COLUMNS, **multimodal_report.COLUMNS},
+}
+
+
+@dataclasses.dataclass
+class Evaluated:
+    """A run or a checkpoint with its metrics.
+
+    Attributes:
+        name: its path relative to the folder of runs.
+        stage: that trained it.
+        folder: of its metrics; None: it has none.
+        metrics: content of metrics.json; empty where it has none.
+        command: makes its metrics.
+    """
+
+    name: str
+    stage: str
+    folder: Path | None
+    metrics: dict[str, Any]
+    command: str
+
+
+def measured_folders(folder: Path, depth: int) -> Iterator[Path]:
+    """Folders that have a metrics.json."""
+    with contextlib.suppress(OSError):
+        for child in sorted(folder.iterdir()):
+            if child.is_dir() and not child.name.startswith("."):
+                if (child / METRICS).is_file():
+                    yield child
+                if depth > 1 and not (child / COMPLETE).is_file():
+                    yield from measured_folders(child, depth - 1)
+
+
+def names(runs: Runs) -> list[str]:
+    """What can be compared: folders with metrics, the newest first, then runs and checkpoints."""
+    measured = []
+    for folder in measured_folders(runs.root, MAX_DEPTH):
+        with contextlib.suppress(OSError):
+            if runs.is_inside(folder / METRICS):
+                name = folder.relative_to(runs.root).as_posix()
+                measured.append((-(folder / METRICS).stat().st_mtime_ns, name))
+    found = [name for _, name in sorted(measured)]
+    checkpoints = [checkpoint for checkpoint in runs.checkpoints(*MODELS) if checkpoint.name != "."]
+    found += [Path(one.name).parent.as_posix() for one in checkpoints if step_of(one.folder) >= 0]
+    return list(dict.fromkeys([*(name for name in found if name != "."), *(one.name for one in checkpoints)]))
+
+
+def evaluated(runs: Runs, name: str | None) -> Evaluated:
+    """The metrics of a name of `names`; no other path leads anywhere.
+
+    Raises: ValueError, OSError: there is no such name, or its metrics.json is damaged.
+    """
+    known = names(runs)
+    if name is None or name not in known:
+        example = f", such as {known[0]}" if known else f": {runs.root} has none yet"
+        raise ValueError(f"{name!r} is neither a run with a checkpoint nor one in {runs.root}; choose one{example}")
+    folder, output_dir = runs.root / name, ""
+    home, step = folder, step_of(folder)
+    if step >= 0 and not (folder / METRICS).is_file():
+        # The run's folder holds the metrics of one checkpoint, others have folders of their own.
+        home = folder.parent
+        if not is_of(home, folder):
+            home = folder.parent / f"metrics-{step}"
+            output_dir = str(home)
+    call = command("evaluate.py", EvaluateArguments, checkpoint=str(folder), output_dir=output_dir)
+    if (home / METRICS).is_file() and runs.is_inside(home / METRICS):
+        metrics = read_metrics(home / METRICS)
+        return Evaluated(name, str(metrics.get("stage")), home, metrics, str(call))
+    checkpoint = folder if step >= 0 or not checkpoints_in(folder) else newest_complete(folder)
+    return Evaluated(name, read_stage(checkpoint or folder)["stage"], None, {}, str(call))
+
+
+def is_of(run: Path, checkpoint: Path) -> bool:
+    """Whether the metrics in a run's folder are those of one of its checkpoints."""
+    try:
+        metrics = read_metrics(run / METRICS)
+    except (OSError, ValueError):
+        return False
+    return Path(str(metrics.get("checkpoint"))).name == checkpoint.name
+
+
+def read_metrics(file: Path) -> dict[str, Any]:
+    """The content of a metrics.json. Raises: ValueError, OSError: it is none."""
+    remedy = "evaluate the checkpoint again"
+    if file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{file} has more than {MAX_BYTES // 10**6} MB; {remedy}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON ({error}); {remedy}") from error
+    if not isinstance(content, dict) or not isinstance(content.get("stage"), str):
+        raise ValueError(f"{file} has no field stage; {remedy}")
+    return content
+
+
+def sheets_of(runs: Runs, *both: Evaluated) -> list[tuple[str, list[Image.Image | None]]]:
+    """The contact sheets beside the metrics: name, and the image of each side, None where there is none."""
+    names = {file.stem for one in both if one.folder for file in one.folder.glob(SHEETS)}
+    return [(name, [sheet_of(runs, one, f"{name}.png") for one in both]) for name in sorted(names)[:MAX_SHEETS]]
+
+
+def sheet_of(runs: Runs, one: Evaluated, name: str) -> Image.Image | None:
+    """A contact sheet, made smaller where it is large."""
+    file = one.folder and one.folder / name
+    if not file or not file.is_file() or not runs.is_inside(file):
+        return None
+    try:
+        with Image.open(file) as image:
+            image.thumbnail((MAX_SHEET, MAX_SHEET))
+            return image.convert("RGB")
+    except (OSError, ValueError, Image.DecompressionBombError):
+        return None
+
+
+def numbers_in(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], float]]:
+    """The numbers of nested tables by their paths."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield from numbers_in(item, (*path, str(name)))
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield path, value
+
+
+def table(first: Evaluated, second: Evaluated) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of a comparison: scores of the model, those of references, then what else differs.
+
+    Raises: ValueError: they are of different stages.
+    """
+    if first.stage != second.stage:
+        raise ValueError(
+            f"{first.name} is of stage {first.stage} and {second.name} of stage {second.stage}, which have different "
+            "metrics; choose two of one stage"
+        )
+    values = []
+    for one in (first, second):
+        measured = {name: value for name, value in one.metrics.items() if name not in NO_METRICS}
+        values.append(dict(numbers_in(measured)))
+    columns = COLUMNS.get(first.stage, {})
+    paths = sorted(dict.fromkeys([*values[0], *values[1]]), key=lambda path: order_of(path, list(columns)))
+    errors = {column.error for column in columns.values() if column.error}
+    rows = []
+    for path in paths:
+        pair = [side.get(path) for side in values]
+        is_score = path[0] == "scores"
+        # What is equal beside the scores is a setting.
+        if path[-1] in errors or (not is_score and (None in pair or pair[0] == pair[1])):
+            continue
+        column = columns.get(path[-1])
+        error_path = (*path[:-1], column.error if column else "")
+        rows.append(row_of(path, pair, [side.get(error_path) for side in values], column))
+    heads = [f"{one.name}, step {one.metrics.get('step', '-')}" for one in (first, second)]
+    return ["row", "metric", *heads, "difference", "better"], rows
+
+
+def order_of(path: tuple[str, ...], columns: list[str]) -> tuple[Any, ...]:
+    """Scores of the model, then those of references, then others; metrics in the order of these columns."""
+    is_model = len(path) > 1 and path[-2] in MODEL_ROWS
+    place = columns.index(path[-1]) if path[-1] in columns else len(columns)
+    return path[0] != "scores", not is_model, path[:-1], place, path[-1]
+
+
+def row_of(
+    path: tuple[str, ...], pair: list[float | None], errors: list[float | None], column: Column | None
+) -> list[str]:
+    """A row of the table: names, both values with their standard errors, the difference, and which is better."""
+    template = column.template if column else ""
+    is_reference = path[0] == "scores" and path[-2] not in MODEL_ROWS
+
+    def cell(value: float | None, error: float | None = None) -> str:
+        if value is None:
+            return "-"
+        text = template.format(value) if "f}" in template else number(value)
+        return text if error is None else f"{text} ± {template.format(error)}"
+
+    label = " ".join(path[1:-1] if path[0] == "scores" else path[:-1])
+    texts = [f"{label} (reference)" if is_reference else label, column.title if column else path[-1]]
+    texts += [cell(value, error) for value, error in zip(pair, errors)]
+    if pair[0] is None or pair[1] is None:
+        return [*texts, "", ""]
+    difference = pair[1] - pair[0]
+    better = ""
+    if column and column.better and difference and not is_reference:
+        # Two standard errors of the difference.
+        if difference**2 <= 4 * sum((error or 0) ** 2 for error in errors):
+            better = "within the error"
+        elif math.isfinite(difference):
+            better = "second" if (difference > 0) == (column.better == "high") else "first"
+    return [*texts, f"{'+' if difference > 0 else ''}{cell(difference)}", better]
+
+
+def conditions(first: Evaluated, second: Evaluated) -> list[str]:
+    """What differs between how two were measured, a line each."""
+    sides = [dict(leaves({name: one.metrics.get(name) for name in CONDITIONS})) for one in (first, second)]
+    found = dict.fromkeys([*sides[0], *sides[1]])
+    return [f"{name}: {a} and {b}" for name in found if (a := sides[0].get(name)) != (b := sides[1].get(name))]
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """The values of nested tables as texts, by their names joined with a dot."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from leaves(item, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, str(value)
