@@ -81,6 +81,11 @@ class Context:
         with self.gr.Row():
             return self.gr.Button(label, variant="primary"), self.gr.Button("Stop", variant="stop")
 
+    def image(self) -> Any:
+        """A place for an image, invisible until there is one; it can be saved, and shared with nobody."""
+        options = {"format": "png", "min_width": 480, "buttons": ["fullscreen", "download"]}
+        return self.gr.Image(interactive=False, visible=False, **options)
+
     def status(self) -> Any:
         """A line that says how far a job is."""
         return self.gr.Textbox(label="status of the job", lines=1, interactive=False)

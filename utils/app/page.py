@@ -28,6 +28,10 @@ def build_page(gr: Any, args: AppArguments) -> Any:
     """
     context = Context(gr, args, Runs(args.runs), Models(), Jobs(gr))
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=DELETE_CACHE) as page:
+        gr.Markdown(
+            f"# {TITLE}\nThe checkpoints in `{args.runs}`. One job computes at a time, others wait; every tab shows "
+            "the command line that does the same."
+        )
         tabs = []
         for name, build in TABS.items():
             with gr.Tab(name) as context.tab:

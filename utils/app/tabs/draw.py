@@ -100,6 +100,7 @@ def captioned(images: Tensor, seeds: Sequence[int]) -> list[tuple[Image.Image, s
 def build(context: Context) -> None:
     """The components of the tab, and what its buttons do."""
     gr, defaults = context.gr, TextToImageArguments()
+    gr.Markdown("Images for a prompt, shown as they form.")
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             checkpoint = context.choose_checkpoint(KIND)

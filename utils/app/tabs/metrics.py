@@ -1,5 +1,6 @@
 """Tab Metrics: what `evaluate.py` has measured of two runs or checkpoints, side by side; it computes nothing."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -54,29 +55,40 @@ def compare(context: Context, *chosen: str | None) -> Comparison:
     )
 
 
+def first_pair(context: Context) -> tuple[str | None, str | None]:
+    """What is compared at first: the newest metrics with the next ones of their stage, or with themselves."""
+    known = names(context.runs)
+    for name in known[1:]:
+        with contextlib.suppress(OSError, ValueError):  # They may be damaged, or of different stages.
+            table(evaluated(context.runs, known[0]), evaluated(context.runs, name))
+            return known[0], name
+    return (known[0], known[0]) if known else (None, None)
+
+
 def build(context: Context) -> None:
     """The components of the tab, and when it compares."""
     gr = context.gr
     gr.Markdown("Two runs or checkpoints side by side, as `evaluate.py` has measured them.")
-    known = names(context.runs)
+    pair = first_pair(context)
     with gr.Row():
-        options = {"choices": known, "allow_custom_value": True}
-        first = gr.Dropdown(value=next(iter(known), None), label="first run or checkpoint", **options)
-        second = gr.Dropdown(value=next(iter(known[1:]), None), label="second", **options)
+        options = {"choices": names(context.runs), "allow_custom_value": True}
+        first = gr.Dropdown(value=pair[0], label="first run or checkpoint", **options)
+        second = gr.Dropdown(value=pair[1], label="second run or checkpoint, of the same stage", **options)
     notes = gr.Textbox(label="notes", lines=1, max_lines=12, interactive=False)
     scores = gr.Dataframe(
         headers=["row", "metric", "first", "second", "difference", "better"],
         datatype="str",
         interactive=False,
         wrap=True,
+        column_widths=["16%", "20%", "20%", "20%", "14%", "10%"],
+        max_height=1200,
         label="metrics; difference: second minus first",
         show_label=True,
     )
     sheets = []
     for _ in range(MAX_SHEETS):
         with gr.Row():
-            look = {"interactive": False, "format": "png", "visible": False}
-            sheets += [gr.Image(**look), gr.Image(**look)]
+            sheets += [context.image(), context.image()]
     with gr.Accordion("What the metrics mean", open=False):
         definitions = gr.Markdown()
     line = context.command()

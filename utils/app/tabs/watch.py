@@ -90,7 +90,7 @@ def status_of(log: EventLog, *, is_running: bool) -> str:
     if log.is_behind:
         return f"reading {log.run.name}: {100 * log.n_read / log.n_bytes:.0f} %"
     age = f", last entry {duration(max(time.time() - log.moment, 0))} ago" if log.moment else ""
-    state = f"running{age}" if is_running else f"does not run{age}"
+    state = f"running{age}" if is_running else f"not running{age}"
     damage = [f"{name} cannot be read to its end" for name in log.damaged]
     n_steps = log.n_steps()
     if not log.history:
@@ -121,8 +121,7 @@ def build(context: Context) -> None:
             options = {"x": "step", "y": "value", "y_title": " ", "height": 240, "min_width": 320, "visible": False}
             plots += [gr.LinePlot(**options), gr.LinePlot(**options)]
     with gr.Row():
-        options = {"interactive": False, "format": "png", "visible": False, "min_width": 480}
-        images = [gr.Image(**options) for _ in range(MAX_IMAGES)]
+        images = [context.image() for _ in range(MAX_IMAGES)]
     line = context.command()
     seen = gr.State(((), ()))  # the versions that the visitor has
     shown = [run, tags, status, *plots, *images, line, seen]

@@ -56,7 +56,7 @@ def test_a_run_that_has_just_begun_is_watched(client, begun):
 def test_a_run_that_has_ended_says_so(client, begun):
     (begun / ".lock").write_text("{}")
     status = client.predict(NAME, [], api_name="/watch")[2]
-    assert "left" not in status and "does not run, last entry" in status
+    assert "left" not in status and "not running, last entry" in status
     with SummaryWriter(str(begun)) as writer:
         writer.add_scalar("train/loss", 0.01, 100)
     assert "has made all its steps" in client.predict(NAME, [], api_name="/watch")[2]

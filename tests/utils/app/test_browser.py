@@ -1,0 +1,69 @@
+"""The page in a browser, as a visitor meets it: what is pressed shows, and nothing comes from other hosts."""
+
+from urllib.parse import urlsplit
+
+import numpy as np
+import pytest
+from torch.utils.tensorboard import SummaryWriter
+
+from tests.helpers.chromium import PROGRAMS, Chromium, find_chromium
+from utils.app.page import TABS
+from utils.app.tabs.watch import REFRESH_SECONDS
+from utils.training.trackers import write_flags
+
+TAB = "button[role=tab]"
+SHOWN = "[...document.images].some(image => image.offsetParent && image.naturalWidth > 0)"
+STATUS = "[...document.querySelectorAll('textarea')].some(area => area.offsetParent && area.value.includes({!r}))"
+
+pytestmark = pytest.mark.skipif(
+    find_chromium() is None, reason=f"no Chromium: none of {', '.join(PROGRAMS)} is on the PATH"
+)
+
+
+@pytest.fixture
+def browser(page, tmp_path):
+    """A browser that shows the page; nothing of its console or of its requests may be amiss at the end."""
+    browser = Chromium(find_chromium() or "", tmp_path)
+    try:
+        browser.call("Page.navigate", url=page.local_url)
+        browser.wait_for(f"document.querySelectorAll('{TAB}').length >= {len(TABS)}")
+        yield browser
+        browser.wait(0.5)
+        assert browser.errors() == []
+        own = urlsplit(page.local_url).netloc
+        elsewhere = [address for address in browser.addresses() if urlsplit(address).netloc not in ("", own)]
+        assert browser.addresses() and not elsewhere
+    finally:
+        browser.close()
+
+
+def test_draw_shows_images_and_every_tab_opens(browser):
+    assert not browser.evaluate(SHOWN)
+    browser.press("Draw", "button.primary")
+    browser.wait_for(SHOWN)
+    browser.wait_for(STATUS.format("weights ema"))
+    for tab in TABS:
+        browser.press(tab, TAB)
+        browser.wait_for(f"document.querySelector('{TAB}[aria-selected=true]').textContent.trim() == {tab!r}")
+
+
+def test_watch_follows_a_run_while_it_is_open(browser, runs):
+    folder = runs / "vocoder" / "followed"
+    with SummaryWriter(str(folder)) as writer:
+        write_flags(writer, {"max_steps": 100})
+        writer.add_scalar("train/loss", 0.5, 10)
+        writer.add_image("images/mel", np.full((3, 8, 16), 200, np.uint8), 10)
+        writer.flush()
+        browser.press("Watch", TAB)
+        browser.choose("vocoder/followed", "run")
+        browser.wait_for(STATUS.format("step 10/100 (10 %)"))
+        browser.wait_for(SHOWN)
+        browser.wait_for("[...document.querySelectorAll('svg, canvas')].some(plot => plot.clientHeight > 100)")
+        writer.add_scalar("train/loss", 0.25, 20)
+        writer.flush()
+        browser.wait_for(STATUS.format("step 20/100 (20 %)"))
+    browser.press("Draw", TAB)
+    browser.wait(2)
+    n_requests = len(browser.addresses())
+    browser.wait(REFRESH_SECONDS + 1)
+    assert len(browser.addresses()) == n_requests  # A tab that nobody sees asks for nothing.
