@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from torch.utils.tensorboard import SummaryWriter
 
-from tests.helpers.chromium import PROGRAMS, Chromium, find_chromium
+from tests.helpers.browser.chromium import PROGRAMS, Chromium, find_chromium
 from utils.app.page import TABS
 from utils.app.tabs.watch import REFRESH_SECONDS
 from utils.training.trackers import write_flags
