@@ -10,6 +10,8 @@ from utils.app.jobs import Jobs
 from utils.app.models import Models
 from utils.app.runs import Runs
 
+BELOW_LABEL = "below-label"  # class of images that begin below their labels, see `utils.app.server.CSS`
+
 
 @dataclasses.dataclass
 class Context:
@@ -83,7 +85,12 @@ class Context:
 
     def image(self) -> Any:
         """A place for an image, invisible until there is one; it can be saved, and shared with nobody."""
-        options = {"format": "png", "min_width": 480, "buttons": ["fullscreen", "download"]}
+        options = {
+            "format": "png",
+            "min_width": 480,
+            "buttons": ["fullscreen", "download"],
+            "elem_classes": BELOW_LABEL,
+        }
         return self.gr.Image(interactive=False, visible=False, **options)
 
     def status(self) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.app.arguments import AppArguments
+from utils.app.context import BELOW_LABEL
 from utils.app.page import build_page
 from utils.app.uploads import MB
 from utils.options import import_extra
@@ -33,6 +34,7 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
+CSS = f".{BELOW_LABEL} .image-container {{ padding-top: 2rem; }}"  # Sheets have headings, which labels would cover.
 OVERHEAD = 100_000  # bytes of a request beside an uploaded file
 
 Message = dict[str, Any]
@@ -132,6 +134,7 @@ def serve(args: AppArguments) -> Any:
             max_file_size=args.max_upload_mb * MB,
             app_kwargs={"middleware": [guard]},
             theme=theme(gr),
+            css=CSS,
             share=False,
             footer_links=[],
             run_history=False,
