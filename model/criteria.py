@@ -99,13 +99,17 @@ class ReconstructionLoss(nn.Module):
         self.weights = {name: weight for name, weight in weights.items() if weight > 0}
         self.perceptual = perceptual
 
-    def forward(self, reconstruction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Args: reconstruction, target: (B, C, Y, X) in [-1, 1].
+    def forward(self, reconstruction: Tensor, target: Tensor, *, with_perceptual: bool = True) -> dict[str, Tensor]:
+        """Args:
+            reconstruction, target: (B, C, Y, X) in [-1, 1].
+            with_perceptual: False leaves the perceptual distance out.
         Returns: weighted fp32 scalars "l1", "gradient", "perceptual"; those with weight 0 are left out."""
         terms = {**TERMS, "perceptual": self.perceptual}
         # `mean` averages terms that are numbers per sample, and leaves scalars as they are.
         return {
-            name: weight * terms[name](reconstruction, target).float().mean() for name, weight in self.weights.items()
+            name: weight * terms[name](reconstruction, target).float().mean()
+            for name, weight in self.weights.items()
+            if with_perceptual or name != "perceptual"
         }
 
 

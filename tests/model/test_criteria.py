@@ -91,6 +91,14 @@ def test_reconstruction_terms_are_weighted():
     torch.testing.assert_close(terms["perceptual"], 3.0 * l1)
 
 
+def test_the_perceptual_term_can_be_left_out():
+    reconstruction, target = random_images()
+    criterion = ReconstructionLoss(2.0, 0.5, 3.0, perceptual=mean_absolute_error)
+    everything = criterion(reconstruction, target)
+    assert everything.pop("perceptual") > 0
+    assert criterion(reconstruction, target, with_perceptual=False) == everything
+
+
 def test_reconstruction_terms_without_weight_are_left_out():
     reconstruction, target = random_images()
     assert set(ReconstructionLoss()(reconstruction, target)) == {"l1"}

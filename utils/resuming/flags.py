@@ -95,7 +95,8 @@ ON_RESUME: dict[str, str] = {
             *("n_prompts", "eval_images", "grid_scales", "sampler", "n_steps", "guidance_scale", "guidance_interval"),
             *("guidance_rescale", "temperature", "text_encoder"),
             # Losses.
-            *("l1_weight", "l2_weight", "gradient_weight", "perceptual_weight", "perceptual", "kl_weight"),
+            *("l1_weight", "l2_weight", "gradient_weight", "perceptual_weight", "perceptual"),
+            *("perceptual_start_step", "kl_weight"),
             *("latent_noise",),
             *("intermediate_weight", "distillation_weight", "mel_weight", "stft_weight", "stft_resolutions"),
             *(

@@ -84,7 +84,7 @@ class ImageVAEGANTrainer(VAEGANTrainer):
     """Trains a VAE on images x (B, C, Y, X), reconstructed as x_hat.
 
         loss = l1_weight * |x_hat - x| + gradient_weight * |difference of their gradients|
-             + perceptual_weight * perceptual(x_hat, x)
+             + perceptual_weight * perceptual(x_hat, x)                             from perceptual_start_step on
              + kl_weight * KL / (C Y X)
              + gan_weight(step) * adaptive_factor * (adversarial + feature_matching_weight * feature_matching)
 
@@ -111,6 +111,19 @@ class ImageVAEGANTrainer(VAEGANTrainer):
         terms = {name: term(output, image) for name, term in self.TERMS.items()}
         terms = self.weighted({name: term for name, term in terms.items() if term is not None})
         return Generation(output.reconstruction, image, terms)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        start = self.stage_arguments.perceptual_start_step
+        if start and start >= num_training_steps:
+            raise ValueError(
+                f"--perceptual_start_step={start} is not reached in {num_training_steps} steps; give an earlier one, "
+                "more steps, or --perceptual_weight 0"
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def sample_terms(self, leaf, generation):
+        has_started = self.state.global_step >= self.stage_arguments.perceptual_start_step
+        return self.criterion(leaf, generation.target, with_perceptual=has_started)
 
     def decoder_options(self) -> dict[str, Any]:
         """Further keywords of the model's forward in this optimizer step."""

@@ -40,3 +40,14 @@ def test_images_do_not_change_the_training(train):
     few, many = (train(f"images_{n}", 2, "--n_logged_samples", str(n), "--eval_steps", "1") for n in (1, 6))
     assert largest_difference(few.weights(), many.weights()) == 0
     assert few.losses == many.losses
+
+
+def test_the_perceptual_distance_acts_from_its_step_on(train, capsys):
+    words = ["--perceptual_weight", "0.5", "--perceptual_start_step", "3", "--save_steps", "3", "--gan_weight", "0"]
+    late = train("late", 4, *words)
+    assert ["loss/perceptual" in line for line in late.history if "loss/l1" in line] == [False] * 3 + [True]
+    with pytest.raises(ValueError, match=r"--perceptual_start_step=4 is not reached in 4 steps"):
+        train("refused", 4, "--perceptual_weight", "0.5", "--perceptual_start_step", "4", "--gan_weight", "0")
+    with pytest.raises(SystemExit):
+        train("empty", 4, *words, "--l1_weight", "0")
+    assert "--perceptual_start_step=3 leaves the steps before it without" in capsys.readouterr().err

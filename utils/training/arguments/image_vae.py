@@ -21,6 +21,9 @@ class ImageVAEGANArguments(VAEGANArguments):
     gradient_weight: float = option(0.0, "weight of the multi-scale image gradient difference", ge=0)
     perceptual_weight: float = option(0.5, "weight of the perceptual distance; 0: no perceptual network", ge=0)
     perceptual: PerceptualKind = option("efficientnet", "feature network of the perceptual distance")
+    perceptual_start_step: int = option(
+        0, "optimizer step from which the perceptual distance acts", ge=0, only_with=("perceptual_weight", bool)
+    )
     kl_weight: float = option(1e-6, "weight of the KL divergence in nats per input value", ge=0)
     SECTION_GAN: ClassVar = Section("GAN")
     discriminator: DiscriminatorKind = option("patch", "type of discriminator", only_with=WITH_ADVERSARY)
@@ -37,6 +40,13 @@ class ImageVAEGANArguments(VAEGANArguments):
         1024, "training images on which mean and std of the latents are measured", gt=0
     )
     n_logged_samples: int = option(8, "validation images logged to TensorBoard", gt=0, aliases=("n_logged_pictures",))
+
+    def validate_perceptual_start(self):
+        if self.perceptual_weight and self.perceptual_start_step and not (self.l1_weight or self.gradient_weight):
+            raise ValueError(
+                f"--perceptual_start_step={self.perceptual_start_step} leaves the steps before it without a "
+                "reconstruction loss; give an --l1_weight or --gradient_weight"
+            )
 
 
 @dataclasses.dataclass

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import dataclasses
 import io
+import itertools
 import logging
 import math
 import tempfile
@@ -67,16 +68,22 @@ class Measurement:
 
 
 def measured_phases(args: Any, first: int, n_steps: int) -> list[Phase]:
-    """The parts of a run whose steps cost differently: before the adversary plays and from then on, or all of it.
+    """The parts of a run whose steps cost differently: before and from the steps on at which the adversary and the
+    perceptual distance begin to act, or all of it.
 
     Args:
         first: the step that the run goes on from.
         n_steps: its length.
     """
-    if not getattr(args, "gan_weight", 0):
-        return [Phase("training", first, n_steps)]
-    start = min(max(args.gan_start_step, first), n_steps)
-    phases = [Phase("before the adversary", first, start), Phase("with the adversary", start, n_steps)]
+    starts = {"the adversary": args.gan_start_step} if getattr(args, "gan_weight", 0) else {}
+    if getattr(args, "perceptual_weight", 0) and args.perceptual_start_step:
+        starts["the perceptual distance"] = args.perceptual_start_step
+    # Where something begins, a part of the run ends; parts without steps are left out.
+    ends = sorted({min(max(start, first), n_steps) for start in starts.values()} | {n_steps})
+    phases = []
+    for begin, end in itertools.pairwise([first, *ends]):
+        states = [f"{'with' if begin >= start else 'before'} {name}" for name, start in starts.items()]
+        phases.append(Phase(", ".join(states) or "training", begin, end))
     return [phase for phase in phases if phase.end > phase.start]
 
 

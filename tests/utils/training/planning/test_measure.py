@@ -99,6 +99,27 @@ def test_parts_of_a_run_that_cost_differently(start, first, expected):
     assert [(phase.start, phase.end) for phase in measured_phases(without, first, 100)] == [(first, 100)]
 
 
+@pytest.mark.parametrize(
+    ("adversary", "perceptual", "expected"),
+    [
+        (40, 0, [(0, 40), (40, 100)]),
+        (40, 70, [(0, 40), (40, 70), (70, 100)]),
+        (40, 40, [(0, 40), (40, 100)]),
+        (200, 20, [(0, 20), (20, 100)]),
+        (None, 20, [(0, 20), (20, 100)]),
+    ],
+)
+def test_the_perceptual_distance_begins_a_part(adversary, perceptual, expected):
+    weights = {"gan_weight": 0} if adversary is None else {"gan_start_step": adversary}
+    args = ImageVAEStage.arguments_class(perceptual_start_step=perceptual, **weights)
+    phases = measured_phases(args, 0, 100)
+    assert [(phase.start, phase.end) for phase in phases] == expected
+    args.perceptual_weight = 0.0
+    assert all(phase.start in (0, adversary) for phase in measured_phases(args, 0, 100))
+    if perceptual == 70:
+        assert phases[1].name == "with the adversary, before the perceptual distance"
+
+
 def test_what_happens_at_some_steps_alone_is_measured_in_proportion():
     arguments = ImageVAEStage.arguments_class
     assert counted_steps(arguments(), 10) == 10
