@@ -133,10 +133,10 @@ def test_results_of_an_earlier_state_are_removed_before_a_step_is_made_again(tmp
 
 
 def test_numbers_of_training_steps_become_smaller_on_demand(tmp_path):
-    words = "--max_steps 2000 --gan_start_step 1650 --gan_ramp_steps 4 --batch_size 800 --save_steps 500"
+    words = "--max_steps 2000 --perceptual_start_step 1500 --gan_start_step 1650 --gan_ramp_steps 4 --batch_size 800 --save_steps 500"
     done = run_steps(tmp_path, f"step a/b echo {words}", SHORTER="100")
     assert (
-        done.stdout.strip() == "--max_steps 20 --gan_start_step 17 --gan_ramp_steps 1 --batch_size 800 --save_steps 5"
+        done.stdout.strip() == "--max_steps 20 --perceptual_start_step 15 --gan_start_step 17 --gan_ramp_steps 1 --batch_size 800 --save_steps 5"
     )
 
 

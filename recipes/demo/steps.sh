@@ -53,7 +53,7 @@ step() {
     shift
     for word in "$@"; do
         case $previous in
-            --max_steps | --logging_steps | --eval_steps | --save_steps | --gan_*_step | --gan_*_steps)
+            --max_steps | --logging_steps | --eval_steps | --save_steps | --*_start_step | --gan_*_steps)
                 word=$(((word + SHORTER - 1) / SHORTER))
                 ;;
         esac
