@@ -28,15 +28,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dataset_loading.files import MANIFEST, Record, digest_file, read_record, replace_file, sync_to_disk
+from model.lora import merge_adapters
 from utils.flags.choices import WeightsKind
 
 logger = logging.getLogger(__name__)
 
-# Files of a checkpoint: its mark, the configuration, the record of its run, the averaged weights, what they are.
+# Files of a checkpoint: its mark, the configuration, the record of its run, the averaged weights, what its adapters
+# are, what they all are.
 COMPLETE = "COMPLETE.json"
 CONFIG = "config.json"
 STAGE = "stage.json"
 EMA = "ema.safetensors"
+LORA = "lora.json"
 CARD = "README.md"
 # Types of what a record holds, where it holds it.
 EXPORTED = "exported"  # In the record of a folder that inference/export_model.py wrote.
@@ -354,18 +357,22 @@ def without_copies(model: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_model(model_class: type, path: str | Path, weights: WeightsKind = "ema"):
-    """A stage's model from a checkpoint or run folder, in fp32 and eval mode; averaged weights where there are some.
+    """A stage's model from a checkpoint or run folder, in fp32 and eval mode; averaged weights where there are some,
+    adapters merged into the weights that they adapt.
 
     The model is whole on every process, also under ZeRO-3, where `from_pretrained` would shard its weights.
     Random number generators keep their states.
     """
     folder = resolve_checkpoint(path)
     files = weight_files(folder, weights)
-    check_files(folder, [file.name for file in files])
+    adapters = [LORA] if (folder / LORA).is_file() else []
+    check_files(folder, [*(file.name for file in files), *adapters])
     with torch.random.fork_rng():  # Initial weights are overwritten at once.
         model = model_class(load_config(model_class.config_class, folder))
     with explained_loading(files[0] if len(files) == 1 else folder):
         state = {name: value for file in files for name, value in load_file(file).items()}
+        if adapters:
+            state = merge_adapters(state, read_record(folder / LORA, remedy(folder)))
         # Tied weights are saved under one name.
         tied = {name: source for name, source in model.all_tied_weights_keys.items() if name not in state}
         state |= {name: state[source] for name, source in tied.items()}
@@ -377,17 +384,20 @@ def load_model(model_class: type, path: str | Path, weights: WeightsKind = "ema"
 
 
 def weight_files(folder: Path, weights: WeightsKind = "ema") -> list[Path]:
-    """The files of a checkpoint's weights, averaged ones where they are asked for and there are some.
+    """The files of a checkpoint's weights, averaged ones where they are asked for and there are some. What several of
+    them hold is that of the last one.
 
     Raises: FileNotFoundError: there are none.
     """
-    if weights == "ema" and (folder / EMA).is_file():
-        return [folder / EMA]
+    averaged = [folder / EMA] if weights == "ema" and (folder / EMA).is_file() else []
+    if averaged and not (folder / LORA).is_file():
+        return averaged
     # transformers splits large raw weights into several files.
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
         raise FileNotFoundError(f"{folder} has no model.safetensors; it is no checkpoint of a model")
-    return files
+    # Averages of adapters come without the weights that they adapt.
+    return [*files, *averaged]
 
 
 def load_config(config_class: Any, path: str | Path) -> Any:
@@ -410,9 +420,16 @@ def write_card(folder: Path, model_class: type, stage: str, path: Path | None = 
     Args: path: where the folder will be; None: where it is.
     """
     # Averaged weights are in a file of their own, which `from_pretrained` does not read.
-    averaged = (folder / EMA).is_file()
+    averaged, is_adapted = (folder / EMA).is_file(), (folder / LORA).is_file()
     kinds = "`model.safetensors` holds the raw weights, as the optimizer left them"
-    if (folder / EMA).is_file() and not list(folder.glob("model*.safetensors")):
+    if is_adapted:
+        kinds = (
+            "`model.safetensors` holds the frozen weights that the run started from and its adapters (`lora_A`, "
+            f"`lora_B`)\nas the optimizer left them; `{LORA}` has their rank and alpha"
+            + (f", `{EMA}` the moving average of the adapters" if averaged else "")
+            + ".\n`inference/export_model.py` writes a folder with merged weights, which `from_pretrained` opens"
+        )
+    elif averaged and not list(folder.glob("model*.safetensors")):
         kinds = f"`{EMA}` holds the averaged weights"
     elif averaged:
         kinds += (
@@ -423,9 +440,10 @@ def write_card(folder: Path, model_class: type, stage: str, path: Path | None = 
         f"from {model_class.__module__} import {model_class.__name__}; from utils.checkpoints import load_model; "
         f'model = load_model({model_class.__name__}, "{path or folder}")'
     )
+    loaded = ("averaged weights" if averaged else "raw weights") + (", adapters merged" if is_adapted else "")
     text = (
-        f"# {stage}, {folder.name}\n\n{kinds}. This line, run in the repository's folder, loads the "
-        f"{'averaged' if averaged else 'raw'} weights, in fp32 and eval mode:\n\n```python\n{line}\n```\n\n"
+        f"# {stage}, {folder.name}\n\n{kinds}. This line, run in the repository's folder, loads the {loaded}, "
+        f"in fp32 and eval mode:\n\n```python\n{line}\n```\n\n"
         f"`{CONFIG}`: the model's configuration. `{STAGE}`: arguments, data, commit and versions of the run. "
         f"`{COMPLETE}`: sizes and SHA-256 of all files.\nThe other files are the state of training, which "
         "`--resume_from_checkpoint` reads.\n"
@@ -447,39 +465,6 @@ def chosen_weights(checkpoint: Path, args: Any) -> WeightsKind:
     if not averaged and args.weights == "ema" and "weights" in args.given:
         raise ValueError(f"{checkpoint} has no averaged weights ({EMA}); use --weights raw")
     return args.weights if averaged else "raw"
-
-
-def rotate(run_dir: Path, limit: int) -> None:
-    """Delete the oldest complete checkpoints beyond `limit`, and incomplete folders older than the newest complete
-    one."""
-    folders = checkpoints_in(run_dir)
-    complete = [folder for folder in folders if is_complete(folder)]
-    # Incomplete and older than a complete one: interrupted. A newer one may still be in progress.
-    stale = [
-        folder for folder in folders if folder not in complete and complete and step_of(folder) < step_of(complete[-1])
-    ]
-    for folder in complete[:-limit] + stale:
-        logger.info("deleting %s (--save_total_limit %d)", folder, limit)
-        # Without its mark the folder is no checkpoint, even if the deletion is cut short.
-        (folder / COMPLETE).unlink(missing_ok=True)
-        shutil.rmtree(folder)
-
-
-def set_aside(run_dir: Path, folders: list[Path]) -> None:
-    """Move checkpoints of a run that went another way into a new folder `abandoned-N` of the run, where resuming and
-    loading find them only by their own path. Interrupted ones, which have no COMPLETE.json, stay where they are."""
-    folders = [folder for folder in folders if (folder / COMPLETE).is_file()]
-    if not folders:
-        return
-    number = 1
-    while (run_dir / f"abandoned-{number}").exists():
-        number += 1
-    target = run_dir / f"abandoned-{number}"
-    target.mkdir()
-    for folder in folders:
-        folder.rename(target / folder.name)
-    names = ", ".join(folder.name for folder in folders)
-    logger.warning("%s of %s: moved to %s, since the run goes on from an earlier step", names, run_dir, target.name)
 
 
 def provenance() -> dict:

@@ -18,13 +18,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 
+from model.lora import adapters_of, is_of_adapter
 from utils.checkpoints import (
+    COMPLETE,
     EMA,
+    LORA,
     STAGE,
+    checkpoints_in,
     explained_loading,
+    is_complete,
     mark_complete,
-    rotate,
-    set_aside,
+    step_of,
     without_copies,
     write_card,
     write_json,
@@ -150,6 +154,45 @@ class BackgroundWriter:
             logger.error("%s", failure)
 
 
+# ---- Checkpoints of a run that make room for new ones.
+
+
+def rotate(run_dir: Path, limit: int) -> None:
+    """Delete the oldest complete checkpoints beyond `limit`, and incomplete folders older than the newest complete
+    one."""
+    folders = checkpoints_in(run_dir)
+    complete = [folder for folder in folders if is_complete(folder)]
+    # Incomplete and older than a complete one: interrupted. A newer one may still be in progress.
+    stale = [
+        folder for folder in folders if folder not in complete and complete and step_of(folder) < step_of(complete[-1])
+    ]
+    for folder in complete[:-limit] + stale:
+        logger.info("deleting %s (--save_total_limit %d)", folder, limit)
+        # Without its mark the folder is no checkpoint, even if the deletion is cut short.
+        (folder / COMPLETE).unlink(missing_ok=True)
+        shutil.rmtree(folder)
+
+
+def set_aside(run_dir: Path, folders: list[Path]) -> None:
+    """Move checkpoints of a run that went another way into a new folder `abandoned-N` of the run, where resuming and
+    loading find them only by their own path. Interrupted ones, which have no COMPLETE.json, stay where they are."""
+    folders = [folder for folder in folders if (folder / COMPLETE).is_file()]
+    if not folders:
+        return
+    number = 1
+    while (run_dir / f"abandoned-{number}").exists():
+        number += 1
+    target = run_dir / f"abandoned-{number}"
+    target.mkdir()
+    for folder in folders:
+        folder.rename(target / folder.name)
+    names = ", ".join(folder.name for folder in folders)
+    logger.warning("%s of %s: moved to %s, since the run goes on from an earlier step", names, run_dir, target.name)
+
+
+# ---- The trainer.
+
+
 class SavingTrainer(Trainer):
     """The part of `StageTrainer` that writes and reads checkpoints.
 
@@ -264,7 +307,11 @@ class SavingTrainer(Trainer):
         averaged = self.averaged_weights()
         state = {"guard": self.guard.state_dict(), **(self.extra_state() or {})}
         if rank() == 0:
+            if adapters := adapters_of(self.model):
+                self.write(write_json, folder / LORA, adapters)
             if averaged is not None:
+                if adapters:  # The other weights are frozen.
+                    averaged = {name: tensor for name, tensor in averaged.items() if is_of_adapter(name)}
                 averaged = self.content(without_copies(self.model, averaged))
                 averaged = {name: tensor.cpu().contiguous() for name, tensor in averaged.items()}
                 self.write(save_file, averaged, folder / EMA, {"format": "pt"})

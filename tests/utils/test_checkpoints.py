@@ -18,12 +18,12 @@ from utils.checkpoints import (
     newest_complete,
     read_stage,
     resolve_checkpoint,
-    rotate,
     warn_of_former_data,
     without_copies,
     write_card,
     write_json,
 )
+from utils.saving import rotate
 
 
 def checkpoint(run, step, complete=True, **record):

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from dataset_loading.files import replacing, sync_to_disk
 from utils.checkpoints import (
     CARD,
     CONFIG,
     EXPORTED,
+    LORA,
     STAGE,
     check_files,
     data_of,
@@ -23,6 +24,7 @@ from utils.checkpoints import (
     mark_complete,
     read_stage,
     weight_files,
+    without_copies,
     write_json,
 )
 from utils.exporting.arguments import DType, Format
@@ -135,22 +137,30 @@ def write_checkpoint(
 
 
 def write_weights(checkpoint: Path, folder: Path, content: Content, model: nn.Module) -> None:
-    """The weights as model.safetensors: byte for byte in float32, so that a VAE keeps its fingerprint.
+    """The weights as model.safetensors: byte for byte in float32, so that a VAE keeps its fingerprint; with adapters
+    merged.
 
     Buffers, such as latent statistics, stay as they are.
     """
-    files = weight_files(checkpoint, content.weights)
     dtype, buffers = getattr(torch, content.dtype), {name for name, _ in model.named_buffers()}
+
+    def write_state(state: dict[str, Tensor], target: Path) -> None:
+        state = {
+            name: value if name in buffers or not value.is_floating_point() else value.to(dtype)
+            for name, value in state.items()
+        }
+        save_file(state, target, {"format": "pt"})
+
+    if (checkpoint / LORA).is_file():  # No file has the merged weights.
+        write_state(without_copies(model, model.state_dict()), folder / "model.safetensors")
+        return
+    files = weight_files(checkpoint, content.weights)
     for file in files:
         target = folder / ("model.safetensors" if len(files) == 1 else file.name)
         if content.dtype == "float32":
             shutil.copyfile(file, target)
-            continue
-        state = {
-            name: value if name in buffers or not value.is_floating_point() else value.to(dtype)
-            for name, value in load_file(file).items()
-        }
-        save_file(state, target, {"format": "pt"})
+        else:
+            write_state(load_file(file), target)
     # transformers lists the files of large weights.
     index = checkpoint / "model.safetensors.index.json"
     if len(files) > 1 and index.is_file():

@@ -54,7 +54,7 @@ ON_RESUME: dict[str, str] = {
             *("seed", "sequence_length", "include_modes", "use_speakers", "max_clip_frames"),
             *("tasks", "caption_tokenizer", "caption_vocab_size"),
             # Groups of the optimizer, to which its state belongs.
-            *("freeze", "learning_rates"),
+            *("freeze", "learning_rates", "lora_rank", "lora_alpha", "lora_modules"),
             *("discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm"),
             *("discriminator_periods", "discriminator_resolutions", "discriminator_widening"),
         ],

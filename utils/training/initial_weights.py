@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.lora import add_adapters, default_alpha
 from utils.checkpoints import load_model, read_stage, resolve_checkpoint, warn_of_former_data
 from utils.distributed import launched_rank
 from utils.generation.foreign_weights import foreign_model
@@ -66,6 +67,27 @@ def model_with_weights(model_class: type, path: str | Path, config: StrictConfig
     logger.warning("the run goes on from the weights of %s with %s", path, shown)
     model.load_state_dict(source.state_dict())
     return model.eval()
+
+
+def adapt(model: nn.Module, args: Any, *, has_weights: bool) -> list[str]:
+    """Freeze a model and give it the adapters that `--lora_rank` asks for, in place; nothing where it is 0.
+
+    Args:
+        args: flags of the stage; some stages have no adapters.
+        has_weights: whether the model has trained weights, or gets those of the checkpoint that is resumed.
+    Returns: full names of the layers that have adapters.
+    Raises: ValueError: it has none, or a name of `--lora_modules` does not fit.
+    """
+    rank = getattr(args, "lora_rank", 0)
+    if not rank:
+        return []
+    if not has_weights:
+        raise ValueError(
+            f"--lora_rank={rank} needs trained weights to adapt, and the run {args.run_name} has no checkpoint to "
+            "resume; give --init_from"
+        )
+    alpha = default_alpha(rank) if args.lora_alpha is None else args.lora_alpha
+    return add_adapters(model, rank=rank, alpha=alpha, names=args.lora_modules)
 
 
 def have_other_weights(first: nn.Module, second: nn.Module) -> bool:

@@ -26,7 +26,6 @@ from utils.checkpoints import (
     newest_complete,
     provenance,
     resolve_checkpoint,
-    set_aside,
     step_of,
 )
 from utils.command_line import explained_errors, parse_arguments, parse_overrides
@@ -37,9 +36,10 @@ from utils.options import declared_fields, from_preset
 from utils.resuming.callback import ResumeCallback
 from utils.resuming.flags import Resumption, check_resumable, resume_arguments
 from utils.resuming.run_lock import learn_refusal, only_run
+from utils.saving import set_aside
 from utils.strict_config import StrictConfig
 from utils.training.callbacks import EvaluationCallback, ScalarLogsCallback, StopOnSignalCallback
-from utils.training.initial_weights import initial_model
+from utils.training.initial_weights import adapt, initial_model
 from utils.training.log_lines import LogLinesCallback, say
 from utils.training.planning.batch_size import settle_batch_size
 from utils.training.planning.dry_run import describe
@@ -158,7 +158,7 @@ class Stage:
         training = training_arguments(self.args, self.run_dir)
         learn_refusal()
         set_seed(self.args.seed)
-        model = self.build_model(config)
+        model = self.build_trained_model(config)
         # The checkpoint to go on from, where rank 0 sees one; all processes agree.
         checkpoint = from_main(str(self.find_checkpoint() or "")) or None
         n_steps, _ = self.count_steps(datasets["train"], world_size())
@@ -213,6 +213,21 @@ class Stage:
         if not path:
             return self.model_class(config)
         return initial_model(self.model_class, path, config, stage=self.name, presets=self.presets)
+
+    def build_trained_model(self, config: StrictConfig) -> nn.Module:
+        """That model, frozen and with adapters where `--lora_rank` asks for them."""
+        model = self.build_model(config)
+        if layers := adapt(model, self.args, has_weights=self.has_weights):
+            counts = [
+                sum(p.numel() for p in model.parameters() if p.requires_grad is trained) for trained in (True, False)
+            ]
+            logger.info("LoRA on %d linear layers: %d parameters are trained, %d are frozen", len(layers), *counts)
+        return model
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the run begins with trained weights: of `--init_from`, or of the checkpoint that is resumed."""
+        return bool(self.args.init_from) or self.resumption is not None
 
     def build_datasets(self, config: StrictConfig) -> dict[str, Dataset]:
         """Training and validation set by name."""

@@ -11,7 +11,7 @@ from model.image.vae import ImageVAE
 from tests.helpers.audio_latent_cache import save_audio_vae
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.latent_cache import save_vae
-from utils.checkpoints import EMA, STAGE, checkpoints_in, mark_complete, rotate, write_json
+from utils.checkpoints import EMA, STAGE, checkpoints_in, mark_complete, write_json
 from utils.generation.latents import (
     check_vae,
     find_vae,
@@ -20,6 +20,7 @@ from utils.generation.latents import (
     standardized_posterior,
     vae_fingerprint,
 )
+from utils.saving import rotate
 
 
 @pytest.fixture(scope="module")

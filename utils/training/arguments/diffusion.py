@@ -7,12 +7,13 @@ from model.presets import AUDIO_DIFFUSION, IMAGE_DIFFUSION
 from utils.flags.choices import TimeSampling, Weighting
 from utils.generation.arguments.audio_diffusion import AudioSamplingArguments
 from utils.generation.arguments.image import SamplingArguments
-from utils.megatransformer_utils import BatchSize, SchedulerKind, StageArguments
+from utils.megatransformer_utils import BatchSize, SchedulerKind
 from utils.options import Section, option
+from utils.training.arguments.lora import LoRAArguments
 
 
 @dataclasses.dataclass
-class DiffusionArguments(StageArguments):
+class DiffusionArguments(LoRAArguments):
     """Flags of the objective, for all stages of diffusion."""
 
     SECTION_DATA: ClassVar = Section("Data")

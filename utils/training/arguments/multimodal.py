@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from model.presets import MEGATRANSFORMER, MULTIMODAL
-from utils.megatransformer_utils import BatchSize, StageArguments
+from utils.megatransformer_utils import BatchSize
 from utils.options import Section, option
+from utils.training.arguments.lora import LoRAArguments
 
 
 @dataclasses.dataclass
@@ -69,7 +70,7 @@ HAS_SPANS = ("include_modes", ("image", "audio"))
 
 
 @dataclasses.dataclass
-class MultimodalArguments(TextArguments, StageArguments):
+class MultimodalArguments(TextArguments, LoRAArguments):
     """Flags of the multimodal stage."""
 
     stage: ClassVar = "multimodal"

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from model.multimodal.parameters import freeze
 from utils.distributed import launched_rank, launched_world_size
-from utils.training.planning.memory import Engine, memory_of, parameter_counts
+from utils.training.initial_weights import adapt
+from utils.training.planning.memory import Engine, memory_of, n_trained, parameter_counts
 from utils.training.planning.phases import adversary_phases, check_phases
 
 
@@ -34,6 +35,7 @@ def describe(stage: Any) -> None:
     with torch.device("meta"):
         model = stage.model_class(config)
         parts = stage.build_trainer_parts(model)  # Losses and discriminators refuse what they cannot work with.
+        adapt(model, args, has_weights=stage.has_weights)
     freeze(model, getattr(args, "freeze", []))
 
     # The report of the counts.
@@ -42,6 +44,8 @@ def describe(stage: Any) -> None:
     counts = parameter_counts(model, parts)
     console.print(config.describe(), markup=False)
     console.print("parameters: " + ", ".join(f"{name} {count:,}" for name, count in counts.items()))
+    if n_frozen := counts["model"] - n_trained(model):
+        console.print(f"of the model: {n_trained(model):,} trained, {n_frozen:,} frozen")
     console.print("samples: " + ", ".join(f"{split} {len(dataset):,}" for split, dataset in datasets.items()))
     console.print(f"optimizer steps: {n_steps:,} of {content} on {n_ranks} process(es)")
     show_memory(console, memory_of(model, parts, args, Engine.of(args, n_ranks)))

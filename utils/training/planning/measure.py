@@ -178,7 +178,7 @@ def measure(stage: Any, n_counted: int, *, reserve: float = 0.0) -> Measurement:
         n_warm_up, n_counted = min(N_WARM_UP, n_counted), counted_steps(args, n_counted)
         training.max_steps = max(n_steps, len(phases) * (n_warm_up + n_counted))
         set_seed(args.seed)
-        trainer = stage.build_trainer(stage.build_model(config), datasets, training, n_steps=n_steps)
+        trainer = stage.build_trainer(stage.build_trained_model(config), datasets, training, n_steps=n_steps)
         if args.compile_model:
             compile_in_place(trainer.model)
         # Added last: it is called after the other callbacks, whose time counts.

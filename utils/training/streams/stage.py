@@ -332,6 +332,12 @@ def check_flags(args: Any, has_texts: bool) -> None:
 
 def check_frozen_text(args: Any) -> None:
     """Raises: ValueError: the rows of further tokens, which a model of text does not have, would stay random."""
+    if args.lora_rank:
+        raise ValueError(
+            f"--lora_rank={args.lora_rank} with --init_from {args.init_from}, a model of text: what it does not have "
+            "(embeddings of <null>, begin and end, encoders and decoders of latents) would stay random; start from a "
+            "run on streams, or leave --lora_rank out and give --learning_rates trunk:0.1"
+        )
     if "text" in args.freeze:
         raise ValueError(
             f"--freeze {' '.join(args.freeze)} with --init_from {args.init_from}, a model of text: the embeddings of "
