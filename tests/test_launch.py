@@ -28,6 +28,7 @@ from tests.helpers.runs import (
     SMALL_RUN,
     Run,
     changed,
+    equal,
     largest_difference,
     named_runs,
     relative_distance,
@@ -234,6 +235,18 @@ def test_diffusion_on_two_processes_equals_one(train_diffusion, latent_cache, tm
         assert two.losses == pytest.approx(one.losses, rel=1e-5)
         for name in ("model", "ema"):
             assert largest_difference(one.weights(name), two.weights(name)) <= 1e-4
+
+
+def test_adapters_on_two_ddp_processes_equal_one(train_diffusion, latent_cache, tmp_path, launch_waiting):
+    base = train_diffusion("base", 2, "--batch_size", "8")
+    flags = ["--init_from", str(base.folder), "--lora_rank", "4", "--learning_rate", "1e-2", "--batch_size"]
+    one = train_diffusion("one", 6, *flags, "8")
+    two = launch_waiting("torchrun", latent_cache, tmp_path, 6, *flags, "4", stage="image_diffusion")
+    assert two.losses == pytest.approx(one.losses, rel=1e-5)
+    for name in ("model", "ema"):
+        assert largest_difference(one.weights(name), two.weights(name)) <= 1e-4
+    frozen = {name: value for name, value in two.weights().items() if "lora_" not in name}
+    assert equal(list(frozen.values()), [one.weights()[name] for name in frozen])
 
 
 def sharding_all(folder: Path) -> str:

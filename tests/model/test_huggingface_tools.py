@@ -3,6 +3,7 @@
 import copy
 
 import numpy as np
+import peft
 import pytest
 import torch
 from datasets import Dataset
@@ -341,11 +342,10 @@ def test_auto_classes(build, tmp_path):
         model.set_attn_implementation("flash_attention_2")
 
 
-# ---- PEFT, which is no dependency of training: these tests are skipped where it is missing.
+# ---- PEFT.
 
 
 def adapter(name, model):
-    peft = pytest.importorskip("peft", reason="peft is not installed; see requirements-dev.txt")
     projections = ["q_proj", "v_proj"] if isinstance(model, LlamaForCausalLM) else ["qkv_proj"]
     lora = {"r": 2, "lora_alpha": 8, "init_lora_weights": False}
     kinds = {

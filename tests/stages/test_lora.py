@@ -1,6 +1,7 @@
 """Fine-tuning with low-rank adapters: only they train, every tool sees merged weights, resumed runs are exact."""
 
 import json
+import random
 from functools import partial
 from pathlib import Path
 
@@ -10,14 +11,16 @@ import torch
 import evaluate
 from dataset_loading.collators import collate_captioned
 from dataset_loading.image.latents import ImageLatentDataset
-from dataset_loading.text.windows import TextDataset
+from dataset_loading.text.windows import TextDataset, prepare_text
 from inference import export_model
 from model.causal import MegaTransformerForCausalLM
 from model.image.diffusion import ImageDiffusion
-from model.lora import BASE, add_adapters, is_of_adapter
+from model.lora import BASE, FACTORS, add_adapters, is_of_adapter
+from model.multimodal import MegaTransformerMultimodal
 from pretrain_multimodal import MultimodalStage
 from tests.helpers.runs import Run, changed, equal, largest_difference, run_stage
-from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, make_text
+from tests.helpers.stream_caches import SMALL_STREAMS
+from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, WORDS, make_text
 from utils.checkpoints import LORA, load_model
 from utils.training.multimodal import MultimodalTrainer
 
@@ -162,11 +165,11 @@ class NonFiniteStage(MultimodalStage):
     trainer_class = NonFiniteTrainer
 
 
-def test_a_step_that_is_not_finite_changes_no_adapter(base, text_cache, tmp_path):
-    flags = [*from_base(base), "--save_steps", "2", "--max_skipped_steps", "3"]
-    run = run_stage(NonFiniteStage, SMALL_TEXT, text_cache, tmp_path, "skipping", 4, *flags)
+def test_a_step_that_is_not_finite_changes_no_adapter(base, train_text, text_cache, tmp_path):
+    run = run_stage(NonFiniteStage, SMALL_TEXT, text_cache, tmp_path, "skipping", 4, *from_base(base))
     assert json.loads((run.folder / "stage.json").read_text())["skipped_steps"]["total"] == 2
-    before = Run(run.folder.parent, 2)
+    finite = train_text("finite", 4, *from_base(base), "--save_steps", "2")
+    before = Run(finite.folder.parent, 2)
     assert all(equal(run.weights(name), before.weights(name)) for name in ("model", "ema"))
 
 
@@ -236,3 +239,48 @@ def test_a_unet_is_adapted(train_diffusion, latent_cache):
     (run.folder.parent / "checkpoint-2").rename(half / "checkpoint-2")
     resumed = train_diffusion("half", 4, *flags[2:], "--resume_from_checkpoint")
     assert all(equal(run.weights(name), resumed.weights(name)) for name in ("model", "ema"))
+
+
+# ---- Streams of text and images.
+
+
+def test_streams_are_adapted(train):
+    base = train(SMALL_STREAMS, "base", 3, "--batch_size", "6")
+    run = train(SMALL_STREAMS, "tuned", 3, "--batch_size", "6", *from_base(base), "--freeze", "audio")
+    assert equal(plain_names(run.weights()), base.weights("ema"))
+    # A frozen part's adapters are not trained either.
+    moved = {name: value.any().item() for name, value in run.weights().items() if name.endswith(FACTORS[1])}
+    assert {is_moved for name, is_moved in moved.items() if "audio" in name} == {False}
+    assert {is_moved for name, is_moved in moved.items() if "audio" not in name} == {True}
+    merged = load_model(MegaTransformerMultimodal, run.folder).state_dict()
+    assert merged.keys() == load_model(MegaTransformerMultimodal, base.folder).state_dict().keys()
+
+
+# ---- Does it learn?
+
+
+def test_adapters_learn_new_text_nearly_as_well_as_all_weights(tmp_path, fresh_logging):
+    """Words in random order, then the same words in an order of their own."""
+    draw, caches = random.Random(0), {}
+    for name in ("random", "ordered"):
+        (tmp_path / name).mkdir()
+        for number in range(100):
+            start, n = draw.randrange(len(WORDS)), 20
+            words = (
+                draw.choices(WORDS, k=n) if name == "random" else [WORDS[(start + i) % len(WORDS)] for i in range(n)]
+            )
+            (tmp_path / name / f"{number:03}.txt").write_text(f"{number} {' '.join(words)}\n", encoding="utf-8")
+        cache = tmp_path / f"{name}_cache"
+        caches[name] = prepare_text(str(tmp_path / name), cache, "bytes", validation_fraction=0.2)
+    rate = ["--lr_scheduler_type", "constant_with_warmup", "--ema_decay", "0.9", "--learning_rate"]
+
+    def train(text: str, name: str, steps: int, *flags: str) -> Run:
+        return run_stage(MultimodalStage, SMALL_TEXT, caches[text], tmp_path, name, steps, *rate, *flags)
+
+    base = train("random", "base", 160, "3e-3")
+    start = ["--init_from", str(base.folder.parent)]
+    before = evaluate.main(["--checkpoint", str(base.folder), "--cached_dataset", str(caches["ordered"])])
+    bits = [before["scores"]["model"]["bits_per_byte"]]
+    for name, words in {"full": ["3e-3"], "adapted": ["5e-3", "--lora_rank", "16"]}.items():
+        bits.append(train("ordered", name, 50, *words, *start).logged("eval_bits_per_byte")[-1])
+    assert bits[0] - bits[2] >= 0.75 * (bits[0] - bits[1]) > 0.5

@@ -108,6 +108,8 @@ def test_what_does_not_fit_a_model_of_text_is_refused(texts, train, tmp_path):
         ValueError, match=r"--freeze trunk text with --init_from .*--learning_rates text:0\.01 in place"
     ):
         train(without_caption_flags(SMALL_STREAMS), "other", 1, "--init_from", str(same), "--freeze", "trunk", "text")
+    with pytest.raises(ValueError, match=r"--lora_rank=4 with --init_from .*start from a run on streams"):
+        train(without_caption_flags(SMALL_STREAMS), "other", 1, "--init_from", str(same), "--lora_rank", "4")
     with pytest.raises(ValueError, match=r"--caption_vocab_size 280.*tokenizer of .*text, which is another one"):
         train(SMALL_STREAMS, "other", 1, *flags)
     others = make_text(tmp_path / "others", 30, tokenizer="bpe", vocab_size=300)

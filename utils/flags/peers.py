@@ -83,7 +83,9 @@ PEERS: dict[str, str] = {
         "caption_dropout": "caption_dropout_probability cfg_dropout_prob proportion_empty_prompts uncond_prob "
         "cfg_prob conditioning_dropout_prob",
         "min_snr_gamma": "snr_gamma",
-        "lora_rank": "rank lora_r lora_dim",
+        "lora_rank": "rank lora_r lora_dim network_dim use_lora lora use_peft",
+        "lora_alpha": "network_alpha lora_scaling lora_scale",
+        "lora_modules": "lora_target_modules target_modules lora_target lora_layers lora_attn_modules",
         # Sampling.
         "n_steps": "num_inference_steps sampling_steps inference_steps ddim_steps nfe nfe_step denoising_steps",
         "guidance_scale": "cfg cfg_scale cfg_strength guidance scale",
