@@ -108,6 +108,7 @@ def test_named_files_exist(document):
         "manifest.json",
         "settings.json",
         "stage.json",
+        "lora.json",
         "metrics.json",
         "COMPLETE.json",
         "config.json",

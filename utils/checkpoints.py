@@ -28,7 +28,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dataset_loading.files import MANIFEST, Record, digest_file, read_record, replace_file, sync_to_disk
-from model.lora import merge_adapters
+from model.adapters.lora import merge_adapters
 from utils.flags.choices import WeightsKind
 
 logger = logging.getLogger(__name__)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import Trainer
 
-from model.lora import adapters_of, is_of_adapter
+from model.adapters.lora import adapters_of, is_of_adapter
 from utils.checkpoints import (
     COMPLETE,
     EMA,

@@ -18,8 +18,8 @@ from torch.utils.data import Sampler
 
 from dataset_loading.collators import HostFields, batches_of
 from dataset_loading.epoch_sampler import ORDER, EpochSampler
+from model.adapters.lora import adapters_of, merge_adapters
 from model.layers import to_device
-from model.lora import adapters_of, merge_adapters
 from utils.checkpoints import checkpoints_in, is_complete, step_of
 from utils.devices import peak_memory_gib
 from utils.distributed import any_across_ranks, mean_across_ranks

@@ -13,9 +13,9 @@ from dataset_loading.collators import collate_captioned
 from dataset_loading.image.latents import ImageLatentDataset
 from dataset_loading.text.windows import TextDataset, prepare_text
 from inference import export_model
+from model.adapters.lora import BASE, FACTORS, add_adapters, is_of_adapter
 from model.causal import MegaTransformerForCausalLM
 from model.image.diffusion import ImageDiffusion
-from model.lora import BASE, FACTORS, add_adapters, is_of_adapter
 from model.multimodal import MegaTransformerMultimodal
 from pretrain_multimodal import MultimodalStage
 from tests.helpers.runs import Run, changed, equal, largest_difference, run_stage

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from model.lora import add_adapters, default_alpha
+from model.adapters.lora import add_adapters, default_alpha
 from utils.checkpoints import load_model, read_stage, resolve_checkpoint, warn_of_former_data
 from utils.distributed import launched_rank
 from utils.generation.foreign_weights import foreign_model

@@ -46,10 +46,7 @@ def linear_layers(model: nn.Module, names: Sequence[str] = ()) -> list[str]:
     ends = list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
     for name in names:
         if not any(is_end(name, layer) for layer in layers):
-            raise ValueError(
-                f"--lora_modules {name!r} names no linear layer of this model{suggest(name, ends)}; it has "
-                f"{', '.join(ends)}"
-            )
+            raise ValueError(f"--lora_modules {name!r} names no linear layer of this model{suggest(name, ends)}")
     chosen = [layer for layer in layers if any(is_end(name, layer) for name in names)]
     # A tied weight would change in both places once adapters are merged.
     owners: dict[nn.Parameter, list[str]] = {}

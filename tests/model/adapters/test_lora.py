@@ -1,0 +1,96 @@
+"""Low-rank adapters: which layers get them, what is frozen, and that merged weights are those of peft."""
+
+import copy
+
+import pytest
+import torch
+
+from model.adapters.lora import (
+    ADAPTED_CLASSES,
+    adapters_of,
+    add_adapters,
+    is_of_adapter,
+    linear_layers,
+    merge_adapters,
+)
+from model.audio.diffusion import AudioDiffusion
+from model.causal import MegaTransformerForCausalLM
+from model.image.diffusion import ImageDiffusion
+from model.image.vae import ImageVAE
+from model.multimodal import MegaTransformerMultimodal
+from tests.helpers.runs import SMALL_LDM_UNET, equal, largest_difference
+
+SMALL_UNET = {"widths": [32, 64], "n_blocks": [1, 1], "conditioning_width": 64, "text_width": 32}
+OF_TRANSFORMER = {"attention.qkv_proj", "attention.o_proj", "ffn.in_proj", "ffn.out_proj"}
+OF_ATTENTION = {
+    f"{name}.{layer}" for name in ("attention", "text_attention") for layer in ("query", "key_value", "out")
+}
+# Model, its preset and fields, and the last two parts of the names of the layers that are adapted by default.
+MODELS = {
+    "text": (MegaTransformerForCausalLM, "tiny", {"hidden_size": 32}, OF_TRANSFORMER),
+    "recurrent text": (MegaTransformerForCausalLM, "recurrent-tiny", {"hidden_size": 32}, OF_TRANSFORMER),
+    "streams": (MegaTransformerMultimodal, "multimodal-tiny", {"hidden_size": 32, "head_width": 16}, OF_TRANSFORMER),
+    "image UNet": (ImageDiffusion, "tiny", SMALL_UNET, {*OF_ATTENTION, "0.hidden", "0.out"}),
+    "ldm": (
+        *(ImageDiffusion, "ldm", SMALL_LDM_UNET),
+        {
+            *(f"{name}attention.{layer}" for name in ("", "text_") for layer in ("query", "key", "value", "output")),
+            *("transformer.hidden", "transformer.output"),
+        },
+    ),
+    "audio UNet": (AudioDiffusion, "tiny", {}, {"attention.query", "attention.key_value", "attention.out"}),
+}
+
+
+def build(case):
+    model_class, preset, fields, _ = MODELS[case]
+    torch.manual_seed(0)
+    return model_class.from_preset(preset, **fields)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_attention_and_feed_forward_layers_are_adapted_by_default(case):
+    model = build(case)
+    layers = linear_layers(model)
+    assert {".".join(name.split(".")[-2:]) for name in layers} == MODELS[case][3]
+    n_before, state = len(list(model.parameters())), copy.deepcopy(model.state_dict())
+    assert add_adapters(model, rank=2, alpha=3.0) == layers
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {name for name in model.state_dict() if is_of_adapter(name)} and len(trained) == 2 * len(layers)
+    assert len(list(model.parameters())) == n_before + len(trained)
+    # B is zero: the plain model is the given one, bit for bit.
+    assert adapters_of(model) == {"rank": 2, "alpha": 3.0}
+    assert equal(merge_adapters(model.state_dict(), adapters_of(model)), dict(state))
+
+
+def test_merged_weights_are_those_of_peft():
+    model = build("text")
+    add_adapters(model, rank=4, alpha=16.0, names=["qkv_proj", "ffn.out_proj"])
+    for name, parameter in model.named_parameters():
+        if is_of_adapter(name):
+            torch.nn.init.normal_(parameter, std=0.1)
+    merged = merge_adapters(model.state_dict(), adapters_of(model))
+    for module in model.modules():
+        if hasattr(module, "merge"):
+            module.merge()
+    expected = {name: value for name, value in model.state_dict().items() if not is_of_adapter(name)}
+    expected = {name.replace(".base_layer.", "."): value for name, value in expected.items()}
+    assert largest_difference(expected, merged) <= 1e-6
+
+
+def test_names_are_ends_of_full_names():
+    model = build("image UNet")
+    layers = linear_layers(model, ["text_attention.query", "time.output"])
+    ends = [".".join(name.split(".")[-2:]) for name in layers]
+    assert set(ends) == {"text_attention.query", "time.output"} and ends.count("time.output") == 1
+    # `out` is also the name of convolutions, which stay as they are.
+    assert all(isinstance(model.get_submodule(name), torch.nn.Linear) for name in linear_layers(model, ["out"]))
+    with pytest.raises(ValueError, match=r"--lora_modules 'querry' names no linear layer.*did you mean 'query'"):
+        linear_layers(model, ["querry"])
+    with pytest.raises(ValueError, match="has no attention or feed-forward layers; give --lora_modules"):
+        linear_layers(ImageVAE.from_preset("tiny", image_size=32))
+
+
+def test_every_class_that_is_adapted_exists():
+    classes = {type(module).__name__ for case in MODELS for module in build(case).modules()}
+    assert set(ADAPTED_CLASSES) <= classes
