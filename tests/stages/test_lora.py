@@ -22,6 +22,7 @@ from tests.helpers.runs import Run, changed, equal, largest_difference, run_stag
 from tests.helpers.stream_caches import SMALL_STREAMS
 from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, WORDS, make_text
 from utils.checkpoints import LORA, load_model
+from utils.reporting.runs import Run as ReportedRun
 from utils.training.multimodal import MultimodalTrainer
 
 RATE = ["--learning_rate", "1e-2"]
@@ -182,6 +183,8 @@ def test_a_dry_run_counts_what_is_trained(base, text_cache, tmp_path, capsys, tr
     frozen = sum(value.numel() for value in base.weights().values())
     assert f"of the model: {trained:,} trained, {frozen:,} frozen" in shown
     assert f"parameters: model {trained + frozen:,}" in shown
+    # Reports count the merged model.
+    assert ReportedRun.read("multimodal", run.folder.parent).n_parameters() == frozen
 
 
 @pytest.mark.parametrize(

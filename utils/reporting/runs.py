@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALARS, EventAccumulator
 
 from dataset_loading.files import MANIFEST
+from model.adapters.lora import is_of_adapter
 from utils.checkpoints import STAGE, checkpoints_in, incompleteness, log_folder, step_of, weight_files
 from utils.evaluation.evaluator import AUDIO
 from utils.generation.files import SETTINGS
@@ -128,7 +129,8 @@ class Run:
         try:
             for file in weight_files(self.checkpoint):
                 with safe_open(file, "pt") as weights:
-                    for name in weights.keys():  # noqa: SIM118
+                    # Adapters are merged into the weights that they adapt.
+                    for name in (name for name in weights.keys() if not is_of_adapter(name)):  # noqa: SIM118
                         size = 1
                         for length in weights.get_slice(name).get_shape():
                             size *= length
