@@ -19,43 +19,32 @@ if __name__ == "__main__":
     # --help and wrong flags end here, before imports that take seconds.
     check_flags(ReconstructionArguments, __doc__)
 
-import torch
-
-from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image, to_float, to_tensor
+from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image
 from utils.command_line import explained_errors, parse_arguments
-from utils.devices import compute_device
-from utils.drawing.images import TRIPLE, Group, draw_sheet, pad_to_multiple, resize_shorter_side, save_image, triple
-from utils.generation.files import Failures, check_size, claim_folder, find_inputs, write_settings
-from utils.generation.latents import load_vae
-from utils.metrics.images import psnr
+from utils.drawing.images import TRIPLE, Group, draw_sheet, save_image, triple
+from utils.generation.files import Failures, claim_folder, find_inputs, write_settings
+from utils.generation.image import ImageReconstructor, load_image_vae
 
 MAX_ROWS = 32  # images that are shown on the sheet
 
 
-@torch.inference_mode()
 def reconstruct(args: ReconstructionArguments) -> None:
     """Reconstruct all images. Raises: ValueError: at the end, where some gave no result."""
-    # The inputs, the model, and the length of the shorter side.
     files = find_inputs(args.input, IMAGE_SUFFIXES)
-    model = load_vae(args.checkpoint, needs_statistics=False).to(compute_device())
-    length = model.config.image_size if args.image_size < 0 else args.image_size
+    reconstructor = ImageReconstructor(load_image_vae(args), args)
     folder, failures, groups, records = claim_folder(args.output_dir, args), Failures(), [], []
     for name, file in files.items():
         with failures.around(file):
             source = decode_image({"path": str(file), "bytes": None}, args.background_color)
-            check_size(source.size, length, args.max_pixels)
-            # Resize, pad for the model: (1, 3, Y, X) -> (1, 3, Y', X'); crop the reconstruction.
-            image = to_float(to_tensor(resize_shorter_side(source, length) if length else source))[None]
-            image = image.to(model.device)
-            reconstruction = model(image=pad_to_multiple(image, model.config.compression)).reconstruction
-            reconstruction = reconstruction[..., : image.shape[2], : image.shape[3]].clamp(-1, 1)
+            result = reconstructor.reconstruct(source)
             # The sheet, the file and the PSNR of this image.
-            images, value = triple(reconstruction[0], image[0]), psnr(reconstruction, image).item()
+            images, value = triple(result.reconstruction, result.image), result.psnr_db
             groups += [Group(images, f"{value:.1f} dB  {name}")] if len(groups) < MAX_ROWS else []
             output = folder / f"{name}_reconstruction.png"
             save_image(images[1], output)
             records.append({"input": str(file), "file": output.name, "psnr_db": value})
-            print(f"{output}  {image.shape[3]}x{image.shape[2]} pixels, PSNR {value:.2f} dB")
+            width, height = images[1].size
+            print(f"{output}  {width}x{height} pixels, PSNR {value:.2f} dB")
     # The sheet of the first MAX_ROWS images, and the settings.
     if groups:
         save_image(draw_sheet(groups, TRIPLE), folder / "sheet.png")

@@ -86,6 +86,7 @@ class ReconstructionArguments:
     checkpoint: str = option("", "run folder (its newest complete checkpoint) or checkpoint folder")
     input: list[str] = option([], "image files and folders of images")
     image_size: int = option(-1, "shorter side in pixels; 0: unchanged; -1: the size of the training images", ge=-1)
+    decoder_steps: int = option(0, "recurrent decoder: number of steps; 0: the model's own", ge=0)
     background_color: str = option("white", "color of transparent pixels, name or #rrggbb")
     max_pixels: int = option(4_000_000, "maximum pixels of an image for the model; larger ones are left out", gt=0)
     output_dir: str = option("inference/generated/reconstruction", "folder of the results")
