@@ -20,9 +20,7 @@ if __name__ == "__main__":
     check_flags(TextToAudioArguments, __doc__)
 
 from dataset_loading.audio.signal import save_waveform
-from utils.checkpoints import chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
-from utils.devices import compute_device
 from utils.generation.captions import CaptionPipeline
 from utils.generation.files import claim_folder, write_settings
 from utils.generation.speech import read_texts
@@ -32,11 +30,7 @@ from utils.generation.text import file_stem
 def generate(args: TextToAudioArguments) -> None:
     """Make a sound for every prompt and seed."""
     prompts, files = [*args.prompts, *read_texts(args.input)], []
-    checkpoint, device = resolve_checkpoint(args.checkpoint), compute_device()
-    weights = chosen_weights(checkpoint, args)
-    names = ("vae_checkpoint", "vocoder_checkpoint", "text_encoder", "bf16")
-    options = {name: getattr(args, name) for name in names}
-    pipeline = CaptionPipeline.load(checkpoint, **options, weights=weights, device=device)
+    pipeline = CaptionPipeline.of_flags(args)
     rate, args.temperature = pipeline.vae.config.sample_rate, pipeline.temperature_of(args)
     folder = claim_folder(args.output_dir, args)
     # Every prompt with every seed, in batches; a file is written as soon as its batch is ready.

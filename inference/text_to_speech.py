@@ -21,23 +21,18 @@ if __name__ == "__main__":
     # --help and wrong flags end here, before imports that take seconds.
     check_flags(TextToSpeechArguments, __doc__)
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
 from dataset_loading.audio.signal import save_waveform
-from utils.checkpoints import chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
-from utils.devices import compute_device
 from utils.generation.files import claim_folder, write_settings
-from utils.generation.speech import SpeechPipeline, read_texts
+from utils.generation.speech import SpeechPipeline, join_sentences, read_texts
 
 
 def speak(args: TextToSpeechArguments) -> None:
-    texts, files, device = [*args.text, *read_texts(args.input)], [], compute_device()
-    weights = chosen_weights(checkpoint := resolve_checkpoint(args.checkpoint), args)
-    paths = {name: getattr(args, name) for name in ("vae_checkpoint", "vocoder_checkpoint", "bf16")}
-    pipeline = SpeechPipeline.load(checkpoint, **paths, weights=weights, device=device)
+    texts, files = [*args.text, *read_texts(args.input)], []
+    pipeline = SpeechPipeline.of_flags(args)
     rate, args.temperature = pipeline.vae.config.sample_rate, pipeline.temperature_of(args)
     # All sentences in order, in batches; each text's file is written once its last sentence is spoken.
     sentences = [pipeline.speakable(text, args.language, args.speaker) for text in texts]
@@ -48,13 +43,14 @@ def speak(args: TextToSpeechArguments) -> None:
     for number, (text, parts) in enumerate(zip(texts, sentences)):
         pieces = []
         for part, (sentence, waveform) in enumerate(itertools.islice(waveforms, len(parts))):
-            pieces += [torch.zeros(round(args.pause * rate)), waveform] if pieces else [waveform]
+            pieces.append(waveform)
             if args.stream:
                 save_waveform(waveform, rate, folder / f"{number:03}_{part:03}.wav")
                 print(f"{folder}/{number:03}_{part:03}.wav  {len(waveform) / rate:.2f} s  {sentence}", flush=True)
         if pieces:
-            file, seconds = f"{number:03}.wav", sum(map(len, pieces)) / rate
-            gain = save_waveform(torch.cat(pieces), rate, folder / file)
+            whole = join_sentences(pieces, args.pause, rate)
+            file, seconds = f"{number:03}.wav", len(whole) / rate
+            gain = save_waveform(whole, rate, folder / file)
             files.append({"file": file, "text": text, "seconds": seconds, "gain": gain})
             print(f"{folder}/{file}  {seconds:.2f} s  {text}", flush=True)
     if not files:

@@ -271,17 +271,24 @@ def cut_at_pauses(waveform: Tensor, rate: int, max_samples: int) -> list[Tensor]
     return [*pieces, waveform]
 
 
+def fit_full_scale(waveform: Tensor) -> tuple[Tensor, float]:
+    """A waveform (S,) within [-1, 1], scaled down as a whole where it exceeds that, and the gain, 1 where nothing
+    did."""
+    # The largest number of 24 bits is a little below 1.
+    peak = waveform.abs().max().item() if len(waveform) else 0.0
+    gain = 1.0 if peak <= 1 else (1 - 2**-23) / peak
+    return waveform * gain, gain
+
+
 def save_waveform(waveform: Tensor, sample_rate: int, file: Path) -> float:
     """Write (S,) as a 24-bit WAV file atomically; what exceeds [-1, 1] is scaled down as a whole, not clipped.
 
     Returns: the gain by which it was scaled, 1 where nothing exceeded.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    # The largest number of 24 bits is a little below 1.
-    peak = waveform.abs().max().item() if len(waveform) else 0.0
-    gain = 1.0 if peak <= 1 else (1 - 2**-23) / peak
+    fitting, gain = fit_full_scale(waveform)
     with replacing(file) as temporary:
-        soundfile.write(temporary, (waveform * gain).numpy(), sample_rate, "PCM_24", format="WAV")
+        soundfile.write(temporary, fitting.numpy(), sample_rate, "PCM_24", format="WAV")
     if gain < 1:
-        logger.warning("%s: peaks were %.2f times full scale; saved at a gain of %.3f", file, peak, gain)
+        logger.warning("%s: peaks were %.2f times full scale; saved at a gain of %.3f", file, 1 / gain, gain)
     return gain

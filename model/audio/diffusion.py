@@ -45,7 +45,7 @@ from model.diffusion import (
 from model.dropout import check_keys, fold
 from model.layers import to_device
 from model.presets import AUDIO_DIFFUSION
-from model.samplers import guided_denoiser, sample
+from model.samplers import OnEstimate, guided_denoiser, sample
 from utils.flags.choices import SamplerKind
 from utils.options import from_preset
 
@@ -371,6 +371,7 @@ class AudioDiffusion(PreTrainedModel):
         guidance_scale: float = 1.0,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         temperature: float = 1.0,
+        on_estimate: OnEstimate | None = None,
     ) -> Tensor:
         """Latents of clips, by a deterministic sampler at equal steps of time.
 
@@ -381,6 +382,7 @@ class AudioDiffusion(PreTrainedModel):
             guidance_interval: times in which guidance acts.
             temperature: std of the noise that sampling starts from, relative to that of training (Grad-TTS,
                 arXiv 2105.06337, section 3.3); below 1 clips are nearer to their mean.
+            on_estimate: called with estimates of the latents (B, L, Z), see `model.samplers.sample`.
         Returns: (B, L, Z) fp32, standardised; 0 in padding.
         Raises: ValueError: a stochastic sampler, whose noise would depend on the batch; another number of generators.
         """
@@ -406,7 +408,7 @@ class AudioDiffusion(PreTrainedModel):
             interval=guidance_interval,
         )
         times = self.process.sampling_times(n_steps, "uniform")
-        latents = sample(sampler, denoiser, x, process=self.process, times=times)
+        latents = sample(sampler, denoiser, x, process=self.process, times=times, on_estimate=on_estimate)
         return latents.where(condition.mask[..., None], 0.0)
 
     def _init_weights(self, module: nn.Module) -> None:

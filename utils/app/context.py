@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from utils.app.arguments import AppArguments
@@ -77,6 +77,25 @@ class Context:
                 api_visibility="private",
                 show_progress="hidden",
             )
+
+    def follow(
+        self, choice: Any, offers: Callable[[Any], dict[str, dict[str, Any]]], components: Sequence[Any]
+    ) -> None:
+        """Let components offer what fits a choice, when the page is opened and whenever the choice changes.
+
+        Args:
+            offers: from the value of the choice; one entry per component, in their order, with what to change.
+        """
+
+        # Without triggers it is called for both.
+        self.gr.on(
+            fn=lambda value: [self.gr.update(**changes) for changes in offers(value).values()],
+            inputs=[choice],
+            outputs=list(components),
+            queue=False,
+            api_visibility="private",
+            show_progress="hidden",
+        )
 
     def buttons(self, label: str) -> tuple[Any, Any]:
         """A button that starts a job, and one that stops it."""

@@ -20,8 +20,10 @@ from model.audio.spectral import MelSettings, check_same_mel
 from model.audio.unet1d import AudioCondition
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
+from model.samplers import OnEstimate
 from model.text.phonemes import SpeechTokenizer
-from utils.checkpoints import data_of, load_model, read_stage, resolve_checkpoint
+from utils.checkpoints import chosen_weights, data_of, load_model, read_stage, resolve_checkpoint
+from utils.devices import compute_device
 from utils.flags.choices import WeightsKind
 from utils.generation.audio import load_vocoder
 from utils.generation.exported import home_of, vocoder_of
@@ -42,6 +44,7 @@ class AudioPipeline:
 
     conditioning: ClassVar[str]  # The only one whose models are accepted.
     task = "text to speech"  # In messages.
+    text_flags: ClassVar[tuple[str, ...]] = ()  # Flags that are options of `text_parts`.
     default_temperature: ClassVar[float] = 1.0  # Where the flags leave it open.
 
     def __init__(self, model: AudioDiffusion, vae: AudioVAE, vocoder: Vocoder | None = None, *, bf16: bool = False):
@@ -106,6 +109,14 @@ class AudioPipeline:
         return pipeline
 
     @classmethod
+    def of_flags(cls, args: Any) -> Self:
+        """As `load`, by the flags of the script that generates; on the GPU if there is one."""
+        checkpoint, device = resolve_checkpoint(args.checkpoint), compute_device()
+        names = ("vae_checkpoint", "vocoder_checkpoint", "bf16", *cls.text_flags)
+        options = {name: getattr(args, name) for name in names}
+        return cls.load(checkpoint, **options, weights=chosen_weights(checkpoint, args), device=device)
+
+    @classmethod
     def text_parts(cls, record: Mapping[str, Any], folder: Path, device: torch.device | str) -> dict[str, Any]:
         """Keywords of the pipeline that turn texts into inputs of the model.
 
@@ -128,8 +139,17 @@ class AudioPipeline:
         """The temperature of the sampling flags."""
         return self.default_temperature if settings.temperature is None else settings.temperature
 
-    def sample(self, condition: AudioCondition, seeds: Sequence[int], settings: Any) -> Tensor:
-        """Latents (B, L, Z) by the sampling flags; the noise of a clip depends on its seed alone."""
+    def sample(
+        self,
+        condition: AudioCondition,
+        seeds: Sequence[int],
+        settings: Any,
+        on_estimate: OnEstimate | None = None,
+    ) -> Tensor:
+        """Latents (B, L, Z) by the sampling flags; the noise of a clip depends on its seed alone.
+
+        Args: on_estimate: called during sampling with estimates of the latents, see `model.samplers.sample`.
+        """
         noise = [generator for seed in seeds for generator in generators(seed, 0, torch.zeros(1), stream="speech")]
         low, high = settings.guidance_interval
         return self.model.sample(
@@ -140,6 +160,7 @@ class AudioPipeline:
             guidance_scale=settings.guidance_scale,
             guidance_interval=(low, high),
             temperature=self.temperature_of(settings),
+            on_estimate=on_estimate,
         )
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model.audio.diffusion import AudioDiffusion
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
+from model.samplers import OnEstimate
 from model.text.feature_extractors import FrozenTextEncoder
 from model.text.tokenizer import encode_caption
 from utils.generation.audio_diffusion import AudioPipeline
@@ -34,6 +35,7 @@ class CaptionPipeline(AudioPipeline):
 
     conditioning = "caption"
     task = "captions to sound"
+    text_flags = ("text_encoder",)
 
     def __init__(
         self,
@@ -106,18 +108,26 @@ class CaptionPipeline(AudioPipeline):
         return max(1, round((seconds or self.clip_seconds["median"]) * mel.sample_rate / mel.hop_length))
 
     @torch.no_grad()
-    def latents(self, inputs: dict[str, Tensor], n_frames: Tensor, seeds: Sequence[int], settings: Any) -> Tensor:
+    def latents(
+        self,
+        inputs: dict[str, Tensor],
+        n_frames: Tensor,
+        seeds: Sequence[int],
+        settings: Any,
+        on_estimate: OnEstimate | None = None,
+    ) -> Tensor:
         """Sample latents, one clip per caption and seed; the noise of a clip depends on its seed alone.
 
         Args:
             inputs: as from `text_inputs`.
             n_frames: mel frames of each clip, (B,).
             settings: sampling flags, see `AudioSamplingArguments`.
+            on_estimate: see `AudioPipeline.sample`.
         Returns: (B, L, Z) standardised, fp32.
         """
         with self.autocast():
             condition = self.model.caption_condition(self.model.latent_frames(n_frames), **inputs)
-            return self.sample(condition, seeds, settings)
+            return self.sample(condition, seeds, settings, on_estimate)
 
     def sounds(
         self,

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model.audio.diffusion import AudioDiffusion
 from model.audio.vae import AudioVAE
 from model.audio.vocoders import Vocoder
+from model.samplers import OnEstimate
 from model.text.phonemes import SpeechTokenizer, split_clauses
 from utils.generation.audio_diffusion import AudioPipeline
 from utils.generation.files import check_unicode, read_lines
@@ -139,6 +140,7 @@ class SpeechPipeline(AudioPipeline):
         *,
         speed: float = 1.0,
         durations: Tensor | None = None,
+        on_estimate: OnEstimate | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Sample latents, one clip per text and seed.
 
@@ -148,6 +150,7 @@ class SpeechPipeline(AudioPipeline):
             inputs: as from `text_inputs`.
             settings: sampling flags, see `AudioSamplingArguments`.
             durations: mel frames of each token, (B, T); None: predicted ones.
+            on_estimate: see `AudioPipeline.sample`.
         Returns: latents (B, L, Z) standardised, fp32; durations (B, T) int64.
         """
         with self.autocast():
@@ -156,7 +159,7 @@ class SpeechPipeline(AudioPipeline):
             condition, prior = self.model.speech_condition(text, durations)
             if settings.n_steps == 0:
                 return prior, durations
-            latents = self.sample(condition, seeds, settings)
+            latents = self.sample(condition, seeds, settings, on_estimate)
         return latents, durations
 
     def speak(
@@ -198,6 +201,12 @@ class SpeechPipeline(AudioPipeline):
                 "%s not in the training data: the nearest known ones stand in", " ".join(sorted(set(unknown)))
             )
         return [sentence for sentence in sentences if sentence not in silent]
+
+
+def join_sentences(waveforms: Sequence[Tensor], pause: float, sample_rate: int) -> Tensor:
+    """Waveforms (S,) of sentences one after the other, with so many seconds of silence between; (S,)."""
+    silence = torch.zeros(round(pause * sample_rate))
+    return torch.cat([piece for waveform in waveforms for piece in (silence, waveform)][1:])
 
 
 def read_texts(path: str) -> list[str]:

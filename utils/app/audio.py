@@ -1,0 +1,52 @@
+"""What tabs of audio share: waveforms for players, and checkpoints of one log-mel.  S samples."""
+
+import logging
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from dataset_loading.audio.signal import fit_full_scale
+from model.audio.spectral import MelSettings
+from utils.app.runs import Checkpoint, Runs
+from utils.checkpoints import COMPLETE, load_config, read_stage
+from utils.exporting.stages import MODELS
+
+logger = logging.getLogger(__name__)
+
+GRIFFIN_LIM = "Griffin-Lim"  # The choice of no vocoder.
+FULL_SCALE = 2**15  # of 16 bits
+
+
+def for_player(waveform: Tensor, sample_rate: int) -> tuple[int, np.ndarray]:
+    """A waveform (S,) in 16 bits, otherwise as `save_waveform` writes it: the rate in Hz, and (S,) int16."""
+    fitting, gain = fit_full_scale(waveform)
+    if gain < 1:
+        logger.warning("peaks were %.2f times full scale; played at a gain of %.3f", 1 / gain, gain)
+    return sample_rate, (fitting * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).numpy().astype(np.int16)
+
+
+def mel_of(checkpoint: Checkpoint) -> MelSettings:
+    """The log-mel that a checkpoint of audio reads or writes.
+
+    Raises: OSError, ValueError: it is damaged, or gone.
+    """
+    if checkpoint.kind in ("audio_diffusion", "captioned_sounds"):
+        return MelSettings(**read_stage(checkpoint.folder)["latents"]["mel"])
+    return load_config(MODELS[checkpoint.kind].model_class.config_class, checkpoint.folder).mel
+
+
+def names_of_mel(runs: Runs, kind: str, mel: MelSettings) -> list[str]:
+    """Names of the checkpoints of a kind that read or write a log-mel, the newest first."""
+    names = []
+    for checkpoint in runs.checkpoints(kind):
+        try:
+            names += [checkpoint.name] if mel_of(checkpoint) == mel else []
+        except (OSError, ValueError):  # It was deleted, or will be refused where it is chosen.
+            continue
+    return names
+
+
+def version_of(folder: Path | None) -> tuple[str, bytes]:
+    """What changes where a checkpoint is another one or has changed, for `utils.app.models`; of None, too."""
+    return (str(folder.resolve()), (folder / COMPLETE).read_bytes()) if folder else ("", b"")
