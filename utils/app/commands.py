@@ -1,6 +1,7 @@
 """Settings of the page as flags of the scripts: what a tab computes is what the shown command line computes."""
 
 import dataclasses
+import math
 import shlex
 from typing import Any, Generic, TypeVar
 
@@ -42,6 +43,25 @@ def command(script: str, arguments_class: type[Arguments], **values: Any) -> Com
     validate_fields(arguments, "--{}")
     check_effects(arguments, arguments.given, "--{name}")
     return Command(script, arguments)
+
+
+def whole_number(name: str, value: float | None, most: int) -> int:
+    """A whole number that a visitor gives, for a flag that checks its lower bound.
+
+    Raises: ValueError: there is none, or it is more than the page allows.
+    """
+    if value is None or not math.isfinite(value):
+        raise ValueError(f"{name} is no number; give one of at most {most}")
+    if value > most:
+        raise ValueError(f"{name}={value:g} must be at most {most}; the command line takes more")
+    return int(value)
+
+
+def real_number(name: str, value: float | None) -> float:
+    """A number that a visitor gives. Raises: ValueError: there is none."""
+    if value is None:
+        raise ValueError(f"{name} is no number; give one")
+    return float(value)
 
 
 def words_of(name: str, value: Any) -> list[str]:

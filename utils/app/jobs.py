@@ -185,3 +185,8 @@ class Clock:
     def seconds(self) -> str:
         """Such as "1.2 s"."""
         return f"{time.perf_counter() - self.start:.1f} s"
+
+    def rate(self, n_done: int, unit: str) -> str:
+        """Such as "30 tokens in 1.2 s, 25.0 per second"."""
+        per_second = n_done / (time.perf_counter() - self.start)
+        return f"{n_done} {unit}{'s' * (n_done != 1)} in {self.seconds()}, {per_second:.1f} per second"

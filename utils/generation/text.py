@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -19,6 +19,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.generation.streamers import BaseStreamer
 
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.text.tokenizers import (
@@ -54,6 +55,25 @@ class SeededGumbelProcessor(LogitsProcessor):
         uniform = torch.stack([torch.rand(scores.shape[1], generator=generator) for generator in self.generators])
         # -log(-log u) is standard Gumbel; the bound avoids log(0).
         return scores - (-uniform.clamp_min(1e-38).log()).log().to(scores.device)
+
+
+class TokenStreamer(BaseStreamer):
+    """Hands on the tokens of transformers' `generate` as they come, without the prompts.
+
+    Args: on_tokens: called with the next token of each row, B; what it raises ends the generation.
+    """
+
+    def __init__(self, on_tokens: Callable[[list[int]], None]):
+        self.on_tokens, self.has_prompts = on_tokens, False
+
+    def put(self, value: Tensor) -> None:
+        """First the prompts (B, L), then tokens (B,)."""
+        if self.has_prompts:
+            self.on_tokens(value.tolist())
+        self.has_prompts = True
+
+    def end(self) -> None:
+        """Nothing is held back."""
 
 
 def copy_seed(seed: int, copy: int) -> int:
@@ -192,6 +212,7 @@ class TextGenerator:
         *,
         must_fill: bool = False,
         seeds: Sequence[int] | None = None,
+        on_tokens: Callable[[list[int]], None] | None = None,
     ) -> list[list[int]]:
         """New tokens for each prompt, up to the end of the document or `max_new_tokens`.
 
@@ -203,6 +224,7 @@ class TextGenerator:
             settings: a `GenerationArguments`.
             must_fill: generate exactly `max_new_tokens`.
             seeds: B, one per prompt; None: `settings.seed` for all of them.
+            on_tokens: see `TokenStreamer`; transformers has none of beams. Rows that have ended are padded.
         Raises: ValueError: the model has too few learned positions, or no core for the flags of one.
         """
         # Prompts as a batch padded on the left, and its mask: (B, L).
@@ -221,6 +243,7 @@ class TextGenerator:
             do_sample=False,
             pad_token_id=padding,
             logits_processor=sampling_processors(settings, seeds or [settings.seed] * len(prompts)),
+            streamer=None if on_tokens is None else TokenStreamer(on_tokens),
             synced_gpus=False,  # Under ZeRO-3 either one process has the whole model, or all generate the same.
             **self.core_keywords(settings),
         )
@@ -232,10 +255,12 @@ class TextGenerator:
         ids, end = row.tolist(), self.model.config.eos_token_id
         return ids[: ids.index(end)] if end in ids else ids
 
-    def continue_texts(self, prompts: Sequence[str], settings: Any, seeds: Sequence[int] | None = None) -> list[str]:
-        """The continuation of each prompt, without the prompt; `seeds` as in `continue_tokens`."""
+    def continue_texts(
+        self, prompts: Sequence[str], settings: Any, seeds: Sequence[int] | None = None, **keywords: Any
+    ) -> list[str]:
+        """The continuation of each prompt, without the prompt; keywords as in `continue_tokens`."""
         ids_of_prompts = [self.encode(prompt) for prompt in prompts]
-        continuations = self.continue_tokens(ids_of_prompts, settings, seeds=seeds)
+        continuations = self.continue_tokens(ids_of_prompts, settings, seeds=seeds, **keywords)
         return [self.decode(ids, after) for after, ids in zip(ids_of_prompts, continuations, strict=True)]
 
 
