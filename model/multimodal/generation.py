@@ -9,6 +9,7 @@ beginning of the present span alone, like the streams that are trained without t
 padding, so that a row does not depend on those beside it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         lengths: Sequence[int] | None = None,
         on_part: Callable[[int, Part], None] | None = None,
         on_token: Callable[[int, int], None] | None = None,
+        on_estimate: Callable[[Modality, int, list[Part]], None] | None = None,
     ) -> list[list[Part]]:
         """Answers to prompts.
 
@@ -61,6 +63,8 @@ class MultimodalGenerationMixin(GenerationMixin):
             lengths: number of tokens of each stream's audio, instead of the model's own.
             on_part: called with the number of the stream and each part of its answer once it is complete.
             on_token: called with the number of the stream and each token of its text at once.
+            on_estimate: called with the modality of the spans at work, the number of the denoiser's evaluation, from
+                1, and the spans as they are estimated. What any of these functions raises ends the generation.
         Returns: the parts of each answer; spans have `latents` (m, W).
         Raises: ValueError: the model is in train mode, an option that does not fit it, not one generator per stream, a
             prompt that leaves no room for its answer.
@@ -104,7 +108,10 @@ class MultimodalGenerationMixin(GenerationMixin):
                 self.feed_tokens(state, tokens)
             # Spans, and what follows them.
             for modality, rows in waits.items():
-                spans = self.generate_spans(state, modality, Rows(rows), sampling, generators, lengths) if rows else []
+                if not rows:
+                    continue
+                seen = None if on_estimate is None else functools.partial(on_estimate, modality)
+                spans = self.generate_spans(state, modality, Rows(rows), sampling, generators, lengths, seen)
                 for row, span in zip(rows, spans):
                     complete(row, span)
                     answers[row].n_spans += 1
@@ -221,6 +228,7 @@ class MultimodalGenerationMixin(GenerationMixin):
         sampling: Sampling,
         generators: Sequence[torch.Generator],
         lengths: Sequence[int] | None = None,
+        on_estimate: Callable[[int, list[Part]], None] | None = None,
     ) -> list[Part]:
         """Begin a span in some rows and solve its flow; the cache ends with what begins the span."""
         config, n_streams = self.config, len(generators)
@@ -265,9 +273,19 @@ class MultimodalGenerationMixin(GenerationMixin):
         n_steps = sampling.n_steps.get(modality, getattr(config, f"{modality}_n_sampling_steps"))
         state.carried = None if sampling.n_carried_steps is None else CarriedState(sampling.n_carried_steps)
         times, own = process.sampling_times(n_steps), [generators[row] for row in rows]
-        latents = sample(sampler, denoiser, x, process=process, times=times, generators=own, lengths=sizes)
+
+        def spans(latents: Tensor) -> list[Part]:
+            return [Part(modality, latents=latents[n, :size]) for n, size in enumerate(sizes)]
+
+        def show(number: int, estimate: Tensor) -> None:
+            if on_estimate is not None:
+                on_estimate(number, spans(estimate))
+
+        latents = sample(
+            sampler, denoiser, x, process=process, times=times, generators=own, lengths=sizes, on_estimate=show
+        )
         state.carried = None
-        return [Part(modality, latents=latents[n, :size]) for n, size in enumerate(sizes)]
+        return spans(latents)
 
     def audio_lengths(
         self,

@@ -8,7 +8,7 @@ from utils.app.context import Context
 from utils.app.jobs import Jobs
 from utils.app.models import Models
 from utils.app.runs import Runs
-from utils.app.tabs import draw, metrics, rebuild, speak, watch, write
+from utils.app.tabs import chat, draw, metrics, rebuild, speak, watch, write
 
 # Name -> what makes its components. A new tab is a module with a function `build`, and a line here.
 TABS: dict[str, Callable[[Context], None]] = {
@@ -16,6 +16,7 @@ TABS: dict[str, Callable[[Context], None]] = {
     "Rebuild image": rebuild.build,
     "Speak": speak.build,
     "Write": write.build,
+    "Chat": chat.build,
     "Watch": watch.build,
     "Metrics": metrics.build,
 }

@@ -73,12 +73,14 @@ def answer_questions(
     *,
     on_part: Callable[[int, int, Part], None],
     on_token: Callable[[int, int], None] | None = None,
+    on_estimate: Callable[[Modality, int, list[Part]], None] | None = None,
 ) -> None:
     """Answer questions, in batches of those that are answered in the same way.
 
     Args:
         on_part: called with the number of the question, that of the part within its answer, and the part.
         on_token: called with the number of the question and each token of its text.
+        on_estimate: of the spans of a batch, see the model's `generate`.
     """
     size = 1 if args.stream else args.batch_size
     for _, group in itertools.groupby(enumerate(questions), key=lambda entry: entry[1].sampling):
@@ -94,6 +96,7 @@ def answer_questions(
                     numbers[row], next(places[row]), part
                 ),
                 on_token=on_token and (lambda row, token, numbers=numbers: on_token(numbers[row], token)),
+                on_estimate=on_estimate,
             )
 
 

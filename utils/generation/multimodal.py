@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -165,6 +166,10 @@ class MultimodalPipeline:
             image = decode_image({"path": str(file), "bytes": None}, "white")
         except (OSError, SyntaxError, ValueError) as error:  # PIL raises SyntaxError for broken PNG files.
             raise ValueError(f"image {str(file)!r} cannot be read: {error}") from error
+        return self.fitted_image_part(image)
+
+    def fitted_image_part(self, image: Image.Image) -> Part:
+        """An sRGB image, cropped to the size that the model knows."""
         image = fit_image(image, self.model.config.image_size, "crop", background_color="white")
         return self.image_part(to_float(to_tensor(image)))
 
@@ -180,6 +185,16 @@ class MultimodalPipeline:
             waveform = read_waveform(Path(file), settings.sample_rate)
         except (OSError, ValueError) as error:
             raise ValueError(f"audio {str(file)!r} cannot be read: {error}") from error
+        return self.waveform_part(waveform, file)
+
+    def waveform_part(self, waveform: Tensor, file: str | Path) -> Part:
+        """A waveform (S,) at the audio VAE's sampling rate.
+
+        Args: file: names it in messages.
+        Raises: ValueError: it is too short, or longer than the model takes.
+        """
+        assert self.audio is not None
+        settings = self.audio.vae.config.mel
         if len(waveform) < settings.min_samples:
             seconds, least = (n / settings.sample_rate for n in (len(waveform), settings.min_samples))
             raise ValueError(f"audio {str(file)!r} lasts {seconds:.4f} s; give at least {least:.3f} s")

@@ -265,6 +265,31 @@ def test_tokens_are_handed_over_at_once():
     assert any(isinstance(value, list) for _, value in events)
 
 
+def test_estimates_of_spans_are_handed_over():
+    model, seen = build(), []
+    sampling = Sampling("image", ["image"], n_steps={"image": 3}, sampler={"image": "heun"})
+
+    def solve(**keywords):
+        generators = [torch.Generator().manual_seed(seed) for seed in (3, 4)]
+        prompts = [[Part("text", TEXT)], [Part("text", TEXT[:2])]]
+        return model.generate(prompts, sampling, generators=generators, **keywords)
+
+    def show(modality, number, spans):
+        seen.append((modality, number, [span.latents.clone() for span in spans]))
+
+    answers = solve(on_estimate=show)
+    assert [entry[:2] for entry in seen] == [("image", number) for number in range(1, 6)]
+    for row, (shown, plain) in enumerate(zip(answers, solve())):
+        assert torch.equal(shown[0].latents, plain[0].latents)
+        assert all(latents[row].shape == plain[0].latents.shape for _, _, latents in seen)
+
+    def end(modality, number, spans):
+        raise KeyboardInterrupt(number)
+
+    with pytest.raises(KeyboardInterrupt, match="1"):
+        solve(on_estimate=end)
+
+
 def test_a_state_that_is_carried_as_zeros_over_all_steps_changes_nothing():
     model = build("recurrent")
     state = model.begin_streams([[Part("text", TEXT)]], Sampling(guidance_scale={"image": 1.0, "audio": 1.0}))

@@ -4,6 +4,7 @@ import copy
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ def settings(checkpoint: Path, prompt: str, **values: float | None) -> Command[G
     """
     whole_number("characters of the prompt", len(prompt), MAX_CHARACTERS)
     check_unicode(prompt)
-    flags = {
+    flags: dict[str, Any] = {
         name: whole_number(name, value, MOST[name]) if name in MOST else real_number(name, value)
         for name, value in values.items()
     }
