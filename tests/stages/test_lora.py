@@ -280,10 +280,10 @@ def test_adapters_learn_new_text_nearly_as_well_as_all_weights(tmp_path, fresh_l
     def train(text: str, name: str, steps: int, *flags: str) -> Run:
         return run_stage(MultimodalStage, SMALL_TEXT, caches[text], tmp_path, name, steps, *rate, *flags)
 
-    base = train("random", "base", 160, "3e-3")
+    base = train("random", "base", 120, "3e-3")
     start = ["--init_from", str(base.folder.parent)]
     before = evaluate.main(["--checkpoint", str(base.folder), "--cached_dataset", str(caches["ordered"])])
     bits = [before["scores"]["model"]["bits_per_byte"]]
     for name, words in {"full": ["3e-3"], "adapted": ["5e-3", "--lora_rank", "16"]}.items():
-        bits.append(train("ordered", name, 50, *words, *start).logged("eval_bits_per_byte")[-1])
-    assert bits[0] - bits[2] >= 0.75 * (bits[0] - bits[1]) > 0.5
+        bits.append(train("ordered", name, 40, *words, *start).logged("eval_bits_per_byte")[-1])
+    assert bits[0] - bits[2] >= 0.7 * (bits[0] - bits[1]) > 0.3
