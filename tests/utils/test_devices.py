@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from utils.devices import compute_device, feeding, local_processes, set_fp32_precision
+from utils.devices import compute_device, computes_bf16, feeding, local_processes, set_fp32_precision
 from utils.distributed import launch_settings
 from utils.megatransformer_utils import StageArguments, training_arguments
 
@@ -34,6 +34,21 @@ def test_processes_on_this_machine(variables, expected, monkeypatch):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert local_processes() == expected
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [("flags: fpu avx2 avx512f", False), ("flags: fpu avx512_bf16", True), ("Features : asimd bf16 sve", True)],
+)
+def test_processors_with_bf16(flags, expected):
+    assert computes_bf16(flags) == expected
+
+
+def test_bf16_on_a_cpu_without_instructions_for_it_is_warned_of(tmp_path, caplog):
+    for bf16 in (True, False):
+        training_arguments(StageArguments(bf16=bf16), tmp_path)
+    warnings = [record.getMessage() for record in caplog.records if "--bf16" in record.getMessage()]
+    assert len(warnings) == (compute_device().type == "cpu" and not computes_bf16())
 
 
 @pytest.mark.parametrize("tf32", [False, True])

@@ -29,7 +29,7 @@ from utils.generation.multimodal import OTHER_PLACEHOLDER, PLACEHOLDER, Multimod
 KIND = "multimodal"
 FREE: Task = "prompts"
 # The choices of what is answered with, and the fields that each of them takes.
-CHOICES: dict[str, Task] = {"the model chooses": FREE} | {task: task for task in get_args(Task) if task != FREE}
+CHOICES: dict[str, Task] = {"the model chooses": FREE, **{task: task for task in get_args(Task) if task != FREE}}
 TAKES = {"draw": "text", "speak": "text", "describe": "image", "transcribe": "recording"}
 MAX_CHARACTERS = 2000  # of a text
 MOST = {"max_new_tokens": 1000, "seed": 2**63, "thinking_steps": 64}
