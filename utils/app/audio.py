@@ -1,15 +1,24 @@
-"""What tabs of audio share: waveforms for players, and checkpoints of one log-mel.  S samples."""
+"""What tabs of audio share: waveforms for players, and checkpoints of one log-mel.
+
+M mel bins, F mel frames, S samples.
+"""
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 from torch import Tensor
 
 from dataset_loading.audio.signal import fit_full_scale
 from model.audio.spectral import MelSettings
 from utils.app.runs import Checkpoint, Runs
 from utils.checkpoints import COMPLETE, load_config, read_stage
+from utils.drawing.alignment import aligned_mel
+from utils.drawing.audio import strip_sheet
+from utils.drawing.images import Group
 from utils.exporting.stages import MODELS
 
 logger = logging.getLogger(__name__)
@@ -24,6 +33,14 @@ def for_player(waveform: Tensor, sample_rate: int) -> tuple[int, np.ndarray]:
     if gain < 1:
         logger.warning("peaks were %.2f times full scale; played at a gain of %.3f", 1 / gain, gain)
     return sample_rate, (fitting * FULL_SCALE).round().clamp(-FULL_SCALE, FULL_SCALE - 1).numpy().astype(np.int16)
+
+
+def mel_sheet(mels: Mapping[str, Tensor], settings: MelSettings) -> Image.Image:
+    """Log-mels (M, F) below each other, each with its caption, at one scale of time."""
+    longest, no_tokens = max(mel.shape[1] for mel in mels.values()), torch.zeros(0, dtype=torch.long)
+    return strip_sheet(
+        [Group([aligned_mel(mel, no_tokens, settings, max_frames=longest)], caption) for caption, mel in mels.items()]
+    )
 
 
 def mel_of(checkpoint: Checkpoint) -> MelSettings:

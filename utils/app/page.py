@@ -8,13 +8,14 @@ from utils.app.context import Context
 from utils.app.jobs import Jobs
 from utils.app.models import Models
 from utils.app.runs import Runs
-from utils.app.tabs import chat, draw, metrics, rebuild, speak, watch, write
+from utils.app.tabs import chat, draw, metrics, rebuild, speak, voice, watch, write
 
 # Name -> what makes its components. A new tab is a module with a function `build`, and a line here.
 TABS: dict[str, Callable[[Context], None]] = {
     "Draw": draw.build,
     "Rebuild image": rebuild.build,
     "Speak": speak.build,
+    "Voice": voice.build,
     "Write": write.build,
     "Chat": chat.build,
     "Watch": watch.build,

@@ -84,7 +84,9 @@ def read_audio(file: str | Path | None, args: AppArguments, sample_rate: int) ->
             check_length(reader, name, args)
         return read_recording(media, sample_rate)
     except ValueError as error:
-        raise error if name in str(error) else ValueError(f"{name}: {error}") from error
+        if name in str(error):
+            raise
+        raise ValueError(f"{name}: {error}") from error
 
 
 def check_length(reader: AudioReader, name: str, args: AppArguments) -> None:

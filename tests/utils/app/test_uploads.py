@@ -84,8 +84,10 @@ def test_recordings_that_are_refused(tmp_path):
         ("text.wav", "text.wav is no audio of a known format; give WAV"),
         ("text.raw", "is no audio of a known format"),
     ):
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=message) as caught:
             read_audio(tmp_path / name, LIMITS, 8000)
+        # Who follows the causes of an error comes to an end.
+        assert caught.value.__cause__ is not caught.value
 
 
 def test_a_header_that_lies_does_not_lengthen_the_decoding(tmp_path):

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from model.audio.configuration import AudioDiffusionConfig
 from model.samplers import n_evaluations
-from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, names_of_mel, version_of
+from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, mel_sheet, names_of_mel, version_of
 from utils.app.commands import Command, command
 from utils.app.context import Context
 from utils.app.jobs import UNCHANGED, Clock, Report
@@ -172,13 +171,7 @@ def sound(pipeline: CaptionPipeline, report: Report, args: TextToAudioArguments)
     (mel,) = pipeline.decode(latents, n_frames)
     report(UNCHANGED, UNCHANGED, UNCHANGED, f"vocoder, {clock.seconds()}", UNCHANGED)
     waveform = pipeline.vocode(mel)
-    return waveform, mel_sheet(mel, pipeline, args.prompts[0]), [], f"in {clock.seconds()}"
-
-
-def mel_sheet(mel: Tensor, pipeline: CaptionPipeline, prompt: str) -> Image.Image:
-    """A log-mel (M, F) with its prompt."""
-    whole = torch.tensor([mel.shape[1]])
-    return strip_sheet([Group([aligned_mel(mel, whole, pipeline.vae.config.mel)], prompt)])
+    return waveform, mel_sheet({args.prompts[0]: mel}, pipeline.vae.config.mel), [], f"in {clock.seconds()}"
 
 
 def show_step(report: Report, clock: Clock, total: int, prefix: str, number: int, _: Tensor) -> None:
