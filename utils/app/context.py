@@ -12,6 +12,8 @@ from utils.app.runs import Runs
 
 BELOW_LABEL = "below-label"  # class of images that begin below their labels, see `utils.app.server.CSS`
 
+IMAGE_BUTTONS = ["download", "fullscreen"]  # Not Gradio's third one, which would publish the image elsewhere.
+
 
 @dataclasses.dataclass
 class Context:
@@ -87,9 +89,13 @@ class Context:
             offers: from the value of the choice; one entry per component, in their order, with what to change.
         """
 
+        def updates(value: Any) -> Any:
+            changes = [self.gr.update(**change) for change in offers(value).values()]
+            return changes if len(changes) > 1 else changes[0]  # Gradio takes a list for one component as its value.
+
         # Without triggers it is called for both.
         self.gr.on(
-            fn=lambda value: [self.gr.update(**changes) for changes in offers(value).values()],
+            fn=updates,
             inputs=[choice],
             outputs=list(components),
             queue=False,

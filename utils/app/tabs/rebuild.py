@@ -9,7 +9,7 @@ from torch import Tensor
 
 from utils.app.arguments import AppArguments
 from utils.app.commands import Command, command
-from utils.app.context import Context
+from utils.app.context import IMAGE_BUTTONS, Context
 from utils.app.jobs import UNCHANGED, Clock, Report
 from utils.app.uploads import read_image
 from utils.drawing.images import TRIPLE, Group, channel_images, draw_sheet, to_image, triple
@@ -19,6 +19,7 @@ from utils.generation.image import ImageReconstructor, load_image_vae
 KINDS = ("image_vae", "recurrent_vae")
 MAX_STEPS = 64  # of a recurrent decoder
 MAX_CHANNELS = 64  # latent channels that are drawn
+IMAGE_HEIGHT = 280  # pixels on the page
 N_ACROSS = 8  # latent channels side by side
 
 
@@ -83,7 +84,7 @@ def latent_sheet(mean: Tensor) -> Image.Image:
 
 def build(context: Context) -> None:
     """The components of the tab, and what its buttons do."""
-    gr = context.gr
+    gr, shown = context.gr, {"format": "png", "interactive": False, "buttons": IMAGE_BUTTONS}
     with gr.Row():
         with gr.Column(scale=1, min_width=320):
             checkpoint = context.choose_checkpoint(*KINDS)
@@ -95,8 +96,8 @@ def build(context: Context) -> None:
             button, stop = context.buttons("Rebuild")
         with gr.Column(scale=2, min_width=320):
             with gr.Row():
-                images = [gr.Image(label=name, format="png", interactive=False) for name in TRIPLE]
-            latents = gr.Image(label="latent channels", format="png", interactive=False)
+                images = [gr.Image(label=name, height=IMAGE_HEIGHT, **shown) for name in TRIPLE]
+            latents = gr.Image(label="latent channels", **shown)
             status, line = context.status(), context.command()
     inputs, outputs = [checkpoint, file, image_size, decoder_steps], [*images, latents, status, line]
     work = functools.partial(rebuild, context)

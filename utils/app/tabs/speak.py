@@ -14,7 +14,7 @@ from model.audio.configuration import AudioDiffusionConfig
 from model.samplers import n_evaluations
 from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, mel_sheet, names_of_mel, version_of
 from utils.app.commands import Command, command
-from utils.app.context import Context
+from utils.app.context import IMAGE_BUTTONS, Context
 from utils.app.jobs import UNCHANGED, Clock, Report
 from utils.checkpoints import load_config
 from utils.drawing.alignment import MARKS, aligned_mel
@@ -243,8 +243,8 @@ def build(context: Context) -> None:
             temperature = gr.Slider(0.05, 2, step=0.05, label="temperature of the noise", **offers["temperature"])
             button, stop = context.buttons("Speak")
         with gr.Column(scale=2, min_width=320):
-            player = gr.Audio(label="audio", format="wav", interactive=False)
-            mel = gr.Image(label="log-mel", format="png", interactive=False)
+            player = gr.Audio(label="audio", format="wav", interactive=False, buttons=["download"])
+            mel = gr.Image(label="log-mel", format="png", interactive=False, buttons=IMAGE_BUTTONS)
             label = "durations of tokens"
             durations = gr.Dataframe(headers=list(TABLE), label=label, interactive=False, **offers["durations"])
             status, line = context.status(), context.command()

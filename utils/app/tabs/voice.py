@@ -17,7 +17,7 @@ from model.audio.spectral import analyse
 from model.audio.vae import AudioVAEConfig
 from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, mel_sheet, names_of_mel, version_of
 from utils.app.commands import Command, command
-from utils.app.context import Context
+from utils.app.context import IMAGE_BUTTONS, Context
 from utils.app.jobs import UNCHANGED, Clock, Report
 from utils.app.uploads import read_audio
 from utils.checkpoints import load_config
@@ -26,6 +26,7 @@ from utils.generation.audio import AudioReconstructor, Synthesizer
 from utils.metrics.audio import missing_packages, pesq_wb, stoi
 
 KIND, VAE_KIND = "vocoder", "audio_vae"
+SOURCES = ["upload", "microphone"]
 NO_VAE = "none"  # The choice of no audio VAE.
 RECORDING, VOCODER, WITH_VAE = "recording", "vocoder", "VAE and vocoder"
 VERSIONS = (RECORDING, VOCODER, WITH_VAE, GRIFFIN_LIM)
@@ -165,11 +166,13 @@ def build(context: Context) -> None:
             vae = gr.Dropdown(label="audio VAE of the same log-mel", allow_custom_value=True, **offers)
             offers = fitting_speakers(context, vae.value)["speaker"]
             speaker = gr.Dropdown(label="speaker", allow_custom_value=True, **offers)
-            file = gr.Audio(label="recording", type="filepath", sources=["upload", "microphone"])
+            file = gr.Audio(label="recording", type="filepath", sources=SOURCES, buttons=[])
             button, stop = context.buttons("Vocode")
         with gr.Column(scale=2, min_width=320):
-            players = [gr.Audio(label=version, format="wav", interactive=False) for version in VERSIONS]
-            mels = gr.Image(label="log-mels", format="png", interactive=False)
+            players = [
+                gr.Audio(label=version, format="wav", interactive=False, buttons=["download"]) for version in VERSIONS
+            ]
+            mels = gr.Image(label="log-mels", format="png", interactive=False, buttons=IMAGE_BUTTONS)
             headers = ["", "log-mel L1", *installed_metrics()]
             table = gr.Dataframe(headers=headers, label="distance from the recording", interactive=False)
             status, line = context.status(), context.command()
