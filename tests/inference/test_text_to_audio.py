@@ -76,11 +76,11 @@ def test_sounds_of_captions_are_logged_at_their_true_lengths(checkpoint, folder)
     assert load_model(AudioDiffusion, checkpoint).config.conditioning == "caption"
     events = EventAccumulator(str(checkpoint.parent)).Reload()
     assert set(events.Tags()["images"]) == {"images/mel"}
-    names = {f"sounds/{clip:02}_{kind}" for clip in (0, 1) for kind in ("1_real", "2_generated")}
+    names = {f"sounds/{clip:02}_{kind}" for clip in (0, 1) for kind in ("1_real", "3_generated")}
     assert set(events.Tags()["audio"]) == {*names, "sounds/prompt_00"}
     entries = AudioLatentDataset(folder / "bytes", "validation").entries
     for number, entry in enumerate(entries):
-        for kind in ("1_real", "2_generated"):
+        for kind in ("1_real", "3_generated"):
             (sound,) = events.Audio(f"sounds/{number:02}_{kind}")
             assert sound.length_frames == entry["mel_frames"] * SETTINGS.hop_length
     clips = sorted(entry["seconds"] for entry in AudioLatentDataset(folder / "bytes", "train").entries)

@@ -91,7 +91,7 @@ def test_speech_is_logged(train, folder):
     run = train("logged", 2, *flags, "--vocoder_checkpoint", str(folder / "vocoder"))
     events = EventAccumulator(str(run.folder.parent)).Reload()
     assert set(events.Tags()["images"]) == {"images/mel", "images/durations"}
-    sounds = {f"sounds/{clip:02}_{kind}" for clip in (0, 1) for kind in ("1_real", "2_generated")}
+    sounds = {f"sounds/{clip:02}_{kind}" for clip in (0, 1) for kind in ("1_real", "3_generated")}
     assert set(events.Tags()["audio"]) == {*sounds, "sounds/sentence_00", "sounds/sentence_01"}
     scalars = events.Tags()["scalars"]
     assert {"eval/loss", "eval/prior", "eval/length_ratio", "eval/loss_t0.50-1.00"} <= set(scalars)
