@@ -46,9 +46,19 @@ def is_below(name: str, prefixes: Sequence[str]) -> bool:
 
 
 def freeze(model: nn.Module, parts: Sequence[str]) -> None:
-    """Exclude parts from training. Raises: ValueError: an unknown part, or nothing would be trained."""
-    for part in parts:
-        for parameter in parameters_of(model, part, "freeze"):
+    """Exclude parts from training.
+
+    Raises: ValueError: an unknown part, one of which nothing is trained anyway, or nothing would be trained.
+    """
+    chosen = {part: parameters_of(model, part, "freeze") for part in parts}
+    for part, own in chosen.items():
+        if not any(parameter.requires_grad for parameter in own):
+            raise ValueError(
+                f"--freeze {part} has no effect: nothing of it is trained, since it has no adapters of --lora_rank; "
+                "leave it out"
+            )
+    for own in chosen.values():
+        for parameter in own:
             parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(f"--freeze {' '.join(parts)} freezes the whole model: nothing would be trained; name fewer")
@@ -68,7 +78,10 @@ def rate_factors(model: nn.Module, pairs: Sequence[str]) -> dict[nn.Parameter, f
         own = parameters_of(model, part, "learning_rates")
         trained = [parameter for parameter in own if parameter.requires_grad]
         if not trained:
-            raise ValueError(f"--learning_rates {pair} has no effect: --freeze excludes {part} from training")
+            raise ValueError(
+                f"--learning_rates {pair} has no effect: --freeze excludes {part} from training, or --lora_rank gives "
+                "it no adapters"
+            )
         factors |= dict.fromkeys(trained, factor)
         owners |= dict.fromkeys(trained, pair)
     if unused := [pair for pair in pairs if pair not in owners.values()]:

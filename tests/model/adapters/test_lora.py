@@ -18,6 +18,7 @@ from model.causal import MegaTransformerForCausalLM
 from model.image.diffusion import ImageDiffusion
 from model.image.vae import ImageVAE
 from model.multimodal import MegaTransformerMultimodal
+from model.multimodal.parameters import freeze, rate_factors
 from tests.helpers.runs import SMALL_LDM_UNET, equal, largest_difference
 
 SMALL_UNET = {"widths": [32, 64], "n_blocks": [1, 1], "conditioning_width": 64, "text_width": 32}
@@ -89,6 +90,17 @@ def test_names_are_ends_of_full_names():
         linear_layers(model, ["querry"])
     with pytest.raises(ValueError, match="has no attention or feed-forward layers; give --lora_modules"):
         linear_layers(ImageVAE.from_preset("tiny", image_size=32))
+
+
+def test_flags_of_parts_without_adapters_have_no_effect():
+    model = build("streams")
+    add_adapters(model, rank=2, alpha=4.0)
+    with pytest.raises(ValueError, match=r"--freeze text has no effect.*no adapters of --lora_rank"):
+        freeze(model, ["audio", "text"])
+    with pytest.raises(ValueError, match=r"--learning_rates text:2 has no effect.*--lora_rank gives it no adapters"):
+        rate_factors(model, ["trunk:2", "text:2"])
+    # What is refused has frozen nothing.
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if is_of_adapter(name))
 
 
 def test_every_class_that_is_adapted_exists():
