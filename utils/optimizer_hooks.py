@@ -342,9 +342,9 @@ class WeightEMA(OptimizerHook):
 
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:
-    """A copy of a parameter, gathered where ZeRO-3 shards it. Every process must call it."""
+    """A parameter in fp32: itself, or a copy that is gathered where ZeRO-3 shards it. Every process must call it."""
     if not hasattr(parameter, "ds_id"):
-        return parameter.detach().float().clone()
+        return parameter.detach().float()
     from deepspeed.runtime.zero import GatheredParameters
 
     with GatheredParameters([parameter]):

@@ -167,6 +167,20 @@ def test_buffers_are_taken_as_they_are():
     assert set(state) == set(model.state_dict())
 
 
+def test_a_frozen_weight_is_its_own_average():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW(model[1].parameters(), lr=0.1)
+    ema = WeightEMA(decay=0.9)
+    ema.attach(optimizer)
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    averages = ema.state_dict_of(model)
+    # Without a copy: adapters average few weights, beside a large frozen model.
+    assert averages["0.weight"].data_ptr() == model[0].weight.data_ptr()
+    assert averages["1.weight"].data_ptr() != model[1].weight.data_ptr()
+
+
 def test_tied_weights_have_their_average_under_both_names():
     model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False))
     model[1].weight = model[0].weight
