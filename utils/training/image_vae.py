@@ -25,6 +25,7 @@ from utils.training.budget_batches import bucket_dataloader, count_bucket_steps
 from utils.training.callbacks import EvaluationCallback
 from utils.training.gan import Generation, VAEGANTrainer
 from utils.training.latent_statistics import image_moments
+from utils.training.planning.phases import check_perceptual_start
 from utils.training.stage import Stage
 
 
@@ -113,12 +114,7 @@ class ImageVAEGANTrainer(VAEGANTrainer):
         return Generation(output.reconstruction, image, terms)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        start = self.stage_arguments.perceptual_start_step
-        if start and start >= num_training_steps:
-            raise ValueError(
-                f"--perceptual_start_step={start} is not reached in {num_training_steps} steps; give an earlier one, "
-                "more steps, or --perceptual_weight 0"
-            )
+        check_perceptual_start(self.stage_arguments, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def sample_terms(self, leaf, generation):

@@ -11,7 +11,7 @@ from model.multimodal.parameters import freeze
 from utils.distributed import launched_rank, launched_world_size
 from utils.training.initial_weights import adapt
 from utils.training.planning.memory import Engine, memory_of, n_trained, parameter_counts
-from utils.training.planning.phases import adversary_phases, check_phases
+from utils.training.planning.phases import adversary_phases, check_perceptual_start, check_phases
 
 
 def describe(stage: Any) -> None:
@@ -62,8 +62,9 @@ def show_memory(console: Console, rows: dict[str, float]) -> None:
 def show_phases(console: Console, args: Any, n_steps: int) -> None:
     """Print when the adversary acts, and a warning where that lies beyond the end of the run.
 
-    Raises: ValueError: `--gan_start_step` was given, and is not reached.
+    Raises: ValueError: `--gan_start_step` was given, or `--perceptual_start_step`, and is not reached.
     """
+    check_perceptual_start(args, n_steps)
     if phases := adversary_phases(args, n_steps):
         console.print("adversary:")
     for phase in phases:

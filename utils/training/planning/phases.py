@@ -1,4 +1,4 @@
-"""When the adversary acts, as steps and shares of a run, and what is wrong with that."""
+"""When the adversary and the perceptual distance act, as steps and shares of a run, and what is wrong with that."""
 
 import dataclasses
 from typing import Any
@@ -43,6 +43,16 @@ def adversary_phases(args: Any, n_steps: int) -> list[Phase]:
         Phase("adversarial weight rises", warm, risen),
         Phase("full adversarial weight", risen, max(risen, n_steps)),
     ]
+
+
+def check_perceptual_start(args: Any, n_steps: int) -> None:
+    """Raises: ValueError: the perceptual distance never acts in a run of `n_steps`."""
+    start = getattr(args, "perceptual_start_step", 0)
+    if start and args.perceptual_weight and start >= n_steps:
+        raise ValueError(
+            f"--perceptual_start_step={start} is not reached in {n_steps} steps; give an earlier one, more steps, or "
+            "--perceptual_weight 0"
+        )
 
 
 def check_phases(args: Any, n_steps: int) -> str:

@@ -10,7 +10,7 @@ from pretrain_multimodal import MultimodalStage
 from tests.helpers.runs import SMALL_RUN, changed
 from tests.helpers.text_cache import SMALL_TEXT, make_text
 from utils.training.planning.memory import FP32, Engine, memory_of, n_bytes
-from utils.training.planning.phases import check_phases
+from utils.training.planning.phases import check_perceptual_start, check_phases
 
 COUNTERS = ("step", "grokfast_count")  # of an optimizer's state: one number each
 PERCEPTUAL = changed(SMALL_RUN, "--perceptual_weight", "0.1")
@@ -70,6 +70,16 @@ def test_a_dry_run_warns_of_a_default_start_and_refuses_a_given_one(dry_run):
     with pytest.raises(SystemExit) as end:
         dry_run(100, "--gan_start_step", "100")
     assert "--gan_start_step=100" in str(end.value.__cause__) and end.value.code == 2
+
+
+def test_a_dry_run_refuses_a_perceptual_distance_that_never_acts(dry_run):
+    with pytest.raises(SystemExit) as end:
+        dry_run(100, "--perceptual_start_step", "100")
+    assert "--perceptual_start_step=100 is not reached in 100 steps" in str(end.value.__cause__)
+    assert any("optimizer steps: 100" in line for line in dry_run(100, "--perceptual_start_step", "99"))
+    # The remedy of the message helps a run that is resumed with its start step, too.
+    args = ImageVAEStage.arguments_class(perceptual_weight=0.0, perceptual_start_step=100)
+    check_perceptual_start(args, 100)
 
 
 class WatchedStage(ImageVAEStage):
