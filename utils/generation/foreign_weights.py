@@ -130,12 +130,18 @@ def unet_fields(folder: Path) -> dict[str, Any]:
 
 
 def load_unet_weights(model: ImageDiffusion, folder: Path) -> None:
-    """Weights of a UNet2DConditionModel; the null condition, where an exported folder has it."""
+    """Weights of a UNet2DConditionModel; the null condition, where an exported folder has it, else a warning."""
     model.load_diffusers_weights(diffusers_file(folder))
     file = folder / NULL_CONDITION
     if file.is_file():
         with explained_loading(file):
             model.null.load_state_dict(load_file(file))
+    else:
+        logger.warning(
+            "%s has no %s: what stands for no caption is random; it is trained with all weights, and stays so with "
+            "--lora_rank, whose adapters learn to read it",
+            *(folder, NULL_CONDITION),
+        )
 
 
 def llama_fields(folder: Path) -> dict[str, Any]:

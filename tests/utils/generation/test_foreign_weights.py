@@ -86,7 +86,7 @@ def test_an_image_vae_goes_on_from_an_autoencoder(train, autoencoder, image_cach
 
 
 @torch.no_grad()
-def test_a_text_to_image_model_goes_on_from_a_unet(train_diffusion, autoencoder, latent_cache, tmp_path):
+def test_a_text_to_image_model_goes_on_from_a_unet(train_diffusion, autoencoder, latent_cache, tmp_path, caplog):
     heads = {"n_heads": None, "head_width": 4, "latent_channels": 16}
     config = ImageDiffusion.from_preset("ldm", **{**SMALL_LDM_UNET, **heads}).config
     theirs = random_weights(diffusers.UNet2DConditionModel(**unet_fields(config)))
@@ -101,6 +101,7 @@ def test_a_text_to_image_model_goes_on_from_a_unet(train_diffusion, autoencoder,
     common = following(SMALL_DIFFUSION, remedy(error), "n_text_layers=0")
     with torch.enable_grad():
         run = run_stage(ImageDiffusionStage, common, latent_cache, tmp_path, "run", 2, *flags)
+    assert "has no null_condition.safetensors: what stands for no caption is random" in caplog.text
     ours, latents, states = load_model(ImageDiffusion, run.folder), torch.randn(1, 16, 4, 4), torch.randn(1, 8, 12)
     text = TextCondition(states, torch.ones(1, 8, dtype=torch.bool), states.amax(1))
     prediction = ours.predict(latents, torch.full((1,), 0.5), text)
