@@ -28,7 +28,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         else:
             cast = weight
         grad_hidden = torch.empty_like(hidden) if wants_gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_gradient else None
+        trains_weight = wants_gradient and ctx.needs_input_grad[1]  # Not where the head is frozen.
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trains_weight else None
         for start in range(0, len(hidden), chunk_size):
             part, target = hidden[start : start + chunk_size], targets[start : start + chunk_size]
             # Forward: log-denominator and cross-entropy of a chunk.
@@ -38,7 +39,7 @@ class LinearCrossEntropy(torch.autograd.Function):
             lse = logits.logsumexp(-1)
             nats[start : start + chunk_size] = (lse - logits.gather(1, target)[:, 0]) * counts
             squares += (lse.square() * counts).sum()
-            if grad_hidden is None or grad_weight is None:
+            if grad_hidden is None:
                 continue
             # Backward: d loss / d logits = softmax (1 + 2 z_weight lse) - one-hot, times each token's factor.
             factor = counts * scale  # (n,)
@@ -46,7 +47,8 @@ class LinearCrossEntropy(torch.autograd.Function):
             logits.mul_((factor * (1 + 2 * z_weight * lse))[:, None])
             logits = logits.scatter_add_(1, target, -factor[:, None]).to(part.dtype)
             grad_hidden[start : start + chunk_size] = F.linear(logits, cast.t())
-            grad_weight.add_(F.linear(logits.t(), part.t()))
+            if grad_weight is not None:
+                grad_weight.add_(F.linear(logits.t(), part.t()))
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nats, squares)
         return (nats.sum() + z_weight * squares) * scale, nats, squares
@@ -54,7 +56,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, *_):  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad, grad_weight * grad, None, None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight * grad
+        return grad_hidden * grad, grad_weight, None, None, None, None, None
 
 
 class LanguageModelHead(Linear):

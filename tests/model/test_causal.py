@@ -292,6 +292,25 @@ def test_chunked_loss_equals_whole(is_tied, z_loss_weight):
     assert first.loss.item() == pytest.approx(expected.item(), rel=1e-5) and n_targets == (labels[:, 1:] >= 0).sum()
 
 
+def test_a_frozen_head_gets_no_gradient_in_chunks():
+    ids, fields = tokens(B=3), {**FLAT, "tie_word_embeddings": False, "loss_chunk_size": 5}
+    whole, frozen = build(**fields), build(**fields)
+    frozen.lm_head.requires_grad_(False)
+    kept = []
+    for model in (whole, frozen):
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+            loss = model(input_ids=ids, labels=ids).loss
+        kept.append("end")
+        loss.backward()
+    # Neither computed nor held: of the shape of the head's weight, (V, D).
+    shape, end = tuple(whole.lm_head.weight.shape), kept.index("end")
+    assert shape in kept[:end] and shape not in kept[end:]
+    assert frozen.lm_head.weight.grad is None
+    rest = dict(frozen.named_parameters())
+    for name, parameter in whole.named_parameters():
+        assert name == "lm_head.weight" or torch.equal(parameter.grad, rest[name].grad)
+
+
 def test_unequal_micro_batches_add_up_to_the_batch():
     ids, model = tokens(B=4), build(**FLAT)
     labels = ids.clone()
