@@ -21,7 +21,7 @@ from utils.megatransformer_utils import training_arguments
 from utils.metrics.timing import Stopwatch
 from utils.training.planning.batch_size import settle_batch_size
 from utils.training.planning.dry_run import show_phases
-from utils.training.planning.phases import Phase
+from utils.training.planning.phases import Phase, check_perceptual_start
 
 N_WARM_UP = 3  # Steps of each phase that are not counted: kernels are chosen and states allocated in them.
 RESERVE = 0.1  # Share of the peak memory that a batch size leaves for longer samples, checkpoints and fragments.
@@ -173,6 +173,7 @@ def measure(stage: Any, n_counted: int, *, reserve: float = 0.0) -> Measurement:
         args.eval_steps = args.save_steps = args.logging_steps = NEVER
         training = training_arguments(args, stage.run_dir)
         n_steps, _ = stage.count_steps(datasets["train"], world_size())
+        check_perceptual_start(args, n_steps)  # The trainer's steps may be more.
         first = stage.resumption.step if stage.resumption is not None else 0
         phases = measured_phases(args, min(first, n_steps - 1), n_steps)
         n_warm_up, n_counted = min(N_WARM_UP, n_counted), counted_steps(args, n_counted)

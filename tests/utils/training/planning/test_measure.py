@@ -54,6 +54,15 @@ def test_a_run_that_is_shorter_than_its_measurement_is_measured(image_cache, tmp
     assert steps == [0, 1] * 3 + [0] + [2] * 7  # The adversary starts at step 2.
 
 
+def test_a_perceptual_distance_that_never_acts_is_not_measured(image_cache, tmp_path, monkeypatch, fresh_logging):
+    monkeypatch.setattr(WatchedTrainer, "events", events := [], raising=False)
+    words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--max_steps", "3", "--measure", "4"]
+    words += ["--perceptual_weight", "0.5", "--perceptual_start_step", "3"]
+    with pytest.raises(SystemExit) as end:
+        WatchedStage.main(changed(SMALL_RUN, *words))
+    assert "--perceptual_start_step=3 is not reached in 3 steps" in str(end.value.__cause__) and not events
+
+
 def test_a_resumed_run_is_measured_from_its_checkpoint_on(image_cache, tmp_path, capsys, monkeypatch, fresh_logging):
     run = run_stage(ImageVAEStage, SMALL_RUN, image_cache, tmp_path, "short", 3, "--save_steps", "1")
     before = snapshot(tmp_path)
