@@ -23,8 +23,10 @@ from tests.helpers.vocoder_checkpoint import SMALL_MEL, save_stage_checkpoint, s
 from utils.command_line import parse_arguments
 from utils.evaluation import evaluator
 from utils.generation import audio
+from utils.generation import image as image_generation
+from utils.generation import text_to_image as image_drawing
 
-MODULES = (generate_text, reconstruct_image, text_to_image, audio, evaluator)
+MODULES = (generate_text, image_generation, image_drawing, audio, evaluator)
 
 
 @contextlib.contextmanager

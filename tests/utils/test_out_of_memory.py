@@ -93,7 +93,7 @@ def evaluate_absurdly(stage) -> None:
 def test_evaluate_py_names_its_batch(image_cache, tmp_path, error_of):
     checkpoint = save_checkpoint(tmp_path / "run", image_cache)
     words = ["--checkpoint", str(checkpoint), "--split", "train", "--batch_size", "64"]
-    assert "--batch_size 32, or --bf16, or --max_samples" in error_of(lambda: evaluate.main(words), 40_000_000)
+    assert "--batch_size 32, or --bf16, or --max_samples" in error_of(lambda: evaluate.main(words), 15_000_000)
 
 
 def test_generation_names_its_batch(latent_cache, tmp_path, error_of):

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -92,6 +93,19 @@ class SharedFeatures(nn.Module):
         return self.extract(image)[2]
 
 
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (D,), rising, and eigenvectors (D, D) as columns of a symmetric matrix on the CPU.
+
+    Of a few samples most eigenvalues are 0, where the divide-and-conquer method of PyTorch's library (MKL) does not
+    converge on some processors; numpy's does.
+    """
+    try:
+        values, vectors = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, vectors = map(torch.from_numpy, np.linalg.eigh(matrix.numpy()))
+    return values, vectors
+
+
 class FeatureMoments:
     """Mean and covariance of features, accumulated over batches in fp64 (Chan et al. 1979)."""
 
@@ -127,7 +141,7 @@ class FeatureMoments:
         """Symmetric square root of the covariance, (D, D) on the CPU; cached until the next update."""
         root = self.covariance_root
         if root is None:
-            values, vectors = torch.linalg.eigh(self.covariance().cpu())
+            values, vectors = eigen(self.covariance().cpu())
             root = self.covariance_root = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
         return root
 
@@ -140,7 +154,7 @@ def frechet_distance(a: FeatureMoments, b: FeatureMoments) -> float:
     """
     A, B = a.covariance().cpu(), b.covariance().cpu()
     # The eigenvalues of A B are those of the symmetric A^(1/2) B A^(1/2).
-    cross = torch.linalg.eigvalsh(a.root() @ B @ a.root()).clamp_min(0).sqrt().sum()
+    cross = eigen(a.root() @ B @ a.root())[0].clamp_min(0).sqrt().sum()
     gap = (a.mean - b.mean).square().sum().cpu()
     return max(0.0, (gap + A.trace() + B.trace() - 2 * cross).item())
 
