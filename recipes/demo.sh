@@ -12,10 +12,9 @@
 #
 # runs/demo/report.html is one page with everything. A second call goes on where an interrupted one stopped; of a
 # complete demo it makes the report alone. SHORTER=10 divides the numbers of training steps by 10.
-# It took 47 CPU minutes after the installation without the part text, which adds about 4; about half of that by the
-# clock is to be expected on 2 cores. The VAE reaches 26 dB PSNR, 96 % of the generated images match their held-out
-# caption (a probe ranks it first of 72), the vocoder has PESQ-wb 2.85, speech is understood about as well as the
-# recordings are, and the transformer describes and transcribes every caption.
+# It takes about 33 minutes after the installation on 2 cores (48 CPU minutes). The VAE reaches 26 dB PSNR, 96 % of the
+# generated images match their held-out caption (a probe ranks it first of 72), the vocoder has PESQ-wb 2.85, speech is
+# understood about as well as the recordings are, and the transformer describes and transcribes every caption.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/heading.sh

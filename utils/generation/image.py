@@ -55,7 +55,7 @@ class ImageReconstructor:
                 )
             self.options = {"n_steps": args.decoder_steps}
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def reconstruct(self, source: Image.Image) -> ReconstructedImage:
         """Resize and pad an image for the model, and crop its reconstruction.
 
