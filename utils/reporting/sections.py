@@ -25,7 +25,7 @@ ALIGNMENTS = ("alignment", "durations")  # in the names of TensorBoard's images
 
 def section(view: View, run: Run, scores: Sequence[Scores], media: Media, steps: Sequence[Step]) -> Markup:
     """Everything about a run."""
-    own = [step for step in steps if step.output.startswith(f"{run.folder}")]
+    own = [step for step in steps if Path(step.output).is_relative_to(run.folder)]
     parts = [
         tag("h2", view.title),
         tag("p", view.meaning, class_="soft"),

@@ -15,9 +15,11 @@ from PIL import Image
 from utils.reporting.curves import chart, number, ticks
 from utils.reporting.markup import Markup, escape, tag
 from utils.reporting.media import MAX_SECONDS, Media
+from utils.reporting.runs import Run
 from utils.reporting.scores import scores_of
-from utils.reporting.sections import answers, figures, html_table
-from utils.reporting.times import by_stage, duration, read_steps
+from utils.reporting.sections import answers, figures, html_table, section
+from utils.reporting.times import Step, by_stage, duration, read_steps
+from utils.reporting.views import VIEWS
 
 
 def test_everything_but_markup_is_escaped():
@@ -148,3 +150,11 @@ def test_every_direction_of_a_multimodal_model_has_its_control():
     assert '<tr class="bold"><td>this model</td><td>1.000</td><td>1.000</td></tr>' in table
     assert "<th>exact<small>(high)</small></th>" in table
     assert scores_of("multimodal", {}) == []
+
+
+def test_a_section_has_the_commands_of_its_own_run(tmp_path):
+    folder = tmp_path / "multimodal" / "demo"
+    outputs = (folder, f"{folder}/metrics.json", f"{folder}_text")
+    steps = [Step("A", str(output), 1.0, True, f"python {number}.py") for number, output in enumerate(outputs)]
+    shown = section(VIEWS[-1], Run.read("multimodal", folder), [], Media(0), steps)
+    assert "python 0.py" in shown and "python 1.py" in shown and "python 2.py" not in shown
