@@ -105,10 +105,17 @@ def evaluated(runs: Runs, name: str | None) -> Evaluated:
         if not is_of(home, folder):
             home = folder.parent / f"metrics-{step}"
             output_dir = str(home)
-    call = command("evaluate.py", EvaluateArguments, checkpoint=str(folder), output_dir=output_dir)
+    metrics: dict[str, Any] = {}
     if (home / METRICS).is_file() and runs.is_inside(home / METRICS):
         metrics = read_metrics(home / METRICS)
-        return Evaluated(name, str(metrics.get("stage")), home, metrics, str(call))
+    # A folder of metrics alone belongs to the checkpoint that they name.
+    is_apart = bool(metrics) and step < 0 and not checkpoints_in(folder) and not (folder / COMPLETE).is_file()
+    if is_apart:
+        output_dir = str(folder)
+    evaluated_folder = str(metrics.get("checkpoint") or folder) if is_apart else str(folder)
+    call = command("evaluate.py", EvaluateArguments, checkpoint=evaluated_folder, output_dir=output_dir)
+    if metrics:
+        return Evaluated(name, metrics["stage"], home, metrics, str(call))
     checkpoint = folder if step >= 0 or not checkpoints_in(folder) else newest_complete(folder)
     return Evaluated(name, read_stage(checkpoint or folder)["stage"], None, {}, str(call))
 

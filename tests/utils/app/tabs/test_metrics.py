@@ -92,6 +92,9 @@ def test_the_metrics_of_a_run_are_those_of_one_checkpoint(runs, tmp_path):
     (root / "small" / "metrics-8").mkdir()
     (root / "small" / "metrics-8" / "metrics.json").write_text(json.dumps(metrics_of(step=8)))
     assert evaluated(listed, "small/checkpoint-8").metrics["step"] == 8
+    # The command of a folder that holds metrics alone evaluates the checkpoint that they are of.
+    line = evaluated(listed, "small/metrics-8").command
+    assert line == f"python evaluate.py --checkpoint x/checkpoint-4 --output_dir {root / 'small' / 'metrics-8'}"
 
 
 @pytest.mark.parametrize(
