@@ -8,6 +8,7 @@ from typing import Any, Generic, TypeVar
 from utils.options import check_effects, declared_fields, default_value, validate_fields
 
 Arguments = TypeVar("Arguments")
+MAX_SEED = 2**63  # The flags take smaller ones.
 
 
 @dataclasses.dataclass

@@ -13,7 +13,7 @@ from model.multimodal.stream_state import Sampling
 from model.samplers import n_evaluations
 from utils.app.arguments import AppArguments
 from utils.app.audio import for_player
-from utils.app.commands import Command, command, real_number, whole_number
+from utils.app.commands import MAX_SEED, Command, command, real_number, whole_number
 from utils.app.context import Context
 from utils.app.jobs import UNCHANGED, Clock, Report
 from utils.app.uploads import read_audio, read_image
@@ -32,7 +32,7 @@ FREE: Task = "prompts"
 CHOICES: dict[str, Task] = {"the model chooses": FREE, **{task: task for task in get_args(Task) if task != FREE}}
 TAKES = {"draw": "text", "speak": "text", "describe": "image", "transcribe": "recording"}
 MAX_CHARACTERS = 2000  # of a text
-MOST = {"max_new_tokens": 1000, "seed": 2**63, "thinking_steps": 64}
+MOST = {"max_new_tokens": 1000, "seed": MAX_SEED, "thinking_steps": 64}
 FIELDS = ("max_new_tokens", "temperature", "seed", "thinking_steps")
 MAX_SPANS = Sampling.max_spans  # images and clips of an answer
 N_PREVIEWS = 4  # Estimates of an image that are decoded on the way.

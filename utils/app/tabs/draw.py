@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.samplers import n_evaluations
-from utils.app.commands import Command, command
+from utils.app.commands import MAX_SEED, Command, command, real_number, whole_number
 from utils.app.context import Context
 from utils.app.jobs import UNCHANGED, Clock, Report
 from utils.drawing.images import to_image
@@ -27,27 +27,28 @@ def settings(
     checkpoint: Path,
     prompt: str,
     *,
-    seed: float,
-    n_images: float,
-    n_steps: float,
-    guidance_scale: float,
+    seed: float | None,
+    n_images: float | None,
+    n_steps: float | None,
+    guidance_scale: float | None,
     sampler: SamplerKind,
 ) -> Command[TextToImageArguments]:
     """The call of the script for a tab's settings: images with the seeds `seed`, `seed` + 1, ...
 
-    Raises: ValueError: as `utils.app.commands.command`, or more images or steps than the page allows.
+    Raises: ValueError: as `utils.app.commands.command`, a field without a number, no image, or more images or steps
+        than the page allows.
     """
-    for name, value, most in (("n_images", n_images, MAX_IMAGES), ("n_steps", n_steps, MAX_STEPS)):
-        if not 1 <= value <= most:
-            raise ValueError(f"{name}={value:g} must be from 1 to {most}; the command line takes more")
+    first, count = whole_number("seed", seed, MAX_SEED), whole_number("n_images", n_images, MAX_IMAGES)
+    if count < 1:
+        raise ValueError(f"n_images={count} must be at least 1")
     return command(
         "inference/text_to_image.py",
         TextToImageArguments,
         checkpoint=str(checkpoint),
         prompts=[prompt],
-        seeds=[int(seed) + number for number in range(int(n_images))],
-        n_steps=int(n_steps),
-        guidance_scale=float(guidance_scale),
+        seeds=[first + number for number in range(count)],
+        n_steps=whole_number("n_steps", n_steps, MAX_STEPS),
+        guidance_scale=real_number("guidance_scale", guidance_scale),
         sampler=sampler,
     )
 

@@ -8,7 +8,7 @@ from PIL import Image
 from torch import Tensor
 
 from utils.app.arguments import AppArguments
-from utils.app.commands import Command, command
+from utils.app.commands import Command, command, whole_number
 from utils.app.context import IMAGE_BUTTONS, Context
 from utils.app.jobs import UNCHANGED, Clock, Report
 from utils.app.uploads import read_image
@@ -24,24 +24,23 @@ N_ACROSS = 8  # latent channels side by side
 
 
 def settings(
-    checkpoint: Path, file: str | None, limits: AppArguments, *, image_size: float, decoder_steps: float
+    checkpoint: Path, file: str | None, limits: AppArguments, *, image_size: float | None, decoder_steps: float | None
 ) -> Command[ReconstructionArguments]:
     """The call of the script for a tab's settings.
 
     Args: file: the uploaded one, of which the call has the name alone.
-    Raises: ValueError: as `utils.app.commands.command`, no file, or more steps than the page allows.
+    Raises: ValueError: as `utils.app.commands.command`, no file, a field without a number, or more than the page
+        allows.
     """
     if not file:
         raise ValueError("no file is given; drop an image into the field")
-    if decoder_steps > MAX_STEPS:
-        raise ValueError(f"decoder_steps={decoder_steps:g} must be at most {MAX_STEPS}; the command line takes more")
     return command(
         "inference/reconstruct_image.py",
         ReconstructionArguments,
         checkpoint=str(checkpoint),
         input=[Path(file).name],
-        image_size=int(image_size),
-        decoder_steps=int(decoder_steps),
+        image_size=whole_number("image_size", image_size, limits.max_pixels),
+        decoder_steps=whole_number("decoder_steps", decoder_steps, MAX_STEPS),
         max_pixels=limits.max_pixels,
     )
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from model.audio.configuration import AudioDiffusionConfig
 from model.samplers import n_evaluations
 from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, mel_sheet, names_of_mel, version_of
-from utils.app.commands import Command, command
+from utils.app.commands import MAX_SEED, Command, command, real_number, whole_number
 from utils.app.context import IMAGE_BUTTONS, Context
 from utils.app.jobs import UNCHANGED, Clock, Report
 from utils.checkpoints import load_config
@@ -32,14 +32,12 @@ TEXT = "Please hold the line."
 TABLE = ("token", "start in ms", "ms")
 
 
-def check_limits(text: str, n_steps: float) -> None:
+def check_length(text: str) -> None:
     """Raises: ValueError: more than the page allows."""
     if len(text) > MAX_CHARACTERS:
         raise ValueError(
             f"the text has {len(text)} characters, more than {MAX_CHARACTERS}; the command line takes more"
         )
-    if n_steps > MAX_STEPS:
-        raise ValueError(f"n_steps={n_steps:g} must be at most {MAX_STEPS}; the command line takes more")
 
 
 def speech_settings(
@@ -47,28 +45,29 @@ def speech_settings(
     vocoder: Path | None,
     text: str,
     *,
-    seed: float,
-    n_steps: float,
-    temperature: float,
+    seed: float | None,
+    n_steps: float | None,
+    temperature: float | None,
     speaker: str,
-    speed: float,
+    speed: float | None,
 ) -> Command[TextToSpeechArguments]:
     """The call of the script that speaks; without steps there is no noise, and the temperature does not count.
 
-    Raises: ValueError: as `utils.app.commands.command`, or `check_limits`.
+    Raises: ValueError: as `utils.app.commands.command`, a field without a number, or more than the page allows.
     """
-    check_limits(text, n_steps)
+    check_length(text)
+    steps = whole_number("n_steps", n_steps, MAX_STEPS)
     return command(
         "inference/text_to_speech.py",
         TextToSpeechArguments,
         checkpoint=str(checkpoint),
         vocoder_checkpoint=str(vocoder or ""),
         text=[text],
-        seed=int(seed),
-        n_steps=int(n_steps),
-        temperature=float(temperature) if n_steps else None,
+        seed=whole_number("seed", seed, MAX_SEED),
+        n_steps=steps,
+        temperature=real_number("temperature", temperature) if steps else None,
         speaker=speaker,
-        speed=float(speed),
+        speed=real_number("speed", speed),
     )
 
 
@@ -77,25 +76,25 @@ def sound_settings(
     vocoder: Path | None,
     prompt: str,
     *,
-    seed: float,
-    n_steps: float,
-    temperature: float,
-    seconds: float,
-    guidance_scale: float,
+    seed: float | None,
+    n_steps: float | None,
+    temperature: float | None,
+    seconds: float | None,
+    guidance_scale: float | None,
 ) -> Command[TextToAudioArguments]:
     """The call of the script that makes sounds. Raises: as `speech_settings`."""
-    check_limits(prompt, n_steps)
+    check_length(prompt)
     return command(
         "inference/text_to_audio.py",
         TextToAudioArguments,
         checkpoint=str(checkpoint),
         vocoder_checkpoint=str(vocoder or ""),
         prompts=[prompt],
-        seed=int(seed),
-        n_steps=int(n_steps),
-        temperature=float(temperature),
-        seconds=float(seconds),
-        guidance_scale=float(guidance_scale),
+        seed=whole_number("seed", seed, MAX_SEED),
+        n_steps=whole_number("n_steps", n_steps, MAX_STEPS),
+        temperature=real_number("temperature", temperature),
+        seconds=real_number("seconds", seconds),
+        guidance_scale=real_number("guidance_scale", guidance_scale),
     )
 
 

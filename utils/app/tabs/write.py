@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from utils.app.commands import Command, command, real_number, whole_number
+from utils.app.commands import MAX_SEED, Command, command, real_number, whole_number
 from utils.app.context import Context
 from utils.app.jobs import UNCHANGED, Clock, Report
 from utils.checkpoints import chosen_weights
@@ -20,7 +20,7 @@ from utils.generation.text import TextGenerator
 KIND = "text"
 MAX_CHARACTERS = 8000  # of a prompt
 # Settings of the tab, in the order of its fields: whole numbers with the most that the page allows, and others.
-MOST = {"max_new_tokens": 1000, "top_k": 2**31, "seed": 2**63, "thinking_steps": 64}
+MOST = {"max_new_tokens": 1000, "top_k": 2**31, "seed": MAX_SEED, "thinking_steps": 64}
 FIELDS = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "thinking_steps", "exit_threshold")
 
 

@@ -72,8 +72,13 @@ def test_settings_are_checked_as_flags():
     assert parsed == call.arguments and parsed.given == sorted(call.arguments.given)
     for wrong, message in (
         ({"seed": -1}, r"--seeds=\[-1\] must be >= 0"),
-        ({"n_images": 17}, "n_images=17 must be from 1 to 16"),
-        ({"n_steps": MAX_STEPS + 1}, "n_steps=251 must be from 1 to 250"),
+        ({"seed": None}, "seed is no number"),
+        ({"n_images": 17}, "n_images=17 must be at most 16"),
+        ({"n_images": 0}, "n_images=0 must be at least 1"),
+        ({"n_images": None}, "n_images is no number"),
+        ({"n_steps": MAX_STEPS + 1}, "n_steps=251 must be at most 250"),
+        ({"n_steps": 0}, "--n_steps=0 must be > 0"),
+        ({"guidance_scale": None}, "guidance_scale is no number"),
         ({"guidance_scale": float("nan")}, "--guidance_scale=nan must be finite"),
         ({"sampler": "eular"}, "did you mean 'euler'"),
     ):

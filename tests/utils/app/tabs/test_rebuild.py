@@ -93,6 +93,8 @@ def test_errors_are_in_our_words(client, photo, tmp_path):
         assert "Traceback" not in str(caught.value)
 
 
-def test_steps_are_limited():
+def test_steps_are_limited_and_an_empty_field_is_named():
     with pytest.raises(ValueError, match="decoder_steps=65 must be at most 64"):
         settings("runs/x", "a.png", AppArguments(), image_size=-1, decoder_steps=65)
+    with pytest.raises(ValueError, match="image_size is no number"):
+        settings("runs/x", "a.png", AppArguments(), image_size=None, decoder_steps=0)

@@ -182,7 +182,10 @@ def test_settings_are_checked_as_flags():
     for settings, own, wrong, message in (
         (speech_settings, {"speaker": "", "speed": 1}, {"speed": 9}, "--speed=9.0 must be <= 4"),
         (speech_settings, {"speaker": "", "speed": 1}, {"n_steps": 101}, "n_steps=101 must be at most 100"),
+        (speech_settings, {"speaker": "", "speed": 1}, {"seed": None}, "seed is no number; give one"),
+        (speech_settings, {"speaker": "", "speed": 1}, {"speed": None}, "speed is no number; give one"),
         (sound_settings, {"seconds": 0, "guidance_scale": 1}, {"seconds": -1}, "--seconds=-1.0 must be >= 0"),
+        (sound_settings, {"seconds": 0, "guidance_scale": 1}, {"seconds": None}, "seconds is no number; give one"),
         (sound_settings, {"seconds": 0, "guidance_scale": 1}, {"temperature": 0}, "--temperature=0.0 must be > 0"),
     ):
         settings("runs/x", None, "a", **shared, **own)
