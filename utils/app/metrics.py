@@ -140,6 +140,9 @@ def read_metrics(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no JSON ({error}); {remedy}") from error
     if not isinstance(content, dict) or not isinstance(content.get("stage"), str):
         raise ValueError(f"{file} has no field stage; {remedy}")
+    for name in ("scores", "definitions"):
+        if not isinstance(content.get(name, {}), dict):
+            raise ValueError(f"{file}: {name} is no table; {remedy}")
     return content
 
 

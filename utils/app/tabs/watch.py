@@ -1,5 +1,6 @@
 """Tab Watch: how a run goes on, from what it writes for TensorBoard; it computes nothing and waits for no job."""
 
+import contextlib
 import dataclasses
 import io
 import shlex
@@ -167,9 +168,10 @@ def plot_update(gr: Any, tag: str, points: list[list[float]]) -> Any:
 
 
 def decoded(images: Mapping[str, tuple[int, bytes]]) -> list[tuple[Image.Image, str]]:
-    """The images of a `View` with labels."""
+    """The images of a `View` with labels; damaged ones are left out."""
     found = []
     for tag, (step, content) in sorted(images.items())[:MAX_IMAGES]:
-        with Image.open(io.BytesIO(content)) as image:
+        # Pillow raises SyntaxError for broken PNG files.
+        with contextlib.suppress(OSError, ValueError, SyntaxError), Image.open(io.BytesIO(content)) as image:
             found.append((image.convert("RGB"), f"{tag.removeprefix(IMAGES)}, step {step}"))
     return found

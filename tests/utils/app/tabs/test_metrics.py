@@ -36,6 +36,7 @@ def measured(runs):
         "second": metrics_of(scores=better, model={"parameters": 9}, data={"folder": "x", "n_samples": 10}),
         "vocoder": metrics_of(stage="vocoder"),
         "damaged": [],
+        "odd": metrics_of(scores=5),
     }
     root = runs / "measured"
     for name, content in contents.items():
@@ -102,6 +103,7 @@ def test_the_metrics_of_a_run_are_those_of_one_checkpoint(runs, tmp_path):
     [
         ("measured/first", "measured/vocoder", "of stage image_diffusion and .* of stage vocoder.* choose two of one"),
         ("measured/first", "measured/damaged", "has no field stage; evaluate the checkpoint again"),
+        ("measured/first", "measured/odd", "scores is no table; evaluate the checkpoint again"),
         ("measured/first", "../runs/measured/first", "is neither a run with a checkpoint nor one"),
         ("/etc", "measured/first", "is neither a run with a checkpoint nor one"),
         (None, "measured/first", "choose one, such as"),

@@ -1,15 +1,18 @@
 """Tab Watch: any run under the folder, from its beginning, also while a model computes."""
 
+import io
 import shlex
 import time
 
 import numpy as np
 import pytest
+from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from dataset_loading.locks import only_writer
 from utils.app.run_folders import choose_run, run_names
 from utils.app.runs import Runs
+from utils.app.tabs.watch import decoded
 from utils.training.trackers import write_flags
 
 NAME = "vocoder/begun"
@@ -103,3 +106,13 @@ def test_runs_of_a_folder(tmp_path):
     assert choose_run(runs, "a/begun") == runs.root / "a" / "begun"
     with pytest.raises(ValueError, match="is no run"):
         choose_run(runs, "a/linked")
+
+
+def test_a_damaged_image_is_left_out():
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(stream, "PNG")
+    content = stream.getvalue()
+    shown = decoded(
+        {"images/a": (1, b"none"), "images/b": (2, content[: len(content) // 2]), "images/c": (3, content)}
+    )
+    assert [label for _, label in shown] == ["c, step 3"]
