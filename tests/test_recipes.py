@@ -132,6 +132,35 @@ def test_results_of_an_earlier_state_are_removed_before_a_step_is_made_again(tmp
     assert run_steps(tmp_path, "step out/x bash -c '[ ! -e out/x ] && mkdir out/x'").returncode == 0
 
 
+FOLDER = """
+step runs/vae/demo bash -c 'mkdir -p runs/vae/demo && echo "$0" >> runs/vae/demo/manifest.json; [ ! -e stop ]' {word}
+step cache bash -c 'mkdir -p cache && cat runs/vae/demo/manifest.json >> cache/manifest.json' runs/vae/demo
+"""
+
+
+def test_a_run_of_other_words_and_what_was_made_of_it_are_kept_aside(tmp_path):
+    def make(word: str) -> str:
+        run_steps(tmp_path, FOLDER.format(word=word))
+        return (tmp_path / "cache/manifest.json").read_text()
+
+    assert make("short") == make("short") == "short\n"
+    assert make("long") == make("long") == "long\n"
+    assert make("short") == "short\n"
+    formers = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*_former_*"))
+    names = [f"{name}_former_{number}" for name in ("cache", "runs/vae/demo") for number in (1, 2)]
+    assert [str(path) for path in formers] == names
+    assert [(tmp_path / name / "manifest.json").read_text() for name in names] == ["short\n", "long\n"] * 2
+
+
+def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
+    (tmp_path / "stop").touch()
+    assert run_steps(tmp_path, FOLDER.format(word="a")).returncode != 0
+    (tmp_path / "stop").unlink()
+    assert run_steps(tmp_path, FOLDER.format(word="a")).returncode == 0
+    assert (tmp_path / "runs/vae/demo/manifest.json").read_text() == "a\na\n"
+    assert not list(tmp_path.rglob("*_former_*"))
+
+
 def test_numbers_of_training_steps_become_smaller_on_demand(tmp_path):
     words = "--max_steps 2000 --perceptual_start_step 1500 --gan_start_step 1650 --gan_ramp_steps 4 --batch_size 800"
     done = run_steps(tmp_path, f"step a/b echo {words} --save_steps 500", SHORTER="100")

@@ -2,7 +2,9 @@
 #
 # It is complete where the same words have made OUTPUT, and neither OUTPUT nor any file, cache or run that the words
 # name has changed since. The table $STEPS, with tabs between stage, output, seconds, state and command, says so; an
-# interrupted command has the state "-", and the call that completes it adds its seconds to those before.
+# interrupted command has the state "-", and the call that completes it adds its seconds to those before. A cache or
+# run that other words, or the same of other inputs, have made is kept under another name: a command would refuse to
+# go on with it.
 # SHORTER=10 divides all numbers of training steps by 10: a look at every stage, not at its quality.
 STEPS=${STEPS:-runs/demo/steps.tsv}
 SHORTER=${SHORTER:-1}
@@ -48,8 +50,16 @@ record() {
 OUTPUT=
 trap '[ -z "$OUTPUT" ] || record $((BEFORE + $(date +%s) - BEGUN)) - "$WORDS"' EXIT
 
+# Rename a folder to the first of NAME_former_1, NAME_former_2, ... that is not there.
+keep_aside() {
+    local number=1
+    while [ -e "$1_former_$number" ]; do number=$((number + 1)); done
+    echo "$1 was made by another command, or of other data: it is now $1_former_$number"
+    mv "$1" "$1_former_$number"
+}
+
 step() {
-    local output=$1 word previous='' words=() seconds='' state='' command=''
+    local output=$1 word previous='' words=() seconds='' state='' command='' inputs=() inputs_state is_former=''
     shift
     for word in "$@"; do
         case $previous in
@@ -59,23 +69,29 @@ step() {
         esac
         previous=$word
         words+=("$word")
+        [ "$word" = "$output" ] || inputs+=("$word")
     done
+    inputs_state=$(state_of "${inputs[@]}")
     WORDS=$(printf '%q ' "${words[@]}")
     WORDS=${WORDS% }
     IFS=$'\t' read -r seconds state command \
         < <(awk -F '\t' -v output="$output" '$2 == output' "$STEPS" | cut -f 3-) || true
     BEFORE=0
     if [ "$command" = "$WORDS" ]; then
-        if [ -e "$output" ] && [ "$state" = "$(state_of "$output" "${words[@]}")" ]; then
+        if [ -e "$output" ] && [ "$state" = "$(state_of "$output")+$inputs_state" ]; then
             echo "complete: $output"
             return
         fi
         [ "$state" != - ] || BEFORE=$seconds
+        case $state in - | *"+$inputs_state") ;; *+*) is_former=1 ;; esac
+    elif [ -n "$command" ]; then
+        is_former=1
     fi
     # Generated files of another state; the scripts would leave them and write beside them.
     [ ! -f "$output/settings.json" ] || rm -r "$output"
+    if [ -n "$is_former" ] && [ -d "$output" ]; then keep_aside "$output"; fi
     OUTPUT=$output BEGUN=$(date +%s)
     "${words[@]}"
-    record $((BEFORE + $(date +%s) - BEGUN)) "$(state_of "$output" "${words[@]}")" "$WORDS"
+    record $((BEFORE + $(date +%s) - BEGUN)) "$(state_of "$output")+$(state_of "${inputs[@]}")" "$WORDS"
     OUTPUT=
 }
