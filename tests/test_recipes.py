@@ -152,6 +152,17 @@ def test_a_run_of_other_words_and_what_was_made_of_it_are_kept_aside(tmp_path):
     assert [(tmp_path / name / "manifest.json").read_text() for name in names] == ["short\n", "long\n"] * 2
 
 
+def test_an_interrupted_command_whose_input_has_changed_begins_anew(tmp_path):
+    script = FOLDER.replace("' runs/vae/demo", "; [ ! -e stop ]' runs/vae/demo")
+    run_steps(tmp_path, "step runs/vae/demo mkdir -p runs/vae/demo")
+    (tmp_path / "stop").touch()
+    assert run_steps(tmp_path, script.split("\n")[2]).returncode != 0
+    (tmp_path / "stop").unlink()
+    (tmp_path / "runs/vae/demo/manifest.json").write_text("long\n")
+    assert run_steps(tmp_path, script.split("\n")[2]).returncode == 0
+    assert (tmp_path / "cache/manifest.json").read_text() == "long\n"
+
+
 def test_an_interrupted_run_goes_on_in_its_folder(tmp_path):
     (tmp_path / "stop").touch()
     assert run_steps(tmp_path, FOLDER.format(word="a")).returncode != 0

@@ -1,10 +1,10 @@
 # Read by recipes/demo.sh: `step OUTPUT COMMAND...` runs a command unless it is complete.
 #
 # It is complete where the same words have made OUTPUT, and neither OUTPUT nor any file, cache or run that the words
-# name has changed since. The table $STEPS, with tabs between stage, output, seconds, state and command, says so; an
-# interrupted command has the state "-", and the call that completes it adds its seconds to those before. A cache or
-# run that other words, or the same of other inputs, have made is kept under another name: a command would refuse to
-# go on with it.
+# name has changed since. The table $STEPS, with tabs between stage, output, seconds, state and command, says so. A
+# state is that of the output, + and that of the inputs; the output of an interrupted command has "-", and the call
+# that completes it adds its seconds to those before. A cache or run that other words, or the same of other inputs, have
+# made is kept under another name, since a command would refuse to go on with it.
 # SHORTER=10 divides all numbers of training steps by 10: a look at every stage, not at its quality.
 STEPS=${STEPS:-runs/demo/steps.tsv}
 SHORTER=${SHORTER:-1}
@@ -48,7 +48,7 @@ record() {
 
 # At the end of a recipe that was interrupted: the seconds of the command that ran.
 OUTPUT=
-trap '[ -z "$OUTPUT" ] || record $((BEFORE + $(date +%s) - BEGUN)) - "$WORDS"' EXIT
+trap '[ -z "$OUTPUT" ] || record $((BEFORE + $(date +%s) - BEGUN)) "-+$(state_of "${INPUTS[@]}")" "$WORDS"' EXIT
 
 # Rename a folder to the first of NAME_former_1, NAME_former_2, ... that is not there.
 keep_aside() {
@@ -59,8 +59,9 @@ keep_aside() {
 }
 
 step() {
-    local output=$1 word previous='' words=() seconds='' state='' command='' inputs=() inputs_state is_former=''
+    local output=$1 word previous='' words=() seconds='' state='' command='' inputs is_former=''
     shift
+    INPUTS=()
     for word in "$@"; do
         case $previous in
             --max_steps | --logging_steps | --eval_steps | --save_steps | --*_start_step | --gan_*_steps)
@@ -69,21 +70,24 @@ step() {
         esac
         previous=$word
         words+=("$word")
-        [ "$word" = "$output" ] || inputs+=("$word")
+        [ "$word" = "$output" ] || INPUTS+=("$word")
     done
-    inputs_state=$(state_of "${inputs[@]}")
+    inputs=$(state_of "${INPUTS[@]}")
     WORDS=$(printf '%q ' "${words[@]}")
     WORDS=${WORDS% }
     IFS=$'\t' read -r seconds state command \
         < <(awk -F '\t' -v output="$output" '$2 == output' "$STEPS" | cut -f 3-) || true
     BEFORE=0
     if [ "$command" = "$WORDS" ]; then
-        if [ -e "$output" ] && [ "$state" = "$(state_of "$output")+$inputs_state" ]; then
+        if [ -e "$output" ] && [ "$state" = "$(state_of "$output")+$inputs" ]; then
             echo "complete: $output"
             return
         fi
-        [ "$state" != - ] || BEFORE=$seconds
-        case $state in - | *"+$inputs_state") ;; *+*) is_former=1 ;; esac
+        case $state in
+            "-+$inputs") BEFORE=$seconds ;;
+            *"+$inputs") ;;
+            *+*) is_former=1 ;; # A state without + is that of an earlier version: the command goes on.
+        esac
     elif [ -n "$command" ]; then
         is_former=1
     fi
@@ -92,6 +96,6 @@ step() {
     if [ -n "$is_former" ] && [ -d "$output" ]; then keep_aside "$output"; fi
     OUTPUT=$output BEGUN=$(date +%s)
     "${words[@]}"
-    record $((BEFORE + $(date +%s) - BEGUN)) "$(state_of "$output")+$(state_of "${inputs[@]}")" "$WORDS"
+    record $((BEFORE + $(date +%s) - BEGUN)) "$(state_of "$output")+$(state_of "${INPUTS[@]}")" "$WORDS"
     OUTPUT=
 }

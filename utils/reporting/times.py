@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 STEPS = "steps.tsv"
-UNFINISHED = "-"  # state of a command that was interrupted
+UNFINISHED = "-"  # state of the output of a command that was interrupted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ def read_steps(folder: Path) -> list[Step]:
         cells = line.split("\t")
         if len(cells) == 5 and cells[2].isdigit():
             stage, output, seconds, state, command = cells
-            steps.append(Step(stage, output, float(seconds), state != UNFINISHED, readable(command)))
+            steps.append(Step(stage, output, float(seconds), state.partition("+")[0] != UNFINISHED, readable(command)))
     return steps
 
 
