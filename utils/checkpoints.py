@@ -214,6 +214,11 @@ def log_folder(folder: str | Path) -> Path:
     return former if former.is_dir() else Path(folder)
 
 
+def event_files(run_dir: Path) -> list[Path]:
+    """The files of a run that TensorBoard reads, the oldest first: their names begin with the time."""
+    return sorted(file for file in log_folder(run_dir).glob("events.out.tfevents.*") if file.is_file())
+
+
 def checkpoints_in(run_dir: Path) -> list[Path]:
     """All checkpoint folders of a run, complete or not, by step."""
     return sorted((path for path in run_dir.glob("checkpoint-*") if step_of(path) >= 0), key=step_of)

@@ -291,6 +291,11 @@ def test_a_dry_run_misses_texts_that_do_not_exist(tmp_path, caplog):
             "use stage 2 or below",
         ),
         ("--recurrent_curiculum 1", "did you mean '--recurrent_curriculum'"),
+        ("--lora_rank 4", "--lora_rank=4 needs trained weights to adapt; give --init_from"),
+        ("--lora_rank 4 --init_from x --use_deepspeed", "adapters are trained without DeepSpeed; start several"),
+        ("--lora_rank -1", "--lora_rank=-1 must be >= 0"),
+        ("--lora_alpha 4", "--lora_alpha has no effect with lora_rank=0"),
+        ("--lora_modules qkv_proj", "--lora_modules has no effect with lora_rank=0"),
     ],
 )
 def test_wrong_flags_say_what_to_do(words, message, capsys):

@@ -40,27 +40,21 @@ class Context:
     def choose_checkpoint(self, *kinds: str, label: str = "checkpoint") -> Any:
         """A dropdown of the complete checkpoints of some kinds, listed anew whenever the page is opened; without any,
         a text below it says which command trains one. Its value is for `Runs.choose`, which checks it."""
-        choice = self.gr.Dropdown(label=label, allow_custom_value=True, **self.listing(*kinds))
-        notice = self.gr.Markdown(**self.notice(*kinds))
+        listing, text = self.offers(*kinds)
+        choice = self.gr.Dropdown(label=label, allow_custom_value=True, **listing)
+        notice = self.gr.Markdown(**text)
         self.choices.append((kinds, choice, notice))
         return choice
 
-    def listing(self, *kinds: str) -> dict[str, Any]:
-        """Choices of a dropdown, and the first one."""
+    def offers(self, *kinds: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Choices of a dropdown with the first one, and the text below it."""
         names = self.runs.names(*kinds)
-        return {"choices": names, "value": names[0] if names else None}
-
-    def notice(self, *kinds: str) -> dict[str, Any]:
-        """The text below a dropdown."""
-        is_empty = not self.runs.checkpoints(*kinds)
-        return {"value": self.runs.advice(*kinds) if is_empty else "", "visible": is_empty}
+        listing = {"choices": names, "value": names[0] if names else None}
+        return listing, {"value": "" if names else self.runs.advice(*kinds), "visible": not names}
 
     def refreshed(self) -> list[Any]:
         """All dropdowns and their texts, for the folder as it is now."""
-        updates = []
-        for kinds, _, _ in self.choices:
-            updates += [self.gr.update(**self.listing(*kinds)), self.gr.update(**self.notice(*kinds))]
-        return updates
+        return [self.gr.update(**changes) for kinds, _, _ in self.choices for changes in self.offers(*kinds)]
 
     def timer(self, seconds: float) -> Any:
         """A timer that ticks every so many seconds while the tab is open."""
@@ -71,7 +65,7 @@ class Context:
     def switch_timers(self, tabs: Sequence[Any]) -> None:
         """Let the choice of one of all tabs start its timers and stop those of the others."""
         for tab in tabs:
-            active = [own is tab for own, _ in self.timers]
+            active = [timed_tab is tab for timed_tab, _ in self.timers]
             tab.select(
                 functools.partial(switched, self.gr, active),
                 outputs=[timer for _, timer in self.timers],
@@ -113,7 +107,7 @@ class Context:
         options = {
             "format": "png",
             "min_width": 480,
-            "buttons": ["fullscreen", "download"],
+            "buttons": IMAGE_BUTTONS,
             "elem_classes": BELOW_LABEL,
         }
         return self.gr.Image(interactive=False, visible=False, **options)

@@ -13,7 +13,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
-from utils.app.run_folders import event_files
+from utils.checkpoints import event_files
 from utils.training.log_lines import WINDOW
 
 LENGTH, CHECKSUM = struct.Struct("<Q"), 4  # A record: length of the event, its checksum, event, checksum.

@@ -11,9 +11,16 @@ from typing import Any
 from PIL import Image
 
 from utils.app.commands import command
-from utils.app.runs import MAX_DEPTH, Runs
+from utils.app.runs import MAX_DEPTH, Runs, subfolders
 from utils.checkpoints import COMPLETE, checkpoints_in, newest_complete, read_stage, step_of
-from utils.evaluation import audio, audio_diffusion_report, captioned_sounds_report, image_diffusion_report, image_vae
+from utils.evaluation import (
+    audio,
+    audio_diffusion_report,
+    captioned_sounds_report,
+    image_diffusion_report,
+    image_vae,
+    text,
+)
 from utils.evaluation.arguments.every_stage import EvaluateArguments
 from utils.evaluation.multimodal import report as multimodal_report
 from utils.evaluation.tables import FEATURE_COLUMNS, Column
@@ -29,9 +36,8 @@ MAX_SHEETS = 4  # A multimodal model has one per direction.
 CONDITIONS = ("data", "sampling", "weights", "precision", "device", "threads", "features", "recognizer")
 NO_METRICS = (*CONDITIONS, "definitions", "packages", "seconds", "step", "latents", "n_clips_defined")
 TEXT_COLUMNS = {
-    "loss": Column("loss", "{:.4f}", "low"),
-    "perplexity": Column("perplexity", "{:.2f}", "low"),
-    "accuracy": Column("accuracy", "{:.4f}", "high"),
+    name: dataclasses.replace(text.COLUMNS[name], better=better)
+    for name, better in {"loss": "low", "perplexity": "low", "accuracy": "high"}.items()
 }
 COLUMNS: dict[str, dict[str, Column]] = {  # stage -> metrics in the order of its tables
     "image_vae": image_vae.COLUMNS,
@@ -65,13 +71,12 @@ class Evaluated:
 
 def measured_folders(folder: Path, depth: int) -> Iterator[Path]:
     """Folders that have a metrics.json."""
-    with contextlib.suppress(OSError):
-        for child in sorted(folder.iterdir()):
-            if child.is_dir() and not child.name.startswith("."):
-                if (child / METRICS).is_file():
-                    yield child
-                if depth > 1 and not (child / COMPLETE).is_file():
-                    yield from measured_folders(child, depth - 1)
+    for child in subfolders(folder):
+        with contextlib.suppress(OSError):  # It is gone since, or cannot be read.
+            if (child / METRICS).is_file():
+                yield child
+            if depth > 1 and not (child / COMPLETE).is_file():
+                yield from measured_folders(child, depth - 1)
 
 
 def names(runs: Runs) -> list[str]:
@@ -82,10 +87,11 @@ def names(runs: Runs) -> list[str]:
             if runs.is_inside(folder / METRICS):
                 name = folder.relative_to(runs.root).as_posix()
                 measured.append((-(folder / METRICS).stat().st_mtime_ns, name))
-    found = [name for _, name in sorted(measured)]
+    paths = [name for _, name in sorted(measured)]
     checkpoints = [checkpoint for checkpoint in runs.checkpoints(*MODELS) if checkpoint.name != "."]
-    found += [Path(one.name).parent.as_posix() for one in checkpoints if step_of(one.folder) >= 0]
-    return list(dict.fromkeys([*(name for name in found if name != "."), *(one.name for one in checkpoints)]))
+    paths += [Path(checkpoint.name).parent.as_posix() for checkpoint in checkpoints if step_of(checkpoint.folder) >= 0]
+    paths = [name for name in paths if name != "."]
+    return list(dict.fromkeys([*paths, *(checkpoint.name for checkpoint in checkpoints)]))
 
 
 def evaluated(runs: Runs, name: str | None) -> Evaluated:
@@ -97,6 +103,11 @@ def evaluated(runs: Runs, name: str | None) -> Evaluated:
     if name is None or name not in known:
         example = f", such as {known[0]}" if known else f": {runs.root} has none yet"
         raise ValueError(f"{name!r} is neither a run with a checkpoint nor one in {runs.root}; choose one{example}")
+    return read_evaluated(runs, name)
+
+
+def read_evaluated(runs: Runs, name: str) -> Evaluated:
+    """The metrics of a name that is known to be one of `names`. Raises: ValueError, OSError: they are damaged."""
     folder, output_dir = runs.root / name, ""
     home, step = folder, step_of(folder)
     if step >= 0 and not (folder / METRICS).is_file():
@@ -222,8 +233,8 @@ def row_of(
     def cell(value: float | None, error: float | None = None) -> str:
         if value is None:
             return "-"
-        text = template.format(value) if "f}" in template else number(value)
-        return text if error is None else f"{text} ± {template.format(error)}"
+        shown = template.format(value) if "f}" in template else number(value)
+        return shown if error is None else f"{shown} ± {template.format(error)}"
 
     label = " ".join(path[1:-1] if path[0] == "scores" else path[:-1])
     texts = [f"{label} (reference)" if is_reference else label, column.title if column else path[-1]]

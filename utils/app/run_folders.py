@@ -5,15 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dataset_loading.locks import LOCK
-from utils.app.runs import MAX_DEPTH, TRAINED_BY, Runs
-from utils.checkpoints import COMPLETE, checkpoints_in, log_folder
-
-EVENT_FILES = "events.out.tfevents.*"  # of TensorBoard
-
-
-def event_files(run: Path) -> list[Path]:
-    """The files of a run that TensorBoard reads, the oldest first: their names begin with the time."""
-    return sorted(file for file in log_folder(run).glob(EVENT_FILES) if file.is_file())
+from utils.app.runs import MAX_DEPTH, TRAINED_BY, Runs, subfolders
+from utils.checkpoints import COMPLETE, checkpoints_in, event_files
 
 
 def is_run(folder: Path) -> bool:
@@ -23,14 +16,14 @@ def is_run(folder: Path) -> bool:
 
 def run_names(runs: Runs) -> list[str]:
     """The runs by their paths relative to the folder of runs; the one that logged last is the first."""
-    found = []
+    dated = []
     for folder in folders(runs.root, MAX_DEPTH):
         # A run may be deleted at any time.
         with contextlib.suppress(OSError):
             if runs.is_inside(folder):
                 moment = max((file.stat().st_mtime_ns for file in event_files(folder)), default=0)
-                found.append((-moment, folder.relative_to(runs.root).as_posix()))
-    return [name for _, name in sorted(found)]
+                dated.append((-moment, folder.relative_to(runs.root).as_posix()))
+    return [name for _, name in sorted(dated)]
 
 
 def choose_run(runs: Runs, name: str | None) -> Path:
@@ -48,10 +41,11 @@ def choose_run(runs: Runs, name: str | None) -> Path:
 
 def folders(folder: Path, depth: int) -> Iterator[Path]:
     """Runs in a folder, which are not looked into."""
-    with contextlib.suppress(OSError):
-        for child in sorted(folder.iterdir()):
-            if child.is_dir() and not child.name.startswith(".") and not (child / COMPLETE).is_file():
-                if is_run(child):
-                    yield child
-                elif depth > 1:
-                    yield from folders(child, depth - 1)
+    for child in subfolders(folder):
+        with contextlib.suppress(OSError):  # It is gone since, or cannot be read.
+            if (child / COMPLETE).is_file():
+                continue
+            if is_run(child):
+                yield child
+            elif depth > 1:
+                yield from folders(child, depth - 1)

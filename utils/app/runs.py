@@ -28,6 +28,14 @@ TRAINED_BY = {
 }
 
 
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder that are not hidden, by name; none where it cannot be read or is gone."""
+    try:
+        return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+    except OSError:
+        return []
+
+
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint.
@@ -54,16 +62,16 @@ class Runs:
 
     def checkpoints(self, *kinds: str) -> list[Checkpoint]:
         """Those of some kinds of models, the newest first."""
-        found = []
+        dated = []
         for folder in self.folders(self.root, MAX_DEPTH):
             # A checkpoint may be deleted or replaced at any time; what is no whole one is not listed.
             with contextlib.suppress(OSError, ValueError):
                 if is_complete(folder) and self.is_inside(folder):
                     kind = kind_of(read_stage(folder), folder)
                     name = folder.relative_to(self.root).as_posix()
-                    found.append(((folder / COMPLETE).stat().st_mtime_ns, Checkpoint(name, folder, kind)))
-        found.sort(key=lambda pair: (-pair[0], pair[1].name))
-        return [checkpoint for _, checkpoint in found if checkpoint.kind in kinds]
+                    dated.append(((folder / COMPLETE).stat().st_mtime_ns, Checkpoint(name, folder, kind)))
+        dated.sort(key=lambda pair: (-pair[0], pair[1].name))
+        return [checkpoint for _, checkpoint in dated if checkpoint.kind in kinds]
 
     def names(self, *kinds: str) -> list[str]:
         """The names of `checkpoints`."""
@@ -94,13 +102,12 @@ class Runs:
         """Folders that may be checkpoints: those of runs, and others that have their mark."""
         if (folder / COMPLETE).is_file():
             yield folder
-        elif own := checkpoints_in(folder):
-            yield from own
+        elif checkpoints := checkpoints_in(folder):
+            yield from checkpoints
         elif depth:
-            with contextlib.suppress(OSError):
-                for child in sorted(folder.iterdir()):
-                    if child.is_dir() and not child.name.startswith("."):
-                        yield from self.folders(child, depth - 1)
+            for child in subfolders(folder):
+                with contextlib.suppress(OSError):  # It is gone since, or cannot be read.
+                    yield from self.folders(child, depth - 1)
 
     def is_inside(self, folder: Path) -> bool:
         """Whether a folder is under the root, also after its links are followed."""

@@ -57,10 +57,10 @@ def chart(curves: Mapping[str, Points], title: str, *, is_logarithmic: bool = Fa
         tag("span", tag("i", class_=f"c{index % 5}"), f"{name} ", tag("b", number(points[-1][1])))
         for index, (name, points) in enumerate(shown.items())
     ]
-    picture = tag("svg", parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{title} over training steps")
+    drawing = tag("svg", parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{title} over training steps")
     scale = " (logarithmic)" if is_logarithmic else ""
     return tag(
-        "figure", tag("figcaption", title + scale), picture, tag("div", legend, class_="legend"), class_="chart"
+        "figure", tag("figcaption", title + scale), drawing, tag("div", legend, class_="legend"), class_="chart"
     )
 
 
@@ -80,8 +80,8 @@ def ticks(low: float, high: float, count: int, *, is_inside: bool = False) -> li
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * 0.999)
     first = math.floor(low / step + 1e-9) if not is_inside else math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    found = [index * step for index in range(first, last + 1)]
-    return [value for value in found if value >= low - 1e-9 * step or not is_inside] or [low, high]
+    values = [index * step for index in range(first, last + 1)]
+    return [value for value in values if value >= low - 1e-9 * step or not is_inside] or [low, high]
 
 
 def number(value: float) -> str:

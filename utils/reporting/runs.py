@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import IMAGES, SCALA
 
 from dataset_loading.files import MANIFEST
 from model.adapters.lora import is_of_adapter
-from utils.checkpoints import STAGE, checkpoints_in, incompleteness, log_folder, step_of, weight_files
+from utils.checkpoints import STAGE, checkpoints_in, event_files, incompleteness, step_of, weight_files
 from utils.evaluation.evaluator import AUDIO
 from utils.generation.files import SETTINGS
 
@@ -147,9 +147,8 @@ class Run:
 
     def logged_images(self) -> dict[str, tuple[int, bytes]]:
         """The newest image of each tag of TensorBoard's files, with its step."""
-        folder = log_folder(self.folder)
         images = {}
-        for file in sorted(folder.glob("events.out.tfevents.*")):
+        for file in event_files(self.folder):
             try:
                 events = EventAccumulator(str(file), size_guidance={IMAGES: 1, SCALARS: 1})
                 events.Reload()

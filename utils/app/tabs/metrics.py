@@ -2,12 +2,13 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from utils.app.context import Context
-from utils.app.metrics import MAX_SHEETS, conditions, evaluated, names, sheets_of, table
+from utils.app.metrics import MAX_SHEETS, conditions, evaluated, names, read_evaluated, sheets_of, table
 
 
 @dataclasses.dataclass
@@ -55,23 +56,30 @@ def compare(context: Context, *chosen: str | None) -> Comparison:
     )
 
 
-def first_pair(context: Context) -> tuple[str | None, str | None]:
-    """What is compared at first: the newest metrics with the next ones of their stage, or with themselves."""
-    known = names(context.runs)
-    for name in known[1:]:
-        with contextlib.suppress(OSError, ValueError):  # They may be damaged, or of different stages.
-            table(evaluated(context.runs, known[0]), evaluated(context.runs, name))
-            return known[0], name
-    return (known[0], known[0]) if known else (None, None)
+def first_pair(context: Context, known: Sequence[str]) -> tuple[str | None, str | None]:
+    """What is compared at first: the newest metrics with the next ones of their stage, or with themselves.
+
+    Args: known: the names that can be compared.
+    """
+    if not known:
+        return None, None
+    with contextlib.suppress(OSError, ValueError):  # The newest may be damaged.
+        newest = read_evaluated(context.runs, known[0])
+        for name in known[1:]:
+            with contextlib.suppress(OSError, ValueError):  # It is damaged, or of another stage.
+                table(newest, read_evaluated(context.runs, name))
+                return known[0], name
+    return known[0], known[0]
 
 
 def build(context: Context) -> None:
     """The components of the tab, and when it compares."""
     gr = context.gr
     gr.Markdown("Two runs or checkpoints side by side, as `evaluate.py` has measured them.")
-    pair = first_pair(context)
+    known = names(context.runs)
+    pair = first_pair(context, known)
     with gr.Row():
-        options = {"choices": names(context.runs), "allow_custom_value": True}
+        options = {"choices": known, "allow_custom_value": True}
         first = gr.Dropdown(value=pair[0], label="first run or checkpoint", **options)
         second = gr.Dropdown(value=pair[1], label="second run or checkpoint, of the same stage", **options)
     notes = gr.Textbox(label="notes", lines=1, max_lines=12, interactive=False)
