@@ -44,6 +44,7 @@ from utils.training.log_lines import LogLinesCallback, say
 from utils.training.planning.batch_size import settle_batch_size
 from utils.training.planning.dry_run import describe
 from utils.training.planning.measure import report, try_batch_size
+from utils.training.planning.memory import n_trained
 from utils.training.trackers import open_writer, tracker_module
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
@@ -218,10 +219,13 @@ class Stage:
         """That model, frozen and with adapters where `--lora_rank` asks for them."""
         model = self.build_model(config)
         if layers := adapt(model, self.args, has_weights=self.has_weights):
-            counts = [
-                sum(p.numel() for p in model.parameters() if p.requires_grad is trained) for trained in (True, False)
-            ]
-            logger.info("LoRA on %d linear layers: %d parameters are trained, %d are frozen", len(layers), *counts)
+            total, trained = sum(parameter.numel() for parameter in model.parameters()), n_trained(model)
+            logger.info(
+                "LoRA on %d linear layers: %d parameters are trained, %d are frozen",
+                len(layers),
+                trained,
+                total - trained,
+            )
         return model
 
     @property
