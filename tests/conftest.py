@@ -1,6 +1,7 @@
 """Shared fixtures: small real images on disk, their cache, and a stage run in this process."""
 
 import logging
+import multiprocessing
 import os
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,12 @@ from tests.helpers.latent_cache import make_latents, save_vae, write_captioned_i
 from tests.helpers.runs import SMALL_DIFFUSION, SMALL_RUN, run_stage
 
 torch.set_num_threads(1)
+
+
+def pytest_sessionfinish() -> None:
+    """End what a test that ran out of time has left, since Python waits for its child processes at its end."""
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 @pytest.fixture(scope="session")

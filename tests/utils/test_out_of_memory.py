@@ -57,7 +57,8 @@ def error_of(tmp_path):
             target=run_limited, args=(function, n_bytes, tmp_path / "errors.txt")
         )
         process.start()
-        process.join()
+        process.join(300)
+        process.kill()
         message = (tmp_path / "errors.txt").read_text()
         assert process.exitcode == 2 and "out of memory (" in message, message
         return message

@@ -74,7 +74,8 @@ def test_less_memory_gives_a_smaller_batch_with_which_the_run_ends_well(image_ca
         target=run_limited, args=(words, 500_000_000, tmp_path / "log.txt")
     )
     process.start()
-    process.join()
+    process.join(600)
+    process.kill()
     log = (tmp_path / "log.txt").read_text()
     assert process.exitcode == 0, log
     (record,) = (tmp_path / "image_vae" / "run").glob("checkpoint-3/stage.json")
