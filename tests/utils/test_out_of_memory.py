@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.data import DataLoader, Dataset
 
 import evaluate
@@ -32,19 +33,30 @@ BLOCK = 1 << 16  # bytes
 
 
 def run_limited(function, n_bytes: int | None, file: Path) -> None:
-    """Call a function with this much memory, None: with all, its errors in a file."""
+    """Call a function, its errors in a file; from the first forward on with this much memory, None: with all. Before,
+    checkpoints are read by threads, and Python waits forever for a thread that starts without memory."""
     logging.basicConfig(filename=file, level=logging.ERROR, force=True)
     if n_bytes is not None:
-        with open("/proc/self/statm") as content:
-            size = int(content.read().split()[0]) * resource.getpagesize() + n_bytes
-        resource.setrlimit(resource.RLIMIT_AS, (size, size))
-        # What this process has freed before is no memory that is left.
-        ballast = []
-        with contextlib.suppress(MemoryError):
-            while True:
-                ballast.append(bytearray(BLOCK))
-        del ballast[-(n_bytes // BLOCK) :]
+
+        def limit(*_) -> None:
+            hook.remove()
+            limit_memory(n_bytes)
+
+        hook = register_module_forward_pre_hook(limit)
     function()
+
+
+def limit_memory(n_bytes: int) -> None:
+    """Leave this process so much memory."""
+    with open("/proc/self/statm") as content:
+        size = int(content.read().split()[0]) * resource.getpagesize() + n_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    # What this process has freed before is no memory that is left.
+    ballast = []
+    with contextlib.suppress(MemoryError):
+        while True:
+            ballast.append(bytearray(BLOCK))
+    del ballast[-(n_bytes // BLOCK) :]
 
 
 @pytest.fixture
