@@ -246,6 +246,7 @@ def test_streams_are_adapted(train):
 # ---- Does it learn?
 
 
+@pytest.mark.slow
 def test_adapters_learn_new_text_nearly_as_well_as_all_weights(tmp_path, fresh_logging):
     """Words in random order, then the same words in an order of their own."""
     draw, caches = random.Random(0), {}
