@@ -274,12 +274,31 @@ def test_a_clip_with_several_captions_is_held_once_and_its_latents_for_each(vae,
             ["--audio_cache", "x", "--vae_checkpoint", "x", "--units", "characters", "--language", "fr"],
             "--language has no effect",
         ),
+        (
+            ["--audio_cache", "x", "--vae_checkpoint", "x", "--conditioning", "caption", "--language", "fr-fr"],
+            "--language has no effect with conditioning='caption'",
+        ),
     ],
 )
 def test_wrong_flags(flags, message, capsys):
     with pytest.raises(SystemExit):
         AudioDiffusionPreprocess.main(flags)
     assert message in capsys.readouterr().err
+
+
+def test_a_validation_fraction_splits_an_audio_cache_without_a_split_and_is_refused_for_others(mels, vae, tmp_path):
+    with pytest.raises(SystemExit) as refused:
+        make_audio_latents(mels, vae, tmp_path / "out", "--validation_fraction", "0.3")
+    assert str(refused.value.__cause__) == (
+        f"--validation_fraction=0.3 has no effect with --audio_cache {mels}, whose validation split of 4 clips is "
+        "kept; leave it out, or split the clips anew with: python preprocess_audio_vae_dataset.py --dataset_name "
+        f"spoken --validation_fraction 0.3 --output_dir {mels}_split"
+    )
+    assert not (tmp_path / "out").exists()
+    folder = shutil.copytree(mels, tmp_path / "mels")
+    write_manifest(folder, {"train": read_record(folder / "manifest.json", "")["entries"]["train"], "validation": []})
+    manifest = make_audio_latents(folder, vae, tmp_path / "out", "--validation_fraction", "0.3")
+    assert {split: total["samples"] for split, total in manifest["totals"].items()} == {"train": 14, "validation": 6}
 
 
 def test_unfit_models_languages_and_folders_are_refused(latents, mels, vae, tmp_path, caplog):

@@ -143,7 +143,7 @@ class AudioLatentsArguments(AudioPreprocessArguments, BatchedPreprocessArguments
     language: str = option(
         "en-us",
         "language of the transcripts for eSpeak NG, such as fr-fr; of those without one in --language_column",
-        only_with=("units", "phonemes"),
+        only_with=[("conditioning", "speech"), ("units", "phonemes")],
     )
     gaps: bool = option(True, "a token between words, which may last 0 frames", only_with=("conditioning", "speech"))
     aligner: AlignerInputs = option(

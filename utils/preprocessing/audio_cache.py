@@ -44,6 +44,18 @@ def as_source(dataset: AudioDataset) -> Source:
     )
 
 
+def check_split(args: Any, validation: AudioDataset) -> None:
+    """Raises: ValueError: `--validation_fraction` is given, though the audio cache has a validation split."""
+    if "validation_fraction" in getattr(args, "given", ()):
+        cache = validation.folder
+        changes = {"validation_fraction": args.validation_fraction, "output_dir": f"{cache}_split"}
+        raise ValueError(
+            f"--validation_fraction={args.validation_fraction} has no effect with --audio_cache {cache}, whose "
+            f"validation split of {len(validation)} clips is kept; leave it out, or split the clips anew with: "
+            f"{validation.command(validation_dataset=None, validation_split=None, **changes)}"
+        )
+
+
 def earlier_settings(folder: Path) -> dict[str, Any]:
     """The settings with which earlier runs made a folder, finished or not; {} where there were none."""
     if (folder / JOURNAL).is_file():

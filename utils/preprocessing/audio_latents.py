@@ -30,7 +30,7 @@ from utils.options import declared_fields
 from utils.preprocessing.arguments import command_words
 from utils.preprocessing.audio import AudioPreprocess, log_mel, with_mel
 from utils.preprocessing.audio_arguments import AudioLatentsArguments, AudioPreprocessArguments
-from utils.preprocessing.audio_cache import as_source, describe_speakers, earlier_settings, fit_tokenizer
+from utils.preprocessing.audio_cache import as_source, check_split, describe_speakers, earlier_settings, fit_tokenizer
 from utils.preprocessing.batched import BatchedPreprocess
 from utils.preprocessing.samples import Example, Outcome, Raw, SkipSampleError, Task, describe_problems
 from utils.preprocessing.shards import arguments_of
@@ -100,6 +100,8 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         self.args = dataclasses.replace(self.args, audio_cache=cache, num_augmented_copies=0)
         splits = splits_of(Path(cache))
         datasets = {split: AudioVAEDataset(cache, split).expect_mel(self.mel, self.vae_name) for split in splits}
+        if self.given_args.audio_cache and "validation" in datasets:
+            check_split(self.given_args, datasets["validation"])
         self.made_from = {"folder": str(Path(cache).absolute()), "fingerprint": datasets["train"].fingerprint}
         return {split: as_source(dataset) for split, dataset in datasets.items()}
 
