@@ -28,6 +28,7 @@ from dataset_loading.columns import EntryColumns, EntryRow
 from dataset_loading.entry_lines import EntryLines, read_lines, rows_of
 from dataset_loading.files import MANIFEST, Record, read_manifest, read_record, shorten
 from dataset_loading.integrity import TensorKinds, changed_bytes, is_out_of_memory, wrong_content
+from dataset_loading.left_out import why_empty
 from dataset_loading.packs import PACKS, Packs, entries_of, is_packed
 
 logger = logging.getLogger(__name__)
@@ -76,9 +77,10 @@ class CachedDataset(Dataset):
         self.entries: Sequence[dict[str, Any]] = self.manifest["entries"].get(split, [])
         if not self.entries:
             counts = {name: len(entries) for name, entries in self.manifest["entries"].items()}
+            reason = why_empty(self.manifest, split)
             raise FileNotFoundError(
-                f"{self.folder} has no samples in split {split!r} (it has {counts}); a validation split comes from "
-                f"--validation_fraction or --validation_dataset: {self.command()}"
+                f"{self.folder} has no samples in split {split!r} (it has {counts}): {reason}. It was "
+                f"made with: {self.command()}"
             )
         # The files: those of a packed cache, or one of each sample.
         self.packs: Packs | None = None

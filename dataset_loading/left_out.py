@@ -122,6 +122,25 @@ def survey_folder(
     return left_out
 
 
+def why_empty(manifest: Mapping[str, Any], split: str) -> str:
+    """Why a split of a cache has no samples, and what gives it some.
+
+    Args: manifest: of the cache; those of earlier versions do not tell what was left out of which split.
+    """
+    rows = [row for kind in ("skipped", "broken") for row in manifest.get(kind, []) if row.get("split") == split]
+    if not rows:
+        return f"a {split} split comes from --validation_dataset, or from --validation_fraction of several raw files"
+    named = "; ".join(f"{row['source']} ({row['reason']})" for row in rows[:5])
+    more = f"; and {len(rows) - 5} more" if len(rows) > 5 else ""
+    cache = manifest.get("arguments", {}).get("audio_cache")
+    whose = f" of the audio cache {cache}, whose split is kept" if cache else ""
+    return (
+        f"none of the {len(rows)} held-out samples can be used: {named}{more}. Hold out others with a larger "
+        f"--validation_fraction or a --validation_dataset{whose}, in another --output_dir; the same command "
+        "leaves out the same"
+    )
+
+
 def reason_group(reason: str) -> str:
     """The kind of a reason, without what is of one sample: what stands before a colon, numbers replaced by `#`."""
     return re.sub(r"\d+(\.\d+)?", "#", reason.partition(":")[0])

@@ -129,8 +129,39 @@ def test_clips_that_cannot_be_used_are_named_with_reasons(mels, vae, tmp_path, c
     names = [entries["train"][i]["source"] for i in range(3)] + [entries["validation"][0]["source"]]
     assert list(reasons) == names
     assert "9 mel frames are too few" in reasons[names[0]] and reasons[names[1]] == "empty text"
-    assert "nothing to say" in reasons[names[2]] and "unknown symbols v ɪ ʒ" in reasons[names[3]]
+    assert "nothing to say" in reasons[names[2]] and reasons[names[3]].startswith(
+        "phones that no training text has: v ɪ ʒ"
+    )
     assert "4 clips left out" in caplog.text and names[0] in caplog.text
+    assert "1 of them have phones that no training text has; to keep them, add training clips" in caplog.text
+    assert manifest["left_out"]["phones that no training text has"] == {"count": 1, "names": names[3:]}
+    assert "held out" not in caplog.text  # Three other clips are.
+
+
+def test_where_no_validation_clip_is_left_the_reason_and_what_helps_are_named(mels, vae, tmp_path, caplog):
+    folder = shutil.copytree(mels, tmp_path / "mels")
+    entries = AudioVAEDataset(folder, "train").manifest["entries"]
+    entries["validation"] = entries["validation"][:1]
+    (entry,) = entries["validation"]
+    entry["caption"] = "vision"
+    write_manifest(folder, entries)
+    make_audio_latents(folder, vae, tmp_path / "out")
+    reason = (
+        f"none of the 1 held-out samples can be used: {entry['source']} (phones that no training text has: v ɪ ʒ in "
+        f"'vision'). Hold out others with a larger --validation_fraction or a --validation_dataset of the audio cache "
+        f"{folder}, whose split is kept, in another --output_dir; the same command leaves out the same"
+    )
+    assert f"no validation sample is left: {reason}" in caplog.text and "no sample is held out" not in caplog.text
+    with pytest.raises(FileNotFoundError, match=re.escape(f"'validation': 0}}): {reason}. It was made with: python")):
+        AudioLatentDataset(tmp_path / "out", "validation")
+    # What the message names helps: clips with these phones beside others, but in another folder.
+    caplog.clear()
+    entries["train"][0]["caption"] = "vision"
+    write_manifest(folder, entries)
+    assert not make_audio_latents(folder, vae, tmp_path / "out")["entries"]["validation"]
+    caplog.clear()
+    assert make_audio_latents(folder, vae, tmp_path / "new")["entries"]["validation"]
+    assert "vision" not in caplog.text and "validation sample" not in caplog.text
 
 
 def test_latents_follow_the_log_mels_that_they_were_made_from(mels, vae, tmp_path, caplog):

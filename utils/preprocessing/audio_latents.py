@@ -243,7 +243,7 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         language = example.notes.get("language", "")
         try:
             if unknown := self.tokenizer.unknown(example.caption, language):
-                raise SkipSampleError(f"unknown symbols {' '.join(unknown)} in {example.caption!r}")
+                raise SkipSampleError(f"{self.unknown_symbols}: {' '.join(unknown)} in {example.caption!r}")
             tokens = self.tokenizer.encode(example.caption, language)
         except ValueError as error:
             raise SkipSampleError(str(error)) from error
@@ -253,6 +253,12 @@ class AudioLatentsPreprocess(BatchedPreprocess):
                 f"{mel.shape[1]} mel frames are too few for {len(tokens)} tokens, {needed} are needed"
             )
         return {"mel": mel, "tokens": tokens}
+
+    @property
+    def unknown_symbols(self) -> str:
+        """The reason why a clip is left out whose transcript has symbols without a number."""
+        units = "phones" if self.args.units == "phonemes" else self.args.units
+        return f"{units} that no training text has"
 
     def align(self, examples: list[Example], latents: list[Tensor]) -> list[dict[str, Tensor]]:
         """Tokens of each example, durations in mel frames, log-likelihood and likelihood ratio per frame.
@@ -293,6 +299,13 @@ class AudioLatentsPreprocess(BatchedPreprocess):
         skipped = [Outcome(0, "", row["source"], [], skipped=row["reason"]) for row in manifest["skipped"]]
         if skipped:
             logger.warning("%d clips left out: %s", len(skipped), describe_problems(skipped))
+        if n_unknown := sum(outcome.skipped.startswith(self.unknown_symbols) for outcome in skipped):
+            folder = self.args.aligner_from
+            logger.warning(
+                "%d of them have %s; to keep them, %s, in another --output_dir, since this folder keeps its symbols",
+                *(n_unknown, self.unknown_symbols),
+                f"leave out --aligner_from {folder}" if folder else "add training clips that have the same",
+            )
         entries = list(itertools.chain.from_iterable(manifest["entries"].values()))
         if self.aligners is not None:
             for line in describe_speakers(entries, self.aligners.speakers):

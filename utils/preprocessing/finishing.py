@@ -12,7 +12,7 @@ from typing import Any
 
 from dataset_loading.cache_writer import remove_others, write_manifest
 from dataset_loading.files import MANIFEST
-from dataset_loading.left_out import LeftOut
+from dataset_loading.left_out import LeftOut, why_empty
 from utils.preprocessing.report import describe_lack, describe_left_out
 from utils.preprocessing.samples import Outcome, content_fingerprint, summary
 from utils.preprocessing.shards import Shard
@@ -67,8 +67,11 @@ def finish_folder(
     remove_others(folder, manifest)
 
     # What the user should know.
-    if shard.is_whole and not manifest["entries"]["validation"] and header["arguments"].get("validation_fraction"):
-        logger.warning("no sample is held out: a single file, or a --validation_fraction that is too small")
+    if shard.is_whole and not manifest["entries"]["validation"]:
+        if any(outcome.split == "validation" for outcome in outcomes):
+            logger.warning("no validation sample is left: %s", why_empty(manifest, "validation"))
+        elif header["arguments"].get("validation_fraction"):
+            logger.warning("no sample is held out: a single file, or a --validation_fraction that is too small")
     report_changes(folder, describe_changes(earlier, manifest), manifest)
     if left_out:
         logger.warning("left out or lost: %s; see %s", left_out, folder / MANIFEST)

@@ -199,7 +199,11 @@ def summary(outcomes: list[Outcome]) -> dict[str, Any]:
     # Raw files that gave no sample, with the reasons.
     left_out = {
         kind: [
-            {"source": outcome.name, "reason": getattr(outcome, kind)}
+            {
+                "source": outcome.name,
+                "reason": getattr(outcome, kind),
+                **({"split": outcome.split} if outcome.split != "train" else {}),
+            }
             for outcome in outcomes
             if getattr(outcome, kind)
         ]

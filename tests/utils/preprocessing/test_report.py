@@ -67,14 +67,24 @@ def test_several_captions_are_kept(tmp_path):
     assert prepare(tmp_path / "raw", tmp_path / "out", "--validation_fraction", "0") == manifest
 
 
-def test_one_of_few_files_is_held_out(tmp_path):
+def test_one_of_few_files_is_held_out(tmp_path, caplog):
     raw = write_table(tmp_path / "raw", [{"file_name": f"{name}.png", "text": name} for name in "abc"])
     manifest = prepare(raw, tmp_path / "out")
     assert not any(is_validation(f"{name}.png", 0.05) for name in "abc")
     (held_out,) = manifest["entries"]["validation"]
     assert held_out["source"] == smallest_name(["a.png", "b.png", "c.png"]) and len(manifest["entries"]["train"]) == 2
     one = write_table(tmp_path / "one", [{"file_name": "a.png", "text": "a"}])
+    assert "held out" not in caplog.text
     assert not prepare(one, tmp_path / "other")["entries"]["validation"]
+    assert "no sample is held out: a single file" in caplog.text
+    # The one that is held out cannot be used.
+    caplog.clear()
+    Image.new("RGB", (8, 8)).save(raw / held_out["source"])
+    assert not prepare(raw, tmp_path / "small")["entries"]["validation"]
+    assert f"no validation sample is left: none of the 1 held-out samples can be used: {held_out['source']} (8x8" in (
+        caplog.text
+    )
+    assert "no sample is held out" not in caplog.text
 
 
 def test_a_validation_split_that_is_not_read_is_said(raw, tmp_path, caplog):
