@@ -19,6 +19,7 @@ from utils.devices import compile_in_place, peak_memory_gib
 from utils.distributed import maximum_across_ranks, rank, world_size
 from utils.megatransformer_utils import training_arguments
 from utils.metrics.timing import Stopwatch
+from utils.training.log_lines import LogLinesCallback
 from utils.training.planning.batch_size import settle_batch_size
 from utils.training.planning.dry_run import show_phases
 from utils.training.planning.phases import Phase, check_perceptual_start
@@ -39,6 +40,7 @@ class Measurement:
         evaluation_seconds: of one evaluation with everything that it shows.
         n_evaluations: of the rest of the run.
         memory_gib: peak of the GPU, or of the process on a CPU; of the process that needs most.
+        n_made: steps that were made for this, those to warm up included.
     """
 
     phases: list[Phase]
@@ -47,6 +49,7 @@ class Measurement:
     evaluation_seconds: float
     n_evaluations: int
     memory_gib: float
+    n_made: int
 
     @property
     def hours(self) -> float:
@@ -59,7 +62,8 @@ class Measurement:
         device = "this process"
         if torch.cuda.is_available():
             device = f"the {torch.cuda.get_device_properties(0).total_memory / 2**30:.1f} GiB of the GPU"
-        lines = [f"peak memory: {self.memory_gib:.2f} GiB of {device}"]
+        lines = [f"measured {self.n_made} steps; nothing is trained or kept"]
+        lines.append(f"peak memory: {self.memory_gib:.2f} GiB of {device}")
         for phase, seconds in zip(self.phases, self.step_seconds):
             rate, n_steps = self.samples_per_step / seconds, phase.end - phase.start
             lines.append(f"{phase.name}: {seconds:.4g} s per step, {rate:.4g} samples per second, {n_steps:,} steps")
@@ -186,6 +190,7 @@ def measure(stage: Any, n_counted: int, *, reserve: float = 0.0) -> Measurement:
         device, counts = training.device, {"n_warm_up": n_warm_up, "n_counted": n_counted}
         callback = MeasureCallback(phases, **counts, device=device, reserve=reserve)
         trainer.add_callback(callback)
+        trainer.remove_callback(LogLinesCallback)  # Its lines would tell of a run.
         trainer.train()
         if stage.writer is not None:
             stage.writer.close()
@@ -197,6 +202,7 @@ def measure(stage: Any, n_counted: int, *, reserve: float = 0.0) -> Measurement:
             callback.evaluation_seconds,
             math.ceil(n_steps / stage.args.eval_steps) - first // stage.args.eval_steps,
             maximum_across_ranks(round(peak_memory_gib() * 2**30), device) / 2**30,
+            len(phases) * (n_warm_up + n_counted),
         )
 
 

@@ -43,6 +43,9 @@ def test_steps_are_made_in_the_middle_of_each_phase(image_cache, tmp_path, capsy
     shown = capsys.readouterr().out
     for part in ("peak memory: ", "before the adversary: ", "40 steps", "with the adversary: ", "60 steps", "4 times"):
         assert part in shown
+    # No line of a run: 8 of 100 steps are made.
+    assert shown.startswith("measured 8 steps; nothing is trained or kept\n")
+    assert "trained 8" not in shown and "eval_" not in shown and "(22 %)" not in shown
     assert "samples per second" in shown and "hours" in shown and "steps 40 to 42, 2.0% of the run" in shown
 
 
@@ -93,7 +96,7 @@ def test_a_dry_run_measures_nothing(capsys):
 
 def test_hours_weigh_phases_and_evaluations():
     phases = [Phase("before", 0, 1000), Phase("with", 1000, 4000)]
-    measurement = Measurement(phases, [0.5, 1.0], 16, 60.0, 10, 1.0)
+    measurement = Measurement(phases, [0.5, 1.0], 16, 60.0, 10, 1.0, 8)
     assert measurement.hours == pytest.approx((500 + 3000 + 600) / 3600)
 
 
