@@ -26,7 +26,13 @@ from utils.evaluation.generated_images import agreement_scores
 from utils.generation.arguments.audio_diffusion import AudioSamplingArguments
 from utils.generation.captions import CaptionPipeline
 from utils.generation.exported import home_of
-from utils.metrics.caption_agreement import TextProbe, UnusableCaptionsError, other_captions
+from utils.metrics.caption_agreement import (
+    TextProbe,
+    UnusableCaptionsError,
+    chance_of,
+    describe_few,
+    other_captions,
+)
 from utils.metrics.feature_sets import compare_sets, memorisation
 from utils.metrics.sounds import sound_blocks, sound_features
 from utils.metrics.timing import Stopwatch
@@ -98,6 +104,8 @@ class CaptionEvaluator(AudioPipelineEvaluator):
         except UnusableCaptionsError as error:
             self.probe, problem = None, f"{self.training.folder}: {error}"
             logger.warning("agreement with the captions cannot be measured: %s", problem)
+        if self.probe and (remark := describe_few(captions)):
+            logger.warning("%s", remark)
         # Features are standardised for distances, so that no block outweighs the others.
         self.center, self.scale = training.mean(0), training.std(0).clamp_min(1e-6)
         watch = Stopwatch(self.device)
@@ -138,7 +146,8 @@ class CaptionEvaluator(AudioPipelineEvaluator):
     def describe_captions(self, captions: Sequence[str], problem: str) -> dict[str, Any]:
         """How many captions were evaluated, and what the probe knows."""
         known = {"n_words": len(self.probe.words), "explained": self.probe.explained} if self.probe else {}
-        return {"n_distinct": len(set(captions)), **known, "problem": problem}
+        remark = describe_few(captions) if self.probe else ""
+        return {"n_distinct": len(set(captions)), **known, "problem": problem, "remark": remark}
 
     def scores(
         self, features: dict[str, Tensor], training: Tensor, captions: Sequence[str]
@@ -165,7 +174,7 @@ class CaptionEvaluator(AudioPipelineEvaluator):
             rows = [agreement_scores(self.probe, features["generated"], others) for others in shuffled]
             means = {name: [row[name] for row in rows if row[name] is not None] for name in rows[0]}
             scores["shuffled"] = {name: statistics.mean(values) for name, values in means.items() if values}
-            scores["chance"] = {"agreement": 1 / n_distinct, "words": 0.5}
+            scores["chance"] = {"agreement": chance_of(captions), "words": 0.5}
         return scores
 
     def scalars(self, metrics: dict[str, Any]) -> dict[str, float]:

@@ -36,10 +36,12 @@ DEFINITIONS = {
     "course in 8 bands and 8 parts of the time, the duration. Distances use features standardised by those of the "
     "training sounds.",
     "agreement": "Retrieval accuracy: share of sounds whose own caption is the most similar among all distinct "
-    "evaluated captions. Similarity is the cosine of standardised word vectors; those of sounds are predicted by a "
+    "evaluated captions, of which chance is one over their number. "
+    "Similarity is the cosine of standardised word vectors; those of sounds are predicted by a "
     "probe, ridge regression on the features fitted to the training sounds and the words of at least 5 of their "
     "captions; ties count fractionally. captions: n_distinct evaluated captions, n_words in the probe's vocabulary, "
-    "explained: share of the words' variance (R^2) that the probe predicts for held-out training captions.",
+    "explained: share of the words' variance (R^2) that the probe predicts for held-out training captions, "
+    "remark: where few distinct captions say little.",
     "words": "Area under the ROC curve of predicting whether a caption contains a word, mean over words; chance: 0.5.",
     "kid": "Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, as U-statistic. Unbiased, may be "
     "negative. kid_error: its jackknife standard error.",
@@ -62,6 +64,8 @@ def sound_table(metrics: dict[str, Any], n_clips: int) -> Table:
     )
     if metrics["captions"]["problem"]:
         caption += f"\nNo agreement: {metrics['captions']['problem']}."
+    if metrics["captions"]["remark"]:
+        caption += f"\nFew captions: {metrics['captions']['remark']}."
     return score_table(
         metrics["scores"],
         COLUMNS,

@@ -18,7 +18,14 @@ from dataset_loading.image.latents import ImageLatentDataset
 from utils.evaluation.source_images import SourceImageDataset
 from utils.generation.arguments.image import SamplingArguments
 from utils.generation.text_to_image import TextToImagePipeline
-from utils.metrics.caption_agreement import N_FEATURES, N_POOLED, ImageFeatures, TextProbe, UnusableCaptionsError
+from utils.metrics.caption_agreement import (
+    N_FEATURES,
+    N_POOLED,
+    ImageFeatures,
+    TextProbe,
+    UnusableCaptionsError,
+    chance_of,
+)
 from utils.metrics.feature_sets import compare_sets
 from utils.metrics.given_features import given_scores
 from utils.metrics.images import to_square
@@ -192,7 +199,7 @@ def generation_metrics(
         probe: see `train_probe`; None: no agreement with captions.
     Returns:
         frechet, kid: of pooled features, see `ImageDiffusionEvaluator.definitions`.
-        agreement, words: if there is a probe and the captions differ.
+        agreement, agreement_chance, words: if there is a probe and the captions differ.
     """
     generator = BatchedGenerator(pipeline, ImageFeatures().to(pipeline.device), seed=seed, batch_size=batch_size)
     target, sizes = reconstruction_features(generator, dataset, indices)  # (N, D)
@@ -200,5 +207,7 @@ def generation_metrics(
     generated = generator.features(samples, settings)  # (N, D)
     sets = image_set_scores(generated, target)
     scores = {"frechet": sets["frechet"], "kid": sets["kid"]}
-    scores |= agreement_scores(probe, generated, [sample["caption"] for sample in samples])
+    captions = [sample["caption"] for sample in samples]
+    scores |= agreement_scores(probe, generated, captions)
+    scores["agreement_chance"] = None if scores["agreement"] is None else chance_of(captions)
     return {name: value for name, value in scores.items() if value is not None}  # only what can be logged

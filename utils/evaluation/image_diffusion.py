@@ -48,6 +48,8 @@ from utils.metrics.caption_agreement import (
     ImageFeatures,
     TextProbe,
     UnusableCaptionsError,
+    chance_of,
+    describe_few,
     other_captions,
     words_of,
 )
@@ -87,11 +89,12 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         "over generated images divided by the median over held-out images. share_closer: share of generated images "
         "that are closer than 95 % of the held-out images; 0.05 is expected without memorisation.",
         "agreement": "Retrieval accuracy: share of images whose own caption is the most similar among all distinct "
-        "evaluated captions. Similarity is the cosine of standardised word vectors; those of images are predicted by "
+        "evaluated captions, of which chance is one over their number. "
+        "Similarity is the cosine of standardised word vectors; those of images are predicted by "
         "a probe, ridge regression on image features fitted to the training images and the words of at least 5 of "
         "their captions. captions: n_distinct evaluated captions, n_words in the probe's vocabulary, "
         "n_without_words evaluated captions without such a word, explained: share of the words' variance (R^2) that "
-        "the probe predicts for held-out training captions.",
+        "the probe predicts for held-out training captions, remark: where few distinct captions say little.",
         "words": "Area under the ROC curve of predicting whether a caption contains a word, mean over words; chance: "
         "0.5.",
         "seconds_per_image": "Time of text encoder, sampler and decoder. The first batch is excluded if there are "
@@ -177,6 +180,8 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         watch = Stopwatch(self.device)
         rows["generated"] = self.generator.features(samples, self.args, watch)
         captions = [sample["caption"] for sample in samples]
+        if self.probe and (remark := describe_few(captions)):
+            logger.warning("%s", remark)
         scores = self.scores(rows, training[self.reference], captions)
         pooled = {name: features[:, :N_POOLED] for name, features in rows.items()}  # (N, 1280)
         # The report: scores, memorisation, the captions, settings, size and speed.
@@ -217,6 +222,7 @@ class ImageDiffusionEvaluator(ImageEvaluator):
             "n_words": len(words),
             "n_without_words": sum(not words_of(caption) & words for caption in captions) if self.probe else 0,
             "explained": self.probe.explained if self.probe else None,
+            "remark": describe_few(captions) if self.probe else "",
         }
 
     def scores(self, rows, training: Tensor, captions: Sequence[str]) -> dict[str, dict[str, float | None]]:
@@ -244,7 +250,7 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         if self.probe and n_distinct > 1:
             shuffled = other_captions(captions, self.args.seed)
             scores["shuffled"] = self.caption_scores(rows["generated"], shuffled)
-            scores["chance"] = {"agreement": 1 / n_distinct, "words": 0.5}
+            scores["chance"] = {"agreement": chance_of(captions), "words": 0.5}
         return scores
 
     def caption_scores(self, features: Tensor, captions: Sequence[str]) -> dict[str, float | None]:

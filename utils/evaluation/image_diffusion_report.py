@@ -48,6 +48,8 @@ def generation_table(metrics: dict[str, Any], n_samples: int) -> Table:
         caption += f"\nFrechet is biased upwards below {2 * N_POOLED} images (here {n_samples}): read KID."
     if metrics["captions"]["problem"]:
         caption += f"\nNo agreement: {metrics['captions']['problem']}."
+    if metrics["captions"]["remark"]:
+        caption += f"\nFew captions: {metrics['captions']['remark']}."
     return score_table(
         metrics["scores"],
         COLUMNS,

@@ -22,6 +22,7 @@ BLOCKS = (N_POOLED, *(GRID**2 * width for width in (16, 24, 40, 112, 320)), 3 * 
 N_FEATURES = sum(BLOCKS)  # those of a network that the user gives come after these
 MIN_OCCURRENCES = 5  # minimum number of captions with a word, and of captions without it
 MAX_WORDS, MAX_TRAINING, N_FOLDS = 1000, 5000, 10
+FEW_CAPTIONS = 20  # Of fewer distinct ones, retrieval is near chance, or right by chance, whatever the model.
 PENALTIES = torch.logspace(-5, 1, 13).tolist()  # in units of the mean squared length of an image's features
 
 
@@ -67,6 +68,25 @@ def other_captions(captions: Sequence[str], seed: int) -> list[str]:
     order = torch.randperm(len(distinct), generator=torch.Generator().manual_seed(seed)).tolist()
     following = {distinct[order[i - 1]]: distinct[order[i]] for i in range(len(order))}
     return [following[caption] for caption in captions]
+
+
+def chance_of(captions: Sequence[str]) -> float:
+    """The expected `top1` of guessing, see `TextProbe.agreement`: one over the number of distinct captions."""
+    return 1 / len(set(captions))
+
+
+def describe_few(captions: Sequence[str]) -> str:
+    """What few distinct captions do to `top1`, see `TextProbe.agreement`; `""` where there are enough."""
+    counts = Counter(captions)
+    if len(counts) >= FEW_CAPTIONS:
+        return ""
+    if len(counts) < 2:
+        return "all captions are equal, so that there is no agreement with them"
+    share = max(counts.values()) / len(captions)
+    return (
+        f"agreement with only {len(counts)} distinct captions: chance is {chance_of(captions):.3f}, the same caption "
+        f"for all scores up to {share:.3f}, and even noise may score 1; compare {FEW_CAPTIONS} or more"
+    )
 
 
 class TextProbe:

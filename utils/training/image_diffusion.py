@@ -14,7 +14,7 @@ from model.vae import VAE
 from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.generated_images import generation_metrics, train_probe
 from utils.generation.text_to_image import TextToImagePipeline
-from utils.metrics.caption_agreement import TextProbe, UnusableCaptionsError
+from utils.metrics.caption_agreement import TextProbe, UnusableCaptionsError, describe_few
 from utils.training.callbacks import EvaluationCallback
 
 logger = logging.getLogger(__name__)
@@ -89,6 +89,8 @@ class SampleMetrics:
             self.has_probe = True
             try:
                 self.probe = train_probe(pipeline, self.training)
+                if remark := describe_few([self.held_out.entries[index]["caption"] for index in self.indices]):
+                    logger.warning("%s", remark)
             except UnusableCaptionsError as error:
                 logger.warning("agreement with the captions is not measured: %s", error)
         # Generated images compared with the decoded latents of the same captions.

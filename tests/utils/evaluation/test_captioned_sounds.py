@@ -73,6 +73,7 @@ def test_rows_sheets_sounds_and_the_curve(run, tmp_path, folder, capsys):
     scores = report["scores"]
     assert set(scores) == {"training", "reconstruction", "generated", "shuffled", "chance"}
     assert scores["chance"] == {"agreement": pytest.approx(1 / 3), "words": 0.5}
+    assert report["captions"]["remark"].startswith("agreement with only 3 distinct captions: chance is 0.333")
     assert scores["generated"]["kid"] > scores["training"]["kid"] and "kid" not in scores["reconstruction"]
     assert report["sampling"]["n_steps"] == 2 and report["sampling"]["guidance_scale"] == 3
     assert [point["n_steps"] for point in report["curve"]["points"]] == [1, 2]

@@ -64,6 +64,7 @@ def test_the_report_is_complete(report, checkpoint, latent_cache):
     assert report["data"]["is_the_runs_own"] and report["reference"] == "real"
     assert report["data"]["n_samples"] == len(ImageLatentDataset(latent_cache, "validation"))
     assert report["scores"].keys() == {"real", "training", "reconstruction", "generated", "shuffled", "chance"}
+    assert report["scores"]["chance"] == {"agreement": 1 / report["captions"]["n_distinct"], "words": 0.5}
     assert report["definitions"].keys() >= {"reference", "rows", "frechet", "precision", "memorisation", "agreement"}
     assert report["sampling"]["sampler"] == "dpmpp_2m" and report["sampling"]["n_steps"] == 2
     assert report["model"]["seconds_per_image"] > 0 and report["memorisation"]["n_training"] > 50
@@ -176,6 +177,14 @@ def test_a_folder_of_captioned_images(run, latent_cache):
     assert report["scores"]["generated"]["kid"] is not None
 
 
+def test_agreement_with_few_captions_comes_with_chance_and_a_warning(run, caplog, capsys):
+    report = run("--max_samples", 2)
+    remark = "agreement with only 2 distinct captions: chance is 0.500, the same caption for all scores up"
+    assert report["captions"]["remark"].startswith(remark) and remark in caplog.text
+    assert report["scores"]["chance"]["agreement"] == 0.5
+    assert "Few captions: agreement with only 2 distinct" in " ".join(capsys.readouterr().out.split())
+
+
 def test_captions_that_are_all_equal_are_named(run, latent_cache, tmp_path, caplog, capsys):
     folder = shutil.copytree(latent_cache, tmp_path / "cache")
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -217,7 +226,8 @@ def test_metrics_during_training(checkpoint, latent_cache):
     assert metrics.keys() == {"frechet", "kid"}
     probe = train_probe(pipeline, train)
     again = generation_metrics(pipeline, held_out, indices, settings=settings, probe=probe, batch_size=3)
-    assert again.keys() == {"frechet", "kid", "agreement", "words"}
+    assert again.keys() == {"frechet", "kid", "agreement", "agreement_chance", "words"}
+    assert again["agreement_chance"] == 1 / len({entry["caption"] for entry in held_out.entries})
     assert again["kid"] == pytest.approx(metrics["kid"], rel=1e-4)
 
 

@@ -9,6 +9,8 @@ from utils.metrics.caption_agreement import (
     TextProbe,
     UnusableCaptionsError,
     caption_folds,
+    chance_of,
+    describe_few,
     held_out_error,
     other_captions,
     thin_svd,
@@ -82,6 +84,18 @@ def test_equally_similar_captions_share_the_point(probe, scenes):
     assert probe.agreement(features, doubled)["top1"] == pytest.approx(
         0.5 * probe.agreement(features, captions)["top1"], abs=1e-6
     )
+
+
+def test_few_distinct_captions_come_with_chance_and_the_score_of_one_for_all(probe):
+    two = ["A red square at the left on white."] * 3 + ["A blue square at the right on black."]
+    remark = describe_few(two)
+    assert chance_of(two) == 0.5 and "only 2 distinct captions: chance is 0.500" in remark and "up to 0.750" in remark
+    # Noise gets the same caption each time, and the remark's score if that is the frequent one.
+    generator = torch.Generator().manual_seed(0)
+    noise = ImageFeatures()(torch.rand(4, 3, 32, 32, generator=generator) * 2 - 1)
+    assert probe.agreement(noise, two)["top1"] in (0.25, 0.75)
+    assert "all captions are equal" in describe_few(two[:3])
+    assert describe_few([str(number) for number in range(20)]) == ""
 
 
 def test_the_same_data_give_the_same_probe(probe, scenes):

@@ -14,6 +14,7 @@ from utils.evaluation.multimodal.items import Direction, HeldOutItems, having, o
 from utils.evaluation.multimodal.judges import ImageJudge, Scores, SpeechJudge, length_scores, text_scores
 from utils.evaluation.multimodal.outputs import AnswerGenerator, Outputs
 from utils.evaluation.recordings import Recordings
+from utils.metrics.caption_agreement import chance_of
 from utils.metrics.latent_readers import LatentReader
 
 Rows = dict[str, Scores]  # Name of the row -> scores.
@@ -131,6 +132,7 @@ class DirectionMeter:
                 wrong = others(texts[:n]) * self.n_copies
                 rows["shuffled"] = self.read("image", outputs, wrong)
                 rows["shuffled"] |= {} if judge is None else judge.agreement(features, wrong)
+        rows["chance"] = chance_row(rows, texts[:n])
         return {name: row for name, row in rows.items() if row}
 
     def audio_rows(
@@ -161,6 +163,7 @@ class DirectionMeter:
             rows.setdefault(name, {}).update(judges.speech.scores(answers, texts[: len(answers)]))
             if name == "model" and n > 1:
                 rows["shuffled"] |= judges.speech.scores(answers, others(texts[:n]) * self.n_copies)
+        rows["chance"] = chance_row(rows, texts[:n])
         return {name: row for name, row in rows.items() if row}
 
     def read(self, modality: str, outputs: Outputs, texts: Sequence[str]) -> Scores:
@@ -199,3 +202,12 @@ class DirectionMeter:
         true = [item.text for item in chosen]
         rows = {"model": self.read(direction.target, outputs, true)}
         return {**rows, "shuffled": self.read(direction.target, outputs, others(true))} if len(true) > 1 else rows
+
+
+def chance_row(rows: Rows, texts: Sequence[str]) -> Scores:
+    """What guessing among the distinct texts scores, of the metrics of retrieval and of words that some row has."""
+    if len(set(texts)) < 2:
+        return {}
+    chance = dict.fromkeys(("probe_top1", "read_top1"), chance_of(texts))
+    chance |= dict.fromkeys(("probe_words", "read_words"), 0.5)
+    return {name: value for name, value in chance.items() if any(row.get(name) is not None for row in rows.values())}

@@ -15,6 +15,7 @@ ROW_NAMES = {
     "vae": "their latents, decoded",
     "model": "this model",
     "shuffled": "shuffled conditions",
+    "chance": "chance",
 }
 # fmt: off
 COLUMNS = {
@@ -64,8 +65,9 @@ DEFINITIONS = {
     "items": "Held-out items, one of each distinct text. n_items: by direction, those that have both modalities. A "
     "share p of n items has a standard error of (p (1 - p) / n)^(1/2).",
     "rows": "real: raw held-out images. recording: recorded waveforms (--waveforms). vae: held-out latents, decoded. "
-    "model: generated for the held-out condition. shuffled: the same, compared with the texts of other items. Other "
-    "rows: the models of --beside, for the same items; what diffusion models make is read after this run's VAE has "
+    "model: generated for the held-out condition. shuffled: the same, compared with the texts of other items. "
+    "chance: random guessing among the distinct texts. Other rows: the models of --beside, for the same "
+    "items; what diffusion models make is read after this run's VAE has "
     "encoded it.",
     "exact": "Share of generated texts that equal the true one without case and punctuation. words: share of the true "
     "words that occur in it. object, ground, place, all: share of texts that name the same factor, where all texts "

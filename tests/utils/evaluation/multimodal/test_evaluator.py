@@ -109,6 +109,8 @@ def test_every_direction_has_its_rows_and_controls(report, run):
     assert "kid" not in images["shuffled"] and images["vae"]["read_all"] == pytest.approx(
         report["readers"]["image"]["held_out"]["all"]
     )
+    # Five items have five distinct texts; the readers know factors, which are no retrieval.
+    assert images["chance"] == {"probe_top1": 0.2, "probe_words": 0.5} and "chance" not in sounds
     assert {"read_place", "length_error", "length_ratio"} <= set(sounds["model"])
     assert sounds["model"]["length_error"] == 8 or sounds["model"]["length_ratio"] > 0
     trips = {"text-image-text", "image-text-image", "text-audio-text", "audio-text-audio"}
