@@ -21,11 +21,11 @@ if __name__ == "__main__":
 
 from dataset_loading.image.pixels import IMAGE_SUFFIXES, decode_image
 from utils.command_line import explained_errors, parse_arguments
-from utils.drawing.images import TRIPLE, Group, draw_sheet, save_image, triple
+from utils.drawing.images import TRIPLE, Group, draw_sheet, save_image, shrunk, triple
 from utils.generation.files import Failures, claim_folder, find_inputs, write_settings
 from utils.generation.image import ImageReconstructor, load_image_vae
 
-MAX_ROWS = 32  # images that are shown on the sheet
+MAX_SHOWN = 64  # images that are shown on the sheet
 
 
 def reconstruct(args: ReconstructionArguments) -> None:
@@ -39,15 +39,17 @@ def reconstruct(args: ReconstructionArguments) -> None:
             result = reconstructor.reconstruct(source)
             # The sheet, the file and the PSNR of this image.
             images, value = triple(result.reconstruction, result.image), result.psnr_db
-            groups += [Group(images, f"{value:.1f} dB  {name}")] if len(groups) < MAX_ROWS else []
+            caption = f"{value:.1f} dB  {name}"
+            groups += [Group(list(map(shrunk, images)), caption)] if len(groups) < MAX_SHOWN else []
             output = folder / f"{name}_reconstruction.png"
             save_image(images[1], output)
             records.append({"input": str(file), "file": output.name, "psnr_db": value})
             width, height = images[1].size
             print(f"{output}  {width}x{height} pixels, PSNR {value:.2f} dB")
-    # The sheet of the first MAX_ROWS images, and the settings.
+    # The sheet of the first images, and the settings.
     if groups:
-        save_image(draw_sheet(groups, TRIPLE), folder / "sheet.png")
+        title = f"the first {len(groups)} of {len(files)} images" if len(records) > MAX_SHOWN else ""
+        save_image(draw_sheet(groups, TRIPLE, n_across=None, title=title), folder / "sheet.png")
         print(folder / "sheet.png")
     write_settings(folder, args, files=records)
     failures.check(len(files))

@@ -20,12 +20,12 @@ if __name__ == "__main__":
     check_flags(TextToImageArguments, __doc__)
 
 from utils.command_line import explained_errors, parse_arguments
-from utils.drawing.images import Group, draw_sheet, save_image, to_image
+from utils.drawing.images import draw_prompts, save_image, shrunk, to_image
 from utils.generation.files import claim_folder, write_settings
 from utils.generation.text import file_stem, read_prompts
 from utils.generation.text_to_image import load_pipeline
 
-MAX_ROWS = 32  # prompts that are shown on the sheet
+MAX_SHOWN = 64  # prompts that are shown on the sheet
 
 
 def generate(args: TextToImageArguments) -> None:
@@ -47,11 +47,11 @@ def generate(args: TextToImageArguments) -> None:
             save_image(image, folder / file)
             print(folder / file)
             files.append({"file": file, "prompt": prompt, "seed": seed})
-            shown += [image] if index < MAX_ROWS else []
-    # The sheet: a row per prompt, a column per seed.
+            shown += [shrunk(image)] if index < MAX_SHOWN else []
+    # The sheet, of the first prompts.
     rows = [shown[start : start + len(seeds)] for start in range(0, len(shown), len(seeds))]
-    labels = [f"seed {seed}" for seed in seeds]  # above the columns
-    save_image(draw_sheet([Group(*row) for row in zip(rows, prompts)], labels), folder / "sheet.png")
+    title = f"the first {MAX_SHOWN} of {len(prompts)} prompts" if len(prompts) > MAX_SHOWN else ""
+    save_image(draw_prompts(rows, prompts[:MAX_SHOWN], seeds, title=title), folder / "sheet.png")
     write_settings(folder, args, **pipeline.record, seeds=seeds, images=files)
     print(folder / "sheet.png")
 

@@ -52,6 +52,14 @@ def test_files_and_settings(run, checkpoint, tmp_path, capsys):
     assert all(name in capsys.readouterr().out for name in ["sheet.png"])
 
 
+def test_the_sheet_of_many_images_is_a_grid(run):
+    words = ["--prompts", *(f"caption {number}" for number in range(9)), "--n_steps", 1]
+    height, width, _ = run("prompts", *words)[1]["sheet.png"].shape
+    assert 0.6 < width / height < 1.7
+    height, width, _ = run("seeds", "--prompts", "a key", "--n_images", 9, "--n_steps", 1)[1]["sheet.png"].shape
+    assert 0.6 < width / height < 1.7
+
+
 @pytest.mark.parametrize("sampler", ["dpmpp_2m", "ddpm"])
 def test_the_same_seed_gives_the_same_image_in_every_batch(run, sampler):
     words = ["--prompts", "a red disc", "a very long caption " * 4, "", "--n_images", 2, "--sampler", sampler]

@@ -18,6 +18,7 @@ from utils.drawing.text import typeface
 TRIPLE = ("input", "reconstruction", "difference x2")
 MIN_CELL, MAX_CELL = 128, 256  # side of an image on a sheet, in pixels
 GAP, LINE = 6, 18  # pixels between images, and height of a line of text
+CAPTION_LINES = 4  # lines of a caption at most
 PAPER = (236, 236, 236)
 
 
@@ -72,20 +73,38 @@ def fit_cell(image: Image.Image, side: int) -> Image.Image:
     return cell
 
 
+def shrunk(image: Image.Image) -> Image.Image:
+    """An image as any sheet shows it: of a large one, a sheet that is drawn later needs no more."""
+    return image if max(image.size) <= MAX_CELL else fit_cell(image, MAX_CELL)
+
+
+def about_square(n_groups: int, width: int, height: int) -> int:
+    """How many of some groups lie side by side where the sheet is about as wide as high.
+
+    Args: width, height: of a group, in pixels.
+    """
+
+    def proportion(n_across: int) -> float:
+        quotient = n_across * width / (-(-n_groups // n_across) * height)
+        return max(quotient, 1 / quotient)
+
+    return min(range(1, n_groups + 1), key=proportion)
+
+
 def draw_sheet(
     groups: Sequence[Group],
     labels: Sequence[str] = (),
     *,
-    n_across: int = 1,
+    n_across: int | None = 1,
     title: str = "",
     min_cell: int = MIN_CELL,
 ) -> Image.Image:
-    """Groups of images, `n_across` of them side by side.
+    """Groups of images, `n_across` of them side by side, each above its caption.
 
     Args:
         groups: each with the same number of images.
         labels: one per image of a group, above the first row.
-        n_across: groups per row.
+        n_across: groups per row; None: as many as make the sheet about square.
         title: one line at the top.
         min_cell: side of the square that a small image is enlarged to, in pixels.
     """
@@ -94,10 +113,11 @@ def draw_sheet(
     font = typeface(13)
     longest = max(max(image.size) for group in groups for image in group.images)
     side = min(max(longest, min_cell), MAX_CELL)
-    n_across = min(n_across, len(groups))
     n_images = len(groups[0].images)
     group_width = n_images * (side + GAP) + 2 * GAP
-    row_height = side + GAP + LINE * any(group.caption for group in groups)
+    captions = [font.wrap(group.caption, group_width - 3 * GAP, CAPTION_LINES) for group in groups]
+    row_height = side + GAP + LINE * max(map(len, captions))
+    n_across = min(n_across or about_square(len(groups), group_width, row_height), len(groups))
     top = GAP + LINE * bool(title) + LINE * bool(labels)
     n_rows = -(-len(groups) // n_across)
     sheet = Image.new("RGB", (n_across * group_width, top + n_rows * row_height + GAP), PAPER)
@@ -112,8 +132,32 @@ def draw_sheet(
             sheet.paste(fit_cell(image, side), (left + i * (side + GAP), upper))
             if labels and row == 0:
                 font.draw(draw, (left + i * (side + GAP), top - LINE), labels[i], width=side)
-        font.draw(draw, (left, upper + side + 1), group.caption, width=group_width - 3 * GAP)
+        for line, text in enumerate(captions[index]):
+            font.draw(draw, (left, upper + side + 1 + line * LINE), text, width=group_width - 3 * GAP)
     return sheet
+
+
+def draw_prompts(
+    rows: Sequence[Sequence[Image.Image]], prompts: Sequence[str], seeds: Sequence[int], *, title: str = ""
+) -> Image.Image:
+    """A sheet of the images of prompts: the seeds of a prompt in a row, or, where that would be much wider than high,
+    one image after the other.
+
+    Args: rows: for each prompt the images of all seeds.
+    """
+    if len(seeds) <= max(4, 2 * len(prompts)):
+        groups, labels = [Group(*row) for row in zip(rows, prompts, strict=True)], [f"seed {seed}" for seed in seeds]
+        if len(seeds) == 1:  # Said once.
+            return draw_sheet(groups, n_across=None, title=f"{labels[0]}  {title}".rstrip())
+        return draw_sheet(groups, labels, n_across=None, title=title)
+    # The prompt stands once at the top if all images are of one.
+    names = [f"{prompt}  " for prompt in prompts] if len(prompts) > 1 else [""]
+    groups = [
+        Group([image], f"{name}seed {seed}")
+        for name, row in zip(names, rows, strict=True)
+        for seed, image in zip(seeds, row, strict=True)
+    ]
+    return draw_sheet(groups, n_across=None, title=title if len(prompts) > 1 else f"{prompts[0]}  {title}".rstrip())
 
 
 def save_image(image: Image.Image, file: Path) -> None:

@@ -78,6 +78,22 @@ class Typeface:
         n_letters = bisect_right(range(1, len(text)), width, key=lambda n: self.length(text[:n] + "..."))
         return text[:n_letters] + "..."
 
+    def wrap(self, text: str, width: float, n_lines: int) -> list[str]:
+        """The text in at most `n_lines` lines of `width` pixels, broken at blanks, and within words that are longer
+        than a line; the last line is truncated."""
+        words, lines = text.split(), []
+        while words and len(lines) < n_lines - 1:
+            n_words = bisect_right(range(1, len(words) + 1), width, key=lambda n: self.length(" ".join(words[:n])))
+            if n_words:
+                lines.append(" ".join(words[:n_words]))
+                words = words[n_words:]
+            else:
+                word = words[0]
+                n_letters = max(bisect_right(range(1, len(word)), width, key=lambda n: self.length(word[:n])), 1)
+                lines.append(word[:n_letters])
+                words[0] = word[n_letters:]
+        return [*lines, self.shorten(" ".join(words), width)] if words else lines
+
     def draw(
         self, canvas: ImageDraw.ImageDraw, place: tuple[float, float], text: str, *, width: float = math.inf
     ) -> None:

@@ -10,11 +10,13 @@ from utils.drawing.images import (
     Group,
     channel_images,
     difference,
+    draw_prompts,
     draw_sheet,
     fit_cell,
     pad_to_multiple,
     resize_shorter_side,
     save_image,
+    shrunk,
     to_image,
 )
 
@@ -61,6 +63,39 @@ def test_long_captions_stay_inside_the_sheet():
     sheet = draw_sheet(groups)
     column = {sheet.getpixel((sheet.width - 2, y)) for y in range(sheet.height)}
     assert column == {sheet.getpixel((0, 0))}
+
+
+@pytest.mark.parametrize(("n_groups", "n_images"), [(40, 1), (40, 3), (5, 8), (1, 1), (7, 2)])
+def test_a_sheet_without_a_number_across_is_about_square(n_groups, n_images):
+    groups = [Group([Image.new("RGB", (128, 128), RED)] * n_images, f"caption {i}") for i in range(n_groups)]
+    sheets = [draw_sheet(groups, n_across=n) for n in (None, *range(1, n_groups + 1))]
+    sheet, *others = [max(image.width / image.height, image.height / image.width) for image in sheets]
+    assert sheet <= min(others) * 1.05  # The margins count little.
+    assert (np.asarray(sheets[0]) == RED).all(2).sum() == n_groups * n_images * 128**2
+
+
+def test_a_caption_takes_several_lines_where_its_group_is_narrow():
+    caption = "a large panda on a red ground beside a blue bicycle"
+    image = Image.new("RGB", (128, 128), RED)
+    short, long = (draw_sheet([Group([image], text)]) for text in ("a large panda", caption))
+    assert long.width == short.width and long.height > short.height
+    assert draw_sheet([Group([image] * 4, caption)]).height == short.height
+
+
+@pytest.mark.parametrize(("n_prompts", "n_seeds"), [(40, 1), (1, 40), (5, 8), (2, 20)])
+def test_prompts_and_seeds_fill_a_sheet_of_readable_proportions(n_prompts, n_seeds):
+    rows = [[Image.new("RGB", (128, 128), RED)] * n_seeds] * n_prompts
+    sheet = draw_prompts(rows, [f"prompt {i}" for i in range(n_prompts)], range(n_seeds))
+    assert 0.6 < sheet.width / sheet.height < 1.7
+    assert (np.asarray(sheet) == RED).all(2).sum() == 40 * 128**2
+
+
+@pytest.mark.parametrize("size", [(300, 700), (1000, 90), (128, 100)])
+def test_a_shrunk_image_looks_the_same_on_a_sheet(size):
+    image = Image.linear_gradient("L").resize(size).convert("RGB")
+    assert max(shrunk(image).size) <= 256
+    sheets = [draw_sheet([Group([shown], "")]) for shown in (image, shrunk(image))]
+    assert sheets[0].tobytes() == sheets[1].tobytes()
 
 
 def test_spread_is_even_and_without_repetition():

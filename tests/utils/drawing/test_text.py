@@ -86,6 +86,23 @@ def test_long_texts_are_cut_to_their_width():
     assert font.shorten("short", 100) == "short" and font.shorten("short", 1) == "..."
 
 
+@pytest.mark.parametrize(
+    "text", ["a large panda on a red ground", "a" * 60, "panda " + "b" * 40 + " key", "", "猫" * 30]
+)
+def test_wrapped_texts_fill_lines_and_lose_nothing_but_the_rest(text):
+    font = typeface(13)
+    lines = font.wrap(text, 100, 20)
+    assert all(font.length(line) <= 100 for line in lines)
+    assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+    # A word goes on the next line only if it does not fit on this one.
+    for line, following in zip(lines, lines[1:]):
+        assert font.length(f"{line} {following.split()[0]}") > 100
+    # Of fewer lines, the last one is shortened.
+    if len(lines) > 2:
+        short = font.wrap(text, 100, 2)
+        assert short[0] == lines[0] and len(short) == 2 and short[1].endswith("...") and font.length(short[1]) <= 100
+
+
 @needs_fonts
 @pytest.mark.parametrize("draw", [draw_sheet, strip_sheet])
 def test_sheets_show_texts_in_title_labels_and_captions(draw):
