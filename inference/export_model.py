@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 from utils.checkpoints import chosen_weights, resolve_checkpoint
 from utils.command_line import explained_errors, parse_arguments
-from utils.exporting.folder import Content, export_folder
+from utils.exporting.folder import Content, export_folder, next_command
 from utils.exporting.hub import check_hub, push
 
 
@@ -51,6 +51,7 @@ def export(args: ExportModelArguments) -> Path:
     print(output)
     if args.push_to_hub:
         print(push(output, args.push_to_hub, private=args.private))
+    print(f"next: {next_command(checkpoint, output, args.format)}")
     return output
 
 

@@ -3,7 +3,6 @@ and how good it is, from the records of its run."""
 
 import json
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,7 @@ def opening(folder: str, kind: ExportedModel, speakers: Sequence[str] = (), hub_
 
     Args: speakers: that the model knows; the command names one.
     """
-    command = kind.command.replace("FOLDER", folder) + (f" --speaker {shlex.quote(speakers[0])}" if speakers else "")
+    command = kind.command_for(folder, speakers)
     name, copy = hub_name or folder, f"hf download {hub_name} --local-dir {folder}\n" if hub_name else ""
     imports, tokenizer = f"from transformers import {kind.auto_class}", []
     if kind.auto_class == "AutoModelForCausalLM":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,15 @@ def export_folder(checkpoint: Path, output: Path, content: Content) -> None:
         write_folder(checkpoint, temporary, content)
         if output.exists():
             output.rmdir()  # An empty folder stands where the new one goes.
+
+
+def next_command(checkpoint: Path, output: Path, format: Format) -> str:
+    """A command that uses the exported folder of a checkpoint."""
+    if format == "diffusers":
+        script = f"pretrain_{read_stage(checkpoint)['stage']}.py"
+        return shlex.join(["python", script, "--config", "ldm", "--init_from", str(output)])
+    speakers = json.loads((output / CONFIG).read_text()).get("speakers") or ()
+    return model_of(read_stage(checkpoint), checkpoint).command_for(str(output), speakers)
 
 
 def write_folder(checkpoint: Path, folder: Path, content: Content) -> None:

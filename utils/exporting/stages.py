@@ -1,7 +1,8 @@
 """What each stage's model is, for folders that open with `from_pretrained`: class, task, and the lines that use it."""
 
 import dataclasses
-from collections.abc import Mapping
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,14 @@ class ExportedModel:
     def auto_class(self) -> str:
         """The class of transformers that opens the folder."""
         return "AutoModelForCausalLM" if self.model_class is MegaTransformerForCausalLM else "AutoModel"
+
+    def command_for(self, folder: str, speakers: Sequence[str] = ()) -> str:
+        """The command with a folder's name.
+
+        Args: speakers: that the model knows; the command names one.
+        """
+        speaker = f" --speaker {shlex.quote(speakers[0])}" if speakers else ""
+        return self.command.replace("FOLDER", shlex.quote(folder)) + speaker
 
 
 def image_vae(model_class: type[PreTrainedModel], decoder: str) -> ExportedModel:

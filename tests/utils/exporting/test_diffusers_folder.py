@@ -32,12 +32,14 @@ def export(checkpoint, output, *words):
 
 @pytest.mark.parametrize("is_uniform", [False, True])
 @torch.no_grad()
-def test_an_autoencoder_computes_the_same(tmp_path, is_uniform):
+def test_an_autoencoder_computes_the_same(tmp_path, is_uniform, capsys):
     model = ImageVAE.from_preset("ldm", **SMALL_LDM_VAE, use_quant_conv=is_uniform)
     statistics = {"latent_mean": torch.full((4,), 0.5), "latent_std": torch.full((4,), 2.0)} if is_uniform else {}
     checkpoint = save(model, "image_vae", tmp_path, **statistics)
     ours = load_model(ImageVAE, checkpoint)
     theirs = diffusers.AutoencoderKL.from_pretrained(export(checkpoint, tmp_path / "out"))
+    command = f"next: python pretrain_image_vae.py --config ldm --init_from {tmp_path / 'out'}\n"
+    assert capsys.readouterr().out.endswith(command)
     image = torch.rand(2, 3, 16, 24) * 2 - 1
     mean, _ = ours.encode(image)
     assert mean.std() > 0.01

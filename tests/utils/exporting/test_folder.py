@@ -1,6 +1,7 @@
 """Exported folders: they open with the averaged weights, scripts accept them as checkpoints, and nothing is mixed."""
 
 import json
+import shlex
 
 import pytest
 import torch
@@ -9,12 +10,15 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 import evaluate
 import model.auto  # noqa: F401
 from inference.export_model import main
+from inference.generate_text import generate
 from model.causal import MegaTransformerForCausalLM
 from model.image.vae import ImageVAE
 from tests.helpers.image_vae_checkpoint import save_checkpoint
 from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from utils.checkpoints import load_model
+from utils.command_line import parse_arguments
+from utils.generation.arguments.text import GenerateTextArguments
 from utils.generation.latents import vae_fingerprint
 
 
@@ -33,8 +37,15 @@ def export(checkpoint, output, *words):
     return main(["--checkpoint", str(checkpoint), "--output", str(output), *words])
 
 
-def test_a_language_model_opens_with_its_averaged_weights(text_run, tmp_path):
-    folder = export(text_run, tmp_path / "out", "--license", "mit")
+def test_a_language_model_opens_with_its_averaged_weights(text_run, tmp_path, capsys):
+    folder = export(text_run, tmp_path / "my model", "--license", "mit")
+    # The command is run as it is printed.
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("next: python inference/generate_text.py --checkpoint ")
+    words = shlex.split(last)[3:]
+    words += ["--max_new_tokens", "2", "--output_dir", str(tmp_path / "texts")]
+    generate(parse_arguments(GenerateTextArguments, words, ""))
+    assert (tmp_path / "texts" / "000.txt").read_text().startswith("The")
     ours = load_model(MegaTransformerForCausalLM, text_run)
     ids = AutoTokenizer.from_pretrained(folder)("a list of", return_tensors="pt").input_ids
     with torch.no_grad():
