@@ -18,7 +18,7 @@ from torch.utils.data import Sampler
 
 from dataset_loading.collators import HostFields, batches_of
 from dataset_loading.epoch_sampler import ORDER, EpochSampler
-from model.adapters.lora import adapters_of, merge_adapters
+from model.adapters.lora import adapters_of, load_merged
 from model.layers import to_device
 from utils.checkpoints import checkpoints_in, is_complete, step_of
 from utils.devices import peak_memory_gib
@@ -352,8 +352,10 @@ class StageTrainer(SavingTrainer):
             with torch.random.fork_rng():  # Fresh weights, overwritten at once, must not move the run's generator.
                 self.ema_model = type(self.model)(self.model.config).requires_grad_(False)
             self.ema_model.to(self.args.device).eval()
-        adapters = adapters_of(self.model)  # The copy is a plain model.
-        self.ema_model.load_state_dict(merge_adapters(averaged, adapters) if adapters else averaged)
+        if adapters := adapters_of(self.model):  # The copy is a plain model.
+            load_merged(self.ema_model, averaged, adapters)
+        else:
+            self.ema_model.load_state_dict(averaged)
         self.ema_model_step = self.state.global_step
         return self.ema_model
 

@@ -6,9 +6,10 @@ given model.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from utils.options import suggest
@@ -94,14 +95,14 @@ def is_of_adapter(name: str) -> bool:
     return name.endswith(FACTORS)
 
 
-def merge_adapters(state: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state dict of the plain model that computes what an adapted one does: W + alpha / r * B A, in fp32.
+def merged_weights(state: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the plain model that computes what an adapted one does, W + alpha / r * B A in fp32, one by one.
 
     Args:
         state: of the adapted model.
         adapters: see `adapters_of`.
     """
-    scale, plain = adapters["alpha"] / adapters["rank"], {}
+    scale = adapters["alpha"] / adapters["rank"]
     for name, value in state.items():
         if is_of_adapter(name):
             continue
@@ -109,5 +110,25 @@ def merge_adapters(state: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> 
         if is_wrapped and end == "weight":
             down, up = (state[f"{layer}{factor}"].float() for factor in FACTORS)  # A and B
             value = value.float() + scale * (up @ down)
-        plain[f"{layer}.{end}" if is_wrapped else name] = value
-    return plain
+        yield f"{layer}.{end}" if is_wrapped else name, value
+
+
+def merge_adapters(state: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`merged_weights` as the state dict of the plain model."""
+    return dict(merged_weights(state, adapters))
+
+
+@torch.no_grad()
+def load_merged(model: nn.Module, state: Mapping[str, Tensor], adapters: Mapping[str, Any]) -> None:
+    """Give a plain model the `merged_weights` of an adapted one, layer by layer: beside the model's own there is never
+    more than one merged weight in memory.
+
+    Raises: ValueError: the models are not the same but for the adapters; names a weight.
+    """
+    own = model.state_dict()
+    for name, value in merged_weights(state, adapters):
+        if name not in own:
+            raise ValueError(f"{name} of the adapted model is no weight of the plain one")
+        own.pop(name).copy_(value)
+    if own:
+        raise ValueError(f"{next(iter(own))} of the plain model is no weight of the adapted one")

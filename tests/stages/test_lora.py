@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, WORDS, make_text
 from utils.checkpoints import LORA, load_model
 from utils.reporting.runs import Run as ReportedRun
 from utils.training.multimodal import MultimodalTrainer
+from utils.training.planning.memory import Engine, memory_of, n_bytes
 
 RATE = ["--learning_rate", "1e-2"]
 ADAPTED = ["--lora_rank", "4", *RATE]
@@ -185,6 +187,41 @@ def test_a_dry_run_counts_what_is_trained(base, text_cache, tmp_path, capsys, tr
     assert f"parameters: model {trained + frozen:,}" in shown
     # Reports count the merged model.
     assert ReportedRun.read("multimodal", run.folder.parent).n_parameters() == frozen
+
+
+class WatchedStage(MultimodalStage):
+    """Keeps its trainer."""
+
+    def build_trainer(self, *args, **kwargs):
+        WatchedStage.trainer = super().build_trainer(*args, **kwargs)
+        return WatchedStage.trainer
+
+
+@pytest.mark.parametrize("flags", [[], ["--no_use_ema"], ["--trainer", "grokfast_ema"]])
+def test_a_run_holds_the_bytes_that_a_dry_run_counts(flags, base, text_cache, tmp_path, capsys):
+    words = [*from_base(base), *flags]
+    run_stage(WatchedStage, SMALL_TEXT, text_cache, tmp_path, "run", 2, *words)
+    capsys.readouterr()
+    where = ["--cached_dataset", str(text_cache), "--output_dir", str(tmp_path), "--run_name", "other"]
+    MultimodalStage.main(changed([*SMALL_TEXT, *where, "--max_steps", "2", "--dry_run"], *words))
+    shown = dict(re.findall(r"^  (.+): ([\d,.]+) MiB$", capsys.readouterr().out, re.MULTILINE))
+    trainer = WatchedStage.trainer
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    states = trainer.optimizer.optimizer.state.values()
+    held = {
+        "weights": n_bytes(trainer.model),
+        "gradients": sum(parameter.nbytes for parameter in trained),
+        "Adam's two moments": sum(state[name].nbytes for state in states for name in ("exp_avg", "exp_avg_sq")),
+    }
+    averages = [state[name].nbytes for state in states for name in ("weight_ema", "grokfast_ema") if name in state]
+    if averages:
+        held["averages of weights and gradients"] = sum(averages)
+    if trainer.ema_model is not None:  # A plain model, into which adapters are merged.
+        assert not any(map(is_of_adapter, trainer.ema_model.state_dict()))
+        held["copy with averaged weights, for evaluation"] = n_bytes(trainer.ema_model)
+    assert shown == {name: f"{size / 2**20:,.1f}" for name, size in held.items()}
+    parts = {"adversary": None, "criterion": None}
+    assert memory_of(trainer.model, parts, trainer.stage_arguments, Engine()) == held
 
 
 @pytest.mark.parametrize(

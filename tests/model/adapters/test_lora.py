@@ -1,6 +1,7 @@
 """Low-rank adapters: which layers get them, what is frozen, and that merged weights are those of peft."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from model.adapters.lora import (
     add_adapters,
     is_of_adapter,
     linear_layers,
+    load_merged,
     merge_adapters,
 )
 from model.audio.diffusion import AudioDiffusion
@@ -77,6 +79,27 @@ def test_merged_weights_are_those_of_peft():
     expected = {name: value for name, value in model.state_dict().items() if not is_of_adapter(name)}
     expected = {name.replace(".base_layer.", "."): value for name, value in expected.items()}
     assert largest_difference(expected, merged) <= 1e-6
+
+
+@pytest.mark.parametrize("case", ["text", "audio UNet"])
+def test_a_plain_model_gets_merged_weights_in_place(case):
+    adapted, plain = build(case), build(case)
+    add_adapters(adapted, rank=4, alpha=16.0)
+    for name, parameter in adapted.named_parameters():
+        if is_of_adapter(name):
+            torch.nn.init.normal_(parameter, std=0.1)
+    own = {name: value.data_ptr() for name, value in plain.state_dict().items()}
+    state, adapters = adapted.state_dict(), adapters_of(adapted)
+    load_merged(plain, state, adapters)
+    assert equal(dict(plain.state_dict()), merge_adapters(state, adapters))
+    assert {name: value.data_ptr() for name, value in plain.state_dict().items()} == own
+    # Nothing is left as it was, or out.
+    (first, *_), rest = plain.state_dict(), dict(state)
+    del rest[next(name for name in rest if name.replace(".base_layer.", ".") == first)]
+    with pytest.raises(ValueError, match=f"{re.escape(first)} of the plain model is no weight of the adapted one"):
+        load_merged(plain, rest, adapters)
+    with pytest.raises(ValueError, match="further of the adapted model is no weight of the plain one"):
+        load_merged(plain, {**state, "further": torch.zeros(1)}, adapters)
 
 
 def test_names_are_ends_of_full_names():

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from model.adapters.lora import is_of_adapter
 from utils.distributed import load_deepspeed_config
 
 FP32 = 4  # bytes
@@ -48,6 +49,12 @@ def n_bytes(*networks: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def plain_bytes(network: nn.Module) -> int:
+    """`n_bytes` of a network without its adapters, as it is once they are merged."""
+    tensors = (*network.named_parameters(), *network.named_buffers())  # Those with several names come once.
+    return sum(tensor.numel() * tensor.element_size() for name, tensor in tensors if not is_of_adapter(name))
+
+
 def n_trained(network: nn.Module) -> int:
     """Number of parameters that take gradients."""
     return sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
@@ -82,7 +89,8 @@ def memory_of(model: nn.Module, parts: Mapping[str, Any], args: Any, engine: Eng
     elif engine.stage == -1 and engine.n_ranks > 1:
         rows["buckets of gradients"] = trained
     if args.use_ema:
-        rows["copy with averaged weights, for evaluation"] = n_bytes(model)
+        # Adapters are merged into it, layer by layer.
+        rows["copy with averaged weights, for evaluation"] = plain_bytes(model)
     # Every process holds the whole discriminator, and the frozen networks of the losses.
     if (adversary := parts.get("adversary")) is not None:
         discriminator = adversary.discriminator
