@@ -19,7 +19,7 @@ from model.causal import MegaTransformerForCausalLM
 from model.image.diffusion import ImageDiffusion
 from model.multimodal import MegaTransformerMultimodal
 from pretrain_multimodal import MultimodalStage
-from tests.helpers.runs import Run, changed, equal, largest_difference, run_stage
+from tests.helpers.runs import Run, changed, edit_record, equal, largest_difference, run_stage
 from tests.helpers.stream_caches import SMALL_STREAMS
 from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, WORDS, make_text
 from utils.checkpoints import LORA, load_model
@@ -187,6 +187,22 @@ def test_a_dry_run_counts_what_is_trained(base, text_cache, tmp_path, capsys, tr
     assert f"parameters: model {trained + frozen:,}" in shown
     # Reports count the merged model.
     assert ReportedRun.read("multimodal", run.folder.parent).n_parameters() == frozen
+
+
+@pytest.mark.parametrize("has_record", [True, False], ids=["recorded", "older"])
+def test_a_checkpoint_of_all_weights_is_not_resumed_with_adapters(has_record, base, train_text):
+    if not has_record:  # As before these flags existed.
+        names = ("lora_rank", "lora_alpha", "lora_modules")
+        file = base.folder / "stage.json"
+        edit_record(file, lambda content: [content["arguments"].pop(name) for name in names])
+    message = (
+        f"{base.folder} was trained with --lora_rank 0, this run has 4: it cannot change within a run. Give the same "
+        f"or leave it out, or start a new run from its weights with --init_from {base.folder} and another --run_name"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train_text("base", 4, "--resume_from_checkpoint", "--lora_rank", "4", *RATE)
+    flags = [*RATE, "--lr_scheduler_type", "constant"]
+    assert len(train_text("base", 4, "--resume_from_checkpoint", *flags).losses) == 4
 
 
 class WatchedStage(MultimodalStage):

@@ -36,6 +36,8 @@ SWITCH = "may change, but not to zero or from zero"
 UNREACHED = "may change until that step is reached"
 CHANGES = "takes effect from the checkpoint on"
 
+# What is trained and at which rate: the state of the optimizer belongs to its groups.
+OPTIMIZER_GROUPS = ("freeze", "learning_rates", "lora_rank", "lora_alpha", "lora_modules")
 # Every flag of every training stage, decided once.
 ON_RESUME: dict[str, str] = {
     name: kind
@@ -53,8 +55,7 @@ ON_RESUME: dict[str, str] = {
         FIXED: [
             *("seed", "sequence_length", "include_modes", "use_speakers", "max_clip_frames"),
             *("tasks", "caption_tokenizer", "caption_vocab_size"),
-            # Groups of the optimizer, to which its state belongs.
-            *("freeze", "learning_rates", "lora_rank", "lora_alpha", "lora_modules"),
+            *OPTIMIZER_GROUPS,
             *("discriminator", "discriminator_channels", "discriminator_layers", "use_spectral_norm"),
             *("discriminator_periods", "discriminator_resolutions", "discriminator_widening"),
         ],
@@ -208,6 +209,9 @@ def recorded_arguments(arguments_class: type, recorded: dict[str, Any], file: Pa
     known = [field.name for field in declared_fields(arguments_class)]
     current = {alias: name for name in known for alias in inherited(arguments_class, name, "aliases") or ()}
     values = {current.get(name, name): value for name, value in recorded.items()}
+    # Before these flags, all weights were trained, at one rate.
+    former = {field.name: default_value(field) for field in declared_fields(arguments_class)}
+    values = {**{name: former[name] for name in OPTIMIZER_GROUPS if name in former}, **values}
     # Records of other versions.
     if unknown := {name: value for name, value in values.items() if name not in known}:
         logger.warning("%s: this version has no flags %s, which are left out", file, unknown)
