@@ -28,7 +28,7 @@ def run(args: AppArguments) -> None:
     """Serve until the process is interrupted."""
     page = serve(args)
     print(f"{page.local_url}  (Ctrl-C ends it)", flush=True)
-    page.block_thread()
+    page.wait()
 
 
 if __name__ == "__main__":

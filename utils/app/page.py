@@ -26,8 +26,8 @@ TITLE = "MegaTransformer"
 DELETE_CACHE = (600, 3600)
 
 
-def build_page(gr: Any, args: AppArguments) -> Any:
-    """The page as `gradio.Blocks`, which `utils.app.server.serve` starts.
+def build_page(gr: Any, args: AppArguments) -> tuple[Any, Jobs]:
+    """The page as `gradio.Blocks`, which `utils.app.server.serve` starts, and its jobs.
 
     Args: gr: the package gradio.
     """
@@ -46,4 +46,4 @@ def build_page(gr: Any, args: AppArguments) -> Any:
         # Checkpoints that came since the last time.
         outputs = [component for _, choice, notice in context.choices for component in (choice, notice)]
         page.load(context.refreshed, outputs=outputs, queue=False, api_visibility="private", show_progress="hidden")
-    return page.queue(max_size=args.queue_size, api_open=False)
+    return page.queue(max_size=args.queue_size, api_open=False), context.jobs

@@ -2,13 +2,16 @@
 
 import importlib
 import ipaddress
+import logging
 import os
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 from utils.app.arguments import AppArguments
 from utils.app.context import BELOW_LABEL
+from utils.app.jobs import Jobs
 from utils.app.page import build_page
 from utils.app.uploads import MB
 from utils.options import import_extra
@@ -36,6 +39,9 @@ HEADERS = {
 }
 CSS = f".{BELOW_LABEL} .image-container {{ padding-top: 2rem; }}"  # Sheets have headings, which labels would cover.
 OVERHEAD = 100_000  # bytes of a request beside an uploaded file
+CLOSE_SECONDS = 20.0  # So long is waited for jobs and for the server, each, when the page is closed.
+HANG_UP_SECONDS = 1
+POLL_SECONDS = 0.1
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -111,10 +117,41 @@ def theme(gr: Any) -> Any:
     return gr.themes.Base(primary_hue="blue", font=fonts, font_mono=("ui-monospace", "monospace"))
 
 
-def serve(args: AppArguments) -> Any:
+class Page:
+    """A running page.
+
+    Attributes:
+        blocks: its `gradio.Blocks`.
+        local_url: its address on this machine.
+    """
+
+    def __init__(self, blocks: Any, jobs: Jobs):
+        self.blocks, self.jobs, self.local_url = blocks, jobs, str(blocks.local_url)
+
+    def wait(self) -> None:
+        """Serve until the process is interrupted; then close."""
+        try:
+            while self.blocks.is_running:
+                time.sleep(POLL_SECONDS)
+        except KeyboardInterrupt:
+            print("closing the page", flush=True)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Cancel all jobs, hang up, and end the threads of the page, as far as they end within `CLOSE_SECONDS`."""
+        self.jobs.close(CLOSE_SECONDS)
+        server = self.blocks.server
+        # Visitors who wait for an answer are not waited for.
+        server.config.timeout_graceful_shutdown = HANG_UP_SECONDS
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)  # It would call them errors.
+        self.blocks.close(verbose=False)
+        server.thread.join(CLOSE_SECONDS)
+
+
+def serve(args: AppArguments) -> Page:
     """Start the page in threads of this process.
 
-    Returns: the running `gradio.Blocks`, with `local_url` and `close`.
     Raises:
         ValueError: gradio is not installed, or there is no folder of runs.
         OSError: the port is taken.
@@ -125,10 +162,10 @@ def serve(args: AppArguments) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     gr = import_extra("gradio", "app", "the page")
     middleware = importlib.import_module("starlette.middleware")  # Gradio is built on it.
-    page = build_page(gr, args)
+    blocks, jobs = build_page(gr, args)
     guard = middleware.Middleware(Guard, max_bytes=args.max_upload_mb * MB + OVERHEAD, hosts=known_hosts(args.host))
     try:
-        page.launch(
+        blocks.launch(
             server_name=args.host,
             server_port=args.port or None,
             max_file_size=args.max_upload_mb * MB,
@@ -148,4 +185,4 @@ def serve(args: AppArguments) -> Any:
         )
     except OSError as error:
         raise OSError(f"--port {args.port} of --host {args.host} cannot be listened on: {error}") from error
-    return page
+    return Page(blocks, jobs)

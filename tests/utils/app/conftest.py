@@ -1,10 +1,11 @@
 """A folder of runs with small checkpoints, and the page over it."""
 
+import contextlib
+
 import pytest
 
+from tests.helpers.app.page import Visitor, served
 from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
-from utils.app.arguments import AppArguments
-from utils.app.server import serve
 
 
 @pytest.fixture(scope="session")
@@ -14,16 +15,15 @@ def runs(latent_cache, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def page(runs):
-    """The running page."""
-    page = serve(AppArguments(runs=str(runs), port=0, max_upload_mb=1))
-    yield page
-    page.close()
+    """The running page, which ends with the module: processes may be forked by what comes next."""
+    with served(runs) as page:
+        yield page
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def client(page):
-    """A visitor of the page, with a session of its own."""
-    gradio_client = pytest.importorskip("gradio_client")
-    return gradio_client.Client(page.local_url, verbose=False, analytics_enabled=False)
+    """A visitor of the page."""
+    with contextlib.closing(Visitor(page)) as client:
+        yield client

@@ -1,5 +1,6 @@
 """The server as visitors and others meet it: requests wait and none is lost, large and foreign ones are refused."""
 
+import contextlib
 import http.client
 import json
 import re
@@ -9,11 +10,16 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from tests.helpers.app.page import Visitor, served, wait_until
 from utils.app.arguments import AppArguments
 from utils.app.server import known_hosts, serve
 
 NAME = "image_diffusion/small/checkpoint-4"
 QUICK = (NAME, "a", 0, 1, 2, 1.0, "euler")
+
+
+def port_of(page):
+    return urlsplit(page.local_url).port
 
 
 def request(page, method, path, body=None, **headers):
@@ -29,36 +35,34 @@ def request(page, method, path, body=None, **headers):
 
 def test_fifty_requests_wait_one_computes_at_a_time_and_none_is_lost(page, client):
     jobs = [client.submit(*QUICK[:2], seed, *QUICK[3:], api_name="/draw") for seed in range(50)]
-    queue, running = page._queue.event_queue_per_concurrency_id, []
-    while not all(job.done() for job in jobs):
+    queue, running = page.blocks._queue.event_queue_per_concurrency_id, []
+
+    def are_done() -> bool:
         running.append(queue["models"].current_concurrency if "models" in queue else 0)
-        time.sleep(0.01)
-    lines = [job.result(timeout=300)[2] for job in jobs]
+        return all(job.done() for job in jobs)
+
+    wait_until(are_done, 300)
+    lines = [job.result(timeout=1)[2] for job in jobs]
     assert [re.search(r"--seeds (\d+)", line)[1] for line in lines] == [str(seed) for seed in range(50)]
     assert max(running) == 1 and not queue["models"].queue
 
 
 def test_two_visitors_at_once_are_answered_one_after_the_other(page, client):
-    gradio_client = pytest.importorskip("gradio_client")
-    other = gradio_client.Client(page.local_url, verbose=False, analytics_enabled=False)
-    jobs = [visitor.submit(NAME, "a", 7, 2, 20, 3.0, "euler", api_name="/draw") for visitor in (client, other)]
-    galleries = [job.result(timeout=120)[0] for job in jobs]
+    with contextlib.closing(Visitor(page)) as other:
+        jobs = [visitor.submit(NAME, "a", 7, 2, 20, 3.0, "euler", api_name="/draw") for visitor in (client, other)]
+        galleries = [job.result(timeout=120)[0] for job in jobs]
     assert [len(gallery) for gallery in galleries] == [2, 2]
-    queues = page._queue.event_queue_per_concurrency_id
+    queues = page.blocks._queue.event_queue_per_concurrency_id
     assert queues["models"].concurrency_limit == 1
 
 
 def test_the_request_beyond_those_that_may_wait_is_refused(runs):
-    gradio_client = pytest.importorskip("gradio_client")
-    page = serve(AppArguments(runs=str(runs), port=0, queue_size=3))
-    try:
-        client = gradio_client.Client(page.local_url, verbose=False, analytics_enabled=False)
+    with served(runs, queue_size=3) as page, contextlib.closing(Visitor(page)) as client:
         running = client.submit(NAME, "a", 0, 1, 250, 3.0, "heun", api_name="/draw")
-        while not running.outputs():
-            time.sleep(0.02)
+        wait_until(running.outputs)
         waiting = [client.submit(*QUICK, api_name="/draw") for _ in range(3)]
-        while sum(len(queue.queue) for queue in page._queue.event_queue_per_concurrency_id.values()) < 3:
-            time.sleep(0.02)
+        queues = page.blocks._queue.event_queue_per_concurrency_id
+        wait_until(lambda: sum(len(queue.queue) for queue in queues.values()) == 3)
         with pytest.raises(Exception, match="Queue is full"):
             client.predict(*QUICK, api_name="/draw")
         # What needs no model goes past the queue in browsers, which call it so.
@@ -68,8 +72,6 @@ def test_the_request_beyond_those_that_may_wait_is_refused(runs):
         assert not running.done()
         running.cancel()
         assert all("1 of 32x32" in job.result(timeout=120)[1] for job in waiting)
-    finally:
-        page.close()
 
 
 def test_a_gigabyte_is_refused_before_it_is_sent(page):
@@ -108,12 +110,12 @@ def test_nothing_of_other_hosts(page):
     assert sources and not [source for source in sources if re.match(r"(?:https?:)?//", source)]
     for font in re.findall(r"url\(([^)]+)\)", request(page, "GET", "/theme.css")[2]):
         assert not re.match(r"[\"']?(?:https?:)?//", font)
-    assert page.share_url is None and not page.analytics_enabled
+    assert page.blocks.share_url is None and not page.blocks.analytics_enabled
 
 
 def test_other_names_of_this_host_are_refused(page):
     assert request(page, "GET", "/", Host="rebound.example")[0] == 400
-    assert request(page, "GET", "/", Host=f"localhost:{page.server_port}")[0] == 200
+    assert request(page, "GET", "/", Host=f"localhost:{port_of(page)}")[0] == 200
     assert known_hosts("0.0.0.0") == known_hosts("my-machine") == frozenset()
     assert "[::1]" in known_hosts("::1") and "127.0.0.1" in known_hosts("localhost")
 
@@ -121,17 +123,28 @@ def test_other_names_of_this_host_are_refused(page):
 def test_a_folder_that_is_not_there_and_a_port_that_is_taken(page, runs, tmp_path):
     with pytest.raises(ValueError, match=r"--runs .*nothing is no folder"):
         serve(AppArguments(runs=str(tmp_path / "nothing")))
-    with pytest.raises(OSError, match=rf"--port {page.server_port} of --host 127.0.0.1 cannot be listened on"):
-        serve(AppArguments(runs=str(runs), port=page.server_port))
+    with pytest.raises(OSError, match=rf"--port {port_of(page)} of --host 127.0.0.1 cannot be listened on"):
+        serve(AppArguments(runs=str(runs), port=port_of(page)))
+
+
+def test_a_page_that_is_closed_while_it_computes_leaves_no_thread(runs):
+    """`served` looks for threads; here they are those of a job, a waiting one, and two visitors who stay."""
+    with served(runs) as page:
+        visitors = [Visitor(page) for _ in range(2)]
+        jobs = [visitor.submit(NAME, "a", 0, 1, 250, 3.0, "heun", api_name="/draw") for visitor in visitors]
+        wait_until(jobs[0].outputs)
+        start = time.monotonic()
+        page.close()
+        assert page.jobs.running() == [] and not page.blocks.server.thread.is_alive()
+        assert time.monotonic() - start < 10
+        for visitor in visitors:
+            visitor.close()
 
 
 def test_an_empty_folder_says_what_trains_a_model(tmp_path):
-    page = serve(AppArguments(runs=str(tmp_path), port=0))
-    try:
+    with served(tmp_path) as page:
         _, _, text = request(page, "GET", "/config")
         assert "python pretrain_image_diffusion.py" in text
-    finally:
-        page.close()
 
 
 def test_without_gradio_the_error_says_how_to_install_it(runs, monkeypatch):

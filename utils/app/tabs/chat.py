@@ -245,4 +245,4 @@ def build(context: Context) -> None:
     inputs = [checkpoint, choice, text, *files, n_new, temperature, seed, n_steps]
     outputs = [answer, gallery, *players, status, line]
     work = functools.partial(chat, context)
-    context.jobs.attach(button, stop, work, inputs=inputs, outputs=outputs, api_name="chat")
+    context.jobs.attach(button, stop, work, inputs=inputs, outputs=outputs, status=status, api_name="chat")

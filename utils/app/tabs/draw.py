@@ -118,4 +118,6 @@ def build(context: Context) -> None:
             status, line = context.status(), context.command()
     inputs = [checkpoint, prompt, seed, n_images, n_steps, guidance, sampler]
     work = functools.partial(draw, context)
-    context.jobs.attach(button, stop, work, inputs=inputs, outputs=[gallery, status, line], api_name="draw")
+    context.jobs.attach(
+        button, stop, work, inputs=inputs, outputs=[gallery, status, line], status=status, api_name="draw"
+    )

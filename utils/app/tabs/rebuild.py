@@ -100,4 +100,4 @@ def build(context: Context) -> None:
             status, line = context.status(), context.command()
     inputs, outputs = [checkpoint, file, image_size, decoder_steps], [*images, latents, status, line]
     work = functools.partial(rebuild, context)
-    context.jobs.attach(button, stop, work, inputs=inputs, outputs=outputs, api_name="rebuild")
+    context.jobs.attach(button, stop, work, inputs=inputs, outputs=outputs, status=status, api_name="rebuild")

@@ -250,6 +250,6 @@ def build(context: Context) -> None:
     inputs = [checkpoint, vocoder, text, seed, n_steps, temperature, speaker, speed, seconds, guidance]
     work = functools.partial(speak, context)
     outputs = [player, mel, durations, status, line]
-    context.jobs.attach(button, stop, work, inputs=inputs, outputs=outputs, api_name="speak")
+    context.jobs.attach(button, stop, work, inputs=inputs, outputs=outputs, status=status, api_name="speak")
     offered = [vocoder, text, n_steps, temperature, speaker, speed, seconds, guidance, durations]
     context.follow(checkpoint, functools.partial(fitting, context), offered)

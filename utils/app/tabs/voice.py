@@ -178,6 +178,6 @@ def build(context: Context) -> None:
             status, line = context.status(), context.command()
     inputs, outputs = [vocoder, vae, speaker, file], [*players, mels, table, status, line]
     work = functools.partial(voice, context)
-    context.jobs.attach(button, stop, work, inputs=inputs, outputs=outputs, api_name="voice")
+    context.jobs.attach(button, stop, work, inputs=inputs, outputs=outputs, status=status, api_name="voice")
     context.follow(vocoder, functools.partial(fitting_vaes, context), [vae])
     context.follow(vae, functools.partial(fitting_speakers, context), [speaker])

@@ -116,4 +116,6 @@ def build(context: Context) -> None:
             status, line = context.status(), context.command()
     inputs = [checkpoint, prompt, n_new, temperature, top_k, top_p, seed, n_steps, exit_threshold]
     work = functools.partial(write, context)
-    context.jobs.attach(button, stop, work, inputs=inputs, outputs=[text, status, line], api_name="write")
+    context.jobs.attach(
+        button, stop, work, inputs=inputs, outputs=[text, status, line], status=status, api_name="write"
+    )

@@ -10,7 +10,7 @@ from PIL import Image
 
 from inference.chat import chat
 from pretrain_multimodal import MultimodalStage
-from tests.helpers.app.page import flags_of, upload, visitor
+from tests.helpers.app.page import flags_of, upload, visitor, wait_until
 from tests.helpers.processes import newest_results
 from tests.helpers.stream_caches import SMALL_STREAMS, make_stream_caches
 from utils.app.tabs.chat import settings
@@ -77,20 +77,18 @@ def test_answers_are_those_of_the_command_line_that_is_shown(client, folder, tmp
 
 
 def test_texts_and_images_are_shown_as_they_come(client, folder):
-    job = client.submit(*inputs(folder, "describe", image="gray.png", usual=(200, 2, 3, 0)), api_name="/chat")
-    last = job.result()
-    texts = [output[0] for output in job.outputs() if isinstance(output[0], str)]
-    assert len(set(texts)) > 3 and any("text, token" in output[-2] for output in job.outputs())
+    values = inputs(folder, "describe", image="gray.png", usual=(200, 2, 3, 0))
+    last, outputs = client.results(*values, api_name="/chat")
+    texts = [output[0] for output in outputs if isinstance(output[0], str)]
+    assert len(set(texts)) > 3 and any("text, token" in output[-2] for output in outputs)
     assert all(last[0].startswith(text.strip()) for text in texts)
-    job = client.submit(*inputs(folder, "draw", "a bear"), api_name="/chat")
-    job.result()
-    assert any("image, evaluation" in output[-2] and " of 6, " in output[-2] for output in job.outputs())
+    _, outputs = client.results(*inputs(folder, "draw", "a bear"), api_name="/chat")
+    assert any("image, evaluation" in output[-2] and " of 6, " in output[-2] for output in outputs)
 
 
 def test_a_cancel_ends_the_text_at_the_next_token(client, folder):
     job = client.submit(*inputs(folder, "describe", image="gray.png", usual=(1000, 2, 3, 0)), api_name="/chat")
-    while len(job.outputs()) < 4 and not job.done():
-        time.sleep(0.02)
+    wait_until(lambda: len(job.outputs()) > 3 or job.done())
     start = time.monotonic()
     assert not job.done() and job.cancel()
     client.predict(*inputs(folder, "draw", "a bear"), api_name="/chat")

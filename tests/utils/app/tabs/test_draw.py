@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from inference.text_to_image import generate
+from tests.helpers.app.page import wait_until
 from utils.app.tabs.draw import MAX_STEPS, settings
 from utils.command_line import parse_arguments
 from utils.generation.arguments.image import TextToImageArguments
@@ -33,19 +34,16 @@ def test_images_are_those_of_the_command_line_that_is_shown(client, tmp_path, sa
 
 
 def test_images_are_shown_as_they_form(client):
-    job = client.submit(NAME, "a key", 0, 1, 20, 3.0, "euler", api_name="/draw")
-    gallery, status, _ = job.result()
-    outputs = job.outputs()
+    (gallery, status, _), outputs = client.results(NAME, "a key", 0, 1, 20, 3.0, "euler", api_name="/draw")
     assert len(outputs) > 3 and "step" in outputs[1][1]
     assert "1 of 32x32" in status and len(gallery) == 1
 
 
 def test_a_cancel_ends_the_job_and_frees_the_page(client):
-    job = client.submit(NAME, "a key", 0, 16, MAX_STEPS, 3.0, "heun", api_name="/draw")
-    while len(job.outputs()) < 4:
-        time.sleep(0.05)
+    job = client.submit(NAME, "a key", 0, 4, MAX_STEPS, 3.0, "heun", api_name="/draw")
+    wait_until(lambda: len(job.outputs()) > 3 or job.done())
     start = time.monotonic()
-    assert job.cancel()
+    assert not job.done() and job.cancel()
     _, status, _ = client.predict(NAME, "a key", 0, 1, 1, 1.0, "euler", api_name="/draw")
     assert "1 of 32x32" in status and time.monotonic() - start < 10
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.tensorboard import SummaryWriter
 
 from dataset_loading.locks import only_writer
+from tests.helpers.app.page import wait_until
 from utils.app.run_folders import choose_run, run_names
 from utils.app.runs import Runs
 from utils.app.tabs.watch import decoded
@@ -67,8 +68,7 @@ def test_a_run_that_has_ended_says_so(client, begun):
 
 def test_it_answers_while_a_model_computes(client, begun):
     job = client.submit(*DRAW, api_name="/draw")
-    while len(job.outputs()) < 3:
-        time.sleep(0.05)
+    wait_until(lambda: len(job.outputs()) > 2 or job.done())
     start = time.monotonic()
     assert "step 20/100" in client.predict(NAME, [], api_name="/watch")[2]
     assert time.monotonic() - start < 10 and not job.done()

@@ -6,7 +6,7 @@ import time
 import pytest
 
 from inference.generate_text import generate
-from tests.helpers.app.page import flags_of, visitor
+from tests.helpers.app.page import flags_of, visitor, wait_until
 from tests.helpers.processes import newest_results
 from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
@@ -55,21 +55,19 @@ def test_the_text_is_that_of_the_command_line_that_is_shown(client, tmp_path, na
 
 
 def test_the_text_grows_token_by_token(client):
-    job = client.submit(FLAT, "a list", *values(max_new_tokens=300, seed=1), api_name="/write")
-    last = job.result()
-    texts = [text for text, _, _ in job.outputs() if isinstance(text, str) and text]
+    last, outputs = client.results(FLAT, "a list", *values(max_new_tokens=300, seed=1), api_name="/write")
+    texts = [text for text, _, _ in outputs if isinstance(text, str) and text]
     assert len(texts) > 3 and texts[-1] == last[0] and len(set(map(len, texts))) > 3
     # What is shown stays, but for a character of which some bytes are still to come.
     assert all(last[0].startswith(text.rstrip("\ufffd")) for text in texts)
-    assert any(status.startswith("token ") and " of 300, " in status for _, status, _ in job.outputs())
+    assert any("token " in status and " of 300, " in status for _, status, _ in outputs)
 
 
 def test_a_cancel_ends_the_text_at_the_next_token(client):
     job = client.submit(
         DEEP, "a", *values(max_new_tokens=1000, thinking_steps=16, exit_threshold=0), api_name="/write"
     )
-    while len(job.outputs()) < 4 and not job.done():
-        time.sleep(0.02)
+    wait_until(lambda: len(job.outputs()) > 3 or job.done())
     start = time.monotonic()
     assert not job.done() and job.cancel()
     client.predict(FLAT, "a", *values(max_new_tokens=1), api_name="/write")
