@@ -16,7 +16,8 @@ from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, mel_sheet, names_of
 from utils.app.commands import MAX_SEED, Command, command, real_number, whole_number
 from utils.app.context import IMAGE_BUTTONS, Context
 from utils.app.jobs import UNCHANGED, Clock, Report
-from utils.checkpoints import load_config
+from utils.app.runs import Checkpoint
+from utils.checkpoints import load_config, read_stage
 from utils.drawing.alignment import MARKS, aligned_mel
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
@@ -49,6 +50,7 @@ def speech_settings(
     n_steps: float | None,
     temperature: float | None,
     speaker: str,
+    language: str,
     speed: float | None,
 ) -> Command[TextToSpeechArguments]:
     """The call of the script that speaks; without steps there is no noise, and the temperature does not count.
@@ -67,6 +69,7 @@ def speech_settings(
         n_steps=steps,
         temperature=real_number("temperature", temperature) if steps else None,
         speaker=speaker,
+        language=language,
         speed=real_number("speed", speed),
     )
 
@@ -107,16 +110,18 @@ def speak(
         report: called with outputs on the way, see `utils.app.jobs.Jobs.attach`.
         name: of the checkpoint.
         vocoder: name of its checkpoint, or `GRIFFIN_LIM`.
-        values: seed, n_steps and temperature; speaker and speed of speech; seconds and guidance_scale of sounds.
+        values: seed, n_steps and temperature; speaker, language and speed of speech; seconds and guidance_scale of
+            sounds.
     Returns: the waveform, log-mels, durations of tokens, a line about them, and the command line.
     Raises: ValueError, OSError: no such checkpoint, or settings that the script refuses.
     """
-    seed, n_steps, temperature, speaker, speed, seconds, guidance_scale = values
+    seed, n_steps, temperature, speaker, language, speed, seconds, guidance_scale = values
     checkpoint = context.runs.choose(name, SPEECH, SOUNDS)
     folder = None if vocoder == GRIFFIN_LIM else context.runs.choose(vocoder, "vocoder").folder
     paths, shared = (checkpoint.folder, folder), {"seed": seed, "n_steps": n_steps, "temperature": temperature}
     if checkpoint.kind == SPEECH:
-        call = speech_settings(*paths, text, **shared, speaker=speaker or "", speed=speed)
+        voice = {"speaker": speaker or "", "language": language or "", "speed": speed}
+        call = speech_settings(*paths, text, **shared, **voice)
         pipeline_class, work = SpeechPipeline, say
     else:
         call = sound_settings(*paths, text, **shared, seconds=seconds, guidance_scale=guidance_scale)
@@ -197,16 +202,24 @@ def token_rows(
     return rows
 
 
+def languages_of(checkpoint: Checkpoint) -> tuple[list[str], str | None]:
+    """The languages that a model of speech knows, and its usual one; none where it knows only one."""
+    tokenizer = read_stage(checkpoint.folder)["latents"].get("tokenizer") or {}
+    languages = list(tokenizer.get("languages", []))
+    return languages, tokenizer.get("language") if languages else None
+
+
 def fitting(context: Context, name: str | None) -> dict[str, dict[str, Any]]:
     """What components offer for a checkpoint, by their names: arguments of theirs."""
     checkpoint = next((other for other in context.runs.checkpoints(SPEECH, SOUNDS) if other.name == name), None)
     is_speech = checkpoint is None or checkpoint.kind == SPEECH
-    vocoders, speakers = [], []
+    vocoders, speakers, languages, language = [], [], [], None
     # The job says what is wrong with a checkpoint.
     with contextlib.suppress(OSError, ValueError):
         if checkpoint is not None:
             vocoders = names_of_mel(context.runs, "vocoder", mel_of(checkpoint))
             speakers = load_config(AudioDiffusionConfig, checkpoint.folder).speakers
+            languages, language = languages_of(checkpoint)
     defaults = TextToSpeechArguments() if is_speech else TextToAudioArguments()
     pipeline_class = SpeechPipeline if is_speech else CaptionPipeline
     return {
@@ -215,6 +228,7 @@ def fitting(context: Context, name: str | None) -> dict[str, dict[str, Any]]:
         "n_steps": {"value": defaults.n_steps},
         "temperature": {"value": pipeline_class.default_temperature},
         "speaker": {"choices": speakers, "value": next(iter(speakers), None), "visible": len(speakers) > 1},
+        "language": {"choices": languages, "value": language, "visible": len(languages) > 1},
         "speed": {"visible": is_speech},
         "seconds": {"visible": not is_speech},
         "guidance_scale": {"visible": not is_speech},
@@ -232,6 +246,7 @@ def build(context: Context) -> None:
             vocoder = gr.Dropdown(label="vocoder of the same log-mel", allow_custom_value=True, **offers["vocoder"])
             text = gr.Textbox(lines=3, max_lines=8, value=TEXT, **offers["text"])
             speaker = gr.Dropdown(label="speaker", allow_custom_value=True, **offers["speaker"])
+            language = gr.Dropdown(label="language of the text", allow_custom_value=True, **offers["language"])
             speed = gr.Slider(0.25, 4, value=1, step=0.05, label="speed", **offers["speed"])
             label = "seconds; 0: the median of the training clips"
             seconds = gr.Number(label=label, value=0, **offers["seconds"])
@@ -247,9 +262,9 @@ def build(context: Context) -> None:
             label = "durations of tokens"
             durations = gr.Dataframe(headers=list(TABLE), label=label, interactive=False, **offers["durations"])
             status, line = context.status(), context.command()
-    inputs = [checkpoint, vocoder, text, seed, n_steps, temperature, speaker, speed, seconds, guidance]
+    inputs = [checkpoint, vocoder, text, seed, n_steps, temperature, speaker, language, speed, seconds, guidance]
     work = functools.partial(speak, context)
     outputs = [player, mel, durations, status, line]
     context.jobs.attach(button, stop, work, inputs=inputs, outputs=outputs, status=status, api_name="speak")
-    offered = [vocoder, text, n_steps, temperature, speaker, speed, seconds, guidance, durations]
+    offered = [vocoder, text, n_steps, temperature, speaker, language, speed, seconds, guidance, durations]
     context.follow(checkpoint, functools.partial(fitting, context), offered)

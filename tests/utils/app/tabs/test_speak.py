@@ -1,6 +1,7 @@
 """Tab Speak: the speech and the sounds of the scripts, durations of tokens, what is offered for a model."""
 
 import dataclasses
+import shutil
 import time
 
 import numpy as np
@@ -29,8 +30,9 @@ from utils.generation.audio_diffusion import fit_to_audio_latents
 from utils.generation.captions import seconds_of_clips
 from utils.generation.speech import SpeechPipeline
 
-SPEECH, SOUNDS, VOCODER = (
-    f"{stage}/checkpoint-4" for stage in ("audio_diffusion/speech", "audio_diffusion/sounds", "vocoder/small")
+SPEECH, BOTH, SOUNDS, VOCODER = (
+    f"{run}/checkpoint-4"
+    for run in ("audio_diffusion/speech", "audio_diffusion/both", "audio_diffusion/sounds", "vocoder/small")
 )
 TEXT = "Please hold the line. Press one!"
 BASE = (0, 2, 0.5)  # seed, steps, temperature
@@ -66,6 +68,12 @@ def runs(tmp_path_factory):
     for name, flags in (("speech", ()), ("sounds", ("--conditioning", "caption", "--max_tokens", "32"))):
         make_audio_latents(mels, vae, folder / name, *flags)
         save_diffusion(runs / "audio_diffusion" / name, folder / name)
+    # A model that was trained on two languages differs in its tokenizer alone.
+    shutil.copytree(runs / SPEECH, runs / BOTH)
+    record = read_stage(runs / BOTH)
+    record["latents"]["tokenizer"]["languages"] = ["de", "en-us"]
+    write_json(runs / BOTH / STAGE, record)
+    mark_complete(runs / BOTH)
     other = dataclasses.replace(SETTINGS, hop_length=128)
     for name, mel in (("small", SETTINGS), ("other", other)):
         vocoder = small_vocoder(**mel.as_dict(), **SMALL_VOCODER)
@@ -85,7 +93,7 @@ def played(file):
 
 @pytest.mark.parametrize(("vocoder", "speaker", "n_steps"), [(VOCODER, "bob", 2), (GRIFFIN_LIM, "ann", 0)])
 def test_speech_is_that_of_the_command_line_that_is_shown(client, tmp_path, vocoder, speaker, n_steps):
-    values = (SPEECH, vocoder, TEXT, 7, n_steps, 0.5, speaker, 1.5, 0, 1)
+    values = (SPEECH, vocoder, TEXT, 7, n_steps, 0.5, speaker, "", 1.5, 0, 1)
     file, image, table, status, line = client.predict(*values, api_name="/speak")
     args = flags_of(line, "inference/text_to_speech.py", TextToSpeechArguments, "--output_dir", tmp_path)
     assert (args.text, args.speaker, args.speed, args.seed) == ([TEXT], speaker, 1.5, 7)
@@ -97,8 +105,21 @@ def test_speech_is_that_of_the_command_line_that_is_shown(client, tmp_path, voco
     assert table["headers"] == ["token", "start in ms", "ms"] and len(table["data"]) > 10
 
 
+def test_the_language_is_that_of_the_command_line_that_is_shown(client, tmp_path):
+    clips = []
+    for language in ("en-us", "de"):
+        values = (BOTH, GRIFFIN_LIM, "a den", *BASE, "ann", language, 1, 0, 1)
+        file, *_, line = client.predict(*values, api_name="/speak")
+        assert f"--language {language}" in line
+        clips.append(played(file)[0])
+    speak(flags_of(line, "inference/text_to_speech.py", TextToSpeechArguments, "--output_dir", tmp_path))
+    expected = played(tmp_path / "000.wav")[0]
+    assert np.abs(clips[1] - expected).max() <= 2**-15
+    assert len(clips[0]) != len(expected) or np.abs(clips[0] - expected).max() > 0.01
+
+
 def test_durations_are_those_of_the_model_in_the_whole_audio(client, runs):
-    _, _, table, _, _ = client.predict(SPEECH, GRIFFIN_LIM, TEXT, *BASE, "ann", 1, 0, 1, api_name="/speak")
+    _, _, table, _, _ = client.predict(SPEECH, GRIFFIN_LIM, TEXT, *BASE, "ann", "", 1, 0, 1, api_name="/speak")
     pipeline = SpeechPipeline.load(runs / SPEECH)
     hop, expected, start = 1000 * SETTINGS.hop_length / SETTINGS.sample_rate, [], 0.0
     for sentence in ("Please hold the line.", "Press one!"):
@@ -119,7 +140,7 @@ def test_rows_leave_out_tokens_without_a_duration():
 
 @pytest.mark.parametrize("vocoder", [VOCODER, GRIFFIN_LIM])
 def test_a_sound_is_that_of_the_command_line_that_is_shown(client, tmp_path, vocoder):
-    values = (SOUNDS, vocoder, "a dog, $(x)", 3, 4, 0.9, "", 1, 1.5, 2.5)
+    values = (SOUNDS, vocoder, "a dog, $(x)", 3, 4, 0.9, "", "", 1, 1.5, 2.5)
     file, _, table, status, line = client.predict(*values, api_name="/speak")
     args = flags_of(line, "inference/text_to_audio.py", TextToAudioArguments, "--output_dir", tmp_path)
     assert (args.prompts, args.seconds, args.guidance_scale, args.seed) == (["a dog, $(x)"], 1.5, 2.5, 3)
@@ -137,25 +158,32 @@ def test_what_exceeds_full_scale_is_scaled_down_as_files_are():
 
 
 def test_a_cancel_ends_the_job_between_steps(client):
-    job = client.submit(SOUNDS, GRIFFIN_LIM, "rain", 0, 100, 1, "", 1, 1.5, 3, api_name="/speak")
+    job = client.submit(SOUNDS, GRIFFIN_LIM, "rain", 0, 100, 1, "", "", 1, 1.5, 3, api_name="/speak")
     wait_until(lambda: any("step" in outputs[3] for outputs in job.outputs()) or job.done())
     start = time.monotonic()
     assert not job.done() and job.cancel()
-    status = client.predict(SOUNDS, GRIFFIN_LIM, "rain", 0, 1, 1, "", 1, 1.5, 1, api_name="/speak")[3]
+    status = client.predict(SOUNDS, GRIFFIN_LIM, "rain", 0, 1, 1, "", "", 1, 1.5, 1, api_name="/speak")[3]
     assert "s of audio" in status and time.monotonic() - start < 10
 
 
 def test_errors_are_in_our_words(client):
     for values, message in (
-        (("audio_diffusion", VOCODER, "a", *BASE, "ann", 1, 0, 1), "is no complete checkpoint of audio_diffusion or"),
-        ((SPEECH, "vocoder/none", "a", *BASE, "ann", 1, 0, 1), "'vocoder/none' is no complete checkpoint of vocoder"),
-        ((SPEECH, "vocoder/other/checkpoint-4", "a", *BASE, "ann", 1, 0, 1), "use different log-mels"),
-        ((SPEECH, VOCODER, "?!", *BASE, "ann", 1, 0, 1), "nothing to say in the text"),
-        ((SPEECH, VOCODER, "a", *BASE, "ana", 1, 0, 1), "--speaker 'ana' is unknown"),
-        ((SPEECH, VOCODER, "a", *BASE, "", 1, 0, 1), "--speaker is needed; the model knows ann, bob"),
-        ((SPEECH, VOCODER, "a" * 2001, *BASE, "ann", 1, 0, 1), "more than 2000"),
-        ((SOUNDS, VOCODER, "a", *BASE, "", 1, 30, 1), "--seconds=30 is out of the range"),
-        ((SOUNDS, VOCODER, " ", *BASE, "", 1, 0, 1), "is empty; describe the sound"),
+        (
+            ("audio_diffusion", VOCODER, "a", *BASE, "ann", "", 1, 0, 1),
+            "is no complete checkpoint of audio_diffusion or",
+        ),
+        (
+            (SPEECH, "vocoder/none", "a", *BASE, "ann", "", 1, 0, 1),
+            "'vocoder/none' is no complete checkpoint of vocoder",
+        ),
+        ((SPEECH, "vocoder/other/checkpoint-4", "a", *BASE, "ann", "", 1, 0, 1), "use different log-mels"),
+        ((SPEECH, VOCODER, "?!", *BASE, "ann", "", 1, 0, 1), "nothing to say in the text"),
+        ((SPEECH, VOCODER, "a", *BASE, "ana", "", 1, 0, 1), "--speaker 'ana' is unknown"),
+        ((SPEECH, VOCODER, "a", *BASE, "", "", 1, 0, 1), "--speaker is needed; the model knows ann, bob"),
+        ((BOTH, VOCODER, "a", *BASE, "ann", "dee", 1, 0, 1), "--language: language 'dee' is unknown; did you mean"),
+        ((SPEECH, VOCODER, "a" * 2001, *BASE, "ann", "", 1, 0, 1), "more than 2000"),
+        ((SOUNDS, VOCODER, "a", *BASE, "", "", 1, 30, 1), "--seconds=30 is out of the range"),
+        ((SOUNDS, VOCODER, " ", *BASE, "", "", 1, 0, 1), "is empty; describe the sound"),
     ):
         with pytest.raises(Exception, match=message) as caught:
             client.predict(*values, api_name="/speak")
@@ -169,6 +197,10 @@ def test_components_offer_what_fits_the_checkpoint(runs):
     assert none["vocoder"] == {"choices": [GRIFFIN_LIM], "value": GRIFFIN_LIM}
     assert speech["speaker"] == {"choices": ["ann", "bob"], "value": "ann", "visible": True}
     assert sounds["speaker"] == {"choices": [], "value": None, "visible": False}
+    for offers in (speech, sounds, none):
+        assert offers["language"] == {"choices": [], "value": None, "visible": False}
+    both = fitting(context, BOTH)["language"]
+    assert both == {"choices": ["de", "en-us"], "value": "en-us", "visible": True}
     for offers, is_speech in ((speech, True), (none, True), (sounds, False)):
         assert offers["speed"]["visible"] is offers["durations"]["visible"] is is_speech
         assert offers["seconds"]["visible"] is offers["guidance_scale"]["visible"] is not is_speech
@@ -179,10 +211,20 @@ def test_components_offer_what_fits_the_checkpoint(runs):
 def test_settings_are_checked_as_flags():
     shared = {"seed": 0, "n_steps": 1, "temperature": 1.0}
     for settings, own, wrong, message in (
-        (speech_settings, {"speaker": "", "speed": 1}, {"speed": 9}, "--speed=9.0 must be <= 4"),
-        (speech_settings, {"speaker": "", "speed": 1}, {"n_steps": 101}, "n_steps=101 must be at most 100"),
-        (speech_settings, {"speaker": "", "speed": 1}, {"seed": None}, "seed is no number; give one"),
-        (speech_settings, {"speaker": "", "speed": 1}, {"speed": None}, "speed is no number; give one"),
+        (speech_settings, {"speaker": "", "language": "", "speed": 1}, {"speed": 9}, "--speed=9.0 must be <= 4"),
+        (
+            speech_settings,
+            {"speaker": "", "language": "", "speed": 1},
+            {"n_steps": 101},
+            "n_steps=101 must be at most 100",
+        ),
+        (speech_settings, {"speaker": "", "language": "", "speed": 1}, {"seed": None}, "seed is no number; give one"),
+        (
+            speech_settings,
+            {"speaker": "", "language": "", "speed": 1},
+            {"speed": None},
+            "speed is no number; give one",
+        ),
         (sound_settings, {"seconds": 0, "guidance_scale": 1}, {"seconds": -1}, "--seconds=-1.0 must be >= 0"),
         (sound_settings, {"seconds": 0, "guidance_scale": 1}, {"seconds": None}, "seconds is no number; give one"),
         (sound_settings, {"seconds": 0, "guidance_scale": 1}, {"temperature": 0}, "--temperature=0.0 must be > 0"),
