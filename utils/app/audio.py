@@ -50,6 +50,8 @@ def mel_of(checkpoint: Checkpoint) -> MelSettings:
     """
     if checkpoint.kind in ("audio_diffusion", "captioned_sounds"):
         return MelSettings(**read_stage(checkpoint.folder)["latents"]["mel"])
+    if checkpoint.kind == "multimodal":
+        return MelSettings(**read_stage(checkpoint.folder)["latents"]["audio"]["mel"])
     return load_config(MODELS[checkpoint.kind].model_class.config_class, checkpoint.folder).mel
 
 

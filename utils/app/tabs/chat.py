@@ -1,7 +1,9 @@
 """Tab Chat: text, an image and a recording in, text, images and audio out; the answer of `inference/chat.py` with the
 same flags."""
 
+import contextlib
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,7 +14,7 @@ from model.multimodal.layout import Part
 from model.multimodal.stream_state import Sampling
 from model.samplers import n_evaluations
 from utils.app.arguments import AppArguments
-from utils.app.audio import for_player
+from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, names_of_mel, version_of
 from utils.app.commands import MAX_SEED, Command, command, real_number, whole_number
 from utils.app.context import Context
 from utils.app.jobs import UNCHANGED, Clock, Report
@@ -20,7 +22,7 @@ from utils.app.uploads import read_audio, read_image
 from utils.checkpoints import chosen_weights
 from utils.devices import compute_device
 from utils.drawing.images import to_image
-from utils.flags.choices import Modality
+from utils.flags.choices import SPANS, Modality, SamplerKind
 from utils.generation.arguments.multimodal import ChatArguments, Task
 from utils.generation.chat import ANSWERED, Question, TextStream, answer_questions, sampling_of
 from utils.generation.files import check_unicode
@@ -32,20 +34,33 @@ FREE: Task = "prompts"
 CHOICES: dict[str, Task] = {"the model chooses": FREE, **{task: task for task in get_args(Task) if task != FREE}}
 TAKES = {"draw": "text", "speak": "text", "describe": "image", "transcribe": "recording"}
 MAX_CHARACTERS = 2000  # of a text
-MOST = {"max_new_tokens": 1000, "seed": MAX_SEED, "thinking_steps": 64}
-FIELDS = ("max_new_tokens", "temperature", "seed", "thinking_steps")
+MOST = {"max_new_tokens": 1000, "seed": MAX_SEED, "thinking_steps": 64, "carried_steps": 64}
+FIELDS = ("max_new_tokens", "temperature", "seed", "thinking_steps", "carried_steps")
+OWN = "the model's own"
+MAX_STEPS = {"image": 250, "audio": 100}
+SPAN_FIELDS = ("sampler", "n_steps", "guidance_scale")  # of each of `SPANS`
 MAX_SPANS = Sampling.max_spans  # images and clips of an answer
 N_PREVIEWS = 4  # Estimates of an image that are decoded on the way.
 
 
 def settings(
-    checkpoint: Path, choice: str, text: str, image: str | None, recording: str | None, **values: float | None
+    checkpoint: Path,
+    choice: str,
+    text: str,
+    image: str | None,
+    recording: str | None,
+    *,
+    vocoder: Path | None = None,
+    spans: Sequence[Any] = (),
+    **values: float | None,
 ) -> Command[ChatArguments]:
     """The call of the script for a tab's settings.
 
     Args:
         choice: of `CHOICES`.
         image, recording: uploaded files, of which the call has the names alone.
+        vocoder: its checkpoint; None: Griffin-Lim.
+        spans: values of `SPAN_FIELDS` of images, then of audio; those of what the answer cannot have do not count.
         values: of `FIELDS`.
     Raises: ValueError: as `utils.app.commands.command`, a field without a number, more than the page allows, or
         inputs that do not fit the choice.
@@ -60,8 +75,33 @@ def settings(
         name: whole_number(name, value, MOST[name]) if name in MOST else real_number(name, value)
         for name, value in values.items()
     }
+    _, modalities = ANSWERED.get(task, (None, list(SPANS)))
+    flags |= span_flags(modalities, spans)
+    if vocoder and "audio" in modalities:
+        flags["vocoder_checkpoint"] = str(vocoder)
     flags[task] = [prompt[task]]
     return command("inference/chat.py", ChatArguments, checkpoint=str(checkpoint), **flags)
+
+
+def span_flags(modalities: Sequence[str], values: Sequence[Any]) -> dict[str, Any]:
+    """Flags of how images and audio are sampled.
+
+    Args:
+        modalities: that an answer may have.
+        values: of `SPAN_FIELDS` of images, then of audio: names of samplers or `OWN`, numbers or None for the model's
+            own.
+    Raises: ValueError: more steps than the page allows.
+    """
+    flags: dict[str, Any] = {}
+    pairs = [(modality, name) for modality in SPANS for name in SPAN_FIELDS]
+    for (modality, name), value in zip(pairs, values):
+        if modality not in modalities or value in (None, "", OWN):
+            continue
+        flag = f"{modality}_{name}"
+        if name == "n_steps":
+            value = whole_number(flag, value, MAX_STEPS[modality])
+        flags[flag] = value if name != "guidance_scale" else real_number(flag, value)
+    return flags
 
 
 def check_inputs(task: Task, text: str, image: str | None, recording: str | None) -> None:
@@ -105,19 +145,33 @@ def chat(context: Context, report: Report, name: str, choice: str, *inputs: Any)
         report: called with outputs on the way, see `utils.app.jobs.Jobs.attach`.
         name: of the checkpoint.
         choice: of `CHOICES`.
-        inputs: text, image and recording, and values of `FIELDS`.
+        inputs: text, image and recording, values of `FIELDS`, the name of the vocoder's checkpoint or `GRIFFIN_LIM`,
+            and `spans` of `settings`.
     Returns: as `Shown.outputs`.
     Raises: ValueError, OSError: no such checkpoint, uploads that are refused, or settings that the script or the model
         refuses.
     """
-    (text, image, recording), values = inputs[:3], inputs[3:]
+    (text, image, recording), values, (vocoder, *spans) = (
+        inputs[:3],
+        inputs[3 : 3 + len(FIELDS)],
+        inputs[3 + len(FIELDS) :],
+    )
     checkpoint = context.runs.choose(name, KIND)
-    call = settings(checkpoint.folder, choice, text, image, recording, **dict(zip(FIELDS, values, strict=True)))
+    folder = None if vocoder == GRIFFIN_LIM else context.runs.choose(vocoder, "vocoder").folder
+    options = {**dict(zip(FIELDS, values, strict=True)), "vocoder": folder, "spans": spans}
+    call = settings(checkpoint.folder, choice, text, image, recording, **options)
     args, task, shown = call.arguments, CHOICES[choice], Shown(context.gr, report, str(call))
     shown.show(f"loading {checkpoint.name}", text=True, images=[], clips=True)
     weights, device = chosen_weights(checkpoint.folder, args), compute_device()
-    load = functools.partial(MultimodalPipeline.load, checkpoint.folder, weights=weights, device=device)
-    pipeline = context.models.get(KIND, checkpoint.folder, load)
+    # It is loaded with the vocoder whatever is answered, so that the next answer need not load it again.
+    load = functools.partial(
+        MultimodalPipeline.load,
+        checkpoint.folder,
+        vocoder_checkpoint=str(folder or ""),
+        weights=weights,
+        device=device,
+    )
+    pipeline = context.models.get(KIND, checkpoint.folder, load, version_of(folder))
     shown.show("reading the prompt")
     parts = read_parts(pipeline, context.args, text.strip() if task == FREE else text, image, recording)
     sampling = sampling_of(args, *ANSWERED.get(task, (None, pipeline.model.config.modalities)))
@@ -128,7 +182,7 @@ def chat(context: Context, report: Report, name: str, choice: str, *inputs: Any)
         shown.show(f"text, {clock.progress(len(stream.ids), args.max_new_tokens, 'token')}", text=True)
 
     def show_estimate(modality: Modality, number: int, spans: list[Part]) -> None:
-        total = n_steps_of(pipeline, modality)
+        total = n_steps_of(pipeline, args, modality)
         is_drawn = modality == "image" and number < total and (number - 1) % -(-total // N_PREVIEWS) == 0
         images = [*shown.images, to_image(pipeline.image_of(spans[0]))] if is_drawn else None
         shown.show(f"{modality}, {clock.progress(number, total, 'evaluation')}", images=images)
@@ -169,10 +223,24 @@ def read_parts(
     return [*parts, pipeline.text_part(text)] if text.strip() else parts
 
 
-def n_steps_of(pipeline: MultimodalPipeline, modality: Modality) -> int:
-    """Evaluations of the denoiser for a span, with the model's own sampler."""
+def n_steps_of(pipeline: MultimodalPipeline, args: ChatArguments, modality: Modality) -> int:
+    """Evaluations of the denoiser for a span."""
     config = pipeline.model.config
-    return n_evaluations(getattr(config, f"{modality}_sampler"), getattr(config, f"{modality}_n_sampling_steps"))
+    sampler = getattr(args, f"{modality}_sampler") or getattr(config, f"{modality}_sampler")
+    return n_evaluations(
+        sampler, getattr(args, f"{modality}_n_steps") or getattr(config, f"{modality}_n_sampling_steps")
+    )
+
+
+def fitting_vocoders(context: Context, name: str | None) -> dict[str, dict[str, Any]]:
+    """The vocoders of the log-mel that a model makes, as arguments of a dropdown."""
+    names: list[str] = []
+    for checkpoint in context.runs.checkpoints(KIND):
+        if checkpoint.name == name:
+            # The job says what is wrong with a checkpoint; one without audio has no log-mel.
+            with contextlib.suppress(OSError, ValueError, KeyError):
+                names = names_of_mel(context.runs, "vocoder", mel_of(checkpoint))
+    return {"vocoder": {"choices": [*names, GRIFFIN_LIM], "value": next(iter(names), GRIFFIN_LIM)}}
 
 
 class Shown:
@@ -215,6 +283,18 @@ class Shown:
         return ", ".join(words) or "an empty answer"
 
 
+def span_fields(context: Context, modality: str) -> list[Any]:
+    """Components of `SPAN_FIELDS` of images or of audio, which leave them to the model at first."""
+    gr, own = context.gr, "; empty: the model's own"
+    with gr.Row():
+        samplers = [OWN, *get_args(SamplerKind)]
+        return [
+            gr.Dropdown(samplers, value=OWN, label=f"sampler of {modality}", min_width=140),
+            gr.Number(value=None, label=f"steps{own}", precision=0, min_width=140),
+            gr.Number(value=None, label=f"guidance scale{own}", min_width=140),
+        ]
+
+
 def build(context: Context) -> None:
     """The components of the tab, and what its buttons do."""
     gr, defaults = context.gr, ChatArguments()
@@ -231,8 +311,15 @@ def build(context: Context) -> None:
             label = "temperature of text and of the length of audio; 0: the most probable"
             temperature = gr.Slider(0, 2, value=defaults.temperature, step=0.05, label=label)
             seed = gr.Number(label="seed", value=defaults.seed, precision=0)
-            label = "recurrent models: thinking steps per token; 0: the model's own"
-            n_steps = gr.Slider(0, MOST["thinking_steps"], value=defaults.thinking_steps, step=1, label=label)
+            offers = fitting_vocoders(context, checkpoint.value)["vocoder"]
+            vocoder = gr.Dropdown(label="vocoder of the same log-mel", allow_custom_value=True, **offers)
+            with gr.Accordion("samplers of images and audio", open=False):
+                spans = [component for modality in SPANS for component in span_fields(context, modality)]
+            with gr.Accordion("recurrent models", open=False):
+                label = "thinking steps per token; 0: the model's own"
+                n_steps = gr.Slider(0, MOST["thinking_steps"], value=defaults.thinking_steps, step=1, label=label)
+                label = "thinking steps in a sampler's steps after the first; 0: each begins anew"
+                carried = gr.Slider(0, MOST["carried_steps"], value=defaults.carried_steps, step=1, label=label)
             button, stop = context.buttons("Answer")
         with gr.Column(scale=2, min_width=320):
             answer = gr.Textbox(label="text", lines=4, max_lines=16, interactive=False, buttons=["copy"])
@@ -242,7 +329,8 @@ def build(context: Context) -> None:
                 for number in range(1, MAX_SPANS + 1)
             ]
             status, line = context.status(), context.command()
-    inputs = [checkpoint, choice, text, *files, n_new, temperature, seed, n_steps]
+    inputs = [checkpoint, choice, text, *files, n_new, temperature, seed, n_steps, carried, vocoder, *spans]
     outputs = [answer, gallery, *players, status, line]
     work = functools.partial(chat, context)
     context.jobs.attach(button, stop, work, inputs=inputs, outputs=outputs, status=status, api_name="chat")
+    context.follow(checkpoint, functools.partial(fitting_vocoders, context), [vocoder])
