@@ -5,7 +5,6 @@ M mel bins, F mel frames, S samples.
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from dataset_loading.audio.signal import fit_full_scale
 from model.audio.spectral import MelSettings
 from utils.app.runs import Checkpoint, Runs
-from utils.checkpoints import COMPLETE, load_config, read_stage
+from utils.checkpoints import load_config, read_stage
 from utils.drawing.alignment import aligned_mel
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
@@ -64,8 +63,3 @@ def names_of_mel(runs: Runs, kind: str, mel: MelSettings) -> list[str]:
         except (OSError, ValueError):  # It was deleted, or will be refused where it is chosen.
             continue
     return names
-
-
-def version_of(folder: Path | None) -> tuple[str, bytes]:
-    """What changes where a checkpoint is another one or has changed, for `utils.app.models`; of None, too."""
-    return (str(folder.resolve()), (folder / COMPLETE).read_bytes()) if folder else ("", b"")

@@ -14,10 +14,11 @@ from model.multimodal.layout import Part
 from model.multimodal.stream_state import Sampling
 from model.samplers import n_evaluations
 from utils.app.arguments import AppArguments
-from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, names_of_mel, version_of
+from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, names_of_mel
 from utils.app.commands import MAX_SEED, Command, command, real_number, whole_number
 from utils.app.context import Context
 from utils.app.jobs import UNCHANGED, Clock, Report
+from utils.app.models import version_of
 from utils.app.uploads import read_audio, read_image
 from utils.checkpoints import chosen_weights
 from utils.devices import compute_device

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from model.audio.configuration import AudioDiffusionConfig
 from model.samplers import n_evaluations
-from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, mel_sheet, names_of_mel, version_of
+from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, mel_sheet, names_of_mel
 from utils.app.commands import MAX_SEED, Command, command, real_number, whole_number
 from utils.app.context import IMAGE_BUTTONS, Context
 from utils.app.jobs import UNCHANGED, Clock, Report
+from utils.app.models import version_of
 from utils.app.runs import Checkpoint
 from utils.checkpoints import load_config, read_stage
 from utils.drawing.alignment import MARKS, aligned_mel

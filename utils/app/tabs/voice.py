@@ -15,10 +15,11 @@ from torch import Tensor
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import analyse
 from model.audio.vae import AudioVAEConfig
-from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, mel_sheet, names_of_mel, version_of
+from utils.app.audio import GRIFFIN_LIM, for_player, mel_of, mel_sheet, names_of_mel
 from utils.app.commands import Command, command
 from utils.app.context import IMAGE_BUTTONS, Context
 from utils.app.jobs import UNCHANGED, Clock, Report
+from utils.app.models import version_of
 from utils.app.uploads import read_audio
 from utils.checkpoints import load_config
 from utils.generation.arguments.audio import ReconstructionArguments, VocodeArguments

@@ -1,7 +1,10 @@
 """Tab Draw: the images of the script, shown as they form, one job at a time, ended by a cancel."""
 
+import json
 import shlex
+import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,14 @@ from PIL import Image
 
 from inference.text_to_image import generate
 from tests.helpers.app.page import wait_until
-from utils.app.tabs.draw import MAX_STEPS, settings
+from tests.helpers.image_diffusion_checkpoint import save_diffusion_checkpoint
+from utils.app.arguments import AppArguments
+from utils.app.context import Context
+from utils.app.jobs import Jobs
+from utils.app.models import Models
+from utils.app.runs import Runs
+from utils.app.tabs.draw import MAX_STEPS, draw, settings
+from utils.checkpoints import mark_complete, write_json
 from utils.command_line import parse_arguments
 from utils.generation.arguments.image import TextToImageArguments
 
@@ -61,6 +71,20 @@ def test_errors_are_in_our_words_without_a_traceback(client, values, message):
     with pytest.raises(Exception, match=message) as caught:
         client.predict(*values, api_name="/draw")
     assert "Traceback" not in str(caught.value)
+
+
+def test_a_vae_that_was_exchanged_is_looked_for_anew(latent_cache, tmp_path):
+    cache = shutil.copytree(latent_cache, tmp_path / "cache")
+    save_diffusion_checkpoint(tmp_path / "runs" / "image_diffusion" / "small", cache)
+    context = Context(None, AppArguments(), Runs(tmp_path / "runs"), Models(), Jobs(None))
+    paths = []
+    for _ in range(3):
+        draw(context, lambda *outputs: None, NAME, "a", 0, 1, 1, 1.0, "euler")
+        paths.append(Path(context.models.loaded["image_diffusion"].model.record["vae_checkpoint"]))
+        if len(paths) == 2:  # Another VAE takes its place; that of the latents is still where it was recorded.
+            write_json(paths[-1] / "config.json", {**json.loads((paths[-1] / "config.json").read_text()), "x": 1})
+            mark_complete(paths[-1])
+    assert paths[0] == paths[1] == cache / "vae" / "checkpoint-4" and paths[2] != paths[0]
 
 
 def test_settings_are_checked_as_flags():
