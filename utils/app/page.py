@@ -1,6 +1,6 @@
 """The page: a tab per task, made by the modules of `utils/app/tabs/`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from utils.app.arguments import AppArguments
@@ -26,6 +26,16 @@ TITLE = "MegaTransformer"
 DELETE_CACHE = (600, 3600)
 
 
+def check_nothing_twice(gr: Any, components: Iterable[Any]) -> None:
+    """Hand on what visitors send as it is: jobs check it as flags of scripts, and say in our words what is wrong.
+    Gradio's own check of sliders and lists would come first, with words of its own."""
+    for component in components:
+        if isinstance(component, gr.Slider):
+            component.preprocess = lambda value: value if isinstance(value, int | float) else None
+        elif isinstance(component, gr.Dropdown | gr.Radio):
+            component.preprocess = lambda value: value
+
+
 def build_page(gr: Any, args: AppArguments) -> tuple[Any, Jobs]:
     """The page as `gradio.Blocks`, which `utils.app.server.serve` starts, and its jobs.
 
@@ -46,4 +56,5 @@ def build_page(gr: Any, args: AppArguments) -> tuple[Any, Jobs]:
         # Checkpoints that came since the last time.
         outputs = [component for _, choice, notice in context.choices for component in (choice, notice)]
         page.load(context.refreshed, outputs=outputs, queue=False, api_visibility="private", show_progress="hidden")
+        check_nothing_twice(gr, page.blocks.values())
     return page.queue(max_size=args.queue_size, api_open=False), context.jobs

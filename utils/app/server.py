@@ -2,6 +2,7 @@
 
 import importlib
 import ipaddress
+import json
 import logging
 import os
 import time
@@ -41,6 +42,7 @@ CSS = f".{BELOW_LABEL} .image-container {{ padding-top: 2rem; }}"  # Sheets have
 OVERHEAD = 100_000  # bytes of a request beside an uploaded file
 CLOSE_SECONDS = 20.0  # So long is waited for jobs and for the server, each, when the page is closed.
 HANG_UP_SECONDS = 1
+JOIN = "/queue/join"  # The path under which jobs are started.
 POLL_SECONDS = 0.1
 
 Message = dict[str, Any]
@@ -49,17 +51,19 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class Guard:
-    """ASGI middleware: refuses large requests and foreign names of this host, and adds `HEADERS` to answers.
+    """ASGI middleware: refuses large requests and foreign names of this host, says in our words that too many wait,
+    and adds `HEADERS` to answers.
 
     Args:
         app: what answers.
         max_bytes: of the body of a request.
+        max_waiting: jobs that may wait, for the message.
         hosts: names under which the server answers; empty: all. A page of another host whose name leads here, by a
             changed DNS entry, could otherwise use it.
     """
 
-    def __init__(self, app: Any, max_bytes: int, hosts: frozenset[str]):
-        self.app, self.max_bytes, self.hosts = app, max_bytes, hosts
+    def __init__(self, app: Any, max_bytes: int, max_waiting: int, hosts: frozenset[str]):
+        self.app, self.max_bytes, self.max_waiting, self.hosts = app, max_bytes, max_waiting, hosts
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,7 +74,7 @@ class Guard:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self.max_bytes:
             return await refuse(send, 413, f"a request may have {self.max_bytes} bytes; see --max_upload_mb")
-        n_bytes = 0
+        n_bytes, is_answered = 0, False
 
         async def limited() -> Message:
             nonlocal n_bytes
@@ -80,19 +84,31 @@ class Guard:
             return message if n_bytes <= self.max_bytes else {"type": "http.disconnect"}
 
         async def with_headers(message: Message) -> None:
+            nonlocal is_answered
             if message["type"] == "http.response.start":
+                # Browsers show Gradio's own words where its queue is full, which it answers by 503.
+                if message["status"] == 503 and scope["path"].endswith(JOIN):
+                    is_answered = True
+                    return await refuse(
+                        send,
+                        429,
+                        f"{self.max_waiting} jobs wait already, as many as --queue_size allows; try again in a minute",
+                        as_json=True,
+                    )
                 added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
                 message = {**message, "headers": [*message.get("headers", []), *added]}
-            await send(message)
+            if not is_answered:
+                await send(message)
 
         await self.app(scope, limited, with_headers)
 
 
-async def refuse(send: Send, status: int, text: str) -> None:
-    """Answer a request with a status and a text."""
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+async def refuse(send: Send, status: int, text: str, *, as_json: bool = False) -> None:
+    """Answer a request with a status and a text, which scripts of the page read as JSON."""
+    kind = b"application/json" if as_json else b"text/plain; charset=utf-8"
+    headers = [(b"content-type", kind), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": text.encode()})
+    await send({"type": "http.response.body", "body": (json.dumps({"detail": text}) if as_json else text).encode()})
 
 
 def host_name(host: str) -> str:
@@ -163,7 +179,8 @@ def serve(args: AppArguments) -> Page:
     gr = import_extra("gradio", "app", "the page")
     middleware = importlib.import_module("starlette.middleware")  # Gradio is built on it.
     blocks, jobs = build_page(gr, args)
-    guard = middleware.Middleware(Guard, max_bytes=args.max_upload_mb * MB + OVERHEAD, hosts=known_hosts(args.host))
+    limits = {"max_bytes": args.max_upload_mb * MB + OVERHEAD, "max_waiting": args.queue_size}
+    guard = middleware.Middleware(Guard, **limits, hosts=known_hosts(args.host))
     try:
         blocks.launch(
             server_name=args.host,

@@ -63,8 +63,13 @@ def test_the_request_beyond_those_that_may_wait_is_refused(runs):
         waiting = [client.submit(*QUICK, api_name="/draw") for _ in range(3)]
         queues = page.blocks._queue.event_queue_per_concurrency_id
         wait_until(lambda: sum(len(queue.queue) for queue in queues.values()) == 3)
-        with pytest.raises(Exception, match="Queue is full"):
+        with pytest.raises(Exception, match="429"):
             client.predict(*QUICK, api_name="/draw")
+        (function,) = [number for number, each in page.blocks.fns.items() if each.api_name == "draw"]
+        body = json.dumps({"data": QUICK, "session_hash": "x", "fn_index": function})
+        status, headers, text = request(page, "POST", "/gradio_api/queue/join", body, content_type="application/json")
+        words = "3 jobs wait already, as many as --queue_size allows; try again in a minute"
+        assert (status, headers["content-type"], json.loads(text)) == (429, "application/json", {"detail": words})
         # What needs no model goes past the queue in browsers, which call it so.
         body = json.dumps({"data": ["image_diffusion/small", NAME], "session_hash": "x"})
         status, _, text = request(page, "POST", "/gradio_api/run/metrics", body, content_type="application/json")

@@ -64,7 +64,11 @@ def test_a_cancel_ends_the_job_and_frees_the_page(client):
         (("../../etc", "a", 0, 1, 1, 1.0, "euler"), "is no complete checkpoint of image_diffusion"),
         (("image_diffusion/small/../small/checkpoint-4", "a", 0, 1, 1, 1.0, "euler"), "is no complete checkpoint"),
         ((NAME, "a", -1, 1, 1, 1.0, "euler"), r"--seeds=\[-1\] must be &gt;= 0"),
-        ((NAME, "a", 0, 99, 1, 1.0, "euler"), "16"),
+        ((NAME, "a", 0, 99, 1, 1.0, "euler"), "n_images=99 must be at most 16; the command line takes more"),
+        ((NAME, "a", 0, 1, 0, 1.0, "euler"), "--n_steps=0 must be &gt; 0"),
+        ((NAME, "a", 0, 1, 1, -0.5, "euler"), "--guidance_scale=-0.5 must be &gt;= 0"),
+        ((NAME, "a", 0, 1, "many", 1.0, "euler"), "n_steps is no number; give one"),
+        ((NAME, "a", 0, 1, 1, 1.0, "eular"), "did you mean 'euler'"),
     ],
 )
 def test_errors_are_in_our_words_without_a_traceback(client, values, message):
