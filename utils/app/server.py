@@ -1,5 +1,6 @@
 """The server of the page: local by default, nothing from other hosts, no large request."""
 
+import asyncio
 import importlib
 import ipaddress
 import json
@@ -13,6 +14,7 @@ from typing import Any
 from utils.app.arguments import AppArguments
 from utils.app.context import BELOW_LABEL
 from utils.app.jobs import Jobs
+from utils.app.kept_files import kept_folder, trim
 from utils.app.page import build_page
 from utils.app.uploads import MB
 from utils.options import import_extra
@@ -42,7 +44,7 @@ CSS = f".{BELOW_LABEL} .image-container {{ padding-top: 2rem; }}"  # Sheets have
 OVERHEAD = 100_000  # bytes of a request beside an uploaded file
 CLOSE_SECONDS = 20.0  # So long is waited for jobs and for the server, each, when the page is closed.
 HANG_UP_SECONDS = 1
-JOIN = "/queue/join"  # The path under which jobs are started.
+JOIN, UPLOAD = "/queue/join", "/upload"  # The paths under which jobs are started and files are sent.
 POLL_SECONDS = 0.1
 
 Message = dict[str, Any]
@@ -52,18 +54,20 @@ Send = Callable[[Message], Awaitable[None]]
 
 class Guard:
     """ASGI middleware: refuses large requests and foreign names of this host, says in our words that too many wait,
-    and adds `HEADERS` to answers.
+    deletes old uploads, and adds `HEADERS` to answers.
 
     Args:
         app: what answers.
         max_bytes: of the body of a request.
         max_waiting: jobs that may wait, for the message.
+        max_kept: bytes of uploads and results.
         hosts: names under which the server answers; empty: all. A page of another host whose name leads here, by a
             changed DNS entry, could otherwise use it.
     """
 
-    def __init__(self, app: Any, max_bytes: int, max_waiting: int, hosts: frozenset[str]):
-        self.app, self.max_bytes, self.max_waiting, self.hosts = app, max_bytes, max_waiting, hosts
+    def __init__(self, app: Any, max_bytes: int, max_waiting: int, max_kept: int, hosts: frozenset[str]):
+        self.app, self.hosts = app, hosts
+        self.max_bytes, self.max_waiting, self.max_kept = max_bytes, max_waiting, max_kept
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,6 +105,9 @@ class Guard:
                 await send(message)
 
         await self.app(scope, limited, with_headers)
+        # The next upload, or the next job, deletes what results of jobs exceed.
+        if scope["path"].endswith((UPLOAD, JOIN)):
+            await asyncio.to_thread(trim, kept_folder(), self.max_kept)
 
 
 async def refuse(send: Send, status: int, text: str, *, as_json: bool = False) -> None:
@@ -176,10 +183,12 @@ def serve(args: AppArguments) -> Page:
         raise ValueError(f"--runs {args.runs} is no folder; give one of runs, such as the one that `make demo` fills")
     # Of its own accord, gradio reports usage to its makers.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    kept_folder()
     gr = import_extra("gradio", "app", "the page")
     middleware = importlib.import_module("starlette.middleware")  # Gradio is built on it.
     blocks, jobs = build_page(gr, args)
     limits = {"max_bytes": args.max_upload_mb * MB + OVERHEAD, "max_waiting": args.queue_size}
+    limits["max_kept"] = args.max_kept_mb * MB
     guard = middleware.Middleware(Guard, **limits, hosts=known_hosts(args.host))
     try:
         blocks.launch(

@@ -24,6 +24,8 @@ def read_upload(file: str | Path | None, args: AppArguments) -> bytes:
     """
     if not file:
         raise ValueError("no file is given; drop one into the field")
+    if not Path(file).is_file():
+        raise ValueError(f"{Path(file).name} was deleted, as old uploads are; upload it again")
     size = Path(file).stat().st_size
     if size > args.max_upload_mb * MB:
         raise ValueError(

@@ -1,6 +1,7 @@
 """A page over checkpoints of a test, visitors of it, and the command lines that it shows."""
 
 import contextlib
+import http.client
 import shlex
 import sys
 import threading
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -90,6 +92,17 @@ def visitor(runs: Path, **flags: Any) -> Iterator[Visitor]:
     """A visitor of a page of its own."""
     with served(runs, **flags) as page, contextlib.closing(Visitor(page)) as client:
         yield client
+
+
+def request(page: Page, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, dict[str, str], str]:
+    """Status, headers and content of an answer."""
+    connection = http.client.HTTPConnection(urlsplit(page.local_url).netloc, timeout=60)
+    try:
+        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
+        answer = connection.getresponse()
+        return answer.status, dict(answer.getheaders()), answer.read().decode("utf-8", "replace")
+    finally:
+        connection.close()
 
 
 def upload(file: Path) -> Any:

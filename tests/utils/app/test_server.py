@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from tests.helpers.app.page import Visitor, served, wait_until
+from tests.helpers.app.page import Visitor, request, served, wait_until
 from utils.app.arguments import AppArguments
 from utils.app.server import known_hosts, serve
 
@@ -20,17 +20,6 @@ QUICK = (NAME, "a", 0, 1, 2, 1.0, "euler")
 
 def port_of(page):
     return urlsplit(page.local_url).port
-
-
-def request(page, method, path, body=None, **headers):
-    """Status, headers and content of an answer."""
-    connection = http.client.HTTPConnection(urlsplit(page.local_url).netloc, timeout=60)
-    try:
-        connection.request(method, path, body, {name.replace("_", "-"): value for name, value in headers.items()})
-        answer = connection.getresponse()
-        return answer.status, dict(answer.getheaders()), answer.read().decode("utf-8", "replace")
-    finally:
-        connection.close()
 
 
 def test_fifty_requests_wait_one_computes_at_a_time_and_none_is_lost(page, client):

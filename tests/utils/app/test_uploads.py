@@ -60,6 +60,8 @@ def test_images_that_are_refused(tmp_path):
             read_image(tmp_path / name, LIMITS)
     with pytest.raises(ValueError, match="no file is given"):
         read_image(None, LIMITS)
+    with pytest.raises(ValueError, match=r"gone.png was deleted, as old uploads are; upload it again"):
+        read_image(tmp_path / "gone.png", LIMITS)
 
 
 def test_recordings_of_known_formats_are_read(tmp_path):
