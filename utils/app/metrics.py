@@ -69,20 +69,20 @@ class Evaluated:
     command: str
 
 
-def measured_folders(folder: Path, depth: int) -> Iterator[Path]:
-    """Folders that have a metrics.json."""
-    for child in subfolders(folder):
+def measured_folders(folder: Path, depth: int, root: Path) -> Iterator[Path]:
+    """Folders that have a metrics.json. Args: root: see `utils.app.runs.subfolders`."""
+    for child in subfolders(folder, root):
         with contextlib.suppress(OSError):  # It is gone since, or cannot be read.
             if (child / METRICS).is_file():
                 yield child
             if depth > 1 and not (child / COMPLETE).is_file():
-                yield from measured_folders(child, depth - 1)
+                yield from measured_folders(child, depth - 1, root)
 
 
 def names(runs: Runs) -> list[str]:
     """What can be compared: folders with metrics, the newest first, then runs and checkpoints."""
     measured = []
-    for folder in measured_folders(runs.root, MAX_DEPTH):
+    for folder in measured_folders(runs.root, MAX_DEPTH, runs.root):
         with contextlib.suppress(OSError):
             if runs.is_inside(folder / METRICS):
                 name = folder.relative_to(runs.root).as_posix()

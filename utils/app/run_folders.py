@@ -17,7 +17,7 @@ def is_run(folder: Path) -> bool:
 def run_names(runs: Runs) -> list[str]:
     """The runs by their paths relative to the folder of runs; the one that logged last is the first."""
     dated = []
-    for folder in folders(runs.root, MAX_DEPTH):
+    for folder in folders(runs.root, MAX_DEPTH, runs.root):
         # A run may be deleted at any time.
         with contextlib.suppress(OSError):
             if runs.is_inside(folder):
@@ -39,13 +39,13 @@ def choose_run(runs: Runs, name: str | None) -> Path:
     raise ValueError(f"{name!r} is no run in {runs.root}; choose one of the list, such as {names[0]}")
 
 
-def folders(folder: Path, depth: int) -> Iterator[Path]:
-    """Runs in a folder, which are not looked into."""
-    for child in subfolders(folder):
+def folders(folder: Path, depth: int, root: Path) -> Iterator[Path]:
+    """Runs in a folder, which are not looked into. Args: root: see `utils.app.runs.subfolders`."""
+    for child in subfolders(folder, root):
         with contextlib.suppress(OSError):  # It is gone since, or cannot be read.
             if (child / COMPLETE).is_file():
                 continue
             if is_run(child):
                 yield child
             elif depth > 1:
-                yield from folders(child, depth - 1)
+                yield from folders(child, depth - 1, root)

@@ -28,12 +28,21 @@ TRAINED_BY = {
 }
 
 
-def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder that are not hidden, by name; none where it cannot be read or is gone."""
+def subfolders(folder: Path, root: Path) -> list[Path]:
+    """The folders in a folder that are not hidden, by name; none where it cannot be read or is gone.
+
+    Args: root: of all folders; what a link elsewhere leads to is not looked at.
+    """
     try:
-        return sorted(child for child in folder.iterdir() if child.is_dir() and not child.name.startswith("."))
+        children = [child for child in folder.iterdir() if not child.name.startswith(".")]
+        return sorted(child for child in children if is_within(child, root) and child.is_dir())
     except OSError:
         return []
+
+
+def is_within(path: Path, root: Path) -> bool:
+    """Whether a path that lies in a folder does so after its own link is followed, too."""
+    return not path.is_symlink() or path.resolve().is_relative_to(root.resolve())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +75,7 @@ class Runs:
         for folder in self.folders(self.root, MAX_DEPTH):
             # A checkpoint may be deleted or replaced at any time; what is no whole one is not listed.
             with contextlib.suppress(OSError, ValueError):
-                if is_complete(folder) and self.is_inside(folder):
+                if self.is_inside(folder) and is_complete(folder):
                     kind = kind_of(read_stage(folder), folder)
                     name = folder.relative_to(self.root).as_posix()
                     dated.append(((folder / COMPLETE).stat().st_mtime_ns, Checkpoint(name, folder, kind)))
@@ -105,7 +114,7 @@ class Runs:
         elif checkpoints := checkpoints_in(folder):
             yield from checkpoints
         elif depth:
-            for child in subfolders(folder):
+            for child in subfolders(folder, self.root):
                 with contextlib.suppress(OSError):  # It is gone since, or cannot be read.
                     yield from self.folders(child, depth - 1)
 

@@ -3,10 +3,13 @@
 import os
 import shlex
 import shutil
+from pathlib import Path
 
 import pytest
 
 from tests.test_docs import SCRIPTS
+from utils.app.metrics import names as metrics_names
+from utils.app.run_folders import run_names
 from utils.app.runs import TRAINED_BY, Runs
 from utils.command_line import parse_arguments
 from utils.exporting.stages import MODELS
@@ -77,6 +80,25 @@ def test_links_that_lead_out_are_not_followed(copied, tmp_path):
     # The folder of runs itself may be a link.
     (tmp_path / "link").symlink_to(copied)
     assert NAME in Runs(tmp_path / "link").names("image_diffusion")
+
+
+def test_what_a_link_leads_to_elsewhere_is_not_looked_at(copied, tmp_path, monkeypatch):
+    outside = tmp_path / "elsewhere"
+    shutil.copytree(copied / "image_diffusion", outside / "image_diffusion")
+    (copied / "linked").symlink_to(outside)
+    (copied / "image_diffusion" / "small" / "checkpoint-30").symlink_to(outside / "image_diffusion/small/checkpoint-4")
+    listed: list[Path] = []
+    for name in ("iterdir", "glob", "read_text", "read_bytes"):
+        original = getattr(Path, name)
+
+        def spy(self, *args, original=original, **kwargs):
+            listed.append(self.resolve())
+            return original(self, *args, **kwargs)
+
+        monkeypatch.setattr(Path, name, spy)
+    for names in (Runs(copied).names("image_diffusion"), run_names(Runs(copied)), metrics_names(Runs(copied))):
+        assert names and not any("linked" in name or "checkpoint-30" in name for name in names)
+    assert copied in listed and not any(path.is_relative_to(outside) for path in listed)
 
 
 def test_a_kind_without_a_checkpoint_says_what_trains_one(copied):
