@@ -19,6 +19,7 @@ from utils.command_line import check_flags
 if __name__ == "__main__":
     # --help and wrong flags end here, before imports that take seconds.
     check_flags(AppArguments, __doc__)
+    print("starting the page: loading its packages, which takes up to a minute on a busy machine", flush=True)
 
 from utils.app.server import serve
 from utils.command_line import explained_errors, parse_arguments
@@ -26,6 +27,7 @@ from utils.command_line import explained_errors, parse_arguments
 
 def run(args: AppArguments) -> None:
     """Serve until the process is interrupted."""
+    print(f"looking for checkpoints in {args.runs}", flush=True)
     page = serve(args)
     print(f"{page.local_url}  (Ctrl-C ends it)", flush=True)
     page.wait()

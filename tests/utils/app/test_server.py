@@ -4,8 +4,10 @@ import contextlib
 import http.client
 import json
 import re
+import subprocess
 import sys
 import time
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
@@ -112,6 +114,14 @@ def test_other_names_of_this_host_are_refused(page):
     assert request(page, "GET", "/", Host=f"localhost:{port_of(page)}")[0] == 200
     assert known_hosts("0.0.0.0") == known_hosts("my-machine") == frozenset()
     assert "[::1]" in known_hosts("::1") and "127.0.0.1" in known_hosts("localhost")
+
+
+def test_the_script_says_at_once_what_it_does():
+    """Before the imports that take long, of which the first is made to fail."""
+    code = "import runpy, sys; sys.modules['utils.app.server'] = None; runpy.run_path(sys.argv.pop(), run_name='__main__')"
+    root = Path(__file__).parents[3]
+    run = subprocess.run([sys.executable, "-c", code, "inference/app.py"], cwd=root, capture_output=True, text=True)
+    assert run.stdout.startswith("starting the page: loading its packages") and "ModuleNotFoundError" in run.stderr
 
 
 def test_a_folder_that_is_not_there_and_a_port_that_is_taken(page, runs, tmp_path):
