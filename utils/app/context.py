@@ -50,7 +50,7 @@ class Context:
         """Choices of a dropdown with the first one, and the text below it."""
         names = self.runs.names(*kinds)
         listing = {"choices": names, "value": names[0] if names else None}
-        return listing, {"value": "" if names else self.runs.advice(*kinds), "visible": not names}
+        return listing, {"value": "" if names else self.runs.advice_of_page(*kinds), "visible": not names}
 
     def refreshed(self) -> list[Any]:
         """All dropdowns and their texts, for the folder as it is now."""

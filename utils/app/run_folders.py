@@ -35,7 +35,8 @@ def choose_run(runs: Runs, name: str | None) -> Path:
     if name in names:
         return runs.root / str(name)
     if not names:
-        raise ValueError(f"{runs.root} has no run; begin one, such as `{TRAINED_BY['image_vae']}`")
+        way = ", then ".join(f"`{line}`" for line in TRAINED_BY["image_vae"])
+        raise ValueError(f"{runs.root} has no run; begin one, such as by {way}")
     raise ValueError(f"{name!r} is no run in {runs.root}; choose one of the list, such as {names[0]}")
 
 

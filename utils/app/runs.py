@@ -13,19 +13,53 @@ logger = logging.getLogger(__name__)
 
 MAX_DEPTH = 4  # of checkpoints in the folder of runs: `<stage>/<run>/checkpoint-STEP`, and a folder around stages
 
-# What trains a checkpoint of each kind (`utils.exporting.stages.MODELS`); each script's --help says what it needs.
+IMAGE_VAE = (
+    "python preprocess_image_vae_dataset.py --dataset_name my_images --image_size 64",
+    "python pretrain_image_vae.py --config tiny --run_name base",
+)
+IMAGE_LATENTS = (
+    *IMAGE_VAE,
+    "python preprocess_image_diffusion_dataset.py --dataset_name my_images --vae_checkpoint runs/image_vae/base",
+)
+AUDIO_VAE = (
+    "python preprocess_audio_vae_dataset.py --dataset_name my_speech",
+    "python pretrain_audio_vae.py --config tiny --run_name base",
+)
+SPEECH_LATENTS = (
+    *AUDIO_VAE,
+    "python preprocess_audio_diffusion_dataset.py --dataset_name my_speech --vae_checkpoint runs/audio_vae/base",
+)
+# What makes a checkpoint of each kind (`utils.exporting.stages.MODELS`) of raw data, in this order; --help of each
+# script says more, and README.md how the folders of data look.
 TRAINED_BY = {
-    "image_vae": "python pretrain_image_vae.py --config tiny --run_name base",
-    "recurrent_vae": "python pretrain_recurrent_vae.py --config tiny --run_name base",
-    "image_diffusion": "python pretrain_image_diffusion.py --config tiny --run_name base",
-    "vocoder": "python pretrain_vocoder.py --config tiny --run_name base",
-    "audio_vae": "python pretrain_audio_vae.py --config tiny --run_name base",
-    "audio_diffusion": "python pretrain_audio_diffusion.py --config tiny --run_name base",
-    "captioned_sounds": "python pretrain_audio_diffusion.py --config tiny --run_name sounds",
-    "multimodal": "python pretrain_multimodal.py --config multimodal-tiny --run_name base "
-    "--include_modes text image audio",
-    "text": "python pretrain_multimodal.py --config tiny --run_name base --text_dataset python-topics",
+    "image_vae": IMAGE_VAE,
+    "recurrent_vae": (
+        IMAGE_VAE[0],
+        "python pretrain_recurrent_vae.py --config tiny --run_name base",
+    ),
+    "image_diffusion": (*IMAGE_LATENTS, "python pretrain_image_diffusion.py --config tiny --run_name base"),
+    "vocoder": (
+        "python preprocess_audio_vocoder_dataset.py --dataset_name my_speech",
+        "python pretrain_vocoder.py --config tiny --run_name base",
+    ),
+    "audio_vae": AUDIO_VAE,
+    "audio_diffusion": (*SPEECH_LATENTS, "python pretrain_audio_diffusion.py --config tiny --run_name base"),
+    "captioned_sounds": (
+        "python preprocess_audio_vae_dataset.py --dataset_name my_sounds --output_dir cached_datasets/sounds",
+        "python pretrain_audio_vae.py --config tiny --run_name sounds --cached_dataset cached_datasets/sounds",
+        "python preprocess_audio_diffusion_dataset.py --dataset_name my_sounds --vae_checkpoint runs/audio_vae/sounds "
+        "--conditioning caption --output_dir cached_datasets/sound_latents",
+        "python pretrain_audio_diffusion.py --config tiny --run_name sounds "
+        "--cached_dataset cached_datasets/sound_latents",
+    ),
+    "multimodal": (
+        *IMAGE_LATENTS,
+        *SPEECH_LATENTS,
+        "python pretrain_multimodal.py --config multimodal-tiny --run_name base --include_modes text image audio",
+    ),
+    "text": ("python pretrain_multimodal.py --config tiny --run_name base --text_dataset python-topics",),
 }
+DEMO = "make demo"  # Trains small models of every kind.
 
 
 def subfolders(folder: Path, root: Path) -> list[Path]:
@@ -104,8 +138,21 @@ class Runs:
 
     def advice(self, *kinds: str) -> str:
         """What to do where there is no checkpoint of these kinds."""
-        commands = " or ".join(f"`{TRAINED_BY[kind]}`" for kind in kinds)
-        return f"{self.root} has no complete checkpoint of {' or '.join(kinds)}; train one with {commands}"
+        ways = " or with ".join(", then ".join(f"`{line}`" for line in TRAINED_BY[kind]) for kind in kinds)
+        return (
+            f"{self.root} has no complete checkpoint of {' or '.join(kinds)}; train one with {ways}. "
+            f"`{DEMO}` trains small models of every kind."
+        )
+
+    def advice_of_page(self, *kinds: str) -> str:
+        """`advice` as Markdown, a command per line."""
+        blocks = [
+            f"```bash\n{chain}\n```" for chain in ("\n".join(TRAINED_BY[kind]).replace("`", "") for kind in kinds)
+        ]
+        head = (
+            f"`{self.root}` has no complete checkpoint of {' or '.join(kinds)}. `{DEMO}` trains small models of every "
+        )
+        return head + "kind; of your own data, one comes from\n\n" + "\n\nor\n\n".join(blocks)
 
     def folders(self, folder: Path, depth: int) -> Iterator[Path]:
         """Folders that may be checkpoints: those of runs, and others that have their mark."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from model.presets import IMAGE_VAE, RECURRENT_VAE
 from tests.test_docs import SCRIPTS
 from utils.app.metrics import names as metrics_names
 from utils.app.run_folders import run_names
@@ -102,16 +103,31 @@ def test_what_a_link_leads_to_elsewhere_is_not_looked_at(copied, tmp_path, monke
 
 
 def test_a_kind_without_a_checkpoint_says_what_trains_one(copied):
-    with pytest.raises(
-        ValueError, match=r"no complete checkpoint of vocoder; train one with `python pretrain_vocoder"
-    ):
+    words = (
+        r"no complete checkpoint of vocoder; train one with `python preprocess_audio_vocoder_dataset\.py .*`, then "
+    )
+    with pytest.raises(ValueError, match=words + r"`python pretrain_vocoder\.py .*`\. `make demo` trains"):
         Runs(copied).choose("x", "vocoder")
+    blocks = Runs(copied).advice_of_page("image_vae", "recurrent_vae").split("```")[1::2]
+    assert [block.split("\n")[1:-1] for block in blocks] == [
+        [*TRAINED_BY[kind]] for kind in ("image_vae", "recurrent_vae")
+    ]
 
 
 def test_the_commands_that_train_are_commands():
     assert TRAINED_BY.keys() == MODELS.keys()
-    for kind, line in TRAINED_BY.items():
-        program, script, *words = shlex.split(line)
-        arguments = parse_arguments(SCRIPTS[script], words, "")
+    for kind, lines in TRAINED_BY.items():
+        arguments = []
+        for line in lines:
+            program, script, *words = shlex.split(line)
+            arguments.append(parse_arguments(SCRIPTS[script], words, ""))
+            assert program == "python" and (len(arguments) < len(lines)) == (
+                script.startswith("preprocess_") or ("_vae.py" in script and not kind.endswith("vae"))
+            )
         stage = {"text": "multimodal", "captioned_sounds": "audio_diffusion"}.get(kind, kind)
-        assert program == "python" and arguments.stage == stage
+        assert arguments[-1].stage == stage
+        if hasattr(arguments[0], "image_size"):
+            assert arguments[0].image_size == IMAGE_VAE["tiny"]["image_size"] == RECURRENT_VAE["tiny"]["image_size"]
+        # A step reads what one before has written.
+        made = {each.vae_checkpoint.rpartition("/")[2] for each in arguments if getattr(each, "vae_checkpoint", "")}
+        assert made <= {each.run_name for each in arguments if hasattr(each, "run_name")}

@@ -118,7 +118,8 @@ def test_other_names_of_this_host_are_refused(page):
 
 def test_the_script_says_at_once_what_it_does():
     """Before the imports that take long, of which the first is made to fail."""
-    code = "import runpy, sys; sys.modules['utils.app.server'] = None; runpy.run_path(sys.argv.pop(), run_name='__main__')"
+    code = "import runpy, sys; sys.modules['utils.app.server'] = None; "
+    code += "runpy.run_path(sys.argv.pop(), run_name='__main__')"
     root = Path(__file__).parents[3]
     run = subprocess.run([sys.executable, "-c", code, "inference/app.py"], cwd=root, capture_output=True, text=True)
     assert run.stdout.startswith("starting the page: loading its packages") and "ModuleNotFoundError" in run.stderr

@@ -94,7 +94,10 @@ def test_too_many_curves_are_refused(client, begun):
 def test_runs_of_a_folder(tmp_path):
     runs = Runs(tmp_path / "runs")
     runs.root.mkdir()
-    with pytest.raises(ValueError, match="has no run; begin one, such as `python pretrain_image_vae"):
+    words = (
+        r"has no run; begin one, such as by `python preprocess_image_vae_dataset.*, then `python pretrain_image_vae"
+    )
+    with pytest.raises(ValueError, match=words):
         choose_run(runs, "x")
     for name in ("a/begun/.lock", "a/former/tensorboard/events.out.tfevents.1", "b/saved/checkpoint-4/vae/.lock"):
         (runs.root / name).parent.mkdir(parents=True)
