@@ -10,6 +10,7 @@ from utils.app.jobs import Jobs
 from utils.app.models import Models
 from utils.app.runs import Runs
 
+ADVICE = "advice"  # class of texts that say what to do, see `utils.app.server.CSS`
 BELOW_LABEL = "below-label"  # class of images that begin below their labels, see `utils.app.server.CSS`
 
 IMAGE_BUTTONS = ["download", "fullscreen"]  # Not Gradio's third one, which would publish the image elsewhere.
@@ -42,7 +43,7 @@ class Context:
         a text below it says which command trains one. Its value is for `Runs.choose`, which checks it."""
         listing, text = self.offers(*kinds)
         choice = self.gr.Dropdown(label=label, allow_custom_value=True, **listing)
-        notice = self.gr.Markdown(**text)
+        notice = self.gr.Markdown(elem_classes=ADVICE, **text)
         self.choices.append((kinds, choice, notice))
         return choice
 

@@ -201,10 +201,11 @@ class Jobs:
             concurrency_limit=1,
             concurrency_id=QUEUE,
         )
-        # Two listeners, since Gradio's own waits until the job has shown something.
+        # Ours is the first, which acts at once; Gradio's own takes out of the queue what has not begun yet.
         quiet = {"outputs": [status], "queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        stop.click(None, cancels=[event], api_visibility="private")
-        stop.click(cancel, **quiet).then(end, **quiet)
+        pressed = stop.click(cancel, **quiet)
+        pressed.then(None, cancels=[event], api_visibility="private")
+        pressed.then(end, **quiet)
         return event
 
     def run(

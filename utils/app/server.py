@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.app.arguments import AppArguments
-from utils.app.context import BELOW_LABEL
+from utils.app.context import ADVICE, BELOW_LABEL
 from utils.app.jobs import Jobs
 from utils.app.kept_files import kept_folder, trim
 from utils.app.page import build_page
@@ -40,7 +40,14 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
 }
-CSS = f".{BELOW_LABEL} .image-container {{ padding-top: 2rem; }}"  # Sheets have headings, which labels would cover.
+CSS = f"""
+/* Sheets have headings, which labels would cover. */
+.{BELOW_LABEL} .image-container {{ padding-top: 2rem; }}
+/* Names of checkpoints are long: they end before the arrow of their list. */
+.gradio-container input[role=combobox] {{ box-sizing: border-box; padding-right: 2rem; text-overflow: ellipsis; }}
+.gradio-container .main.app {{ max-width: min(100%, 1280px); }}
+.{ADVICE} pre, .{ADVICE} code {{ white-space: pre-wrap; overflow-wrap: anywhere; }}
+"""
 OVERHEAD = 100_000  # bytes of a request beside an uploaded file
 CLOSE_SECONDS = 20.0  # So long is waited for jobs and for the server, each, when the page is closed.
 HANG_UP_SECONDS = 1

@@ -7,12 +7,17 @@ import pytest
 from torch.utils.tensorboard import SummaryWriter
 
 from tests.helpers.browser.chromium import PROGRAMS, Chromium, find_chromium
+from utils.app.jobs import CANCELLED, WAITING
 from utils.app.page import TABS
 from utils.app.tabs.watch import REFRESH_SECONDS
 from utils.training.trackers import write_flags
 
 TAB = "button[role=tab]"
 SHOWN = "[...document.images].some(image => image.offsetParent && image.naturalWidth > 0)"
+TEXTS_END_BEFORE_ARROWS = """[...document.querySelectorAll("input[role=combobox]")].every(input => {
+    const end = input.getBoundingClientRect().right - parseFloat(getComputedStyle(input).paddingRight);
+    return !input.offsetParent || end < input.parentElement.querySelector("svg").getBoundingClientRect().left;
+})"""
 STATUS = "[...document.querySelectorAll('textarea')].some(area => area.offsetParent && area.value.includes({!r}))"
 
 pytestmark = pytest.mark.skipif(
@@ -38,13 +43,21 @@ def browser(page, tmp_path):
 
 
 def test_draw_shows_images_and_every_tab_opens(browser):
-    assert not browser.evaluate(SHOWN)
+    assert not browser.evaluate(SHOWN) and browser.evaluate(TEXTS_END_BEFORE_ARROWS)
     browser.press("Draw", "button.primary")
     browser.wait_for(SHOWN)
     browser.wait_for(STATUS.format("weights ema"))
     for tab in TABS:
         browser.press(tab, TAB)
         browser.wait_for(f"document.querySelector('{TAB}[aria-selected=true]').textContent.trim() == {tab!r}")
+
+
+def test_a_job_that_waits_says_so_and_is_stopped(browser, page):
+    with page.jobs.lock:  # As a cancelled job has it that still loads its checkpoint.
+        browser.press("Draw", "button.primary")
+        browser.wait_for(STATUS.format(WAITING))
+        browser.press("Stop")
+        browser.wait_for(STATUS.format(CANCELLED))
 
 
 def test_watch_follows_a_run_while_it_is_open(browser, runs):

@@ -300,7 +300,7 @@ def build(context: Context) -> None:
     """The components of the tab, and what its buttons do."""
     gr, defaults = context.gr, ChatArguments()
     with gr.Row():
-        with gr.Column(scale=1, min_width=320):
+        with gr.Column(scale=1, min_width=380):
             checkpoint = context.choose_checkpoint(KIND)
             choice = gr.Radio(list(CHOICES), value=next(iter(CHOICES)), label="answer with")
             text = gr.Textbox(label="text", lines=2, max_lines=8)

@@ -103,7 +103,7 @@ def build(context: Context) -> None:
     gr, defaults = context.gr, TextToImageArguments()
     gr.Markdown("Images for a prompt, shown as they form.")
     with gr.Row():
-        with gr.Column(scale=1, min_width=320):
+        with gr.Column(scale=1, min_width=380):
             checkpoint = context.choose_checkpoint(KIND)
             prompt = gr.Textbox(label="prompt", lines=2, max_lines=6, value="a large red house")
             with gr.Row():

@@ -85,7 +85,7 @@ def build(context: Context) -> None:
     """The components of the tab, and what its buttons do."""
     gr, shown = context.gr, {"format": "png", "interactive": False, "buttons": IMAGE_BUTTONS}
     with gr.Row():
-        with gr.Column(scale=1, min_width=320):
+        with gr.Column(scale=1, min_width=380):
             checkpoint = context.choose_checkpoint(*KINDS)
             file = gr.File(label="image", type="filepath")
             label = "shorter side in pixels; -1: that of the training images, 0: unchanged"

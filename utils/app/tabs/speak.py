@@ -241,7 +241,7 @@ def build(context: Context) -> None:
     """The components of the tab, and what its buttons do."""
     gr = context.gr
     with gr.Row():
-        with gr.Column(scale=1, min_width=320):
+        with gr.Column(scale=1, min_width=380):
             checkpoint = context.choose_checkpoint(SPEECH, SOUNDS)
             offers = fitting(context, checkpoint.value)
             vocoder = gr.Dropdown(label="vocoder of the same log-mel", allow_custom_value=True, **offers["vocoder"])

@@ -161,7 +161,7 @@ def build(context: Context) -> None:
     """The components of the tab, and what its buttons do."""
     gr = context.gr
     with gr.Row():
-        with gr.Column(scale=1, min_width=320):
+        with gr.Column(scale=1, min_width=380):
             vocoder = context.choose_checkpoint(KIND, label="vocoder")
             offers = fitting_vaes(context, vocoder.value)["vae"]
             vae = gr.Dropdown(label="audio VAE of the same log-mel", allow_custom_value=True, **offers)

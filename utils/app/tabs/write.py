@@ -96,7 +96,7 @@ def build(context: Context) -> None:
     """The components of the tab, and what its buttons do."""
     gr, defaults = context.gr, GenerateTextArguments()
     with gr.Row():
-        with gr.Column(scale=1, min_width=320):
+        with gr.Column(scale=1, min_width=380):
             checkpoint = context.choose_checkpoint(KIND)
             prompt = gr.Textbox(label="prompt", lines=3, max_lines=12, value="The lambda expression")
             n_new = gr.Slider(1, MOST["max_new_tokens"], value=defaults.max_new_tokens, step=1, label="new tokens")
