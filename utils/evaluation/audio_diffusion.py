@@ -144,15 +144,15 @@ class AudioDiffusionEvaluator(AudioPipelineEvaluator):
         voices = self.voice_inputs(utterances)
         inputs = {**{name: batch[name] for name in ("tokens", "n_tokens")}, **voices}
         # Log-mels of the rows that go through the VAE.
-        durations, prior = batch["durations"], dataclasses.replace(self.args, n_steps=0)
+        durations, wanted = batch["durations"], self.args.rows
         mels = self.pipeline.decode(batch["latents"], durations.sum(1), [entry["speaker"] for entry in entries])
-        rows = {
-            "vae": list(zip(mels, durations.cpu())),
-            "teacher": self.generate(inputs, utterances, self.args, durations),
-            "model": self.generate(inputs, utterances, self.args),
-            "prior": self.generate(inputs, utterances, prior),
-        }
-        if None not in partners:
+        rows = {"vae": list(zip(mels, durations.cpu()))}
+        if "teacher" in wanted:
+            rows["teacher"] = self.generate(inputs, utterances, self.args, durations)
+        rows["model"] = self.generate(inputs, utterances, self.args)
+        if "prior" in wanted:
+            rows["prior"] = self.generate(inputs, utterances, dataclasses.replace(self.args, n_steps=0))
+        if "shuffled" in wanted and None not in partners:
             others = collate_audio_latents([dataset[index] for index in partners])
             text = {name: others[name].to(self.device) for name in ("tokens", "n_tokens")}
             rows["shuffled"] = self.generate({**text, **voices}, utterances, self.args)
@@ -161,7 +161,8 @@ class AudioDiffusionEvaluator(AudioPipelineEvaluator):
             if self.recordings is not None:
                 sample = self.recordings.find(entry)
                 utterance.rows["recording"] = sample["waveform"]
-                utterance.rows["vocoder"] = self.pipeline.vocode(sample["mel"])
+                if "vocoder" in wanted:
+                    utterance.rows["vocoder"] = self.pipeline.vocode(sample["mel"])
             for name, spoken in rows.items():
                 utterance.rows[name] = self.pipeline.vocode(spoken[position][0])
                 utterance.mels[name] = spoken[position]
@@ -240,7 +241,8 @@ class AudioDiffusionEvaluator(AudioPipelineEvaluator):
         for utterance in sentences:
             score(utterance, "")
         self.time_speech("model", spoken, self.args)
-        self.time_speech("prior", spoken, dataclasses.replace(self.args, n_steps=0))
+        if "prior" in self.args.rows:
+            self.time_speech("prior", spoken, dataclasses.replace(self.args, n_steps=0))
         self.time_speech("sentences", sentences, self.args)
 
         scores = {name: self.row_scores(name, rows, transcripts) for name, rows in values.items()}
@@ -320,15 +322,16 @@ class AudioDiffusionEvaluator(AudioPipelineEvaluator):
 
     def contact_sheet(self, examples: Sequence[Utterance], n_clips: int) -> Image.Image:
         """One row per clip, see `SHEET`."""
-        longest = max(utterance.mels[name][0].shape[1] for utterance in examples for name in SHEET)
+        names = [name for name in SHEET if name in examples[0].mels]
+        longest = max(utterance.mels[name][0].shape[1] for utterance in examples for name in names)
         mel = self.settings
         groups = [
-            Group([aligned_mel(*utterance.mels[name], mel, max_frames=longest) for name in SHEET], utterance.text)
+            Group([aligned_mel(*utterance.mels[name], mel, max_frames=longest) for name in names], utterance.text)
             for utterance in examples
         ]
         run = home_of(self.checkpoint).name
         title = f"{run}, step {self.step}: log-mels of {len(examples)} of {n_clips} clips; {MARKS}"
-        return strip_sheet(groups, [ROW_NAMES[name] for name in SHEET], title=title)
+        return strip_sheet(groups, [ROW_NAMES[name] for name in names], title=title)
 
     def measure_curve(self, evaluation: Evaluation, spoken: Sequence[Utterance]) -> None:
         """Add every combination of guidance scale and steps, on clips of enough words."""

@@ -109,6 +109,15 @@ def test_rows_scores_and_files(run, folder, tmp_path, capsys):
     assert "evaluation_latents_validation_ema/f0_std_semitones" in events.Tags()["scalars"]
 
 
+def test_rows_that_are_not_asked_for_are_left_out(run, folder, tmp_path):
+    words = ["--metrics", "pitch", "--sentences", "0", "--max_samples", "2", "--contact_sheet", "1"]
+    some, none = run(*words, "--rows", "shuffled"), run(*words, "--waveforms", folder / "recordings", "--rows")
+    assert list(some["scores"]) == ["vae", "model", "shuffled"]
+    assert list(none["scores"]) == ["recording", "vae", "model"]
+    assert some["scores"]["model"]["f0_mean_hz"] == none["scores"]["model"]["f0_mean_hz"]
+    assert Image.open(tmp_path / "out" / "contact_sheet.png").width > 100
+
+
 def test_without_recordings_their_rows_are_missing_and_seeds_decide(run, caplog, monkeypatch):
     monkeypatch.setattr(audio, "LEFT_OUT", {"mos": ("DistillMOS", "pip install distillmos")})
     words = ["--metrics", "pitch", "mos", "--sentences", "0", "--max_samples", "2"]

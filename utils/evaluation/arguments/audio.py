@@ -82,6 +82,7 @@ class CaptionEvaluationArguments(AudioPipelineEvaluationArguments):
 
 
 SpeechMetric = Literal["wer", "speaker", "pitch", "mos"]
+SpeechRow = Literal["vocoder", "teacher", "prior", "shuffled"]
 
 
 @dataclasses.dataclass
@@ -91,6 +92,11 @@ class AudioDiffusionEvaluationArguments(AudioPipelineEvaluationArguments):
     SECTION_MEASUREMENTS: ClassVar = Section("Measurements")
     metrics: list[SpeechMetric] = option(
         list(get_args(SpeechMetric)), "metrics; wer: WER and CER, about a second per clip and row; mos: DistillMOS"
+    )
+    rows: list[SpeechRow] = option(
+        list(get_args(SpeechRow)),
+        "rows beside those of the recordings, the VAE and the model: vocoder alone, true durations (teacher), prior "
+        "alone, shuffled texts",
     )
     seed: int = option(0, "seed of the noise, which also depends on the clip, and of the bootstrap", ge=0, lt=2**63)
     waveforms: str = option(
