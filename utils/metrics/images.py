@@ -6,7 +6,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from model.image.feature_extractors import EfficientNetFeatures
 from model.layers import in_double
@@ -44,6 +43,9 @@ def ssim(generated: Tensor, target: Tensor) -> Tensor:
     check_images(generated, target)
     if min(target.shape[-2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs sides of {SSIM_WINDOW} pixels, got {target.shape[-2]}x{target.shape[-1]}")
+    # It imports scipy.signal, which takes more than a second that most who import this module need not wait for.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     similarity = structural_similarity_index_measure(
         generated.float(), target.float(), data_range=(-1.0, 1.0), reduction="none"
     )
