@@ -1,5 +1,6 @@
 """inference/report.py on small runs: one self-contained page, whatever the runs lack."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from tests.helpers.audio_cache import SMALL_VOCODER, write_clips
 from tests.helpers.runs import SMALL_RUN, run_stage
 from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
+from utils.checkpoints import mark_complete
 from utils.command_line import parse_arguments
 from utils.generation.arguments.text import GenerateTextArguments
 from utils.reporting.page import Report
@@ -87,6 +89,21 @@ def test_missing_stages_are_named_with_the_command_that_makes_them(page, runs):
     assert "<code>make demo-image</code>" in page and "<code>make demo-multimodal</code>" in page
     other = Report(runs, ["base"]).html()
     assert "python pretrain_vocoder.py --run_name base" in other and "<audio" not in other
+
+
+def test_the_page_says_what_runs_began_with_and_how_a_stopped_one_goes_on(page, runs, tmp_path):
+    assert re.search(r"3 of \d models, trained from random weights in ", page)
+    copy = shutil.copytree(runs, tmp_path / "runs")
+    record_file = copy / "vocoder/demo/checkpoint-2/stage.json"
+    record = json.loads(record_file.read_text())
+    record["arguments"]["init_from"], record["run_lengths"] = "runs/vocoder/<b>", [[0, 9]]
+    record_file.write_text(json.dumps(record))
+    mark_complete(record_file.parent)
+    assert "trained from random weights, but Vocoder from runs/vocoder/&lt;b&gt;" in Report(copy, ["demo"]).html()
+    (copy / "vocoder/demo").rename(copy / "vocoder/own")
+    page = Report(copy, ["own"]).html()
+    assert "1 of 7 models, trained from given weights (Vocoder from " in page
+    assert "step 2 of 9: the command that began it goes on where it has --resume_from_checkpoint latest" in page
 
 
 def test_the_script_writes_the_page_and_prints_a_table(runs, tmp_path):

@@ -23,6 +23,10 @@ from utils.reporting.views import OPTIONAL, VIEWS, View
 logger = logging.getLogger(__name__)
 
 LIMIT = 14_000_000  # bytes of images and audio
+TIMES = (
+    "By the clock: preparing data, training, evaluation and generation. Evaluations run beside what comes next, and "
+    "count where that had to wait for them."
+)
 MACHINE = "machine.txt"  # beside the times, see recipes/demo/steps.sh
 SUMMARY = {
     "stage": Column("stage", "{}"),
@@ -49,7 +53,7 @@ class Shown:
         if self.run is None:
             return f"missing: {self.view.command(self.name)}"
         if self.run.checkpoint is None:
-            return f"no complete checkpoint: {self.view.command(self.name)}"
+            return f"no complete checkpoint: {self.view.going_on(self.name)}"
         found = [(table.title, figure) for table in self.scores if (figure := table.figure())]
         if len(found) > 1:
             return "; ".join(f"{title}: {figure.metric} {figure.value}" for title, figure in found)
@@ -133,7 +137,7 @@ class Report:
         total = sum(step.seconds for step in self.steps)
         machine = self.machine()
         lead = [
-            f"{len(there)} of {len(self.shown)} models, trained from random weights",
+            f"{len(there)} of {len(self.shown)} models, trained from {weights_of(there)}",
             f" in {duration(total)}" if total else "",
             f" on {machine}" if machine else "",
             ". Images, clips and scores are of data that they were not trained on.",
@@ -167,7 +171,7 @@ class Report:
             rows.append(tag("tr", *cells, tag("td", bar, class_="bar-cell")))
         total = tag("tr", tag("td", "all"), tag("td", duration(sum(seconds.values()))), tag("td"), class_="bold")
         table = tag("table", tag("tbody", rows, total), class_="wide")
-        text = tag("p", "By the clock: preparing data, training, evaluation and generation.", class_="soft")
+        text = tag("p", TIMES, class_="soft")
         return tag("section", tag("h2", "Times"), text, tag("div", table, class_="scroll"), id="times")
 
     def next(self) -> Markup:
@@ -191,6 +195,15 @@ class Report:
         commits = {str(shown.run.record.get("git_commit")) for shown in self.shown if shown.run and shown.run.record}
         text = f"Made by inference/report.py from {self.runs}, commit {', '.join(sorted(commits)) or 'unknown'}."
         return tag("footer", tag("p", text))
+
+
+def weights_of(shown: Sequence[Shown]) -> str:
+    """What runs began with: random weights, or those of others."""
+    begun = {one.view.title: one.run.begun_from for one in shown if one.run and one.run.begun_from}
+    others = ", ".join(f"{title} from {path}" for title, path in begun.items())
+    if not others:
+        return "random weights"
+    return f"given weights ({others})" if len(begun) == len(shown) else f"random weights, but {others}"
 
 
 def read_scores(run: Run) -> list[Scores]:

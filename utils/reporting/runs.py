@@ -114,6 +114,11 @@ class Run:
         return int(lengths[-1][-1]) if lengths else int(self.record.get("arguments", {}).get("max_steps") or 0)
 
     @property
+    def begun_from(self) -> str:
+        """Run, checkpoint or folder whose weights the run began with; "": random ones."""
+        return str((self.record.get("arguments") or {}).get("init_from") or "")
+
+    @property
     def is_streams(self) -> bool:
         """Whether this is a model of several modalities, which shares its stage with models of text."""
         return self.stage == "multimodal" and bool(self.record.get("latents"))

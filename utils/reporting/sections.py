@@ -51,7 +51,13 @@ def missing(commands: Sequence[tuple[str, str]]) -> Markup | None:
         return None
     rows = [tag("tr", tag("td", title), tag("td", tag("code", command), class_="left")) for title, command in commands]
     table = tag("div", tag("table", tag("tbody", rows)), class_="scroll")
-    return tag("section", tag("h2", "Not there yet"), table, id="missing", class_="missing")
+    # Recipes have all flags; a script has others, of the data.
+    hint = (
+        tag("p", "With the flags that --help lists.", class_="soft")
+        if any("--" in row[1] for row in commands)
+        else None
+    )
+    return tag("section", tag("h2", "Not there yet"), hint, table, id="missing", class_="missing")
 
 
 def anchor(view: View) -> str:
@@ -126,7 +132,7 @@ def notes(run: Run, view: View) -> list[Markup]:
     """What could not be read, and what is still to be done."""
     texts = list(dict.fromkeys(run.problems))
     if run.checkpoint and run.n_steps > run.step:
-        texts.append(f"step {run.step:,} of {run.n_steps:,}: {view.command(run.folder.name)} goes on")
+        texts.append(f"step {run.step:,} of {run.n_steps:,}: {view.going_on(run.folder.name)}")
     if run.checkpoint and not run.metrics:
         texts.append(f"not evaluated: python evaluate.py --checkpoint {run.folder}")
     return [tag("p", text, class_="note") for text in texts]

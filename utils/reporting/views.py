@@ -46,9 +46,15 @@ class View:
 
     def command(self, name: str) -> str:
         """What makes this run."""
-        if name in ("demo", "demo_text"):
+        if name in DEMO:
             return f"make demo-{self.part}"
         return f"python {self.script} --run_name {shlex.quote(name)}"
+
+    def going_on(self, name: str) -> str:
+        """How this run is completed."""
+        if name in DEMO:
+            return f"{self.command(name)} goes on"
+        return "the command that began it goes on where it has --resume_from_checkpoint latest"
 
     def next_commands(self, run: Run, vocoder: Path | None) -> list[str]:
         """What to run with a run's checkpoint."""
@@ -61,6 +67,7 @@ class View:
         return commands
 
 
+DEMO = ("demo", "demo_text")  # names of the demo's runs
 LOSS = {"Loss": {"training": "loss", "held-out": "eval_loss"}}
 VIEWS = (
     View(
