@@ -20,6 +20,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/heading.sh
 cores=$(nproc 2> /dev/null || getconf _NPROCESSORS_ONLN) # macOS has no nproc
+ALONE="${OMP_NUM_THREADS:-$cores}" # threads of a process that is alone; two train at once
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 2 ? cores / 2 : 1))}"
 
 wanted=" ${*:-image audio text multimodal} "
@@ -34,6 +35,7 @@ case $wanted in *" multimodal "*) wanted=" image audio$wanted" ;; esac
 for part in image audio text multimodal; do
     case $wanted in *" $part "*) . "recipes/demo/$part.sh" ;; esac
 done
+meet
 
 heading "Report"
 python inference/report.py --run_names demo demo_text

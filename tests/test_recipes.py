@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,71 @@ def test_numbers_of_training_steps_become_smaller_on_demand(tmp_path):
     done = run_steps(tmp_path, f"step a/b echo {words} --save_steps 500", SHORTER="100")
     expected = "--max_steps 20 --perceptual_start_step 15 --gan_start_step 17 --gan_ramp_steps 1 --batch_size 800"
     assert done.stdout.strip() == f"{expected} --save_steps 5"
+
+
+def test_numbers_of_samples_become_smaller_down_to_a_limit(tmp_path):
+    words = "--limit 2304 --max_samples 288 --training_samples 97 --reader_steps 96 --max_samples 12"
+    done = run_steps(tmp_path, f"step a/b echo {words}", SHORTER="10")
+    assert done.stdout.strip() == (
+        "--limit 230 --max_samples 96 --training_samples 96 --reader_steps 96 --max_samples 12"
+    )
+
+
+BESIDE = """
+beside a/out bash -c 'while [ ! -e b/out ]; do sleep 0.1; done; mkdir a; echo made; touch a/out; [ ! -e bad ]'
+step b/out bash -c 'mkdir -p b && touch b/out'
+meet
+step c/out bash -c 'mkdir -p c && touch c/out'
+"""
+
+
+def test_a_command_beside_others_runs_with_them_and_is_made_once(tmp_path):
+    done = run_steps(tmp_path, BESIDE)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "made", done.stderr
+    steps = read_steps(tmp_path / "runs/demo")
+    assert [step.output for step in steps] == ["b/out", "a/out", "c/out"] and all(step.is_complete for step in steps)
+    assert run_steps(tmp_path, BESIDE).stdout.count("complete: ") == 3
+
+
+def test_a_failure_beside_ends_the_recipe(tmp_path):
+    (tmp_path / "bad").touch()
+    done = run_steps(tmp_path, BESIDE)
+    assert done.returncode == 1 and "made" in done.stdout and "failed with status 1: bash -c" in done.stderr
+    assert [step.output for step in read_steps(tmp_path / "runs/demo")] == ["b/out"] and not (tmp_path / "c").exists()
+
+
+def test_an_interrupted_recipe_ends_what_runs_beside(tmp_path):
+    script = """
+beside a/out bash -c 'sleep 60 & echo $! > pid; wait'
+step b/out bash -c 'until [ -s pid ]; do sleep 0.1; done; exit 3'
+"""
+    assert run_steps(tmp_path, script).returncode == 3
+    pid = int((tmp_path / "pid").read_text())
+    for _ in range(50):
+        if not Path(f"/proc/{pid}").exists() or "Z (zombie)" in Path(f"/proc/{pid}/status").read_text():
+            break
+        time.sleep(0.1)
+    else:
+        pytest.fail("the command beside goes on")
+
+
+def test_recipes_at_the_same_time_keep_all_rows(tmp_path):
+    lines = "\n".join(
+        f"step {{name}}/{number} bash -c 'mkdir -p {{name}} && touch {{name}}/{number}'" for number in range(20)
+    )
+    with ThreadPoolExecutor(4) as pool:
+        for done in pool.map(lambda name: run_steps(tmp_path, lines.format(name=name)), "abcd"):
+            assert done.returncode == 0, done.stderr
+    assert len(read_steps(tmp_path / "runs/demo")) == 80
+
+
+def test_the_log_says_why_a_run_is_made_anew(tmp_path):
+    assert run_steps(tmp_path, FOLDER.format(word="a")).returncode == 0
+    (tmp_path / "runs/vae/demo/manifest.json").write_text("changed\n")
+    log = run_steps(tmp_path, FOLDER.format(word="a")).stdout
+    assert "cache is made anew, since what it was made of has changed: runs/vae/demo; the former one is now" in log
+    log = run_steps(tmp_path, FOLDER.format(word="b")).stdout
+    assert "runs/vae/demo is made anew, since another command made it" in log
 
 
 def test_the_demo_has_every_part_and_refuses_others():

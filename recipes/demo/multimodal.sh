@@ -7,7 +7,7 @@ streams=runs/multimodal/demo
 precision=$(grep -qswE 'avx512_bf16|amx_bf16|bf16' /proc/cpuinfo && echo --bf16 || true)
 
 heading "Text, images and audio in one stream"
-step data/captions python -m dataset_loading.embedded.speech data/captions
+step data/captions python -m dataset_loading.embedded.speech data/captions --limit 2304
 step cached_datasets/captions python preprocess_audio_vae_dataset.py --dataset_name data/captions/train \
     --validation_dataset data/captions/test --output_dir cached_datasets/captions
 step cached_datasets/captions_latents python preprocess_audio_diffusion_dataset.py \
@@ -19,7 +19,7 @@ step "$streams" torchrun --standalone --nproc_per_node=2 pretrain_multimodal.py 
     --adam_beta2 0.95 --ema_decay 0.995 --max_steps 1000 --warmup_ratio 0.06 --n_logged_samples 2 \
     --logging_steps 100 --eval_steps 1000 --save_steps 500 --resume_from_checkpoint latest
 step "$streams/metrics.json" python evaluate.py --checkpoint "$streams" --vocoder_checkpoint "$vocoder" \
-    --metrics losses texts probe reader --contact_sheet 16
+    --metrics losses texts probe reader --training_samples 2016 --reader_steps 500 --contact_sheet 16
 step "$streams/answers" python inference/chat.py --checkpoint "$streams" --vocoder_checkpoint "$vocoder" \
     --output_dir "$streams/answers" --draw "a large frog on red" --speak "a small umbrella at the right on gray" \
     --describe data/scenes/test/frog_red_0_0.png --transcribe data/captions/test/frog_red_0_0.flac

@@ -15,7 +15,8 @@ class Step:
     Attributes:
         stage: heading above it.
         output: file or folder that it makes.
-        seconds: by the clock, over all calls of the recipe that worked on it.
+        seconds: by the clock, over all calls of the recipe that worked on it; of a command that ran beside others,
+            those for which the recipe waited for its end.
         is_complete: whether it came to its end.
         command: as a shell takes it.
     """
@@ -28,19 +29,20 @@ class Step:
 
 
 def read_steps(folder: Path) -> list[Step]:
-    """The steps of the recipe that writes into a folder; lines of another form, as of a half-written table, are left
-    out."""
+    """The steps of the recipe that writes into a folder, in the order in which they were first made. The last row of
+    an output counts; lines of another form, as of a half-written table, are left out."""
     try:
         lines = (folder / STEPS).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
-    steps = []
+    steps: dict[str, Step] = {}
     for line in lines:
         cells = line.split("\t")
         if len(cells) == 5 and cells[2].isdigit():
             stage, output, seconds, state, command = cells
-            steps.append(Step(stage, output, float(seconds), state.partition("+")[0] != UNFINISHED, readable(command)))
-    return steps
+            is_complete = state.partition("+")[0] != UNFINISHED
+            steps[output] = Step(stage, output, float(seconds), is_complete, readable(command))
+    return list(steps.values())
 
 
 def readable(command: str) -> str:

@@ -117,6 +117,15 @@ def test_times_add_up_by_stage_and_damaged_lines_are_left_out(tmp_path):
     assert read_steps(tmp_path / "nowhere") == []
 
 
+def test_the_last_row_of_an_output_counts(tmp_path):
+    rows = ["A\truns/a\t5\t-+1\tx", "B\truns/b\t1\t1+1\ty", "A\truns/a\t9\t1+1\tx"]
+    (tmp_path / "steps.tsv").write_text("\n".join(rows))
+    assert [(step.output, step.seconds, step.is_complete) for step in read_steps(tmp_path)] == [
+        ("runs/a", 9, True),
+        ("runs/b", 1, True),
+    ]
+
+
 def test_answers_show_images_and_clips_of_prompts_and_replies(tmp_path):
     image, clip = tmp_path / "drawn.png", tmp_path / "spoken.wav"
     Image.new("RGB", (8, 8), "red").save(image)
