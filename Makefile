@@ -1,7 +1,8 @@
 # Everything runs from a fresh clone: targets install what they need into .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check
+# Python compiles a module when it is first imported; pip would compile all, most of which nothing imports.
+PIP_INSTALL := python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: install demo demo-image demo-audio demo-text demo-multimodal report test test-cuda test-slow test-latest style check bench \
 	tensorboard app
@@ -16,24 +17,36 @@ LATEST_TESTS := tests/model tests/inference/test_generate_text.py tests/test_tra
 
 install: .venv/installed
 
+# What some targets need. A file in .venv says that it is installed, and that of `make install` says so of everything.
+needs = $(if $(wildcard .venv/installed),.venv/installed,.venv/$(1))
+.venv/stages: requirements.txt
+.venv/demo: requirements.txt requirements-demo.txt requirements-eval.txt requirements-pesq.txt
+.venv/app: requirements.txt requirements-demo.txt requirements-app.txt
+.venv/stages .venv/demo .venv/app:
+	$(PYTHON) -m venv .venv
+	$(BIN)/$(PIP_INSTALL) $(patsubst %,-r %,$(filter-out requirements-pesq.txt,$^))
+	$(if $(filter requirements-pesq.txt,$^),$(INSTALL_PESQ))
+	touch $@
+
 # Two packages are built from source and left out where that fails: pesq (it needs a C compiler; metric tables and tests say
 # so) and deepspeed (it needs none on Linux; its tests are skipped).
+INSTALL_PESQ = command -v cc >/dev/null && $(BIN)/$(PIP_INSTALL) -r requirements-pesq.txt || \
+	echo "PESQ will not be measured: the package pesq could not be built (it needs a C compiler and Python's headers)"
 .venv/installed: $(WHEELS) requirements-no-deps.txt requirements-deepspeed.txt requirements-pesq.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/$(PIP_INSTALL) $(WHEELS:%=-r %)
 	$(BIN)/$(PIP_INSTALL) --no-deps -r requirements-no-deps.txt
 	$(BIN)/$(PIP_INSTALL) -r requirements-deepspeed.txt || echo "--use_deepspeed will not work: the package deepspeed could not be built"
-	command -v cc >/dev/null && $(BIN)/$(PIP_INSTALL) -r requirements-pesq.txt || \
-		echo "PESQ will not be measured: the package pesq could not be built (it needs a C compiler and Python's headers)"
+	$(INSTALL_PESQ)
 	touch $@
 
-demo: install  ## every kind of model from scratch, on a CPU, and runs/demo/report.html; again: goes on, or the report alone
+demo: $(call needs,demo)  ## every kind of model from scratch, on a CPU, and runs/demo/report.html; again: goes on, or the report alone
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh
 
-demo-image demo-audio demo-text demo-multimodal: install  ## one part; multimodal runs image and audio first
+demo-image demo-audio demo-text demo-multimodal: $(call needs,demo)  ## one part; multimodal runs image and audio first
 	PATH="$(CURDIR)/$(BIN):$$PATH" bash recipes/demo.sh $(@:demo-%=%)
 
-report: install  ## runs/demo/report.html anew, of what is there
+report: $(call needs,stages)  ## runs/demo/report.html anew, of what is there
 	$(BIN)/python inference/report.py
 
 test: install  ## everything but the slow chains
@@ -66,9 +79,9 @@ check: install  ## lint and types, changes nothing
 	$(BIN)/hadolint Dockerfile
 
 bench: install  ## side by side with peers; see benchmarks/README.md
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-bench.txt
+	$(BIN)/$(PIP_INSTALL) -r requirements-bench.txt
 	# litgpt asks for an older huggingface_hub than transformers; what is compared here runs with the newer one.
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps "litgpt>=0.5.13,<0.6"
+	$(BIN)/$(PIP_INSTALL) --no-deps "litgpt>=0.5.13,<0.6"
 	$(BIN)/python benchmarks/image_vae.py
 	$(BIN)/python benchmarks/diffusion.py
 	$(BIN)/python benchmarks/vocoder.py
@@ -78,8 +91,8 @@ bench: install  ## side by side with peers; see benchmarks/README.md
 	$(BIN)/python benchmarks/transformer.py
 	$(BIN)/python benchmarks/multimodal.py
 
-tensorboard: install  ## images, losses and metrics of all runs
+tensorboard: $(call needs,stages)  ## images, losses and metrics of all runs
 	$(BIN)/tensorboard --logdir runs
 
-app: install  ## a page over the checkpoints in runs/, on this machine: http://127.0.0.1:7860
+app: $(call needs,app)  ## a page over the checkpoints in runs/, on this machine: http://127.0.0.1:7860
 	$(BIN)/python inference/app.py --runs runs

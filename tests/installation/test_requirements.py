@@ -127,6 +127,32 @@ def test_pyproject_names_every_file_and_every_script():
     assert settings["packages"]["find"]["include"] == [f"{folder}*" for folder in sorted(FOLDERS)]
 
 
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+@pytest.mark.parametrize(
+    ("target", "extras"),
+    [
+        ("demo", {"", "demo", "eval", "pesq"}),
+        ("demo-image", {"", "demo", "eval", "pesq"}),
+        ("report", {""}),
+        ("tensorboard", {""}),
+        ("app", {"", "demo", "app"}),
+        ("test", set(NAMES) - {"av", "bench"}),
+    ],
+)
+def test_make_installs_what_a_target_needs(target, extras, tmp_path):
+    def commands() -> str:
+        done = subprocess.run(["make", "-n", target], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return done.stdout
+
+    for file in (ROOT / "Makefile", *FILES):
+        shutil.copy(file, tmp_path)
+    assert {extra_of(Path(name)) for name in re.findall(r"-r (requirements[\w-]*\.txt)", commands())} == extras
+    # After `make install` nothing is missing.
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/installed").touch()
+    assert "pip install" not in commands()
+
+
 def test_docker_leaves_out_what_git_ignores():
     ignored, left_out = (
         {line.strip("/") for line in (ROOT / file).read_text(encoding="utf-8").split() if not line.startswith("#")}
