@@ -103,7 +103,7 @@ class Guard:
                     return await refuse(
                         send,
                         429,
-                        f"{self.max_waiting} jobs wait already, as many as --queue_size allows; try again in a minute",
+                        f"as many jobs wait as --queue_size allows ({self.max_waiting}); try again in a minute",
                         as_json=True,
                     )
                 added = [(name.encode(), value.encode()) for name, value in HEADERS.items()]

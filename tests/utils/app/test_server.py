@@ -59,7 +59,7 @@ def test_the_request_beyond_those_that_may_wait_is_refused(runs):
         (function,) = [number for number, each in page.blocks.fns.items() if each.api_name == "draw"]
         body = json.dumps({"data": QUICK, "session_hash": "x", "fn_index": function})
         status, headers, text = request(page, "POST", "/gradio_api/queue/join", body, content_type="application/json")
-        words = "3 jobs wait already, as many as --queue_size allows; try again in a minute"
+        words = "as many jobs wait as --queue_size allows (3); try again in a minute"
         assert (status, headers["content-type"], json.loads(text)) == (429, "application/json", {"detail": words})
         # What needs no model goes past the queue in browsers, which call it so.
         body = json.dumps({"data": ["image_diffusion/small", NAME], "session_hash": "x"})

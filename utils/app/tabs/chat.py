@@ -39,7 +39,8 @@ MOST = {"max_new_tokens": 1000, "seed": MAX_SEED, "thinking_steps": 64, "carried
 FIELDS = ("max_new_tokens", "temperature", "seed", "thinking_steps", "carried_steps")
 OWN = "the model's own"
 MAX_STEPS = {"image": 250, "audio": 100}
-SPAN_FIELDS = ("sampler", "n_steps", "guidance_scale")  # of each of `SPANS`
+# Fields of each of `SPANS`, with the values that leave them to the model.
+SPAN_FIELDS = {"sampler": OWN, "n_steps": 0, "guidance_scale": -1}
 MAX_SPANS = Sampling.max_spans  # images and clips of an answer
 N_PREVIEWS = 4  # Estimates of an image that are decoded on the way.
 
@@ -89,19 +90,20 @@ def span_flags(modalities: Sequence[str], values: Sequence[Any]) -> dict[str, An
 
     Args:
         modalities: that an answer may have.
-        values: of `SPAN_FIELDS` of images, then of audio: names of samplers or `OWN`, numbers or None for the model's
-            own.
-    Raises: ValueError: more steps than the page allows.
+        values: of `SPAN_FIELDS` of images, then of audio.
+    Raises: ValueError: a field without a number, or more steps than the page allows.
     """
     flags: dict[str, Any] = {}
     pairs = [(modality, name) for modality in SPANS for name in SPAN_FIELDS]
     for (modality, name), value in zip(pairs, values):
-        if modality not in modalities or value in (None, "", OWN):
+        if modality not in modalities or value == SPAN_FIELDS[name]:
             continue
         flag = f"{modality}_{name}"
         if name == "n_steps":
             value = whole_number(flag, value, MAX_STEPS[modality])
-        flags[flag] = value if name != "guidance_scale" else real_number(flag, value)
+        elif name == "guidance_scale":
+            value = real_number(flag, value)
+        flags[flag] = value
     return flags
 
 
@@ -286,14 +288,13 @@ class Shown:
 
 def span_fields(context: Context, modality: str) -> list[Any]:
     """Components of `SPAN_FIELDS` of images or of audio, which leave them to the model at first."""
-    gr, own = context.gr, "; empty: the model's own"
+    gr, own = context.gr, SPAN_FIELDS
+    sampler = gr.Dropdown([OWN, *get_args(SamplerKind)], value=own["sampler"], label=f"sampler of {modality}")
     with gr.Row():
-        samplers = [OWN, *get_args(SamplerKind)]
-        return [
-            gr.Dropdown(samplers, value=OWN, label=f"sampler of {modality}", min_width=140),
-            gr.Number(value=None, label=f"steps{own}", precision=0, min_width=140),
-            gr.Number(value=None, label=f"guidance scale{own}", min_width=140),
-        ]
+        label = f"steps of {modality}; {own['n_steps']}: {OWN}"
+        n_steps = gr.Number(value=own["n_steps"], label=label, precision=0, min_width=140)
+        label = f"guidance scale; {own['guidance_scale']}: {OWN}"
+        return [sampler, n_steps, gr.Number(value=own["guidance_scale"], label=label, min_width=140)]
 
 
 def build(context: Context) -> None:

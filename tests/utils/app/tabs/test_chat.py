@@ -22,14 +22,14 @@ from utils.app.context import Context
 from utils.app.jobs import Jobs
 from utils.app.models import Models
 from utils.app.runs import Runs
-from utils.app.tabs.chat import OWN, fitting_vocoders, settings
+from utils.app.tabs.chat import OWN, SPAN_FIELDS, fitting_vocoders, settings
 from utils.generation.arguments.multimodal import ChatArguments
 
 NAME = "multimodal/run/checkpoint-1"
 FREE = "the model chooses"
 USUAL = (4, 0, 0, 0)  # new tokens, temperature, seed, thinking steps
 VOCODER = "vocoder/small/checkpoint-4"
-OWN_SPANS = (OWN, None, None, OWN, None, None)  # sampler, steps and guidance scale of images, of audio
+OWN_SPANS = (*SPAN_FIELDS.values(), *SPAN_FIELDS.values())  # sampler, steps and guidance scale of images, of audio
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,8 @@ def test_a_cancel_ends_the_text_at_the_next_token(client, folder):
         ("transcribe", {"recording": "long.wav"}, "long.wav.*audio_max_tokens=8; give a shorter clip"),
         (FREE, {"text": "see <image:/etc/passwd>"}, "in the text: drop the file into its field"),
         ("draw", {"text": "a", "spans": (OWN, 251, *OWN_SPANS[2:])}, "image_n_steps=251 must be at most 250"),
-        ("speak", {"text": "a", "spans": (*OWN_SPANS[:5], -1)}, "--audio_guidance_scale=-1.0 must be &gt;= 0"),
+        ("speak", {"text": "a", "spans": (*OWN_SPANS[:5], -2)}, "--audio_guidance_scale=-2.0 must be &gt;= 0"),
+        ("speak", {"text": "a", "spans": (*OWN_SPANS[:5], None)}, "audio_guidance_scale is no number"),
         ("speak", {"text": "a", "vocoder": "vocoder/other/checkpoint-4"}, "use different log-mels"),
         ("draw", {"text": "a", "usual": (4, 0, -1, 0)}, "--seed=-1 must be &gt;= 0"),
         ("draw", {"text": "a", "usual": (4, 0, 0, 2)}, "n_thinking_steps=2 has no effect"),
