@@ -30,7 +30,12 @@ def run(args: AppArguments) -> None:
     print(f"looking for checkpoints in {args.runs}", flush=True)
     page = serve(args)
     print(f"{page.local_url}  (Ctrl-C ends it)", flush=True)
-    page.wait()
+    try:
+        page.wait()
+    except KeyboardInterrupt:
+        print("closing the page", flush=True)
+    finally:
+        page.close()
 
 
 if __name__ == "__main__":

@@ -159,14 +159,9 @@ class Page:
         self.blocks, self.jobs, self.local_url = blocks, jobs, str(blocks.local_url)
 
     def wait(self) -> None:
-        """Serve until the process is interrupted; then close."""
-        try:
-            while self.blocks.is_running:
-                time.sleep(POLL_SECONDS)
-        except KeyboardInterrupt:
-            print("closing the page", flush=True)
-        finally:
-            self.close()
+        """Serve until the page is closed. Raises: KeyboardInterrupt: the process is interrupted."""
+        while self.blocks.is_running:
+            time.sleep(POLL_SECONDS)
 
     def close(self) -> None:
         """Cancel all jobs, hang up, and end the threads of the page, as far as they end within `CLOSE_SECONDS`."""
