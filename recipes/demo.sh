@@ -11,8 +11,9 @@
 #                transcribes; runs image and audio first, which make the latents
 #
 # runs/demo/report.html is one page with everything. A second call goes on where an interrupted one stopped; of a
-# complete demo it makes the report alone. SHORTER=10 divides the numbers of training steps by 10; a call without it
-# then begins anew, and keeps the short runs as demo_former_1.
+# complete demo it makes the report alone. Evaluations run beside what comes next. SHORTER=10 divides the numbers of
+# training steps by 10 and evaluates fewer samples; a call without it then begins anew, and keeps the short runs as
+# demo_former_1.
 # It takes about 33 minutes after the installation on 2 cores (48 CPU minutes). The VAE reaches 26 dB PSNR, 96 % of the
 # generated images match their held-out caption (a probe ranks it first of 72), the vocoder has PESQ-wb 2.85, speech is
 # understood about as well as the recordings are, and the transformer describes and transcribes every caption.
