@@ -114,14 +114,16 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
-def compile_in_place(model: nn.Module) -> None:
+def compile_in_place(model: nn.Module, backend: str = "inductor") -> None:
     """Compile a model's repeated blocks, each by itself, or the whole model where it names none.
 
     A block that occurs many times is compiled once, and a loop over blocks whose length changes needs no new graph.
+
+    Args: backend: of torch.compile.
     """
     # Graphs of one block, such as one per input shape. Beyond the limit, 8 by default, PyTorch runs it uncompiled.
     torch._dynamo.config.recompile_limit = 64
     names = getattr(model, "_no_split_modules", None) or ()
     blocks = [module for module in model.modules() if type(module).__name__ in names]
     for module in blocks or [model]:
-        module.compile()
+        module.compile(backend=backend)

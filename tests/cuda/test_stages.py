@@ -139,6 +139,16 @@ def test_bf16_stays_near_fp32_with_fp32_weights(runs):
     assert all(value.dtype == torch.float32 for value in runs["bf16"].weights().values() if value.is_floating_point())
 
 
+def test_adapters_train_the_same_compiled(runs):
+    if runs.stage not in ("image_diffusion", "audio_diffusion", "multimodal"):
+        pytest.skip("the stage has no adapters")
+    flags = ["--init_from", str(runs["fp32"].folder.parent), "--lora_rank", "4", "--learning_rate", "1e-3"]
+    for name, compiles in {"adapted": [], "adapted_compiled": ["--compile_model"]}.items():
+        runs.processes[name] = runs.start(name, *flags, *compiles)
+    losses, *weights = distances(runs["adapted"], runs["adapted_compiled"])
+    assert losses <= 1e-3 and max(weights) <= 1e-3
+
+
 def test_a_compiled_model_trains_the_same(runs):
     losses, *weights = distances(runs["fp32"], runs["compiled"])
     assert losses <= 1e-3 and max(weights) <= 1e-3

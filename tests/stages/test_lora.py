@@ -10,15 +10,19 @@ import pytest
 import torch
 
 import evaluate
+from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents
 from dataset_loading.collators import collate_captioned
 from dataset_loading.image.latents import ImageLatentDataset
 from dataset_loading.text.windows import TextDataset, prepare_text
 from inference import export_model
 from model.adapters.lora import BASE, FACTORS, add_adapters, is_of_adapter
+from model.audio.diffusion import AudioDiffusion
 from model.causal import MegaTransformerForCausalLM
 from model.image.diffusion import ImageDiffusion
 from model.multimodal import MegaTransformerMultimodal
+from pretrain_audio_diffusion import AudioDiffusionStage
 from pretrain_multimodal import MultimodalStage
+from tests.helpers.audio_latent_cache import SMALL_SPEECH, make_speech
 from tests.helpers.runs import Run, changed, edit_record, equal, largest_difference, run_stage
 from tests.helpers.stream_caches import SMALL_STREAMS
 from tests.helpers.text_cache import SMALL_CORE, SMALL_TEXT, WORDS, make_text
@@ -278,6 +282,37 @@ def test_a_unet_is_adapted(train_diffusion, latent_cache):
     half.mkdir()
     (run.folder.parent / "checkpoint-2").rename(half / "checkpoint-2")
     resumed = train_diffusion("half", 4, *flags[2:], "--resume_from_checkpoint")
+    assert all(equal(run.weights(name), resumed.weights(name)) for name in ("model", "ema"))
+
+
+# ---- Text to speech.
+
+
+def test_a_text_to_speech_model_is_adapted(tmp_path, fresh_logging):
+    latents = make_speech(tmp_path / "speech")
+    train = partial(run_stage, AudioDiffusionStage, [*SMALL_SPEECH, *RATE], latents, tmp_path)
+    base = train("base", 3)
+    flags = ["--init_from", str(base.folder.parent), "--lora_rank", "4", "--save_steps", "2"]
+    run = train("tuned", 4, *flags)
+    # The text encoder, durations and convolutions are those of the base.
+    assert equal(plain_names(run.weights()), base.weights("ema"))
+    factors = {name: value for name, value in run.weights().items() if is_of_adapter(name)}
+    assert run.weights("ema").keys() == factors.keys() and all(value.any() for value in factors.values())
+    # Predictions of merged and adapted weights, with and without text.
+    clips = collate_audio_latents([AudioLatentDataset(latents, "train")[i] for i in range(4)])
+    names = ("n_latent_frames", "tokens", "n_tokens", "durations", "speakers")
+    inputs = {name: clips[name] for name in names} | {"drop": torch.tensor([True, False, False, False])}
+    for kind in ("raw", "ema"):
+        merged, adapted = load_model(AudioDiffusion, run.folder, kind), adapted_model(AudioDiffusion, run, kind)
+        noisy = {"latents": clips["latents"], "time": torch.linspace(0.1, 0.9, 4)}
+        with torch.no_grad():
+            outputs = [model(**noisy, **inputs).prediction for model in (merged, adapted)]
+        assert (outputs[0] - outputs[1]).abs().max() <= 1e-5 * outputs[0].abs().max()
+    # Exact resume.
+    half = run.folder.parents[1] / "half"
+    half.mkdir()
+    (run.folder.parent / "checkpoint-2").rename(half / "checkpoint-2")
+    resumed = train("half", 4, "--save_steps", "2", "--resume_from_checkpoint")
     assert all(equal(run.weights(name), resumed.weights(name)) for name in ("model", "ema"))
 
 

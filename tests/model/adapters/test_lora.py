@@ -22,6 +22,7 @@ from model.image.vae import ImageVAE
 from model.multimodal import MegaTransformerMultimodal
 from model.multimodal.parameters import freeze, rate_factors
 from tests.helpers.runs import SMALL_LDM_UNET, equal, largest_difference
+from utils.devices import compile_in_place
 
 SMALL_UNET = {"widths": [32, 64], "n_blocks": [1, 1], "conditioning_width": 64, "text_width": 32}
 OF_TRANSFORMER = {"attention.qkv_proj", "attention.o_proj", "ffn.in_proj", "ffn.out_proj"}
@@ -100,6 +101,36 @@ def test_a_plain_model_gets_merged_weights_in_place(case):
         load_merged(plain, rest, adapters)
     with pytest.raises(ValueError, match="further of the adapted model is no weight of the plain one"):
         load_merged(plain, {**state, "further": torch.zeros(1)}, adapters)
+
+
+@pytest.mark.parametrize("case", ["text", "image UNet"])
+def test_an_adapted_model_is_compiled_whole_and_computes_the_same(case):
+    """By the backend without kernels of its own, since those for CPUs are not used."""
+    model = build(case)
+    add_adapters(model, rank=2, alpha=4.0)
+    for parameter in model.parameters():  # Layers that begin with zeros would hide what lies before them.
+        torch.nn.init.normal_(parameter, std=0.1)
+    compiled, results = copy.deepcopy(model), []
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compile_in_place(compiled, backend="aot_eager")
+    for network in (model, compiled):
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(1, 99, (2, 8), generator=generator)
+        if case == "text":
+            output = network(input_ids=tokens).logits
+        else:
+            latents = torch.randn(2, *network.latent_shape(), generator=generator)
+            text = {"tokens": tokens, "mask": torch.ones_like(tokens, dtype=torch.bool)}
+            output = network(latents=latents, time=torch.tensor([0.3, 0.6]), **text).prediction
+        output.square().mean().backward()
+        gradients = {name: value.grad for name, value in network.named_parameters() if is_of_adapter(name)}
+        results.append({"output": output.detach(), **gradients})
+    assert all(value.any() for value in results[0].values())
+    for name, expected in results[0].items():
+        assert (results[1][name] - expected).abs().max() <= 1e-4 * expected.abs().max(), name
+    # Adapters do not break the graph of a layer into pieces.
+    assert torch._dynamo.utils.counters["frames"]["ok"] > 0 and not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_names_are_ends_of_full_names():
