@@ -206,7 +206,7 @@ def training_arguments(args: StageArguments, run_dir: Path) -> "TrainingArgument
         usable_cpus,
         use_deterministic_kernels,
     )
-    from utils.distributed import launch_settings
+    from utils.distributed import launch_settings, launched_rank
 
     assert isinstance(args.batch_size, int), "`settle_batch_size` comes first"
     # Precision and determinism are settings of the process, to be made before the first computation.
@@ -215,7 +215,7 @@ def training_arguments(args: StageArguments, run_dir: Path) -> "TrainingArgument
         set_fp32_precision(args.tf32)
         if args.deterministic:
             use_deterministic_kernels()
-    elif args.bf16 and compute_device().type == "cpu" and not computes_bf16():
+    elif args.bf16 and launched_rank() == 0 and compute_device().type == "cpu" and not computes_bf16():
         logger.warning("--bf16: this CPU has no instructions for bf16, so fp32 is several times as fast; leave it out")
     launch = launch_settings(args.use_deepspeed, args.deepspeed_config, args.bf16)
     feed = feeding(args.num_workers, has_gpu=has_gpu, n_cores=usable_cpus(), n_processes=local_processes())
