@@ -1,9 +1,10 @@
-# Read by recipes/demo.sh: `step OUTPUT COMMAND...` runs a command unless it is complete. `beside OUTPUT COMMAND...` does so
-# while the recipe goes on, for what one core does and nothing later reads; the next `beside`, or `meet`, waits for its end.
+# Read by recipes/demo.sh: `step OUTPUT COMMAND...` runs a command unless it is complete. `beside OUTPUT COMMAND...` does
+# so while the recipe goes on, for what one core does and nothing later reads; the next `beside`, or `meet`, waits for
+# its end.
 #
 # It is complete where the same words have made OUTPUT, and neither OUTPUT nor any file, cache or run that the words
-# name has changed since. The table $STEPS, with tabs between stage, output, seconds, state and command, says so; it only
-# grows, so that recipes may run at the same time, and the last row of an output counts. Seconds are those that the recipe
+# name has changed since. The table $STEPS, with tabs between stage, output, seconds, state and command, says so. It only
+# grows, so that recipes may run at the same time; the last row of an output counts. Seconds are those that the recipe
 # took longer for the command. A state is that of the output, + and that of the inputs; the output of an interrupted
 # command has "-", and the call that completes it adds its seconds to those before. A cache or run that other words, or
 # the same of other inputs, have made is kept under another name, since a command would refuse to go on with it.
@@ -128,7 +129,8 @@ step() {
     else
         OMP_NUM_THREADS=${ALONE:-1} "${COMMAND[@]}"
     fi
-    record "$STAGE" "$OUTPUT" $((BEFORE + $(date +%s) - BEGUN)) "$(state_of "$OUTPUT")+$(state_of "${INPUTS[@]}")" "$WORDS"
+    record "$STAGE" "$OUTPUT" $((BEFORE + $(date +%s) - BEGUN)) \
+        "$(state_of "$OUTPUT")+$(state_of "${INPUTS[@]}")" "$WORDS"
     OUTPUT=
 }
 
