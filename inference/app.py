@@ -8,6 +8,7 @@ hosts. --host 0.0.0.0 lets other machines in, without a password.
 """
 
 import logging
+import signal
 import sys
 from pathlib import Path
 
@@ -26,7 +27,8 @@ from utils.command_line import explained_errors, parse_arguments
 
 
 def run(args: AppArguments) -> None:
-    """Serve until the process is interrupted."""
+    """Serve until the process is interrupted, or ended by SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     print(f"looking for checkpoints in {args.runs}", flush=True)
     page = serve(args)
     print(f"{page.local_url}  (Ctrl-C ends it)", flush=True)

@@ -63,11 +63,15 @@ class Chromium:
         for descriptor in theirs:
             os.close(descriptor)
         self.session = ""
-        targets = self.call("Target.getTargets")["targetInfos"]
-        target = next(info["targetId"] for info in targets if info["type"] == "page")
-        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
-            self.call(f"{domain}.enable")
+        try:
+            targets = self.call("Target.getTargets")["targetInfos"]
+            target = next(info["targetId"] for info in targets if info["type"] == "page")
+            self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+            for domain in ("Page", "Runtime", "Log", "Network"):
+                self.call(f"{domain}.enable")
+        except BaseException:
+            self.process.kill()
+            raise
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """The result of a method. Raises: RuntimeError: the browser refuses it; TimeoutError: it does not answer."""
@@ -176,8 +180,9 @@ class Chromium:
         try:
             self.session = ""
             self.call("Browser.close")
-        except (OSError, RuntimeError, TimeoutError):
+            self.process.wait(20)
+        except (OSError, RuntimeError, TimeoutError, subprocess.TimeoutExpired):
             self.process.kill()
-        self.process.wait(20)
+            self.process.wait(20)
         os.close(self.writing)
         os.close(self.reading)
