@@ -34,7 +34,7 @@ def test_the_oldest_files_are_deleted_with_their_folders(tmp_path):
 def test_an_upload_deletes_older_ones_beyond_the_limit(runs):
     def upload(page, number):
         part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
-        body = part + bytes([number]) * 900_000 + b"\r\n--x--\r\n"
+        body = part + bytes([number]) * 450_000 + b"\r\n--x--\r\n"
         kind = "multipart/form-data; boundary=x"
         assert request(page, "POST", "/gradio_api/upload", body, content_type=kind)[0] == 200
 
@@ -44,7 +44,7 @@ def test_an_upload_deletes_older_ones_beyond_the_limit(runs):
         with contextlib.suppress(OSError):
             return {(place / "a.png").read_bytes()[0] for place in places}
 
-    with served(runs, max_kept_mb=2) as page:
+    with served(runs, max_kept_mb=1) as page:
         for number in range(5):
             upload(page, number)
             wait_until(lambda last={number - 1, number} - {-1}: kept() == last)

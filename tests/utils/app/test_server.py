@@ -24,18 +24,44 @@ def port_of(page):
     return urlsplit(page.local_url).port
 
 
-def test_fifty_requests_wait_one_computes_at_a_time_and_none_is_lost(page, client):
-    jobs = [client.submit(*QUICK[:2], seed, *QUICK[3:], api_name="/draw") for seed in range(50)]
-    queue, running = page.blocks._queue.event_queue_per_concurrency_id, []
+def function_of(page, api_name):
+    (number,) = [number for number, function in page.blocks.fns.items() if function.api_name == api_name]
+    return number
 
-    def are_done() -> bool:
-        running.append(queue["models"].current_concurrency if "models" in queue else 0)
-        return all(job.done() for job in jobs)
 
-    wait_until(are_done, 300)
-    lines = [job.result(timeout=1)[2] for job in jobs]
-    assert [re.search(r"--seeds (\d+)", line)[1] for line in lines] == [str(seed) for seed in range(50)]
-    assert max(running) == 1 and not queue["models"].queue
+def join(page, values, session="x"):
+    """Start a job of Draw as a browser does; the answer."""
+    body = json.dumps({"data": values, "session_hash": session, "fn_index": function_of(page, "draw")})
+    return request(page, "POST", "/gradio_api/queue/join", body, content_type="application/json")
+
+
+def messages(page, session, seconds=300):
+    """What the page tells a session, until it has no job."""
+    connection = http.client.HTTPConnection(urlsplit(page.local_url).netloc, timeout=60)
+    with contextlib.closing(connection):
+        connection.request("GET", f"/gradio_api/queue/data?session_hash={session}")
+        until = time.monotonic() + seconds
+        for line in connection.getresponse():
+            assert time.monotonic() < until, "the page does not come to an end"
+            if line.startswith(b"data:"):
+                yield json.loads(line[5:])
+
+
+def test_fifty_requests_wait_one_computes_at_a_time_and_none_is_lost(page):
+    jobs = [json.loads(join(page, [*QUICK[:2], seed, *QUICK[3:]])[2])["event_id"] for seed in range(50)]
+    started, lines, ended = [], {}, []
+    for message in messages(page, "x"):
+        kind, job = message["msg"], message.get("event_id")
+        if kind == "process_starts":
+            assert started == ended  # The one before has ended.
+            started.append(job)
+        elif kind == "process_generating":
+            lines.setdefault(job, message["output"]["data"][2])  # Later ones are differences.
+        elif kind == "process_completed":
+            assert message["success"]
+            ended.append(job)
+    assert started == ended == jobs
+    assert [re.search(r"--seeds (\d+)", lines[job])[1] for job in jobs] == [str(seed) for seed in range(50)]
 
 
 def test_two_visitors_at_once_are_answered_one_after_the_other(page, client):
@@ -56,9 +82,7 @@ def test_the_request_beyond_those_that_may_wait_is_refused(runs):
         wait_until(lambda: sum(len(queue.queue) for queue in queues.values()) == 3)
         with pytest.raises(Exception, match="429"):
             client.predict(*QUICK, api_name="/draw")
-        (function,) = [number for number, each in page.blocks.fns.items() if each.api_name == "draw"]
-        body = json.dumps({"data": QUICK, "session_hash": "x", "fn_index": function})
-        status, headers, text = request(page, "POST", "/gradio_api/queue/join", body, content_type="application/json")
+        status, headers, text = join(page, QUICK)
         words = "as many jobs wait as --queue_size allows (3); try again in a minute"
         assert (status, headers["content-type"], json.loads(text)) == (429, "application/json", {"detail": words})
         # What needs no model goes past the queue in browsers, which call it so.
