@@ -141,6 +141,14 @@ def known_hosts(host: str) -> frozenset[str]:
     return frozenset((host, "localhost", "127.0.0.1", "[::1]")) if is_local else frozenset()
 
 
+def pass_proxies(host: str) -> None:
+    """Let requests to this machine pass proxies that the environment names: Gradio asks its own server at its start,
+    and waits for the answer without an end."""
+    for name in ("no_proxy", "NO_PROXY"):
+        known = [entry for entry in os.environ.get(name, "").split(",") if entry]
+        os.environ[name] = ",".join(dict.fromkeys([*known, "localhost", "127.0.0.1", host]))
+
+
 def theme(gr: Any) -> Any:
     """Colours and fonts; fonts are those of the visitor's system."""
     fonts = ("system-ui", "sans-serif")
@@ -186,6 +194,7 @@ def serve(args: AppArguments) -> Page:
     # Of its own accord, gradio reports usage to its makers.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     kept_folder()
+    pass_proxies(args.host)
     gr = import_extra("gradio", "app", "the page")
     middleware = importlib.import_module("starlette.middleware")  # Gradio is built on it.
     blocks, jobs = build_page(gr, args)

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import json
+import os
 import re
 import subprocess
 import sys
@@ -168,6 +169,15 @@ def test_a_page_that_is_closed_while_it_computes_leaves_no_thread(runs):
         assert time.process_time() - start < 5
         for visitor in visitors:
             visitor.close()
+
+
+def test_a_proxy_is_not_asked_for_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # Nobody listens there.
+    monkeypatch.setenv("no_proxy", "my.host")
+    monkeypatch.setenv("NO_PROXY", "")
+    with served(tmp_path) as page:
+        assert request(page, "GET", "/config")[0] == 200
+    assert os.environ["no_proxy"] == "my.host,localhost,127.0.0.1" and os.environ["NO_PROXY"] == "localhost,127.0.0.1"
 
 
 def test_an_empty_folder_says_what_trains_a_model(tmp_path):
