@@ -21,6 +21,7 @@ from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_late
 from dataset_loading.audio.pieces import EVALUATED_LATENTS, AudioLatentPieces
 from model.audio.diffusion import AudioDiffusion, AudioDiffusionConfig
 from model.presets import AUDIO_DIFFUSION
+from utils.evaluation.recordings import folder_of_recordings
 from utils.evaluation.spoken_error_rates import SpokenErrorRates
 from utils.generation.audio_diffusion import fit_to_audio_latents, load_matching_vocoder
 from utils.generation.captions import seconds_of_clips
@@ -93,6 +94,11 @@ class AudioDiffusionStage(DiffusionStage):
             return {"latents": self.latents}
         entries = AudioLatentDataset(self.cache_dir, "train").entries
         return {"latents": self.latents, "clip_seconds": seconds_of_clips(entries)}
+
+    def evaluation_flags(self):
+        """Also the cache of a vocoder that the latents were made of, which holds the recordings."""
+        folder = folder_of_recordings(self.latents)
+        return {**super().evaluation_flags(), **({"waveforms": folder} if folder else {})}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shlex
 import shutil
 
 import numpy as np
@@ -27,6 +28,7 @@ from tests.helpers.runs import changed, edit_record, move_alone, run_stage
 from tests.helpers.vocoder_checkpoint import SMALL_VOCODER, save_stage_checkpoint, small_vocoder
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
+from utils.evaluation.recordings import folder_of_recordings
 from utils.generation.arguments.audio_diffusion import AudioSamplingArguments, TextToSpeechArguments
 from utils.generation.latents import vae_fingerprint
 from utils.generation.speech import SpeechPipeline
@@ -95,6 +97,26 @@ def test_speech_is_logged(train, folder):
     assert set(events.Tags()["audio"]) == {*sounds, "sounds/sentence_00", "sounds/sentence_01"}
     scalars = events.Tags()["scalars"]
     assert {"eval/loss", "eval/prior", "eval/length_ratio", "eval/loss_t0.50-1.00"} <= set(scalars)
+
+
+def test_the_command_at_the_end_carries_vocoder_and_recordings(train, folder, tmp_path, capsys):
+    def flags(latents: str = "latents") -> list[str]:
+        vocoder = ["--n_logged_samples", "1", "--sentences", "--vocoder_checkpoint", str(folder / "vocoder")]
+        train(latents, 1, *vocoder, latents=latents)
+        return shlex.split(capsys.readouterr().out.splitlines()[-1])[3:]
+
+    given = [
+        *("--checkpoint", str(tmp_path / "audio_diffusion/latents")),
+        *("--vocoder_checkpoint", f"{folder}/vocoder"),
+    ]
+    assert flags() == given  # The latents were made of log-mels alone.
+    # The same from the cache of a vocoder, which holds the recordings.
+    cache = shutil.copytree(folder / "mels", tmp_path / "vocoder_cache")
+    manifest = json.loads((cache / "manifest.json").read_text())
+    (cache / "manifest.json").write_text(json.dumps({**manifest, "stage": "audio_vocoder"}))
+    settings = {"conditioning": "speech", "made_from": {"folder": str(cache)}}
+    assert folder_of_recordings(settings) == str(cache)
+    assert folder_of_recordings({**settings, "conditioning": "caption"}) == ""
 
 
 def test_error_rates_are_measured_at_evaluations_where_the_packages_are(train, monkeypatch, caplog):

@@ -1,5 +1,7 @@
 """The recordings of clips whose cache holds latents alone."""
 
+import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,7 @@ from torch import Tensor
 
 from dataset_loading.audio.cached import VocoderDataset
 from dataset_loading.content import DIGEST, STATE, digest_of_sample
+from dataset_loading.files import read_manifest
 from dataset_loading.packs import splits_of
 from model.audio.spectral import MelSettings
 
@@ -57,3 +60,19 @@ class Recordings:
                 f"{entry['mel_frames']}; {remedy}"
             )
         return sample
+
+
+def folder_of_recordings(latents: Mapping[str, Any]) -> str:
+    """The folder for `--waveforms` from which latents of speech were made; "" where it is gone or has no recordings.
+
+    Args: latents: the settings of their cache.
+    """
+    folder = Path(latents.get("made_from", {}).get("folder", ""))
+    if latents["conditioning"] != "speech":
+        return ""
+    try:
+        settings = read_manifest(folder, VocoderDataset.stage)["settings"]
+    except (OSError, ValueError):
+        return ""
+    is_near = folder.is_relative_to(Path.cwd())
+    return "" if settings.get("vae_fingerprint") else os.path.relpath(folder) if is_near else str(folder)

@@ -110,6 +110,12 @@ class Stage:
         """Content of `stage.json` beyond what all stages have."""
         return {}
 
+    def evaluation_flags(self) -> dict[str, str]:
+        """Flags of `evaluate.py`, by name, that measure the run with what it was given: its vocoder, its text
+        encoder."""
+        names = ("vocoder_checkpoint", "text_encoder")
+        return {name: getattr(self.args, name) for name in names if getattr(self.args, name, "")}
+
     # ---- What all stages do.
 
     @classmethod
@@ -193,8 +199,9 @@ class Stage:
                 logger.info("%s has made all its steps; nothing is trained or saved", checkpoint)
             metrics = {} if self.stopping.stopped_by else trainer.final_metrics()
         if rank() == 0 and not self.stopping.stopped_by:
-            command = shlex.join(["python", "evaluate.py", "--checkpoint", str(self.run_dir)])
-            say(f"weights: {newest_complete(self.run_dir)}\nnext: {command}")
+            flags = {"checkpoint": str(self.run_dir), **self.evaluation_flags()}
+            command = ["python", "evaluate.py", *(word for name in flags for word in (f"--{name}", flags[name]))]
+            say(f"weights: {newest_complete(self.run_dir)}\nnext: {shlex.join(command)}")
         if self.writer is not None:
             self.writer.close()  # Its thread must not outlive the run.
         self.stopping.end_as_signalled()
