@@ -137,7 +137,9 @@ def report(results: dict[tuple[str, int], dict]) -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--cached_dataset", default="cached_datasets/scenes_latents")
     parser.add_argument("--config", default="tiny")
     parser.add_argument("--max_steps", type=int, default=1000)

@@ -323,7 +323,9 @@ def unpack_in_place(folder: Path, header: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m dataset_loading.pack", description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(
+        "python -m dataset_loading.pack", description=__doc__, formatter_class=formatter, allow_abbrev=False
+    )
     parser.add_argument("source", type=Path, metavar="SRC", help="cache, packed or not")
     parser.add_argument("target", type=Path, metavar="DST", help="folder of the other form")
     parser.add_argument("--pack", type=int, help=f"samples per pack (default: {SAMPLES_PER_PACK})")

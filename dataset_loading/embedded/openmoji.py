@@ -205,6 +205,7 @@ def run_command(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
     )
     parser.add_argument("folder", help="folder that is written")
     for name, (default, meaning) in numbers.items():

@@ -36,7 +36,7 @@ measure: the new run has a name of its own"""
 
 class StrictParser(argparse.ArgumentParser):
     """An ArgumentParser that suggests the closest known flag for an unknown one, answers other trainers' flags with
-    its own, refuses flags that are given twice, and accepts former names of flags.
+    its own, refuses abbreviations and flags that are given twice, and accepts former names of flags.
 
     Attributes:
         renamed: former flag -> flag, such as `{"--n_pictures": "--n_images"}`. `--help` does not show the former ones.
@@ -46,7 +46,7 @@ class StrictParser(argparse.ArgumentParser):
     """
 
     def __init__(self, **kwargs: Any):
-        super().__init__(**kwargs)
+        super().__init__(allow_abbrev=False, **kwargs)
         self.renamed: dict[str, str] = {}
         self.notices: list[str] = []
         self.source = ""
@@ -68,17 +68,20 @@ class StrictParser(argparse.ArgumentParser):
         # argparse would only name the unknown flag; the closest known one helps more.
         if unknown:
             flags = [flag for flag in self._option_string_actions if flag not in LAUNCHERS]
-            self.error(f"unknown argument {unknown[0]}{suggest(unknown[0].split('=')[0], flags)}")
+            name = unknown[0].partition("=")[0]
+            # Flags that it may abbreviate, the shortest first.
+            longer = sorted((flag for flag in flags if name.startswith("--") and flag.startswith(name)), key=len)
+            hint = f"; did you mean {longer[0]!r}?" if longer and name != "--" else suggest(name, flags)
+            self.error(f"unknown argument {unknown[0]}{hint}")
         return parsed
 
     def refuse_foreign(self, word: str) -> None:
-        """End with our name of a flag of another trainer, which may also be the beginning of another one of ours."""
+        """End with our name of a flag of another trainer."""
         if not word.startswith("--") or " " in word or word in self._option_string_actions:
             return
         known = {action.dest: action for action in self._actions}
         name = our_flag(word, known)
-        # An abbreviation of the very flag is taken: --lr_scheduler for --lr_scheduler_type.
-        if name and [flag for flag in self._option_string_actions if flag.startswith(word)] != [f"--{name}"]:
+        if name:
             self.error(f"unknown argument {word}; here it is --{name}: {(known[name].help or '').replace('%%', '%')}")
 
     def error(self, message: str) -> typing.NoReturn:
@@ -134,7 +137,7 @@ def build_parser(arguments_class: type, description: str) -> StrictParser:
         for field in fields:
             own = [condition for condition in conditions.get(field.name, []) if condition not in shared]
             add_flag(group, field, meaning_of(field, getattr(defaults, field.name), own))
-            # Former names are not flags of their own, which would make abbreviations ambiguous.
+            # Former names are not flags of their own: `--help` does not show them.
             aliases = inherited(arguments_class, field.name, "aliases") or ()
             parser.renamed |= {f"--{alias}": f"--{field.name}" for alias in aliases}
     # A file of flags, and the flag that launchers append.

@@ -82,11 +82,20 @@ def test_a_peers_flag_is_answered_with_ours(arguments, words, ours, capsys):
     assert f"unknown argument {flag}; here it is {ours}: " in message
 
 
-def test_abbreviations_of_the_very_flag_are_taken(capsys):
-    args = parse_arguments(ImageDiffusionArguments, ["--lr_scheduler", "linear", "--max_grad", "2"], "")
-    assert (args.lr_scheduler_type, args.max_grad_norm) == ("linear", 2)
-    assert parse_arguments(ImageDiffusionArguments, ["--lora_r", "4", "--init_from", "x"], "").lora_rank == 4
-    assert "--warmup_ratio=500.0 must be < 1" in error(ImageDiffusionArguments, "--warmup 500", capsys)
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        ("--run_nam x", "did you mean '--run_name'?"),
+        ("--run=x", "did you mean '--run_name'?"),
+        ("--max_grad 2", "did you mean '--max_grad_norm'?"),
+        ("--lr_scheduler linear", "here it is --lr_scheduler_type: "),
+        ("--lora_r 4 --init_from x", "here it is --lora_rank: "),
+        ("--warmup 500", "here it is --warmup_ratio: "),
+    ],
+)
+def test_abbreviations_are_refused_and_answered_with_the_flag(words, ours, capsys):
+    message = error(ImageDiffusionArguments, words, capsys)
+    assert f"unknown argument {words.split()[0]}" in message and ours in message
 
 
 def test_another_spelling_of_ours_is_suggested(capsys):
