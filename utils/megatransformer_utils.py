@@ -58,7 +58,12 @@ class StageArguments:
     )
 
     SECTION_LENGTH: ClassVar = Section("Training")
-    num_train_epochs: float = option(100.0, "passes over the training set; ignored where max_steps is given", gt=0)
+    num_train_epochs: float = option(
+        100.0,
+        "passes over the training set; ignored where max_steps is given",
+        gt=0,
+        aliases=("num_train_epoch",),
+    )
     max_steps: int = option(-1, "optimizer steps; -1: given by num_train_epochs", ge=-1)
     batch_size: BatchSize = option(16, "samples per micro-batch and process; auto: as many as fit", gt=0)
     eval_batch_size: int = option(16, "samples per batch and process in evaluation", gt=0)

@@ -116,9 +116,9 @@ def test_all_terms_are_logged_and_validation_covers_several_depths(whole):
 
 def test_gradient_checkpointing_changes_nothing(runs, whole):
     recomputed = runs(
-        "recomputed", 4, "--batch_size", "8", "--use_gradient_checkpointing", "--lr_scheduler", "constant"
+        "recomputed", 4, "--batch_size", "8", "--use_gradient_checkpointing", "--lr_scheduler_type", "constant"
     )
-    plain = runs("plain", 4, "--batch_size", "8", "--lr_scheduler", "constant")
+    plain = runs("plain", 4, "--batch_size", "8", "--lr_scheduler_type", "constant")
     assert recomputed.losses == pytest.approx(plain.losses, rel=1e-6)
 
 

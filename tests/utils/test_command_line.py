@@ -75,7 +75,7 @@ def test_overrides_are_read_as_json():
     [
         ("--batch_size 4 --batch_size 8", "--batch_size", ("--batch_size 4", "--batch_size 8")),
         ("--batch_size 4 --batch_size 4", "--batch_size", ("--batch_size 4",)),
-        ("--batch_size=4 --max_steps 3 --batch_s 8", "--batch_size", ("--batch_size 4", "--batch_size 8")),
+        ("--batch_size=4 --max_steps 3 --batch_size=8", "--batch_size", ("--batch_size 4", "--batch_size 8")),
         ("--use_ema --no_use_ema", "--use_ema", ("--use_ema", "--no_use_ema")),
         ("--bf16 --bf16", "--bf16", ("--bf16",)),
         ("--resume_from_checkpoint --resume_from_checkpoint runs/a", "--resume_from_checkpoint", ("latest", "runs/a")),

@@ -124,7 +124,7 @@ class MergeArguments:
 def asks_to_merge(argv: Sequence[str] | None) -> bool:
     """Whether a command line joins shards."""
     flags = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv)]
-    return any(len(flag) > len("--me") and "--merge".startswith(flag) for flag in flags)
+    return "--merge" in flags
 
 
 def arguments_or_merge(arguments_class: type, argv: Sequence[str] | None = None) -> type:

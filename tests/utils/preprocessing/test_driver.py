@@ -433,7 +433,7 @@ def test_command_repeats_the_run():
         (["--dataset_name", "x", "--validation_fraction", "1"], "must be < 1"),
         (["--dataset_name", "x", "--validation_split", "test"], "--validation_split has no effect"),
         (["--dataset_name", "x", "--validation_dataset", "y", "--validation_fraction", "0.1"], "has no effect"),
-        (["--dataset_nam", "x", "--sead", "3"], "unknown argument --sead; did you mean '--seed'"),
+        (["--dataset_name", "x", "--sead", "3"], "unknown argument --sead; did you mean '--seed'"),
     ],
 )
 def test_wrong_flags(flags, message, capsys):
