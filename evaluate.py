@@ -39,6 +39,7 @@ from utils.evaluation.recurrent_vae import RecurrentVAEEvaluator
 from utils.evaluation.text import TextEvaluator
 from utils.evaluation.vocoder import VocoderEvaluator
 from utils.generation.exported import home_of
+from utils.progress import progress_shown
 
 logger = logging.getLogger("evaluate")
 
@@ -104,7 +105,7 @@ def main(argv: list[str] | None = None) -> dict:
     """The command line."""
     args = parse_arguments(EvaluateArguments, argv, __doc__ or "")
     logging.basicConfig(level=logging.INFO, format="%(levelname)s: %(message)s")
-    with explained_errors(logger):
+    with explained_errors(logger), progress_shown():
         return evaluate(args)
 
 

@@ -42,6 +42,7 @@ from utils.metrics.audio import (
 from utils.metrics.pitch import pitch_scores, track_pitch
 from utils.metrics.timing import RealTime
 from utils.metrics.words import RECOGNIZER_NAME, Recognizer, knows_language, normalize_text, word_error_rate
+from utils.progress import reported
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ class AudioEvaluator(Evaluator):
         transcripts: list[dict[str, Any]] = []
         examples: list[tuple[Clip, Scores]] = []
         # One clip at a time: waveforms of all rows, their scores, and their words.
-        for index in indices:
+        for index in reported(indices, "all rows and their metrics", len(indices), "clips"):
             clip = self.clip(dataset, index)
             scores = self.scorer.score(clip)
             for name, row in scores.items():

@@ -42,6 +42,7 @@ from utils.generation.speech import SpeechPipeline
 from utils.metrics.pitch import pitch_statistics, track_pitch
 from utils.metrics.timing import RealTime
 from utils.metrics.words import normalize_text
+from utils.progress import reported
 from utils.seeds import seed_of
 
 logger = logging.getLogger(__name__)
@@ -197,7 +198,8 @@ class AudioDiffusionEvaluator(AudioPipelineEvaluator):
             ((mel, _),) = self.generate(self.text_inputs([utterance]), [utterance], settings)
             return self.pipeline.vocode(mel)
 
-        for utterance in utterances[:N_TIMED]:
+        timed = utterances[:N_TIMED]
+        for utterance in reported(timed, f"speed of {name}", len(timed), "clips"):
             seconds = lambda waveform: len(waveform) / self.settings.sample_rate  # noqa: E731
             self.speed.run(name, seconds, lambda utterance=utterance: speak(utterance))
 
@@ -231,14 +233,20 @@ class AudioDiffusionEvaluator(AudioPipelineEvaluator):
                 transcripts.append({"key": utterance.key, "text": utterance.text, **speaker, **recognized})
 
         # Held-out clips, batch by batch, so that few waveforms are held at once; then the new sentences.
-        for start in range(0, len(indices), self.args.batch_size):
-            batch = slice(start, start + self.args.batch_size)
-            for index, utterance in zip(indices[batch], self.held_out(dataset, indices[batch], partners[batch])):
-                score(utterance, reference)
-                spoken.append(Utterance(utterance.key, utterance.text, utterance.speaker, utterance.language))
-                examples += [utterance] if index in on_sheet else []
+        batches = [
+            slice(start, start + self.args.batch_size) for start in range(0, len(indices), self.args.batch_size)
+        ]
+        clips = (
+            clip
+            for batch in batches
+            for clip in zip(indices[batch], self.held_out(dataset, indices[batch], partners[batch]))
+        )
+        for index, utterance in reported(clips, "rows of held-out clips", len(indices), "clips"):
+            score(utterance, reference)
+            spoken.append(Utterance(utterance.key, utterance.text, utterance.speaker, utterance.language))
+            examples += [utterance] if index in on_sheet else []
         sentences = self.new_sentences()
-        for utterance in sentences:
+        for utterance in reported(sentences, "row of new sentences", len(sentences), "sentences"):
             score(utterance, "")
         self.time_speech("model", spoken, self.args)
         if "prior" in self.args.rows:
@@ -342,7 +350,8 @@ class AudioDiffusionEvaluator(AudioPipelineEvaluator):
             for n_steps in args.curve_steps:
                 settings = dataclasses.replace(args, n_steps=n_steps, guidance_scale=scale)
                 rows, transcripts = [], []
-                for start in range(0, len(usable), args.batch_size):
+                starts, title = range(0, len(usable), args.batch_size), f"curve, guidance {scale:g}, {n_steps} steps"
+                for start in reported(starts, title, len(starts), "batches"):
                     batch = usable[start : start + args.batch_size]
                     for utterance, (mel, _) in zip(batch, self.generate(self.text_inputs(batch), batch, settings)):
                         waveform = self.pipeline.vocode(mel)

@@ -36,6 +36,7 @@ from utils.metrics.caption_agreement import (
 from utils.metrics.feature_sets import compare_sets, memorisation
 from utils.metrics.sounds import sound_blocks, sound_features
 from utils.metrics.timing import Stopwatch
+from utils.progress import reported
 from utils.seeds import seed_of
 
 logger = logging.getLogger(__name__)
@@ -68,13 +69,16 @@ class CaptionEvaluator(AudioPipelineEvaluator):
 
     def decoded(self, dataset: AudioLatentDataset, indices: Sequence[int]) -> Iterator[Tensor]:
         """Log-mels (M, F) of real clips: their latents, decoded."""
-        for start in range(0, len(indices), self.args.batch_size):
+        starts = range(0, len(indices), self.args.batch_size)
+        name = "training sounds" if dataset is self.training else "held-out sounds"
+        for start in reported(starts, f"decoded {name}", len(starts), "batches"):
             batch = collate_audio_latents([dataset[index] for index in indices[start : start + self.args.batch_size]])
             yield from self.pipeline.decode(batch["latents"].to(self.device), batch["n_mel_frames"].to(self.device))
 
     def generated(self, entries: Sequence[dict[str, Any]], settings: Any, watch: Stopwatch) -> Iterator[Tensor]:
         """Log-mels (M, F) made for the captions of clips, each as long as its clip."""
-        for start in range(0, len(entries), self.args.batch_size):
+        starts, name = range(0, len(entries), self.args.batch_size), f"generated sounds, {settings.n_steps} steps"
+        for start in reported(starts, name, len(starts), "batches"):
             batch = entries[start : start + self.args.batch_size]
             inputs = self.pipeline.text_inputs([entry["caption"] for entry in batch])
             n_frames = torch.tensor([entry["mel_frames"] for entry in batch], device=self.device)

@@ -30,6 +30,7 @@ from utils.metrics.feature_sets import compare_sets
 from utils.metrics.given_features import given_scores
 from utils.metrics.images import to_square
 from utils.metrics.timing import Stopwatch
+from utils.progress import reported
 from utils.seeds import seed_of
 
 
@@ -81,7 +82,8 @@ class BatchedGenerator:
         """
         device = self.pipeline.device
         watch = watch or Stopwatch(device)
-        for start in range(0, len(samples), self.batch_size):
+        starts = range(0, len(samples), self.batch_size)
+        for start in reported(starts, f"generated images, {settings.n_steps} steps", len(starts), "batches"):
             # One seed per image, from the seed of the evaluation, the key of the sample and the number of the copy.
             batch = samples[start : start + self.batch_size]
             prompts = [sample["caption"] for sample in batch]

@@ -55,6 +55,7 @@ from utils.metrics.caption_agreement import (
 )
 from utils.metrics.feature_sets import memorisation
 from utils.metrics.timing import Stopwatch
+from utils.progress import reported
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +148,8 @@ class ImageDiffusionEvaluator(ImageEvaluator):
         sizes: list[Size] = []
         options = {"num_workers": self.args.num_workers, "collate_fn": collate_images}
         loader = DataLoader(Subset(dataset, indices), self.args.batch_size, **options)
-        for batch in loader:
+        name = "training images" if dataset is self.training else "held-out images"
+        for batch in reported(loader, f"features of {name}", len(loader), "batches"):
             # The rows of this batch, lists of images (3, Y, X).
             rows = {"reconstruction": self.generator.reconstruct(batch)}
             if self.reference == "real":

@@ -42,6 +42,7 @@ from utils.metrics.images import (
 )
 from utils.metrics.latents import LATENT_DEFINITION, LatentHealth, normalized_std
 from utils.metrics.timing import Stopwatch
+from utils.progress import reported
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +105,7 @@ class ImageVAEEvaluator(ImageEvaluator):
         encode_watch, decode_watch = Stopwatch(self.device), Stopwatch(self.device)
         # Images of the contact sheet, evenly spaced.
         on_sheet = {indices[i] for i in evenly_spaced(len(indices), self.args.contact_sheet)}
-        for batch in self.batches(dataset, indices):
+        for batch in self.reported_batches(dataset, indices, "reconstructions and their metrics"):
             # Reconstruction from the posterior mean: (B, 3, Y, X) -> (B, Z, y, x) -> (B, 3, Y, X).
             image = batch["image"].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
@@ -158,6 +159,11 @@ class ImageVAEEvaluator(ImageEvaluator):
         options = {"num_workers": self.args.num_workers, "collate_fn": collate}
         for batch in DataLoader(Subset(dataset, indices), self.args.batch_size, **options):
             yield from batches_of(batch)
+
+    def reported_batches(self, dataset: Any, indices: list[int], name: str) -> Iterator[dict[str, Tensor]]:
+        """Those batches, whose progress is shown."""
+        batches, n_samples = self.batches(dataset, indices), len(indices)
+        return reported(batches, name, n_samples, "images", size=lambda batch: len(batch["image"]))
 
     def check_finite(self, reconstruction: Tensor, index: Tensor, dataset: Any) -> None:
         """Raises: ValueError: a reconstruction is not finite; names its sample."""

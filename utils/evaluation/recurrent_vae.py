@@ -44,7 +44,7 @@ class RecurrentVAEEvaluator(ImageVAEEvaluator):
         by_depth: dict[int, list[float]] = {k: [] for k in depths}
         by_threshold: dict[float, tuple[list[int], list[float]]] = {value: ([], []) for value in THRESHOLDS}
         # A second pass over the data, with all depths and thresholds per batch.
-        for batch in self.batches(dataset, indices):
+        for batch in self.reported_batches(dataset, indices, "depths and early exits"):
             image = batch["image"].to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 # One encoding, all depths from a single pass of the decoder, one pass per threshold.

@@ -28,6 +28,7 @@ from utils.metrics.text import (
     windows_at_once,
 )
 from utils.metrics.timing import Stopwatch
+from utils.progress import reported
 
 SPEED_PROMPTS = 4  # prompts continued one after another to time generation; the first one is the warm-up
 COMPRESSED_BYTES = 16_000_000  # of the evaluated text, for gzip and lzma
@@ -157,7 +158,8 @@ class TextEvaluator(Evaluator):
         """Totals of `window_sums` and `bytes` over all evaluated windows, and the seconds of the forward passes."""
         totals: dict[str, float] = {}  # accumulated in fp64
         watch, seconds = Stopwatch(self.device), 0.0
-        for batch in batches:
+        title = ", ".join(["loss", *(f"{name} {value}" for name, value in keywords.items())])
+        for batch in reported(batches, title, len(batches), "batches"):
             inputs = model_inputs({name: value.to(self.device) for name, value in batch.items()})
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
                 # The forward passes alone are timed.

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from dataset_loading.files import replacing
 from model.layers import in_double
 from utils.metrics.caption_agreement import choose_words, mean_auc, words_of
+from utils.progress import reported
 
 logger = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ def train_reader(
                 module.reset_parameters()
         optimizer = torch.optim.AdamW(reader.parameters(), LEARNING_RATE, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=n_steps + 1)
-        for _ in range(n_steps):
+        for _ in reported(range(n_steps), f"reader of {reader.modality} latents", n_steps, "steps"):
             chosen = torch.randint(len(latents), (n_rows,)).tolist()
             noisy = [latents[i] + NOISE * torch.rand(()) * torch.randn_like(latents[i]) for i in chosen]
             loss = reader.labels.loss(reader([row.to(device) for row in noisy]), [texts[i] for i in chosen])

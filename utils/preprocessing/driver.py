@@ -41,7 +41,6 @@ from utils.preprocessing.arguments import MergeArguments, PreprocessArguments, a
 from utils.preprocessing.finishing import finish_folder, report_totals
 from utils.preprocessing.launched import run_launched
 from utils.preprocessing.merging import check_broken, merge_shards
-from utils.preprocessing.progress import ProgressReport
 from utils.preprocessing.report import report_unread_validation, unreadable
 from utils.preprocessing.rows import first_rows, merge_rows, once_per_row
 from utils.preprocessing.samples import (
@@ -62,6 +61,7 @@ from utils.preprocessing.samples import (
 from utils.preprocessing.shards import Shard, arguments_of
 from utils.preprocessing.streaming import RowLog, beginning
 from utils.preprocessing.workers import map_in_workers
+from utils.progress import ProgressReport
 from utils.seeds import seed_of
 
 logger = logging.getLogger(__name__)

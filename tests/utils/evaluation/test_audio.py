@@ -126,6 +126,13 @@ def refused(run, caplog, capsys):
 # ---- Vocoders.
 
 
+def test_progress_is_told(run, vocoder, caplog):
+    caplog.set_level("INFO")
+    run(vocoder, "--metrics", "mel", "--max_samples", "2")
+    assert "all rows and their metrics: 0 of 2 clips in" in caplog.text
+    assert "all rows and their metrics: 2 of 2 clips in" in caplog.text
+
+
 @needs_pesq
 def test_the_report_is_complete(report, vocoder):
     assert json.loads((vocoder.parent / "metrics.json").read_text()) == report

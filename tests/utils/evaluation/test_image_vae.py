@@ -193,7 +193,9 @@ def test_flags_without_effect_are_refused(run, capsys):
 def test_absent_averaged_weights_are_refused_only_where_asked_for(image_cache, tmp_path, caplog):
     folder = save_checkpoint(tmp_path / "run", image_cache, with_average=False)
     words = ["--checkpoint", str(folder), "--max_samples", "1", "--references"]
+    caplog.set_level("INFO")
     assert evaluate.main(words)["weights"] == "raw"
+    assert "reconstructions and their metrics: 1 of 1 images in" in caplog.text
     with pytest.raises(SystemExit):
         evaluate.main([*words, "--weights", "ema"])
     assert f"no averaged weights ({EMA})" in caplog.text

@@ -141,11 +141,13 @@ def test_texts_of_another_tokenizer_are_refused(flat, tmp_path, caplog):
     assert re.search(r"with tokenizer \w{16} of 258 tokens, .* tokenizer \w{16} of 300 tokens", caplog.text)
 
 
-def test_only_the_beginning_is_compressed(flat, text_cache, tmp_path, monkeypatch, report):
+def test_only_the_beginning_is_compressed(flat, text_cache, tmp_path, monkeypatch, report, caplog):
+    caplog.set_level("INFO")
     monkeypatch.setattr(text_evaluator, "COMPRESSED_BYTES", 500)
     monkeypatch.setattr(text_metrics, "LOGITS_AT_ONCE", 32 * 258 * 2)
     words = ["--checkpoint", str(flat), "--speed_tokens", "0", "--output_dir", str(tmp_path)]
     short = evaluate.main(words)["scores"]
+    assert re.search(r"loss: (\d+) of \1 batches in", caplog.text)
     texts = TextDataset(text_cache, "validation", 32)
     text = b"".join(bytes((texts.document(n)[1:-1] - 2).tolist()) for n in range(texts.n_documents))[:500]
     assert short["gzip"]["bits_per_byte"] == pytest.approx(8 * (len(zlib.compress(text, 9)) + 12) / 500, rel=1e-3)

@@ -22,6 +22,7 @@ from utils.generation.latents import standardized_posterior
 from utils.generation.multimodal import MultimodalPipeline
 from utils.generation.speech import SpeechPipeline
 from utils.generation.text_to_image import TextToImagePipeline
+from utils.progress import reported
 from utils.seeds import seed_of
 
 SPEECH = AudioSamplingArguments()
@@ -103,7 +104,8 @@ class Beside:
             return generator.texts(prompts, keys) if target == "text" else generator.spans(prompts, keys, target)
         make = self.draw if self.stage == "image_diffusion" else self.sound
         media: list[Tensor] = []
-        for start in range(0, len(chosen), self.generator.batch_size):
+        starts = range(0, len(chosen), self.generator.batch_size)
+        for start in reported(starts, f"{home_of(self.checkpoint)}: generated {target}", len(starts), "batches"):
             batch = slice(start, start + self.generator.batch_size)
             seeds = [seed_of(self.generator.seed, key) for key in keys[batch]]
             media += make(pipeline, chosen[batch], seeds, items)

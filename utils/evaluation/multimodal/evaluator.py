@@ -246,6 +246,7 @@ class MultimodalEvaluator(Evaluator):
         meter = self.meter(chosen)
         scores, seconds = {}, {}
         for direction in self.directions:
+            logger.info("%s", direction.name)
             self.generator.stopwatch.calls.clear()
             if rows := meter.measure(direction, self.generator, self.beside):
                 scores[direction.name] = rows

@@ -23,6 +23,7 @@ from utils.metrics.audio import missing_packages
 from utils.metrics.caption_agreement import N_FEATURES, ImageFeatures, TextProbe, UnusableCaptionsError
 from utils.metrics.given_features import GivenFeatures
 from utils.metrics.words import Recognizer, normalize_text, text_errors
+from utils.progress import reported
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +154,8 @@ class SpeechJudge:
 
     def transcripts(self, outputs: Outputs) -> list[str]:
         """What is recognised in each clip."""
-        return [self.recognize(self.vocode(mel)) for number in range(len(outputs)) for mel in outputs.decode([number])]
+        numbers = reported(range(len(outputs)), "recognised speech", len(outputs), "clips")
+        return [self.recognize(self.vocode(mel)) for number in numbers for mel in outputs.decode([number])]
 
     def scores(self, transcripts: Sequence[str], texts: Sequence[str]) -> Scores:
         """`wer`, `cer`, `wer_all` and so on, see `recognition_scores`."""

@@ -20,6 +20,7 @@ from model.multimodal.spans import Spans, spans_in
 from model.thinking import Thinking
 from utils.evaluation.multimodal.items import Direction, others
 from utils.flags.choices import SPANS
+from utils.progress import reported
 from utils.seeds import seed_of
 
 TIMES = (0.5, 0.9)  # At which the errors of flows are measured; 0: data, 1: noise.
@@ -146,7 +147,8 @@ class TeacherForcing:
         """Sums over streams; thinking: options of the core, see `Thinking`."""
         total = StreamLosses()
         options = None if self.model.model.core is None else Thinking(**{"exit_threshold": 0.0, **thinking})
-        for start in range(0, len(rows), self.batch_size):
+        starts = range(0, len(rows), self.batch_size)
+        for start in reported(starts, f"losses, time {time:g}", len(starts), "batches"):
             batch = slice(start, start + self.batch_size)
             seeds = [seed_of(self.seed, f"{key} flow") for key in keys[batch]]
             with self.autocast():

@@ -17,6 +17,7 @@ from model.multimodal.layout import Part, audio_latents, image_latents
 from utils.flags.choices import Modality
 from utils.generation.multimodal import MultimodalPipeline
 from utils.metrics.timing import Stopwatch
+from utils.progress import reported
 from utils.seeds import seed_of
 
 
@@ -80,7 +81,8 @@ class AnswerGenerator:
         options = {**self.sampling, "max_new_tokens": n_new, **self.thinking}
         sampling = Sampling(None if target == "text" else target, [target], **options)
         parts: list[Part | None] = []
-        for start in range(0, len(prompts), self.batch_size):
+        starts = range(0, len(prompts), self.batch_size)
+        for start in reported(starts, f"generated {target}", len(starts), "batches"):
             batch = [[prompt] if prompt else [] for prompt in prompts[start : start + self.batch_size]]
             seeds = [seed_of(self.seed, key) for key in keys[start : start + self.batch_size]]
             with self.autocast():
