@@ -156,9 +156,21 @@ def open_source(
         if path.is_file() and (kind, path.suffix.lower()) not in FILE_BUILDERS:
             endings = " ".join((*SPLIT_INDEX_SUFFIXES, *(ending for media, ending in FILE_BUILDERS if media == kind)))
             raise FileNotFoundError(f"{name} is no table or archive of {kind} files ({endings}); give its folder")
-    elif name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix.lower() in INDEX_SUFFIXES:
-        raise FileNotFoundError(f"{name} does not exist")
+    elif not is_hub_name(name) or path.suffix.lower() in INDEX_SUFFIXES:
+        raise FileNotFoundError(describe_missing(name))
     return open_with_datasets(name, split, kind, media=media, config=config, is_streaming=is_streaming)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a name has the form of those of the hub, `user/name`."""
+    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith("/")
+
+
+def describe_missing(name: str) -> str:
+    """That a file or folder does not exist: where it was looked for, and what names of the hub look like."""
+    place = os.path.abspath(Path(name).expanduser())
+    hub = "" if "/" in name else ", and a data set of the hub is named user/name"
+    return f"{name} does not exist: there is no {place}{hub}"
 
 
 def find_splits(path: Path, suffixes: Collection[str], kind: str = "") -> dict[str, Path]:

@@ -17,11 +17,11 @@
 # transcript belongs to a whole clip. Costs below are estimates from parameter and step counts for 8 GPUs, not
 # measurements. A second call resumes where the first one stopped. docs/training.md says what each step does.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. recipes/heading.sh
+. "$(dirname "$0")/heading.sh"
 DATASET=${DATASET:-my_speech}
 CONFIG=${CONFIG:-}
 SPLIT=${SPLIT:-train}
+to_repository DATASET
 GPUS=${GPUS:-8}
 RUN=${RUN:-voice}
 MEL=${MEL:-22k}
@@ -76,7 +76,7 @@ heading "Vocoder"
 train pretrain_vocoder.py --config "$SIZE" --run_name "$RUN" --cached_dataset "$audio" --resume_from_checkpoint latest \
     --batch_size "$BATCH" --segment_frames "$SEGMENT" --discriminator "$DISCRIMINATOR" --max_steps "$VOCODER_STEPS" \
     --gan_start_step "$GAN_START" --gan_ramp_steps "$GAN_RAMP" --eval_steps "$EVERY" --save_steps "$EVERY"
-python evaluate.py --checkpoint "$vocoder" --contact_sheet 8 --max_samples "$CLIPS"
+once "$vocoder" python evaluate.py --checkpoint "$vocoder" --contact_sheet 8 --max_samples "$CLIPS"
 
 heading "Audio VAE-GAN"
 # 3. Audio VAE-GAN, medium: 11 M parameters, 20 latent channels at half the frame rate, about 3 hours. In the table, the
@@ -84,7 +84,8 @@ heading "Audio VAE-GAN"
 train pretrain_audio_vae.py --config "$SIZE" --run_name "$RUN" --cached_dataset "$audio" \
     --resume_from_checkpoint latest --batch_size "$BATCH" --learning_rate "$VAE_RATE" --max_steps "$VAE_STEPS" \
     --gan_start_step "$VAE_GAN_START" --eval_steps "$EVERY" --save_steps "$EVERY" --vocoder_checkpoint "$vocoder"
-python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" --contact_sheet 8 --max_samples "$CLIPS"
+once "$audio_vae" python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$vocoder" \
+    --contact_sheet 8 --max_samples "$CLIPS"
 
 heading "Vocoder, fine-tuned on the log-mels of the VAE"
 # 4. The vocoder again, on the VAE's log-mels beside the recorded waveforms: about an hour. Its table is that of step 3
@@ -95,8 +96,8 @@ train pretrain_vocoder.py --config "$SIZE" --run_name "${RUN}_through_vae" --cac
     --init_from "$vocoder" --resume_from_checkpoint latest --batch_size "$BATCH" --segment_frames "$SEGMENT" \
     --discriminator "$DISCRIMINATOR" --learning_rate 5e-4 --max_steps "$TUNING_STEPS" --gan_start_step 0 \
     --gan_ramp_steps "$GAN_RAMP" --eval_steps "$EVERY" --save_steps "$EVERY"
-python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$tuned" --max_samples "$CLIPS" \
-    --cached_dataset "$audio" --output_dir "$tuned/after_vae"
+once "$tuned/after_vae" python evaluate.py --checkpoint "$audio_vae" --vocoder_checkpoint "$tuned" \
+    --max_samples "$CLIPS" --cached_dataset "$audio" --output_dir "$tuned/after_vae"
 
 heading "Text to speech"
 # 5. Latents, phonemes and their durations; then speech, medium: 58 M parameters, about 5 hours.
@@ -106,8 +107,8 @@ train pretrain_audio_diffusion.py --config "$SIZE" --run_name "$RUN" --cached_da
     --vae_checkpoint "$audio_vae" --vocoder_checkpoint "$tuned" --resume_from_checkpoint latest \
     --batch_frames "$FRAMES" --learning_rate "$SPEECH_RATE" --max_steps "$SPEECH_STEPS" --eval_steps "$EVERY" \
     --save_steps "$EVERY"
-python evaluate.py --checkpoint "$speech" --vocoder_checkpoint "$tuned" --waveforms "$audio" --contact_sheet 8 \
-    --max_samples "$CLIPS"
+once "$speech" python evaluate.py --checkpoint "$speech" --vocoder_checkpoint "$tuned" \
+    --waveforms "$audio" --contact_sheet 8 --max_samples "$CLIPS"
 
 heading "Three sentences"
 # 6. Three sentences, of several speakers by SPEAKER or the first one, and the vocoder as ONNX.
@@ -116,10 +117,11 @@ SPEAKER=${SPEAKER:-$(python -c "$names; print(min(s) if len(s) > 1 else '')" "$l
 python inference/text_to_speech.py --checkpoint "$speech" --vocoder_checkpoint "$tuned" --speaker "$SPEAKER" \
     --output_dir "$speech/sentences" --text "The train to the coast leaves at half past nine." \
     "Who left the window open?" "I would rather walk home."
-python inference/export_vocoder.py --checkpoint "$tuned"
+python inference/export_vocoder.py --checkpoint "$tuned" --output "$tuned/vocoder.onnx"
 
 heading "Done"
 echo "tables       $vocoder, $audio_vae, $tuned/after_vae, $speech: metrics.json"
 echo "sentences    $speech/sentences"
+echo "vocoder      $tuned/vocoder.onnx"
 echo "TensorBoard  make tensorboard"
 next "python inference/text_to_speech.py --checkpoint $speech --vocoder_checkpoint $tuned --text '...'"

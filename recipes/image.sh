@@ -9,10 +9,10 @@
 # images of their own domain. The costs below are estimates from parameter and step counts, not measurements;
 # recipes/demo.sh has measured costs. A second call resumes where the first one stopped.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. recipes/heading.sh
+. "$(dirname "$0")/heading.sh"
 DATASET=${DATASET:-lambdalabs/naruto-blip-captions}
 CAPTIONS=${CAPTIONS:-text}
+to_repository DATASET
 GPUS=${GPUS:-8}
 RUN=${RUN:-hub}
 
@@ -28,7 +28,7 @@ deepspeed --num_gpus="$GPUS" pretrain_image_vae.py --use_deepspeed --deepspeed_c
     --batch_size 16 --learning_rate 2e-4 --kl_weight 1e-2 --latent_noise 0.25 --max_steps 20000 --gan_start_step 10000 \
     --gan_ramp_steps 1000 \
     --diff_augment color translation --lecam_weight 0.001 --eval_steps 2000 --save_steps 2000
-python evaluate.py --checkpoint "runs/image_vae/$RUN" --contact_sheet 32
+once "runs/image_vae/$RUN" python evaluate.py --checkpoint "runs/image_vae/$RUN" --contact_sheet 32
 
 heading "Latents and captions"
 # 3. Latents of every image and its mirror image, and the captions: minutes on one GPU.
@@ -44,7 +44,7 @@ deepspeed --num_gpus="$GPUS" pretrain_image_diffusion.py --use_deepspeed --deeps
 
 heading "Metrics and images"
 # 5. Metrics, curves over steps and guidance scales, generated images.
-python evaluate.py --checkpoint "runs/image_diffusion/$RUN" --contact_sheet 16 --curve
+once "runs/image_diffusion/$RUN" python evaluate.py --checkpoint "runs/image_diffusion/$RUN" --contact_sheet 16 --curve
 python inference/text_to_image.py --checkpoint "runs/image_diffusion/$RUN" --prompts "a man with a blue headband" --seeds 1 2 3 4
 
 heading "Done: runs/image_diffusion/$RUN/contact_sheet.png, metrics.json; curves by make tensorboard"

@@ -13,8 +13,7 @@
 # modality beside their text. On several nodes the repository and the caches lie in a folder that all of them see.
 # Costs on GPUs have not been measured. A second call resumes where the first one stopped.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. recipes/heading.sh
+. "$(dirname "$0")/heading.sh"
 GPUS=${GPUS:-8}
 NODES=${NODES:-}
 RUN=${RUN:-streams}
@@ -22,6 +21,7 @@ SIZE=${SIZE:-small}
 IMAGES=${IMAGES:-cached_datasets/hub_latents}
 AUDIO=${AUDIO:-cached_datasets/voice_latents}
 VOCODER=${VOCODER:-runs/vocoder/voice_through_vae}
+to_repository IMAGES AUDIO VOCODER NODES
 STEPS=${STEPS:-100000}
 EVERY=${EVERY:-5000}
 # Rows per process and step; peak learning rate, its warm-up, decay of the weight average.
@@ -54,7 +54,8 @@ train pretrain_multimodal.py --config "multimodal-$SIZE" --run_name "$RUN" --inc
 
 heading "Metrics of every direction"
 # 2. Every direction beside its control, images and wav files.
-python evaluate.py --checkpoint "runs/multimodal/$RUN" --vocoder_checkpoint "$VOCODER" --contact_sheet 16
+once "runs/multimodal/$RUN" python evaluate.py --checkpoint "runs/multimodal/$RUN" --vocoder_checkpoint "$VOCODER" \
+    --contact_sheet 16
 
 heading "Answers"
 # 3. Answers.

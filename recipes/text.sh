@@ -10,10 +10,10 @@
 # single paragraphs). Validation uses the data set's own split, or 5 % of the documents if it has none. The costs below
 # are estimates from parameter and token counts, not measurements. A second call resumes where the first one stopped.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-. recipes/heading.sh
+. "$(dirname "$0")/heading.sh"
 DATASET=${DATASET:-roneneldan/TinyStories}
 SUBSET=${SUBSET:-}
+to_repository DATASET
 GPUS=${GPUS:-8}
 RUN=${RUN:-hub}
 
@@ -25,7 +25,7 @@ deepspeed --num_gpus="$GPUS" pretrain_multimodal.py --use_deepspeed --deepspeed_
     --text_dataset "$DATASET" --text_config "$SUBSET" --tokenizer bpe --tokenizer_vocab_size 32000 \
     --sequence_length 1024 --batch_size 32 --max_steps 6000 --learning_rate 6e-4 --adam_beta2 0.95 --weight_decay 0.1 \
     --override loss_chunk_size=4096 z_loss_weight=1e-4 --eval_steps 1000 --save_steps 1000
-python evaluate.py --checkpoint "runs/multimodal/$RUN"
+once "runs/multimodal/$RUN" python evaluate.py --checkpoint "runs/multimodal/$RUN"
 
 heading "Language model with recurrent depth"
 # 2. The same number of layers, 6 of them in a core that runs 8 times on average: about 4 times the compute of step 1.
@@ -35,8 +35,8 @@ deepspeed --num_gpus="$GPUS" pretrain_multimodal.py --use_deepspeed --deepspeed_
     --sequence_length 1024 --batch_size 16 --gradient_accumulation_steps 2 --max_steps 6000 --learning_rate 4e-4 \
     --adam_beta2 0.95 --weight_decay 0.1 --recurrent_curriculum 0.3 --use_gradient_checkpointing \
     --override loss_chunk_size=4096 z_loss_weight=1e-4 recurrent_exit_criterion=kl --eval_steps 1000 --save_steps 1000
-python evaluate.py --checkpoint "runs/multimodal/${RUN}_recurrent" --thinking_steps 1 2 4 8 16 32 \
-    --exit_thresholds 0.0001 0.001 0.01 --max_thinking_steps 32
+once "runs/multimodal/${RUN}_recurrent" python evaluate.py --checkpoint "runs/multimodal/${RUN}_recurrent" \
+    --thinking_steps 1 2 4 8 16 32 --exit_thresholds 0.0001 0.001 0.01 --max_thinking_steps 32
 
 heading "Generation"
 # 3. Generation.

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,6 +45,13 @@ def test_audio_recipe_speaks_three_sentences(tmp_path):
     assert record["arguments"]["init_from"] == "runs/vocoder/voice"
     scores = json.loads((runs / "vocoder/voice_through_vae/after_vae/metrics.json").read_text())
     assert "voice_through_vae" in scores["model"]["vocoder"]
+    # A second call evaluates nothing again, and names all files in the end.
+    command = ["bash", str(repository / "recipes/audio.sh")]
+    options = {"capture_output": True, "text": True, "check": True}
+    again = subprocess.run(command, cwd=tmp_path, env={**environment, "DATASET": "speech/train"}, **options)
+    assert again.stdout.count("evaluated: runs/") == 4
+    (file,) = re.findall(r"^vocoder +(\S+\.onnx)$", again.stdout, re.MULTILINE)
+    assert (repository / file).is_file()
 
 
 PARTS = [f"demo/{part}" for part in ("image", "audio", "text", "multimodal")]
@@ -60,6 +68,59 @@ def test_recipes_have_a_heading_per_stage_and_end_with_the_next_command(name):
     script = f". recipes/heading.sh; {next(line for line in lines if line.startswith('next ')).rstrip(chr(92))}"
     last = subprocess.run(["bash", "-c", script], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert last.startswith("next: python inference/")
+
+
+def recipe(lines: str, folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    """Run lines with the functions of recipes in a folder."""
+    script = f"set -euo pipefail\n. {ROOT}/recipes/heading.sh\n{lines}"
+    environment = {**os.environ, **variables}
+    return subprocess.run(["bash", "-c", script], cwd=folder, env=environment, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        ("my_speech", "{caller}/my_speech"),
+        ("user/name", "user/name"),
+        ("docs", "docs"),  # of the repository
+        ("python-topics", "python-topics"),
+        ("/a/b", "/a/b"),
+    ],
+)
+def test_a_folder_is_that_of_the_callers_folder(tmp_path, value, found):
+    (tmp_path / "my_speech").mkdir()
+    done = recipe('to_repository DATASET\necho "$DATASET"\npwd', tmp_path, DATASET=value)
+    assert done.stdout.splitlines() == [found.format(caller=tmp_path), str(ROOT)], done.stderr
+
+
+@pytest.mark.parametrize("name", ["audio", "image", "text"])
+def test_a_folder_that_is_nowhere_is_refused_at_once(tmp_path, name):
+    command = ["bash", str(ROOT / f"recipes/{name}.sh")]
+    environment = {**os.environ, "DATASET": "my_speach"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith(f"DATASET=my_speach: there is no {tmp_path}/my_speach, ")
+
+
+def test_a_checkpoint_is_evaluated_once(tmp_path):
+    lines = """
+    python() { echo "$@" >> log && mkdir -p out && touch out/metrics.json; }
+    once out python evaluate.py --checkpoint run --max_samples 8"""
+    checkpoint = tmp_path / "run/checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "COMPLETE.json").touch()
+
+    def n_evaluations() -> int:
+        done = recipe(lines, tmp_path)
+        assert done.returncode == 0, done.stderr
+        log = (tmp_path / "log").read_text().splitlines()
+        assert set(log) == {"evaluate.py --checkpoint run --max_samples 8"}
+        return len(log)
+
+    assert [n_evaluations(), n_evaluations()] == [1, 1]
+    moment = time.time() + 5
+    os.utime(checkpoint / "COMPLETE.json", (moment, moment))
+    assert n_evaluations() == 2
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from typing import Any
 
 from dataset_loading.files import fingerprint, fingerprint_of_bytes
 from dataset_loading.left_out import LeftOut, survey_folder
-from dataset_loading.sources import choose_split, find_splits, read_licence
+from dataset_loading.sources import choose_split, describe_missing, find_splits, is_hub_name, read_licence
 from dataset_loading.splits import SPLIT_NAMES, group_by_split
 from dataset_loading.tables import (
     JSON_SUFFIXES,
@@ -70,7 +70,7 @@ def open_text(
     """
     if name == EMBEDDED:
         return open_topics()
-    if is_text_tars(name):
+    if name == EMBEDDED or is_text_tars(name):
         return open_text_tars(name, split, text_column=text_column, is_held_out=is_held_out)
     # A name that looks like a path is one; any other may be a hub name.
     check_path(name)
@@ -106,11 +106,10 @@ def open_text(
 def check_path(name: str) -> None:
     """Raises: FileNotFoundError: a name that looks like a path, and not like that of a hub dataset, does not exist."""
     path = Path(name).expanduser()
-    if is_text_tars(name):
+    if name == EMBEDDED or is_text_tars(name):
         return  # Patterns and addresses are looked for when they are opened.
-    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if (is_path or suffix_of(path) in (*TEXT_SUFFIXES, *TABLE_SUFFIXES)) and not path.exists():
-        raise FileNotFoundError(f"{name} does not exist")
+    if (not is_hub_name(name) or suffix_of(path) in (*TEXT_SUFFIXES, *TABLE_SUFFIXES)) and not path.exists():
+        raise FileNotFoundError(describe_missing(name))
 
 
 def find_validation_split(source: TextSource, split: str) -> str:

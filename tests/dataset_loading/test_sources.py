@@ -181,6 +181,12 @@ def test_missing_paths_do_not_ask_the_hub(name):
         open_images(name)
 
 
+def test_a_name_without_an_owner_is_none_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"there is no {tmp_path}/mine, and .* hub is named user/name"):
+        open_images("mine")
+
+
 @pytest.mark.parametrize("address", ["nowhere://a.png", "http://127.0.0.1:9/a.png", "memory://missing.png"])
 def test_addresses_that_cannot_be_read_are_named(address):
     with pytest.raises(OSError, match=rf"{address} is an address .*download"):

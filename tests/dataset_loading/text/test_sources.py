@@ -114,6 +114,12 @@ def test_missing_paths_do_not_ask_the_hub(name):
         open_text(name)
 
 
+def test_a_name_without_an_owner_is_none_of_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match=rf"there is no {tmp_path}/mine, and .* hub is named user/name"):
+        open_text("mine")
+
+
 def test_wrong_sources_are_explained(tmp_path):
     (tmp_path / "t.csv").write_text("a,b\n1,2\n")
     (tmp_path / "x.png").write_text("no")
