@@ -31,6 +31,7 @@ from tests.helpers.audio_latent_cache import (
 from tests.helpers.text_encoder_folder import save_text_encoder, text_of
 from utils.generation.latents import load_vae, vae_fingerprint
 from utils.preprocessing import audio_latents
+from utils.preprocessing.audio_cache import describe_lengths
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,10 @@ def test_clips_that_cannot_be_used_are_named_with_reasons(mels, vae, tmp_path, c
     assert "1 of them have phones that no training text has; to keep them, add training clips" in caplog.text
     assert manifest["left_out"]["phones that no training text has"] == {"count": 1, "names": names[3:]}
     assert "held out" not in caplog.text  # Three other clips are.
+    seconds = [entry["seconds"] for rows in manifest["entries"].values() for entry in rows]
+    n_short = sum(value < 2 for value in seconds)
+    shortest = f"{n_short} shorter than 2 s (the shortest {min(seconds):.1f} s): "
+    assert f"of {len(seconds)} clips, {shortest}" in caplog.text
 
 
 def test_where_no_validation_clip_is_left_the_reason_and_what_helps_are_named(mels, vae, tmp_path, caplog):
@@ -213,6 +218,19 @@ def test_a_damaged_log_mel_is_named_with_the_command_that_writes_it_again(mels, 
     with pytest.raises(SystemExit):
         make_audio_latents(folder, vae, tmp_path / "speech")
     assert f"{file} is damaged" in caplog.text
+
+
+def test_clips_that_are_no_sentences_by_their_length_are_counted():
+    def rows(*seconds: float) -> list[dict]:
+        return [{"source": f"{number}.wav", "seconds": value} for number, value in enumerate(seconds)]
+
+    assert describe_lengths(rows(2.0, 7.5, 15.0)) == ""
+    both = describe_lengths([*rows(0.5, 1.9, 71.04, 3.0), *rows(0.5)])  # The last is a second caption of the first.
+    assert both.startswith(
+        "of 4 clips, 2 shorter than 2 s (the shortest 0.5 s) and 1 longer than 15 s (the longest 71.0 s): "
+    )
+    assert "join short ones and cut long ones between sentences with their transcripts" in both
+    assert "join" not in describe_lengths(rows(16.0)) and "cut" not in describe_lengths(rows(1.0))
 
 
 def test_the_worst_clips_are_those_with_wrong_transcripts(mels, vae, tmp_path, caplog):

@@ -14,6 +14,8 @@ from dataset_loading.sources import Source
 from model.text.espeak import check_language
 from model.text.phonemes import SpeechTokenizer
 
+SENTENCE_SECONDS = (2, 15)  # Length of clips that speech is learnt from best, see docs/training.md.
+
 
 def as_source(dataset: AudioDataset) -> Source:
     """A split of an audio cache, with rows of `name`, `audio` (arguments of `read_sample`), `text` (a list where a
@@ -104,3 +106,20 @@ def describe_speakers(entries: Sequence[dict[str, Any]], own: Collection[str]) -
         kind, minutes = "own" if speaker in own else "shared", sum(row["seconds"] for row in rows) / 60
         lines.append(f"  {speaker or '(unknown)'}: {len(rows)}, {minutes:.1f}, {kind}, {ratio:.2f}")
     return lines if len(groups) > 1 else []
+
+
+def describe_lengths(entries: Sequence[dict[str, Any]]) -> str:
+    """How many clips of speech are no sentences by their length, and what to do; "" where all are."""
+    shortest, longest = SENTENCE_SECONDS
+    seconds = {entry["source"]: entry["seconds"] for entry in entries}.values()  # Once, also of several copies.
+    short, long = [x for x in seconds if x < shortest], [x for x in seconds if x > longest]
+    if not short and not long:
+        return ""
+    found = [f"{len(short)} shorter than {shortest} s (the shortest {min(short):.1f} s)"] if short else []
+    found += [f"{len(long)} longer than {longest} s (the longest {max(long):.1f} s)"] if long else []
+    joined = "join short ones" if short else ""
+    cut = "cut long ones between sentences" if long else ""
+    return (
+        f"of {len(seconds)} clips, {' and '.join(found)}: speech is learnt best from whole sentences of {shortest} to "
+        f"{longest} s; {' and '.join(filter(None, [joined, cut]))} with their transcripts, and preprocess again"
+    )

@@ -30,7 +30,14 @@ from utils.options import declared_fields
 from utils.preprocessing.arguments import command_words
 from utils.preprocessing.audio import AudioPreprocess, log_mel, with_mel
 from utils.preprocessing.audio_arguments import AudioLatentsArguments, AudioPreprocessArguments
-from utils.preprocessing.audio_cache import as_source, check_split, describe_speakers, earlier_settings, fit_tokenizer
+from utils.preprocessing.audio_cache import (
+    as_source,
+    check_split,
+    describe_lengths,
+    describe_speakers,
+    earlier_settings,
+    fit_tokenizer,
+)
 from utils.preprocessing.batched import BatchedPreprocess
 from utils.preprocessing.samples import Example, Outcome, Raw, SkipSampleError, Task, describe_problems
 from utils.preprocessing.shards import arguments_of
@@ -308,6 +315,8 @@ class AudioLatentsPreprocess(BatchedPreprocess):
             )
         entries = list(itertools.chain.from_iterable(manifest["entries"].values()))
         if self.aligners is not None:
+            if lengths := describe_lengths(entries):
+                logger.warning("%s", lengths)
             for line in describe_speakers(entries, self.aligners.speakers):
                 logger.info(line)
             worst = sorted(entries, key=lambda entry: entry["likelihood_ratio"])[:N_WORST]
