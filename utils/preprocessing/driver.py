@@ -227,7 +227,8 @@ class Preprocess:
         if self.args.pack:
             pack_in_place(self.folder, self.args.pack)
         n_written = sum(outcome.n_written for outcome in outcomes)
-        report_totals(self.folder, manifest, n_written=n_written, started=started)
+        n_found = sum(len(outcome.entries) for outcome in outcomes) - n_written
+        report_totals(self.folder, manifest, n_written=n_written, started=started, n_found=n_found)
         return manifest
 
     def open_sources(self) -> dict[str, Source]:

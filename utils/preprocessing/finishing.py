@@ -85,10 +85,15 @@ def identified(manifest: dict[str, Any], *, has_texts: bool) -> dict[str, Any]:
     return {**manifest, "fingerprint": identity, "settings_fingerprint": settings}
 
 
-def report_totals(folder: Path, manifest: Mapping[str, Any], *, n_written: int, started: float) -> None:
+def report_totals(
+    folder: Path, manifest: Mapping[str, Any], *, n_written: int, started: float, n_found: int = 0
+) -> None:
     """Log how many samples were written, in how many seconds, and what the folder holds.
 
-    Args: started: the time of `time.perf_counter` at the start.
+    Args:
+        started: the time of `time.perf_counter` at the start.
+        n_found: samples that an earlier call wrote.
     """
+    counts = f"{n_found} samples there already, {n_written}" if n_found else f"{n_written} samples"
     seconds, totals = time.perf_counter() - started, json.dumps(manifest["totals"])
-    logger.info("%s: %d samples written in %.1f s, %s", folder, n_written, seconds, totals)
+    logger.info("%s: %s written in %.1f s, %s", folder, counts, seconds, totals)

@@ -288,9 +288,10 @@ class Stage:
         """The trainer with its parts, callbacks and the record that goes into every checkpoint."""
         # Rank 0 alone has a writer; what was logged after the step that a run goes on from is no longer shown.
         # Callbacks that need the trainer are added once it exists.
-        resumes = self.resumption is not None and self.resumption.step < n_steps
-        purge_step = self.resumption.step + 1 if resumes else None
-        self.writer = self.open_writer(purge_step) if rank() == 0 else None
+        # A finished run logs nothing: another file of events would make it look alive.
+        is_finished = self.resumption is not None and self.resumption.step >= n_steps
+        purge_step = self.resumption.step + 1 if self.resumption is not None else None
+        self.writer = self.open_writer(purge_step) if rank() == 0 and not is_finished else None
         self.stopping = StopOnSignalCallback()
         callbacks: list[TrainerCallback] = [self.stopping]
         if self.writer is not None:

@@ -231,7 +231,9 @@ def test_damaged_samples_are_written_again(raw, tmp_path, caplog, damage):
     first, second = sorted((out / "train").iterdir())[:2]
     changes = {"empty": b"", "flipped": bytes([first.read_bytes()[0] ^ 1]) + first.read_bytes()[1:]}
     first.write_bytes(changes.get(damage, second.read_bytes()))
+    caplog.set_level("INFO")
     manifest = prepare(raw, out, "--limit", "5")
+    assert f"{out}: 4 samples there already, 1 written in" in caplog.text
     assert contents(out) == whole
     assert f"{first} is damaged" in caplog.text and str(second) not in caplog.text
     entry = next(entry for entry in manifest["entries"]["train"] if entry["key"] == first.stem)

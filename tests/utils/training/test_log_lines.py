@@ -46,6 +46,15 @@ def test_lines_of_a_run_and_of_its_continuation_tell_step_speed_and_time(train, 
     assert {"flags/text_summary", "configuration/text_summary"} <= set(tags)
 
 
+def test_a_finished_run_that_is_called_again_writes_no_events(train, caplog):
+    run = train("finished", 2)
+    events = sorted(run.folder.parent.rglob("events.*"))
+    caplog.set_level("INFO")
+    train("finished", 2, "--resume_from_checkpoint", "latest")
+    assert "has made all its steps" in caplog.text
+    assert events and sorted(run.folder.parent.rglob("events.*")) == events
+
+
 def test_time_left_counts_steps_of_this_process_and_not_what_is_shown_before(monkeypatch, capsys):
     state, control = TrainerState(global_step=1000, max_steps=1110), TrainerControl()
     callback = LogLinesCallback()
