@@ -70,7 +70,8 @@ def test_less_memory_gives_a_smaller_batch_with_which_the_run_ends_well(image_ca
     words = ["--cached_dataset", str(image_cache), "--output_dir", str(tmp_path), "--run_name", "run"]
     words = changed(SMALL_RUN, *words, *LARGE, "--max_steps", "3", "--batch_size", "auto", "--eval_batch_size", "1")
     words = changed(words, "--n_logged_samples", "1")
-    process = multiprocessing.get_context("fork").Process(
+    # A fresh process: what this one has freed before would be memory beyond the limit.
+    process = multiprocessing.get_context("spawn").Process(
         target=run_limited, args=(words, 500_000_000, tmp_path / "log.txt")
     )
     process.start()
