@@ -30,6 +30,7 @@ from torch.utils.tensorboard import SummaryWriter
 from dataset_loading.cached import evenly_spaced
 from utils.checkpoints import log_folder, provenance, read_stage, resolve_checkpoint, write_json
 from utils.command_line import explained_errors, parse_arguments
+from utils.console.progress import progress_shown
 from utils.evaluation.audio_diffusion import AudioDiffusionEvaluator
 from utils.evaluation.audio_vae import AudioVAEEvaluator
 from utils.evaluation.evaluator import Evaluation, Evaluator
@@ -39,7 +40,6 @@ from utils.evaluation.recurrent_vae import RecurrentVAEEvaluator
 from utils.evaluation.text import TextEvaluator
 from utils.evaluation.vocoder import VocoderEvaluator
 from utils.generation.exported import home_of
-from utils.progress import progress_shown
 
 logger = logging.getLogger("evaluate")
 

@@ -20,7 +20,16 @@ SOURCES = [Path(name) for name in sorted(TRACKED) if (ROOT / name).is_file()]
 CODE = [path for path in SOURCES if path.parts[0] != "tests"]
 TREES = {path: ast.parse((ROOT / path).read_text(), str(path)) for path in SOURCES}
 
-LIBRARY = {"options", "utils/flags", "strict_config", "configuration", "model", "dataset_loading", "utils"}
+LIBRARY = {
+    "options",
+    "utils/flags",
+    "strict_config",
+    "configuration",
+    "model",
+    "dataset_loading",
+    "utils/console",
+    "utils",
+}
 # What each layer may import of ours: options the lowest, scripts at the root the highest. "utils" are the modules
 # directly in utils/, "utils/x" those of a folder. Preprocessing stands on the former alone: the scripts load the
 # models that it encodes with. Of training, `utils.training_utils` loads only what it is asked for, by name.
@@ -29,6 +38,7 @@ ALLOWED = {
     "utils/flags": {"options", "utils/flags"},
     "strict_config": {"options"},
     "configuration": {"options", "strict_config"},
+    "utils/console": {"utils/console"},
     "model": {"options", "utils/flags", "strict_config", "configuration", "model"},
     "dataset_loading": {"options", "utils/flags", "strict_config", "configuration", "model", "dataset_loading"},
     "utils": LIBRARY,

@@ -20,6 +20,7 @@ from dataset_loading.audio.cached import EVALUATED_FRAMES
 from dataset_loading.cached import evenly_spaced
 from model.audio.griffin_lim import griffin_lim
 from model.audio.spectral import LogMel, MelSettings
+from utils.console.progress import reported
 from utils.drawing.audio import TRIPLE, mel_triple, strip_sheet
 from utils.drawing.images import Group
 from utils.evaluation.arguments.audio import AudioEvaluationArguments
@@ -42,7 +43,6 @@ from utils.metrics.audio import (
 from utils.metrics.pitch import pitch_scores, track_pitch
 from utils.metrics.timing import RealTime
 from utils.metrics.words import RECOGNIZER_NAME, Recognizer, knows_language, normalize_text, word_error_rate
-from utils.progress import reported
 
 logger = logging.getLogger(__name__)
 

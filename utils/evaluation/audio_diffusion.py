@@ -17,6 +17,7 @@ from torch import Tensor
 from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.embedded.sentences import SENTENCES
+from utils.console.progress import reported
 from utils.drawing.alignment import MARKS, aligned_mel
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
@@ -42,7 +43,6 @@ from utils.generation.speech import SpeechPipeline
 from utils.metrics.pitch import pitch_statistics, track_pitch
 from utils.metrics.timing import RealTime
 from utils.metrics.words import normalize_text
-from utils.progress import reported
 from utils.seeds import seed_of
 
 logger = logging.getLogger(__name__)

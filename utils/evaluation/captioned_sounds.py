@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dataset_loading.audio.latents import AudioLatentDataset, collate_audio_latents
 from dataset_loading.cached import evenly_spaced
+from utils.console.progress import reported
 from utils.drawing.alignment import aligned_mel
 from utils.drawing.audio import strip_sheet
 from utils.drawing.images import Group
@@ -36,7 +37,6 @@ from utils.metrics.caption_agreement import (
 from utils.metrics.feature_sets import compare_sets, memorisation
 from utils.metrics.sounds import sound_blocks, sound_features
 from utils.metrics.timing import Stopwatch
-from utils.progress import reported
 from utils.seeds import seed_of
 
 logger = logging.getLogger(__name__)

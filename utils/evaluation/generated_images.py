@@ -15,6 +15,7 @@ from dataset_loading.cached import evenly_spaced
 from dataset_loading.collators import batches_of, collate_by_shape, collate_stack, in_order
 from dataset_loading.image.buckets import Size
 from dataset_loading.image.latents import ImageLatentDataset
+from utils.console.progress import reported
 from utils.evaluation.source_images import SourceImageDataset
 from utils.generation.arguments.image import SamplingArguments
 from utils.generation.text_to_image import TextToImagePipeline
@@ -30,7 +31,6 @@ from utils.metrics.feature_sets import compare_sets
 from utils.metrics.given_features import given_scores
 from utils.metrics.images import to_square
 from utils.metrics.timing import Stopwatch
-from utils.progress import reported
 from utils.seeds import seed_of
 
 

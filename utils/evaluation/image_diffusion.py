@@ -19,6 +19,7 @@ from dataset_loading.image.buckets import Size
 from dataset_loading.image.latents import ImageLatentDataset
 from model.image.diffusion import ImageDiffusion
 from model.samplers import n_evaluations
+from utils.console.progress import reported
 from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.arguments.image import ImageDiffusionEvaluationArguments
 from utils.evaluation.evaluator import Evaluation, ImageEvaluator
@@ -55,7 +56,6 @@ from utils.metrics.caption_agreement import (
 )
 from utils.metrics.feature_sets import memorisation
 from utils.metrics.timing import Stopwatch
-from utils.progress import reported
 
 logger = logging.getLogger(__name__)
 

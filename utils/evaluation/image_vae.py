@@ -24,6 +24,7 @@ from dataset_loading.image.buckets import describe_sizes
 from dataset_loading.image.pixels import ImageDataset, to_float, to_uint8
 from model.image.feature_extractors import PerceptualDistance
 from model.image.vae import ImageVAE
+from utils.console.progress import reported
 from utils.devices import describe_device
 from utils.drawing.images import Group, draw_sheet, to_image
 from utils.evaluation.arguments.image import ImageVAEEvaluationArguments
@@ -42,7 +43,6 @@ from utils.metrics.images import (
 )
 from utils.metrics.latents import LATENT_DEFINITION, LatentHealth, normalized_std
 from utils.metrics.timing import Stopwatch
-from utils.progress import reported
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from dataset_loading.text.windows import TextDataset
 from model.causal import MegaTransformerForCausalLM
 from model.language_head import IGNORED, next_token_targets
 from model.layers import in_double
+from utils.console.progress import reported
 from utils.evaluation.arguments.multimodal import TextEvaluationArguments
 from utils.evaluation.evaluator import Evaluation, Evaluator
 from utils.evaluation.tables import Column, fact_table, score_table
@@ -28,7 +29,6 @@ from utils.metrics.text import (
     windows_at_once,
 )
 from utils.metrics.timing import Stopwatch
-from utils.progress import reported
 
 SPEED_PROMPTS = 4  # prompts continued one after another to time generation; the first one is the warm-up
 COMPRESSED_BYTES = 16_000_000  # of the evaluated text, for gzip and lzma

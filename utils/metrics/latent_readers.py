@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from dataset_loading.files import replacing
 from model.layers import in_double
+from utils.console.progress import reported
 from utils.metrics.caption_agreement import choose_words, mean_auc, words_of
-from utils.progress import reported
 
 logger = logging.getLogger(__name__)
 

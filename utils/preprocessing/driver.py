@@ -37,6 +37,7 @@ from dataset_loading.sources import Source, has_file
 from dataset_loading.streams.opening import open_any
 from dataset_loading.tables import captions_of
 from utils.command_line import explained_errors, parse_arguments
+from utils.console.progress import ProgressReport
 from utils.preprocessing.arguments import MergeArguments, PreprocessArguments, arguments_or_merge, command_words
 from utils.preprocessing.finishing import finish_folder, report_totals
 from utils.preprocessing.launched import run_launched
@@ -61,7 +62,6 @@ from utils.preprocessing.samples import (
 from utils.preprocessing.shards import Shard, arguments_of
 from utils.preprocessing.streaming import RowLog, beginning
 from utils.preprocessing.workers import map_in_workers
-from utils.progress import ProgressReport
 from utils.seeds import seed_of
 
 logger = logging.getLogger(__name__)

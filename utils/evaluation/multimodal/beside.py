@@ -11,6 +11,7 @@ from torch import Tensor
 from dataset_loading.multimodal import Item
 from model.audio.spectral import check_same_mel
 from utils.checkpoints import chosen_weights, read_stage, resolve_checkpoint
+from utils.console.progress import reported
 from utils.evaluation.multimodal.items import MARGIN, Direction, HeldOutItems, directions_of
 from utils.evaluation.multimodal.outputs import AnswerGenerator, Outputs
 from utils.generation.arguments.audio_diffusion import AudioSamplingArguments
@@ -22,7 +23,6 @@ from utils.generation.latents import standardized_posterior
 from utils.generation.multimodal import MultimodalPipeline
 from utils.generation.speech import SpeechPipeline
 from utils.generation.text_to_image import TextToImagePipeline
-from utils.progress import reported
 from utils.seeds import seed_of
 
 SPEECH = AudioSamplingArguments()

@@ -15,6 +15,7 @@ from torch import Tensor
 from dataset_loading.cached import evenly_spaced
 from dataset_loading.embedded.scenes import caption_factors
 from dataset_loading.image.latents import ImageLatentDataset
+from utils.console.progress import reported
 from utils.evaluation.generated_images import agreement_scores, image_set_scores
 from utils.evaluation.multimodal.outputs import Outputs
 from utils.evaluation.source_images import SourceImageDataset
@@ -23,7 +24,6 @@ from utils.metrics.audio import missing_packages
 from utils.metrics.caption_agreement import N_FEATURES, ImageFeatures, TextProbe, UnusableCaptionsError
 from utils.metrics.given_features import GivenFeatures
 from utils.metrics.words import Recognizer, normalize_text, text_errors
-from utils.progress import reported
 
 logger = logging.getLogger(__name__)
 

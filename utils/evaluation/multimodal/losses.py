@@ -18,9 +18,9 @@ from model.multimodal import MegaTransformerMultimodal
 from model.multimodal.layout import Part, build_stream, join_streams
 from model.multimodal.spans import Spans, spans_in
 from model.thinking import Thinking
+from utils.console.progress import reported
 from utils.evaluation.multimodal.items import Direction, others
 from utils.flags.choices import SPANS
-from utils.progress import reported
 from utils.seeds import seed_of
 
 TIMES = (0.5, 0.9)  # At which the errors of flows are measured; 0: data, 1: noise.

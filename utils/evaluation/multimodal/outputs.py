@@ -14,10 +14,10 @@ from torch import Tensor
 
 from model.multimodal.generation import Sampling
 from model.multimodal.layout import Part, audio_latents, image_latents
+from utils.console.progress import reported
 from utils.flags.choices import Modality
 from utils.generation.multimodal import MultimodalPipeline
 from utils.metrics.timing import Stopwatch
-from utils.progress import reported
 from utils.seeds import seed_of
 
 

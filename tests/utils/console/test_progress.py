@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from utils.progress import progress_shown, reported
+from utils.console.progress import progress_shown, reported
 
 
 @pytest.fixture
