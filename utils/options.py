@@ -97,6 +97,18 @@ def flag_text(name: str, value: Any) -> str:
     return " ".join([f"--{name}", *map(str, value if isinstance(value, list) else [value])])
 
 
+def flag_words(name: str, value: Any) -> list[str]:
+    """A flag with its value as words of a command line; a value that begins with - is joined to its flag by =."""
+    if isinstance(value, bool):
+        return [f"--{name}" if value else f"--no_{name}"]
+    items = value if isinstance(value, list) else [value]
+    texts = [f"{item:g}" if isinstance(item, float) and float(f"{item:g}") == item else str(item) for item in items]
+    if texts and texts[0].startswith("-"):
+        assert len(texts) == 1, f"--{name}: of several values the first must not begin with -"
+        return [f"--{name}={texts[0]}"]
+    return [f"--{name}", *texts]
+
+
 def suggest(name: str, known: Iterable[str]) -> str:
     """`"; did you mean 'x'?"` for the closest known name, or the list of known names where nothing is close."""
     known = sorted(known)

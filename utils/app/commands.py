@@ -5,7 +5,7 @@ import math
 import shlex
 from typing import Any, Generic, TypeVar
 
-from utils.options import check_effects, declared_fields, default_value, validate_fields
+from utils.options import check_effects, declared_fields, default_value, flag_words, validate_fields
 
 Arguments = TypeVar("Arguments")
 MAX_SEED = 2**63  # The flags take smaller ones.
@@ -27,7 +27,7 @@ class Command(Generic[Arguments]):
         """The command line, quoted for a shell; flags that have their defaults are left out."""
         words = ["python", self.script]
         for name in self.arguments.given:
-            words += words_of(name, getattr(self.arguments, name))
+            words += flag_words(name, getattr(self.arguments, name))
         return shlex.join(words)
 
 
@@ -63,21 +63,3 @@ def real_number(name: str, value: float | None) -> float:
     if value is None:
         raise ValueError(f"{name} is no number; give one")
     return float(value)
-
-
-def words_of(name: str, value: Any) -> list[str]:
-    """A flag with its value as words of a command line; a value that begins with - is joined to its flag by =."""
-    if isinstance(value, bool):
-        return [f"--{name}" if value else f"--no_{name}"]
-    texts = [
-        f"{item:g}" if isinstance(item, float) and float(f"{item:g}") == item else str(item) for item in listed(value)
-    ]
-    if texts and texts[0].startswith("-"):
-        assert len(texts) == 1, f"--{name}: of several values the first must not begin with -"
-        return [f"--{name}={texts[0]}"]
-    return [f"--{name}", *texts]
-
-
-def listed(value: Any) -> list[Any]:
-    """A list as it is, anything else as a list of one."""
-    return value if isinstance(value, list) else [value]

@@ -133,9 +133,13 @@ class Evaluator:
 
     def describe(self) -> dict[str, Any]:
         """What was evaluated and how, for metrics.json."""
+        checkpoint = str(self.checkpoint)
+        # The given flags; of a run's folder the checkpoint, since it may get newer ones.
+        given = {name: getattr(self.args, name) for name in self.args.given}
         return {
             "stage": self.record["stage"],
-            "checkpoint": str(self.checkpoint),
+            "checkpoint": checkpoint,
+            "arguments": {**given, "checkpoint": checkpoint},
             "step": self.step,
             "weights": self.weights,
             "precision": "bf16 autocast" if self.args.bf16 else "fp32",

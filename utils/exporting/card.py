@@ -3,6 +3,7 @@ and how good it is, from the records of its run."""
 
 import json
 import math
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,23 @@ from typing import Any
 from utils.checkpoints import EXPORTED
 from utils.exporting.stages import ExportedModel
 from utils.generation.exported import home_of
+from utils.options import flag_words
 
 # Arguments of the run that the card names.
 TRAINED_WITH = ("learning_rate", "batch_size", "gradient_accumulation_steps", "sequence_length", "ema_decay", "seed")
 # What metrics.json says beside metrics.
-NO_METRICS = {"definitions", "data", "packages", "threads", "seconds", "step", "n_clips_defined", "sampling", "model"}
+NO_METRICS = {
+    "definitions",
+    "data",
+    "packages",
+    "threads",
+    "seconds",
+    "step",
+    "n_clips_defined",
+    "sampling",
+    "model",
+    "arguments",
+}
 N_METRICS = 40  # Numbers in the card; metrics.json has all.
 
 
@@ -116,6 +129,13 @@ def training(record: Mapping[str, Any]) -> str:
     return f"## Training\n\n| | |\n|---|---|\n{table}\n\n`stage.json` holds all arguments of the run."
 
 
+def evaluation_command(metrics: Mapping[str, Any]) -> str:
+    """The command that measured; of earlier versions, which did not record flags, with the checkpoint alone."""
+    arguments = {"checkpoint": metrics.get("checkpoint"), **(metrics.get("arguments") or {})}
+    words = [word for name, value in arguments.items() for word in flag_words(name, value)]
+    return shlex.join(["python", "evaluate.py", *words])
+
+
 def evaluation(metrics: Mapping[str, Any]) -> str:
     """Numbers of metrics.json with the command that measured them."""
     values = list(numbers(metrics))[:N_METRICS]
@@ -124,7 +144,7 @@ def evaluation(metrics: Mapping[str, Any]) -> str:
     data = metrics.get("data") or {}
     table = "\n".join(f"| {name} | {value:.5g} |" for name, value in values)
     return (
-        f"## Metrics\n\n`python evaluate.py --checkpoint {metrics.get('checkpoint')}` at commit "
-        f"{metrics.get('git_commit')}, {metrics.get('weights')} weights, on {data.get('n_samples')} samples of "
-        f"`{data.get('folder')}` ({data.get('split')}):\n\n| metric | value |\n|---|---|\n{table}"
+        f"## Metrics\n\n`{evaluation_command(metrics)}` at commit {metrics.get('git_commit')}, "
+        f"{metrics.get('weights')} weights, on {data.get('n_samples')} samples of `{data.get('folder')}` "
+        f"({data.get('split')}):\n\n| metric | value |\n|---|---|\n{table}"
     )

@@ -18,6 +18,7 @@ from tests.helpers.text_cache import make_text
 from tests.helpers.text_checkpoint import save_text_checkpoint
 from utils.checkpoints import load_model
 from utils.command_line import parse_arguments
+from utils.exporting.card import evaluation, evaluation_command
 from utils.generation.arguments.text import GenerateTextArguments
 from utils.generation.latents import vae_fingerprint
 
@@ -63,6 +64,13 @@ def test_an_image_vae_keeps_its_fingerprint_and_is_evaluated(vae_run, tmp_path):
     (folder / "README.md").write_text("edited")  # A card is edited by whoever publishes the model.
     report = evaluate.main(["--checkpoint", str(folder), "--max_samples", "2"])
     assert (report["step"], report["weights"]) == (4, "ema")
+    # The report says by which command it was made.
+    assert report["arguments"] == {"checkpoint": str(folder), "max_samples": 2}
+    words = shlex.split(evaluation_command(report))
+    assert words == ["python", "evaluate.py", "--checkpoint", str(folder), "--max_samples", "2"]
+    earlier = {"checkpoint": "runs/a b"}
+    assert evaluation_command(earlier) == "python evaluate.py --checkpoint 'runs/a b'"
+    assert "arguments.max_samples" not in evaluation(report) and shlex.join(words) in evaluation(report)
     assert json.loads((folder / "metrics.json").read_text())["stage"] == "image_vae"
 
 
