@@ -268,13 +268,18 @@ class Jobs:
             self.gr.Warning(html.escape(message, quote=False))
 
     def error_of(self, error: Exception) -> Exception:
-        """What the page shows of an error; a mistake of ours is logged with its traceback."""
-        message = explanation_of(error)
-        if message is None:
-            logger.error("a job of the page failed", exc_info=error)
-            message = f"internal error ({type(error).__name__}); the terminal of the page shows it"
+        """What the page shows of an error above everything else; see `message_of`."""
         # The page renders messages as HTML.
-        return self.gr.Error(html.escape(message, quote=False), duration=None, print_exception=False)
+        return self.gr.Error(html.escape(message_of(error), quote=False), duration=None, print_exception=False)
+
+
+def message_of(error: Exception) -> str:
+    """What a visitor is told of an error; a mistake of ours is logged with its traceback."""
+    message = explanation_of(error)
+    if message is None:
+        logger.error("a job of the page failed", exc_info=error)
+        message = f"internal error ({type(error).__name__}); the terminal of the page shows it"
+    return message
 
 
 def ended(jobs: Sequence[Job], seconds: float) -> bool:

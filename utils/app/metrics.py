@@ -4,7 +4,8 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from utils.evaluation import (
 from utils.evaluation.arguments.every_stage import EvaluateArguments
 from utils.evaluation.multimodal import report as multimodal_report
 from utils.evaluation.tables import FEATURE_COLUMNS, Column
+from utils.exporting.card import evaluation_command
 from utils.exporting.stages import MODELS
 from utils.training.log_lines import number
 
@@ -34,7 +36,11 @@ MODEL_ROWS = ("model", "generated")  # All other rows of scores are references.
 MAX_SHEETS = 4  # A multimodal model has one per direction.
 # What says under which conditions was measured, or is no metric.
 CONDITIONS = ("data", "sampling", "weights", "precision", "device", "threads", "features", "recognizer")
-NO_METRICS = (*CONDITIONS, "definitions", "packages", "seconds", "step", "latents", "n_clips_defined")
+NO_METRICS = (*CONDITIONS, "definitions", "packages", "seconds", "step", "latents", "n_clips_defined", "arguments")
+# Flags that change no metric, or that the conditions above say.
+NO_CONDITIONS = ("checkpoint", "output_dir", "contact_sheet", "batch_size", "num_workers", "remote_cache_gb")
+NO_CONDITIONS += ("cached_dataset", "split", "max_samples", "weights", "bf16")
+COUNTS = ("n_clips", "n_clips_all")  # They stand beside the metrics that are means of so many.
 TEXT_COLUMNS = {
     name: dataclasses.replace(text.COLUMNS[name], better=better)
     for name, better in {"loss": "low", "perplexity": "low", "accuracy": "high"}.items()
@@ -59,7 +65,7 @@ class Evaluated:
         stage: that trained it.
         folder: of its metrics; None: it has none.
         metrics: content of metrics.json; empty where it has none.
-        command: makes its metrics.
+        command: has made its metrics; where it has none, or they do not say: makes them.
     """
 
     name: str
@@ -126,9 +132,37 @@ def read_evaluated(runs: Runs, name: str) -> Evaluated:
     evaluated_folder = str(metrics.get("checkpoint") or folder) if is_apart else str(folder)
     call = command("evaluate.py", EvaluateArguments, checkpoint=evaluated_folder, output_dir=output_dir)
     if metrics:
-        return Evaluated(name, metrics["stage"], home, metrics, str(call))
+        line = evaluation_command(metrics) if metrics.get("arguments") else str(call)
+        return Evaluated(name, metrics["stage"], home, metrics, line)
     checkpoint = folder if step >= 0 or not checkpoints_in(folder) else newest_complete(folder)
     return Evaluated(name, read_stage(checkpoint or folder)["stage"], None, {}, str(call))
+
+
+def fitting(runs: Runs, name: str | None, known: Sequence[str]) -> list[str]:
+    """The names that can be compared with one, which is one of them: the others of its stage. Args: known: all."""
+    stage = stage_of(runs, name) if name in known else ""
+    return [other for other in known if stage and other != name and stage_of(runs, other) == stage]
+
+
+def stage_of(runs: Runs, name: str) -> str:
+    """The stage of one of `names`; empty where it is damaged."""
+    try:
+        return read_evaluated(runs, name).stage
+    except (OSError, ValueError, KeyError):
+        return ""
+
+
+def next_measured(runs: Runs, name: str, others: Sequence[str]) -> str | None:
+    """The first of `others` that has metrics and is of another run, else one of this run with metrics of its own;
+    None: there is none."""
+    own = read_evaluated(runs, name).folder
+    measured = [other for other in others if read_evaluated(runs, other).folder not in (None, own)]
+    return next((other for other in measured if run_of(other) != run_of(name)), next(iter(measured), None))
+
+
+def run_of(name: str) -> str:
+    """The name without that of a checkpoint, or of its metrics."""
+    return re.sub(r"/(checkpoint|metrics)-\d+$", "", name)
 
 
 def is_of(run: Path, checkpoint: Path) -> bool:
@@ -151,16 +185,16 @@ def read_metrics(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is no JSON ({error}); {remedy}") from error
     if not isinstance(content, dict) or not isinstance(content.get("stage"), str):
         raise ValueError(f"{file} has no field stage; {remedy}")
-    for name in ("scores", "definitions"):
+    for name in ("scores", "definitions", "arguments"):
         if not isinstance(content.get(name, {}), dict):
             raise ValueError(f"{file}: {name} is no table; {remedy}")
     return content
 
 
-def sheets_of(runs: Runs, *both: Evaluated) -> list[tuple[str, list[Image.Image | None]]]:
+def sheets_of(runs: Runs, *sides: Evaluated) -> list[tuple[str, list[Image.Image | None]]]:
     """The contact sheets beside the metrics: name, and the image of each side, None where there is none."""
-    names = {file.stem for one in both if one.folder for file in one.folder.glob(SHEETS)}
-    return [(name, [sheet_of(runs, one, f"{name}.png") for one in both]) for name in sorted(names)[:MAX_SHEETS]]
+    names = {file.stem for one in sides if one.folder for file in one.folder.glob(SHEETS)}
+    return [(name, [sheet_of(runs, one, f"{name}.png") for one in sides]) for name in sorted(names)[:MAX_SHEETS]]
 
 
 def sheet_of(runs: Runs, one: Evaluated, name: str) -> Image.Image | None:
@@ -185,35 +219,71 @@ def numbers_in(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[s
         yield path, value
 
 
-def table(first: Evaluated, second: Evaluated) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows of a comparison: scores of the model, those of references, then what else differs.
+def table(first: Evaluated, *others: Evaluated) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of a comparison: scores of the model, those of references, then what else differs; without
+    another, of one alone, with its other metrics.
 
+    Args: others: one at most.
     Raises: ValueError: they are of different stages.
     """
-    if first.stage != second.stage:
-        raise ValueError(
-            f"{first.name} is of stage {first.stage} and {second.name} of stage {second.stage}, which have different "
-            "metrics; choose two of one stage"
-        )
+    sides = (first, *others)
+    for second in others:
+        if first.stage != second.stage:
+            raise ValueError(
+                f"{first.name} is of stage {first.stage} and {second.name} of stage {second.stage}, which have "
+                "different metrics; choose two of one stage"
+            )
     values = []
-    for one in (first, second):
+    for one in sides:
         measured = {name: value for name, value in one.metrics.items() if name not in NO_METRICS}
         values.append(dict(numbers_in(measured)))
     columns = COLUMNS.get(first.stage, {})
-    paths = sorted(dict.fromkeys([*values[0], *values[1]]), key=lambda path: order_of(path, list(columns)))
+    paths = sorted(
+        dict.fromkeys(path for side in values for path in side), key=lambda path: order_of(path, list(columns))
+    )
     errors = {column.error for column in columns.values() if column.error}
     rows = []
     for path in paths:
-        pair = [side.get(path) for side in values]
-        is_score = path[0] == "scores"
-        # What is equal beside the scores is a setting.
-        if path[-1] in errors or (not is_score and (None in pair or pair[0] == pair[1])):
+        found = [side.get(path) for side in values]
+        if path[-1] in (*errors, *COUNTS) or not (path[0] == "scores" or is_told(path, found, columns)):
             continue
         column = columns.get(path[-1])
         error_path = (*path[:-1], column.error if column else "")
-        rows.append(row_of(path, pair, [side.get(error_path) for side in values], column))
-    heads = [f"{one.name}, step {one.metrics.get('step', '-')}" for one in (first, second)]
-    return ["row", "metric", *heads, "difference", "better"], rows
+        row = row_of(path, found, [side.get(error_path) for side in values], column)
+        rows.append([*row, " and ".join(dict.fromkeys(n_samples(one.metrics, path) for one in sides if one.metrics))])
+    heads = [f"{one.name}, step {one.metrics.get('step', '-')}" for one in sides]
+    return ["row", "metric", *heads, *(["difference", "better"] if others else ["good"]), "samples"], rows
+
+
+def is_told(path: tuple[str, ...], found: Sequence[float | None], columns: dict[str, Column]) -> bool:
+    """Whether a number beside the scores is shown: of one alone metrics, of two what differs; what is equal is a
+    setting."""
+    if len(found) == 1:
+        return path[-1] in columns or path == ("model", "parameters")
+    return None not in found and found[0] != found[1]
+
+
+def n_samples(metrics: dict[str, Any], path: tuple[str, ...]) -> str:
+    """The number of clips, images or texts that a score is of; empty where metrics.json does not say."""
+    if path[0] not in ("scores", "losses"):
+        return ""
+    *rows, name = path[1:]
+    if "n_clips_defined" in metrics:
+        count = value_at(metrics["n_clips_defined"], [*rows, name])
+        if count is None and name.removesuffix("_all") in ("wer", "cer"):
+            count = value_at(metrics["scores"], [*rows, "n_clips_all" if name.endswith("_all") else "n_clips"])
+    elif "n_items" in metrics:
+        count = value_at(metrics["n_items"], rows[:1])
+    else:
+        count = value_at(metrics, ["data", "n_samples"])
+    return "" if count is None else str(count)
+
+
+def value_at(tables: Any, path: Sequence[str]) -> Any:
+    """The value of nested tables at a path, None where there is none."""
+    for name in path:
+        tables = tables.get(name) if isinstance(tables, dict) else None
+    return tables
 
 
 def order_of(path: tuple[str, ...], columns: list[str]) -> tuple[Any, ...]:
@@ -224,9 +294,10 @@ def order_of(path: tuple[str, ...], columns: list[str]) -> tuple[Any, ...]:
 
 
 def row_of(
-    path: tuple[str, ...], pair: list[float | None], errors: list[float | None], column: Column | None
+    path: tuple[str, ...], found: list[float | None], errors: list[float | None], column: Column | None
 ) -> list[str]:
-    """A row of the table: names, both values with their standard errors, the difference, and which is better."""
+    """A row of the table: names, values with their standard errors; of two the difference and which is better, of one
+    which values are good."""
     template = column.template if column else ""
     is_reference = path[0] == "scores" and path[-2] not in MODEL_ROWS
 
@@ -238,10 +309,13 @@ def row_of(
 
     label = " ".join(path[1:-1] if path[0] == "scores" else path[:-1])
     texts = [f"{label} (reference)" if is_reference else label, column.title if column else path[-1]]
-    texts += [cell(value, error) for value, error in zip(pair, errors)]
-    if pair[0] is None or pair[1] is None:
+    texts += [cell(value, error) for value, error in zip(found, errors)]
+    if len(found) == 1:
+        return [*texts, column.better if column else ""]
+    first, second = found
+    if first is None or second is None:
         return [*texts, "", ""]
-    difference = pair[1] - pair[0]
+    difference = second - first
     better = ""
     if column and column.better and difference and not is_reference:
         # Two standard errors of the difference.
@@ -255,6 +329,10 @@ def row_of(
 def conditions(first: Evaluated, second: Evaluated) -> list[str]:
     """What differs between how two were measured, a line each."""
     sides = [dict(leaves({name: one.metrics.get(name) for name in CONDITIONS})) for one in (first, second)]
+    given = [one.metrics.get("arguments") or {} for one in (first, second)]
+    if all(given):  # Earlier versions did not record them.
+        for side, arguments in zip(sides, given):
+            side |= {f"--{name}": str(value) for name, value in arguments.items() if name not in NO_CONDITIONS}
     found = dict.fromkeys([*sides[0], *sides[1]])
     return [f"{name}: {a} and {b}" for name in found if (a := sides[0].get(name)) != (b := sides[1].get(name))]
 

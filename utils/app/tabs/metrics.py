@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 
 from utils.app.context import Context
-from utils.app.metrics import MAX_SHEETS, conditions, evaluated, names, read_evaluated, sheets_of, table
+from utils.app.jobs import message_of
+from utils.app.metrics import MAX_SHEETS, conditions, evaluated, fitting, names, next_measured, sheets_of, table
+
+ALONE = "none: the first alone"  # in place of a second name
+WIDTHS = {5: ["22%", "26%", "26%", "11%", "15%"], 7: ["15%", "17%", "18%", "18%", "12%", "10%", "10%"]}  # of columns
 
 
 @dataclasses.dataclass
@@ -18,7 +21,7 @@ class Comparison:
     Attributes:
         notes: what is to be known before the numbers are compared.
         headings, rows: of the table.
-        sheets: names of contact sheets with those of both, None where there is none.
+        sheets: names of contact sheets with those of both or of the first, None where there is none.
         definitions: of the metrics, as Markdown.
         commands: make the metrics.
     """
@@ -31,66 +34,72 @@ class Comparison:
     commands: str
 
 
-def compare(context: Context, *chosen: str | None) -> Comparison:
+def compare(context: Context, first: str | None, second: str | None) -> Comparison:
     """The comparison of two runs or checkpoints.
 
+    Args: second: `ALONE` or none: the first is shown alone.
     Raises: ValueError, OSError: one is none, they are of different stages, or a file is damaged.
     """
-    first, second = both = [evaluated(context.runs, name) for name in chosen]
-    headings, rows = table(first, second)
-    missing = [one.name for one in both if one.folder is None]
+    sides = [evaluated(context.runs, name) for name in (first, *([] if second in (None, "", ALONE) else [second]))]
+    headings, rows = table(*sides)
+    missing = [one.name for one in sides if one.folder is None]
     notes = [f"{name} has no metrics yet: run its command below" for name in dict.fromkeys(missing)]
-    differing = [] if missing else conditions(first, second)
-    if differing:
-        notes.append("measured under different conditions: " + "; ".join(differing))
-    if not missing and not differing:
-        notes.append("measured under the same conditions")
-    known = {**first.metrics.get("definitions", {}), **second.metrics.get("definitions", {})}
+    notes += [
+        f"metrics.json of {one.name} is of an earlier version, which recorded no flags: its command below has defaults"
+        for one in {one.name: one for one in sides}.values()
+        if one.metrics and not one.metrics.get("arguments")
+    ]
+    if len(sides) == 2 and not missing:
+        differing = conditions(*sides)
+        told = f"different conditions: {'; '.join(differing)}" if differing else "the same conditions"
+        notes.insert(0, f"measured under {told}")
+    known = {name: text for one in reversed(sides) for name, text in one.metrics.get("definitions", {}).items()}
     return Comparison(
         notes="\n".join(notes),
         headings=headings,
         rows=rows,
-        sheets=sheets_of(context.runs, *both),
+        sheets=sheets_of(context.runs, *sides),
         definitions="\n".join(f"- **{name}**: {text}" for name, text in known.items()),
-        commands="\n".join(dict.fromkeys(one.command for one in both)),
+        commands="\n".join(dict.fromkeys(one.command for one in sides)),
     )
 
 
-def first_pair(context: Context, known: Sequence[str]) -> tuple[str | None, str | None]:
-    """What is compared at first: the newest metrics with the next ones of their stage, or with themselves.
+def choices_of(context: Context, first: str | None, second: str | None = None) -> dict[str, dict[str, Any]]:
+    """What both lists offer, as arguments of dropdowns: all names, and those that can be compared with the first.
 
-    Args: known: the names that can be compared.
+    Args:
+        first: a name; None: the newest.
+        second: is kept where it fits the first; else another run of its stage that has metrics takes its place.
     """
-    if not known:
-        return None, None
-    with contextlib.suppress(OSError, ValueError):  # The newest may be damaged.
-        newest = read_evaluated(context.runs, known[0])
-        for name in known[1:]:
-            with contextlib.suppress(OSError, ValueError):  # It is damaged, or of another stage.
-                table(newest, read_evaluated(context.runs, name))
-                return known[0], name
-    return known[0], known[0]
+    known = names(context.runs)
+    first = next(iter(known), None) if first is None else first
+    others = fitting(context.runs, first, known)
+    if second is None or (first in known and second not in (ALONE, *others)):
+        second = None
+        with contextlib.suppress(OSError, ValueError):  # One is damaged or gone since.
+            second = next_measured(context.runs, str(first), others)
+    return {
+        "first": {"choices": known, "value": first},
+        "second": {"choices": [ALONE, *others], "value": second or ALONE},
+    }
 
 
 def build(context: Context) -> None:
     """The components of the tab, and when it compares."""
     gr = context.gr
     gr.Markdown("Two runs or checkpoints side by side, as `evaluate.py` has measured them.")
-    known = names(context.runs)
-    pair = first_pair(context, known)
     with gr.Row():
-        options = {"choices": known, "allow_custom_value": True}
-        first = gr.Dropdown(value=pair[0], label="first run or checkpoint", **options)
-        second = gr.Dropdown(value=pair[1], label="second run or checkpoint, of the same stage", **options)
+        # Without values, which would be those of the start of the page: whoever opens the tab gets the newest.
+        options: dict[str, Any] = {"choices": [], "value": None, "allow_custom_value": True}
+        first = gr.Dropdown(label="first run or checkpoint", **options)
+        second = gr.Dropdown(label="second run or checkpoint, of the same stage", **options)
     notes = gr.Textbox(label="notes", lines=1, max_lines=12, interactive=False)
     scores = gr.Dataframe(
-        headers=["row", "metric", "first", "second", "difference", "better"],
         datatype="str",
         interactive=False,
         wrap=True,
-        column_widths=["16%", "20%", "20%", "20%", "14%", "10%"],
         max_height=1200,
-        label="metrics; difference: second minus first",
+        label="metrics; difference: second minus first; samples: clips, images or texts that a mean is of",
         show_label=True,
     )
     sheets = []
@@ -102,32 +111,35 @@ def build(context: Context) -> None:
     line = context.command()
     shown = [notes, scores, *sheets, definitions, line]
 
-    def updates(*chosen: str | None) -> list[Any]:
-        result = compare(context, *chosen)
+    def updates(result: Comparison) -> list[Any]:
         images = []
         for name, pair in result.sheets:
-            for side, image in zip(("first", "second"), pair):
-                images.append(gr.update(value=image, label=f"{name} of the {side}", visible=True))
+            labels = [f"{name} of the {side}" for side in ("first", "second")]
+            images += [gr.update(value=image, label=label, visible=True) for label, image in zip(labels, pair)]
+            images += [gr.update(value=None, visible=False)] * (2 - len(pair))
         images += [gr.update(value=None, visible=False)] * (len(sheets) - len(images))
         rows = {"headers": result.headings, "data": result.rows}
+        rows = gr.update(value=rows, column_widths=WIDTHS.get(len(result.headings)))
         return [result.notes, rows, *images, result.definitions, result.commands]
 
     def show(first: str | None, second: str | None) -> list[Any]:
         try:
-            return updates(first, second)
+            return updates(compare(context, first, second))
         except Exception as error:
-            raise context.jobs.error_of(error) from None
+            # Nothing of an earlier comparison stays below other names.
+            return updates(Comparison(message_of(error), ["row", "metric"], [], [], "", ""))
 
-    def opened(*chosen: str | None) -> list[Any]:
-        known = names(context.runs)
-        lists = [gr.update(choices=known), gr.update(choices=known)]
-        try:
-            return [*lists, *updates(*chosen)]
-        except (OSError, ValueError) as error:  # Nobody has chosen these two yet.
-            return [*lists, str(error), *[gr.skip()] * (len(shown) - 1)]
+    def follow(first_name: str | None, second_name: str | None) -> list[Any]:
+        offered = choices_of(context, first_name or "", second_name)
+        return [gr.update(**offered["second"]), *show(first_name, offered["second"]["value"])]
+
+    def opened(first_name: str | None, second_name: str | None) -> list[Any]:
+        offered = choices_of(context, first_name, second_name)
+        lists = [gr.update(**offer) for offer in offered.values()]
+        return [*lists, *show(*(offer["value"] for offer in offered.values()))]
 
     # Beside the queue, in which jobs of models wait.
-    quiet = {"queue": False, "show_progress": "hidden"}
-    gr.on([first.input, second.input], show, inputs=[first, second], outputs=shown, api_name="metrics", **quiet)
-    outputs = [first, second, *shown]
-    context.tab.select(opened, inputs=[first, second], outputs=outputs, api_visibility="private", **quiet)
+    quiet: dict[str, Any] = {"inputs": [first, second], "queue": False, "show_progress": "hidden"}
+    second.input(show, outputs=shown, api_name="metrics", **quiet)
+    first.input(follow, outputs=[second, *shown], api_visibility="private", **quiet)
+    context.tab.select(opened, outputs=[first, second, *shown], api_visibility="private", **quiet)

@@ -13,6 +13,7 @@ from PIL import Image
 from dataset_loading.locks import owner_of
 from utils.app.context import Context
 from utils.app.events import IMAGES, EventLog, EventLogs
+from utils.app.jobs import message_of
 from utils.app.run_folders import choose_run, run_names
 from utils.checkpoints import log_folder
 from utils.training.log_lines import duration, log_line
@@ -107,19 +108,21 @@ def status_of(log: EventLog, *, is_running: bool) -> str:
 def build(context: Context) -> None:
     """The components of the tab, and when it looks."""
     gr, logs = context.gr, EventLogs()
-    names = run_names(context.runs)
     gr.Markdown("How a run goes on: its last log line, curves and images, from what it writes for TensorBoard.")
     with gr.Row():
         label = "run; the one that logged last is the first"
-        run = gr.Dropdown(names, value=next(iter(names), None), label=label, allow_custom_value=True, scale=2)
+        # Without a value, which would be that of the start of the page: whoever opens the tab gets the newest.
+        run = gr.Dropdown([], value=None, label=label, allow_custom_value=True, scale=2, min_width=300)
         label = f"curves, at most {MAX_CURVES}; none: losses and scores"
         options: dict[str, Any] = {"multiselect": True, "max_choices": MAX_CURVES, "allow_custom_value": True}
-        tags = gr.Dropdown([], value=[], label=label, scale=3, **options)
+        tags = gr.Dropdown([], value=[], label=label, scale=3, min_width=300, **options)
     status = gr.Textbox(label=f"last log line; looked at every {REFRESH_SECONDS:g} s", lines=2, interactive=False)
     plots = []
     for _ in range(0, MAX_CURVES, 2):
         with gr.Row():
             options = {"x": "step", "y": "value", "y_title": " ", "height": 240, "min_width": 320, "visible": False}
+            # Steps as they are, such as 250 and 1,000,000.
+            options |= {"x_axis_format": ",.12~g", "y_axis_format": ".6~g"}
             plots += [gr.LinePlot(**options), gr.LinePlot(**options)]
     with gr.Row():
         images = [context.image() for _ in range(MAX_IMAGES)]
@@ -141,14 +144,22 @@ def build(context: Context) -> None:
         try:
             return updates(look(context, logs, name, chosen), ((), ()), kept)
         except Exception as error:
-            raise context.jobs.error_of(error) from None
+            return refused(error)
 
-    def glance(name: str, chosen: list[str], seen: tuple[Any, Any]) -> list[Any]:
+    def refused(error: Exception) -> list[Any]:
+        # Nothing of another run stays below the message.
+        hidden = [gr.update(visible=False)] * (len(plots) + len(images))
+        return [gr.update(choices=run_names(context.runs)), gr.skip(), message_of(error), *hidden, "", ((), ())]
+
+    def glance(name: str | None, chosen: list[str], seen: tuple[Any, Any]) -> list[Any]:
         skipped = [gr.skip()] * len(shown)
+        newest = next(iter(run_names(context.runs)), None) if name is None else name
         try:
-            view = look(context, logs, name, chosen)
-        except (OSError, ValueError) as error:  # Every few seconds: a line, not a message over the page.
-            return [gr.update(choices=run_names(context.runs)), gr.skip(), str(error), *skipped[3:]]
+            view = look(context, logs, newest, chosen)
+        except (OSError, ValueError) as error:
+            return refused(error)
+        if name is None:
+            return [gr.update(choices=view.runs, value=newest), *updates(view, seen, {})[1:]]
         # Plots keep what the visitor points at while nothing changes.
         return [*skipped[:2], view.status, *skipped[3:]] if view.version == seen[0] else updates(view, seen, {})
 
@@ -164,7 +175,13 @@ def plot_update(gr: Any, tag: str, points: list[list[float]]) -> Any:
     """A curve as a plot takes it; its form is that of `gradio.components.native_plot.PlotData`."""
     kinds = {"step": "quantitative", "value": "quantitative"}
     data = {"columns": list(kinds), "data": points, "datatypes": kinds, "mark": "line"}
-    return gr.update(value=data if points else None, label=tag, show_label=True, visible=True)
+    steps = [step for step, _ in points] or [0, 1]
+    limits = [min(steps), max(steps)]
+    if limits[0] == limits[1]:
+        # One step is no line, and no range of the axis either.
+        data["mark"], limits = "point", [0, 2 * limits[0] or 1]
+    # Limits are always given, since no update takes them away.
+    return gr.update(value=data if points else None, label=tag, show_label=True, visible=True, x_lim=limits)
 
 
 def decoded(images: Mapping[str, tuple[int, bytes]]) -> list[tuple[Image.Image, str]]:

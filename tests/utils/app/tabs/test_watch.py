@@ -1,6 +1,7 @@
 """Tab Watch: any run under the folder, from its beginning, also while a model computes."""
 
 import io
+import re
 import shlex
 import time
 
@@ -13,7 +14,7 @@ from dataset_loading.locks import only_writer
 from tests.helpers.app.page import wait_until
 from utils.app.run_folders import choose_run, run_names
 from utils.app.runs import Runs
-from utils.app.tabs.watch import decoded
+from utils.app.tabs.watch import decoded, plot_update
 from utils.training.trackers import write_flags
 
 NAME = "vocoder/begun"
@@ -51,6 +52,7 @@ def test_a_run_that_has_just_begun_is_watched(client, begun):
         "train/memory_gib",
     ]
     assert plots[0]["value"]["data"][-1] == pytest.approx([20, 0.05])
+    assert plots[0]["value"]["mark"] == "line" and plots[0]["x_lim"] == [10, 20]
     assert [image["label"] for image in images if image["visible"]] == ["mel, step 20"] and images[0]["value"]
     assert shlex.split(line) == ["tensorboard", "--logdir", str(begun)]
     chosen = client.predict(NAME, ["loss/mel"], api_name="/watch")[3:9]
@@ -79,16 +81,26 @@ def test_it_answers_while_a_model_computes(client, begun):
     "name", ["../runs/" + NAME, "vocoder/../" + NAME, NAME + "/", "vocoder", "/etc", "", ".", None]
 )
 def test_what_is_no_run_cannot_be_watched(client, begun, name):
-    with pytest.raises(Exception, match=r"is no run in .*; choose one of the list") as caught:
-        client.predict(name, [], api_name="/watch")
-    assert "Traceback" not in str(caught.value)
-    with pytest.raises(Exception, match="is no run in"):
-        client.predict(str(begun), [], api_name="/watch")
+    runs, _, status, *shown, line = client.predict(name, [], api_name="/watch")
+    assert re.search(r"is no run in .*; choose one of the list", status) and "Traceback" not in status
+    # Nothing of another run stays.
+    assert NAME in [name for name, _ in runs["choices"]] and line == ""
+    assert not any(component["visible"] for component in shown)
+    assert "is no run in" in client.predict(str(begun), [], api_name="/watch")[2]
 
 
 def test_too_many_curves_are_refused(client, begun):
-    with pytest.raises(Exception, match="7 curves are more than 6; TensorBoard shows all"):
-        client.predict(NAME, [f"x{number}" for number in range(7)], api_name="/watch")
+    status = client.predict(NAME, [f"x{number}" for number in range(7)], api_name="/watch")[2]
+    assert status == "7 curves are more than 6; TensorBoard shows all"
+
+
+@pytest.mark.parametrize(("step", "limits"), [(250, [0, 500]), (0, [0, 1])])
+def test_a_curve_of_one_step_is_a_point_in_the_middle(step, limits):
+    gr = pytest.importorskip("gradio")
+    update = plot_update(gr, "eval/x", [[step, 3.0]])
+    assert (update["value"]["mark"], update["x_lim"]) == ("point", limits)
+    assert plot_update(gr, "eval/x", [[step, 3.0], [step + 1, 2.0]])["value"]["mark"] == "line"
+    assert plot_update(gr, "eval/x", [])["value"] is None
 
 
 def test_runs_of_a_folder(tmp_path):
