@@ -259,7 +259,7 @@ def is_told(path: tuple[str, ...], found: Sequence[float | None], columns: dict[
     """Whether a number beside the scores is shown: of one alone metrics, of two what differs; what is equal is a
     setting."""
     if len(found) == 1:
-        return path[-1] in columns or path == ("model", "parameters")
+        return path == ("model", "parameters") or (path[0] != "model" and path[-1] in columns)
     return None not in found and found[0] != found[1]
 
 

@@ -1,5 +1,7 @@
 """The page in a browser, as a visitor meets it: what is pressed shows, and nothing comes from other hosts."""
 
+import json
+import shutil
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -9,6 +11,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tests.helpers.browser.chromium import PROGRAMS, Chromium, find_chromium
 from utils.app.jobs import CANCELLED, WAITING
 from utils.app.page import TABS
+from utils.app.tabs.metrics import ALONE
 from utils.app.tabs.watch import REFRESH_SECONDS
 from utils.training.trackers import write_flags
 
@@ -18,6 +21,8 @@ TEXTS_END_BEFORE_ARROWS = """[...document.querySelectorAll("input[role=combobox]
     const end = input.getBoundingClientRect().right - parseFloat(getComputedStyle(input).paddingRight);
     return !input.offsetParent || end < input.parentElement.querySelector("svg").getBoundingClientRect().left;
 })"""
+CHOSEN = """[...document.querySelectorAll("input[role=combobox]")].some(
+    input => input.offsetParent && input.getAttribute("aria-label").startsWith({!r}) && input.value == {!r})"""
 STATUS = "[...document.querySelectorAll('textarea')].some(area => area.offsetParent && area.value.includes({!r}))"
 
 pytestmark = pytest.mark.skipif(
@@ -52,6 +57,36 @@ def test_draw_shows_images_and_every_tab_opens(browser):
         browser.wait_for(f"document.querySelector('{TAB}[aria-selected=true]').textContent.trim() == {tab!r}")
 
 
+def test_metrics_follow_the_choice_and_say_what_is_refused(browser, runs):
+    stages = {"first": "image_vae", "second": "image_vae", "other": "vocoder"}
+    for name, stage in stages.items():
+        (runs / "compared" / name).mkdir(parents=True)
+        metrics = {"stage": stage, "step": 4, "scores": {"model": {"psnr_db": 20.0}}}
+        (runs / "compared" / name / "metrics.json").write_text(json.dumps(metrics))
+    try:
+        # The page was started before there were these; `other` is the newest.
+        browser.press("Metrics", TAB)
+        browser.wait_for(CHOSEN.format("first", "compared/other"))
+        browser.wait_for(CHOSEN.format("second", ALONE))
+        browser.choose("compared/first", "first")
+        browser.wait_for(CHOSEN.format("second", "compared/second"))
+        browser.wait_for(STATUS.format("measured under the same conditions"))
+        browser.choose("compared/other", "second")
+        browser.wait_for(STATUS.format("choose two of one stage"))
+        assert not browser.evaluate(STATUS.format("python evaluate.py"))
+        browser.choose("nonsense", "first")
+        browser.wait_for(STATUS.format("is neither a run with a checkpoint nor one"))
+    finally:
+        shutil.rmtree(runs / "compared")
+
+
+def test_names_end_before_arrows_on_a_phone(browser):
+    browser.call("Emulation.setDeviceMetricsOverride", width=390, height=844, deviceScaleFactor=1, mobile=True)
+    browser.wait_for("innerWidth == 390")
+    browser.wait(0.5)
+    assert browser.evaluate(TEXTS_END_BEFORE_ARROWS)
+
+
 def test_a_job_that_waits_says_so_and_is_stopped(browser, page):
     with page.jobs.lock:  # As a cancelled job has it that still loads its checkpoint.
         browser.press("Draw", "button.primary")
@@ -68,7 +103,7 @@ def test_watch_follows_a_run_while_it_is_open(browser, runs):
         writer.add_image("images/mel", np.full((3, 8, 16), 200, np.uint8), 10)
         writer.flush()
         browser.press("Watch", TAB)
-        browser.choose("vocoder/followed", "run")
+        browser.wait_for(CHOSEN.format("run", "vocoder/followed"))  # It is the newest, also for a page started before.
         browser.wait_for(STATUS.format("step 10/100 (10 %)"))
         browser.wait_for(SHOWN)
         browser.wait_for("[...document.querySelectorAll('svg, canvas')].some(plot => plot.clientHeight > 100)")

@@ -90,7 +90,7 @@ def build(context: Context) -> None:
     gr.Markdown("Two runs or checkpoints side by side, as `evaluate.py` has measured them.")
     with gr.Row():
         # Without values, which would be those of the start of the page: whoever opens the tab gets the newest.
-        options: dict[str, Any] = {"choices": [], "value": None, "allow_custom_value": True}
+        options: dict[str, Any] = {"choices": [], "value": None, "allow_custom_value": True, "min_width": 300}
         first = gr.Dropdown(label="first run or checkpoint", **options)
         second = gr.Dropdown(label="second run or checkpoint, of the same stage", **options)
     notes = gr.Textbox(label="notes", lines=1, max_lines=12, interactive=False)
@@ -130,7 +130,8 @@ def build(context: Context) -> None:
             return updates(Comparison(message_of(error), ["row", "metric"], [], [], "", ""))
 
     def follow(first_name: str | None, second_name: str | None) -> list[Any]:
-        offered = choices_of(context, first_name or "", second_name)
+        # Another run has others beside it, also where the former had none.
+        offered = choices_of(context, first_name or "", None if second_name == ALONE else second_name)
         return [gr.update(**offered["second"]), *show(first_name, offered["second"]["value"])]
 
     def opened(first_name: str | None, second_name: str | None) -> list[Any]:
