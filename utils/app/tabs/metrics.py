@@ -11,7 +11,6 @@ from utils.app.jobs import message_of
 from utils.app.metrics import MAX_SHEETS, conditions, evaluated, fitting, names, next_measured, sheets_of, table
 
 ALONE = "none: the first alone"  # in place of a second name
-WIDTHS = {5: ["22%", "26%", "26%", "11%", "15%"], 7: ["15%", "17%", "18%", "18%", "12%", "10%", "10%"]}  # of columns
 
 
 @dataclasses.dataclass
@@ -119,7 +118,6 @@ def build(context: Context) -> None:
             images += [gr.update(value=None, visible=False)] * (2 - len(pair))
         images += [gr.update(value=None, visible=False)] * (len(sheets) - len(images))
         rows = {"headers": result.headings, "data": result.rows}
-        rows = gr.update(value=rows, column_widths=WIDTHS.get(len(result.headings)))
         return [result.notes, rows, *images, result.definitions, result.commands]
 
     def show(first: str | None, second: str | None) -> list[Any]:

@@ -57,10 +57,10 @@ def measured(runs):
 
 def test_both_columns_their_difference_and_the_references(client, measured):
     notes, table, *sheets, definitions, line = client.predict("measured/first", "measured/second", api_name="/metrics")
-    assert table["value"]["headers"] == [
+    assert table["headers"] == [
         "row", "metric", "measured/first, step 4", "measured/second, step 4", "difference", "better", "samples",
     ]  # fmt: skip
-    assert table["value"]["data"] == [
+    assert table["data"] == [
         ["generated", "Frechet", "100.0", "80.0", "-20.0", "second", "288 and 10"],
         ["generated", "KID", "2.000 ± 0.500", "1.500 ± 0.500", "-0.500", "within the error", "288 and 10"],
         ["generated", "words", "0.500", "0.750", "+0.250", "second", "288 and 10"],
@@ -75,21 +75,21 @@ def test_both_columns_their_difference_and_the_references(client, measured):
     assert [sheet["label"] for sheet in shown] == ["contact_sheet of the first", "contact_sheet of the second"]
     assert shown[0]["value"] and not shown[1]["value"]
     same = client.predict("measured/first", "measured/first", api_name="/metrics")
-    assert same[0] == "measured under the same conditions" and len(same[1]["value"]["data"]) == 5 - 1
+    assert same[0] == "measured under the same conditions" and len(same[1]["data"]) == 5 - 1
 
 
 def test_one_is_shown_alone(client, measured):
     notes, table, *sheets, _, line = client.predict("measured/first", ALONE, api_name="/metrics")
-    assert notes == "" and table["value"]["headers"] == ["row", "metric", "measured/first, step 4", "good", "samples"]
-    assert table["value"]["data"][:2] == [
+    assert notes == "" and table["headers"] == ["row", "metric", "measured/first, step 4", "good", "samples"]
+    assert table["data"][:2] == [
         ["generated", "Frechet", "100.0", "low", "288"],
         ["generated", "KID", "2.000 ± 0.500", "low", "288"],
     ]
-    assert table["value"]["data"][-1] == ["model", "parameters", "7", "", ""]
+    assert table["data"][-1] == ["model", "parameters", "7", "", ""]
     assert [sheet["label"] for sheet in sheets if sheet["visible"]] == ["contact_sheet of the first"]
     assert line.startswith("python evaluate.py --checkpoint x/checkpoint-4")
-    alone, also = (client.predict("measured/first", name, api_name="/metrics")[1]["value"] for name in (None, ""))
-    assert alone == also == table["value"]
+    alone, also = (client.predict("measured/first", name, api_name="/metrics")[1] for name in (None, ""))
+    assert alone == also == table
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_other_flags_are_other_conditions_where_they_are_recorded():
 def test_what_was_not_measured_names_the_command(client, measured, runs):
     notes, table, *_, line = client.predict(CHECKPOINT, "measured/second", api_name="/metrics")
     assert notes == f"{CHECKPOINT} has no metrics yet: run its command below"
-    assert table["value"]["data"][0] == ["generated", "Frechet", "-", "80.0", "", "", "10"]
+    assert table["data"][0] == ["generated", "Frechet", "-", "80.0", "", "", "10"]
     program, script, *words = shlex.split(line.splitlines()[0])
     args = parse_arguments(EvaluateArguments, words, "")
     assert (program, script, args.checkpoint) == ("python", "evaluate.py", str(runs / CHECKPOINT))
@@ -206,7 +206,7 @@ def test_the_metrics_of_a_run_are_those_of_one_checkpoint(runs, tmp_path):
 def test_a_refusal_is_a_note_in_our_words_and_clears_the_rest(client, measured, first, second, message):
     notes, table, *sheets, definitions, line = client.predict(first, second, api_name="/metrics")
     assert re.search(message, notes) and "Traceback" not in notes
-    assert table["value"]["data"] == [] and not any(sheet["visible"] for sheet in sheets)
+    assert table["data"] == [] and not any(sheet["visible"] for sheet in sheets)
     assert definitions == line == ""
 
 
