@@ -70,7 +70,7 @@ def open_text(
     """
     if name == EMBEDDED:
         return open_topics()
-    if name == EMBEDDED or is_text_tars(name):
+    if is_text_tars(name):
         return open_text_tars(name, split, text_column=text_column, is_held_out=is_held_out)
     # A name that looks like a path is one; any other may be a hub name.
     check_path(name)
