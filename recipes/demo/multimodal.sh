@@ -16,8 +16,8 @@ step "$streams" torchrun --standalone --nproc_per_node=2 pretrain_multimodal.py 
     --run_name demo $precision --include_modes text image audio --image_latents cached_datasets/scenes_latents \
     --audio_latents cached_datasets/captions_latents --vocoder_checkpoint "$vocoder" \
     --tasks image-text:1 text-image:6 audio-text:1 text-audio:8 --batch_size 24 --learning_rate 1.5e-3 \
-    --adam_beta2 0.95 --ema_decay 0.995 --max_steps 1000 --warmup_ratio 0.06 --n_logged_samples 2 \
-    --logging_steps 100 --eval_steps 1000 --save_steps 500 --resume_from_checkpoint latest
+    --adam_beta2 0.95 --ema_decay 0.995 --max_steps 1200 --warmup_ratio 0.06 --n_logged_samples 2 \
+    --logging_steps 100 --eval_steps 1200 --save_steps 600 --resume_from_checkpoint latest
 step "$streams/metrics.json" python evaluate.py --checkpoint "$streams" --vocoder_checkpoint "$vocoder" \
     --metrics losses texts probe reader --training_samples 2016 --reader_steps 300 --contact_sheet 16
 step "$streams/answers" python inference/chat.py --checkpoint "$streams" --vocoder_checkpoint "$vocoder" \
