@@ -246,7 +246,7 @@ def test_numbers_of_samples_become_smaller_down_to_a_limit(tmp_path):
     words = "--limit 2304 --max_samples 288 --training_samples 97 --reader_steps 96 --max_samples 12"
     done = run_steps(tmp_path, f"step a/b echo {words}", SHORTER="10")
     assert done.stdout.strip() == (
-        "--limit 230 --max_samples 96 --training_samples 96 --reader_steps 96 --max_samples 12"
+        "--limit 2304 --max_samples 96 --training_samples 96 --reader_steps 96 --max_samples 12"
     )
 
 

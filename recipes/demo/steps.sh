@@ -8,7 +8,7 @@
 # took longer for the command. A state is that of the output, + and that of the inputs; the output of an interrupted
 # command has "-", and the call that completes it adds its seconds to those before. A cache or run that other words, or
 # the same of other inputs, have made is kept under another name, since a command would refuse to go on with it.
-# SHORTER=10 divides the numbers of training steps by 10, and those of clips and of evaluated samples down to FEWEST;
+# SHORTER=10 divides the numbers of training steps by 10, and those of evaluated samples down to FEWEST;
 # training evaluates at its end alone. A look at every stage, not at its quality.
 STEPS=${STEPS:-runs/demo/steps.tsv}
 SHORTER=${SHORTER:-1}
@@ -82,7 +82,7 @@ plan() {
             --max_steps | --logging_steps | --*_start_step | --gan_*_steps)
                 word=$(((word + SHORTER - 1) / SHORTER))
                 ;;
-            --limit | --max_samples | --training_samples | --reader_steps)
+            --max_samples | --training_samples | --reader_steps)
                 [ "$word" -le "$FEWEST" ] || word=$((word / SHORTER > FEWEST ? word / SHORTER : FEWEST))
                 ;;
         esac
