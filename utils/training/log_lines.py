@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -62,18 +62,27 @@ def seconds_left(history: Sequence[tuple[int, float]], n_steps: int) -> float | 
     return (moment - earlier) / (step - before) * (n_steps - step)
 
 
-def log_line(step: int, n_steps: int, logs: Mapping[str, Any], history: Sequence[tuple[int, float]]) -> str:
+def log_line(
+    step: int,
+    n_steps: int,
+    logs: Mapping[str, Any],
+    history: Sequence[tuple[int, float]],
+    slower_from: Iterable[int] = (),
+) -> str:
     """The line of a logging step.
 
     Args:
         logs: its numbers by name.
         history: of this and earlier steps, with their times in seconds.
+        slower_from: steps from which on each takes longer, see `utils.training.planning.phases.first_steps`. The time
+            that is left knows the past alone, and says so before the first of them that is still to come.
     """
     parts = [share(step, n_steps), *numbers(logs), *speeds(logs)]
     if "memory_gib" in logs:
         parts.append(f"{logs['memory_gib']:.1f} GiB")
     if (left := seconds_left(history, n_steps)) is not None:
-        parts.append(f"{duration(left)} left")
+        coming = min((start for start in slower_from if step <= start < n_steps), default=None)
+        parts.append(f"{duration(left)} left" + (f", more from step {coming} on" if coming is not None else ""))
     return "  ".join(parts)
 
 
@@ -86,9 +95,13 @@ class LogLinesCallback(TrainerCallback):
 
     The time that is left follows from this process's last steps with their evaluations and checkpoints, so that it
     holds after a resume and follows the phases of an adversary.
+
+    Args:
+        slower_from: see `log_line`.
     """
 
-    def __init__(self):
+    def __init__(self, slower_from: Iterable[int] = ()):
+        self.slower_from = tuple(slower_from)
         self.history: deque[tuple[int, float]] = deque(maxlen=WINDOW)
         self.start = (0, 0.0)
 
@@ -110,4 +123,4 @@ class LogLinesCallback(TrainerCallback):
             say("  ".join([share(step, state.max_steps), *numbers(logs)]))
         else:
             self.history.append((step, moment))
-            say(log_line(step, state.max_steps, logs, self.history))
+            say(log_line(step, state.max_steps, logs, self.history, self.slower_from))

@@ -45,6 +45,7 @@ from utils.training.planning.batch_size import settle_batch_size
 from utils.training.planning.dry_run import describe
 from utils.training.planning.measure import report, try_batch_size
 from utils.training.planning.memory import n_trained
+from utils.training.planning.phases import first_steps
 from utils.training.trackers import open_writer, tracker_module
 from utils.training_utils import StageTrainer, expected_steps, trainer_class_for
 
@@ -309,7 +310,7 @@ class Stage:
             **self.build_trainer_parts(model),
         )
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(LogLinesCallback())
+        trainer.add_callback(LogLinesCallback(first_steps(vars(self.args)).values()))
         if self.resumption is not None:
             trainer.add_callback(ResumeCallback(trainer))
         # Callbacks that read the trainer's model and validation set.

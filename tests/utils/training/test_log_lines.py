@@ -7,7 +7,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from pretrain_image_vae import ImageVAEStage
 from tests.helpers.runs import SMALL_RUN, run_stage
-from utils.training.log_lines import LogLinesCallback, duration, number
+from utils.training.log_lines import LogLinesCallback, duration, log_line, number
 
 
 @pytest.mark.parametrize(
@@ -30,8 +30,10 @@ def test_lines_of_a_run_and_of_its_continuation_tell_step_speed_and_time(train, 
     run = train("two lines", 4, *flags)
     first = capsys.readouterr().out
     train("two lines", 8, *flags, "--resume_from_checkpoint", "latest")
+    # The adversary comes at step 2 of these runs.
+    assert re.search(r"^step 2/4 .* s left, more from step 2 on$", first, re.MULTILINE)
     lines = first.splitlines() + capsys.readouterr().out.splitlines()
-    logged = r"  loss [\d.]+  .*learning_rate [\de.-]+.*  [\d.,]+ samples/s  [\d.]+ GiB  \d+ s left"
+    logged = r"  loss [\d.]+  .*learning_rate [\de.-]+.*  [\d.,]+ samples/s  [\d.]+ GiB  \d+ s left(, more from step 2 on)?"
     for steps in ("2/4 (50 %)", "4/4 (100 %)", "6/8 (75 %)", "8/8 (100 %)"):
         matching = [line for line in lines if line.startswith(f"step {steps}  loss")]
         assert len(matching) == 1 and re.fullmatch(re.escape(f"step {steps}") + logged, matching[0]), lines
@@ -66,6 +68,19 @@ def test_time_left_counts_steps_of_this_process_and_not_what_is_shown_before(mon
     monkeypatch.setattr(time, "perf_counter", lambda: 70.0)
     callback.on_log(None, state, control, logs={"loss": 0.5})
     assert capsys.readouterr().out == "step 1010/1110 (91 %)  loss 0.5  1.7 min left\n"
+
+
+@pytest.mark.parametrize(
+    ("step", "end"),
+    [
+        (100, "  4.0 min left, more from step 200 on"),
+        (200, "  2.0 min left, more from step 200 on"),  # The step that is made next is number 200, from 0 on.
+        (201, "  2.0 min left, more from step 260 on"),
+        (261, "  47 s left"),
+    ],
+)
+def test_time_left_names_the_next_step_from_which_each_takes_longer(step, end):
+    assert log_line(step, 300, {}, [(step - 10, 0.0), (step, 12.0)], (200, 260, 999)).endswith(end)
 
 
 def test_speeds_count_from_the_first_step_of_this_process(image_cache, tmp_path, fresh_logging):

@@ -12,11 +12,12 @@ from PIL import Image
 
 from dataset_loading.locks import owner_of
 from utils.app.context import Context
-from utils.app.events import IMAGES, EventLog, EventLogs
+from utils.app.events import IMAGES, EventLog, EventLogs, number_of
 from utils.app.jobs import message_of
 from utils.app.run_folders import choose_run, run_names
 from utils.checkpoints import log_folder
 from utils.training.log_lines import duration, log_line
+from utils.training.planning.phases import first_steps
 
 REFRESH_SECONDS = 3.0
 READ_SECONDS = 0.7  # At most, of one look: a long run is read in several.
@@ -100,7 +101,9 @@ def status_of(log: EventLog, *, is_running: bool) -> str:
     step = log.history[-1][0]
     values = log.last_values(step)
     # The time that is left is that of a run which goes on.
-    line = log_line(step, n_steps, values, log.history if is_running else ()) if n_steps else f"step {step}"
+    history = log.history if is_running else ()
+    slower_from = first_steps({name: number_of(text) for name, text in log.flags.items()}).values()
+    line = log_line(step, n_steps, values, history, slower_from) if n_steps else f"step {step}"
     ended = n_steps is not None and step >= n_steps and not is_running
     return "\n".join([line, f"has made all its steps{age}" if ended else state, *damage])
 

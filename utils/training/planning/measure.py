@@ -22,7 +22,7 @@ from utils.metrics.timing import Stopwatch
 from utils.training.log_lines import LogLinesCallback
 from utils.training.planning.batch_size import settle_batch_size
 from utils.training.planning.dry_run import show_phases
-from utils.training.planning.phases import Phase, check_perceptual_start
+from utils.training.planning.phases import Phase, check_perceptual_start, first_steps
 
 N_WARM_UP = 3  # Steps of each phase that are not counted: kernels are chosen and states allocated in them.
 RESERVE = 0.1  # Share of the peak memory that a batch size leaves for longer samples, checkpoints and fragments.
@@ -79,9 +79,8 @@ def measured_phases(args: Any, first: int, n_steps: int) -> list[Phase]:
         first: the step that the run goes on from.
         n_steps: its length.
     """
-    starts = {"the adversary": args.gan_start_step} if getattr(args, "gan_weight", 0) else {}
-    if getattr(args, "perceptual_weight", 0) and args.perceptual_start_step:
-        starts["the perceptual distance"] = args.perceptual_start_step
+    # The distance that acts all the time is no part of its own.
+    starts = {name: start for name, start in first_steps(vars(args)).items() if start or name == "the adversary"}
     # Where something begins, a part of the run ends; parts without steps are left out.
     ends = sorted({min(max(start, first), n_steps) for start in starts.values()} | {n_steps})
     phases = []

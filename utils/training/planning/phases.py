@@ -1,6 +1,7 @@
 """When the adversary and the perceptual distance act, as steps and shares of a run, and what is wrong with that."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -43,6 +44,20 @@ def adversary_phases(args: Any, n_steps: int) -> list[Phase]:
         Phase("adversarial weight rises", warm, risen),
         Phase("full adversarial weight", risen, max(risen, n_steps)),
     ]
+
+
+def first_steps(flags: Mapping[str, Any]) -> dict[str, int]:
+    """Name -> first step of what a run trains with besides its model, and what makes its steps slower from there on.
+
+    Args:
+        flags: values by name, of any stage.
+    """
+    parts = {"the adversary": "gan", "the perceptual distance": "perceptual"}
+    return {
+        name: int(flags[f"{flag}_start_step"])
+        for name, flag in parts.items()
+        if flags.get(f"{flag}_weight") and f"{flag}_start_step" in flags
+    }
 
 
 def check_perceptual_start(args: Any, n_steps: int) -> None:

@@ -26,7 +26,7 @@ def begun(runs):
     """A run that has logged two steps of 100, and holds its lock."""
     folder = runs / NAME
     with only_writer(folder, "wait"), SummaryWriter(str(folder)) as writer:
-        write_flags(writer, {"max_steps": 100})
+        write_flags(writer, {"max_steps": 100, "gan_weight": 0.1, "gan_start_step": 60, "run_name": "x"})
         for step in (10, 20):
             for tag, value in (("train/loss", 1 / step), ("train/memory_gib", 1.25), ("loss/mel", 0.5), ("eval/x", 3)):
                 writer.add_scalar(tag, value, step, walltime=time.time() - 30 + step)
@@ -42,7 +42,7 @@ def test_a_run_that_has_just_begun_is_watched(client, begun):
     assert NAME in [name for name, _ in runs["choices"]] and "image_diffusion/small" in [n for n, _ in runs["choices"]]
     assert [tag for tag, _ in tags["choices"]] == ["train/loss", "eval/x", "loss/mel", "train/memory_gib"]
     first, second = status.splitlines()
-    assert first == "step 20/100 (20 %)  loss 0.05  loss/mel 0.5  1.2 GiB  80 s left"
+    assert first == "step 20/100 (20 %)  loss 0.05  loss/mel 0.5  1.2 GiB  80 s left, more from step 60 on"
     assert second.startswith("running, last entry ")
     plots, images = shown[:6], shown[6:]
     assert [plot["label"] for plot in plots if plot["visible"]] == [
