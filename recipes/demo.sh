@@ -14,7 +14,7 @@
 # complete demo it makes the report alone. Evaluations run beside what comes next. SHORTER=10 divides the numbers of
 # training steps by 10 and evaluates fewer samples; a call without it then begins anew, and keeps the short runs as
 # demo_former_1.
-# It takes about 27 minutes after the installation on 2 cores (49 CPU minutes). The VAE reaches 26 dB PSNR, 96 % of the
+# It takes about 26 minutes after the installation on 2 cores (49 CPU minutes). The VAE reaches 26 dB PSNR, 97 % of the
 # generated images match their held-out caption (a probe ranks it first of 72), the vocoder has PESQ-wb 2.85, speech is
 # understood about as well as the recordings are, and the transformer describes and transcribes nearly every caption.
 set -euo pipefail
