@@ -4,12 +4,14 @@ import contextlib
 import http.client
 import shlex
 import sys
+import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 from urllib.parse import urlsplit
 
 import pytest
@@ -36,7 +38,8 @@ class Visitor:
 
     def __init__(self, page: Page):
         gradio_client = pytest.importorskip("gradio_client")
-        self.client = gradio_client.Client(page.local_url, verbose=False, analytics_enabled=False)
+        options = {"verbose": False, "analytics_enabled": False, "download_files": tempfile.gettempdir()}
+        self.client = gradio_client.Client(page.local_url, **options)
 
     def submit(self, *values: Any, api_name: str) -> Any:
         """Start a job of the page."""
@@ -60,14 +63,16 @@ class Visitor:
 
 @contextlib.contextmanager
 def served(runs: Path, **flags: Any) -> Iterator[Page]:
-    """A page, of which no thread is alive afterwards: later tests of this process may fork."""
+    """A page, of which no thread is alive afterwards, since later tests of this process may fork, and none of the
+    temporary files: its visitors leave an empty folder for each file that they get."""
     before = set(threading.enumerate())
-    page = serve(AppArguments(runs=str(runs), port=0, **{"max_upload_mb": 1, **flags}))
-    try:
-        yield page
-    finally:
-        page.close()
-        check_ended(before)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(tempfile, "tempdir", folder):
+        page = serve(AppArguments(runs=str(runs), port=0, **{"max_upload_mb": 1, **flags}))
+        try:
+            yield page
+        finally:
+            page.close()
+            check_ended(before)
 
 
 def check_ended(before: set[threading.Thread], seconds: float = 30) -> None:
