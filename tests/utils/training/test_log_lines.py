@@ -33,7 +33,7 @@ def test_lines_of_a_run_and_of_its_continuation_tell_step_speed_and_time(train, 
     # The adversary comes at step 2 of these runs.
     assert re.search(r"^step 2/4 .* s left, more from step 2 on$", first, re.MULTILINE)
     lines = first.splitlines() + capsys.readouterr().out.splitlines()
-    logged = r"  loss [\d.]+  .*learning_rate [\de.-]+.*  [\d.,]+ samples/s  [\d.]+ GiB  \d+ s left(, more from step 2 on)?"
+    logged = r"  loss [\d.]+  .*learning_rate \S+.*  [\d.,]+ samples/s  [\d.]+ GiB  \d+ s left(, more from step 2 on)?"
     for steps in ("2/4 (50 %)", "4/4 (100 %)", "6/8 (75 %)", "8/8 (100 %)"):
         matching = [line for line in lines if line.startswith(f"step {steps}  loss")]
         assert len(matching) == 1 and re.fullmatch(re.escape(f"step {steps}") + logged, matching[0]), lines
