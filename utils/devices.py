@@ -1,6 +1,7 @@
 """The device of this process: how exactly it computes, how it is fed, what is compiled for it."""
 
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,13 @@ def set_fp32_precision(use_tf32: bool) -> None:
 
     TensorFloat-32 keeps 10 bits of the mantissa. PyTorch uses it for convolutions unless told otherwise, so that a GPU
     differs from a CPU by about 1e-3. Each level is set, since the eager kernels read the lowest of them and compiled
-    convolutions the one of the whole library.
+    convolutions the one of the whole library, and before them the older switches: what still reads these, such as
+    torch.export and inductor, raises an error where the two disagree. CPUs compute fp32 exactly.
     """
     backends = torch.backends
+    for level in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn):
+        level.fp32_precision = "ieee"
+    backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = use_tf32
     # Global, matrix products, cuDNN as a whole, and its convolutions and recurrent layers.
     for level in (backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn):
         level.fp32_precision = "tf32" if use_tf32 else "ieee"
@@ -110,8 +115,18 @@ def peak_memory_gib() -> float:
 
         memory = psutil.Process().memory_info()
         return getattr(memory, "peak_wset", memory.rss) / 2**30  # The peak is known on Windows alone.
-    # Linux counts kilobytes, macOS bytes.
+    if sys.platform == "linux" and (peak := status_peak_gib()) is not None:
+        return peak
+    # macOS counts bytes, other systems kilobytes.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
+
+
+def status_peak_gib() -> float | None:
+    """Peak memory in GiB of this process by Linux' file of it; None: the file does not tell. What `getrusage` tells is
+    at least the memory that the process had which started this one."""
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(found[1]) / 2**20 if found else None
 
 
 def compile_in_place(model: nn.Module, backend: str = "inductor") -> None:

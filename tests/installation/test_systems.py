@@ -93,9 +93,18 @@ def test_another_drive_has_no_relative_path(monkeypatch):
 
 
 def test_macos_counts_memory_in_bytes(monkeypatch):
-    on_linux = devices.peak_memory_gib()
     monkeypatch.setattr(devices.sys, "platform", "darwin")
-    assert devices.peak_memory_gib() == pytest.approx(on_linux / 1024, rel=0.1)
+    peak = devices.resource.getrusage(devices.resource.RUSAGE_SELF).ru_maxrss
+    assert devices.peak_memory_gib() == pytest.approx(peak / 2**30, rel=0.1)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux alone tells the peak of a process in a file")
+def test_peak_memory_is_that_of_the_process_and_not_of_the_one_that_started_it():
+    ballast = bytearray(400_000_000)
+    own = devices.peak_memory_gib()
+    code = "from utils.devices import status_peak_gib; print(status_peak_gib())"
+    started = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0.02 < float(started.stdout) < own - 0.3 and len(ballast) / 2**30 < own
 
 
 def test_names_that_windows_refuses(monkeypatch):

@@ -61,17 +61,29 @@ def test_a_run_on_a_gpu_has_them(tf32, tmp_path, monkeypatch, caplog):
     given = SimpleNamespace(n_gpu=2)  # As of a machine with two, without a launcher.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("transformers.TrainingArguments", lambda **keywords: vars(given).update(keywords) or given)
-    former = torch.backends.cudnn.conv.fp32_precision
     try:
         arguments = training_arguments(StageArguments(tf32=tf32), tmp_path)
         assert torch.backends.cuda.matmul.fp32_precision == ("tf32" if tf32 else "ieee")
         assert torch.backends.cudnn.conv.fp32_precision == ("tf32" if tf32 else "ieee")
     finally:
         set_fp32_precision(use_tf32=False)
-        torch.backends.cudnn.conv.fp32_precision = former
     assert given.dataloader_pin_memory and given.accelerator_config == {"non_blocking": True}
     assert given.optim == "adamw_torch_fused" and not given.use_cpu
     assert arguments._n_gpu == 1 and "torchrun" in caplog.text and "deepspeed" in caplog.text
+
+
+@pytest.mark.parametrize("tf32", [True, False])
+def test_readers_of_the_older_switches_find_the_same_precision(tf32):
+    try:
+        set_fp32_precision(tf32)
+        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == tf32
+        assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")  # As inductor's cache asks.
+        levels = (torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn)
+        assert {level.fp32_precision for level in levels} == {"tf32" if tf32 else "ieee"}
+        torch.export.export(torch.nn.Conv1d(2, 2, 3), (torch.zeros(1, 2, 8),))
+        assert {level.fp32_precision for level in levels} == {"tf32" if tf32 else "ieee"}
+    finally:
+        set_fp32_precision(use_tf32=False)
 
 
 def test_a_run_on_a_cpu_loads_in_its_process(tmp_path):
