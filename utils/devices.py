@@ -31,10 +31,11 @@ def set_fp32_precision(use_tf32: bool) -> None:
 
     TensorFloat-32 keeps 10 bits of the mantissa. PyTorch uses it for convolutions unless told otherwise, so that a GPU
     differs from a CPU by about 1e-3. Each level is set, since the eager kernels read the lowest of them and compiled
-    convolutions the one of the whole library, and before them the older switches: what still reads these, such as
-    torch.export and inductor, raises an error where the two disagree. CPUs compute fp32 exactly.
+    convolutions the one of the whole library. The older switches `allow_tf32` are set first: torch.export and inductor
+    still read them, and PyTorch raises an error where old and new settings disagree.
     """
     backends = torch.backends
+    # On the CPU, exact in either case; otherwise the global level would reach it.
     for level in (backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn):
         level.fp32_precision = "ieee"
     backends.cuda.matmul.allow_tf32 = backends.cudnn.allow_tf32 = use_tf32
@@ -122,11 +123,11 @@ def peak_memory_gib() -> float:
 
 
 def status_peak_gib() -> float | None:
-    """Peak memory in GiB of this process by Linux' file of it; None: the file does not tell. What `getrusage` tells is
-    at least the memory that the process had which started this one."""
+    """Peak memory of this process in GiB, from /proc/self/status; None: it has no such line. On Linux the value of
+    `getrusage` includes the memory of the parent process."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
-    found = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
-    return int(found[1]) / 2**20 if found else None
+    peak = re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
+    return int(peak[1]) / 2**20 if peak else None
 
 
 def compile_in_place(model: nn.Module, backend: str = "inductor") -> None:
